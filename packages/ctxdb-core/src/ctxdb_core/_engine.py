@@ -1,0 +1,84 @@
+"""One host's engine on one event loop, from its creation to the last of its server connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from ctxdb_core._guards import refuse_silent_rollbacks, stop_cancelled_queries
+from ctxdb_core._shield import run_to_completion
+
+EngineCreator = Callable[[str], AsyncEngine]
+SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
+
+
+class LoopEngine:
+    """An engine and its session maker, bound to the event loop that was running when they were made.
+
+    Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. It is
+    disposed of when it is retired, and at the latest when its loop shuts down.
+    """
+
+    def __init__(self, host: str, engine_creator: EngineCreator, session_maker_creator: SessionMakerCreator) -> None:
+        self.host = host
+        self.loop = asyncio.get_running_loop()
+        engine = engine_creator(host)
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(
+                f"engine_creator({host!r}) returned {type(engine).__name__}, not an AsyncEngine: build the engine with "
+                "`sqlalchemy.ext.asyncio.create_async_engine`."
+            )
+        self.engine = engine
+        self.session_maker = session_maker_creator(engine)
+        stop_cancelled_queries(engine)
+        refuse_silent_rollbacks(engine)
+        self._retirement: asyncio.Task[None] | None = None
+        self._lifetime = self._live()
+        try:
+            # The first step registers the generator with the running loop, which will close it before it ends
+            # (`loop.shutdown_asyncgens`, called by `asyncio.run` and `asyncio.Runner`).
+            self._lifetime.__anext__().send(None)
+        except StopIteration:
+            pass
+
+    async def _live(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            await self._dispose()
+
+    async def _dispose(self) -> None:
+        # Connections that are in use outlive `dispose()`, in a pool that nobody would look after any more: from here on,
+        # whatever comes back to this engine's pools is closed instead of kept.
+        event.listen(self.engine.pool, "checkin", _close_returned)
+        await self.engine.dispose()
+
+    async def retire(self) -> None:
+        """Close every connection that is idle now, and each of the others when it is given back."""
+        if self.loop.is_closed():
+            return
+        if self.loop is asyncio.get_running_loop():
+            await run_to_completion(self._end_lifetime())
+        else:
+            # Another loop's connections can be closed on that loop only, and it may not be running: no waiting for it.
+            self.loop.call_soon_threadsafe(self._start_retirement)
+
+    async def _end_lifetime(self) -> None:
+        if self._retirement is None:
+            self._start_retirement()
+        assert self._retirement is not None
+        await self._retirement
+
+    def _start_retirement(self) -> None:
+        if self._retirement is None:
+            self._retirement = self.loop.create_task(self._lifetime.aclose())
+
+
+def _close_returned(dbapi_connection: Any, connection_record: ConnectionPoolEntry) -> None:
+    if dbapi_connection is not None:
+        connection_record.invalidate()

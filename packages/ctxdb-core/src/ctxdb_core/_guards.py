@@ -1,0 +1,92 @@
+"""What every engine is taught: to stop cancelled queries on the server, and not to take a roll-back for a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
+
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.errors import TransactionAbortedError
+
+logger = logging.getLogger("ctxdb")
+
+STOP_QUERY_TIMEOUT_SECONDS = 5.0
+
+
+def stop_cancelled_queries(engine: AsyncEngine) -> None:
+    """Make the server stop the query of a cancelled task, also when the task is cancelled again and again.
+
+    SQLAlchemy invalidates the connection of a cancelled query and closes it in passing; asyncpg and psycopg ask the
+    server to stop the query while they do. An anyio cancel scope interrupts that, too, and the query runs on.
+    """
+    if engine.dialect.driver in _STOPPERS:
+        event.listen(engine.sync_engine, "invalidate", _stop_query)
+
+
+def _stop_query(dbapi_connection: Any, connection_record: ConnectionPoolEntry, exception: BaseException | None) -> None:
+    if not isinstance(exception, asyncio.CancelledError):
+        return
+    driver_connection = connection_record.driver_connection
+    module = type(driver_connection).__module__.partition(".")[0]
+    stopper = _STOPPERS.get(module)
+    if stopper is None:
+        return
+    try:
+        await_only(run_to_completion(stopper(driver_connection)))
+    except asyncio.CancelledError:
+        # The one that brought us here goes on; it is what the task gets to see.
+        pass
+    except Exception:
+        logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+async def _stop_asyncpg(connection: Any) -> None:
+    # Waits for the cancel request that asyncpg has under way.
+    await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+
+
+async def _stop_psycopg(connection: Any) -> None:
+    await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+
+
+_STOPPERS = {"asyncpg": _stop_asyncpg, "psycopg": _stop_psycopg}
+
+
+def refuse_silent_rollbacks(engine: AsyncEngine) -> None:
+    """Make COMMIT fail where PostgreSQL would roll back without an error.
+
+    A statement that fails aborts its transaction. If the application swallows the error, the transaction can only be
+    rolled back, and COMMIT does so silently (PostgreSQL, "COMMIT": the command tag is then ROLLBACK).
+    """
+    if engine.dialect.name == "postgresql":
+        event.listen(engine.sync_engine, "handle_error", _watch_commit)
+
+
+def _watch_commit(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or context.is_disconnect or not connection.in_transaction():
+        return
+    if not event.contains(connection, "commit", _check_transaction):
+        # On this one connection of this one session: it goes when the transaction is over.
+        event.listen(connection, "commit", _check_transaction)
+
+
+def _check_transaction(connection: Connection) -> None:
+    # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
+    # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except DBAPIError as exc:
+        raise TransactionAbortedError(
+            "A statement of this transaction failed, and its error was not propagated: the transaction is aborted and "
+            "cannot be committed. Let the error propagate, or run a statement that may fail inside "
+            "`async with session.begin_nested():`."
+        ) from exc

@@ -1,0 +1,78 @@
+"""Engines from a URL, read-only ones among them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+_PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
+
+
+def host_of(url: URL) -> str:
+    """Return what `url` calls its server; a file's name where there is no server."""
+    query_host = url.query.get("host")
+    if isinstance(query_host, tuple):
+        query_host = ",".join(query_host)
+    return url.host or query_host or url.database or ":memory:"
+
+
+def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bool) -> AsyncEngine:
+    """Create the engine of `url` on `host`, with the options of `create_async_engine`.
+
+    Raises:
+        ValueError: `url` names no host that could be replaced, or it cannot be made read-only.
+    """
+    if host != host_of(url):
+        if not url.host:
+            raise ValueError(f"The URL of this DBConnect names no host, so it cannot be changed to {host!r}.")
+        url = url.set(host=host)
+    return _create_read_only(url, options) if read_only else create_async_engine(url, **options)
+
+
+def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
+    if "isolation_level" in options:
+        raise ValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
+    backend, driver = url.get_backend_name(), url.get_dialect().driver
+    if backend == "postgresql":
+        # Autocommit spares each query its BEGIN and COMMIT; the server then refuses every write by SQLSTATE 25006.
+        connect_args = dict(options.pop("connect_args", {}))
+        if driver == "asyncpg":
+            connect_args["server_settings"] = {
+                **connect_args.get("server_settings", {}),
+                "default_transaction_read_only": "on",
+            }
+        else:
+            given = connect_args.get("options", "")
+            connect_args["options"] = f"{given} -c default_transaction_read_only=on".strip()
+        return create_async_engine(url, isolation_level="AUTOCOMMIT", connect_args=connect_args, **options)
+    statement = {
+        "sqlite": "PRAGMA query_only = ON",
+        "mysql": "SET SESSION TRANSACTION READ ONLY",
+        "mariadb": "SET SESSION TRANSACTION READ ONLY",
+    }.get(backend)
+    if statement is None:
+        raise ValueError(f"read_only=True knows PostgreSQL, SQLite, MySQL and MariaDB, not {backend!r}.")
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def make_read_only(dbapi_connection: Any, connection_record: object) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+
+    return engine
+
+
+def without_secrets(host: str) -> str:
+    """Return `host` as it may be logged: an engine creator may be given a whole URL or DSN by that name."""
+    if "://" in host:
+        try:
+            url = make_url(host)
+        except ArgumentError:
+            return "***"
+        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+    return host if _PLAIN_HOST.fullmatch(host) else "***"

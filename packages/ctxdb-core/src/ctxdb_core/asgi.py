@@ -1,0 +1,227 @@
+"""The unit of work of an ASGI request: a middleware for any ASGI application, which imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from typing import Any, TypeAlias
+
+from ctxdb_core._session_end import report
+from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
+from ctxdb_core.policy import CommitPolicy, commit_below_400
+from ctxdb_core.unit import BeforeCommit, UnitOfWork
+
+__all__ = ["ASGIApp", "ASGIHTTPDBSessionMiddleware", "Message", "Receive", "Scope", "Send"]
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
+_NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
+
+
+class ASGIHTTPDBSessionMiddleware:
+    """Gives each request of an ASGI application a unit of work.
+
+    It is committed or rolled back when the response starts, before the first byte leaves (ASGI, "Response Start"); what
+    is done in it afterwards, by a streamed body or a background task, is committed when the application returns. A
+    websocket connection has one unit of work, ended before its close frame.
+
+    A request that comes through this middleware twice is ended by the outer one.
+
+    Args:
+        app: the ASGI application.
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+    """
+
+    def __init__(
+        self, app: ASGIApp, before_commit: BeforeCommit | None = None, commit_policy: CommitPolicy = commit_below_400
+    ) -> None:
+        self.app = app
+        self.before_commit = before_commit
+        self.commit_policy = commit_policy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
+        exchange_type = _EXCHANGES.get(scope["type"])
+        if exchange_type is None or outer_unit(scope) is not None:
+            await self.app(scope, receive, send)
+            return
+        root_app = scope.get("app")
+        exchange = scope[REQUEST_KEY] = exchange_type(self, send)
+        exchange.enter()
+        try:
+            try:
+                await self.app(scope, receive, exchange.send)
+            except BaseException as exc:
+                if await exchange.app_raised(exc):
+                    raise
+            if exchange.failure is not None:
+                await self._answer_failure(exchange, scope, receive, root_app)
+            elif not exchange.finish_idle():
+                # Where no response was begun, there is no success that would have to be true.
+                await exchange.finish(commit=exchange.responded)
+        finally:
+            exchange.leave()
+
+    async def answer_error(
+        self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
+    ) -> None:
+        """Send the response for an `error` that kept the application's response from being sent.
+
+        By default it is raised: the server answers 500. A subclass for a framework asks the exception handlers of the
+        application.
+
+        Args:
+            error: why nothing could be committed.
+            scope: the request's ASGI scope, as the application has left it.
+            receive: the request's channel.
+            send: where the response goes to.
+            root_app: the ``scope["app"]`` that this middleware was called with.
+        """
+        raise error
+
+    async def _answer_failure(self, exchange: _Exchange, scope: Scope, receive: Receive, root_app: Any | None) -> None:
+        error = exchange.failure
+        assert isinstance(error, Exception)
+        exchange.start_over()
+        try:
+            await self.answer_error(error, scope, receive, exchange.send, root_app)
+        except BaseException as exc:
+            if await exchange.app_raised(exc):
+                raise
+        if exchange.failure is not None:
+            # The error's response could not be committed either: there is no third attempt.
+            await exchange.finish(commit=False, error=exchange.failure)
+            raise exchange.failure
+        if not exchange.finish_idle():
+            await exchange.finish(commit=exchange.responded)
+
+
+class _Exchange(UnitOfWork):
+    """The unit of work of one request, together with the `send` that ends it in time."""
+
+    __slots__ = ("failure", "forward", "middleware", "responded")
+
+    def __init__(self, middleware: ASGIHTTPDBSessionMiddleware, forward: Send) -> None:
+        super().__init__(middleware.before_commit)
+        self.middleware = middleware
+        self.forward = forward
+        self.responded = False
+        self.failure: BaseException | None = None
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Forward a message of the application, after what has to happen before it."""
+        raise NotImplementedError
+
+    def start_over(self) -> None:
+        """Take another response: the one of the error."""
+        self.failure = None
+        self.responded = False
+
+    async def end_transactions(self, *, commit: Callable[[], bool]) -> None:
+        """Commit or roll back before a message that tells the client how it went.
+
+        Args:
+            commit: whether to commit; asked here, as it may fail as well.
+        """
+        try:
+            if commit():
+                await self.commit()
+            else:
+                await self.roll_back()
+        except Exception as exc:
+            self.failure = exc
+            await self.roll_back(exc)
+            raise
+
+    async def app_raised(self, exc: BaseException) -> bool:
+        """Roll back for an exception of the application; return whether it is the one to raise.
+
+        It is not where a commit failed: then that error surfaces, and not what the application made of it.
+        """
+        failure = self.failure
+        if failure is None:
+            await self.finish(commit=False, error=exc)
+            return True
+        if isinstance(exc, Exception):
+            if not _is_caused_by(exc, failure):
+                report(exc, failure, "the application failed on top of it")
+            return False
+        report(failure, exc, "nothing was committed, as that had failed")
+        await self.finish(commit=False, error=exc)
+        return True
+
+
+class _HTTPExchange(_Exchange):
+    __slots__ = ()
+
+    def send(self, message: Message) -> Awaitable[None]:
+        # A plain function: most messages cost no coroutine of their own.
+        if self.failure is not None:
+            return _discard(message)
+        if message["type"] == "http.response.start":
+            self.responded = True
+            if self.sessions or self.callbacks:
+                return self._respond(message)
+        return self.forward(message)
+
+    async def _respond(self, message: Message) -> None:
+        await self.end_transactions(commit=partial(self.middleware.commit_policy, message["status"]))
+        await self.forward(message)
+
+
+class _WebSocketExchange(_Exchange):
+    __slots__ = ("accepted",)
+
+    def __init__(self, middleware: ASGIHTTPDBSessionMiddleware, forward: Send) -> None:
+        super().__init__(middleware, forward)
+        self.accepted = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if self.failure is not None:
+            return _discard(message)
+        kind = message["type"]
+        if kind == "websocket.accept":
+            self.accepted = self.responded = True
+        elif kind == "websocket.close":
+            return self._close(message)
+        elif kind == "websocket.http.response.start":
+            self.responded = True
+            return self._deny(message)
+        return self.forward(message)
+
+    async def _close(self, message: Message) -> None:
+        # A close before the handshake is over refuses it: the client gets a 403.
+        normal = self.accepted and message.get("code", _NORMAL_CLOSURE) in (_NORMAL_CLOSURE, _GOING_AWAY)
+        try:
+            await self.end_transactions(commit=lambda: normal)
+        except Exception:
+            await self.forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
+            raise
+        await self.forward(message)
+
+    async def _deny(self, message: Message) -> None:
+        await self.end_transactions(commit=partial(self.middleware.commit_policy, message["status"]))
+        await self.forward(message)
+
+
+async def _discard(message: Message) -> None:
+    """Drop a message of an application whose response is not sent any more."""
+
+
+def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if exc is cause:
+            return True
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+    return False
+
+
+_EXCHANGES: dict[str, type[_Exchange]] = {"http": _HTTPExchange, "websocket": _WebSocketExchange}

@@ -1,0 +1,197 @@
+"""`DBConnect`: a database as the application knows it, whichever host and event loop it is used on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
+from ctxdb_core._url import create_engine, host_of, without_secrets
+from ctxdb_core.errors import HostNotSetError
+
+__all__ = ["DBConnect", "default_session_maker"]
+
+
+def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    """Return a session maker for `engine` whose objects stay readable after a commit.
+
+    ``expire_on_commit=False``: an expired attribute is loaded again at its next access, which asyncio code cannot do
+    implicitly (SQLAlchemy, "Preventing Implicit IO when Using AsyncSession").
+    """
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+class DBConnect:
+    """A database: makes its engine at the first use, hands out sessions, and can change its host while it is used.
+
+    Args:
+        engine_creator: returns the engine for a host. Called once for each host and event loop, at the first use.
+        session_maker_creator: returns the session maker for an engine.
+        host: where the database is; without it, `connect` must be called before the first use.
+        before_create_session_handler: awaited with this object before each session is made, for instance to call
+            `change_host`.
+
+    Raises:
+        HostNotSetError: `host` is empty (a ``ValueError``, too).
+    """
+
+    def __init__(
+        self,
+        engine_creator: EngineCreator,
+        session_maker_creator: SessionMakerCreator = default_session_maker,
+        host: str | None = None,
+        before_create_session_handler: Callable[[DBConnect], Awaitable[object]] | None = None,
+    ) -> None:
+        if host is not None:
+            _check_host(host)
+        self._engine_creator = engine_creator
+        self._session_maker_creator = session_maker_creator
+        self._host = host
+        self._before_create_session = before_create_session_handler
+        self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
+        # Guards `_host` and `_engines` together: another thread's event loop may use the same object.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_url(cls, url: str | URL, *, read_only: bool = False, **engine_options: Any) -> Self:
+        """Return a `DBConnect` for the one host that `url` names.
+
+        Args:
+            url: the database's URL, with an asyncio driver.
+            read_only: every query on PostgreSQL is one round trip (autocommit), and the server refuses writes.
+            **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
+
+        Raises:
+            sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
+            ValueError: `read_only` is asked for a database that cannot be made so.
+        """
+        parsed = make_url(url)
+
+        def engine_creator(host: str) -> AsyncEngine:
+            return create_engine(parsed, host, dict(engine_options), read_only=read_only)
+
+        return cls(engine_creator, host=host_of(parsed))
+
+    @property
+    def host(self) -> str | None:
+        """The host that new sessions go to; ``None`` before the first `connect`."""
+        return self._host
+
+    async def connect(self, host: str) -> None:
+        """Use `host`, and make its engine now; no connection is opened before the first statement.
+
+        Raises:
+            HostNotSetError: `host` is empty (a ``ValueError``, too).
+        """
+        await self.change_host(host)
+        self._loop_engine()
+
+    async def change_host(self, host: str) -> None:
+        """Send new sessions to `host` from now on; does nothing if they go there already.
+
+        Sessions that exist stay on the old host. Its idle connections are closed now, the others when their sessions
+        give them back. If the new engine cannot be made, everything stays as it was.
+
+        Raises:
+            HostNotSetError: `host` is empty (a ``ValueError``, too).
+        """
+        _check_host(host)
+        with self._lock:
+            if host == self._host:
+                return
+            engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
+            old, self._engines = self._engines, {engine.loop: engine}
+            self._host = host
+        await _retire(old.values())
+
+    async def session_maker(self) -> async_sessionmaker[AsyncSession]:
+        """Return the session maker of the current host and event loop.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
+        if self._before_create_session is not None:
+            await self._before_create_session(self)
+        return self._loop_engine().session_maker
+
+    async def create_session(self) -> AsyncSession:
+        """Return a new session that the caller closes.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
+        if self._before_create_session is not None:
+            await self._before_create_session(self)
+        return self._loop_engine().session_maker()
+
+    async def engine(self) -> AsyncEngine:
+        """Return the engine of the current host and event loop.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
+        return self._loop_engine().engine
+
+    async def close(self) -> None:
+        """Close every connection: the idle ones now, the others when their sessions give them back.
+
+        The object can be used again afterwards: it makes a new engine.
+        """
+        with self._lock:
+            old, self._engines = self._engines, {}
+        await _retire(old.values())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        host = "None" if self._host is None else repr(without_secrets(self._host))
+        return f"<{type(self).__name__} host={host}>"
+
+    def _loop_engine(self) -> LoopEngine:
+        loop = asyncio.get_running_loop()
+        engine = self._engines.get(loop)
+        return self._open_engine(loop) if engine is None else engine
+
+    def _open_engine(self, loop: asyncio.AbstractEventLoop) -> LoopEngine:
+        with self._lock:
+            if self._host is None:
+                raise HostNotSetError(
+                    "This DBConnect has no host yet: pass `host=...`, or `await db.connect(host)` before its first use."
+                )
+            engine = self._engines.get(loop)
+            if engine is None:
+                engine = LoopEngine(self._host, self._engine_creator, self._session_maker_creator)
+                # Engines of loops that have ended went with them.
+                self._engines = {other: kept for other, kept in self._engines.items() if not other.is_closed()}
+                self._engines[loop] = engine
+            return engine
+
+
+def _check_host(host: str) -> None:
+    if not host:
+        raise HostNotSetError("The host is empty: name the host that the database runs on.")
+
+
+async def _retire(engines: Any) -> None:
+    errors: list[Exception] = []
+    for engine in engines:
+        try:
+            await engine.retire()
+        except Exception as exc:  # noqa: BLE001 - every engine is retired before an error surfaces
+            errors.append(exc)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ExceptionGroup("Several engines could not be closed.", errors)

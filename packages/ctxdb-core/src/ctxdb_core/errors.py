@@ -1,0 +1,96 @@
+"""The errors of ctxdb. Each one says what happened and what to do about it.
+
+CtxDBError
+├── ContextNotInitiatedError     a session was asked for outside of any unit of work
+├── ContextClosedError           a session was asked for, or used, after its unit of work had ended
+├── SessionClosedError           a session was used after ``close_db_session``
+├── TransactionAlreadyActiveError    ``current_transaction="raise"`` met an open transaction
+├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
+└── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.exc import InvalidRequestError
+
+__all__ = [
+    "ContextClosedError",
+    "ContextNotInitiatedError",
+    "CtxDBError",
+    "HostNotSetError",
+    "SessionClosedError",
+    "TransactionAbortedError",
+    "TransactionAlreadyActiveError",
+]
+
+
+class CtxDBError(Exception):
+    """The base of every error that ctxdb raises on its own behalf."""
+
+
+class ContextNotInitiatedError(CtxDBError):
+    """A session was asked for outside of any unit of work.
+
+    Raised when no adapter, ``new_db_ctx()`` or ``run_in_new_ctx()`` has opened a unit of work for this code, or when
+    the unit of work belongs to another thread's event loop. The way out: add the framework's middleware or plugin, or
+    wrap the code in ``async with new_db_ctx()``.
+    """
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(
+            message
+            or "There is no unit of work here. In a web application, add the ctxdb middleware or plugin of its "
+            "framework; in a script, worker or background task, wrap the code in `async with new_db_ctx():` or call "
+            "it through `await run_in_new_ctx(fn, ...)`."
+        )
+
+
+class ContextClosedError(CtxDBError):
+    """A session was asked for, or used, after its unit of work had ended.
+
+    Raised in a task that outlives the request (or ``new_db_ctx()`` block) which started it: nobody would commit its
+    work any more. The way out: give the task a unit of work of its own with ``run_in_new_ctx()`` or ``new_db_ctx()``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The unit of work that this code was started in has ended: nobody would commit its changes any more. Give "
+            "a task that outlives its request a unit of work of its own: `asyncio.create_task(run_in_new_ctx(fn, ...))`"
+            " or `async with new_db_ctx():` inside of it."
+        )
+
+
+class SessionClosedError(CtxDBError):
+    """A session was used after ``close_db_session`` had ended it.
+
+    Raised at the first statement, as a connection taken now would never be given back. The way out: ask
+    ``db_session(db)`` for a session again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This session was closed by `close_db_session`. Call `await db_session(db)` again: it returns a new one."
+        )
+
+
+class TransactionAlreadyActiveError(CtxDBError, InvalidRequestError):
+    """A transaction was open where none may be.
+
+    Raised by ``atomic_db_session(db, current_transaction="raise")``. The way out: commit or roll back first, or choose
+    another mode.
+    """
+
+
+class TransactionAbortedError(CtxDBError, InvalidRequestError):
+    """The transaction cannot be committed, as one of its statements failed.
+
+    Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
+    let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+    """
+
+
+class HostNotSetError(CtxDBError, ValueError):
+    """A ``DBConnect`` without a host was used, or it was given an empty one.
+
+    The way out: pass ``host=...``, or call ``await db.connect(host)`` before the first use.
+    """

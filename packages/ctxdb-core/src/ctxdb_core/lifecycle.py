@@ -1,0 +1,186 @@
+"""The life of a unit of work: `begin` and `finalize` for adapters, context managers and functions for everyone else."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from ctxdb_core._session_end import report
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
+
+__all__ = [
+    "begin",
+    "finalize",
+    "gather_in_new_ctx",
+    "is_context_initiated",
+    "new_db_ctx",
+    "run_in_new_ctx",
+]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+REQUEST_KEY = "ctxdb.unit_of_work"
+"""Where an adapter records the unit of work in what its framework keeps for one request (an ASGI scope, for instance)."""
+
+
+def begin(
+    request: MutableMapping[str, Any] | None = None, *, before_commit: BeforeCommit | None = None
+) -> UnitOfWork | None:
+    """Open a unit of work for a request and make it the current one; each call needs its `finalize`.
+
+    Args:
+        request: a mapping that lives exactly as long as the request, for instance its ASGI scope. An adapter that is
+            installed twice finds in it that an outer one is at work.
+        before_commit: awaited with each session that is about to be committed.
+
+    Returns:
+        The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then just
+        call the application. A unit that was merely inherited through contextvars is never joined.
+    """
+    if outer_unit(request) is not None:
+        return None
+    unit = UnitOfWork(before_commit)
+    if request is not None:
+        request[REQUEST_KEY] = unit
+    unit.enter()
+    return unit
+
+
+def outer_unit(request: MutableMapping[str, Any] | None) -> UnitOfWork | None:
+    """Return the open unit of work that belongs to this very request, or that a test harness shares; else ``None``."""
+    unit: UnitOfWork | None = None if request is None else request.get(REQUEST_KEY)
+    if unit is None or unit.closed:
+        unit = current_unit.get(None)
+        if unit is None or not unit.shared or unit.closed:
+            return None
+    return unit
+
+
+async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: BaseException | None = None) -> None:
+    """End the transactions of a unit of work, and with `last` the unit itself.
+
+    Call it with ``last=False`` before the first byte of the response leaves: connections go back to the pool, while
+    sessions stay usable for a streamed body or a background task. Call it again, with ``last=True``, when the request is
+    over. It runs to its end even if the task is cancelled meanwhile.
+
+    Args:
+        unit: what `begin` returned.
+        commit: whether to commit (see `ctxdb_core.policy`) or to roll back.
+        last: whether to close every session and hand out none from now on.
+        error: the exception that the adapter is about to raise; further errors are attached to it.
+
+    Raises:
+        BaseException: the error of a commit, or of `before_commit`. Everything that could be was rolled back, and the
+            success that was about to be sent must not be sent.
+    """
+    if unit.closed:
+        return
+    if last:
+        try:
+            if not unit.finish_idle():
+                await unit.finish(commit=commit, error=error)
+        finally:
+            unit.leave()
+    elif commit:
+        await unit.commit()
+    else:
+        await unit.roll_back(error)
+
+
+def is_context_initiated() -> bool:
+    """Return whether the running code is inside an open unit of work."""
+    unit = current_unit.get(None)
+    return unit is not None and not unit.closed
+
+
+@asynccontextmanager
+async def new_db_ctx(*, before_commit: BeforeCommit | None = None) -> AsyncIterator[None]:
+    """Open a unit of work of its own for a block of code: a script, a job, a websocket message.
+
+    It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it is
+    independent of that one.
+
+    Raises:
+        BaseException: what the block raised, or the error of a commit.
+    """
+    unit = UnitOfWork(before_commit)
+    unit.enter()
+    try:
+        try:
+            yield
+        except BaseException as exc:
+            await unit.finish(commit=False, error=exc)
+            raise
+        await unit.finish(commit=True)
+    finally:
+        unit.leave()
+
+
+async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await ``fn(*args, **kwargs)`` in a unit of work of its own: with sessions, a transaction and a commit of its own.
+
+    Raises:
+        TypeError: `fn` is not an async callable.
+        BaseException: what `fn` raised, or the error of a commit.
+    """
+    _check_callable(fn)
+    async with new_db_ctx():
+        return await fn(*args, **kwargs)
+
+
+async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurrent: int | None = None) -> list[T]:
+    """Await all `callables` concurrently, each in a unit of work of its own.
+
+    Args:
+        *callables: async functions without parameters (`functools.partial` makes them so).
+        max_concurrent: how many may run, and hold a connection, at a time; without it, all.
+
+    Returns:
+        Their results, in the order of the callables.
+
+    Raises:
+        TypeError: one of `callables` is not an async callable.
+        ValueError: `max_concurrent` is less than 1.
+        BaseException: the first error. The others are cancelled and have rolled back by then; what was committed stays.
+    """
+    for fn in callables:
+        _check_callable(fn)
+    if max_concurrent is not None and max_concurrent < 1:
+        raise ValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
+    slots = asyncio.Semaphore(len(callables) or 1 if max_concurrent is None else max_concurrent)
+
+    async def run(fn: Callable[[], Awaitable[T]]) -> T:
+        async with slots:
+            return await run_in_new_ctx(fn)
+
+    tasks = [asyncio.create_task(run(fn)) for fn in callables]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException as exc:
+        for task in tasks:
+            task.cancel()
+        await run_to_completion(_wait_for(tasks))
+        for task in tasks:
+            if not task.cancelled() and (other := task.exception()) is not None:
+                report(other, exc, "another of the callables failed as well")
+        raise
+
+
+async def _wait_for(tasks: list[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
+
+
+def _check_callable(fn: object) -> None:
+    if inspect.iscoroutine(fn):
+        fn.close()
+        raise TypeError(
+            "A coroutine was passed where a callable is needed, as it must be called inside of its new context: pass the "
+            "function and its arguments, `run_in_new_ctx(fn, 1)` or `gather_in_new_ctx(partial(fn, 1))`."
+        )
+    if not callable(fn):
+        raise TypeError(f"{fn!r} is not an async callable.")

@@ -1,0 +1,189 @@
+"""Sessions of the current unit of work, and sessions outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal, TypeAlias, get_args
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core import _session_end
+from ctxdb_core._session_end import in_transaction
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError
+from ctxdb_core.unit import OnCommit, UnitOfWork, current_unit
+
+__all__ = [
+    "CurrentTransaction",
+    "atomic_db_session",
+    "close_db_session",
+    "commit_db_session",
+    "db_session",
+    "new_non_ctx_atomic_session",
+    "new_non_ctx_session",
+    "on_commit",
+    "rollback_db_session",
+]
+
+CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
+"""What `atomic_db_session` does with a transaction that is open already."""
+
+
+async def db_session(db: DBConnect) -> AsyncSession:
+    """Return the session of the current unit of work on `db`: the same one each time, made at the first call.
+
+    It needs no closing: the unit of work commits or rolls back, and gives the connection back. The connection is taken
+    at the first statement.
+
+    Raises:
+        ContextNotInitiatedError: there is no unit of work here.
+        ContextClosedError: the unit of work has ended; the error says what to do.
+    """
+    try:
+        return current_unit.get().sessions[db]
+    except LookupError:
+        # No unit of work, or no session on `db` yet: kept out of the way of the common case.
+        pass
+    return await _unit().open_session(db)
+
+
+@asynccontextmanager
+async def atomic_db_session(
+    db: DBConnect, current_transaction: CurrentTransaction = "commit"
+) -> AsyncIterator[AsyncSession]:
+    """Run a block in a transaction of its own on the current unit's session: committed at its end, or rolled back.
+
+    Args:
+        db: where.
+        current_transaction: what to do with a transaction that is open already:
+
+            - ``"commit"`` it, and begin a new one;
+            - ``"rollback"``: roll it back, and begin a new one;
+            - ``"append"``: go on in it, and commit all of it at the end of the block;
+            - ``"raise"`` an error;
+            - ``"savepoint"``: go on in it behind a savepoint, to which an error rolls back; it stays open after the
+              block. Without an open transaction, the block gets one of its own.
+
+    Raises:
+        ValueError: `current_transaction` is none of these.
+        TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for.
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+        BaseException: what the block raised, or the error of a commit.
+    """
+    if current_transaction not in get_args(CurrentTransaction):
+        modes = ", ".join(map(repr, get_args(CurrentTransaction)))
+        raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
+    unit = _unit()
+    session = await db_session(db)
+    if in_transaction(session):
+        if current_transaction == "savepoint":
+            async with session.begin_nested():
+                yield session
+            return
+        if current_transaction == "raise":
+            raise TransactionAlreadyActiveError(
+                f"A transaction is open on {db!r} already: commit it with `await commit_db_session(db)`, or choose "
+                "another `current_transaction`."
+            )
+        if current_transaction == "commit":
+            await unit.commit([db])
+        elif current_transaction == "rollback":
+            await unit.roll_back(None, [db])
+    try:
+        yield session
+    except BaseException as exc:
+        await unit.roll_back(exc, [db])
+        raise
+    await unit.commit([db])
+
+
+async def commit_db_session(db: DBConnect) -> None:
+    """Commit what the current unit of work has done on `db` so far; its connection goes back to the pool.
+
+    The session stays usable and begins a new transaction at its next statement. Does nothing if none is open.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+        BaseException: the error of the commit; the transaction has been rolled back then.
+    """
+    await _usable_unit().commit([db])
+
+
+async def rollback_db_session(db: DBConnect) -> None:
+    """Roll back what the current unit of work has done on `db` since its last commit; the session stays usable.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    await _usable_unit().roll_back(None, [db])
+
+
+async def close_db_session(db: DBConnect) -> None:
+    """Close the current unit's session on `db`, without a commit: its connection goes back to the pool at once.
+
+    For long work that needs no database. The next `db_session` returns a new session; the closed one refuses further
+    statements by `SessionClosedError`.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    await _usable_unit().close_session(db)
+
+
+def on_commit(db: DBConnect, callback: OnCommit) -> None:
+    """Call `callback` once this unit's commit on `db` has succeeded, and never if it is rolled back.
+
+    It runs before the response leaves, in a unit of work of its own. The commit stands whatever becomes of it: its
+    errors are logged, and the response is a success all the same.
+
+    Args:
+        db: whose commit to wait for.
+        callback: called without arguments; may be async.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    _unit().on_commit(db, callback)
+
+
+@asynccontextmanager
+async def new_non_ctx_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+    """Open a session outside of any unit of work, and close it at the end of the block; nothing is committed for it.
+
+    Raises:
+        BaseException: what the block raised.
+    """
+    session = await db.create_session()
+    try:
+        yield session
+    except BaseException as exc:
+        await run_to_completion(_session_end.close(session, exc, db))
+        raise
+    await run_to_completion(_session_end.close(session, None, db))
+
+
+@asynccontextmanager
+async def new_non_ctx_atomic_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+    """Open a session outside of any unit of work; commit it at the end of the block, or roll it back on an exception.
+
+    Raises:
+        BaseException: what the block raised, or the error of the commit.
+    """
+    async with new_non_ctx_session(db) as session:
+        yield session
+        await run_to_completion(session.commit())
+
+
+def _unit() -> UnitOfWork:
+    unit = current_unit.get(None)
+    if unit is None:
+        raise ContextNotInitiatedError
+    return unit
+
+
+def _usable_unit() -> UnitOfWork:
+    unit = _unit()
+    unit.check_usable()
+    return unit

@@ -1,0 +1,279 @@
+"""`UnitOfWork`: the sessions of one request, job or message, and how they end together."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextvars import ContextVar
+from threading import get_ident
+from types import MappingProxyType
+from typing import TypeAlias
+
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core import _session_end
+from ctxdb_core._session_end import in_transaction
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
+
+__all__ = ["BeforeCommit", "OnCommit", "UnitOfWork", "current_unit"]
+
+logger = logging.getLogger("ctxdb")
+
+BeforeCommit: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
+"""Awaited with each session that is about to be committed; an error of it rolls the unit of work back."""
+
+OnCommit: TypeAlias = Callable[[], object]
+"""Called after a commit; what it returns is awaited if it can be."""
+
+current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
+"""The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
+
+_CLOSED: Mapping[DBConnect, AsyncSession] = MappingProxyType({})
+
+
+class UnitOfWork:
+    """The sessions that belong together, at most one for each `DBConnect`.
+
+    Its transactions can end more than once: for a response when it starts, and again for what was done while it was
+    sent. After `finish` it hands out no session any more.
+    """
+
+    __slots__ = ("before_commit", "callbacks", "sessions", "thread", "token")
+
+    shared = False
+    """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
+
+    def __init__(self, before_commit: BeforeCommit | None = None) -> None:
+        self.sessions: Mapping[DBConnect, AsyncSession] = {}
+        self.callbacks: dict[DBConnect, list[OnCommit]] | None = None
+        self.before_commit = before_commit
+        self.thread = get_ident()
+
+    def enter(self) -> None:
+        """Make this the current unit of work of the running context."""
+        self.token = current_unit.set(self)
+
+    def leave(self) -> None:
+        """Make the unit current again that was so before `enter`."""
+        try:
+            current_unit.reset(self.token)
+        except ValueError:
+            # Entered in another context (a task of its own, an async generator fixture), which went with its variables.
+            pass
+
+    @property
+    def closed(self) -> bool:
+        """Whether the unit of work has ended."""
+        return self.sessions is _CLOSED
+
+    async def open_session(self, db: DBConnect) -> AsyncSession:
+        """Return the session on `db`, made now if need be.
+
+        Raises:
+            ContextClosedError: the unit of work has ended.
+            ContextNotInitiatedError: it belongs to another thread's event loop.
+        """
+        self.check_usable()
+        if db in self.sessions:
+            return self.sessions[db]
+        session = await db.create_session()
+        # Meanwhile, the unit may have ended, or another of its tasks may have made the session.
+        self.check_usable()
+        assert isinstance(self.sessions, dict)
+        opened: AsyncSession = self.sessions.setdefault(db, session)
+        return opened
+
+    def check_usable(self) -> None:
+        """Raise the error that says why the running code cannot use this unit, if it cannot."""
+        if self.closed:
+            raise ContextClosedError
+        if self.thread != get_ident():
+            raise ContextNotInitiatedError(
+                "The unit of work found here belongs to another thread's event loop, and a connection serves the loop "
+                "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on the "
+                "first loop (`anyio.from_thread.run`)."
+            )
+
+    def on_commit(self, db: DBConnect, callback: OnCommit) -> None:
+        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead."""
+        self.check_usable()
+        if self.callbacks is None:
+            self.callbacks = {}
+        self.callbacks.setdefault(db, []).append(callback)
+
+    async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
+        """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
+
+        Args:
+            dbs: where to commit; everywhere by default.
+
+        Raises:
+            BaseException: the first error of `before_commit` or of a commit. All that was not committed by then is
+                rolled back, and the error names what was.
+        """
+        if self.before_commit is not None or len(self.sessions) > 1:
+            try:
+                await self._prepare(dbs)
+            except BaseException as exc:
+                await self.roll_back(exc)
+                raise
+        await run_to_completion(self._commit(self.sessions, dbs))
+
+    async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
+        """Roll back the open transactions; the unit stays usable.
+
+        Args:
+            error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
+            dbs: where to roll back; everywhere by default.
+        """
+        await run_to_completion(self._roll_back(self.sessions, error, dbs))
+
+    async def close_session(self, db: DBConnect) -> None:
+        """Roll back and close the session on `db`, if there is one: its connection goes back to the pool."""
+        self.check_usable()
+        assert isinstance(self.sessions, dict)
+        session = self.sessions.pop(db, None)
+        self._take_callbacks([db])
+        if session is not None:
+            _session_end.refuse_further_use(session, _session_end.refuse_after_close)
+            await run_to_completion(_session_end.close(session, None, db))
+
+    def finish_idle(self) -> bool:
+        """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
+        if self.callbacks:
+            return False
+        for session in self.sessions.values():
+            if not _session_end.closes_without_io(session):
+                return False
+        sessions, self.sessions = self.sessions, _CLOSED
+        for session in sessions.values():
+            session.sync_session.close()
+            _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
+        return True
+
+    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
+        """Commit or roll back what is open, close every session, and hand out none from now on.
+
+        Args:
+            commit: whether to commit.
+            error: what ended the unit early; if ending it fails, too, that is attached to it, and else logged.
+
+        Raises:
+            BaseException: as `commit` does; every session is closed all the same.
+        """
+        if commit and (self.before_commit is not None or len(self.sessions) > 1):
+            try:
+                await self._prepare(None)
+            except BaseException as exc:
+                await run_to_completion(self._finish(commit=False, error=exc))
+                raise
+        await run_to_completion(self._finish(commit=commit, error=error))
+
+    async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
+        sessions, self.sessions = self.sessions, _CLOSED
+        try:
+            if commit:
+                await self._commit(sessions, None)
+            else:
+                await self._roll_back(sessions, error, None)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            for db, session in sessions.items():
+                _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
+                await _session_end.close(session, error, db)
+
+    async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
+        """Find errors while nothing is committed yet: the user's hook and the flush come before the first commit."""
+        prepared: set[DBConnect] = set()
+        # The hook may open sessions of its own.
+        while pending := [db for db in _affected(self.sessions, dbs) if db not in prepared]:
+            for db in pending:
+                prepared.add(db)
+                session = self.sessions[db]
+                if not in_transaction(session):
+                    continue
+                if self.before_commit is not None:
+                    await self.before_commit(session)
+                if len(self.sessions) > 1:
+                    await session.flush()
+
+    async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
+        committed: list[DBConnect] = []
+        due: list[OnCommit] = []
+        try:
+            for db in _affected(sessions, dbs):
+                session = sessions[db]
+                if not in_transaction(session):
+                    continue
+                try:
+                    await session.commit()
+                except BaseException as exc:
+                    _name_committed(exc, db, committed)
+                    await self._roll_back(sessions, exc, None)
+                    raise
+                committed.append(db)
+                if self.callbacks:
+                    due += self._take_callbacks([db])
+            if self.callbacks:
+                # Where there was nothing to commit, the commit has succeeded as well.
+                due += self._take_callbacks(dbs)
+        finally:
+            if due:
+                # In a task, as the callbacks are the user's code: they get a context and a current task of their own.
+                await asyncio.create_task(_run_callbacks(due, self.before_commit))
+
+    async def _roll_back(
+        self,
+        sessions: Mapping[DBConnect, AsyncSession],
+        error: BaseException | None,
+        dbs: Collection[DBConnect] | None,
+    ) -> None:
+        self._take_callbacks(dbs)
+        for db in _affected(sessions, dbs):
+            await _session_end.roll_back(sessions[db], error, db)
+
+    def _take_callbacks(self, dbs: Collection[DBConnect] | None) -> list[OnCommit]:
+        if self.callbacks is None:
+            return []
+        taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
+        return [callback for callbacks in taken for callback in callbacks]
+
+
+def _affected(sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> list[DBConnect]:
+    return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
+
+
+async def _run_callbacks(callbacks: list[OnCommit], before_commit: BeforeCommit | None) -> None:
+    """Run each callback in a unit of work of its own. The commit stands whatever becomes of them: errors are logged."""
+    for callback in callbacks:
+        unit = UnitOfWork(before_commit)
+        unit.enter()
+        try:
+            try:
+                result = callback()
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as exc:
+                await unit.finish(commit=False, error=exc)
+                raise
+            await unit.finish(commit=True)
+        except Exception:
+            logger.exception("The on_commit callback %r failed; the commit that it was waiting for stands", callback)
+
+
+def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect]) -> None:
+    if not committed:
+        return
+    names = ", ".join(map(repr, committed))
+    message = f"ctxdb: the commit on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
+    error.add_note(message)
+    if isinstance(error, StatementError):
+        # SQLAlchemy's own errors show this in their text, too.
+        error.add_detail(message)

@@ -1,0 +1,26 @@
+"""`provide_session`: the session of the request as a FastAPI dependency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core import DBConnect, db_session
+
+__all__ = ["provide_session"]
+
+
+@dataclass(frozen=True)
+class provide_session:  # noqa: N801 - used like a function, in `Depends(provide_session(db))`
+    """A dependency that returns the request's session on `db`.
+
+    ``session: Annotated[AsyncSession, Depends(provide_session(db))]``. It owns no transaction: the middleware commits
+    or rolls back. Two of them for one `db` are equal, so ``app.dependency_overrides[provide_session(db)]`` works.
+    """
+
+    db: DBConnect
+
+    async def __call__(self) -> AsyncSession:
+        """Return the session; see `ctxdb_core.db_session` for the errors."""
+        return await db_session(self.db)

@@ -1,0 +1,65 @@
+"""`DBSessionMiddleware`: the ASGI middleware of the core, with Starlette's way of answering errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
+
+from ctxdb_core import BeforeCommit, CommitPolicy, commit_below_400
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Receive, Scope, Send
+
+__all__ = ["DBSessionMiddleware"]
+
+
+class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
+    """Gives each request and each websocket of a Starlette or FastAPI application a unit of work.
+
+    ``app.add_middleware(DBSessionMiddleware)`` is all the wiring there is. If the commit fails, the application's
+    exception handlers answer, as they would if the endpoint had raised the error.
+
+    Args:
+        app: the application, passed by ``add_middleware``.
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        before_commit: BeforeCommit | None = None,
+        commit_policy: CommitPolicy = commit_below_400,
+    ) -> None:
+        super().__init__(app, before_commit, commit_policy)
+
+    async def answer_error(
+        self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
+    ) -> None:
+        """Answer through the exception handlers of the application, else raise `error`."""
+
+        async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+            raise error
+
+        app: ASGIApp = failing
+        # The application that handled the request, which may be mounted in the one that has this middleware.
+        inner_app = scope.get("app")
+        if isinstance(inner_app, Starlette) and inner_app is not root_app:
+            app = _with_exception_handlers(app, inner_app)
+            if root_app is None or _server_error_handler(inner_app) is not None:
+                app = ServerErrorMiddleware(app, handler=_server_error_handler(inner_app), debug=inner_app.debug)
+        if isinstance(root_app, Starlette):
+            app = _with_exception_handlers(app, root_app)
+        await app(scope, receive, send)
+
+
+def _with_exception_handlers(app: ASGIApp, owner: Starlette) -> ASGIApp:
+    # As in Starlette.build_middleware_stack: the handler of 500 and Exception belongs to the server error middleware.
+    handlers = {key: handler for key, handler in owner.exception_handlers.items() if key not in (500, Exception)}
+    return ExceptionMiddleware(app, handlers=handlers, debug=owner.debug)
+
+
+def _server_error_handler(owner: Starlette) -> Any | None:
+    return owner.exception_handlers.get(500) or owner.exception_handlers.get(Exception)
