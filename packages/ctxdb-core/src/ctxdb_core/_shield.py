@@ -44,7 +44,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
             _leave_task(loop, host)
             _enter_task(loop, lent)  # type: ignore[arg-type]  # a stand-in, which is what this function is for
             try:
-                awaited = lent.step(coro)
+                awaited = coro.throw(lent.take_cancellation()) if lent.must_cancel else coro.send(None)
             except StopIteration as stop:
                 result: T = stop.value
                 break
@@ -97,25 +97,23 @@ class _LentTask:
     cancellation of the real task must not.
     """
 
-    __slots__ = ("__weakref__", "_cancel_args", "_cancel_requests", "_host", "_must_cancel", "awaited")
+    __slots__ = ("__weakref__", "_cancel_args", "_cancel_requests", "_host", "awaited", "must_cancel")
 
     def __init__(self, host: asyncio.Task[Any]) -> None:
         self._host = host
         self._cancel_requests = 0
-        self._must_cancel = False
+        self.must_cancel = False
         self._cancel_args: tuple[Any, ...] = ()
         self.awaited: Any = None
 
-    def step(self, coro: Coroutine[Any, Any, Any]) -> Any:
-        if self._must_cancel:
-            self._must_cancel = False
-            return coro.throw(asyncio.CancelledError(*self._cancel_args))
-        return coro.send(None)
+    def take_cancellation(self) -> asyncio.CancelledError:
+        self.must_cancel = False
+        return asyncio.CancelledError(*self._cancel_args)
 
     def cancel(self, msg: Any | None = None) -> bool:
         self._cancel_requests += 1
         if self.awaited is None or not self.awaited.cancel(msg=msg):
-            self._must_cancel = True
+            self.must_cancel = True
             self._cancel_args = () if msg is None else (msg,)
         return True
 
@@ -126,7 +124,7 @@ class _LentTask:
         if self._cancel_requests:
             self._cancel_requests -= 1
             if not self._cancel_requests:
-                self._must_cancel = False
+                self.must_cancel = False
         return self._cancel_requests
 
     def __getattr__(self, name: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import partial
+from threading import get_ident
 from typing import Any, TypeAlias
 
 from ctxdb_core._session_end import report
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
-from ctxdb_core.unit import BeforeCommit, UnitOfWork
+from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
 __all__ = ["ASGIApp", "ASGIHTTPDBSessionMiddleware", "Message", "Receive", "Scope", "Send"]
 
@@ -47,13 +47,21 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
-        exchange_type = _EXCHANGES.get(scope["type"])
-        if exchange_type is None or outer_unit(scope) is not None:
+        exchange: _Exchange
+        if scope["type"] == "http":
+            exchange = _HTTPExchange(self, send)
+        elif scope["type"] == "websocket":
+            exchange = _WebSocketExchange(self, send)
+        else:
+            await self.app(scope, receive, send)
+            return
+        # Most requests find nothing at all: these two look-ups spare them the closer look.
+        if (REQUEST_KEY in scope or current_unit.get(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
         root_app = scope.get("app")
-        exchange = scope[REQUEST_KEY] = exchange_type(self, send)
-        exchange.enter()
+        scope[REQUEST_KEY] = exchange
+        token = current_unit.set(exchange)
         try:
             try:
                 await self.app(scope, receive, exchange.send)
@@ -61,12 +69,12 @@ class ASGIHTTPDBSessionMiddleware:
                 if await exchange.app_raised(exc):
                     raise
             if exchange.failure is not None:
-                await self._answer_failure(exchange, scope, receive, root_app)
+                await self._answer_failure(exchange, scope, receive, send, root_app)
             elif not exchange.finish_idle():
                 # Where no response was begun, there is no success that would have to be true.
                 await exchange.finish(commit=exchange.responded)
         finally:
-            exchange.leave()
+            current_unit.reset(token)
 
     async def answer_error(
         self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
@@ -85,10 +93,12 @@ class ASGIHTTPDBSessionMiddleware:
         """
         raise error
 
-    async def _answer_failure(self, exchange: _Exchange, scope: Scope, receive: Receive, root_app: Any | None) -> None:
+    async def _answer_failure(
+        self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send, root_app: Any | None
+    ) -> None:
         error = exchange.failure
-        assert isinstance(error, Exception)
-        exchange.start_over()
+        assert error is not None
+        exchange.start_over(send)
         try:
             await self.answer_error(error, scope, receive, exchange.send, root_app)
         except BaseException as exc:
@@ -105,39 +115,52 @@ class ASGIHTTPDBSessionMiddleware:
 class _Exchange(UnitOfWork):
     """The unit of work of one request, together with the `send` that ends it in time."""
 
-    __slots__ = ("failure", "forward", "middleware", "responded")
+    responded = False
+    """Whether a response has begun."""
+    failure: Exception | None = None
+    """Why the response that the application began was not sent."""
 
     def __init__(self, middleware: ASGIHTTPDBSessionMiddleware, forward: Send) -> None:
-        super().__init__(middleware.before_commit)
+        # UnitOfWork.__init__ is spelled out here: on a request without database use, the call would be felt.
+        self.sessions = {}
+        self.before_commit = middleware.before_commit
+        self.thread = get_ident()
         self.middleware = middleware
         self.forward = forward
-        self.responded = False
-        self.failure: BaseException | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
         """Forward a message of the application, after what has to happen before it."""
         raise NotImplementedError
 
-    def start_over(self) -> None:
+    def start_over(self, forward: Send) -> None:
         """Take another response: the one of the error."""
         self.failure = None
         self.responded = False
+        self.forward = forward
 
-    async def end_transactions(self, *, commit: Callable[[], bool]) -> None:
-        """Commit or roll back before a message that tells the client how it went.
+    async def end_transactions(self, commit: bool) -> None:  # noqa: FBT001 - private, and called for each response
+        """Commit or roll back, before a message that tells the client how it went is forwarded."""
+        if commit:
+            await self.commit()
+        else:
+            await self.roll_back()
 
-        Args:
-            commit: whether to commit; asked here, as it may fail as well.
-        """
-        try:
-            if commit():
-                await self.commit()
-            else:
-                await self.roll_back()
-        except Exception as exc:
-            self.failure = exc
-            await self.roll_back(exc)
-            raise
+    async def refuse_response(self, exc: Exception) -> None:
+        """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""
+        self.failure = exc
+        self.forward = _discard
+        await self.roll_back(exc)
+
+    async def respond(self, message: Message) -> None:
+        """End the transactions as the status of the response demands, then let it start."""
+        # After a refused response, the application may try one of its own for the error: it is not sent either.
+        if self.failure is None:
+            try:
+                await self.end_transactions(self.middleware.commit_policy(message["status"]))
+            except Exception as exc:
+                await self.refuse_response(exc)
+                raise
+        await self.forward(message)
 
     async def app_raised(self, exc: BaseException) -> bool:
         """Roll back for an exception of the application; return whether it is the one to raise.
@@ -158,33 +181,20 @@ class _Exchange(UnitOfWork):
 
 
 class _HTTPExchange(_Exchange):
-    __slots__ = ()
-
     def send(self, message: Message) -> Awaitable[None]:
         # A plain function: most messages cost no coroutine of their own.
-        if self.failure is not None:
-            return _discard(message)
         if message["type"] == "http.response.start":
             self.responded = True
             if self.sessions or self.callbacks:
-                return self._respond(message)
+                return self.respond(message)
         return self.forward(message)
-
-    async def _respond(self, message: Message) -> None:
-        await self.end_transactions(commit=partial(self.middleware.commit_policy, message["status"]))
-        await self.forward(message)
 
 
 class _WebSocketExchange(_Exchange):
-    __slots__ = ("accepted",)
-
-    def __init__(self, middleware: ASGIHTTPDBSessionMiddleware, forward: Send) -> None:
-        super().__init__(middleware, forward)
-        self.accepted = False
+    accepted = False
+    """Whether the handshake was accepted."""
 
     def send(self, message: Message) -> Awaitable[None]:
-        if self.failure is not None:
-            return _discard(message)
         kind = message["type"]
         if kind == "websocket.accept":
             self.accepted = self.responded = True
@@ -192,21 +202,20 @@ class _WebSocketExchange(_Exchange):
             return self._close(message)
         elif kind == "websocket.http.response.start":
             self.responded = True
-            return self._deny(message)
+            return self.respond(message)
         return self.forward(message)
 
     async def _close(self, message: Message) -> None:
         # A close before the handshake is over refuses it: the client gets a 403.
         normal = self.accepted and message.get("code", _NORMAL_CLOSURE) in (_NORMAL_CLOSURE, _GOING_AWAY)
-        try:
-            await self.end_transactions(commit=lambda: normal)
-        except Exception:
-            await self.forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
-            raise
-        await self.forward(message)
-
-    async def _deny(self, message: Message) -> None:
-        await self.end_transactions(commit=partial(self.middleware.commit_policy, message["status"]))
+        forward = self.forward
+        if self.failure is None:
+            try:
+                await self.end_transactions(normal)
+            except Exception as exc:
+                await self.refuse_response(exc)
+                await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
+                raise
         await self.forward(message)
 
 
@@ -222,6 +231,3 @@ def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
         seen.add(id(exc))
         exc = exc.__cause__ or exc.__context__
     return False
-
-
-_EXCHANGES: dict[str, type[_Exchange]] = {"http": _HTTPExchange, "websocket": _WebSocketExchange}

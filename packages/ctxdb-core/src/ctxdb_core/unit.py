@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from threading import get_ident
 from types import MappingProxyType
 from typing import TypeAlias
@@ -43,14 +43,15 @@ class UnitOfWork:
     sent. After `finish` it hands out no session any more.
     """
 
-    __slots__ = ("before_commit", "callbacks", "sessions", "thread", "token")
-
+    # Defaults are the class's: a request that uses no database pays for what it sets.
     shared = False
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
 
+    callbacks: dict[DBConnect, list[OnCommit]] | None = None
+    token: Token[UnitOfWork]
+
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions: Mapping[DBConnect, AsyncSession] = {}
-        self.callbacks: dict[DBConnect, list[OnCommit]] | None = None
         self.before_commit = before_commit
         self.thread = get_ident()
 
@@ -83,14 +84,15 @@ class UnitOfWork:
             return self.sessions[db]
         session = await db.create_session()
         # Meanwhile, the unit may have ended, or another of its tasks may have made the session.
-        self.check_usable()
+        if self.sessions is _CLOSED:
+            raise ContextClosedError
         assert isinstance(self.sessions, dict)
         opened: AsyncSession = self.sessions.setdefault(db, session)
         return opened
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
-        if self.closed:
+        if self.sessions is _CLOSED:
             raise ContextClosedError
         if self.thread != get_ident():
             raise ContextNotInitiatedError(
@@ -122,6 +124,16 @@ class UnitOfWork:
             except BaseException as exc:
                 await self.roll_back(exc)
                 raise
+        elif self.sessions and not self.callbacks and dbs is None:
+            # The common case, without what several sessions need.
+            (session,) = self.sessions.values()
+            if in_transaction(session):
+                try:
+                    await run_to_completion(session.commit())
+                except BaseException as exc:
+                    await self.roll_back(exc)
+                    raise
+            return
         await run_to_completion(self._commit(self.sessions, dbs))
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
@@ -147,6 +159,9 @@ class UnitOfWork:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
         if self.callbacks:
             return False
+        if not self.sessions:
+            self.sessions = _CLOSED
+            return True
         for session in self.sessions.values():
             if not _session_end.closes_without_io(session):
                 return False

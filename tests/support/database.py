@@ -1,0 +1,156 @@
+"""Databases for the tests, and what must hold on them after each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+from ctxdb_core import DBConnect
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+TABLES = (
+    "CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)",
+    "CREATE TABLE parent (name VARCHAR(40) PRIMARY KEY)",
+    # Checked at COMMIT, on both databases.
+    "CREATE TABLE child (parent VARCHAR(40) REFERENCES parent (name) DEFERRABLE INITIALLY DEFERRED)",
+)
+
+
+@dataclass
+class Database:
+    """A fresh database with the tests' tables, watched through every connection that is made to it."""
+
+    url: str
+    name: str
+    server: EmbeddedPostgres | None
+    checked_out: int = 0
+    checkouts: int = 0
+    connections: int = 0
+    engines: list[AsyncEngine] = field(default_factory=list)
+
+    @property
+    def is_postgresql(self) -> bool:
+        return self.server is not None
+
+    def connect(self, **options: Any) -> DBConnect:
+        """Return a `DBConnect` with a pool of five, whose connections are counted."""
+        if self.is_postgresql:
+            options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10, **options}
+
+        def engine_creator(host: str) -> AsyncEngine:
+            return self.watch(create_async_engine(self.url, **options))
+
+        return DBConnect(engine_creator, host="127.0.0.1")
+
+    def watch(self, engine: AsyncEngine) -> AsyncEngine:
+        def connected(*args: object) -> None:
+            self.connections += 1
+            if not self.is_postgresql:
+                args[0].cursor().execute("PRAGMA foreign_keys = ON")  # type: ignore[attr-defined]
+
+        def checked_out(*args: object) -> None:
+            self.checked_out += 1
+            self.checkouts += 1
+
+        def checked_in(*args: object) -> None:
+            self.checked_out -= 1
+
+        event.listen(engine.sync_engine, "connect", connected)
+        event.listen(engine.sync_engine, "checkout", checked_out)
+        event.listen(engine.sync_engine, "checkin", checked_in)
+        self.engines.append(engine)
+        return engine
+
+    async def names(self, table: str = "item", column: str = "name") -> list[str]:
+        """Return what another connection sees in `table` right now."""
+        rows = await self.query(f"SELECT {column} FROM {table} ORDER BY {column}")
+        return [row[0] for row in rows]
+
+    async def query(self, sql: str, **parameters: object) -> list[tuple[Any, ...]]:
+        """Run one statement on a connection of its own, which leaves no trace."""
+        engine = create_async_engine(self.url)
+        try:
+            async with engine.begin() as connection:
+                result = await connection.execute(text(sql), parameters)
+                return [tuple(row) for row in result.all()] if result.returns_rows else []
+        finally:
+            await engine.dispose()
+
+    def backends(self, condition: str) -> list[str]:
+        """Return the last queries of this database's server processes that fulfil `condition`."""
+        assert self.server is not None
+        with psycopg.connect(self._admin_url(), autocommit=True) as connection:
+            rows = connection.execute(
+                f"SELECT query FROM pg_stat_activity WHERE datname = %s AND ({condition})",  # type: ignore[arg-type]  # a literal of the tests
+                [self.name],
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def terminate_backends(self, condition: str = "true") -> int:
+        """Kill this database's server processes that fulfil `condition`, and return how many these were."""
+        with psycopg.connect(self._admin_url(), autocommit=True) as connection:
+            return connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "  # type: ignore[arg-type]  # as above
+                f"WHERE datname = %s AND ({condition})",
+                [self.name],
+            ).rowcount
+
+    def _admin_url(self) -> str:
+        assert self.server is not None
+        return self.server.url("psycopg").replace("+psycopg", "")
+
+    async def assert_quiet(self) -> None:
+        """Assert that nothing of the test is left on the database."""
+        await eventually(lambda: self.checked_out == 0, f"{self.checked_out} connections are still checked out")
+        for engine in self.engines:
+            checked_out = getattr(engine.pool, "checkedout", lambda: 0)()
+            assert checked_out == 0, f"{checked_out} connections are still checked out"
+        if self.is_postgresql:
+            await eventually(
+                lambda: not self.backends("state <> 'idle'"),
+                lambda: f"still at work on the server: {self.backends('state <> $$idle$$')}",
+            )
+
+
+async def eventually(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = 5.0) -> None:
+    """Wait until `condition` holds: for what other processes, or other tasks' next steps, have to do."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError(message if isinstance(message, str) else message())
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -> AsyncIterator[Database]:
+    """Create a database with the tests' tables, and drop it afterwards."""
+    if kind == "sqlite":
+        database = Database(f"sqlite+aiosqlite:///{directory / 'test.db'}", "test.db", None)
+        await _create_tables(database)
+        yield database
+        return
+    name = f"test_{uuid4().hex[:12]}"
+    with psycopg.connect(server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]  # a name of our own
+        try:
+            database = Database(server.url(kind, name), name, server)
+            await _create_tables(database)
+            yield database
+        finally:
+            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[arg-type]  # as above
+
+
+async def _create_tables(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        for statement in TABLES:
+            await connection.execute(text(statement))
+    await engine.dispose()
