@@ -15,6 +15,7 @@ from ctxdb_core import DBConnect
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 TABLES = (
     "CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)",
@@ -22,6 +23,15 @@ TABLES = (
     # Checked at COMMIT, on both databases.
     "CREATE TABLE child (parent VARCHAR(40) REFERENCES parent (name) DEFERRABLE INITIALLY DEFERRED)",
 )
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    __tablename__ = "item"
+    name: Mapped[str] = mapped_column(primary_key=True)
 
 
 @dataclass
@@ -42,13 +52,13 @@ class Database:
 
     def connect(self, **options: Any) -> DBConnect:
         """Return a `DBConnect` with a pool of five, whose connections are counted."""
+        return DBConnect(lambda host: self.watch_new(**options), host="127.0.0.1")
+
+    def watch_new(self, **options: Any) -> AsyncEngine:
+        """Return a new engine, with a pool of five, whose connections are counted."""
         if self.is_postgresql:
             options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10, **options}
-
-        def engine_creator(host: str) -> AsyncEngine:
-            return self.watch(create_async_engine(self.url, **options))
-
-        return DBConnect(engine_creator, host="127.0.0.1")
+        return self.watch(create_async_engine(self.url, **options))
 
     def watch(self, engine: AsyncEngine) -> AsyncEngine:
         def connected(*args: object) -> None:

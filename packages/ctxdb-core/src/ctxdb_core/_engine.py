@@ -10,11 +10,15 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core._guards import refuse_silent_rollbacks, stop_cancelled_queries
+from ctxdb_core._guards import trust_no_failed_transaction, stop_cancelled_queries
 from ctxdb_core._shield import run_to_completion
 
 EngineCreator = Callable[[str], AsyncEngine]
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
+
+
+# An engine that is garbage-collected takes its connections with it unclosed: each is kept until it has been disposed of.
+_live: set[LoopEngine] = set()
 
 
 class LoopEngine:
@@ -36,9 +40,12 @@ class LoopEngine:
         self.engine = engine
         self.session_maker = session_maker_creator(engine)
         stop_cancelled_queries(engine)
-        refuse_silent_rollbacks(engine)
+        trust_no_failed_transaction(engine)
+        for other in [kept for kept in _live if kept.loop.is_closed()]:
+            _live.discard(other)
+        _live.add(self)
         self._retirement: asyncio.Task[None] | None = None
-        self._lifetime = self._live()
+        self._lifetime = self._live_and_dispose()
         try:
             # The first step registers the generator with the running loop, which will close it before it ends
             # (`loop.shutdown_asyncgens`, called by `asyncio.run` and `asyncio.Runner`).
@@ -46,7 +53,7 @@ class LoopEngine:
         except StopIteration:
             pass
 
-    async def _live(self) -> AsyncGenerator[None, None]:
+    async def _live_and_dispose(self) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
@@ -56,7 +63,10 @@ class LoopEngine:
         # Connections that are in use outlive `dispose()`, in a pool that nobody would look after any more: from here on,
         # whatever comes back to this engine's pools is closed instead of kept.
         event.listen(self.engine.pool, "checkin", _close_returned)
-        await self.engine.dispose()
+        try:
+            await self.engine.dispose()
+        finally:
+            _live.discard(self)
 
     async def retire(self) -> None:
         """Close every connection that is idle now, and each of the others when it is given back."""
@@ -66,6 +76,11 @@ class LoopEngine:
             await run_to_completion(self._end_lifetime())
         else:
             # Another loop's connections can be closed on that loop only, and it may not be running: no waiting for it.
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Retire without waiting for it; may be called from anywhere."""
+        if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._start_retirement)
 
     async def _end_lifetime(self) -> None:

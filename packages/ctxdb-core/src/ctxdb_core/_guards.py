@@ -60,22 +60,25 @@ async def _stop_psycopg(connection: Any) -> None:
 _STOPPERS = {"asyncpg": _stop_asyncpg, "psycopg": _stop_psycopg}
 
 
-def refuse_silent_rollbacks(engine: AsyncEngine) -> None:
-    """Make COMMIT fail where PostgreSQL would roll back without an error.
-
-    A statement that fails aborts its transaction. If the application swallows the error, the transaction can only be
-    rolled back, and COMMIT does so silently (PostgreSQL, "COMMIT": the command tag is then ROLLBACK).
-    """
+def trust_no_failed_transaction(engine: AsyncEngine) -> None:
+    """Make what goes wrong in a transaction on PostgreSQL show when it ends, and stay out of the pool."""
     if engine.dialect.name == "postgresql":
-        event.listen(engine.sync_engine, "handle_error", _watch_commit)
+        event.listen(engine.sync_engine, "handle_error", _handle_error)
 
 
-def _watch_commit(context: ExceptionContext) -> None:
+def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
-    if connection is None or context.is_disconnect or not connection.in_transaction():
+    if connection is None or context.is_disconnect:
         return
-    if not event.contains(connection, "commit", _check_transaction):
-        # On this one connection of this one session: it goes when the transaction is over.
+    if context.statement is None and getattr(context.original_exception, "sqlstate", None) is None:
+        # COMMIT or ROLLBACK was not refused by the server, it did not get there: another task is in the middle of a
+        # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
+    elif connection.in_transaction() and not event.contains(connection, "commit", _check_transaction):
+        # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
+        # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
+        # The listener is on this one connection of this one session: it goes when the transaction is over.
         event.listen(connection, "commit", _check_transaction)
 
 

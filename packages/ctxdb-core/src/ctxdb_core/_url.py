@@ -72,7 +72,7 @@ def without_secrets(host: str) -> str:
     if "://" in host:
         try:
             url = make_url(host)
-        except ArgumentError:
+        except (ArgumentError, ValueError):
             return "***"
         return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
     return host if _PLAIN_HOST.fullmatch(host) else "***"

@@ -155,6 +155,10 @@ class DBConnect:
     ) -> None:
         await self.close()
 
+    def __del__(self) -> None:
+        for engine in getattr(self, "_engines", {}).values():
+            engine.abandon()
+
     def __repr__(self) -> str:
         host = "None" if self._host is None else repr(without_secrets(self._host))
         return f"<{type(self).__name__} host={host}>"

@@ -1,0 +1,350 @@
+"""`DBConnect`: hosts, event loops, engines and their connections."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+from ctxdb_core import DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from sqlalchemy import text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+
+from tests.support.database import Database, eventually
+
+SELECT_PID = text("SELECT pg_backend_pid()")
+
+
+class Hosts:
+    """One database under several host names, told apart by the application name that each connects with."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.created: list[str] = []
+        self.fail_for: set[str] = set()
+
+    def __call__(self, host: str) -> AsyncEngine:
+        if host in self.fail_for:
+            raise LookupError(f"no engine for {host}")
+        self.created.append(host)
+        url = self.database.url if host != "down" else self.database.url.replace("127.0.0.1", "127.0.0.2")
+        engine = create_async_engine(
+            url, pool_size=5, max_overflow=0, connect_args={"server_settings": {"application_name": host}}
+        )
+        return self.database.watch(engine)
+
+    def connections(self, host: str) -> int:
+        return len(self.database.backends(f"application_name = '{host}'"))
+
+
+@pytest.fixture
+def hosts(database: Database) -> Hosts:
+    return Hosts(database)
+
+
+@pytest.fixture
+async def switching(hosts: Hosts) -> AsyncIterator[DBConnect]:
+    async with DBConnect(hosts, host="old") as db:
+        yield db
+
+
+async def _host(db: DBConnect) -> str:
+    async with new_non_ctx_session(db) as session:
+        host: str = await session.scalar(text("SELECT current_setting('application_name')"))
+        return host
+
+
+async def test_an_engine_is_made_at_the_first_use(hosts: Hosts) -> None:
+    async with DBConnect(hosts, host="a") as db:
+        assert hosts.created == []
+        await db.create_session()
+        await db.create_session()
+        assert hosts.created == ["a"]
+        assert hosts.connections("a") == 0
+
+
+@pytest.mark.parametrize("host", ["", None])
+async def test_a_host_is_needed(hosts: Hosts, host: str | None) -> None:
+    with pytest.raises(HostNotSetError, match="host"):
+        await DBConnect(hosts, host=host).create_session()
+
+
+async def test_an_empty_host_is_refused_and_loses_nothing(switching: DBConnect) -> None:
+    for method in (switching.connect, switching.change_host):
+        with pytest.raises(ValueError, match="host is empty"):
+            await method("")
+    assert switching.host == "old"
+    assert await _host(switching) == "old"
+
+
+async def test_connect_sets_the_host(hosts: Hosts) -> None:
+    async with DBConnect(hosts) as db:
+        assert db.host is None
+        await db.connect("a")
+        assert db.host == "a"
+        assert await _host(db) == "a"
+
+
+async def test_new_sessions_go_to_the_new_host_at_once(switching: DBConnect) -> None:
+    assert await _host(switching) == "old"
+    await switching.change_host("new")
+    assert switching.host == "new"
+    assert await _host(switching) == "new"
+
+
+async def test_changing_to_the_same_host_changes_nothing(switching: DBConnect, hosts: Hosts) -> None:
+    engine = await switching.engine()
+    await switching.change_host("old")
+    assert await switching.engine() is engine
+    assert hosts.created == ["old"]
+
+
+async def test_a_session_on_the_old_host_goes_on_and_its_connection_is_closed_with_it(
+    switching: DBConnect, hosts: Hosts
+) -> None:
+    session = await switching.create_session()
+    pid = await session.scalar(SELECT_PID)
+    await switching.change_host("new")
+    assert await session.scalar(SELECT_PID) == pid
+    await session.commit()
+    assert await session.scalar(text("SELECT current_setting('application_name')")) == "old"
+    await session.close()
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
+
+
+async def test_idle_connections_to_the_old_host_are_closed_by_the_change(switching: DBConnect, hosts: Hosts) -> None:
+    await asyncio.gather(*(_host(switching) for _ in range(3)))
+    assert hosts.connections("old") > 0
+    await switching.change_host("new")
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
+
+
+async def test_an_engine_that_cannot_be_made_leaves_everything_as_it_was(switching: DBConnect, hosts: Hosts) -> None:
+    engine = await switching.engine()
+    hosts.fail_for.add("new")
+    with pytest.raises(LookupError):
+        await switching.change_host("new")
+    assert switching.host == "old"
+    assert await switching.engine() is engine
+    assert await _host(switching) == "old"
+
+
+async def test_hosts_change_under_many_sessions_without_an_error(switching: DBConnect, hosts: Hosts) -> None:
+    stop = False
+    served: set[str] = set()
+
+    async def work() -> None:
+        while not stop:
+            served.add(await _host(switching))
+
+    workers = [asyncio.create_task(work()) for _ in range(8)]
+    for number in range(10):
+        target = f"host{number}"
+        await asyncio.gather(*(switching.change_host(target) for _ in range(5)))
+        while target not in served:
+            await asyncio.sleep(0)
+    stop = True
+    await asyncio.gather(*workers)
+    for number in range(9):
+        assert hosts.connections(f"host{number}") == 0
+    assert hosts.created.count("host5") == 1
+
+
+async def test_a_new_host_that_is_down_fails_its_sessions_and_can_be_left(switching: DBConnect, hosts: Hosts) -> None:
+    kept = await switching.create_session()
+    await kept.scalar(SELECT_PID)
+    await switching.change_host("down")
+    results = await asyncio.gather(*(_host(switching) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(result, OSError) for result in results)
+    await kept.scalar(SELECT_PID)
+    await kept.close()
+    await switching.change_host("new")
+    assert await _host(switching) == "new"
+
+
+async def test_close_leaves_sessions_in_use_alone_and_closes_their_connections_after_them(
+    switching: DBConnect, hosts: Hosts
+) -> None:
+    session = await switching.create_session()
+    await session.scalar(SELECT_PID)
+    await asyncio.gather(*(switching.close() for _ in range(5)))
+    assert hosts.connections("old") == 1
+    await session.scalar(SELECT_PID)
+    await session.close()
+    await eventually(lambda: hosts.connections("old") == 0, "a connection outlived its session")
+
+
+async def test_a_closed_dbconnect_can_be_used_again(switching: DBConnect, hosts: Hosts) -> None:
+    await _host(switching)
+    await switching.close()
+    assert await _host(switching) == "old"
+    assert hosts.created == ["old", "old"]
+
+
+async def test_the_handler_is_awaited_before_each_session(hosts: Hosts) -> None:
+    async def follow(db: DBConnect) -> None:
+        await db.change_host("chosen")
+
+    async with DBConnect(hosts, before_create_session_handler=follow) as db:
+        assert await _host(db) == "chosen"
+        async with new_db_ctx():
+            session = await db_session(db)
+            assert await session.scalar(text("SELECT current_setting('application_name')")) == "chosen"
+
+
+async def test_each_event_loop_has_an_engine_of_its_own(db: DBConnect, database: Database) -> None:
+    async with new_non_ctx_session(db) as session:
+        await session.scalar(SELECT_PID)
+
+    async def use() -> int:
+        async with new_non_ctx_session(db) as session:
+            await session.scalar(SELECT_PID)
+        return id(await db.engine())
+
+    engines = [await asyncio.to_thread(asyncio.run, use()) for _ in range(3)]
+    assert id(await db.engine()) not in engines
+    # The loops that have ended took their connections with them.
+    await eventually(lambda: len(database.backends("true")) == 1, "an ended loop's connection is still open")
+    async with new_non_ctx_session(db) as session:
+        await session.scalar(SELECT_PID)
+
+
+async def test_a_host_change_reaches_the_other_loops_engines(switching: DBConnect, hosts: Hosts) -> None:
+    used, changed = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    async def use_twice() -> None:
+        seen.append(await _host(switching))
+        used.set()
+        await asyncio.to_thread(changed.wait)
+        seen.append(await _host(switching))
+        await eventually(lambda: hosts.connections("old") == 0, "the other loop's old connection is still open")
+
+    other = asyncio.create_task(asyncio.to_thread(asyncio.run, use_twice()))
+    await asyncio.to_thread(used.wait)
+    await switching.change_host("new")
+    changed.set()
+    await other
+    assert seen == ["old", "new"]
+
+
+async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hosts) -> None:
+    db = DBConnect(hosts, host="thrown")
+    await _host(db)
+    assert hosts.connections("thrown") == 1
+    hosts.database.engines.clear()
+    del db
+    gc.collect()
+    await eventually(lambda: hosts.connections("thrown") == 0, "its connection is still open")
+
+
+async def test_engine_creators_that_return_something_else_are_told_so() -> None:
+    with pytest.raises(TypeError, match="create_async_engine"):
+        await DBConnect(lambda host: host, host="a").engine()  # type: ignore[arg-type, return-value]  # the mistake
+
+
+async def test_the_session_maker_is_the_users(hosts: Hosts) -> None:
+    def session_maker(engine: AsyncEngine) -> async_sessionmaker[object]:  # type: ignore[type-var]
+        return async_sessionmaker(engine, expire_on_commit=True, info={"mine": True})  # type: ignore[return-value]
+
+    async with DBConnect(hosts, session_maker, host="a") as db:  # type: ignore[arg-type]
+        session = await db.create_session()
+        assert session.info == {"mine": True}
+        assert (await db.session_maker()).kw["expire_on_commit"] is True
+
+
+def test_by_default_objects_stay_readable_after_a_commit() -> None:
+    async def options() -> object:
+        async with DBConnect.from_url("sqlite+aiosqlite://") as db:
+            return (await db.session_maker()).kw["expire_on_commit"]
+
+    assert asyncio.run(options()) is False
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "postgresql+asyncpg://user:s3cret@db.example/app",
+        "postgresql+asyncpg://user@db.example/app?password=s3cret",
+        "host=db.example password=s3cret",
+        "user:s3cret@db.example",
+        "postgresql://user:s3cret@db.example:port/app",
+    ],
+)
+def test_repr_shows_no_password(host: str) -> None:
+    db = DBConnect(create_async_engine, host=host)
+    assert "s3cret" not in repr(db)
+
+
+@pytest.mark.parametrize("host", ["db.example", "db.example:5433", "10.0.0.1", "[::1]:5432", "/run/postgresql"])
+def test_repr_shows_the_host(host: str) -> None:
+    assert host in repr(DBConnect(create_async_engine, host=host))
+
+
+def test_repr_of_a_url_shows_its_host_and_no_password() -> None:
+    shown = repr(DBConnect.from_url("postgresql+asyncpg://user:s3cret@db.example:5432/app"))
+    assert "db.example" in shown
+    assert "s3cret" not in shown
+
+
+def test_a_url_that_cannot_be_parsed_is_refused_at_once() -> None:
+    with pytest.raises(ArgumentError):
+        DBConnect.from_url("not a url")
+
+
+async def test_from_url_takes_engine_options_and_changes_hosts(database: Database) -> None:
+    async with DBConnect.from_url(database.url, pool_size=1, max_overflow=0) as db:
+        assert db.host == "127.0.0.1"
+        assert (await db.engine()).pool.size() == 1  # type: ignore[attr-defined]  # of the queue pool
+        await db.change_host("localhost")
+        async with new_non_ctx_session(db) as session:
+            await session.scalar(SELECT_PID)
+        assert (await db.engine()).url.host == "localhost"
+
+
+async def test_a_url_without_a_host_cannot_change_it(tmp_path: object) -> None:
+    async with DBConnect.from_url("sqlite+aiosqlite://") as db:
+        with pytest.raises(ValueError, match="names no host"):
+            await db.change_host("elsewhere")
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_a_read_only_connection_refuses_writes(database: Database) -> None:
+    async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():
+        session = await db_session(db)
+        assert (await session.scalars(text("SELECT name FROM item"))).all() == []
+        with pytest.raises(DBAPIError):
+            await session.execute(text("INSERT INTO item VALUES ('written')"))
+    assert await database.names() == []
+
+
+async def test_a_read_only_query_is_one_round_trip(database: Database, postgres_server: EmbeddedPostgres) -> None:
+    async with DBConnect.from_url(database.url, read_only=True) as db:
+        async with new_db_ctx():
+            session = await db_session(db)
+            await session.scalar(text("SELECT 1"))
+            connection = await (await session.connection()).get_raw_connection()
+            queries: list[str] = []
+            driver = connection.driver_connection
+            assert driver is not None
+            driver.add_query_logger(lambda record: queries.append(record.query))
+            await session.scalar(text("SELECT 2"))
+        assert [query for query in queries if "SELECT 2" not in query] == []
+
+
+async def test_read_only_keeps_the_users_server_settings(database: Database) -> None:
+    options = {"connect_args": {"server_settings": {"application_name": "mine"}}}
+    async with DBConnect.from_url(database.url, read_only=True, **options) as db, new_db_ctx():
+        session = await db_session(db)
+        assert await session.scalar(text("SELECT current_setting('application_name')")) == "mine"
+        assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+
+
+async def test_read_only_sets_the_isolation_level_alone() -> None:
+    db = DBConnect.from_url("sqlite+aiosqlite://", read_only=True, isolation_level="SERIALIZABLE")
+    with pytest.raises(ValueError, match="isolation_level"):
+        await db.engine()

@@ -1,0 +1,677 @@
+"""Sessions of the current unit of work, early ends of its transactions, and sessions outside of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from ctxdb_core import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    DBConnect,
+    SessionClosedError,
+    TransactionAbortedError,
+    TransactionAlreadyActiveError,
+    atomic_db_session,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    gather_in_new_ctx,
+    new_db_ctx,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    on_commit,
+    rollback_db_session,
+    run_in_new_ctx,
+)
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.support.database import Database, Item, eventually
+
+KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+
+
+async def insert(db: DBConnect, name: str) -> AsyncSession:
+    session = await db_session(db)
+    await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
+    return session
+
+
+async def insert_orphan(db: DBConnect) -> None:
+    """Write a row that the database refuses at COMMIT."""
+    session = await db_session(db)
+    await session.execute(text("INSERT INTO child VALUES ('nobody')"))
+
+
+@pytest.fixture
+async def second_db(database: Database) -> AsyncIterator[DBConnect]:
+    async with database.connect() as db:
+        yield db
+
+
+# --- db_session -------------------------------------------------------------------------------------------------------
+
+
+async def test_outside_of_a_unit_of_work_there_is_no_session(db: DBConnect) -> None:
+    for ask in (db_session, commit_db_session, rollback_db_session, close_db_session):
+        with pytest.raises(ContextNotInitiatedError, match="new_db_ctx"):
+            await ask(db)
+    with pytest.raises(ContextNotInitiatedError):
+        on_commit(db, lambda: None)
+
+
+async def test_a_unit_of_work_has_one_session_for_each_database(db: DBConnect, second_db: DBConnect) -> None:
+    async with new_db_ctx():
+        assert await db_session(db) is await db_session(db)
+        assert await db_session(second_db) is not await db_session(db)
+
+
+async def test_tasks_of_a_unit_of_work_that_ask_at_once_get_one_session(database: Database) -> None:
+    async def slow_start(db: DBConnect) -> None:
+        await asyncio.sleep(0)
+
+    async with DBConnect(lambda host: database.watch_new(), host="a", before_create_session_handler=slow_start) as db:
+        async with new_db_ctx():
+            sessions = await asyncio.gather(*(db_session(db) for _ in range(5)))
+    assert len(set(map(id, sessions))) == 1
+
+
+async def test_a_session_takes_no_connection_before_its_first_statement(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await db_session(db)
+    assert database.checkouts == 0
+
+
+@KINDS
+async def test_a_unit_of_work_is_committed_at_its_end(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        assert await database.names() == []
+    assert await database.names() == ["one"]
+
+
+@KINDS
+async def test_an_exception_rolls_the_unit_of_work_back(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await insert(db, "one")
+            raise LookupError
+    assert await database.names() == []
+
+
+@KINDS
+async def test_objects_that_were_only_added_are_committed(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        (await db_session(db)).add(Item(name="one"))
+    assert await database.names() == ["one"]
+
+
+async def test_a_unit_of_work_inside_another_is_independent(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            outer = await insert(db, "outer")
+            async with new_db_ctx():
+                assert await insert(db, "inner") is not outer
+            assert await db_session(db) is outer
+            raise LookupError
+    assert await database.names() == ["inner"]
+
+
+# --- after the end ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_outlives_its_unit_of_work_is_told_so(db: DBConnect) -> None:
+    release = asyncio.Event()
+
+    async def late() -> None:
+        await release.wait()
+        await db_session(db)
+
+    async with new_db_ctx():
+        await db_session(db)
+        task = asyncio.create_task(late())
+    release.set()
+    with pytest.raises(ContextClosedError, match="run_in_new_ctx"):
+        await task
+
+
+async def test_a_session_that_was_kept_refuses_to_begin_anew(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "one")
+    for statement in ("INSERT INTO item VALUES ('late')", "SELECT 1"):
+        with pytest.raises(ContextClosedError):
+            await session.execute(text(statement))
+    assert await database.names() == ["one"]
+
+
+async def test_a_task_left_in_the_middle_of_a_query_loses_its_connection(db: DBConnect, database: Database) -> None:
+    """Its unit of work cannot commit what is still going on, and says so instead of pretending."""
+
+    async def long_query() -> None:
+        await (await db_session(db)).execute(text("SELECT pg_sleep(60)"))
+
+    with pytest.raises(Exception, match="in progress|another operation") as caught:
+        async with new_db_ctx():
+            await insert(db, "one")
+            task = asyncio.create_task(long_query())
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the query does not run")
+    assert caught.value is not None
+    with pytest.raises(Exception, match="closed|terminat|cancel"):
+        await task
+    assert await database.names() == []
+
+
+async def test_a_task_left_in_the_middle_of_connecting_gives_its_connection_back(
+    db: DBConnect, database: Database
+) -> None:
+    async def use() -> None:
+        await (await db_session(db)).execute(text("SELECT 1"))
+
+    with pytest.raises(Exception, match=r"can't be called here"):
+        async with new_db_ctx():
+            task = asyncio.create_task(use())
+            while not (await db_session(db)).in_transaction():
+                await asyncio.sleep(0)
+    await asyncio.gather(task, return_exceptions=True)
+    await database.assert_quiet()
+
+
+async def test_a_unit_of_work_is_not_used_from_another_threads_loop(db: DBConnect) -> None:
+    async def use() -> None:
+        await db_session(db)
+
+    async with new_db_ctx():
+        with pytest.raises(ContextNotInitiatedError, match="thread"):
+            await asyncio.to_thread(asyncio.run, use())
+
+
+# --- commit, roll back and close early --------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_an_early_commit_stands_whatever_follows(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            session = await insert(db, "early")
+            await commit_db_session(db)
+            assert await database.names() == ["early"]
+            assert database.checked_out == 0
+            assert await insert(db, "late") is session
+            raise LookupError
+    assert await database.names() == ["early"]
+
+
+@KINDS
+async def test_an_early_roll_back_leaves_what_follows(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "early")
+        await rollback_db_session(db)
+        assert database.checked_out == 0
+        await insert(db, "late")
+    assert await database.names() == ["late"]
+
+
+@KINDS
+async def test_an_early_close_gives_the_connection_back_and_rolls_back(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        closed = await insert(db, "early")
+        await close_db_session(db)
+        assert database.checked_out == 0
+        assert await insert(db, "late") is not closed
+        with pytest.raises(SessionClosedError, match="db_session"):
+            await closed.execute(text("SELECT 1"))
+    assert await database.names() == ["late"]
+
+
+async def test_ending_early_without_a_session_does_nothing(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await commit_db_session(db)
+        await rollback_db_session(db)
+        await close_db_session(db)
+    assert database.engines == []
+
+
+@KINDS
+async def test_an_early_commit_that_fails_raises_and_leaves_a_usable_session(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert_orphan(db)
+        with pytest.raises(IntegrityError):
+            await commit_db_session(db)
+        assert database.checked_out == 0
+        await insert(db, "after")
+    assert await database.names() == ["after"]
+
+
+async def test_a_swallowed_error_cannot_turn_the_commit_into_a_roll_back(db: DBConnect, database: Database) -> None:
+    with pytest.raises(TransactionAbortedError, match="begin_nested"):
+        async with new_db_ctx():
+            await insert(db, "one")
+            with pytest.raises(IntegrityError):
+                await insert(db, "one")
+    assert await database.names() == []
+
+
+@KINDS
+async def test_an_error_inside_a_savepoint_does_not_hinder_the_commit(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                await insert(db, "one")
+        await insert(db, "two")
+    assert await database.names() == ["one", "two"]
+
+
+async def test_an_error_before_the_server_does_not_hinder_the_commit(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        with pytest.raises(Exception, match="invalid input|expected str"):
+            await session.execute(text("SELECT :number + 1"), {"number": "not a number"})
+    assert await database.names() == ["one"]
+
+
+async def test_a_user_who_closes_the_session_can_go_on_with_it(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with await db_session(db):
+            await insert(db, "closed")
+        await insert(db, "two")
+    assert await database.names() == ["two"]
+    assert database.checked_out == 0
+
+
+# --- several databases ------------------------------------------------------------------------------------------------
+
+
+async def test_all_sessions_end_together(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "first")
+        await insert(second_db, "second")
+        assert await database.names() == []
+    assert await database.names() == ["first", "second"]
+
+
+async def test_a_failing_commit_rolls_the_later_ones_back_and_names_the_earlier_ones(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async with database.connect() as third_db:
+        with pytest.raises(IntegrityError) as caught:
+            async with new_db_ctx():
+                await insert(db, "first")
+                await insert_orphan(second_db)
+                await insert(third_db, "third")
+    assert await database.names() == ["first"]
+    assert repr(db) in str(caught.value)
+    assert any(repr(db) in note for note in caught.value.__notes__)
+
+
+async def test_a_failing_flush_of_one_keeps_all_from_being_committed(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        await insert(db, "there")
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            await insert(db, "first")
+            (await db_session(second_db)).add(Item(name="there"))
+    assert await database.names() == ["there"]
+
+
+# --- on_commit and before_commit --------------------------------------------------------------------------------------
+
+
+async def test_callbacks_run_after_the_commit_in_order(db: DBConnect, database: Database) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    async def look(name: str) -> None:
+        seen.append((name, await database.names()))
+
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, lambda: look("first"))
+        on_commit(db, lambda: seen.append(("second", [])))
+    assert seen == [("first", ["one"]), ("second", [])]
+
+
+async def test_callbacks_do_not_run_after_a_roll_back(db: DBConnect) -> None:
+    seen: list[str] = []
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await insert(db, "one")
+            on_commit(db, lambda: seen.append("raised"))
+            raise LookupError
+    async with new_db_ctx():
+        await insert(db, "two")
+        on_commit(db, lambda: seen.append("rolled back"))
+        await rollback_db_session(db)
+    async with new_db_ctx():
+        await insert(db, "three")
+        on_commit(db, lambda: seen.append("closed"))
+        await close_db_session(db)
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            await insert_orphan(db)
+            on_commit(db, lambda: seen.append("failed"))
+    assert seen == []
+
+
+async def test_callbacks_run_once_and_at_an_early_commit(db: DBConnect) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, lambda: seen.append("early"))
+        await commit_db_session(db)
+        assert seen == ["early"]
+    assert seen == ["early"]
+
+
+async def test_a_callback_waits_for_its_own_database(db: DBConnect, second_db: DBConnect) -> None:
+    seen: list[str] = []
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            await insert(db, "one")
+            on_commit(db, lambda: seen.append("committed"))
+            await insert_orphan(second_db)
+            on_commit(second_db, lambda: seen.append("failed"))
+    assert seen == ["committed"]
+
+
+async def test_a_callback_has_a_unit_of_work_of_its_own(db: DBConnect, database: Database) -> None:
+    async def write() -> None:
+        await insert(db, "two")
+
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, write)
+    assert await database.names() == ["one", "two"]
+
+
+async def test_a_failing_callback_is_logged_and_hinders_nothing(
+    db: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    async def fail() -> None:
+        await insert(db, "of the callback")
+        raise LookupError("it failed")
+
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, fail)
+        on_commit(db, lambda: seen.append("next"))
+    assert await database.names() == ["one"]
+    assert seen == ["next"]
+    assert "it failed" in caplog.text
+
+
+async def test_a_callback_runs_although_the_task_was_cancelled_during_the_commit(
+    db: DBConnect, database: Database
+) -> None:
+    seen: list[str] = []
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            await insert(db, "one")
+            on_commit(db, lambda: seen.append("committed"))
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(unit())
+    assert await database.names() == ["one"]
+    assert seen == ["committed"]
+
+
+async def test_before_commit_gets_each_session_that_is_about_to_be_committed(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    seen: list[tuple[AsyncSession, list[str]]] = []
+
+    async def before_commit(session: AsyncSession) -> None:
+        seen.append((session, await database.names()))
+
+    async with database.connect() as unused_db:
+        async with new_db_ctx(before_commit=before_commit):
+            first = await insert(db, "one")
+            await db_session(unused_db)
+            second = await insert(second_db, "two")
+    assert seen == [(first, []), (second, [])]
+
+
+async def test_an_error_of_before_commit_rolls_everything_back(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def before_commit(session: AsyncSession) -> None:
+        if session is await db_session(second_db):
+            raise LookupError("not this one")
+
+    with pytest.raises(LookupError, match="not this one"):
+        async with new_db_ctx(before_commit=before_commit):
+            await insert(db, "one")
+            await insert(second_db, "two")
+    assert await database.names() == []
+
+
+async def test_before_commit_is_asked_at_an_early_commit(db: DBConnect) -> None:
+    seen: list[AsyncSession] = []
+
+    async def before_commit(session: AsyncSession) -> None:
+        seen.append(session)
+
+    async with new_db_ctx(before_commit=before_commit):
+        session = await insert(db, "one")
+        await commit_db_session(db)
+        assert seen == [session]
+
+
+# --- atomic_db_session ------------------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_a_block_is_a_transaction_of_its_own(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with atomic_db_session(db) as session:
+            assert session is await insert(db, "one")
+        assert await database.names() == ["one"]
+        with pytest.raises(LookupError):
+            async with atomic_db_session(db):
+                await insert(db, "two")
+                raise LookupError
+        await insert(db, "three")
+    assert await database.names() == ["one", "three"]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("mode", "after_success", "after_error"),
+    [
+        ("commit", ["block", "open"], ["open"]),
+        ("rollback", ["block"], []),
+        ("append", ["block", "open"], []),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_open_transaction_is_treated_as_asked(
+    db: DBConnect, database: Database, mode: str, after_success: list[str], after_error: list[str], fails: bool
+) -> None:
+    async def block() -> None:
+        async with atomic_db_session(db, mode):  # type: ignore[arg-type]  # parametrised
+            await insert(db, "block")
+            if fails:
+                raise LookupError
+
+    async with new_db_ctx():
+        await insert(db, "open")
+        if fails:
+            with pytest.raises(LookupError):
+                await block()
+        else:
+            await block()
+        assert await database.names() == (after_error if fails else after_success)
+        assert database.checked_out == 0
+    assert await database.names() == (after_error if fails else after_success)
+
+
+@KINDS
+async def test_an_open_transaction_is_an_error_if_asked(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with atomic_db_session(db, "raise"):
+            await insert(db, "first")
+        await insert(db, "open")
+        with pytest.raises(TransactionAlreadyActiveError, match="commit_db_session"):
+            async with atomic_db_session(db, "raise"):
+                pytest.fail("the block was entered")
+        await insert(db, "still usable")
+    assert await database.names() == ["first", "open", "still usable"]
+
+
+@KINDS
+async def test_a_savepoint_keeps_the_outer_transaction(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "outer")
+        async with atomic_db_session(db, "savepoint"):
+            await insert(db, "kept")
+        with pytest.raises(LookupError):
+            async with atomic_db_session(db, "savepoint"):
+                await insert(db, "undone")
+                raise LookupError
+        assert await database.names() == []
+    assert await database.names() == ["kept", "outer"]
+
+
+@KINDS
+async def test_a_savepoint_without_an_open_transaction_is_a_transaction(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with atomic_db_session(db, "savepoint"):
+            await insert(db, "one")
+        assert await database.names() == ["one"]
+
+
+async def test_an_unknown_mode_is_refused(db: DBConnect) -> None:
+    async with new_db_ctx():
+        with pytest.raises(ValueError, match="'append'"):
+            async with atomic_db_session(db, "sometimes"):  # type: ignore[arg-type]  # the mistake
+                pytest.fail("the block was entered")
+
+
+@KINDS
+async def test_a_block_whose_commit_fails_raises(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        with pytest.raises(IntegrityError):
+            async with atomic_db_session(db):
+                await insert_orphan(db)
+        await insert(db, "after")
+    assert await database.names() == ["after"]
+
+
+# --- sessions outside of the context ----------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_a_session_outside_of_the_context_commits_nothing_by_itself(db: DBConnect, database: Database) -> None:
+    async with new_non_ctx_session(db) as session:
+        await session.execute(text("INSERT INTO item VALUES ('one')"))
+        await session.commit()
+        await session.execute(text("INSERT INTO item VALUES ('two')"))
+    assert await database.names() == ["one"]
+
+
+@KINDS
+async def test_an_atomic_session_outside_of_the_context_commits_or_rolls_back(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_non_ctx_atomic_session(db) as session:
+        await session.execute(text("INSERT INTO item VALUES ('one')"))
+    with pytest.raises(LookupError):
+        async with new_non_ctx_atomic_session(db) as session:
+            await session.execute(text("INSERT INTO item VALUES ('two')"))
+            raise LookupError
+    with pytest.raises(IntegrityError):
+        async with new_non_ctx_atomic_session(db) as session:
+            await session.execute(text("INSERT INTO child VALUES ('nobody')"))
+    assert await database.names() == ["one"]
+
+
+# --- new contexts -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_function_runs_in_a_unit_of_work_of_its_own(db: DBConnect, database: Database) -> None:
+    async def write(name: str, *, fail: bool = False) -> str:
+        await insert(db, name)
+        if fail:
+            raise LookupError
+        return name
+
+    async with new_db_ctx():
+        outer = await insert(db, "outer")
+        assert await run_in_new_ctx(write, "inner") == "inner"
+        with pytest.raises(LookupError):
+            await run_in_new_ctx(write, "failed", fail=True)
+        assert await db_session(db) is outer
+        assert await database.names() == ["inner"]
+
+
+async def test_gathered_functions_have_sessions_of_their_own(db: DBConnect, database: Database) -> None:
+    async def write(name: str) -> int:
+        return id(await insert(db, name))
+
+    results = await gather_in_new_ctx(*(lambda name=f"n{i}": write(name) for i in range(20)))  # type: ignore[misc]  # a default
+    assert len(set(results)) == 20
+    assert len(await database.names()) == 20
+
+
+async def test_gathering_nothing_returns_nothing() -> None:
+    assert await gather_in_new_ctx() == []
+
+
+async def test_no_more_than_max_concurrent_run_at_a_time(db: DBConnect) -> None:
+    running = most = 0
+
+    async def work() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        running -= 1
+
+    await gather_in_new_ctx(*[work] * 12, max_concurrent=3)
+    assert most == 3
+
+
+async def test_the_first_error_ends_the_others_and_surfaces(db: DBConnect, database: Database) -> None:
+    others_wrote = asyncio.Event()
+
+    async def forever() -> None:
+        await insert(db, "other")
+        others_wrote.set()
+        await asyncio.Event().wait()
+
+    async def fail() -> None:
+        await others_wrote.wait()
+        raise LookupError("the first")
+
+    with pytest.raises(LookupError, match="the first"):
+        await gather_in_new_ctx(forever, fail)
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("max_concurrent", [0, -1])
+async def test_a_limit_below_one_is_refused(max_concurrent: int) -> None:
+    async def work() -> None:
+        pass
+
+    with pytest.raises(ValueError, match="max_concurrent"):
+        await gather_in_new_ctx(work, max_concurrent=max_concurrent)
+
+
+async def test_a_coroutine_instead_of_a_function_is_refused() -> None:
+    async def work() -> None:
+        pass
+
+    with pytest.raises(TypeError, match="partial"):
+        await gather_in_new_ctx(work())  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(TypeError, match="run_in_new_ctx"):
+        await run_in_new_ctx(work())  # type: ignore[call-overload]  # the mistake
