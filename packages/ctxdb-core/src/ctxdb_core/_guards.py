@@ -22,42 +22,63 @@ STOP_QUERY_TIMEOUT_SECONDS = 5.0
 
 
 def stop_cancelled_queries(engine: AsyncEngine) -> None:
-    """Make the server stop the query of a cancelled task, also when the task is cancelled again and again.
+    """Make the database stop the query of a cancelled task, also when the task is cancelled again and again.
 
-    SQLAlchemy invalidates the connection of a cancelled query and closes it in passing; asyncpg and psycopg ask the
-    server to stop the query while they do. An anyio cancel scope interrupts that, too, and the query runs on.
+    SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio cancel
+    scope interrupts that as well: the query runs on, or the driver's thread does.
     """
-    if engine.dialect.driver in _STOPPERS:
-        event.listen(engine.sync_engine, "invalidate", _stop_query)
-
-
-def _stop_query(dbapi_connection: Any, connection_record: ConnectionPoolEntry, exception: BaseException | None) -> None:
-    if not isinstance(exception, asyncio.CancelledError):
+    stop = _STOPPERS.get(engine.dialect.driver)
+    if stop is None:
         return
-    driver_connection = connection_record.driver_connection
-    module = type(driver_connection).__module__.partition(".")[0]
-    stopper = _STOPPERS.get(module)
-    if stopper is None:
-        return
-    try:
-        await_only(run_to_completion(stopper(driver_connection)))
-    except asyncio.CancelledError:
-        # The one that brought us here goes on; it is what the task gets to see.
-        pass
-    except Exception:
-        logger.debug("A cancelled query could not be stopped", exc_info=True)
+    if stop is _stop_psycopg:
+        event.listen(engine.sync_engine, "connect", _keep_cancel_key)
+
+    @event.listens_for(engine.sync_engine, "invalidate")
+    def stop_query(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
+        if not isinstance(exception, asyncio.CancelledError):
+            return
+        try:
+            await_only(run_to_completion(stop(record)))
+        except asyncio.CancelledError:
+            # The cancellation that brought us here goes on, and is what the task gets to see.
+            pass
+        except Exception:  # noqa: BLE001 - a dead connection has no query to stop
+            logger.debug("A cancelled query could not be stopped", exc_info=True)
 
 
-async def _stop_asyncpg(connection: Any) -> None:
+async def _stop_asyncpg(record: ConnectionPoolEntry) -> None:
+    connection: Any = record.driver_connection
     # Waits for the cancel request that asyncpg has under way.
     await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
 
 
-async def _stop_psycopg(connection: Any) -> None:
-    await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+_CANCEL_KEY = "ctxdb.cancel_key"
 
 
-_STOPPERS = {"asyncpg": _stop_asyncpg, "psycopg": _stop_psycopg}
+def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
+    # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
+    connection: Any = record.driver_connection
+    record.info[_CANCEL_KEY] = connection.pgconn.get_cancel()
+
+
+async def _stop_psycopg(record: ConnectionPoolEntry) -> None:
+    connection: Any = record.driver_connection
+    if connection.closed or connection.info.transaction_status.name == "ACTIVE":
+        await asyncio.wait_for(asyncio.to_thread(record.info[_CANCEL_KEY].cancel), STOP_QUERY_TIMEOUT_SECONDS)
+
+
+async def _stop_aiosqlite(record: ConnectionPoolEntry) -> None:
+    connection: Any = record.driver_connection
+    await connection.interrupt()
+    await connection.close()
+
+
+_STOPPERS = {
+    "aiosqlite": _stop_aiosqlite,
+    "asyncpg": _stop_asyncpg,
+    "psycopg": _stop_psycopg,
+    "psycopg_async": _stop_psycopg,
+}
 
 
 def trust_no_failed_transaction(engine: AsyncEngine) -> None:

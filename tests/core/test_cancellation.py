@@ -1,0 +1,167 @@
+"""Cancellation at every step of a unit of work, once and level-triggered: nothing leaks, nothing is half done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import anyio
+import pytest
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_atomic_session
+from sqlalchemy import text
+
+from tests.support.database import Database, eventually
+
+# More turns of the event loop than a unit of work takes, with a connection to open.
+TURNS = 60
+
+
+async def _natively(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
+    task = asyncio.ensure_future(work())
+    cancel_when(task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+
+
+async def _again_and_again(
+    work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]
+) -> None:
+    task = asyncio.ensure_future(work())
+    loop = asyncio.get_running_loop()
+
+    def cancel() -> None:
+        if not task.done():
+            task.cancel()
+            loop.call_soon(cancel)
+
+    cancel_when(cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+
+
+async def _by_anyio(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
+    with anyio.CancelScope() as scope:
+        cancel_when(scope.cancel)
+        await work()
+
+
+CANCELLERS = pytest.mark.parametrize("run_cancelled", [_natively, _again_and_again, _by_anyio])
+
+
+def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
+    """Cancel after so many turns of the event loop."""
+
+    def cancel_when(cancel: Callable[[], object]) -> None:
+        loop = asyncio.get_running_loop()
+        if turns:
+            loop.call_soon(after_turns(turns - 1), cancel)
+        else:
+            cancel()
+
+    return cancel_when
+
+
+@CANCELLERS
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
+) -> None:
+    for turns in range(TURNS):
+
+        async def work(turns: int = turns) -> None:
+            async with new_db_ctx():
+                session = await db_session(db)
+                for half in ("a", "b"):
+                    await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{turns:02}{half}"})
+
+        await run_cancelled(work, after_turns(turns))
+        assert database.checked_out == 0
+        if not connected:
+            await db.close()
+    names = await database.names()
+    assert names == [f"{name[:2]}{half}" for name in names[::2] for half in ("a", "b")]
+
+
+@CANCELLERS
+async def test_cancelled_at_any_step_a_session_outside_of_the_context_is_closed(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]]
+) -> None:
+    for turns in range(TURNS):
+
+        async def work(turns: int = turns) -> None:
+            async with new_non_ctx_atomic_session(db) as session:
+                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": str(turns)})
+
+        await run_cancelled(work, after_turns(turns))
+        assert database.checked_out == 0
+
+
+@CANCELLERS
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_the_query_of_a_cancelled_task_stops_on_the_server(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]]
+) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT pg_sleep(300)"))
+
+    watchers: list[asyncio.Task[None]] = []
+
+    def when_it_runs(cancel: Callable[[], object]) -> None:
+        async def watch() -> None:
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            cancel()
+
+        watchers.append(asyncio.create_task(watch()))
+
+    await run_cancelled(work, when_it_runs)
+    await asyncio.gather(*watchers)
+    await eventually(lambda: not database.backends("query ~ 'pg_sleep' AND state = 'active'"), "the query runs on")
+
+
+@CANCELLERS
+async def test_a_commit_that_has_begun_is_seen_through(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]]
+) -> None:
+    await database.query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$"
+    )
+    await database.query(
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION slow()"
+    )
+    watchers: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("INSERT INTO item VALUES ('one')"))
+
+    def when_it_commits(cancel: Callable[[], object]) -> None:
+        async def watch() -> None:
+            await eventually(lambda: bool(database.backends("query ~ '^COMMIT' AND state = 'active'")), "no commit")
+            cancel()
+
+        watchers.append(asyncio.create_task(watch()))
+
+    await run_cancelled(work, when_it_commits)
+    await asyncio.gather(*watchers)
+    assert await database.names() == ["one"]
+
+
+async def test_the_pool_serves_everyone_after_many_cancelled_requests(database: Database, db: DBConnect) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT pg_sleep(0.001)"))
+
+    for turns in range(TURNS):
+        tasks = [asyncio.create_task(work()) for _ in range(8)]
+        for task in tasks[::2]:
+            after_turns(turns)(task.cancel)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [result for result in results[1::2] if result is not None] == []
+    assert database.checked_out == 0

@@ -1,0 +1,108 @@
+"""Every Python code block of the README files and of docs/ runs, from top to bottom of its page.
+
+How to write a page that runs is in CONTRIBUTING.md, "Documentation".
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import psycopg
+import pytest
+from psycopg import sql
+from sybil import Document, Example
+from sybil.evaluators.python import pad
+from sybil.parsers.markdown import CodeBlockParser
+
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("packages/*/README.md")),
+    ROOT / "examples" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
+MODULE = "documentation_page"
+
+PYTHON_FENCE = re.compile(r"^[ \t>*+\-\d.)]*(?:`{3,}|~{3,})[ \t]*(?:py|\{)", re.MULTILINE | re.IGNORECASE)
+HIDDEN_BLOCK = re.compile(r"^[ \t]*<!--+\s*(?:;\s*)?(?:invisible-)?code", re.MULTILINE)
+POSTGRES_URL = re.compile(r"postgresql(?:\+\w+)?://(?:(?P<role>\w+)(?::[^@/\s]*)?@)?[^@/\s]*/(?P<database>\w+)")
+
+
+class Page:
+    """A Markdown page as one Python module, whose blocks may await at top level."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.document = Document.parse(str(path), CodeBlockParser("python", self._run_block))
+        # Declarative models and dataclasses look their own module up.
+        module = ModuleType(MODULE)
+        monkeypatch.setitem(sys.modules, MODULE, module)
+        self.document.namespace = vars(module)
+
+    def run(self) -> None:
+        """Run the blocks, all that await on one event loop."""
+        with asyncio.Runner() as self._runner:
+            for example in self.document.examples():
+                example.evaluate()
+
+    def _run_block(self, example: Example) -> None:
+        source = pad(example.parsed, example.line + example.parsed.line_offset)
+        code = compile(source, example.path, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        result = eval(code, example.namespace)
+        if inspect.iscoroutine(result):
+            self._runner.run(result)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's files, such as a SQLite database, come and go with its test."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def servers_for_urls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let the PostgreSQL URLs of a page lead to the embedded server: with each role and database that they name.
+
+    The drivers take from the environment what a URL leaves out: here, the port.
+    """
+    path: Path = request.getfixturevalue("path")
+    urls = list(POSTGRES_URL.finditer(path.read_text(encoding="utf-8")))
+    if not urls:
+        yield ""
+        return
+    server: EmbeddedPostgres = request.getfixturevalue("postgres_server")
+    for variable, value in (("PGHOST", server.host), ("PGPORT", str(server.port)), ("PGUSER", "postgres")):
+        monkeypatch.setenv(variable, value)
+    databases = sorted({url["database"] for url in urls} - {"postgres"})
+    roles = sorted({url["role"] for url in urls} - {None, "postgres"})
+    with psycopg.connect(autocommit=True, dbname="postgres") as admin:
+        for role in roles:
+            admin.execute(sql.SQL("CREATE ROLE {} LOGIN SUPERUSER").format(sql.Identifier(role)))
+        for database in databases:
+            admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        yield server.host
+        for database in databases:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(database)))
+        for role in roles:
+            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.usefixtures("servers_for_urls")
+def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Page(path, monkeypatch).run()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_python_block_of_a_page_is_overlooked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Page(path, monkeypatch)
+    blocks = PYTHON_FENCE.findall(page.document.text) + HIDDEN_BLOCK.findall(page.document.text)
+    assert len(list(page.document.examples())) == len(blocks), "write ```python, and nothing else on that line"

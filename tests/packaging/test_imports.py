@@ -1,0 +1,87 @@
+"""Which package may import which: read from the sources, as the shared environment would let anything pass."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
+
+import pytest
+from tests.packaging.workspace import CORE, MEMBERS, PACKAGES, Import, Member, imports_of, normalized
+
+BY_NAME = {member.name: member for member in MEMBERS}
+# The installed metadata does not tell which packages an editable member has.
+DISTRIBUTIONS = {
+    package: {normalized(name) for name in names} for package, names in packages_distributions().items()
+} | {member.package: {member.name} for member in MEMBERS}
+
+
+def _foreign(imports: Iterable[Import], allowed: set[str]) -> list[str]:
+    return [str(found) for found in imports if found.root not in sys.stdlib_module_names | allowed]
+
+
+def _imports(member: Member) -> list[Import]:
+    return [
+        found
+        for source in member.sources
+        if member.module_of(source) not in member.pytest_plugins
+        for found in imports_of(source)
+    ]
+
+
+def _declared(member: Member) -> set[str]:
+    """Return what a member may rely on: its requirements, and with those on other members theirs."""
+    names = {normalized(member.name)}
+    for requirement in member.requirements:
+        names.add(normalized(requirement.name))
+        if requirement.name in BY_NAME:
+            names |= _declared(BY_NAME[requirement.name])
+    return names
+
+
+def test_the_core_imports_sqlalchemy_and_nothing_else() -> None:
+    assert _foreign(_imports(CORE), {"sqlalchemy", "ctxdb_core"}) == []
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_what_is_imported_is_declared(member: Member) -> None:
+    declared = _declared(member)
+    undeclared = [
+        str(found)
+        for found in _imports(member)
+        if found.root not in sys.stdlib_module_names and not DISTRIBUTIONS.get(found.root, set()) & declared
+    ]
+    assert undeclared == []
+
+
+@pytest.mark.parametrize("member", [member for member in MEMBERS if member is not CORE], ids=lambda member: member.name)
+def test_only_public_names_of_the_core_are_used(member: Member) -> None:
+    own_public_modules = {"ctxdb_core", "ctxdb_core.asgi", "ctxdb_core.testing"}
+    private = []
+    for found in _imports(member):
+        if found.root != "ctxdb_core":
+            continue
+        if found.module not in own_public_modules or not set(found.names) <= _public_names(found.module):
+            private.append(str(found))
+    assert private == []
+
+
+@pytest.mark.parametrize("member", PACKAGES, ids=lambda member: member.name)
+def test_no_package_needs_an_adapter_of_another_framework(member: Member) -> None:
+    others = {other.package for other in PACKAGES} - {member.package, "ctxdb_core"}
+    assert [str(found) for found in _imports(member) if found.root in others] == []
+
+
+def test_the_domain_of_the_examples_imports_no_framework() -> None:
+    demo = BY_NAME["ctxdb-demo"]
+    domain = [source for source in demo.sources if "domain" in source.relative_to(demo.folder).with_suffix("").parts]
+    assert domain, "the examples have no module or package named `domain`"
+    allowed = {"sqlalchemy", "ctxdb_core", demo.package}
+    imports = [found for source in domain for found in imports_of(source)]
+    assert _foreign(imports, allowed) == []
+    assert [str(found) for found in imports if found.root == demo.package and ".domain" not in found.module] == []
+
+
+def _public_names(module: str) -> set[str]:
+    return set(importlib.import_module(module).__all__)
