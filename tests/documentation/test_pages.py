@@ -106,3 +106,17 @@ def test_no_python_block_of_a_page_is_overlooked(path: Path, monkeypatch: pytest
     page = Page(path, monkeypatch)
     blocks = PYTHON_FENCE.findall(page.document.text) + HIDDEN_BLOCK.findall(page.document.text)
     assert len(list(page.document.examples())) == len(blocks), "write ```python, and nothing else on that line"
+
+
+def test_a_block_that_raises_fails_its_page_at_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# Page\n\n```python\nanswer = 42\n```\n\n<!--- invisible-code-block: python\nawait fail(answer)\n--->\n"
+    )
+    with pytest.raises(NameError, match="fail") as caught:
+        Page(path, monkeypatch).run()
+    assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (path, 8)
+
+
+def test_a_python_block_with_attributes_counts_as_overlooked() -> None:
+    assert len(PYTHON_FENCE.findall("```python title=app.py\n```\n\n- ~~~Python3\n  ~~~\n\n```sh\n```\n")) == 2

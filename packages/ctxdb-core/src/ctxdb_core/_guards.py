@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -12,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.errors import TransactionAbortedError
@@ -27,29 +30,49 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
     SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio cancel
     scope interrupts that as well: the query runs on, or the driver's thread does.
     """
-    stop = _STOPPERS.get(engine.dialect.driver)
-    if stop is None:
-        return
-    if stop is _stop_psycopg:
+    driver = engine.dialect.driver
+    if driver == "asyncpg":
+        _see_termination_through(engine, _close_asyncpg)
+    elif driver == "aiosqlite":
+        _see_termination_through(engine, _close_aiosqlite)
+    elif driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "connect", _keep_cancel_key)
+        event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
 
-    @event.listens_for(engine.sync_engine, "invalidate")
-    def stop_query(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
-        if not isinstance(exception, asyncio.CancelledError):
+
+def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Let no cancellation interrupt ``Dialect.do_terminate``, by which SQLAlchemy gives up a connection."""
+    dialect = engine.dialect
+    if "do_terminate" in vars(dialect):
+        return
+    do_terminate = dialect.do_terminate
+
+    def do_terminate_to_completion(dbapi_connection: Any) -> None:
+        if not in_greenlet():
+            # Garbage collection: nothing can be waited for.
+            do_terminate(dbapi_connection)
             return
+        handled = sys.exc_info()[1]
         try:
-            await_only(run_to_completion(stop(record)))
+            await_only(run_to_completion(close(dbapi_connection.driver_connection)))
         except asyncio.CancelledError:
-            # The cancellation that brought us here goes on, and is what the task gets to see.
-            pass
-        except Exception:  # noqa: BLE001 - a dead connection has no query to stop
-            logger.debug("A cancelled query could not be stopped", exc_info=True)
+            # A cancellation that brought us here goes on, and is what the task gets to see.
+            if not isinstance(handled, asyncio.CancelledError):
+                raise
+        except Exception:  # noqa: BLE001 - a dead connection cannot be closed gracefully
+            do_terminate(dbapi_connection)
+
+    dialect.do_terminate = do_terminate_to_completion  # type: ignore[method-assign]  # there is no event for it
 
 
-async def _stop_asyncpg(record: ConnectionPoolEntry) -> None:
-    connection: Any = record.driver_connection
-    # Waits for the cancel request that asyncpg has under way.
+async def _close_asyncpg(connection: Any) -> None:
+    # Stops a query that is running, and waits for a cancel request that is under way.
     await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+
+
+async def _close_aiosqlite(connection: Any) -> None:
+    await connection.interrupt()
+    await connection.close()
 
 
 _CANCEL_KEY = "ctxdb.cancel_key"
@@ -61,24 +84,19 @@ def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> N
     record.info[_CANCEL_KEY] = connection.pgconn.get_cancel()
 
 
-async def _stop_psycopg(record: ConnectionPoolEntry) -> None:
+def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
     connection: Any = record.driver_connection
+    if not isinstance(exception, asyncio.CancelledError):
+        return
     if connection.closed or connection.info.transaction_status.name == "ACTIVE":
-        await asyncio.wait_for(asyncio.to_thread(record.info[_CANCEL_KEY].cancel), STOP_QUERY_TIMEOUT_SECONDS)
-
-
-async def _stop_aiosqlite(record: ConnectionPoolEntry) -> None:
-    connection: Any = record.driver_connection
-    await connection.interrupt()
-    await connection.close()
-
-
-_STOPPERS = {
-    "aiosqlite": _stop_aiosqlite,
-    "asyncpg": _stop_asyncpg,
-    "psycopg": _stop_psycopg,
-    "psycopg_async": _stop_psycopg,
-}
+        request = asyncio.to_thread(record.info[_CANCEL_KEY].cancel)
+        try:
+            await_only(run_to_completion(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS)))
+        except asyncio.CancelledError:
+            # The cancellation that brought us here goes on.
+            pass
+        except Exception:  # noqa: BLE001 - a dead server has no query to stop
+            logger.debug("A cancelled query could not be stopped", exc_info=True)
 
 
 def trust_no_failed_transaction(engine: AsyncEngine) -> None:
