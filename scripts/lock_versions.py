@@ -4,7 +4,7 @@
 copy from whatever index the machine uses: one lock for every mirror.
 
     python scripts/lock_versions.py < uv.lock        prints the versions-only form (the git clean filter)
-    python scripts/lock_versions.py --check FILE     exits with 1 if FILE holds anything else
+    python scripts/lock_versions.py --check FILE     exits with 1 if FILE holds anything else, or any address
     python scripts/lock_versions.py --setup          makes git apply the filter in this clone
 """
 
@@ -40,6 +40,16 @@ def versions_only(lock: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def problem_of(lock: str) -> str | None:
+    """Return what keeps `lock` from being committed; ``None`` if nothing does."""
+    if lock != versions_only(lock):
+        return "it is not in versions-only form: run `python3 scripts/lock_versions.py --setup`, then `git add uv.lock`"
+    if "://" in lock:
+        # A Git or URL source: its address is its identity, and cannot be left out.
+        return "it holds an address: take every package from the index"
+    return None
+
+
 def _inline(value: Any) -> str:
     # A JSON string or number is a TOML one, too; only tables differ.
     if isinstance(value, dict):
@@ -50,28 +60,25 @@ def _inline(value: Any) -> str:
 
 
 def _set_up() -> None:
-    script = Path(__file__).resolve().relative_to(Path.cwd().resolve())
-    for key, value in (("clean", f"python3 {script.as_posix()}"), ("smudge", "cat"), ("required", "true")):
-        subprocess.run(["git", "config", f"filter.{FILTER}.{key}", value], check=True)
+    # Git runs a filter at the top of the work tree, wherever it is called itself.
+    for key, value in (("clean", "python3 scripts/lock_versions.py"), ("smudge", "cat"), ("required", "true")):
+        subprocess.run(["git", "config", f"filter.{FILTER}.{key}", value], check=True, cwd=Path(__file__).parent)
 
 
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Keep download addresses out of the committed uv.lock.")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 unless FILE is in versions-only form")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 unless FILE can be committed as it is")
     parser.add_argument("--setup", action="store_true", help="configure the git filter of this clone")
     options = parser.parse_args()
     if options.setup:
         _set_up()
-        return 0
-    if options.check is not None:
-        text = options.check.read_text()
-        if text != versions_only(text):
-            print(f"{options.check} is not in versions-only form: run `python3 scripts/lock_versions.py --setup`, and")
-            print("`git add --renormalize uv.lock`.")
+    elif options.check is not None:
+        if problem := problem_of(options.check.read_text(encoding="utf-8")):
+            print(f"{options.check} cannot be committed: {problem}.", file=sys.stderr)
             return 1
-        return 0
-    sys.stdout.write(versions_only(sys.stdin.read()))
+    else:
+        sys.stdout.write(versions_only(sys.stdin.read()))
     return 0
 
 

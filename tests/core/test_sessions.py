@@ -29,21 +29,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.support.database import Database, Item, eventually
+from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
-
-
-async def insert(db: DBConnect, name: str) -> AsyncSession:
-    session = await db_session(db)
-    await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
-    return session
-
-
-async def insert_orphan(db: DBConnect) -> None:
-    """Write a row that the database refuses at COMMIT."""
-    session = await db_session(db)
-    await session.execute(text("INSERT INTO child VALUES ('nobody')"))
 
 
 @pytest.fixture
@@ -615,11 +603,11 @@ async def test_a_function_runs_in_a_unit_of_work_of_its_own(db: DBConnect, datab
 
 
 async def test_gathered_functions_have_sessions_of_their_own(db: DBConnect, database: Database) -> None:
-    async def write(name: str) -> int:
-        return id(await insert(db, name))
+    async def write(name: str) -> AsyncSession:
+        return await insert(db, name)
 
     results = await gather_in_new_ctx(*(lambda name=f"n{i}": write(name) for i in range(20)))  # type: ignore[misc]  # a default
-    assert len(set(results)) == 20
+    assert len({id(session) for session in results}) == 20
     assert len(await database.names()) == 20
 
 

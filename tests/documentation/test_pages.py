@@ -111,9 +111,9 @@ def test_no_python_block_of_a_page_is_overlooked(path: Path, monkeypatch: pytest
 def test_a_block_that_raises_fails_its_page_at_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.md"
     path.write_text(
-        "# Page\n\n```python\nanswer = 42\n```\n\n<!--- invisible-code-block: python\nawait fail(answer)\n--->\n"
+        "# Page\n\n```python\nanswer = 42\n```\n\n<!--- invisible-code-block: python\nawait nothing\n--->\n"
     )
-    with pytest.raises(NameError, match="fail") as caught:
+    with pytest.raises(NameError, match="nothing") as caught:
         Page(path, monkeypatch).run()
     assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (path, 8)
 

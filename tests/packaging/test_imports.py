@@ -86,8 +86,8 @@ def test_the_domain_of_the_examples_imports_no_framework() -> None:
             imports[module] = list(imports_of(sources[module]))
             for found in imports[module]:
                 pending += [found.module, *(f"{found.module}.{name}" for name in found.names)]
-    for found in imports.values():
-        assert _foreign(found, {"sqlalchemy", "ctxdb_core", demo.package}) == []
+    everything = [found for module in imports.values() for found in module]
+    assert _foreign(everything, {"sqlalchemy", "ctxdb_core", demo.package}) == []
 
 
 def _public_names(module: str) -> set[str]:

@@ -11,10 +11,10 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from ctxdb_core import DBConnect
+from ctxdb_core import DBConnect, db_session
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import QueuePool
 
@@ -128,6 +128,19 @@ class Database:
             )
 
 
+async def insert(db: DBConnect, name: str) -> AsyncSession:
+    """Write a row through the current unit of work's session, which is returned."""
+    session = await db_session(db)
+    await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
+    return session
+
+
+async def insert_orphan(db: DBConnect) -> None:
+    """Write a row that the database refuses at COMMIT."""
+    session = await db_session(db)
+    await session.execute(text("INSERT INTO child VALUES ('nobody')"))
+
+
 async def eventually(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = 5.0) -> None:
     """Wait until `condition` holds: for what other processes, or other tasks' next steps, have to do."""
     deadline = asyncio.get_running_loop().time() + seconds
@@ -147,11 +160,12 @@ async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -
         return
     name = f"test_{uuid4().hex[:12]}"
     with psycopg.connect(server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
-        admin.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]  # a name of our own
+        if not admin.execute("SELECT 1 FROM pg_database WHERE datname = 'tables'").fetchall():
+            admin.execute("CREATE DATABASE tables")
+            await _create_tables(Database(server.url(kind, "tables"), "tables", server))
+        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE tables')  # type: ignore[arg-type]  # a name of our own
         try:
-            database = Database(server.url(kind, name), name, server)
-            await _create_tables(database)
-            yield database
+            yield Database(server.url(kind, name), name, server)
         finally:
             admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[arg-type]  # as above
 

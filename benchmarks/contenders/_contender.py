@@ -1,0 +1,92 @@
+"""`Contender`: one way of giving handlers a session, and the applications that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+from starlette.types import ASGIApp
+
+from benchmarks.database import EngineOptions, Work, create_engine
+
+Respond: TypeAlias = Callable[[], Response]
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+Lookup: TypeAlias = Callable[[int], Awaitable[None]]
+"""Asks for the session as often as it is told to, in a loop."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path of an application.
+
+    Args:
+        path: where.
+        respond: makes the response.
+        work: what is done with the session before; ``None`` for a handler that asks for no session.
+    """
+
+    path: str
+    respond: Respond
+    work: Work | None = None
+
+
+class Contender:
+    """One way of giving handlers a session; a subclass for each.
+
+    Args:
+        url: the database.
+        options: the options of its engine.
+        engine: an engine that is there already, to be used instead of one more pool, where the contender adds nothing
+            to the engine itself. Whoever made it disposes of it.
+    """
+
+    name: ClassVar[str]
+    """What it is called in the tables and in ``--contender``."""
+    remark: ClassVar[str] = ""
+    """What a reader of the tables has to know of it."""
+
+    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
+        self._own_engine = engine is None
+        self.engine = create_engine(url, options) if engine is None else engine
+
+    def app(self, routes: Sequence[Route]) -> ASGIApp:
+        """Return an application with `routes`, in which handlers are given their sessions this contender's way."""
+        return Starlette(
+            routes=[StarletteRoute(route.path, self._endpoint(route)) for route in routes], middleware=self.middleware()
+        )
+
+    def _endpoint(self, route: Route) -> Endpoint:
+        if route.work is not None:
+            return self.endpoint(route.work, route.respond)
+        respond = route.respond
+
+        async def without_database(request: Request) -> Response:
+            return respond()
+
+        return without_database
+
+    def middleware(self) -> list[Middleware]:
+        """Return the middleware that an application needs."""
+        return []
+
+    def endpoint(self, work: Work, respond: Respond) -> Endpoint:
+        """Return a handler that does `work` with a session, and answers."""
+        raise NotImplementedError
+
+    def lookup(self) -> AbstractAsyncContextManager[Lookup] | None:
+        """Open a place where the session is there, and return the loop that asks for it; ``None`` without one."""
+        return None
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._own_engine:
+            await self.engine.dispose()

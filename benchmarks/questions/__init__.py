@@ -1,0 +1,13 @@
+"""What is asked: one module for each question, with a function that returns the tables that answer it."""
+
+from benchmarks.questions._question import Question, Settings
+from benchmarks.questions.idle import Idle
+from benchmarks.questions.lookup import SessionLookup
+from benchmarks.questions.requests import Requests
+from benchmarks.questions.slow_readers import SlowReaders
+
+QUESTIONS: dict[str, type[Question]] = {
+    question.name: question for question in (Idle, SessionLookup, Requests, SlowReaders)
+}
+
+__all__ = ["QUESTIONS", "Question", "Settings"]

@@ -1,0 +1,328 @@
+"""The bare ASGI middleware, message by message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+from ctxdb_core import DBConnect, db_session, is_context_initiated
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from tests.support.database import Database, eventually, insert, insert_orphan
+
+START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+BODY: Message = {"type": "http.response.body", "body": b"body"}
+
+
+class Connection:
+    """A server's side of one request: what it sends, and what it receives."""
+
+    def __init__(self, kind: str = "http", incoming: list[Message] | None = None, **scope: Any) -> None:
+        self.scope: Scope = {"type": kind, **scope}
+        self.sent: list[Message] = []
+        self._incoming = incoming or []
+
+    async def receive(self) -> Message:
+        if self._incoming:
+            return self._incoming.pop(0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def run(self, app: ASGIApp) -> Connection:
+        await app(self.scope, self.receive, self.send)
+        return self
+
+    @property
+    def types(self) -> list[str]:
+        return [message["type"] for message in self.sent]
+
+
+def replying(work: Callable[[], Awaitable[object]]) -> ASGIApp:
+    """Return an application that does `work` and then answers 200."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await work()
+        await send(START)
+        await send(BODY)
+
+    return app
+
+
+async def test_other_scopes_are_passed_on() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert not is_context_initiated()
+        await send({"type": "lifespan.startup.complete"})
+
+    assert (await Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app))).types == ["lifespan.startup.complete"]
+
+
+async def test_messages_it_does_not_know_are_passed_on_untouched(db: DBConnect, database: Database) -> None:
+    messages: list[Message] = [
+        {"type": "http.response.debug", "info": {"template": "x"}},
+        {"type": "http.response.early_hint", "links": [b"</style.css>"]},
+        {**START, "trailers": True},
+        {"type": "http.response.pathsend", "path": "/file"},
+        {"type": "http.response.trailers", "headers": []},
+    ]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        for message in messages:
+            await send(message)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert all(sent is message for sent, message in zip(connection.sent, messages, strict=True))
+    assert await database.names() == ["one"]
+
+
+async def test_the_commit_comes_before_the_start_is_sent(db: DBConnect, database: Database) -> None:
+    seen: list[list[str]] = []
+
+    class Watching(Connection):
+        async def send(self, message: Message) -> None:
+            seen.append(await database.names())
+            assert database.checked_out == 0
+
+    await Watching().run(ASGIHTTPDBSessionMiddleware(replying(lambda: insert(db, "one"))))
+    assert seen == [["one"], ["one"]]
+
+
+async def test_an_application_that_answers_nothing_is_rolled_back(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+
+
+async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:
+    connection = Connection()
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(replying(lambda: insert_orphan(db))))
+    assert connection.sent == []
+
+
+async def test_an_application_that_handles_the_error_itself_cannot_answer_after_all(db: DBConnect) -> None:
+    """Nobody can tell whether its error response is meant for this error: the server's own is safe."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        try:
+            await send(START)
+        except IntegrityError:
+            await send({**START, "status": 200})
+            await send(BODY)
+
+    connection = Connection()
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+
+
+async def test_what_an_application_makes_of_the_error_does_not_hide_it(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        try:
+            await send(START)
+        except IntegrityError as exc:
+            raise RuntimeError("response already started") from exc
+
+    with pytest.raises(IntegrityError):
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+
+
+async def test_another_error_on_top_of_it_is_attached(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        failed = False
+        try:
+            await send(START)
+        except IntegrityError:
+            failed = True
+        if failed:
+            raise LookupError("while cleaning up")
+
+    with pytest.raises(IntegrityError) as caught:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert any("while cleaning up" in note for note in caught.value.__notes__)
+
+
+async def test_installed_twice_it_works_once(db: DBConnect, database: Database) -> None:
+    seen: list[object] = []
+
+    async def before_commit(session: object) -> None:
+        seen.append(session)
+
+    inner = ASGIHTTPDBSessionMiddleware(replying(lambda: insert(db, "one")), before_commit)
+    await Connection().run(ASGIHTTPDBSessionMiddleware(inner, before_commit))
+    assert len(seen) == 1
+    assert await database.names() == ["one"]
+
+
+async def test_a_scope_used_again_is_another_request(db: DBConnect, database: Database) -> None:
+    names = iter(["one", "two"])
+    app = ASGIHTTPDBSessionMiddleware(replying(lambda: insert(db, next(names))))
+    connection = Connection()
+    await connection.run(app)
+    await connection.run(app)
+    assert await database.names() == ["one", "two"]
+
+
+async def test_the_context_is_what_it_was_before(db: DBConnect) -> None:
+    async def fail() -> None:
+        await insert(db, "one")
+        raise LookupError
+
+    for work in (fail, lambda: insert(db, "one"), lambda: insert_orphan(db)):
+        try:
+            await Connection().run(ASGIHTTPDBSessionMiddleware(replying(work)))
+        except (LookupError, IntegrityError):
+            pass
+        assert not is_context_initiated()
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit])
+async def test_every_exception_rolls_back(
+    db: DBConnect, database: Database, exception: type[BaseException]
+) -> None:
+    async def fail() -> None:
+        await insert(db, "one")
+        raise exception
+
+    with pytest.raises(exception):
+        await Connection().run(ASGIHTTPDBSessionMiddleware(replying(fail)))
+    assert database.checked_out == 0
+    assert await database.names() == []
+
+
+async def test_a_cancel_scope_around_the_request_leaks_nothing(db: DBConnect, database: Database) -> None:
+    entered = asyncio.Event()
+
+    async def hang() -> None:
+        await insert(db, "one")
+        entered.set()
+        await asyncio.Event().wait()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(Connection().run, ASGIHTTPDBSessionMiddleware(replying(hang)))
+        await entered.wait()
+        group.cancel_scope.cancel()
+    assert database.checked_out == 0
+    assert await database.names() == []
+
+
+async def test_a_response_started_in_a_task_that_is_cancelled_is_committed_whole(
+    db: DBConnect, database: Database
+) -> None:
+    """As Starlette does: the stream's task is cancelled as soon as the client has gone."""
+    await database.query(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.2); RETURN NULL; END $$"
+    )
+    await database.query(
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION slow()"
+    )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        async with anyio.create_task_group() as group:
+            group.start_soon(send, START)
+            await eventually(lambda: bool(database.backends("query ~ '^COMMIT' AND state = 'active'")), "no commit")
+            group.cancel_scope.cancel()
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+    assert await database.names() == ["one"]
+
+
+# --- websockets -------------------------------------------------------------------------------------------------------
+
+ACCEPT: Message = {"type": "websocket.accept"}
+
+
+def chatting(*steps: Message | Callable[[], Awaitable[object]]) -> ASGIApp:
+    """Return a websocket application that sends messages and does work, in this order."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for step in steps:
+            if callable(step):
+                await step()
+            else:
+                await send(step)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("closing", "committed"),
+    [
+        ([], True),
+        ([{"type": "websocket.close"}], True),
+        ([{"type": "websocket.close", "code": 1000}], True),
+        ([{"type": "websocket.close", "code": 1001}], True),
+        ([{"type": "websocket.close", "code": 1008}], False),
+        ([{"type": "websocket.close", "code": 1011}], False),
+        ([{"type": "websocket.close", "code": 4000}], False),
+    ],
+)
+async def test_a_websocket_is_one_unit_of_work_ended_by_its_close(
+    db: DBConnect, database: Database, closing: list[Message], committed: bool
+) -> None:
+    app = chatting(ACCEPT, lambda: insert(db, "one"), *closing)
+    connection = await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [ACCEPT, *closing]
+    assert await database.names() == (["one"] if committed else [])
+
+
+async def test_a_websocket_that_raises_is_rolled_back(db: DBConnect, database: Database) -> None:
+    async def fail() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await Connection("websocket").run(
+            ASGIHTTPDBSessionMiddleware(chatting(ACCEPT, lambda: insert(db, "one"), fail))
+        )
+    assert await database.names() == []
+
+
+async def test_a_refused_websocket_is_rolled_back(db: DBConnect, database: Database) -> None:
+    app = chatting(lambda: insert(db, "one"), {"type": "websocket.close"})
+    await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize(("status", "committed"), [(200, True), (403, False)])
+async def test_a_denial_response_counts_by_its_status(
+    db: DBConnect, database: Database, status: int, committed: bool
+) -> None:
+    start = {"type": "websocket.http.response.start", "status": status, "headers": []}
+    body = {"type": "websocket.http.response.body", "body": b""}
+    app = chatting(lambda: insert(db, "one"), start, body)
+    connection = await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [start, body]
+    assert await database.names() == (["one"] if committed else [])
+
+
+async def test_a_websocket_whose_commit_fails_is_closed_as_an_error(db: DBConnect) -> None:
+    app = chatting(ACCEPT, lambda: insert_orphan(db), {"type": "websocket.close", "code": 1000})
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [ACCEPT, {"type": "websocket.close", "code": 1011, "reason": ""}]
+
+
+async def test_a_websockets_session_is_usable_after_its_close(db: DBConnect, database: Database) -> None:
+    async def after() -> None:
+        await (await db_session(db)).execute(text("INSERT INTO item VALUES ('after')"))
+
+    app = chatting(ACCEPT, lambda: insert(db, "one"), {"type": "websocket.close"}, after)
+    await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["after", "one"]

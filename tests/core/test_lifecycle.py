@@ -1,0 +1,150 @@
+"""`begin` and `finalize`, as an adapter uses them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+from ctxdb_core import (
+    ContextClosedError,
+    DBConnect,
+    UnitOfWork,
+    begin,
+    db_session,
+    finalize,
+    is_context_initiated,
+    new_db_ctx,
+)
+from sqlalchemy.exc import IntegrityError
+
+from tests.support.database import Database, insert, insert_orphan
+
+
+def begun(request: MutableMapping[str, Any] | None = None) -> UnitOfWork:
+    unit = begin(request)
+    assert unit is not None
+    return unit
+
+
+async def test_a_unit_of_work_lasts_until_its_last_finalize(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    assert is_context_initiated()
+    session = await insert(db, "response")
+    await finalize(unit, commit=True, last=False)
+    assert await database.names() == ["response"]
+    assert database.checked_out == 0
+    assert await insert(db, "background") is session
+    await finalize(unit, commit=True)
+    assert await database.names() == ["background", "response"]
+    assert not is_context_initiated()
+
+
+async def test_a_roll_back_for_the_response_leaves_what_follows(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    await insert(db, "response")
+    await finalize(unit, commit=False, last=False)
+    await insert(db, "background")
+    await finalize(unit, commit=True)
+    assert await database.names() == ["background"]
+
+
+async def test_finalizing_again_does_nothing(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    await insert(db, "one")
+    await finalize(unit, commit=True)
+    await finalize(unit, commit=False)
+    assert await database.names() == ["one"]
+
+
+async def test_a_failing_commit_leaves_a_unit_that_can_still_be_ended(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    await insert_orphan(db)
+    with pytest.raises(IntegrityError):
+        await finalize(unit, commit=True, last=False)
+    assert database.checked_out == 0
+    await insert(db, "of the error response")
+    await finalize(unit, commit=True)
+    assert await database.names() == ["of the error response"]
+
+
+async def test_a_failing_last_commit_closes_everything(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    await insert_orphan(db)
+    with pytest.raises(IntegrityError):
+        await finalize(unit, commit=True)
+    assert database.checked_out == 0
+    assert unit.closed
+    assert not is_context_initiated()
+
+
+async def test_a_failing_roll_back_is_attached_to_the_error(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    session = await insert(db, "one")
+    original = session.rollback
+
+    async def failing_rollback() -> None:
+        await original()
+        raise OSError("the roll-back failed")
+
+    session.rollback = failing_rollback  # type: ignore[method-assign]  # a failure that cannot be had otherwise
+    error = LookupError("the original")
+    await finalize(unit, commit=False, error=error)
+    assert any("the roll-back failed" in note for note in error.__notes__)
+    assert database.checked_out == 0
+
+
+async def test_a_failing_close_hinders_no_other_one(db: DBConnect, database: Database) -> None:
+    async with database.connect() as second:
+        unit = begun()
+        first = await insert(db, "one")
+        await insert(second, "two")
+
+        async def failing_close() -> None:
+            raise OSError("closing failed")
+
+        first.close = failing_close  # type: ignore[method-assign]  # as above
+        error = LookupError("the original")
+        await finalize(unit, commit=False, error=error)
+        assert database.checked_out == 0
+        assert await database.names() == []
+
+
+async def test_an_adapter_installed_twice_leaves_the_end_to_the_outer_one() -> None:
+    request: dict[str, Any] = {}
+    unit = begun(request)
+    assert begin(request) is None
+    await finalize(unit, commit=True)
+    again = begun(request)
+    await finalize(again, commit=True)
+
+
+async def test_an_inherited_unit_of_work_is_not_joined() -> None:
+    async with new_db_ctx():
+        unit = begun({})
+        await finalize(unit, commit=True)
+        assert is_context_initiated()
+
+
+async def test_a_unit_of_work_that_a_test_harness_shares_is_joined() -> None:
+    class Shared(UnitOfWork):
+        shared = True
+
+    unit = Shared()
+    unit.enter()
+    assert begin({}) is None
+    unit.leave()
+    own = begun({})
+    await finalize(own, commit=True)
+
+
+async def test_it_can_be_finalized_in_another_task(db: DBConnect, database: Database) -> None:
+    unit = begun()
+    await insert(db, "one")
+    await asyncio.create_task(finalize(unit, commit=True))
+    assert await database.names() == ["one"]
+    assert not is_context_initiated()
+    with pytest.raises(ContextClosedError):
+        await db_session(db)
+    unit.leave()

@@ -1,0 +1,48 @@
+"""Every scenario runs for every adapter, in process and on a real server, on every database it is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from tests.support.adapters import ADAPTERS
+from tests.support.database import Database
+from tests.support.world import Setting, World
+
+
+def _settings() -> list[Setting]:
+    asgi, starlette, fastapi = ADAPTERS
+    settings = [Setting(adapter, "asyncpg", sockets) for adapter in ADAPTERS for sockets in (False, True)]
+    # The other drivers differ below the adapters: once each is enough.
+    settings.append(Setting(starlette, "psycopg", over_sockets=True))
+    settings.append(Setting(fastapi, "sqlite", over_sockets=True))
+    settings.append(Setting(asgi, "sqlite", over_sockets=False))
+    return settings
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" not in metafunc.fixturenames:
+        return
+    settings = _settings()
+    if metafunc.definition.get_closest_marker("postgresql"):
+        settings = [setting for setting in settings if setting.database_kind != "sqlite"]
+    if metafunc.definition.get_closest_marker("sockets"):
+        settings = [setting for setting in settings if setting.over_sockets]
+    if metafunc.definition.get_closest_marker("exception_handlers"):
+        settings = [setting for setting in settings if setting.adapter.has_exception_handlers]
+    metafunc.parametrize("setting", settings, ids=str)
+
+
+@pytest.fixture
+def database_kind(setting: Setting) -> str:
+    return setting.database_kind
+
+
+@pytest.fixture
+async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        db = await stack.enter_async_context(database.connect())
+        yield World(setting, database, db, stack)
+

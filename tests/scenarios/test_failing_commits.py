@@ -1,0 +1,234 @@
+"""Promise 1: a success that was not committed is never sent, and the application's handlers answer instead."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, on_commit
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from tests.support.application import Reply, Stream
+from tests.support.database import Item, insert, insert_orphan
+from tests.support.world import World
+
+
+async def _orphan_handler(world: World) -> Reply:
+    await insert(world.db, "with the orphan")
+    await insert_orphan(world.db)
+    return Reply("success", headers={"x-success": "yes"})
+
+
+async def test_a_refused_commit_is_an_error(world: World) -> None:
+    response = await world.get(lambda: _orphan_handler(world))
+    assert response.status_code == 500
+    assert "success" not in response.text
+    assert "x-success" not in response.headers
+    assert await world.names() == []
+    assert world.database.checked_out == 0
+
+
+@pytest.mark.exception_handlers
+async def test_the_applications_handler_answers_for_a_refused_commit(world: World) -> None:
+    world.application.exception_statuses[IntegrityError] = 409
+    response = await world.get(lambda: _orphan_handler(world))
+    assert (response.status_code, response.text) == (409, "handled IntegrityError")
+    assert "x-success" not in response.headers
+    assert await world.names() == []
+
+
+@pytest.mark.exception_handlers
+async def test_a_handler_of_a_base_class_answers_too(world: World) -> None:
+    world.application.exception_statuses[DBAPIError] = 503
+    assert (await world.get(lambda: _orphan_handler(world))).status_code == 503
+
+
+@pytest.mark.exception_handlers
+async def test_a_handler_of_every_exception_answers_too(world: World) -> None:
+    world.application.exception_statuses[Exception] = 555
+    response = await world.get(lambda: _orphan_handler(world))
+    assert (response.status_code, response.text) == (555, "handled IntegrityError")
+
+
+async def test_nothing_that_was_to_follow_a_success_happens(world: World) -> None:
+    happened: list[str] = []
+
+    async def background() -> None:
+        happened.append("background")
+
+    async def handler() -> Reply:
+        await insert_orphan(world.db)
+        on_commit(world.db, lambda: happened.append("on_commit"))
+        return Reply(background=background)
+
+    assert (await world.get(handler)).status_code == 500
+    assert happened == []
+
+
+async def test_a_stream_is_not_begun(world: World) -> None:
+    begun: list[str] = []
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        begun.append("stream")
+        yield "success"
+
+    async def background() -> None:
+        begun.append("background")
+
+    async def handler() -> Stream:
+        await insert_orphan(world.db)
+        return Stream(chunks(), background=background)
+
+    response = await world.get(handler)
+    assert response.status_code == 500
+    assert "success" not in response.text
+    assert begun == []
+
+
+@pytest.mark.exception_handlers
+async def test_a_stream_that_is_not_begun_is_answered_by_the_handler(world: World) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "success"
+
+    async def handler() -> Stream:
+        await insert_orphan(world.db)
+        return Stream(chunks())
+
+    world.application.exception_statuses[IntegrityError] = 409
+    response = await world.get(handler)
+    assert (response.status_code, response.text) == (409, "handled IntegrityError")
+
+
+async def test_a_flush_that_fails_at_the_end_is_an_error(world: World) -> None:
+    await world.database.query("INSERT INTO item VALUES ('there')")
+
+    async def handler() -> Reply:
+        (await db_session(world.db)).add(Item(name="there"))
+        return Reply()
+
+    assert (await world.get(handler)).status_code == 500
+
+
+@pytest.mark.postgresql
+async def test_a_connection_killed_before_the_commit_is_an_error(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        assert world.database.terminate_backends("state = 'idle in transaction'") == 1
+        return Reply()
+
+    async def after() -> Reply:
+        await insert(world.db, "after")
+        return Reply()
+
+    client = await world.start(("/", handler), ("/after", after))
+    assert (await client.post("/")).status_code == 500
+    assert (await client.post("/after")).status_code == 200
+    assert await world.names() == ["after"]
+
+
+@pytest.mark.postgresql
+async def test_a_connection_killed_before_a_roll_back_leaves_the_response_alone(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        assert world.database.terminate_backends("state = 'idle in transaction'") == 1
+        return Reply(status=409)
+
+    assert (await world.get(handler)).status_code == 409
+    assert await world.names() == []
+
+
+@pytest.mark.postgresql
+async def test_a_serialization_failure_at_commit_is_an_error(world: World) -> None:
+    """Two transactions read what the other writes: PostgreSQL refuses the one that commits last."""
+
+    async def handler() -> Reply:
+        session = await db_session(world.db)
+        await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        count = await session.scalar(text("SELECT count(*) FROM item"))
+        async with world.database.connect() as other:
+            rival = await other.create_session()
+            await rival.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+            await rival.scalar(text("SELECT count(*) FROM item"))
+            await rival.execute(text("INSERT INTO item VALUES ('rival')"))
+            await session.execute(text("INSERT INTO item VALUES ('mine')"))
+            await rival.commit()
+            await rival.close()
+        return Reply(str(count))
+
+    assert (await world.get(handler)).status_code == 500
+    assert await world.names() == ["rival"]
+
+
+@pytest.mark.postgresql
+async def test_a_swallowed_error_does_not_end_in_a_success(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        with pytest.raises(IntegrityError):
+            await insert(world.db, "one")
+        return Reply("success")
+
+    response = await world.get(handler)
+    assert response.status_code == 500
+    assert await world.names() == []
+
+
+@pytest.mark.postgresql
+@pytest.mark.exception_handlers
+async def test_a_swallowed_error_reaches_its_handler(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        with pytest.raises(IntegrityError):
+            await insert(world.db, "one")
+        return Reply("success")
+
+    world.application.exception_statuses[TransactionAbortedError] = 409
+    assert (await world.get(handler)).status_code == 409
+
+
+async def test_an_early_commit_stands_when_the_last_one_fails(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "early")
+        await commit_db_session(world.db)
+        await insert(world.db, "late")
+        await insert_orphan(world.db)
+        return Reply()
+
+    assert (await world.get(handler)).status_code == 500
+    assert await world.names() == ["early"]
+
+
+@pytest.mark.postgresql
+async def test_with_two_databases_the_error_names_what_was_committed(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[BaseException] = []
+
+    async with world.database.connect() as second:
+
+        async def handler() -> Reply:
+            await insert(world.db, "first")
+            await insert(second, "second")
+            await insert_orphan(second)
+            return Reply()
+
+        inner = world.setting.adapter.build
+
+        def build(application):  # type: ignore[no-untyped-def]
+            app = inner(application)
+
+            async def recording(scope, receive, send):  # type: ignore[no-untyped-def]
+                try:
+                    await app(scope, receive, send)
+                except BaseException as exc:
+                    errors.append(exc)
+                    raise
+
+            return recording
+
+        client = await world.start_with(build, ("/", handler))
+        assert (await client.post("/")).status_code == 500
+    assert await world.names() == ["first"]
+    [error] = errors
+    assert isinstance(error, IntegrityError)
+    assert repr(world.db) in str(error)

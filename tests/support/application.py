@@ -1,0 +1,61 @@
+"""What an application of a scenario does, said without a framework: each adapter builds the same one its own way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, commit_below_400
+
+Background: TypeAlias = Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Reply:
+    """A response with its whole body at once."""
+
+    body: str = ""
+    status: int = 200
+    background: Background | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Stream:
+    """A response whose body is made while it is sent."""
+
+    chunks: AsyncGenerator[str, None]
+    status: int = 200
+    background: Background | None = None
+
+
+class Refusal(Exception):
+    """Stands for the framework's own HTTP exception with this status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+Handler: TypeAlias = Callable[[], Awaitable[Reply | Stream]]
+
+
+@dataclass
+class Application:
+    """One application: its routes, its exception handlers, and the options of the middleware."""
+
+    routes: dict[str, Handler] = field(default_factory=dict)
+    exception_statuses: dict[type[Exception], int] = field(default_factory=dict)
+    before_commit: BeforeCommit | None = None
+    commit_policy: CommitPolicy = commit_below_400
+    dbs: tuple[DBConnect, ...] = ()
+
+    def route(self, path: str) -> Callable[[Handler], Handler]:
+        """Register a handler; it answers every method."""
+
+        def register(handler: Handler) -> Handler:
+            self.routes[path] = handler
+            return handler
+
+        return register
