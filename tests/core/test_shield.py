@@ -88,6 +88,24 @@ async def test_a_task_cancelled_before_its_first_wait_completes_the_work() -> No
     assert work.finished
 
 
+async def test_work_inside_of_work_is_seen_through_as_well() -> None:
+    work = Work()
+
+    async def outer() -> str:
+        return await run_to_completion(work())
+
+    task = asyncio.create_task(_as_coroutine(outer))
+    await work.started.wait()
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    work.release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.finished
+
+
 async def test_an_error_of_the_work_surfaces_although_the_task_was_cancelled() -> None:
     started, release = asyncio.Event(), asyncio.Event()
 

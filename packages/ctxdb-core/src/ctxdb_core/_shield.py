@@ -32,10 +32,13 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         BaseException: whatever `coro` raises, also if the task was cancelled meanwhile.
     """
     loop = asyncio.get_running_loop()
-    host = asyncio.current_task(loop)
+    host: Any = asyncio.current_task(loop)
     if host is None:
         coro.close()
         raise RuntimeError("run_to_completion() needs a running task.")
+    if isinstance(host, _LentTask):
+        # Inside of another run to completion, which answers for this one as well.
+        return (yield from coro.__await__())
     lent = _LentTask(host)
     cancellation = _Cancellation(loop)
     shield: AbstractContextManager[object] | None = None
