@@ -15,6 +15,9 @@ from benchmarks.questions import QUESTIONS, Settings
 from benchmarks.report import Table, environment
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError
 
+# Every contender has a pool of its own.
+_CONNECTIONS = "300"
+
 
 def main() -> int:
     """Run the command line."""
@@ -23,14 +26,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each contender has its turn")
     parser.add_argument("--quick", action="store_true", help="take less time, for less exact figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, too")
-    parser.add_argument("--url", help="a PostgreSQL of your own, instead of an embedded one: postgresql+asyncpg://...")
+    parser.add_argument(
+        "--url", help=f"a PostgreSQL of your own that grants {_CONNECTIONS} connections: postgresql+asyncpg://..."
+    )
     options = parser.parse_args()
     start = time.monotonic()
     with ExitStack() as stack:
         url = options.url
         if url is None:
             try:
-                url = stack.enter_context(EmbeddedPostgres()).url()
+                url = stack.enter_context(EmbeddedPostgres({"max_connections": _CONNECTIONS})).url()
             except EmbeddedPostgresError as exc:
                 print(f"{exc}\nPass one: python -m benchmarks --url postgresql+asyncpg://...", file=sys.stderr)
                 return 1

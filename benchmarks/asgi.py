@@ -10,20 +10,26 @@ from starlette.types import ASGIApp, Message
 PATH = "/"
 
 
+class _Exchange:
+    """One request, as uvicorn keeps it: its `send` knows the scope."""
+
+    __slots__ = ("_caller", "scope")
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self.scope = _scope()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            self._caller.successes += 1
+
+
 class Caller:
-    """Sends requests to `app`, and counts the successes."""
+    """Sends GET requests for `PATH` to `app`, and counts the successes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.successes = 0
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            self.successes += 1
-
-    async def request(self) -> None:
-        """Send one GET request for `PATH`."""
-        await self.app(_scope(), _receive, self.send)
 
     async def sequence(self, requests: int) -> int:
         """Send `requests` one after the other; return how many it were.
@@ -32,8 +38,7 @@ class Caller:
             RuntimeError: one of them was not answered by a 200.
         """
         self.successes = 0
-        for _ in range(requests):
-            await self.app(_scope(), _receive, self.send)
+        await self._request(requests)
         self._check(requests)
         return requests
 
@@ -45,14 +50,14 @@ class Caller:
         """
         self.successes = 0
         each = requests // workers
-
-        async def work() -> None:
-            for _ in range(each):
-                await self.app(_scope(), _receive, self.send)
-
-        await asyncio.gather(*(work() for _ in range(workers)))
+        await asyncio.gather(*(self._request(each) for _ in range(workers)))
         self._check(each * workers)
         return each * workers
+
+    async def _request(self, times: int) -> None:
+        for _ in range(times):
+            exchange = _Exchange(self)
+            await self.app(exchange.scope, _receive, exchange.send)
 
     def _check(self, requests: int) -> None:
         if self.successes != requests:

@@ -7,7 +7,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -42,11 +41,11 @@ class Route:
 class Contender:
     """One way of giving handlers a session; a subclass for each.
 
+    Each has an engine of its own: connections that several used would be warmer than those of one who is alone.
+
     Args:
         url: the database.
         options: the options of its engine.
-        engine: an engine that is there already, to be used instead of one more pool, where the contender adds nothing
-            to the engine itself. Whoever made it disposes of it.
     """
 
     name: ClassVar[str]
@@ -54,9 +53,8 @@ class Contender:
     remark: ClassVar[str] = ""
     """What a reader of the tables has to know of it."""
 
-    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
-        self._own_engine = engine is None
-        self.engine = create_engine(url, options) if engine is None else engine
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        self.engine = create_engine(url, options)
 
     def app(self, routes: Sequence[Route]) -> ASGIApp:
         """Return an application with `routes`, in which handlers are given their sessions this contender's way."""
@@ -88,5 +86,4 @@ class Contender:
 
     async def close(self) -> None:
         """Close every connection."""
-        if self._own_engine:
-            await self.engine.dispose()
+        await self.engine.dispose()

@@ -14,7 +14,7 @@ from context_async_sqlalchemy import (
     reset_db_session_ctx,
 )
 from context_async_sqlalchemy.starlette_utils import StarletteHTTPDBSessionMiddleware
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,8 +29,8 @@ class ContextAsync(Contender):
     name: ClassVar[str] = "context-async-sqlalchemy"
     remark: ClassVar[str] = "commits when the response has left"
 
-    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
-        super().__init__(url, options, engine)
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        super().__init__(url, options)
         self.connection = DBConnect(
             engine_creator=lambda host: self.engine,
             session_maker_creator=lambda engine: async_sessionmaker(engine, expire_on_commit=False),

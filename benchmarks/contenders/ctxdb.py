@@ -22,8 +22,7 @@ class CtxDB(Contender):
     name: ClassVar[str] = "ctxdb"
     read_only: ClassVar[bool] = False
 
-    def __init__(self, url: str, options: EngineOptions, engine: object = None) -> None:
-        # Always an engine of its own: ctxdb teaches it to stop cancelled queries, which the others shall not pay for.
+    def __init__(self, url: str, options: EngineOptions) -> None:
         self.db = DBConnect.from_url(url, read_only=self.read_only, **options)
 
     def middleware(self) -> list[Middleware]:

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import ClassVar
 
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,8 +21,8 @@ class FastAPIAsync(Contender):
     name: ClassVar[str] = "fastapi-async-sqlalchemy"
     remark: ClassVar[str] = "on BaseHTTPMiddleware"
 
-    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
-        super().__init__(url, options, engine)
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        super().__init__(url, options)
         # A pair of its own: the ready-made one of the package is global.
         self._middleware, self._db = create_middleware_and_session_proxy()
 

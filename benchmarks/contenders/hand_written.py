@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.util import greenlet_spawn
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -24,8 +24,8 @@ class HandWritten(Contender):
 
     name: ClassVar[str] = "hand-written"
 
-    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
-        super().__init__(url, options, engine)
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        super().__init__(url, options)
         self.session_maker = async_sessionmaker(self.engine, expire_on_commit=False)
 
     def endpoint(self, work: Work, respond: Respond) -> Endpoint:

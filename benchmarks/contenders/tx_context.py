@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy_tx_context import SQLAlchemyTransactionContext
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,8 +19,8 @@ class TxContext(Contender):
 
     name: ClassVar[str] = "sqlalchemy-tx-context"
 
-    def __init__(self, url: str, options: EngineOptions, engine: AsyncEngine | None = None) -> None:
-        super().__init__(url, options, engine)
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        super().__init__(url, options)
         self.db = SQLAlchemyTransactionContext(self.engine)
 
     def endpoint(self, work: Work, respond: Respond) -> Endpoint:

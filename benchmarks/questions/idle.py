@@ -11,7 +11,7 @@ from starlette.routing import Route as StarletteRoute
 
 from benchmarks.asgi import PATH, Caller
 from benchmarks.contenders import Route
-from benchmarks.database import create_engine, pool_of
+from benchmarks.database import pool_of
 from benchmarks.measure import Block, Figure, differences, take_turns
 from benchmarks.questions._question import Question, load_all
 from benchmarks.report import Aim, Row, Table
@@ -40,8 +40,7 @@ class Idle(Question):
             )
         )
         options = pool_of(1)
-        engine = create_engine(self.settings.url, options)
-        opened = [contender(self.settings.url, options, engine) for contender in contenders.values()]
+        opened = [contender(self.settings.url, options) for contender in contenders.values()]
         routes = [Route(PATH, partial(Response, b"ok"))]
         bare = Starlette(routes=[StarletteRoute(PATH, _answer)])
         apps = {_BARE: bare} | {contender.name: contender.app(routes) for contender in opened}
@@ -51,7 +50,6 @@ class Idle(Question):
         finally:
             for contender in opened:
                 await contender.close()
-            await engine.dispose()
         microseconds = {name: Figure.of(values).scaled(1e6) for name, values in samples.items()}
         rows = [Row(_BARE, microseconds[_BARE].median)]
         rows += [

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import ClassVar
 
 from benchmarks.contenders import Lookup
-from benchmarks.database import create_engine, pool_of
+from benchmarks.database import pool_of
 from benchmarks.measure import Figure, end_progress, show_progress
 from benchmarks.questions._question import Question, load_all
 from benchmarks.report import Aim, Row, Table
@@ -34,14 +34,12 @@ class SessionLookup(Question):
             )
         )
         options = pool_of(1)
-        engine = create_engine(self.settings.url, options)
         nanoseconds: dict[str, list[float]] = {name: [] for name in contenders}
         try:
             async with AsyncExitStack() as stack:
-                stack.push_async_callback(engine.dispose)
                 loops: dict[str, Lookup] = {}
                 for name, contender in contenders.items():
-                    opened = contender(self.settings.url, options, engine)
+                    opened = contender(self.settings.url, options)
                     stack.push_async_callback(opened.close)
                     place = opened.lookup()
                     assert place is not None

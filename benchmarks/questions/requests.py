@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from benchmarks.asgi import PATH, Caller
 from benchmarks.contenders import BASELINE, Contender, Route
-from benchmarks.database import Work, create_engine, pool_of, read, write
+from benchmarks.database import Work, pool_of, read, write
 from benchmarks.measure import Block, Figure, ratios, take_turns
 from benchmarks.questions._question import Question, load_all
 from benchmarks.report import Aim, Row, Table
@@ -44,8 +44,7 @@ class Requests(Question):
             )
         )
         options = pool_of(_AT_ONCE)
-        engine = create_engine(self.settings.url, options)
-        opened = [contender(self.settings.url, options, engine) for contender in contenders.values()]
+        opened = [contender(self.settings.url, options) for contender in contenders.values()]
         tables = []
         try:
             for statement, work in (("SELECT", read), ("INSERT", write)):
@@ -66,7 +65,6 @@ class Requests(Question):
         finally:
             for contender in opened:
                 await contender.close()
-            await engine.dispose()
         return tables
 
     async def _compare(

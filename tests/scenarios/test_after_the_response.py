@@ -193,6 +193,7 @@ async def test_a_client_that_leaves_during_a_stream_leaves_nothing_behind(world:
     async with RawClient.connect(world.base_url) as client:
         await client.send("/")
         assert await client.read_head() == 200
+        await client.reader.readexactly(1)
         client.abort()
     await eventually(ended.is_set, "the stream goes on")
     await eventually(lambda: not world.database.checked_out, "a connection is not back")

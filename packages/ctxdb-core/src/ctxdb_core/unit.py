@@ -15,6 +15,7 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core import _session_end
+from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
@@ -87,8 +88,11 @@ class UnitOfWork:
         if self.sessions is _CLOSED:
             raise ContextClosedError
         assert isinstance(self.sessions, dict)
-        opened: AsyncSession = self.sessions.setdefault(db, session)
-        return opened
+        if db in self.sessions:
+            return self.sessions[db]
+        StatementGate(session)
+        self.sessions[db] = session
+        return session
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
@@ -118,22 +122,11 @@ class UnitOfWork:
             BaseException: the first error of `before_commit` or of a commit. All that was not committed by then is
                 rolled back, and the error names what was.
         """
-        if self.before_commit is not None or len(self.sessions) > 1:
-            try:
-                await self._prepare(dbs)
-            except BaseException as exc:
-                await self.roll_back(exc)
-                raise
-        elif self.sessions and not self.callbacks and dbs is None:
-            # The common case, without what several sessions need.
-            (session,) = self.sessions.values()
-            if in_transaction(session):
-                try:
-                    await run_to_completion(session.commit())
-                except BaseException as exc:
-                    await self.roll_back(exc)
-                    raise
-            return
+        try:
+            await self._prepare(dbs)
+        except BaseException as exc:
+            await self.roll_back(exc)
+            raise
         await run_to_completion(self._commit(self.sessions, dbs))
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
@@ -181,7 +174,7 @@ class UnitOfWork:
         Raises:
             BaseException: as `commit` does; every session is closed all the same.
         """
-        if commit and (self.before_commit is not None or len(self.sessions) > 1):
+        if commit:
             try:
                 await self._prepare(None)
             except BaseException as exc:
@@ -205,7 +198,10 @@ class UnitOfWork:
                 await _session_end.close(session, error, db)
 
     async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
-        """Find errors while nothing is committed yet: the user's hook and the flush come before the first commit."""
+        """Do all that may take its time, fail or be cancelled while nothing has been committed yet."""
+        await wait_for_statements(self.sessions.values())
+        if self.before_commit is None and len(self.sessions) < 2:  # noqa: PLR2004 - one session is enough to fail
+            return
         prepared: set[DBConnect] = set()
         # The hook may open sessions of its own.
         while pending := [db for db in _affected(self.sessions, dbs) if db not in prepared]:
@@ -217,11 +213,13 @@ class UnitOfWork:
                 if self.before_commit is not None:
                     await self.before_commit(session)
                 if len(self.sessions) > 1:
+                    # What the database refuses at once is refused before the first commit.
                     await session.flush()
 
     async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
         committed: list[DBConnect] = []
         due: list[OnCommit] = []
+        close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
                 session = sessions[db]
@@ -240,6 +238,7 @@ class UnitOfWork:
                 # Where there was nothing to commit, the commit has succeeded as well.
                 due += self._take_callbacks(dbs)
         finally:
+            open_gates(sessions.values())
             if due:
                 # In a task, as the callbacks are the user's code: they get a context and a current task of their own.
                 await asyncio.create_task(_run_callbacks(due, self.before_commit))
@@ -251,8 +250,12 @@ class UnitOfWork:
         dbs: Collection[DBConnect] | None,
     ) -> None:
         self._take_callbacks(dbs)
-        for db in _affected(sessions, dbs):
-            await _session_end.roll_back(sessions[db], error, db)
+        close_gates(sessions.values())
+        try:
+            for db in _affected(sessions, dbs):
+                await _session_end.roll_back(sessions[db], error, db)
+        finally:
+            open_gates(sessions.values())
 
     def _take_callbacks(self, dbs: Collection[DBConnect] | None) -> list[OnCommit]:
         if self.callbacks is None:

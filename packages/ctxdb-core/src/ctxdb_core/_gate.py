@@ -1,0 +1,89 @@
+"""Keeps a session's statements and the ends of its transactions apart, whichever tasks they come from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+from weakref import ref
+
+from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import await_only
+
+__all__ = ["StatementGate", "close_gates", "open_gates", "wait_for_statements"]
+
+POLL_SECONDS = 0.001
+
+
+class StatementGate:
+    """Stands in for the ``get_bind`` of one session, which is asked before each connection is taken for a statement.
+
+    A session serves one task at a time. But where a middleware hands the response on through a queue (Starlette's
+    BaseHTTPMiddleware), the body of a streamed response runs while its start is still on the way: what it asks of the
+    session meets the commit. So the commit waits for the statement that is under way, and the next one for the commit.
+    """
+
+    __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement")
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session.sync_session
+        self._get_bind = self._session.get_bind
+        self._closed_by: object = None
+        self._opened: asyncio.Event | None = None
+        self._statement: ref[greenlet] | None = None
+        self._session.get_bind = self  # type: ignore[method-assign]  # on this one object only
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        # A plain call, outside of SQLAlchemy's greenlets, takes no connection.
+        if getattr(current, "__sqlalchemy_greenlet_provider__", False):
+            if self._closed_by is not None and self._closed_by is not asyncio.current_task():
+                if self._opened is None:
+                    self._opened = asyncio.Event()
+                await_only(self._opened.wait())
+                # The session may be closed by now, and refuse.
+                return self._session.get_bind(*args, **kwargs)
+            self._statement = ref(current)
+        return self._get_bind(*args, **kwargs)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a statement is under way."""
+        statement = None if self._statement is None else self._statement()
+        return statement is not None and not statement.dead
+
+    def close(self) -> None:
+        """Let the statements of other tasks wait."""
+        self._closed_by = asyncio.current_task()
+
+    def open(self) -> None:
+        """Let them go on."""
+        self._closed_by = None
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.set()
+
+
+async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
+    """Wait until no statement of `sessions` is under way."""
+    for session in sessions:
+        gate = session.sync_session.get_bind
+        while isinstance(gate, StatementGate) and gate.is_busy:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def close_gates(sessions: Iterable[AsyncSession]) -> None:
+    """Let other tasks' statements on `sessions` wait for what the current task is going to do."""
+    for session in sessions:
+        gate = session.sync_session.get_bind
+        if isinstance(gate, StatementGate):
+            gate.close()
+
+
+def open_gates(sessions: Iterable[AsyncSession]) -> None:
+    """Undo `close_gates`."""
+    for session in sessions:
+        gate = session.sync_session.get_bind
+        if isinstance(gate, StatementGate):
+            gate.open()
