@@ -8,7 +8,6 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar, Token
 from threading import get_ident
-from types import MappingProxyType
 from typing import TypeAlias
 
 from sqlalchemy.exc import StatementError
@@ -34,7 +33,8 @@ OnCommit: TypeAlias = Callable[[], object]
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
 
-_CLOSED: Mapping[DBConnect, AsyncSession] = MappingProxyType({})
+# What `sessions` of a unit that has ended is. Never written to: sessions are opened in units that have not.
+_CLOSED: dict[DBConnect, AsyncSession] = {}
 
 
 class UnitOfWork:
@@ -52,7 +52,7 @@ class UnitOfWork:
     token: Token[UnitOfWork]
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
-        self.sessions: Mapping[DBConnect, AsyncSession] = {}
+        self.sessions: dict[DBConnect, AsyncSession] = {}
         self.before_commit = before_commit
         self.thread = get_ident()
 
@@ -87,7 +87,6 @@ class UnitOfWork:
         # Meanwhile, the unit may have ended, or another of its tasks may have made the session.
         if self.sessions is _CLOSED:
             raise ContextClosedError
-        assert isinstance(self.sessions, dict)
         if db in self.sessions:
             return self.sessions[db]
         StatementGate(session)
@@ -141,7 +140,6 @@ class UnitOfWork:
     async def close_session(self, db: DBConnect) -> None:
         """Roll back and close the session on `db`, if there is one: its connection goes back to the pool."""
         self.check_usable()
-        assert isinstance(self.sessions, dict)
         session = self.sessions.pop(db, None)
         self._take_callbacks([db])
         if session is not None:
