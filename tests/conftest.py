@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.database import Database, eventually, fresh_database
+
 from ctxdb_core import DBConnect, is_context_initiated
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
-
-from tests.support.database import Database, eventually, fresh_database
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +25,8 @@ def database_kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def database(
-    database_kind: str, postgres_server: EmbeddedPostgres, tmp_path: Path
-) -> AsyncIterator[Database]:
-    """A fresh database; the test fails if it leaves a connection, a transaction, a query, a context or a task behind."""
+async def database(database_kind: str, postgres_server: EmbeddedPostgres, tmp_path: Path) -> AsyncIterator[Database]:
+    """A fresh database; the test fails if it leaves a connection, transaction, query, context or task behind."""
     tasks = asyncio.all_tasks()
     async with fresh_database(database_kind, postgres_server, tmp_path) as database:
         yield database

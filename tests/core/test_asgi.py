@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
 import pytest
-from ctxdb_core import DBConnect, db_session, is_context_initiated
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
-
 from tests.support.database import Database, eventually, insert, insert_orphan
+
+from ctxdb_core import DBConnect, db_session, is_context_initiated
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 BODY: Message = {"type": "http.response.body", "body": b"body"}
@@ -182,17 +183,13 @@ async def test_the_context_is_what_it_was_before(db: DBConnect) -> None:
         raise LookupError
 
     for work in (fail, lambda: insert(db, "one"), lambda: insert_orphan(db)):
-        try:
+        with suppress(LookupError, IntegrityError):
             await Connection().run(ASGIHTTPDBSessionMiddleware(replying(work)))
-        except (LookupError, IntegrityError):
-            pass
         assert not is_context_initiated()
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit])
-async def test_every_exception_rolls_back(
-    db: DBConnect, database: Database, exception: type[BaseException]
-) -> None:
+async def test_every_exception_rolls_back(db: DBConnect, database: Database, exception: type[BaseException]) -> None:
     async def fail() -> None:
         await insert(db, "one")
         raise exception
@@ -234,13 +231,17 @@ async def test_a_response_started_in_a_task_that_is_cancelled_is_committed_whole
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "one")
         async with anyio.create_task_group() as group:
-            group.start_soon(send, START)
+            group.start_soon(_send, send)
             await eventually(lambda: bool(database.backends("query ~ '^COMMIT' AND state = 'active'")), "no commit")
             group.cancel_scope.cancel()
 
     connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert connection.sent == []
     assert await database.names() == ["one"]
+
+
+async def _send(send: Send) -> None:
+    await send(START)
 
 
 # --- websockets -------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import anyio
 import pytest
-from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_atomic_session
 from sqlalchemy import text
-
 from tests.support.database import Database, eventually
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_atomic_session
 
 # More turns of the event loop than a unit of work takes, with a connection to open.
 TURNS = 60
@@ -19,10 +20,8 @@ TURNS = 60
 async def _natively(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
     task = asyncio.ensure_future(work())
     cancel_when(task.cancel)
-    try:
+    with suppress(asyncio.CancelledError):
         await task
-    except asyncio.CancelledError:
-        pass
 
 
 async def _again_and_again(
@@ -37,10 +36,8 @@ async def _again_and_again(
             loop.call_soon(cancel)
 
     cancel_when(cancel)
-    try:
+    with suppress(asyncio.CancelledError):
         await task
-    except asyncio.CancelledError:
-        pass
 
 
 async def _by_anyio(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:

@@ -7,6 +7,9 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import IntegrityError
+from tests.support.database import Database, insert, insert_orphan
+
 from ctxdb_core import (
     ContextClosedError,
     DBConnect,
@@ -17,9 +20,6 @@ from ctxdb_core import (
     is_context_initiated,
     new_db_ctx,
 )
-from sqlalchemy.exc import IntegrityError
-
-from tests.support.database import Database, insert, insert_orphan
 
 
 def begun(request: MutableMapping[str, Any] | None = None) -> UnitOfWork:

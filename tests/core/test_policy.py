@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import pytest
+
 from ctxdb_core import commit_2xx, commit_below_400, commit_policy
 
 
 def test_the_default_commits_below_400() -> None:
-    assert [status for status in (200, 204, 302, 399, 400, 404, 500) if commit_below_400(status)] == [200, 204, 302, 399]
+    assert [status for status in (200, 204, 302, 399, 400, 404, 500) if commit_below_400(status)] == [
+        200,
+        204,
+        302,
+        399,
+    ]
 
 
 def test_only_2xx() -> None:

@@ -6,6 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.database import Database, Item, eventually, insert, insert_orphan
+
 from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
@@ -25,11 +30,6 @@ from ctxdb_core import (
     rollback_db_session,
     run_in_new_ctx,
 )
-from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -61,9 +61,9 @@ async def test_tasks_of_a_unit_of_work_that_ask_at_once_get_one_session(database
     async def slow_start(db: DBConnect) -> None:
         await asyncio.sleep(0)
 
-    async with DBConnect(lambda host: database.watch_new(), host="a", before_create_session_handler=slow_start) as db:
-        async with new_db_ctx():
-            sessions = await asyncio.gather(*(db_session(db) for _ in range(5)))
+    db = DBConnect(lambda host: database.watch_new(), host="a", before_create_session_handler=slow_start)
+    async with db, new_db_ctx():
+        sessions = await asyncio.gather(*(db_session(db) for _ in range(5)))
     assert len(set(map(id, sessions))) == 1
 
 
@@ -166,7 +166,7 @@ async def test_an_error_does_not_wait_for_the_statement_of_another_task(db: DBCo
             task = asyncio.create_task(long_query())
             await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the query does not run")
             raise LookupError
-    with pytest.raises(Exception, match="closed|terminat|cancel"):
+    with pytest.raises(Exception, match=r"closed|terminat|cancel"):
         await task
     assert await database.names() == []
 
@@ -276,7 +276,7 @@ async def test_an_error_inside_a_savepoint_does_not_hinder_the_commit(db: DBConn
 async def test_an_error_before_the_server_does_not_hinder_the_commit(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await insert(db, "one")
-        with pytest.raises(Exception, match="invalid input|expected str"):
+        with pytest.raises(Exception, match=r"invalid input|expected str"):
             await session.execute(text("SELECT :number + 1"), {"number": "not a number"})
     assert await database.names() == ["one"]
 
@@ -441,11 +441,10 @@ async def test_before_commit_gets_each_session_that_is_about_to_be_committed(
     async def before_commit(session: AsyncSession) -> None:
         seen.append((session, await database.names()))
 
-    async with database.connect() as unused_db:
-        async with new_db_ctx(before_commit=before_commit):
-            first = await insert(db, "one")
-            await db_session(unused_db)
-            second = await insert(second_db, "two")
+    async with database.connect() as unused_db, new_db_ctx(before_commit=before_commit):
+        first = await insert(db, "one")
+        await db_session(unused_db)
+        second = await insert(second_db, "two")
     assert seen == [(first, []), (second, [])]
 
 
@@ -626,7 +625,7 @@ async def test_gathered_functions_have_sessions_of_their_own(db: DBConnect, data
     async def write(name: str) -> AsyncSession:
         return await insert(db, name)
 
-    results = await gather_in_new_ctx(*(lambda name=f"n{i}": write(name) for i in range(20)))  # type: ignore[misc]  # a default
+    results = await gather_in_new_ctx(*(lambda name=f"n{i}": write(name) for i in range(20)))
     assert len({id(session) for session in results}) == 20
     assert len(await database.names()) == 20
 
@@ -682,4 +681,4 @@ async def test_a_coroutine_instead_of_a_function_is_refused() -> None:
     with pytest.raises(TypeError, match="partial"):
         await gather_in_new_ctx(work())  # type: ignore[arg-type]  # the mistake
     with pytest.raises(TypeError, match="run_in_new_ctx"):
-        await run_in_new_ctx(work())  # type: ignore[call-overload]  # the mistake
+        await run_in_new_ctx(work())  # type: ignore[arg-type]  # the mistake

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import anyio
 import pytest
+
 from ctxdb_core._shield import run_to_completion
 
 T = TypeVar("T")

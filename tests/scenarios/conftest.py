@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-
 from tests.support.adapters import ADAPTERS
 from tests.support.database import Database
 from tests.support.world import Setting, World
@@ -45,4 +44,3 @@ async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         db = await stack.enter_async_context(database.connect())
         yield World(setting, database, db, stack)
-

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
-from ctxdb_core import commit_db_session, db_session
 from sqlalchemy import text
-
 from tests.support.application import Reply, Stream
 from tests.support.database import eventually, insert, insert_orphan
 from tests.support.server import RawClient
 from tests.support.world import World
+
+from ctxdb_core import commit_db_session, db_session
 
 
 async def test_a_background_task_works_on_with_the_same_session(world: World) -> None:

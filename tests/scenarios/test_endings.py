@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
-from ctxdb_core import commit_2xx, commit_policy
 from sqlalchemy.ext.asyncio import AsyncSession
-
 from tests.support.application import Refusal, Reply, Stream
 from tests.support.database import Item, insert
 from tests.support.world import World
+
+from ctxdb_core import commit_2xx, commit_policy
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 301, 303, 307, 399])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 import pytest
-from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, on_commit
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-
 from tests.support.application import Reply, Stream
 from tests.support.database import Item, insert, insert_orphan
 from tests.support.world import World
+
+from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, on_commit
 
 
 async def _orphan_handler(world: World) -> Reply:

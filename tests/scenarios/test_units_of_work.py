@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.application import Reply
+from tests.support.database import eventually, insert
+from tests.support.world import World
+
 from ctxdb_core import (
     ContextClosedError,
     atomic_db_session,
@@ -15,12 +21,6 @@ from ctxdb_core import (
     new_db_ctx,
     run_in_new_ctx,
 )
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from tests.support.application import Reply
-from tests.support.database import eventually, insert
-from tests.support.world import World
 
 
 async def test_all_of_a_request_shares_a_session_and_its_tasks_do_too(world: World) -> None:
@@ -63,7 +63,7 @@ async def test_hundreds_of_requests_share_a_pool_of_five(world: World) -> None:
         return Reply(f"{number:04}", status=400 if number % 3 == 0 else 200)
 
     client = await world.start(("/", handler))
-    client.timeout = None  # type: ignore[assignment]  # httpx takes None for no limit
+    client.timeout = None
     requests = 60 if world.setting.database_kind == "sqlite" else 300
     responses = await asyncio.gather(*(client.post("/") for _ in range(requests)))
     succeeded = sorted(response.text for response in responses if response.status_code == 200)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
+from contextlib import suppress
 
 import anyio.from_thread
 import httpx
 import pytest
-from ctxdb_core import DBConnect, close_db_session, db_session, new_db_ctx
-from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 from fastapi import BackgroundTasks, Depends, FastAPI, WebSocket
 from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse
@@ -18,10 +17,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
-from websockets.asyncio.client import connect
-
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import serve
+from websockets.asyncio.client import connect
+
+from ctxdb_core import DBConnect, close_db_session, db_session, new_db_ctx
+from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
@@ -124,10 +125,8 @@ async def test_yield_dependencies_see_a_failing_commit(app: FastAPI, db: DBConne
 
 async def test_a_yield_dependency_that_swallows_the_error_changes_nothing(app: FastAPI, db: DBConnect) -> None:
     async def dependency() -> AsyncGenerator[None, None]:
-        try:
+        with suppress(IntegrityError):
             yield
-        except IntegrityError:
-            pass
 
     @app.post("/", dependencies=[Depends(dependency, scope="request")])
     async def write() -> None:
@@ -137,9 +136,7 @@ async def test_a_yield_dependency_that_swallows_the_error_changes_nothing(app: F
         assert (await client.post("/")).status_code == 500
 
 
-async def test_background_tasks_write_in_the_same_unit_of_work(
-    app: FastAPI, db: DBConnect, database: Database
-) -> None:
+async def test_background_tasks_write_in_the_same_unit_of_work(app: FastAPI, db: DBConnect, database: Database) -> None:
     @app.post("/")
     async def write(background: BackgroundTasks) -> None:
         await insert(db, "response")

@@ -9,9 +9,6 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from ctxdb_core import DBConnect, commit_db_session, db_session, is_context_initiated
-from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
-from ctxdb_starlette import DBSessionMiddleware
 from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
@@ -24,9 +21,12 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import RawClient, serve
+
+from ctxdb_core import DBConnect, commit_db_session, db_session, is_context_initiated
+from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
+from ctxdb_starlette import DBSessionMiddleware
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -131,9 +131,7 @@ async def test_a_failing_commit_reaches_its_handler_in_every_stack(
 
         return StreamingResponse(chunks())
 
-    app = application(
-        framework, {"/": write, "/stream": stream}, *stack, exception_handlers=on_integrity_error(409)
-    )
+    app = application(framework, {"/": write, "/stream": stream}, *stack, exception_handlers=on_integrity_error(409))
     client = await ask(app)
     for path in ("/", "/stream"):
         response = await client.post(path)
@@ -327,7 +325,8 @@ async def test_a_mounted_application_shares_the_unit_of_work(
 
 
 @pytest.mark.parametrize(
-    ("outer_status", "inner_status", "expected"), [(409, None, 409), (None, 418, 418), (409, 418, 418), (None, None, 500)]
+    ("outer_status", "inner_status", "expected"),
+    [(409, None, 409), (None, 418, 418), (409, 418, 418), (None, None, 500)],
 )
 async def test_the_nearest_applications_handler_answers_first(
     db: DBConnect,

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
-from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -16,8 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-
 from tests.support.application import Application, Refusal, Reply, Stream
+
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
+from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ async def _respond(application: Application, path: str) -> Response:
         raise HTTPException(refusal.status) from None
 
 
-def _exception_handlers(application: Application) -> dict[Any, Callable[[Request, Exception], Response]]:
+def _exception_handlers(application: Application) -> dict[Any, Any]:
     def handler(status: int) -> Callable[[Request, Exception], Response]:
         return lambda request, exc: PlainTextResponse(f"handled {type(exc).__name__}", status)
 
@@ -137,9 +137,7 @@ def build_fastapi(application: Application) -> ASGIApp:
     async def endpoint(request: Request) -> Response:
         return await _respond(application, request.url.path)
 
-    app = FastAPI(
-        exception_handlers=_exception_handlers(application), lifespan=close_on_shutdown(*application.dbs)
-    )
+    app = FastAPI(exception_handlers=_exception_handlers(application), lifespan=close_on_shutdown(*application.dbs))
     for path in application.routes:
         app.add_api_route(path, endpoint, methods=METHODS, response_model=None)
     app.add_middleware(

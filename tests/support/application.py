@@ -30,7 +30,7 @@ class Stream:
     background: Background | None = None
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 - not every HTTP exception is an error
     """Stands for the framework's own HTTP exception with this status."""
 
     def __init__(self, status: int) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from ctxdb_core import DBConnect, db_session
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import QueuePool
+
+from ctxdb_core import DBConnect, db_session
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 
 TABLES = (
     "CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)",
@@ -100,7 +101,7 @@ class Database:
         assert self.server is not None
         with psycopg.connect(self._admin_url(), autocommit=True) as connection:
             rows = connection.execute(
-                f"SELECT query FROM pg_stat_activity WHERE datname = %s AND ({condition})",  # type: ignore[arg-type]  # a literal of the tests
+                f"SELECT query FROM pg_stat_activity WHERE datname = %s AND ({condition})",
                 [self.name],
             ).fetchall()
         return [row[0] for row in rows]
@@ -109,8 +110,7 @@ class Database:
         """Kill this database's server processes that fulfil `condition`, and return how many these were."""
         with psycopg.connect(self._admin_url(), autocommit=True) as connection:
             return connection.execute(
-                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "  # type: ignore[arg-type]  # as above
-                f"WHERE datname = %s AND ({condition})",
+                f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND ({condition})",
                 [self.name],
             ).rowcount
 
@@ -163,11 +163,11 @@ async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -
         if not admin.execute("SELECT 1 FROM pg_database WHERE datname = 'tables'").fetchall():
             admin.execute("CREATE DATABASE tables")
             await _create_tables(Database(server.url(kind, "tables"), "tables", server))
-        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE tables')  # type: ignore[arg-type]  # a name of our own
+        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE tables')
         try:
             yield Database(server.url(kind, name), name, server)
         finally:
-            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[arg-type]  # as above
+            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 async def _create_tables(database: Database) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -34,8 +34,6 @@ async def serve(app: Any, **options: Any) -> AsyncIterator[str]:
 class _Server(uvicorn.Server):
     def capture_signals(self) -> Any:
         """Leave the signal handlers of the test run alone."""
-        from contextlib import nullcontext
-
         return nullcontext()
 
 
@@ -56,10 +54,8 @@ class RawClient:
             yield cls(reader, writer)
         finally:
             writer.close()
-            try:
+            with suppress(OSError):
                 await writer.wait_closed()
-            except OSError:
-                pass
 
     async def send(self, path: str, method: str = "GET") -> None:
         self.writer.write(f"{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n".encode())

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import httpx
-from ctxdb_core import DBConnect
-from ctxdb_core.asgi import ASGIApp
-
 from tests.support.adapters import Adapter
 from tests.support.application import Application, Handler, Reply, Stream
 from tests.support.database import Database
 from tests.support.server import serve
+
+from ctxdb_core import DBConnect
+from ctxdb_core.asgi import ASGIApp
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core._guards import trust_no_failed_transaction, stop_cancelled_queries
+from ctxdb_core._guards import stop_cancelled_queries, trust_no_failed_transaction
 from ctxdb_core._shield import run_to_completion
 
 EngineCreator = Callable[[str], AsyncEngine]
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
 
 
-# An engine that is garbage-collected takes its connections with it unclosed: each is kept until it has been disposed of.
+# An engine that is garbage-collected leaves its connections unclosed: each is kept until it has been disposed of.
 _live: set[LoopEngine] = set()
 
 
@@ -46,12 +47,10 @@ class LoopEngine:
         _live.add(self)
         self._retirement: asyncio.Task[None] | None = None
         self._lifetime = self._live_and_dispose()
-        try:
+        with suppress(StopIteration):
             # The first step registers the generator with the running loop, which will close it before it ends
             # (`loop.shutdown_asyncgens`, called by `asyncio.run` and `asyncio.Runner`).
             self._lifetime.__anext__().send(None)
-        except StopIteration:
-            pass
 
     async def _live_and_dispose(self) -> AsyncGenerator[None, None]:
         try:
@@ -60,8 +59,8 @@ class LoopEngine:
             await self._dispose()
 
     async def _dispose(self) -> None:
-        # Connections that are in use outlive `dispose()`, in a pool that nobody would look after any more: from here on,
-        # whatever comes back to this engine's pools is closed instead of kept.
+        # Connections in use outlive `dispose()`, in a pool that nobody would look after any more: from here on, whatever
+        # comes back to this engine's pools is closed instead of kept.
         event.listen(self.engine.pool, "checkin", _close_returned)
         try:
             await self.engine.dispose()

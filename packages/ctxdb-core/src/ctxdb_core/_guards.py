@@ -27,8 +27,8 @@ STOP_QUERY_TIMEOUT_SECONDS = 5.0
 def stop_cancelled_queries(engine: AsyncEngine) -> None:
     """Make the database stop the query of a cancelled task, also when the task is cancelled again and again.
 
-    SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio cancel
-    scope interrupts that as well: the query runs on, or the driver's thread does.
+    SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio
+    cancel scope interrupts that as well: the query runs on, or the driver's thread does.
     """
     driver = engine.dialect.driver
     if driver == "asyncpg":
@@ -95,7 +95,7 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
         except asyncio.CancelledError:
             # The cancellation that brought us here goes on.
             pass
-        except Exception:  # noqa: BLE001 - a dead server has no query to stop
+        except Exception:
             logger.debug("A cancelled query could not be stopped", exc_info=True)
 
 

@@ -1,9 +1,9 @@
 """Running a coroutine to its end inside the current task, whoever cancels that task meanwhile.
 
-A commit that has been sent must be seen through. `asyncio.shield` does it with a second task, which costs a one-statement
-request 4 % of its CPU, and waiting for it under an anyio cancel scope, which cancels again at every turn of the event
-loop, is a busy loop. Here the coroutine is stepped by hand: the current task is lent to it, waits on what it waits on,
-and takes notice of its own cancellation afterwards.
+A commit that has been sent must be seen through. `asyncio.shield` does it with a second task, which costs a request of
+one statement 4 % of its CPU, and waiting for it under an anyio cancel scope, which cancels again at every turn of the
+event loop, is a busy loop. Here the coroutine is stepped by hand: the current task is lent to it, waits on what it
+waits on, and takes notice of its own cancellation afterwards.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                 except asyncio.CancelledError as exc:
                     cancellation.note(*exc.args)
                 continue
-            awaited._asyncio_future_blocking = False
+            awaited._asyncio_future_blocking = False  # noqa: SLF001 - as a task does for each future it waits on
             lent.awaited = awaited
             try:
                 # Also left by the exception of `awaited`, which reaches `coro` when it looks for the result.
                 yield _Waiter(awaited, cancellation)
             except GeneratorExit:
                 raise
-            except BaseException:  # noqa: BLE001 - see above; a cancellation is noted by the waiter
+            except BaseException:  # noqa: BLE001, S110 - see above; a cancellation is noted by the waiter
                 pass
             while not awaited.done():
                 if shield is None:
@@ -79,7 +79,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                     yield _Waiter(awaited, cancellation)
                 except GeneratorExit:
                     raise
-                except BaseException:  # noqa: BLE001 - as above
+                except BaseException:  # noqa: BLE001, S110 - as above
                     pass
             lent.awaited = None
     except GeneratorExit:
@@ -96,8 +96,8 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
 class _LentTask:
     """What `asyncio.current_task()` returns inside the coroutine.
 
-    `asyncio.timeout()` in a driver cancels the current task to wake its own code: that must reach the coroutine, while a
-    cancellation of the real task must not.
+    `asyncio.timeout()` in a driver cancels the current task to wake its own code: that must reach the coroutine, while
+    a cancellation of the real task must not.
     """
 
     __slots__ = ("__weakref__", "_cancel_args", "_cancel_requests", "_host", "awaited", "must_cancel")

@@ -25,7 +25,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 REQUEST_KEY = "ctxdb.unit_of_work"
-"""Where an adapter records the unit of work in what its framework keeps for one request (an ASGI scope, for instance)."""
+"""Where an adapter records the unit of work in what its framework keeps for one request, such as an ASGI scope."""
 
 
 def begin(
@@ -39,8 +39,8 @@ def begin(
         before_commit: awaited with each session that is about to be committed.
 
     Returns:
-        The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then just
-        call the application. A unit that was merely inherited through contextvars is never joined.
+        The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then
+        just call the application. A unit that was merely inherited through contextvars is never joined.
     """
     if outer_unit(request) is not None:
         return None
@@ -65,8 +65,8 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
     """End the transactions of a unit of work, and with `last` the unit itself.
 
     Call it with ``last=False`` before the first byte of the response leaves: connections go back to the pool, while
-    sessions stay usable for a streamed body or a background task. Call it again, with ``last=True``, when the request is
-    over. It runs to its end even if the task is cancelled meanwhile.
+    sessions stay usable for a streamed body or a background task. Call it again, with ``last=True``, when the request
+    is over. It runs to its end even if the task is cancelled meanwhile.
 
     Args:
         unit: what `begin` returned.
@@ -102,8 +102,8 @@ def is_context_initiated() -> bool:
 async def new_db_ctx(*, before_commit: BeforeCommit | None = None) -> AsyncIterator[None]:
     """Open a unit of work of its own for a block of code: a script, a job, a websocket message.
 
-    It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it is
-    independent of that one.
+    It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it
+    is independent of that one.
 
     Raises:
         BaseException: what the block raised, or the error of a commit.
@@ -179,8 +179,8 @@ def _check_callable(fn: object) -> None:
     if inspect.iscoroutine(fn):
         fn.close()
         raise TypeError(
-            "A coroutine was passed where a callable is needed, as it must be called inside of its new context: pass the "
-            "function and its arguments, `run_in_new_ctx(fn, 1)` or `gather_in_new_ctx(partial(fn, 1))`."
+            "A coroutine was passed where a callable is needed, as it must be called inside of its new context: pass "
+            "the function and its arguments, `run_in_new_ctx(fn, 1)` or `gather_in_new_ctx(partial(fn, 1))`."
         )
     if not callable(fn):
         raise TypeError(f"{fn!r} is not an async callable.")

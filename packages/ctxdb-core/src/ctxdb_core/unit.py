@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import TypeAlias
@@ -62,11 +63,10 @@ class UnitOfWork:
 
     def leave(self) -> None:
         """Make the unit current again that was so before `enter`."""
-        try:
+        # A ValueError says that it was entered in another context (a task of its own, an async generator fixture),
+        # which went with its variables.
+        with suppress(ValueError):
             current_unit.reset(self.token)
-        except ValueError:
-            # Entered in another context (a task of its own, an async generator fixture), which went with its variables.
-            pass
 
     @property
     def closed(self) -> bool:
@@ -100,8 +100,8 @@ class UnitOfWork:
         if self.thread != get_ident():
             raise ContextNotInitiatedError(
                 "The unit of work found here belongs to another thread's event loop, and a connection serves the loop "
-                "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on the "
-                "first loop (`anyio.from_thread.run`)."
+                "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on "
+                "the first loop (`anyio.from_thread.run`)."
             )
 
     def on_commit(self, db: DBConnect, callback: OnCommit) -> None:
@@ -198,7 +198,7 @@ class UnitOfWork:
     async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
         """Do all that may take its time, fail or be cancelled while nothing has been committed yet."""
         await wait_for_statements(self.sessions.values())
-        if self.before_commit is None and len(self.sessions) < 2:  # noqa: PLR2004 - one session is enough to fail
+        if self.before_commit is None and len(self.sessions) < 2:
             return
         prepared: set[DBConnect] = set()
         # The hook may open sessions of its own.

@@ -13,8 +13,8 @@ __all__ = ["close_on_shutdown"]
 class close_on_shutdown:  # noqa: N801 - used like a function: as a lifespan, or in one
     """Closes databases when the application shuts down; a lifespan, or part of one.
 
-    Either ``Starlette(lifespan=close_on_shutdown(db))``, or ``async with close_on_shutdown(db): yield`` in a lifespan of
-    your own.
+    Either ``Starlette(lifespan=close_on_shutdown(db))``, or ``async with close_on_shutdown(db): yield`` in a lifespan
+    of your own.
 
     Args:
         *dbs: what to close; every one is, also if closing another one fails.
