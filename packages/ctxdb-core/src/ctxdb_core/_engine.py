@@ -59,7 +59,7 @@ class LoopEngine:
             await self._dispose()
 
     async def _dispose(self) -> None:
-        # Connections in use outlive `dispose()`, in a pool that nobody would look after any more: from here on, whatever
+        # Connections in use outlive `dispose()`, in a pool that nobody would look after any more: from now on, what
         # comes back to this engine's pools is closed instead of kept.
         event.listen(self.engine.pool, "checkin", _close_returned)
         try:
