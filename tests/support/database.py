@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psycopg
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import QueuePool
@@ -86,20 +87,21 @@ class Database:
         rows = await self.query(f"SELECT {column} FROM {table} ORDER BY {column}")
         return [row[0] for row in rows]
 
-    async def query(self, sql: str, **parameters: object) -> list[tuple[Any, ...]]:
+    async def query(self, sql: str) -> list[tuple[Any, ...]]:
         """Run one statement on a connection of its own, which leaves no trace."""
-        engine = create_async_engine(self.url)
-        try:
-            async with engine.begin() as connection:
-                result = await connection.execute(text(sql), parameters)
-                return [tuple(row) for row in result.all()] if result.returns_rows else []
-        finally:
-            await engine.dispose()
+        if self.server is not None:
+            with psycopg.connect(_dsn(self.server, self.name), autocommit=True) as connection:
+                result = connection.execute(sql)
+                return result.fetchall() if result.description else []
+        with closing(sqlite3.connect(make_url(self.url).database or "")) as file:
+            rows = file.execute(sql).fetchall()
+            file.commit()
+            return rows
 
     def backends(self, condition: str) -> list[str]:
         """Return the last queries of this database's server processes that fulfil `condition`."""
         assert self.server is not None
-        with psycopg.connect(self._admin_url(), autocommit=True) as connection:
+        with psycopg.connect(_dsn(self.server, "postgres"), autocommit=True) as connection:
             rows = connection.execute(
                 f"SELECT query FROM pg_stat_activity WHERE datname = %s AND ({condition})",
                 [self.name],
@@ -108,15 +110,12 @@ class Database:
 
     def terminate_backends(self, condition: str = "true") -> int:
         """Kill this database's server processes that fulfil `condition`, and return how many these were."""
-        with psycopg.connect(self._admin_url(), autocommit=True) as connection:
+        assert self.server is not None
+        with psycopg.connect(_dsn(self.server, "postgres"), autocommit=True) as connection:
             return connection.execute(
                 f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND ({condition})",
                 [self.name],
             ).rowcount
-
-    def _admin_url(self) -> str:
-        assert self.server is not None
-        return self.server.url("psycopg").replace("+psycopg", "")
 
     async def assert_quiet(self) -> None:
         """Assert that nothing of the test is left on the database."""
@@ -152,22 +151,34 @@ async def eventually(condition: Callable[[], bool], message: str | Callable[[], 
 
 @asynccontextmanager
 async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -> AsyncIterator[Database]:
-    """Create a database with the tests' tables, and drop it afterwards."""
+    """Provide a database with the tests' tables, and nothing in them."""
     if kind == "sqlite":
         database = Database(f"sqlite+aiosqlite:///{directory / 'test.db'}", "test.db", None)
         await _create_tables(database)
         yield database
         return
-    name = f"test_{uuid4().hex[:12]}"
-    with psycopg.connect(server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
-        if not admin.execute("SELECT 1 FROM pg_database WHERE datname = 'tables'").fetchall():
-            admin.execute("CREATE DATABASE tables")
-            await _create_tables(Database(server.url(kind, "tables"), "tables", server))
-        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE tables')
+    with psycopg.connect(_dsn(server, "postgres"), autocommit=True) as admin:
+        name = _clean.pop() if _clean else None
+        if name is None:
+            name = f"test_{uuid4().hex[:12]}"
+            admin.execute(f'CREATE DATABASE "{name}"')
+            await _create_tables(Database(server.url(kind, name), name, server))
         try:
             yield Database(server.url(kind, name), name, server)
-        finally:
+        except BaseException:
             admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+            raise
+    with psycopg.connect(_dsn(server, name), autocommit=True) as connection:
+        connection.execute("TRUNCATE item, parent, child; DROP FUNCTION IF EXISTS slow CASCADE")
+    _clean.append(name)
+
+
+# Databases as they were created: making one takes longer than most tests.
+_clean: list[str] = []
+
+
+def _dsn(server: EmbeddedPostgres, database: str) -> str:
+    return server.url("psycopg", database).replace("+psycopg", "")
 
 
 async def _create_tables(database: Database) -> None:
