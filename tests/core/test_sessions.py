@@ -126,6 +126,27 @@ async def test_a_task_that_outlives_its_unit_of_work_is_told_so(db: DBConnect) -
         await task
 
 
+async def test_nothing_can_be_ended_or_registered_after_the_end(db: DBConnect) -> None:
+    release = asyncio.Event()
+
+    async def late() -> None:
+        await release.wait()
+        for ask in (commit_db_session, rollback_db_session, close_db_session):
+            with pytest.raises(ContextClosedError):
+                await ask(db)
+        with pytest.raises(ContextClosedError):
+            on_commit(db, lambda: None)
+        with pytest.raises(ContextClosedError):
+            async with atomic_db_session(db):
+                pytest.fail("the block was entered")
+
+    async with new_db_ctx():
+        await db_session(db)
+        task = asyncio.create_task(late())
+    release.set()
+    await task
+
+
 async def test_a_session_that_was_kept_refuses_to_begin_anew(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await insert(db, "one")
@@ -251,6 +272,17 @@ async def test_an_early_commit_that_fails_raises_and_leaves_a_usable_session(db:
         assert database.checked_out == 0
         await insert(db, "after")
     assert await database.names() == ["after"]
+
+
+async def test_an_early_commit_that_fails_leaves_other_databases_alone(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        await insert(second_db, "elsewhere")
+        await insert_orphan(db)
+        with pytest.raises(IntegrityError):
+            await commit_db_session(db)
+    assert await database.names() == ["elsewhere"]
 
 
 async def test_a_swallowed_error_cannot_turn_the_commit_into_a_roll_back(db: DBConnect, database: Database) -> None:

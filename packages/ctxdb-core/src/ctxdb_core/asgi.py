@@ -19,6 +19,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# Bound once: looking a method up at each request is felt where the request uses no database.
+_get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
+
 # WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
 _NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
 
@@ -56,12 +59,12 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
             return
         # Most requests find nothing at all: these two look-ups spare them the closer look.
-        if (REQUEST_KEY in scope or current_unit.get(None) is not None) and outer_unit(scope) is not None:
+        if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
         root_app = scope.get("app")
         scope[REQUEST_KEY] = exchange
-        token = current_unit.set(exchange)
+        token = _set_current_unit(exchange)
         try:
             try:
                 await self.app(scope, receive, exchange.send)
@@ -74,7 +77,9 @@ class ASGIHTTPDBSessionMiddleware:
                 # Where no response was begun, there is no success that would have to be true.
                 await exchange.finish(commit=exchange.responded)
         finally:
-            current_unit.reset(token)
+            _reset_current_unit(token)
+            # The server's `send` may know the scope: left in it, the exchange would be in a reference cycle.
+            scope.pop(REQUEST_KEY, None)
 
     async def answer_error(
         self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
@@ -138,13 +143,6 @@ class _Exchange(UnitOfWork):
         self.responded = False
         self.forward = forward
 
-    async def end_transactions(self, commit: bool) -> None:  # noqa: FBT001 - private, and called for each response
-        """Commit or roll back, before a message that tells the client how it went is forwarded."""
-        if commit:
-            await self.commit()
-        else:
-            await self.roll_back()
-
     async def refuse_response(self, exc: Exception) -> None:
         """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""
         self.failure = exc
@@ -156,7 +154,10 @@ class _Exchange(UnitOfWork):
         # After a refused response, the application may try one of its own for the error: it is not sent either.
         if self.failure is None:
             try:
-                await self.end_transactions(self.middleware.commit_policy(message["status"]))
+                if self.middleware.commit_policy(message["status"]):
+                    await self.commit()
+                else:
+                    await self.roll_back()
             except Exception as exc:
                 await self.refuse_response(exc)
                 raise
@@ -211,7 +212,10 @@ class _WebSocketExchange(_Exchange):
         forward = self.forward
         if self.failure is None:
             try:
-                await self.end_transactions(normal)
+                if normal:
+                    await self.commit()
+                else:
+                    await self.roll_back()
             except Exception as exc:
                 await self.refuse_response(exc)
                 await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})

@@ -27,6 +27,9 @@ __all__ = [
     "rollback_db_session",
 ]
 
+# Bound once: looking the method up at each call is a third of what a call costs (Python 3.11).
+_get_current_unit = current_unit.get
+
 CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
 """What `atomic_db_session` does with a transaction that is open already."""
 
@@ -42,7 +45,7 @@ async def db_session(db: DBConnect) -> AsyncSession:
         ContextClosedError: the unit of work has ended; the error says what to do.
     """
     try:
-        return current_unit.get().sessions[db]
+        return _get_current_unit().sessions[db]
     except LookupError:
         # No unit of work, or no session on `db` yet: kept out of the way of the common case.
         pass
@@ -177,7 +180,7 @@ async def new_non_ctx_atomic_session(db: DBConnect) -> AsyncIterator[AsyncSessio
 
 
 def _unit() -> UnitOfWork:
-    unit = current_unit.get(None)
+    unit = _get_current_unit(None)
     if unit is None:
         raise ContextNotInitiatedError
     return unit

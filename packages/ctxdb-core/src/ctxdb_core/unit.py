@@ -118,15 +118,22 @@ class UnitOfWork:
             dbs: where to commit; everywhere by default.
 
         Raises:
-            BaseException: the first error of `before_commit` or of a commit. All that was not committed by then is
+            BaseException: the first error of `before_commit` or of a commit. What was to be committed and was not is
                 rolled back, and the error names what was.
         """
         try:
-            await self._prepare(dbs)
+            if len(self.sessions) == 1 and self.before_commit is None and not self.callbacks and dbs is None:
+                # The common case, without what several sessions, hooks and callbacks need.
+                (session,) = self.sessions.values()
+                if in_transaction(session):
+                    await wait_for_statements((session,))
+                    await run_to_completion(_commit_alone(session))
+            else:
+                await self._prepare(dbs)
+                await run_to_completion(self._commit(self.sessions, dbs))
         except BaseException as exc:
-            await self.roll_back(exc)
+            await self.roll_back(exc, dbs)
             raise
-        await run_to_completion(self._commit(self.sessions, dbs))
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         """Roll back the open transactions; the unit stays usable.
@@ -227,7 +234,7 @@ class UnitOfWork:
                     await session.commit()
                 except BaseException as exc:
                     _name_committed(exc, db, committed)
-                    await self._roll_back(sessions, exc, None)
+                    await self._roll_back(sessions, exc, dbs)
                     raise
                 committed.append(db)
                 if self.callbacks:
@@ -260,6 +267,14 @@ class UnitOfWork:
             return []
         taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
         return [callback for callbacks in taken for callback in callbacks]
+
+
+async def _commit_alone(session: AsyncSession) -> None:
+    close_gates((session,))
+    try:
+        await session.commit()
+    finally:
+        open_gates((session,))
 
 
 def _affected(sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> list[DBConnect]:
