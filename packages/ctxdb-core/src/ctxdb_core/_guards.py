@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Dialect, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
@@ -35,6 +35,7 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
         _see_termination_through(engine, _close_asyncpg)
     elif driver == "aiosqlite":
         _see_termination_through(engine, _close_aiosqlite)
+        event.listen(engine.sync_engine, "do_connect", _connect_aiosqlite)
     elif driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "connect", _keep_cancel_key)
         event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
@@ -73,6 +74,24 @@ async def _close_asyncpg(connection: Any) -> None:
 async def _close_aiosqlite(connection: Any) -> None:
     await connection.interrupt()
     await connection.close()
+
+
+def _connect_aiosqlite(
+    dialect: Dialect, record: ConnectionPoolEntry, arguments: list[Any], options: dict[str, Any]
+) -> Any:
+    # A file is opened in the driver's thread, and nobody would close it if the task that waits for it were cancelled.
+    opened: list[Any] = []
+
+    async def connect() -> None:
+        opened.append(await greenlet_spawn(dialect.connect, *arguments, **options))
+
+    try:
+        await_only(run_to_completion(connect()))
+    except asyncio.CancelledError:
+        for connection in opened:
+            dialect.do_terminate(connection)
+        raise
+    return opened[0]
 
 
 _CANCEL_KEY = "ctxdb.cancel_key"
