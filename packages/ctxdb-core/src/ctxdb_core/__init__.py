@@ -1,6 +1,6 @@
 """SQLAlchemy sessions from the context: one unit of work per request, ended before its response leaves."""
 
-from ctxdb_core.connect import DBConnect, default_session_maker
+from ctxdb_core.connect import DBConnect, close_all, default_session_maker
 from ctxdb_core.errors import (
     ContextClosedError,
     ContextNotInitiatedError,
@@ -48,6 +48,7 @@ __all__ = [
     "UnitOfWork",
     "atomic_db_session",
     "begin",
+    "close_all",
     "close_db_session",
     "commit_2xx",
     "commit_below_400",

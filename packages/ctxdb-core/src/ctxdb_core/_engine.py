@@ -42,8 +42,9 @@ class LoopEngine:
         self.session_maker = session_maker_creator(engine)
         stop_cancelled_queries(engine)
         trust_no_failed_transaction(engine)
-        for other in [kept for kept in _live if kept.loop.is_closed()]:
-            _live.discard(other)
+        for other in list(_live):
+            if other.loop.is_closed():
+                _live.discard(other)
         _live.add(self)
         self._retirement: asyncio.Task[None] | None = None
         self._lifetime = self._live_and_dispose()

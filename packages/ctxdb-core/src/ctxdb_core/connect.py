@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._url import create_engine, host_of, without_secrets
 from ctxdb_core.errors import HostNotSetError
 
-__all__ = ["DBConnect", "default_session_maker"]
+__all__ = ["DBConnect", "close_all", "default_session_maker"]
 
 
 def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
@@ -108,7 +108,7 @@ class DBConnect:
             engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
             old, self._engines = self._engines, {engine.loop: engine}
             self._host = host
-        await _retire(old.values())
+        await _attempt_all([engine.retire for engine in old.values()])
 
     async def session_maker(self) -> async_sessionmaker[AsyncSession]:
         """Return the session maker of the current host and event loop.
@@ -145,7 +145,7 @@ class DBConnect:
         """
         with self._lock:
             old, self._engines = self._engines, {}
-        await _retire(old.values())
+        await _attempt_all([engine.retire for engine in old.values()])
 
     async def __aenter__(self) -> Self:
         return self
@@ -188,14 +188,23 @@ def _check_host(host: str) -> None:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
 
 
-async def _retire(engines: Any) -> None:
+async def close_all(*dbs: DBConnect) -> None:
+    """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
+
+    Raises:
+        Exception: the one error there was; an ``ExceptionGroup`` if there were several.
+    """
+    await _attempt_all([db.close for db in dbs])
+
+
+async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:
     errors: list[Exception] = []
-    for engine in engines:
+    for close in closers:
         try:
-            await engine.retire()
-        except Exception as exc:  # noqa: BLE001 - every engine is retired before an error surfaces
+            await close()
+        except Exception as exc:  # noqa: BLE001 - every one is attempted before an error surfaces
             errors.append(exc)
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise ExceptionGroup("Several engines could not be closed.", errors)
+        raise ExceptionGroup("Not everything could be closed.", errors)

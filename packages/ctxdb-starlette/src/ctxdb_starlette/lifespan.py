@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from ctxdb_core import DBConnect
+from ctxdb_core import DBConnect, close_all
 
 __all__ = ["close_on_shutdown"]
 
@@ -33,13 +33,4 @@ class close_on_shutdown:  # noqa: N801 - used like a function: as a lifespan, or
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        errors: list[Exception] = []
-        for db in self._dbs:
-            try:
-                await db.close()
-            except Exception as error:  # noqa: BLE001 - every one is closed before an error surfaces
-                errors.append(error)
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise ExceptionGroup("Several databases could not be closed.", errors)
+        await close_all(*self._dbs)
