@@ -332,9 +332,15 @@ def _make_readable(binaries: Path, directory: Path) -> Path:
     """Return `binaries`, or a copy below `directory` where an unprivileged account cannot reach the original."""
     if all(parent.stat().st_mode & 0o005 == 0o005 for parent in binaries.parents):
         return binaries
+    # The wheel keeps the server's libraries beside its package: the copy is laid out as the original.
+    install = binaries.parent
+    package = install.parent
     copy = directory / "postgres"
-    shutil.copytree(binaries.parent, copy, symlinks=True)
-    return copy / binaries.name
+    shutil.copytree(install, copy / package.name / install.name, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+    return copy / package.name / install.name / binaries.name
 
 
 def _find_free_port() -> int:

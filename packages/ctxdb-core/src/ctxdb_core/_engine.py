@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -20,6 +20,20 @@ SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
 
 # An engine that is garbage-collected leaves its connections unclosed: each is kept until it has been disposed of.
 _live: set[LoopEngine] = set()
+
+
+class _Drain:
+    """Closes the connections that come back to an engine's pools, as long as it is active."""
+
+    active = False
+
+    def close_returned(self, dbapi_connection: object, connection_record: ConnectionPoolEntry) -> None:
+        if self.active and dbapi_connection is not None:
+            connection_record.invalidate()
+
+
+# An engine hands its listeners on to each of its pools, and they cannot be taken back from there.
+_drains: WeakKeyDictionary[Engine, _Drain] = WeakKeyDictionary()
 
 
 class LoopEngine:
@@ -40,6 +54,9 @@ class LoopEngine:
             )
         self.engine = engine
         self.session_maker = session_maker_creator(engine)
+        if engine.sync_engine in _drains:
+            # The creator returns an engine that was retired before: it keeps its connections again.
+            _drains[engine.sync_engine].active = False
         stop_cancelled_queries(engine)
         trust_no_failed_transaction(engine)
         for other in list(_live):
@@ -62,7 +79,11 @@ class LoopEngine:
     async def _dispose(self) -> None:
         # Connections in use outlive `dispose()`, in a pool that nobody would look after any more: from now on, what
         # comes back to this engine's pools is closed instead of kept.
-        event.listen(self.engine.pool, "checkin", _close_returned)
+        drain = _drains.get(self.engine.sync_engine)
+        if drain is None:
+            drain = _drains[self.engine.sync_engine] = _Drain()
+            event.listen(self.engine.pool, "checkin", drain.close_returned)
+        drain.active = True
         try:
             await self.engine.dispose()
         finally:
@@ -92,8 +113,3 @@ class LoopEngine:
     def _start_retirement(self) -> None:
         if self._retirement is None:
             self._retirement = self.loop.create_task(self._lifetime.aclose())
-
-
-def _close_returned(dbapi_connection: Any, connection_record: ConnectionPoolEntry) -> None:
-    if dbapi_connection is not None:
-        connection_record.invalidate()

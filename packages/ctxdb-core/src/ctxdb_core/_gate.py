@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextvars import ContextVar, Token
 from typing import Any
 from weakref import ref
 
@@ -14,6 +15,9 @@ from sqlalchemy.util import await_only
 __all__ = ["StatementGate", "close_gates", "open_gates", "wait_for_statements"]
 
 POLL_SECONDS = 0.001
+
+# Who is ending a transaction here: inherited by the tasks that a session class may do it in.
+_ending: ContextVar[object] = ContextVar("ctxdb_ending", default=None)
 
 
 class StatementGate:
@@ -38,7 +42,7 @@ class StatementGate:
         current = getcurrent()
         # A plain call, outside of SQLAlchemy's greenlets, takes no connection.
         if getattr(current, "__sqlalchemy_greenlet_provider__", False):
-            if self._closed_by is not None and self._closed_by is not asyncio.current_task():
+            if self._closed_by is not None and self._closed_by is not _ending.get():
                 if self._opened is None:
                     self._opened = asyncio.Event()
                 await_only(self._opened.wait())
@@ -49,13 +53,15 @@ class StatementGate:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a statement is under way."""
+        """Whether a statement is under way, or the end of a transaction."""
+        if self._closed_by is not None:
+            return True
         statement = None if self._statement is None else self._statement()
         return statement is not None and not statement.dead
 
-    def close(self) -> None:
-        """Let the statements of other tasks wait."""
-        self._closed_by = asyncio.current_task()
+    def close(self, closed_by: object) -> None:
+        """Let the statements of others than `closed_by` wait."""
+        self._closed_by = closed_by
 
     def open(self) -> None:
         """Let them go on."""
@@ -66,7 +72,7 @@ class StatementGate:
 
 
 async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
-    """Wait until no statement of `sessions` is under way."""
+    """Wait until no statement of `sessions` is under way, and no end of a transaction."""
     for session in sessions:
         gate = session.sync_session.get_bind
         # A greenlet tells nobody that it has ended.
@@ -74,16 +80,19 @@ async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def close_gates(sessions: Iterable[AsyncSession]) -> None:
+def close_gates(sessions: Iterable[AsyncSession]) -> Token[object]:
     """Let other tasks' statements on `sessions` wait for what the current task is going to do."""
+    closed_by = object()
     for session in sessions:
         gate = session.sync_session.get_bind
         if isinstance(gate, StatementGate):
-            gate.close()
+            gate.close(closed_by)
+    return _ending.set(closed_by)
 
 
-def open_gates(sessions: Iterable[AsyncSession]) -> None:
-    """Undo `close_gates`."""
+def open_gates(sessions: Iterable[AsyncSession], token: Token[object]) -> None:
+    """Undo the `close_gates` that returned `token`."""
+    _ending.reset(token)
     for session in sessions:
         gate = session.sync_session.get_bind
         if isinstance(gate, StatementGate):

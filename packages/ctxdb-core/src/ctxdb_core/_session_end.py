@@ -17,6 +17,9 @@ logger = logging.getLogger("ctxdb")
 
 RETRY_SECONDS = 0.02
 
+# How long a roll-back may take before its connection is thrown away: a server may have stopped answering.
+ROLL_BACK_SECONDS = 5.0
+
 # Sessions that another task was using when they had to end, each with the task that waits for it.
 _stragglers: set[asyncio.Task[None]] = set()
 
@@ -34,7 +37,8 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
     if not in_transaction(session):
         return
     try:
-        await session.rollback()
+        async with asyncio.timeout(ROLL_BACK_SECONDS):
+            await session.rollback()
     except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
         report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
         await _discard(session)
@@ -46,7 +50,8 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
         session.sync_session.close()
         return
     try:
-        await session.close()
+        async with asyncio.timeout(ROLL_BACK_SECONDS):
+            await session.close()
     except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
         report(exc, error, f"closing the session on {name} failed, and its connection was thrown away")
         await _discard(session)
@@ -79,7 +84,10 @@ def refuse_further_use(session: AsyncSession, refuse: Callable[..., NoReturn]) -
     never be given back, and what is written would never be committed. ``Session.get_bind`` is asked before each
     connection is taken (SQLAlchemy, "Custom Vertical Partitioning").
     """
-    session.sync_session.get_bind = refuse  # type: ignore[method-assign]  # on this one object only
+    sync_session = session.sync_session
+    sync_session.get_bind = refuse  # type: ignore[method-assign]  # on this one object only
+    # What is only added would be lost without a statement; and a statement may name its engine itself.
+    sync_session._autobegin_t = refuse  # type: ignore[method-assign]  # noqa: SLF001 - there is no public name for it
 
 
 async def _discard(session: AsyncSession) -> None:

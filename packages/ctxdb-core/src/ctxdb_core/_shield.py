@@ -19,10 +19,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+GRACE_SECONDS = 10.0
+"""How long a task that was cancelled goes on waiting for its work, before the work is cancelled as well."""
+
 
 @types.coroutine
 def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     """Run `coro` to its end in the current task, and only then let the task be cancelled.
+
+    Once the task is cancelled, `coro` has `GRACE_SECONDS` left; then it is cancelled, too.
 
     Returns:
         What `coro` returns.
@@ -42,6 +47,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     lent = _LentTask(host)
     cancellation = _Cancellation(loop)
     shield: AbstractContextManager[object] | None = None
+    deadline: asyncio.TimerHandle | None = None
     try:
         while True:
             _leave_task(loop, host)
@@ -75,6 +81,8 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                     shield = _anyio_shield()
                     shield.__enter__()
                     cancellation.wakes = False
+                    # A server that does not answer any more must not hold a cancelled task for ever.
+                    deadline = loop.call_later(GRACE_SECONDS, lent.cancel)
                 try:
                     yield _Waiter(awaited, cancellation)
                 except GeneratorExit:
@@ -86,6 +94,8 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         coro.close()
         raise
     finally:
+        if deadline is not None:
+            deadline.cancel()
         if shield is not None:
             shield.__exit__(None, None, None)
     if cancellation.requested:

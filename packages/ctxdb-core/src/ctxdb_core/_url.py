@@ -46,7 +46,7 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
                 "default_transaction_read_only": "on",
             }
         else:
-            given = connect_args.get("options", "")
+            given = connect_args.get("options") or url.query.get("options", "")
             connect_args["options"] = f"{given} -c default_transaction_read_only=on".strip()
         return create_async_engine(url, isolation_level="AUTOCOMMIT", connect_args=connect_args, **options)
     statement = {

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from threading import get_ident
 from typing import Any, TypeAlias
 
+from ctxdb_core._gate import wait_for_statements
 from ctxdb_core._session_end import report
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
@@ -56,6 +57,10 @@ class ASGIHTTPDBSessionMiddleware:
         elif scope["type"] == "websocket":
             exchange = _WebSocketExchange(self, send)
         else:
+            # A lifespan, for instance: it lasts longer than any unit of work that its server was started in.
+            inherited = _get_current_unit(None)
+            if inherited is not None and not inherited.shared:
+                _set_current_unit(UnitOfWork.ended())
             await self.app(scope, receive, send)
             return
         # Most requests find nothing at all: these two look-ups spare them the closer look.
@@ -103,6 +108,9 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         error = exchange.failure
         assert error is not None
+        if not exchange.can_answer:
+            await exchange.finish(commit=False, error=error)
+            raise error
         exchange.start_over(send)
         try:
             await self.answer_error(error, scope, receive, exchange.send, root_app)
@@ -122,6 +130,8 @@ class _Exchange(UnitOfWork):
 
     responded = False
     """Whether a response has begun."""
+    can_answer = True
+    """Whether a response for an error can still be sent."""
     failure: Exception | None = None
     """Why the response that the application began was not sent."""
 
@@ -157,6 +167,8 @@ class _Exchange(UnitOfWork):
                 if self.middleware.commit_policy(message["status"]):
                     await self.commit()
                 else:
+                    # A body that is made already may be using the session: it shall not be interrupted.
+                    await wait_for_statements(self.sessions.values())
                     await self.roll_back()
             except Exception as exc:
                 await self.refuse_response(exc)
@@ -199,6 +211,7 @@ class _WebSocketExchange(_Exchange):
         kind = message["type"]
         if kind == "websocket.accept":
             self.accepted = self.responded = True
+            self.can_answer = False
         elif kind == "websocket.close":
             return self._close(message)
         elif kind == "websocket.http.response.start":
@@ -218,6 +231,7 @@ class _WebSocketExchange(_Exchange):
                     await self.roll_back()
             except Exception as exc:
                 await self.refuse_response(exc)
+                self.can_answer = False
                 await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
                 raise
         await self.forward(message)

@@ -99,6 +99,8 @@ async def atomic_db_session(
     except BaseException as exc:
         await unit.roll_back(exc, [db])
         raise
+    # If the unit has ended under the block, so has its transaction.
+    unit.check_usable()
     await unit.commit([db])
 
 

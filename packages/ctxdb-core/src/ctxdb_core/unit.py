@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import TypeAlias
 
+from sqlalchemy import event
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core import _session_end
 from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
@@ -50,12 +52,22 @@ class UnitOfWork:
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
 
     callbacks: dict[DBConnect, list[OnCommit]] | None = None
+    due: Sequence[OnCommit] = ()
+    """Callbacks whose commit has succeeded."""
+    running_callbacks: asyncio.Task[None] | None = None
     token: Token[UnitOfWork]
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions: dict[DBConnect, AsyncSession] = {}
         self.before_commit = before_commit
         self.thread = get_ident()
+
+    @classmethod
+    def ended(cls) -> UnitOfWork:
+        """Return a unit that has ended already: it hides one that was inherited."""
+        unit = cls()
+        unit.sessions = _CLOSED
+        return unit
 
     def enter(self) -> None:
         """Make this the current unit of work of the running context."""
@@ -91,6 +103,8 @@ class UnitOfWork:
             return self.sessions[db]
         StatementGate(session)
         self.sessions[db] = session
+        if self.callbacks and db in self.callbacks:
+            self._watch(db, session)
         return session
 
     def check_usable(self) -> None:
@@ -110,6 +124,8 @@ class UnitOfWork:
         if self.callbacks is None:
             self.callbacks = {}
         self.callbacks.setdefault(db, []).append(callback)
+        if db in self.sessions:
+            self._watch(db, self.sessions[db])
 
     async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
@@ -122,7 +138,12 @@ class UnitOfWork:
                 rolled back, and the error names what was.
         """
         try:
-            if len(self.sessions) == 1 and self.before_commit is None and not self.callbacks and dbs is None:
+            if (
+                len(self.sessions) == 1
+                and self.before_commit is None
+                and dbs is None
+                and not (self.callbacks or self.due)
+            ):
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
@@ -131,6 +152,7 @@ class UnitOfWork:
             else:
                 await self._prepare(dbs)
                 await run_to_completion(self._commit(self.sessions, dbs))
+                await self._wait_for_callbacks()
         except BaseException as exc:
             await self.roll_back(exc, dbs)
             raise
@@ -143,6 +165,7 @@ class UnitOfWork:
             dbs: where to roll back; everywhere by default.
         """
         await run_to_completion(self._roll_back(self.sessions, error, dbs))
+        await self._wait_for_callbacks()
 
     async def close_session(self, db: DBConnect) -> None:
         """Roll back and close the session on `db`, if there is one: its connection goes back to the pool."""
@@ -155,7 +178,7 @@ class UnitOfWork:
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks:
+        if self.callbacks or self.due:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
@@ -185,7 +208,10 @@ class UnitOfWork:
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
                 raise
-        await run_to_completion(self._finish(commit=commit, error=error))
+        try:
+            await run_to_completion(self._finish(commit=commit, error=error))
+        finally:
+            await self._wait_for_callbacks()
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         sessions, self.sessions = self.sessions, _CLOSED
@@ -208,13 +234,13 @@ class UnitOfWork:
         if self.before_commit is None and len(self.sessions) < 2:
             return
         prepared: set[DBConnect] = set()
-        # The hook may open sessions of its own.
-        while pending := [db for db in _affected(self.sessions, dbs) if db not in prepared]:
+        # The hook may open sessions of its own, or write on others.
+        while pending := [
+            db for db in _affected(self.sessions, dbs) if db not in prepared and in_transaction(self.sessions[db])
+        ]:
             for db in pending:
                 prepared.add(db)
                 session = self.sessions[db]
-                if not in_transaction(session):
-                    continue
                 if self.before_commit is not None:
                     await self.before_commit(session)
                 if len(self.sessions) > 1:
@@ -223,8 +249,7 @@ class UnitOfWork:
 
     async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
         committed: list[DBConnect] = []
-        due: list[OnCommit] = []
-        close_gates(sessions.values())
+        token = close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
                 session = sessions[db]
@@ -237,16 +262,12 @@ class UnitOfWork:
                     await self._roll_back(sessions, exc, dbs)
                     raise
                 committed.append(db)
-                if self.callbacks:
-                    due += self._take_callbacks([db])
             if self.callbacks:
                 # Where there was nothing to commit, the commit has succeeded as well.
-                due += self._take_callbacks(dbs)
+                self.due = [*self.due, *self._take_callbacks(dbs)]
         finally:
-            open_gates(sessions.values())
-            if due:
-                # In a task, as the callbacks are the user's code: they get a context and a current task of their own.
-                await asyncio.create_task(_run_callbacks(due, self.before_commit))
+            open_gates(sessions.values(), token)
+            self._start_callbacks()
 
     async def _roll_back(
         self,
@@ -255,12 +276,45 @@ class UnitOfWork:
         dbs: Collection[DBConnect] | None,
     ) -> None:
         self._take_callbacks(dbs)
-        close_gates(sessions.values())
+        token = close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
                 await _session_end.roll_back(sessions[db], error, db)
         finally:
-            open_gates(sessions.values())
+            open_gates(sessions.values(), token)
+            # Of what was committed before.
+            self._start_callbacks()
+
+    def _watch(self, db: DBConnect, session: AsyncSession) -> None:
+        """Follow the transactions of `session`, as the user may end them without asking the unit of work."""
+        sync_session = session.sync_session
+        if _WATCHED in sync_session.info:
+            return
+        sync_session.info[_WATCHED] = True
+
+        @event.listens_for(sync_session, "after_commit")
+        def committed(session: Session) -> None:
+            if not session.in_nested_transaction():
+                self.due = [*self.due, *self._take_callbacks([db])]
+
+        @event.listens_for(sync_session, "after_transaction_end")
+        def ended(session: Session, transaction: SessionTransaction) -> None:
+            if transaction.parent is None:
+                self._take_callbacks([db])
+
+    def _start_callbacks(self) -> None:
+        if self.due:
+            # In a task, as the callbacks are the user's code: they get a context of their own, and whoever is cancelled
+            # while they run need not wait for them.
+            due, self.due = self.due, ()
+            self.running_callbacks = asyncio.create_task(_run_callbacks(due, self.before_commit))
+            _running_callbacks.add(self.running_callbacks)
+            self.running_callbacks.add_done_callback(_running_callbacks.discard)
+
+    async def _wait_for_callbacks(self) -> None:
+        running, self.running_callbacks = self.running_callbacks, None
+        if running is not None:
+            await asyncio.shield(running)
 
     def _take_callbacks(self, dbs: Collection[DBConnect] | None) -> list[OnCommit]:
         if self.callbacks is None:
@@ -270,18 +324,23 @@ class UnitOfWork:
 
 
 async def _commit_alone(session: AsyncSession) -> None:
-    close_gates((session,))
+    token = close_gates((session,))
     try:
         await session.commit()
     finally:
-        open_gates((session,))
+        open_gates((session,), token)
 
 
 def _affected(sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> list[DBConnect]:
     return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
 
 
-async def _run_callbacks(callbacks: list[OnCommit], before_commit: BeforeCommit | None) -> None:
+_WATCHED = "ctxdb.watched"
+
+_running_callbacks: set[asyncio.Task[None]] = set()
+
+
+async def _run_callbacks(callbacks: Sequence[OnCommit], before_commit: BeforeCommit | None) -> None:
     """Run each callback in a unit of work of its own. The commit stands whatever becomes of them: errors are logged."""
     for callback in callbacks:
         unit = UnitOfWork(before_commit)
@@ -295,7 +354,8 @@ async def _run_callbacks(callbacks: list[OnCommit], before_commit: BeforeCommit 
                 await unit.finish(commit=False, error=exc)
                 raise
             await unit.finish(commit=True)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
+            # Also of a cancelled task that the callback waited for; this task itself nobody cancels.
             logger.exception("The on_commit callback %r failed; the commit that it was waiting for stands", callback)
 
 
