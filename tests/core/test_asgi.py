@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, eventually, insert, insert_orphan
 
-from ctxdb_core import DBConnect, db_session, is_context_initiated
+from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -327,3 +327,17 @@ async def test_a_websockets_session_is_usable_after_its_close(db: DBConnect, dat
     app = chatting(ACCEPT, lambda: insert(db, "one"), {"type": "websocket.close"}, after)
     await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == ["after", "one"]
+
+
+async def test_a_lifespan_does_not_join_the_unit_of_work_that_its_server_was_started_in(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert not is_context_initiated()
+        with pytest.raises(ContextClosedError):
+            await db_session(db)
+
+    async def serve_inside() -> None:
+        async with new_db_ctx():
+            await asyncio.create_task(Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app)))
+            assert is_context_initiated()
+
+    await serve_inside()

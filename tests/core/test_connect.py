@@ -346,3 +346,15 @@ async def test_read_only_sets_the_isolation_level_alone() -> None:
     db = DBConnect.from_url("sqlite+aiosqlite://", read_only=True, isolation_level="SERIALIZABLE")
     with pytest.raises(ValueError, match="isolation_level"):
         await db.engine()
+
+
+async def test_a_creator_may_return_one_engine_for_ever(database: Database) -> None:
+    engine = database.watch_new()
+    db = DBConnect(lambda host: engine, host="a")
+    for _ in range(2):
+        for _ in range(3):
+            await _host(db)
+        connections = database.connections
+        await db.close()
+        assert connections == database.connections
+    assert database.connections == 2

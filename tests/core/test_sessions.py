@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 from ctxdb_core import (
@@ -714,3 +716,201 @@ async def test_a_coroutine_instead_of_a_function_is_refused() -> None:
         await gather_in_new_ctx(work())  # type: ignore[arg-type]  # the mistake
     with pytest.raises(TypeError, match="run_in_new_ctx"):
         await run_in_new_ctx(work())  # type: ignore[arg-type]  # the mistake
+
+
+# --- transactions that the user ends without asking the unit of work --------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["rollback", "close"])
+async def test_callbacks_do_not_run_for_what_the_user_undid(db: DBConnect, database: Database, end: str) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        on_commit(db, lambda: seen.append("undone"))
+        await getattr(session, end)()
+    assert (await database.names(), seen) == ([], [])
+
+
+async def test_callbacks_run_for_what_the_user_committed(db: DBConnect, database: Database) -> None:
+    seen: list[str] = []
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            on_commit(db, lambda: seen.append("committed"))
+            session = await insert(db, "one")
+            await session.commit()
+            await insert(db, "two")
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        await unit()
+    assert (await database.names(), seen) == (["one"], ["committed"])
+
+
+async def test_a_callback_of_an_open_savepoint_waits_for_the_commit(db: DBConnect) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        async with session.begin_nested():
+            on_commit(db, lambda: seen.append("committed"))
+            await insert(db, "two")
+        assert seen == []
+    assert seen == ["committed"]
+
+
+async def test_a_callback_does_not_hold_whoever_is_cancelled(db: DBConnect) -> None:
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def callback() -> None:
+        entered.set()
+        await release.wait()
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            await insert(db, "one")
+            on_commit(db, callback)
+
+    task = asyncio.create_task(unit())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    release.set()
+
+
+async def test_a_callback_that_waited_for_a_cancelled_task_is_logged_and_hinders_nothing(
+    db: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    async def fail() -> None:
+        raise asyncio.CancelledError
+
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, fail)
+        on_commit(db, lambda: seen.append("next"))
+    assert seen == ["next"]
+    assert "on_commit callback" in caplog.text
+
+
+async def test_before_commit_gets_a_session_that_the_hook_itself_has_written_on(
+    db: DBConnect, second_db: DBConnect
+) -> None:
+    seen: list[AsyncSession] = []
+
+    async def before_commit(session: AsyncSession) -> None:
+        seen.append(session)
+        if len(seen) == 1:
+            await insert(db, "outbox")
+
+    async with new_db_ctx(before_commit=before_commit):
+        first = await db_session(db)
+        second = await insert(second_db, "one")
+    assert seen == [second, first]
+
+
+async def test_two_tasks_that_commit_at_once_take_turns(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        await asyncio.gather(commit_db_session(db), commit_db_session(db))
+    assert await database.names() == ["one"]
+
+
+async def test_a_block_that_outlives_its_unit_of_work_does_not_end_without_an_error(
+    db: DBConnect, database: Database
+) -> None:
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def block() -> None:
+        async with atomic_db_session(db):
+            await insert(db, "void")
+            entered.set()
+            await release.wait()
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            tasks.append(asyncio.create_task(block()))
+            await entered.wait()
+            raise LookupError
+
+    tasks: list[asyncio.Task[None]] = []
+    with pytest.raises(LookupError):
+        await unit()
+    release.set()
+    with pytest.raises(ContextClosedError):
+        await tasks[0]
+    assert await database.names() == []
+
+
+async def test_a_closed_session_takes_no_more_objects(db: DBConnect) -> None:
+    async with new_db_ctx():
+        closed = await insert(db, "one")
+        await close_db_session(db)
+        with pytest.raises(SessionClosedError):
+            closed.add(Item(name="void"))
+    with pytest.raises(SessionClosedError):
+        await closed.connection(bind_arguments={"bind": (await db.engine()).sync_engine})
+
+
+async def test_a_session_class_may_commit_in_a_task_of_its_own(database: Database) -> None:
+    class Shielding(AsyncSession):
+        async def commit(self) -> None:
+            await asyncio.shield(super().commit())
+
+    db = DBConnect(
+        lambda host: database.watch_new(),
+        lambda engine: async_sessionmaker(engine, class_=Shielding, expire_on_commit=False),
+        host="a",
+    )
+    async with db:
+        async with new_db_ctx():
+            (await db_session(db)).add(Item(name="one"))
+        assert await database.names() == ["one"]
+
+
+async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxdb_core._session_end.ROLL_BACK_SECONDS", 0.05)
+    monkeypatch.setattr("ctxdb_core._guards.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
+    frozen: list[int] = []
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "one")
+            frozen.append(await session.scalar(text("SELECT pg_backend_pid()")))
+            os.kill(frozen[0], signal.SIGSTOP)
+            raise LookupError
+
+    try:
+        with pytest.raises(LookupError) as caught:
+            await unit()
+        assert any("thrown away" in note for note in caught.value.__notes__)
+        assert database.checked_out == 0
+    finally:
+        os.kill(frozen[0], signal.SIGCONT)
+
+
+async def test_a_commit_on_a_server_that_does_not_answer_ends_once_it_is_cancelled(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxdb_core._shield.GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("ctxdb_core._guards.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
+    frozen: list[int] = []
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "one")
+            frozen.append(await session.scalar(text("SELECT pg_backend_pid()")))
+            os.kill(frozen[0], signal.SIGSTOP)
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(unit())
+        assert database.checked_out == 0
+    finally:
+        os.kill(frozen[0], signal.SIGCONT)

@@ -22,6 +22,7 @@ from tests.support.server import serve
 from websockets.asyncio.client import connect
 
 from ctxdb_core import DBConnect, close_db_session, db_session, new_db_ctx
+from ctxdb_core.asgi import Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 
 
@@ -349,3 +350,29 @@ async def test_a_client_that_leaves_a_websocket_leaves_nothing_behind(
             client.transport.abort()
         await eventually(lambda: not database.checked_out, "a connection is not back")
     assert await database.names() == []
+
+
+async def test_a_websockets_error_surfaces_although_there_is_a_handler_for_it(app: FastAPI, db: DBConnect) -> None:
+    @app.exception_handler(IntegrityError)
+    async def handle(request: object, exc: IntegrityError) -> JSONResponse:
+        return JSONResponse({}, 409)
+
+    @app.websocket("/")
+    async def chat(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await insert_orphan(db)
+        await websocket.close()
+
+    surfaced: list[BaseException] = []
+
+    async def recording(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except BaseException as exc:
+            surfaced.append(exc)
+            raise
+
+    async with serve(recording) as base_url, connect(base_url.replace("http", "ws") + "/") as client:
+        await client.wait_closed()
+        assert client.close_code == 1011
+    assert [type(exc) for exc in surfaced] == [IntegrityError]

@@ -457,3 +457,22 @@ async def test_the_session_of_a_request_is_usable_in_dispatch(db: DBConnect, dat
     assert await database.names() == []
     assert (await client.post("/?status=200")).status_code == 200
     assert await database.names() == ["audit", "one"]
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000])
+async def test_a_handler_can_read_the_request_again(
+    db: DBConnect, framework: type[Starlette], ask: Ask, size: int
+) -> None:
+    """What is too large to be kept is empty for it, and not waited for."""
+
+    async def handle(request: Request, exc: Exception) -> Response:
+        return PlainTextResponse(str(len(await request.body())), 409)
+
+    async def write(request: Request) -> Response:
+        assert len(await request.body()) == size
+        await insert_orphan(db)
+        return PlainTextResponse("success")
+
+    app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
+    response = await (await ask(app)).post("/", content=b"x" * size)
+    assert (response.status_code, response.text) == (409, str(size if size < 1_000_000 else 0))

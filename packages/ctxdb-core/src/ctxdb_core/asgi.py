@@ -23,6 +23,9 @@ ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Bound once: looking a method up at each request is felt where the request uses no database.
 _get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
 
+# How much of a request's body is kept in case that a handler of errors reads it.
+_KEPT_BYTES = 1 << 20
+
 # WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
 _NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
 
@@ -53,7 +56,8 @@ class ASGIHTTPDBSessionMiddleware:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
         exchange: _Exchange
         if scope["type"] == "http":
-            exchange = _HTTPExchange(self, send)
+            exchange = http_exchange = _HTTPExchange(self, send)
+            http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
             exchange = _WebSocketExchange(self, send)
         else:
@@ -97,7 +101,7 @@ class ASGIHTTPDBSessionMiddleware:
         Args:
             error: why nothing could be committed.
             scope: the request's ASGI scope, as the application has left it.
-            receive: the request's channel.
+            receive: the request's channel, from the beginning of its body.
             send: where the response goes to.
             root_app: the ``scope["app"]`` that this middleware was called with.
         """
@@ -113,7 +117,7 @@ class ASGIHTTPDBSessionMiddleware:
             raise error
         exchange.start_over(send)
         try:
-            await self.answer_error(error, scope, receive, exchange.send, root_app)
+            await self.answer_error(error, scope, exchange.receive_again or receive, exchange.send, root_app)
         except BaseException as exc:
             if await exchange.app_raised(exc):
                 raise
@@ -130,6 +134,8 @@ class _Exchange(UnitOfWork):
 
     responded = False
     """Whether a response has begun."""
+    receive_again: Receive | None = None
+    """Where a handler of errors receives the request from, if not where the application did."""
     can_answer = True
     """Whether a response for an error can still be sent."""
     failure: Exception | None = None
@@ -194,6 +200,26 @@ class _Exchange(UnitOfWork):
 
 
 class _HTTPExchange(_Exchange):
+    source: Receive
+    kept_bytes = 0
+    kept: list[Message] | None = None
+    """The request's body as far as the application has received it; empty once it is too large to be kept."""
+
+    async def receive(self) -> Message:
+        """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
+        message = await self.source()
+        if message["type"] == "http.request" and self.kept_bytes <= _KEPT_BYTES:
+            self.kept_bytes += len(message.get("body", b""))
+            kept = self.kept = self.kept or []
+            kept.append(message)
+            if self.kept_bytes > _KEPT_BYTES:
+                self.kept = [{"type": "http.request", "body": b"", "more_body": False}]
+        return message
+
+    async def receive_again(self) -> Message:
+        """Return once more what `receive` has passed on, then what follows: an error handler reads from the start."""
+        return self.kept.pop(0) if self.kept else await self.source()
+
     def send(self, message: Message) -> Awaitable[None]:
         # A plain function: most messages cost no coroutine of their own.
         if message["type"] == "http.response.start":
