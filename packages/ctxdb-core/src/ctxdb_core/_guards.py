@@ -68,7 +68,11 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Corouti
 
 async def _close_asyncpg(connection: Any) -> None:
     # Stops a query that is running, and waits for a cancel request that is under way.
-    await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+    try:
+        async with asyncio.timeout(STOP_QUERY_TIMEOUT_SECONDS):
+            await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+    except Exception:  # noqa: BLE001 - the server does not answer, or is gone
+        connection.terminate()
 
 
 async def _close_aiosqlite(connection: Any) -> None:
