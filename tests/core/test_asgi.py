@@ -337,7 +337,7 @@ async def test_a_lifespan_does_not_join_the_unit_of_work_that_its_server_was_sta
 
     async def serve_inside() -> None:
         async with new_db_ctx():
-            await asyncio.create_task(Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app)))
+            await Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app))
             assert is_context_initiated()
 
     await serve_inside()

@@ -63,9 +63,14 @@ class ASGIHTTPDBSessionMiddleware:
         else:
             # A lifespan, for instance: it lasts longer than any unit of work that its server was started in.
             inherited = _get_current_unit(None)
-            if inherited is not None and not inherited.shared:
-                _set_current_unit(UnitOfWork.ended())
-            await self.app(scope, receive, send)
+            if inherited is None or inherited.shared:
+                await self.app(scope, receive, send)
+                return
+            token = _set_current_unit(UnitOfWork.ended())
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                _reset_current_unit(token)
             return
         # Most requests find nothing at all: these two look-ups spare them the closer look.
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
