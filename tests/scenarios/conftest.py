@@ -12,12 +12,12 @@ from tests.support.world import Setting, World
 
 
 def _settings() -> list[Setting]:
-    asgi, starlette, fastapi = ADAPTERS
+    by_name = {adapter.name: adapter for adapter in ADAPTERS}
     settings = [Setting(adapter, "asyncpg", sockets) for adapter in ADAPTERS for sockets in (False, True)]
     # The other drivers differ below the adapters: once each is enough.
-    settings.append(Setting(starlette, "psycopg", over_sockets=True))
-    settings.append(Setting(fastapi, "sqlite", over_sockets=True))
-    settings.append(Setting(asgi, "sqlite", over_sockets=False))
+    settings.append(Setting(by_name["starlette"], "psycopg", over_sockets=True))
+    settings.append(Setting(by_name["fastapi"], "sqlite", over_sockets=True))
+    settings.append(Setting(by_name["asgi"], "sqlite", over_sockets=False))
     return settings
 
 
@@ -31,6 +31,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         settings = [setting for setting in settings if setting.over_sockets]
     if metafunc.definition.get_closest_marker("exception_handlers"):
         settings = [setting for setting in settings if setting.adapter.has_exception_handlers]
+    if metafunc.definition.get_closest_marker("background"):
+        settings = [setting for setting in settings if setting.adapter.has_background]
     metafunc.parametrize("setting", settings, ids=str)
 
 

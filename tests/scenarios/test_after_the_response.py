@@ -15,6 +15,7 @@ from tests.support.world import World
 from ctxdb_core import commit_db_session, db_session
 
 
+@pytest.mark.background
 async def test_a_background_task_works_on_with_the_same_session(world: World) -> None:
     connections: list[int] = []
 
@@ -34,6 +35,7 @@ async def test_a_background_task_works_on_with_the_same_session(world: World) ->
     assert connections == [0]
 
 
+@pytest.mark.background
 async def test_a_background_task_that_fails_cannot_undo_the_response(world: World) -> None:
     async def background() -> None:
         await insert(world.db, "background")
@@ -48,6 +50,7 @@ async def test_a_background_task_that_fails_cannot_undo_the_response(world: Worl
     assert await world.names() == ["response"]
 
 
+@pytest.mark.background
 async def test_background_work_behind_a_rolled_back_response_is_committed(world: World) -> None:
     async def background() -> None:
         await insert(world.db, "background")
@@ -61,6 +64,7 @@ async def test_background_work_behind_a_rolled_back_response_is_committed(world:
     assert await world.names() == ["background"]
 
 
+@pytest.mark.background
 async def test_background_work_whose_commit_fails_leaves_nothing_behind(world: World) -> None:
     async def background() -> None:
         await insert(world.db, "background")

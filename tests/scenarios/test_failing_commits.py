@@ -51,6 +51,7 @@ async def test_a_handler_of_every_exception_answers_too(world: World) -> None:
     assert (response.status_code, response.text) == (555, "handled IntegrityError")
 
 
+@pytest.mark.background
 async def test_nothing_that_was_to_follow_a_success_happens(world: World) -> None:
     happened: list[str] = []
 
@@ -66,6 +67,7 @@ async def test_nothing_that_was_to_follow_a_success_happens(world: World) -> Non
     assert happened == []
 
 
+@pytest.mark.background
 async def test_a_stream_is_not_begun(world: World) -> None:
     begun: list[str] = []
 
@@ -199,11 +201,7 @@ async def test_an_early_commit_stands_when_the_last_one_fails(world: World) -> N
 
 
 @pytest.mark.postgresql
-async def test_with_two_databases_the_error_names_what_was_committed(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    errors: list[BaseException] = []
-
+async def test_with_two_databases_the_error_names_what_was_committed(world: World) -> None:
     async with world.database.connect() as second:
 
         async def handler() -> Reply:
@@ -212,23 +210,9 @@ async def test_with_two_databases_the_error_names_what_was_committed(
             await insert_orphan(second)
             return Reply()
 
-        inner = world.setting.adapter.build
-
-        def build(application):  # type: ignore[no-untyped-def]
-            app = inner(application)
-
-            async def recording(scope, receive, send):  # type: ignore[no-untyped-def]
-                try:
-                    await app(scope, receive, send)
-                except BaseException as exc:
-                    errors.append(exc)
-                    raise
-
-            return recording
-
-        client = await world.start_with(build, ("/", handler))
+        client = await world.start(("/", handler))
         assert (await client.post("/")).status_code == 500
     assert await world.names() == ["first"]
-    [error] = errors
+    [error] = world.application.errors
     assert isinstance(error, IntegrityError)
     assert repr(world.db) in str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, commit_below_400
 
@@ -38,18 +38,39 @@ class Refusal(Exception):  # noqa: N818 - not every HTTP exception is an error
         self.status = status
 
 
+class Socket(Protocol):
+    """A websocket whose handshake was accepted."""
+
+    async def receive(self) -> str | None:
+        """Return the next text message, or ``None`` once the client has left."""
+
+    async def send(self, text: str) -> None:
+        """Send a text message."""
+
+    async def close(self, code: int) -> None:
+        """Close the connection."""
+
+
 Handler: TypeAlias = Callable[[], Awaitable[Reply | Stream]]
+SocketHandler: TypeAlias = Callable[[Socket], Awaitable[None]]
 
 
 @dataclass
 class Application:
-    """One application: its routes, its exception handlers, and the options of the middleware."""
+    """One application: its routes, its exception handlers, and the options of the adapter."""
 
     routes: dict[str, Handler] = field(default_factory=dict)
+    sockets: dict[str, SocketHandler] = field(default_factory=dict)
+    """Handlers of websockets, by path; returning closes with 1000."""
+    mounts: dict[str, Application] = field(default_factory=dict)
+    """Complete applications, the adapter in them included, by the prefix of their paths."""
     exception_statuses: dict[type[Exception], int] = field(default_factory=dict)
     before_commit: BeforeCommit | None = None
     commit_policy: CommitPolicy = commit_below_400
     dbs: tuple[DBConnect, ...] = ()
+    """What is closed when the application shuts down."""
+    errors: list[BaseException] = field(default_factory=list)
+    """What has come out of the adapter, on its way to the server."""
 
     def route(self, path: str) -> Callable[[Handler], Handler]:
         """Register a handler; it answers every method."""

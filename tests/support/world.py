@@ -10,10 +10,8 @@ import httpx
 from tests.support.adapters import Adapter
 from tests.support.application import Application, Handler, Reply, Stream
 from tests.support.database import Database
-from tests.support.server import serve
 
 from ctxdb_core import DBConnect
-from ctxdb_core.asgi import ASGIApp
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,15 @@ class World:
 
     async def start(self, *routes: tuple[str, Handler]) -> httpx.AsyncClient:
         """Build the application, serve it, and return a client for it."""
-        return await self.start_with(self.setting.adapter.build, *routes)
-
-    async def start_with(
-        self, build: Callable[[Application], ASGIApp], *routes: tuple[str, Handler]
-    ) -> httpx.AsyncClient:
-        """Do the same with another way of building."""
         self.application.routes.update(routes)
-        app = build(self.application)
-        if self.setting.over_sockets:
-            self.base_url = await self._stack.enter_async_context(serve(app))
-            client = httpx.AsyncClient(base_url=self.base_url)
-        else:
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            client = httpx.AsyncClient(transport=transport, base_url=self.base_url)
-        return await self._stack.enter_async_context(client)
+        adapter = self.setting.adapter
+        app = adapter.build(self.application)
+        if not self.setting.over_sockets:
+            client = await self._stack.enter_async_context(adapter.call_in_process(app))
+            self.base_url = str(client.base_url)
+            return client
+        self.base_url = await self._stack.enter_async_context(adapter.serve(app))
+        return await self._stack.enter_async_context(httpx.AsyncClient(base_url=self.base_url))
 
     async def stop(self) -> None:
         """Shut the server down."""

@@ -1,0 +1,3 @@
+"""ctxdb for aiohttp.web: the request's SQLAlchemy transaction, ended before its response leaves."""
+
+__all__: list[str] = []

@@ -1,0 +1,81 @@
+"""The application of a scenario in bare ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.support.application import Application, Refusal, Reply, Stream
+
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
+
+
+def build_asgi(application: Application) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(application, receive, send)
+            return
+        handler = application.routes.get(scope["path"])
+        try:
+            reply = Reply(status=404) if handler is None else await handler()
+        except Refusal as refusal:
+            reply = Reply(status=refusal.status)
+        headers = getattr(reply, "headers", {})
+        start: Message = {
+            "type": "http.response.start",
+            "status": reply.status,
+            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
+        }
+        await send(start)
+        if isinstance(reply, Stream):
+            await _send_until_disconnect(reply, receive, send)
+        else:
+            await send({"type": "http.response.body", "body": reply.body.encode()})
+        if reply.background is not None:
+            await reply.background()
+
+    middleware = ASGIHTTPDBSessionMiddleware(app, application.before_commit, application.commit_policy)
+    return recording(middleware, application)
+
+
+async def _send_until_disconnect(reply: Stream, receive: Receive, send: Send) -> None:
+    async def send_all() -> None:
+        async for chunk in reply.chunks:
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(send_all()), asyncio.create_task(wait_for_disconnect())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await reply.chunks.aclose()
+    if not tasks[0].cancelled():
+        tasks[0].result()
+
+
+async def _lifespan(application: Application, receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    for db in application.dbs:
+        await db.close()
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+def recording(app: ASGIApp, application: Application) -> ASGIApp:
+    """Wrap `app` so that what it raises is noted."""
+
+    async def record(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except BaseException as exc:
+            application.errors.append(exc)
+            raise
+
+    return record
