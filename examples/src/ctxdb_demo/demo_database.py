@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -203,6 +204,9 @@ async def _connect(engine: AsyncEngine, url: URL) -> str:
     """Return what the database is, with its version."""
     sqlite = url.get_backend_name() == "sqlite"
     try:
+        if sqlite:
+            # Fails here and not in the driver's thread, which would outlast the event loop with the error's remains.
+            sqlite3.connect(url.database or "", uri=bool(url.query.get("uri"))).close()
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS), engine.connect() as connection:
             version = await connection.scalar(text("SELECT sqlite_version()" if sqlite else "SHOW server_version"))
     except TimeoutError:
