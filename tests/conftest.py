@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.support.database import Database, eventually, fresh_database
+from tests.support.database import Database, close_observers, eventually, fresh_database
 
-from ctxdb_core import DBConnect, is_context_initiated
+from ctxdb_core import DBConnect
+from ctxdb_core.unit import current_unit
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 
 
@@ -16,6 +20,7 @@ def postgres_server() -> Iterator[EmbeddedPostgres]:
     """The one server of the whole run; each test has a database of its own on it."""
     with EmbeddedPostgres() as server:
         yield server
+        close_observers()
 
 
 @pytest.fixture(params=["asyncpg"])
@@ -31,7 +36,6 @@ async def database(database_kind: str, postgres_server: EmbeddedPostgres, tmp_pa
     async with fresh_database(database_kind, postgres_server, tmp_path) as database:
         yield database
         await database.assert_quiet()
-    assert not is_context_initiated()
 
     def left() -> set[asyncio.Task[object]]:
         return asyncio.all_tasks() - tasks - {asyncio.current_task()}
@@ -44,3 +48,20 @@ async def database(database_kind: str, postgres_server: EmbeddedPostgres, tmp_pa
 async def db(database: Database) -> AsyncIterator[DBConnect]:
     async with database.connect() as db:
         yield db
+        # Closing it would hide that a connection is still in use.
+        await database.assert_quiet()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let each async test check the context that it ran in: a fixture runs in another one."""
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        item.obj = _leaving_no_context(item.obj)
+
+
+def _leaving_no_context(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def run(*args: Any, **kwargs: Any) -> None:
+        await test(*args, **kwargs)
+        assert current_unit.get(None) is None, "a unit of work is left in the test's context"
+
+    return run

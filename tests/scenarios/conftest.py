@@ -29,6 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         settings = [setting for setting in settings if setting.database_kind != "sqlite"]
     if metafunc.definition.get_closest_marker("sockets"):
         settings = [setting for setting in settings if setting.over_sockets]
+    if metafunc.definition.get_closest_marker("cancelled_with_client"):
+        settings = [setting for setting in settings if not setting.over_sockets]
     if metafunc.definition.get_closest_marker("exception_handlers"):
         settings = [setting for setting in settings if setting.adapter.has_exception_handlers]
     if metafunc.definition.get_closest_marker("background"):
@@ -46,3 +48,5 @@ async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         db = await stack.enter_async_context(database.connect())
         yield World(setting, database, db, stack)
+        # Stopping the server and closing the engines would hide what is still in use.
+        await database.assert_quiet()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anyio
-import httpx
 import pytest
-from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
@@ -23,64 +20,11 @@ from starlette.responses import FileResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Mount, Route
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import RawClient, serve
+from tests.support.stacks import Ask, DoNothing, application, on_integrity_error
 
 from ctxdb_core import DBConnect, commit_db_session, db_session, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
-
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class DoNothing(BaseHTTPMiddleware):
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        return await call_next(request)
-
-
-class Ask:
-    """Requests an application in process, or from a real server."""
-
-    def __init__(self, stack: AsyncExitStack, over_sockets: bool) -> None:
-        self._stack = stack
-        self._over_sockets = over_sockets
-        self.base_url = "http://test"
-
-    async def __call__(self, app: ASGIApp) -> httpx.AsyncClient:
-        if self._over_sockets:
-            self.base_url = await self._stack.enter_async_context(serve(app))
-            client = httpx.AsyncClient(base_url=self.base_url)
-        else:
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            client = httpx.AsyncClient(transport=transport, base_url=self.base_url)
-        return await self._stack.enter_async_context(client)
-
-
-@pytest.fixture(params=[False, True], ids=["in_process", "sockets"])
-async def ask(request: pytest.FixtureRequest, database: Database) -> AsyncGenerator[Ask, None]:
-    async with AsyncExitStack() as stack:
-        yield Ask(stack, request.param)
-
-
-@pytest.fixture(params=[Starlette, FastAPI])
-def framework(request: pytest.FixtureRequest) -> type[Starlette]:
-    kind: type[Starlette] = request.param
-    return kind
-
-
-def application(framework: type[Starlette], routes: dict[str, Endpoint], *middleware: Any, **options: Any) -> Starlette:
-    app = framework(**options)
-    for path, endpoint in routes.items():
-        app.router.routes.append(Route(path, endpoint, methods=["GET", "POST"]))
-    for each in middleware:
-        app.add_middleware(each)
-    return app
-
-
-def on_integrity_error(status: int) -> dict[Any, Any]:
-    async def handle(request: Request, exc: Exception) -> Response:
-        return PlainTextResponse(f"handled {type(exc).__name__}", status)
-
-    return {IntegrityError: handle}
-
 
 # --- below and above other middlewares --------------------------------------------------------------------------------
 
@@ -165,24 +109,28 @@ async def test_a_client_that_leaves_leaks_nothing_in_any_stack(
         await insert(db, "response")
 
         async def chunks() -> AsyncGenerator[str, None]:
-            try:
-                await insert(db, "stream")
-                while True:
-                    await anyio.sleep(0)
-                    yield "x" * 65536
-            finally:
-                ended.set()
+            await insert(db, "stream")
+            while True:
+                await anyio.sleep(0)
+                yield "x" * 65536
 
         return StreamingResponse(chunks())
 
-    async with serve(application(framework, {"/": stream}, *stack)) as base_url:
+    app = application(framework, {"/": stream}, *stack)
+
+    async def noticing(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+        if scope["type"] == "http":
+            ended.set()
+
+    async with serve(noticing) as base_url:
         async with RawClient.connect(base_url) as client:
             await client.send("/")
             assert await client.read_head() == 200
             await client.reader.readexactly(1)
             client.abort()
-        await eventually(ended.is_set, "the stream goes on")
-        await eventually(lambda: not database.checked_out, "a connection is not back")
+        await eventually(ended.is_set, "the request goes on")
+        assert database.checked_out == 0
     assert "response" in await database.names()
 
 

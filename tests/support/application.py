@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -36,6 +37,20 @@ class Refusal(Exception):  # noqa: N818 - not every HTTP exception is an error
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
+
+
+@dataclass
+class Request:
+    """What a handler may want to know of its request."""
+
+    query: str
+    """The query string."""
+    read: Callable[[], Awaitable[bytes]]
+    """Reads the whole body, and raises the framework's error if the client leaves meanwhile."""
+
+
+current_request: ContextVar[Request] = ContextVar("current_request")
+"""The request that a handler is answering: each adapter sets it before it calls one."""
 
 
 class Socket(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import psycopg
 from sqlalchemy import event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from ctxdb_core import DBConnect, db_session
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
@@ -47,6 +47,7 @@ class Database:
     checkouts: int = 0
     connections: int = 0
     engines: list[AsyncEngine] = field(default_factory=list)
+    in_use: set[ConnectionPoolEntry] = field(default_factory=set)
 
     @property
     def is_postgresql(self) -> bool:
@@ -54,9 +55,8 @@ class Database:
 
     @property
     def checked_out(self) -> int:
-        """How many connections are in use right now."""
-        pools = [engine.pool for engine in self.engines]
-        return sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
+        """How many connections are in use right now, those of engines that were disposed of included."""
+        return len(self.in_use)
 
     def connect(self, **options: Any) -> DBConnect:
         """Return a `DBConnect` with a pool of five, whose connections are counted."""
@@ -74,11 +74,16 @@ class Database:
             if not self.is_postgresql:
                 args[0].cursor().execute("PRAGMA foreign_keys = ON")  # type: ignore[attr-defined]
 
-        def checked_out(*args: object) -> None:
+        def checked_out(connection: object, record: ConnectionPoolEntry, *args: object) -> None:
             self.checkouts += 1
+            self.in_use.add(record)
+
+        def checked_in(connection: object, record: ConnectionPoolEntry) -> None:
+            self.in_use.discard(record)
 
         event.listen(engine.sync_engine, "connect", connected)
         event.listen(engine.sync_engine, "checkout", checked_out)
+        event.listen(engine.sync_engine, "checkin", checked_in)
         self.engines.append(engine)
         return engine
 
@@ -88,11 +93,10 @@ class Database:
         return [row[0] for row in rows]
 
     async def query(self, sql: str) -> list[tuple[Any, ...]]:
-        """Run one statement on a connection of its own, which leaves no trace."""
+        """Run one statement on another connection, in a transaction of its own."""
         if self.server is not None:
-            with psycopg.connect(_dsn(self.server, self.name), autocommit=True) as connection:
-                result = connection.execute(sql)
-                return result.fetchall() if result.description else []
+            result = _observe(self.server, self.name).execute(sql)
+            return result.fetchall() if result.description else []
         with closing(sqlite3.connect(make_url(self.url).database or "")) as file:
             rows = file.execute(sql).fetchall()
             file.commit()
@@ -100,26 +104,47 @@ class Database:
 
     def backends(self, condition: str) -> list[str]:
         """Return the last queries of this database's server processes that fulfil `condition`."""
-        assert self.server is not None
-        with psycopg.connect(_dsn(self.server, "postgres"), autocommit=True) as connection:
-            rows = connection.execute(
-                f"SELECT query FROM pg_stat_activity WHERE datname = %s AND ({condition})",
-                [self.name],
-            ).fetchall()
-        return [row[0] for row in rows]
+        return [row[0] for row in self._select_backends("query", condition)]
 
     def terminate_backends(self, condition: str = "true") -> int:
         """Kill this database's server processes that fulfil `condition`, and return how many these were."""
+        return len(self._select_backends("pg_terminate_backend(pid, 5000)", condition))
+
+    def _select_backends(self, column: str, condition: str) -> list[tuple[Any, ...]]:
         assert self.server is not None
-        with psycopg.connect(_dsn(self.server, "postgres"), autocommit=True) as connection:
-            return connection.execute(
-                f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND ({condition})",
-                [self.name],
-            ).rowcount
+        result = _observe(self.server, "postgres").execute(
+            f"SELECT {column} FROM pg_stat_activity WHERE datname = %s AND application_name <> %s AND ({condition})",
+            [self.name, _OBSERVER],
+        )
+        return result.fetchall()
+
+    @contextmanager
+    def held_commits(self) -> Iterator[None]:
+        """Let each COMMIT that follows an INSERT into `item` wait on the server until the block ends."""
+        assert self.server is not None
+        observer = _observe(self.server, self.name)
+        observer.execute("SELECT pg_advisory_lock(1)")
+        observer.execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END $$; "
+            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION slow()"
+        )
+        try:
+            yield
+        finally:
+            observer.execute("SELECT pg_advisory_unlock(1)")
+
+    async def commit_is_held(self) -> None:
+        """Wait until a COMMIT waits for the end of `held_commits`."""
+        await eventually(lambda: bool(self.backends("query ~ '^COMMIT' AND wait_event = 'advisory'")), "no commit")
 
     async def assert_quiet(self) -> None:
         """Assert that nothing of the test is left on the database."""
-        await eventually(lambda: self.checked_out == 0, f"{self.checked_out} connections are still checked out")
+        await eventually(lambda: self.checked_out == 0, lambda: f"{self.checked_out} connections are still checked out")
+        pools = [engine.pool for engine in self.engines]
+        held = sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
+        assert held == 0, f"the pools count {held} connections as checked out"
         if self.is_postgresql:
             await eventually(
                 lambda: not self.backends("state <> 'idle'"),
@@ -157,28 +182,42 @@ async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -
         await _create_tables(database)
         yield database
         return
-    with psycopg.connect(_dsn(server, "postgres"), autocommit=True) as admin:
-        name = _clean.pop() if _clean else None
-        if name is None:
-            name = f"test_{uuid4().hex[:12]}"
-            admin.execute(f'CREATE DATABASE "{name}"')
-            await _create_tables(Database(server.url(kind, name), name, server))
-        try:
-            yield Database(server.url(kind, name), name, server)
-        except BaseException:
-            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-            raise
-    with psycopg.connect(_dsn(server, name), autocommit=True) as connection:
-        connection.execute("TRUNCATE item, parent, child; DROP FUNCTION IF EXISTS slow CASCADE")
+    name = _clean.pop() if _clean else None
+    if name is None:
+        name = f"test_{uuid4().hex[:12]}"
+        _observe(server, "postgres").execute(f'CREATE DATABASE "{name}"')
+        await _create_tables(Database(server.url(kind, name), name, server))
+    try:
+        yield Database(server.url(kind, name), name, server)
+    except BaseException:
+        _observe(server, name).close()
+        _observe(server, "postgres").execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        raise
+    _observe(server, name).execute("TRUNCATE item, parent, child; DROP FUNCTION IF EXISTS slow CASCADE")
     _clean.append(name)
 
 
 # Databases as they were created: making one takes longer than most tests.
 _clean: list[str] = []
 
+# The suite's own connections, by database: opening one takes longer than what it is used for.
+_observers: dict[str, psycopg.Connection[tuple[Any, ...]]] = {}
 
-def _dsn(server: EmbeddedPostgres, database: str) -> str:
-    return server.url("psycopg", database).replace("+psycopg", "")
+_OBSERVER = "tests"
+
+
+def _observe(server: EmbeddedPostgres, database: str) -> psycopg.Connection[tuple[Any, ...]]:
+    observer = _observers.get(database)
+    if observer is None or observer.closed:
+        dsn = server.url("psycopg", database).replace("+psycopg", "")
+        observer = _observers[database] = psycopg.connect(dsn, autocommit=True, application_name=_OBSERVER)
+    return observer
+
+
+def close_observers() -> None:
+    """Close the suite's own connections, before the server goes."""
+    while _observers:
+        _observers.popitem()[1].close()
 
 
 async def _create_tables(database: Database) -> None:

@@ -7,9 +7,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import httpx
+import websockets
 from tests.support.adapters import Adapter
 from tests.support.application import Application, Handler, Reply, Stream
 from tests.support.database import Database
+from tests.support.server import http_client
 
 from ctxdb_core import DBConnect
 
@@ -47,7 +49,7 @@ class World:
             self.base_url = str(client.base_url)
             return client
         self.base_url = await self._stack.enter_async_context(adapter.serve(app))
-        return await self._stack.enter_async_context(httpx.AsyncClient(base_url=self.base_url))
+        return await self._stack.enter_async_context(http_client(self.base_url))
 
     async def stop(self) -> None:
         """Shut the server down."""
@@ -57,6 +59,10 @@ class World:
         """Serve one handler, and request it once."""
         client = await self.start(("/", handler))
         return await client.get("/")
+
+    def open_socket(self, path: str = "/") -> websockets.connect:
+        """Return the connection of a websocket client, to be entered, once the application was started."""
+        return websockets.connect(f"{self.base_url.replace('http', 'ws', 1)}{path}", proxy=None)
 
     async def names(self) -> list[str]:
         return await self.database.names()

@@ -4,37 +4,95 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.support.application import Application, Refusal, Reply, Stream
+from tests.support.application import Application, Handler, Refusal, Reply, Request, Stream, current_request
 
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
 
 
 def build_asgi(application: Application) -> ASGIApp:
+    mounts = {prefix: build_asgi(mounted) for prefix, mounted in application.mounts.items()}
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(application, receive, send)
             return
-        handler = application.routes.get(scope["path"])
-        try:
-            reply = Reply(status=404) if handler is None else await handler()
-        except Refusal as refusal:
-            reply = Reply(status=refusal.status)
-        headers = getattr(reply, "headers", {})
-        start: Message = {
-            "type": "http.response.start",
-            "status": reply.status,
-            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
-        }
-        await send(start)
-        if isinstance(reply, Stream):
-            await _send_until_disconnect(reply, receive, send)
+        for prefix, mounted in mounts.items():
+            if scope["path"].startswith(f"{prefix}/"):
+                await mounted({**scope, "path": scope["path"].removeprefix(prefix)}, receive, send)
+                return
+        if scope["type"] == "websocket":
+            await _converse(application, scope, receive, send)
         else:
-            await send({"type": "http.response.body", "body": reply.body.encode()})
-        if reply.background is not None:
-            await reply.background()
+            await _respond(application.routes.get(scope["path"]), scope, receive, send)
 
     middleware = ASGIHTTPDBSessionMiddleware(app, application.before_commit, application.commit_policy)
     return recording(middleware, application)
+
+
+async def _respond(handler: Handler | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def read() -> bytes:
+        chunks: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError
+            chunks.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    current_request.set(Request(scope["query_string"].decode(), read))
+    try:
+        reply = Reply(status=404) if handler is None else await handler()
+    except Refusal as refusal:
+        reply = Reply(status=refusal.status)
+    headers = getattr(reply, "headers", {})
+    start: Message = {
+        "type": "http.response.start",
+        "status": reply.status,
+        "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
+    }
+    await send(start)
+    if isinstance(reply, Stream):
+        await _send_until_disconnect(reply, receive, send)
+    else:
+        await send({"type": "http.response.body", "body": reply.body.encode()})
+    if reply.background is not None:
+        await reply.background()
+
+
+class _Socket:
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self.open = True
+
+    async def receive(self) -> str | None:
+        message = await self._receive()
+        if message["type"] == "websocket.receive":
+            text: str = message["text"]
+            return text
+        self.open = False
+        return None
+
+    async def send(self, text: str) -> None:
+        await self._send({"type": "websocket.send", "text": text})
+
+    async def close(self, code: int) -> None:
+        self.open = False
+        await self._send({"type": "websocket.close", "code": code})
+
+
+async def _converse(application: Application, scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    handler = application.sockets.get(scope["path"])
+    if handler is None:
+        await send({"type": "websocket.close"})
+        return
+    await send({"type": "websocket.accept"})
+    socket = _Socket(receive, send)
+    await handler(socket)
+    if socket.open:
+        await socket.close(1000)
 
 
 async def _send_until_disconnect(reply: Stream, receive: Receive, send: Send) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,8 +11,10 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
-from tests.support.application import Application, Refusal, Reply, Stream
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from tests.support import application as neutral
+from tests.support.application import Application, Handler, Refusal, Reply, SocketHandler, Stream, current_request
 from tests.support.frameworks.asgi import recording
 
 from ctxdb_core.asgi import ASGIApp
@@ -26,11 +28,44 @@ def _response(reply: Reply | Stream) -> Response:
     return PlainTextResponse(reply.body, reply.status, dict(reply.headers), background=background)
 
 
-async def _respond(application: Application, path: str) -> Response:
-    try:
-        return _response(await application.routes[path]())
-    except Refusal as refusal:
-        raise HTTPException(refusal.status) from None
+def _endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        current_request.set(neutral.Request(request.url.query, request.body))
+        try:
+            return _response(await handler())
+        except Refusal as refusal:
+            raise HTTPException(refusal.status) from None
+
+    return endpoint
+
+
+class _Socket:
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self.send = websocket.send_text
+        self.open = True
+
+    async def receive(self) -> str | None:
+        try:
+            return await self._websocket.receive_text()
+        except WebSocketDisconnect:
+            self.open = False
+            return None
+
+    async def close(self, code: int) -> None:
+        self.open = False
+        await self._websocket.close(code)
+
+
+def _socket_endpoint(handler: SocketHandler) -> Callable[[WebSocket], Awaitable[None]]:
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        socket = _Socket(websocket)
+        await handler(socket)
+        if socket.open:
+            await socket.close(1000)
+
+    return endpoint
 
 
 def _exception_handlers(application: Application) -> dict[Any, Any]:
@@ -44,27 +79,31 @@ METHODS = ["GET", "POST"]
 
 
 def build_starlette(application: Application) -> ASGIApp:
-    async def endpoint(request: Request) -> Response:
-        return await _respond(application, request.url.path)
-
+    routes: list[BaseRoute] = [
+        *(Route(path, _endpoint(handler), methods=METHODS) for path, handler in application.routes.items()),
+        *(WebSocketRoute(path, _socket_endpoint(handler)) for path, handler in application.sockets.items()),
+        *(Mount(prefix, build_starlette(mounted)) for prefix, mounted in application.mounts.items()),
+    ]
     app = Starlette(
-        routes=[Route(path, endpoint, methods=METHODS) for path in application.routes],
+        routes=routes,
         exception_handlers=_exception_handlers(application),
         lifespan=close_on_shutdown(*application.dbs),
     )
-    app.add_middleware(
-        DBSessionMiddleware, before_commit=application.before_commit, commit_policy=application.commit_policy
-    )
-    return recording(app, application)
+    return _with_adapter(app, application)
 
 
 def build_fastapi(application: Application) -> ASGIApp:
-    async def endpoint(request: Request) -> Response:
-        return await _respond(application, request.url.path)
-
     app = FastAPI(exception_handlers=_exception_handlers(application), lifespan=close_on_shutdown(*application.dbs))
-    for path in application.routes:
-        app.add_api_route(path, endpoint, methods=METHODS, response_model=None)
+    for path, handler in application.routes.items():
+        app.add_api_route(path, _endpoint(handler), methods=METHODS, response_model=None)
+    for path, socket_handler in application.sockets.items():
+        app.add_api_websocket_route(path, _socket_endpoint(socket_handler))
+    for prefix, mounted in application.mounts.items():
+        app.mount(prefix, build_fastapi(mounted))
+    return _with_adapter(app, application)
+
+
+def _with_adapter(app: Starlette, application: Application) -> ASGIApp:
     app.add_middleware(
         DBSessionMiddleware, before_commit=application.before_commit, commit_policy=application.commit_policy
     )

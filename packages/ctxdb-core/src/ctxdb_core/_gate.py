@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar, Token
 from typing import Any
 from weakref import ref
@@ -12,7 +12,7 @@ from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
-__all__ = ["StatementGate", "close_gates", "open_gates", "wait_for_statements"]
+__all__ = ["StatementGate", "close_gates", "observe_statements", "open_gates", "wait_for_statements"]
 
 POLL_SECONDS = 0.001
 
@@ -28,9 +28,11 @@ class StatementGate:
     session meets the commit. So the commit waits for the statement that is under way, and the next one for the commit.
     """
 
-    __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement")
+    __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement", "observer")
 
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: AsyncSession, observer: Callable[[], None] | None = None) -> None:
+        self.observer = observer
+        """Called before each statement, in the task that makes it."""
         self._session = session.sync_session
         self._get_bind = self._session.get_bind
         self._closed_by: object = None
@@ -49,6 +51,8 @@ class StatementGate:
                 # The session may be closed by now, and refuse.
                 return self._session.get_bind(*args, **kwargs)
             self._statement = ref(current)
+            if self.observer is not None:
+                self.observer()
         return self._get_bind(*args, **kwargs)
 
     @property
@@ -78,6 +82,14 @@ async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
         # A greenlet tells nobody that it has ended.
         while isinstance(gate, StatementGate) and gate.is_busy:  # noqa: ASYNC110 - see above
             await asyncio.sleep(POLL_SECONDS)
+
+
+def observe_statements(sessions: Iterable[AsyncSession], observer: Callable[[], None]) -> None:
+    """Have `observer` called before each further statement of `sessions`."""
+    for session in sessions:
+        gate = session.sync_session.get_bind
+        if isinstance(gate, StatementGate):
+            gate.observer = observer
 
 
 def close_gates(sessions: Iterable[AsyncSession]) -> Token[object]:

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from threading import get_ident
 from typing import Any, TypeAlias
 
-from ctxdb_core._gate import wait_for_statements
-from ctxdb_core._session_end import report
+from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange, in_body
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
-__all__ = ["ASGIApp", "ASGIHTTPDBSessionMiddleware", "Message", "Receive", "Scope", "Send"]
+__all__ = [
+    "ASGIApp",
+    "ASGIHTTPDBSessionMiddleware",
+    "ASGIStreamBoundary",
+    "Message",
+    "Receive",
+    "Scope",
+    "Send",
+    "take_commit_error",
+]
 
 Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Bound once: looking a method up at each request is felt where the request uses no database.
 _get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
-
-# How much of a request's body is kept in case that a handler of errors reads it.
-_KEPT_BYTES = 1 << 20
-
-# WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
-_NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -54,12 +52,12 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
-        exchange: _Exchange
+        exchange: Exchange
         if scope["type"] == "http":
-            exchange = http_exchange = _HTTPExchange(self, send)
+            exchange = http_exchange = HTTPExchange(self.before_commit, self.commit_policy, send)
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
-            exchange = _WebSocketExchange(self, send)
+            exchange = WebSocketExchange(self.before_commit, self.commit_policy, send)
         else:
             # A lifespan, for instance: it lasts longer than any unit of work that its server was started in.
             inherited = _get_current_unit(None)
@@ -89,7 +87,7 @@ class ASGIHTTPDBSessionMiddleware:
                 await self._answer_failure(exchange, scope, receive, send, root_app)
             elif not exchange.finish_idle():
                 # Where no response was begun, there is no success that would have to be true.
-                await exchange.finish(commit=exchange.responded)
+                await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
         finally:
             _reset_current_unit(token)
             # The server's `send` may know the scope: left in it, the exchange would be in a reference cycle.
@@ -113,7 +111,7 @@ class ASGIHTTPDBSessionMiddleware:
         raise error
 
     async def _answer_failure(
-        self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send, root_app: Any | None
+        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, root_app: Any | None
     ) -> None:
         error = exchange.failure
         assert error is not None
@@ -131,152 +129,72 @@ class ASGIHTTPDBSessionMiddleware:
             await exchange.finish(commit=False, error=exchange.failure)
             raise exchange.failure
         if not exchange.finish_idle():
-            await exchange.finish(commit=exchange.responded)
+            await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
 
 
-class _Exchange(UnitOfWork):
-    """The unit of work of one request, together with the `send` that ends it in time."""
+def take_commit_error(scope: Scope, raised: Exception | None = None) -> Exception | None:
+    """Return the error that kept the response to a request from being sent, and let another response be sent for it.
 
-    responded = False
-    """Whether a response has begun."""
-    receive_again: Receive | None = None
-    """Where a handler of errors receives the request from, if not where the application did."""
-    can_answer = True
-    """Whether a response for an error can still be sent."""
-    failure: Exception | None = None
-    """Why the response that the application began was not sent."""
+    For frameworks whose exception handlers are called where only code further in than the middleware can raise. Once the
+    application has returned or raised, such code asks for the error, and raises it anew. A request is given one more
+    response by it: the next call returns ``None``, as does each call for a request that has not failed.
 
-    def __init__(self, middleware: ASGIHTTPDBSessionMiddleware, forward: Send) -> None:
-        # UnitOfWork.__init__ is spelled out here: on a request without database use, the call would be felt.
-        self.sessions = {}
-        self.before_commit = middleware.before_commit
-        self.thread = get_ident()
-        self.middleware = middleware
-        self.forward = forward
+    Args:
+        scope: the request's ASGI scope.
+        raised: what the application has raised meanwhile; if that has another cause, it is attached to the error.
+    """
+    exchange = scope.get(REQUEST_KEY)
+    return exchange.take_failure(raised) if isinstance(exchange, Exchange) else None
 
-    def send(self, message: Message) -> Awaitable[None]:
-        """Forward a message of the application, after what has to happen before it."""
-        raise NotImplementedError
 
-    def start_over(self, forward: Send) -> None:
-        """Take another response: the one of the error."""
-        self.failure = None
-        self.responded = False
-        self.forward = forward
+class ASGIStreamBoundary:
+    """Ends the transactions of a streamed response where it is made, for middlewares that hold its start back.
 
-    async def refuse_response(self, exc: Exception) -> None:
-        """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""
-        self.failure = exc
-        self.forward = _discard
-        await self.roll_back(exc)
+    Beneath a middleware that passes messages on through a queue (Starlette's ``BaseHTTPMiddleware``), or that waits for
+    the body before it sends the start (its ``GZipMiddleware``), a streamed body runs ahead of its own
+    ``http.response.start``: the body's work would be taken for the response's. So this goes beneath such a middleware,
+    and `ASGIHTTPDBSessionMiddleware` above it. A response with a ``content-length`` is not streamed, and left to the
+    latter.
 
-    async def respond(self, message: Message) -> None:
-        """End the transactions as the status of the response demands, then let it start."""
-        # After a refused response, the application may try one of its own for the error: it is not sent either.
-        if self.failure is None:
+    Args:
+        app: the ASGI application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application."""
+        exchange = scope.get(REQUEST_KEY)
+        if not isinstance(exchange, HTTPExchange):
+            await self.app(scope, receive, send)
+            return
+        streamed = False
+
+        async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await exchange.stream_begins(message["status"])
+            # What the middlewares in between do with the message is not the body's doing.
+            token = in_body.set(False)
             try:
-                if self.middleware.commit_policy(message["status"]):
-                    await self.commit()
-                else:
-                    # A body that is made already may be using the session: it shall not be interrupted.
-                    await wait_for_statements(self.sessions.values())
-                    await self.roll_back()
-            except Exception as exc:
-                await self.refuse_response(exc)
-                raise
-        await self.forward(message)
+                await send(message)
+            finally:
+                in_body.reset(token)
 
-    async def app_raised(self, exc: BaseException) -> bool:
-        """Roll back for an exception of the application; return whether it is the one to raise.
+        def send_streamed(message: Message) -> Awaitable[None]:
+            nonlocal streamed
+            if message["type"] == "http.response.start":
+                streamed = _is_streamed(message)
+            return pass_on(message) if streamed and not exchange.responded else send(message)
 
-        It is not where a commit failed: then that error surfaces, and not what the application made of it.
-        """
-        failure = self.failure
-        if failure is None:
-            await self.finish(commit=False, error=exc)
-            return True
-        if isinstance(exc, Exception):
-            if not _is_caused_by(exc, failure):
-                report(exc, failure, "the application failed on top of it")
-            return False
-        report(failure, exc, "nothing was committed, as that had failed")
-        await self.finish(commit=False, error=exc)
-        return True
+        token = in_body.set(True)
+        try:
+            await self.app(scope, receive, send_streamed)
+        finally:
+            in_body.reset(token)
 
 
-class _HTTPExchange(_Exchange):
-    source: Receive
-    kept_bytes = 0
-    kept: list[Message] | None = None
-    """The request's body as far as the application has received it; empty once it is too large to be kept."""
-
-    async def receive(self) -> Message:
-        """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
-        message = await self.source()
-        if message["type"] == "http.request" and self.kept_bytes <= _KEPT_BYTES:
-            self.kept_bytes += len(message.get("body", b""))
-            kept = self.kept = self.kept or []
-            kept.append(message)
-            if self.kept_bytes > _KEPT_BYTES:
-                self.kept = [{"type": "http.request", "body": b"", "more_body": False}]
-        return message
-
-    async def receive_again(self) -> Message:
-        """Return once more what `receive` has passed on, then what follows: an error handler reads from the start."""
-        return self.kept.pop(0) if self.kept else await self.source()
-
-    def send(self, message: Message) -> Awaitable[None]:
-        # A plain function: most messages cost no coroutine of their own.
-        if message["type"] == "http.response.start":
-            self.responded = True
-            if self.sessions or self.callbacks:
-                return self.respond(message)
-        return self.forward(message)
-
-
-class _WebSocketExchange(_Exchange):
-    accepted = False
-    """Whether the handshake was accepted."""
-
-    def send(self, message: Message) -> Awaitable[None]:
-        kind = message["type"]
-        if kind == "websocket.accept":
-            self.accepted = self.responded = True
-            self.can_answer = False
-        elif kind == "websocket.close":
-            return self._close(message)
-        elif kind == "websocket.http.response.start":
-            self.responded = True
-            return self.respond(message)
-        return self.forward(message)
-
-    async def _close(self, message: Message) -> None:
-        # A close before the handshake is over refuses it: the client gets a 403.
-        normal = self.accepted and message.get("code", _NORMAL_CLOSURE) in (_NORMAL_CLOSURE, _GOING_AWAY)
-        forward = self.forward
-        if self.failure is None:
-            try:
-                if normal:
-                    await self.commit()
-                else:
-                    await self.roll_back()
-            except Exception as exc:
-                await self.refuse_response(exc)
-                self.can_answer = False
-                await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
-                raise
-        await self.forward(message)
-
-
-async def _discard(message: Message) -> None:
-    """Drop a message of an application whose response is not sent any more."""
-
-
-def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
-    seen: set[int] = set()
-    while exc is not None and id(exc) not in seen:
-        if exc is cause:
-            return True
-        seen.add(id(exc))
-        exc = exc.__cause__ or exc.__context__
-    return False
+def _is_streamed(start: Message) -> bool:
+    return start["status"] not in (204, 304) and not any(
+        name.lower() == b"content-length" for name, _ in start.get("headers", ())
+    )

@@ -101,11 +101,15 @@ class UnitOfWork:
             raise ContextClosedError
         if db in self.sessions:
             return self.sessions[db]
-        StatementGate(session)
+        StatementGate(session, self.statement_observer())
         self.sessions[db] = session
         if self.callbacks and db in self.callbacks:
             self._watch(db, session)
         return session
+
+    def statement_observer(self) -> Callable[[], None] | None:
+        """Return what is called before each statement of a session that is opened now."""
+        return None
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""

@@ -1,0 +1,283 @@
+"""One request of an ASGI application as a unit of work, ended by what the application sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from threading import get_ident
+from typing import Any, TypeAlias
+from weakref import ref
+
+from ctxdb_core._gate import observe_statements, wait_for_statements
+from ctxdb_core._session_end import report
+from ctxdb_core.policy import CommitPolicy
+from ctxdb_core.unit import BeforeCommit, UnitOfWork
+
+__all__ = ["Exchange", "HTTPExchange", "Message", "Receive", "Send", "WebSocketExchange", "in_body"]
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+in_body: ContextVar[bool] = ContextVar("ctxdb_in_body", default=False)
+"""Whether the running code makes the body of a response, or else passes it on; as far as an adapter can tell."""
+
+# How much of a request's body is kept in case that a handler of errors reads it.
+_KEPT_BYTES = 1 << 20
+
+# What a body is sent in (ASGI, "Response Body", "Path Send" and "Zero Copy Send").
+_BODY_MESSAGES = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+# WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
+_NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
+
+
+class Exchange(UnitOfWork):
+    """The unit of work of one request, together with the `send` that ends it in time."""
+
+    responded = False
+    """Whether a response has begun."""
+    receive_again: Receive | None = None
+    """Where a handler of errors receives the request from, if not where the application did."""
+    can_answer = True
+    """Whether a response for an error can still be sent."""
+    failure: Exception | None = None
+    """Why the response that the application began was not sent."""
+    refused: Send
+    """Where that response would have gone to."""
+
+    def __init__(self, before_commit: BeforeCommit | None, commit_policy: CommitPolicy, forward: Send) -> None:
+        # UnitOfWork.__init__ is spelled out here: on a request without database use, the call would be felt.
+        self.sessions = {}
+        self.before_commit = before_commit
+        self.thread = get_ident()
+        self.commit_policy = commit_policy
+        self.forward = forward
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether what is open was left in the middle, although nothing was raised."""
+        return False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Forward a message of the application, after what has to happen before it."""
+        raise NotImplementedError
+
+    def start_over(self, forward: Send) -> None:
+        """Take another response: the one of the error."""
+        self.failure = None
+        self.responded = False
+        self.forward = forward
+
+    def take_failure(self, raised: Exception | None) -> Exception | None:
+        """Return why the response was refused, and take another one, the last: the one of the error.
+
+        Args:
+            raised: what the application has raised since.
+        """
+        failure = self.failure
+        if failure is None or not self.can_answer:
+            return None
+        if raised is not None and not _is_caused_by(raised, failure):
+            report(raised, failure, "the application failed on top of it")
+        self.can_answer = False
+        self.start_over(self.refused)
+        return failure
+
+    async def refuse_response(self, exc: Exception) -> None:
+        """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""
+        self.failure = exc
+        self.refused, self.forward = self.forward, _discard
+        await self.roll_back(exc)
+
+    async def respond(self, message: Message) -> None:
+        """End the transactions as the status of the response demands, then let it start."""
+        # After a refused response, the application may try one of its own for the error: it is not sent either.
+        if self.failure is None:
+            await self.settle(message["status"])
+        await self.forward(message)
+
+    async def settle(self, status: int) -> None:
+        """End the transactions as `status` demands; if that fails, the response is refused."""
+        try:
+            if self.commit_policy(status):
+                await self.commit()
+            else:
+                # A body that is made already may be using the session: it shall not be interrupted.
+                await wait_for_statements(self.sessions.values())
+                await self.roll_back()
+        except Exception as exc:
+            await self.refuse_response(exc)
+            raise
+
+    async def app_raised(self, exc: BaseException) -> bool:
+        """Roll back for an exception of the application; return whether it is the one to raise.
+
+        It is not where a commit failed: then that error surfaces, and not what the application made of it.
+        """
+        failure = self.failure
+        if failure is None:
+            await self.finish(commit=False, error=exc)
+            return True
+        if isinstance(exc, Exception):
+            if not _is_caused_by(exc, failure):
+                report(exc, failure, "the application failed on top of it")
+            return False
+        report(failure, exc, "nothing was committed, as that had failed")
+        await self.finish(commit=False, error=exc)
+        return True
+
+
+class HTTPExchange(Exchange):
+    """The unit of work of an HTTP request.
+
+    What is done after the start belongs to whoever made the statements: the streamed body, or what follows it. So the
+    tasks that make them are noted from then on, and those that send the body.
+    """
+
+    source: Receive
+    kept_bytes = 0
+    kept: list[Message] | None = None
+    """The request's body as far as the application has received it; empty once it is too large to be kept."""
+    body_is_ahead = False
+    """Whether the body has used a session while the start of the response was on its way to us."""
+    # By weak reference: a task's context knows the exchange, and its error the frames of a body that is to be closed.
+    users: set[ref[Any]] | None = None
+    """The tasks that have used a session since the transactions of the response were ended."""
+    senders: frozenset[ref[Any]] = frozenset()
+    """The tasks that have sent something of the response, while it was in use."""
+    body_sent = False
+    """Whether the last of the body was sent."""
+
+    async def receive(self) -> Message:
+        """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
+        message = await self.source()
+        if message["type"] == "http.request" and self.kept_bytes <= _KEPT_BYTES:
+            self.kept_bytes += len(message.get("body", b""))
+            kept = self.kept = self.kept or []
+            kept.append(message)
+            if self.kept_bytes > _KEPT_BYTES:
+                self.kept = [{"type": "http.request", "body": b"", "more_body": False}]
+        return message
+
+    async def receive_again(self) -> Message:
+        """Return once more what `receive` has passed on, then what follows: an error handler reads from the start."""
+        return self.kept.pop(0) if self.kept else await self.source()
+
+    def send(self, message: Message) -> Awaitable[None]:
+        # A plain function: most messages cost no coroutine of their own.
+        if message["type"] == "http.response.start":
+            self.responded = True
+            if self.sessions or self.callbacks:
+                return self.respond(message)
+        elif self.users is not None:
+            self.note_progress(message)
+        return self.forward(message)
+
+    async def respond(self, message: Message) -> None:
+        # Where the body is ahead, what is open now is the body's, and none of the response's.
+        if not self.body_is_ahead:
+            if self.failure is None:
+                await self.settle(message["status"])
+            self.watch_statements()
+        self.senders = frozenset([_current_task()])
+        await self.forward(message)
+
+    async def stream_begins(self, status: int) -> None:
+        """End the transactions before a body begins whose start has a way to go before it is sent."""
+        if self.failure is None and not self.responded:
+            await self.settle(status)
+            self.watch_statements()
+
+    def watch_statements(self) -> None:
+        """Note from now on which tasks use a session."""
+        self.users = set()
+        observe_statements(self.sessions.values(), self.note_user)
+
+    def statement_observer(self) -> Callable[[], None] | None:
+        return self.note_user if self.responded or self.users is not None else None
+
+    def note_user(self) -> None:
+        """Note that the current task uses a session."""
+        if self.users is None:
+            self.users = set()
+        self.users.add(_current_task())
+        if not self.responded and in_body.get():
+            self.body_is_ahead = True
+
+    def note_progress(self, message: Message) -> None:
+        """Note who sends the body, and its end."""
+        if message.get("more_body", False):
+            self.senders |= {_current_task()}
+        elif message["type"] in _BODY_MESSAGES:
+            self.body_sent = True
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the body ended in the middle, and with it whatever has used a session since the start.
+
+        A framework stops a stream whose client has left without an error, and goes on with background tasks.
+        """
+        users = self.users
+        if not users or self.body_sent:
+            return False
+        # What the request's own task did has come to its end: a background task, for instance.
+        return users <= self.senders and _current_task() not in users
+
+    def start_over(self, forward: Send) -> None:
+        super().start_over(forward)
+        self.body_is_ahead = self.body_sent = False
+        self.users = None
+
+
+class WebSocketExchange(Exchange):
+    accepted = False
+    """Whether the handshake was accepted."""
+
+    def send(self, message: Message) -> Awaitable[None]:
+        kind = message["type"]
+        if kind == "websocket.accept":
+            self.accepted = self.responded = True
+            self.can_answer = False
+        elif kind == "websocket.close":
+            return self._close(message)
+        elif kind == "websocket.http.response.start":
+            self.responded = True
+            return self.respond(message)
+        return self.forward(message)
+
+    async def _close(self, message: Message) -> None:
+        # A close before the handshake is over refuses it: the client gets a 403.
+        normal = self.accepted and message.get("code", _NORMAL_CLOSURE) in (_NORMAL_CLOSURE, _GOING_AWAY)
+        forward = self.forward
+        if self.failure is None:
+            try:
+                if normal:
+                    await self.commit()
+                else:
+                    await self.roll_back()
+            except Exception as exc:
+                await self.refuse_response(exc)
+                self.can_answer = False
+                await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
+                raise
+        await self.forward(message)
+
+
+def _current_task() -> ref[Any]:
+    return ref(asyncio.current_task())
+
+
+async def _discard(message: Message) -> None:
+    """Drop a message of an application whose response is not sent any more."""
+
+
+def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if exc is cause:
+            return True
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+    return False

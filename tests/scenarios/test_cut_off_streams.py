@@ -1,0 +1,97 @@
+"""A stream whose client has left: frameworks stop it without an error, and go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+from tests.support.application import Reply, Stream
+from tests.support.database import eventually, insert
+from tests.support.server import RawClient
+from tests.support.world import World
+
+from ctxdb_core import commit_db_session
+
+pytestmark = pytest.mark.sockets
+
+
+async def read_a_byte_and_leave(world: World) -> None:
+    async with RawClient.connect(world.base_url) as client:
+        await client.send("/")
+        assert await client.read_head() == 200
+        await client.reader.readexactly(1)
+        client.abort()
+
+
+async def test_what_it_had_not_committed_is_rolled_back(world: World) -> None:
+    ended = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        try:
+            await insert(world.db, "committed")
+            await commit_db_session(world.db)
+            await insert(world.db, "half")
+            while True:
+                await asyncio.sleep(0)
+                yield "x" * 65536
+        finally:
+            ended.set()
+
+    async def handler() -> Stream:
+        await insert(world.db, "response")
+        return Stream(chunks())
+
+    await world.start(("/", handler))
+    await read_a_byte_and_leave(world)
+    await eventually(ended.is_set, "the stream goes on")
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    assert await world.names() == ["committed", "response"]
+
+
+async def test_a_session_that_it_opened_is_rolled_back(world: World) -> None:
+    ended = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "x" * 65536
+                if not ended.is_set():
+                    await insert(world.db, "half")
+                    ended.set()
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def handler() -> Stream:
+        return Stream(chunks())
+
+    await world.start(("/", handler))
+    await read_a_byte_and_leave(world)
+    await eventually(ended.is_set, "the stream goes on")
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    assert await world.names() == []
+
+
+@pytest.mark.background
+async def test_the_background_task_behind_it_is_committed(world: World) -> None:
+    done = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        while True:
+            await asyncio.sleep(0)
+            yield "x" * 65536
+
+    async def background() -> None:
+        await insert(world.db, "background")
+        done.set()
+
+    async def handler() -> Stream | Reply:
+        await insert(world.db, "response")
+        return Stream(chunks(), background=background)
+
+    await world.start(("/", handler))
+    await read_a_byte_and_leave(world)
+    await eventually(done.is_set, "no background work")
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    assert await world.names() == ["background", "response"]

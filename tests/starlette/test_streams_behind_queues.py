@@ -1,0 +1,139 @@
+"""Streamed bodies behind a `BaseHTTPMiddleware`, which run ahead of the start of their own response."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
+
+from ctxdb_core import DBConnect, commit_db_session, db_session
+from ctxdb_core.asgi import Receive, Scope, Send
+from ctxdb_starlette import DBSessionMiddleware
+
+
+def write_and_stream(db: DBConnect, body: Callable[[], AsyncGenerator[str, None]], status: int = 200) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        await insert(db, "response")
+        return StreamingResponse(body(), status)
+
+    return endpoint
+
+
+AHEAD = pytest.mark.parametrize(
+    "stack",
+    [
+        [DoNothing, DBSessionMiddleware],
+        [DoNothing, DoNothing, DBSessionMiddleware],
+        [DBSessionMiddleware, DoNothing, DBSessionMiddleware],
+        [GZipMiddleware, DoNothing, GZipMiddleware, DBSessionMiddleware],
+    ],
+    ids=lambda stack: "-".join(each.__name__ for each in reversed(stack)),
+)
+
+
+@AHEAD
+async def test_a_body_that_keeps_a_cursor_open_is_streamed(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, stack: list[Any]
+) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        session = await db_session(db)
+        async for number in await session.stream_scalars(text("SELECT * FROM generate_series(1, 2000)")):
+            yield f"{number} "
+
+    client = await ask(application(framework, {"/": write_and_stream(db, chunks)}, *stack))
+    response = await client.get("/")
+    assert (response.status_code, len(response.text.split())) == (200, 2000)
+    assert await database.names() == ["response"]
+
+
+@AHEAD
+async def test_a_commit_of_the_body_keeps_nothing_of_an_error(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, stack: list[Any]
+) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(db, "stream")
+        await commit_db_session(db)
+        yield "body"
+
+    client = await ask(application(framework, {"/": write_and_stream(db, chunks, 404)}, *stack))
+    assert (await client.get("/")).status_code == 404
+    assert await database.names() == ["stream"]
+
+
+@AHEAD
+async def test_a_failing_commit_stops_the_body_before_it_begins(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, stack: list[Any]
+) -> None:
+    begun = False
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        nonlocal begun
+        begun = True
+        await insert(db, "stream")
+        yield "body"
+
+    async def stream(request: Request) -> Response:
+        await insert_orphan(db)
+        return StreamingResponse(chunks())
+
+    app = application(framework, {"/": stream}, *stack, exception_handlers=on_integrity_error(409))
+    response = await (await ask(app)).get("/")
+    assert (response.status_code, response.text) == (409, "handled IntegrityError")
+    assert not begun
+    assert await database.names() == []
+
+
+async def test_what_a_base_middleware_writes_behind_a_stream_is_committed_before_the_response(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask
+) -> None:
+    class Audit(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            response = await call_next(request)
+            await insert(db, "audit")
+            return response
+
+    seen: list[list[str]] = []
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        async def looking(message: Any) -> None:
+            seen.append(await database.names())
+            await send(message)
+
+        await wrapped(scope, receive, looking)
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "body"
+
+    app = application(framework, {"/": write_and_stream(db, chunks)}, Audit, DBSessionMiddleware)
+    wrapped = app
+    assert (await (await ask(look)).get("/")).text == "body"
+    assert seen[-1] == ["audit", "response"]
+    assert next(names for names in seen if names) == ["audit", "response"]
+
+
+async def test_a_base_middleware_can_collect_a_body_that_uses_the_database(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask
+) -> None:
+    class Collect(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            response: Any = await call_next(request)
+            body = b"".join([chunk async for chunk in response.body_iterator])
+            return Response(body + b" collected", response.status_code)
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(db, "stream")
+        yield "body"
+
+    app = application(framework, {"/": write_and_stream(db, chunks)}, Collect, DBSessionMiddleware)
+    assert (await (await ask(app)).get("/")).text == "body collected"
+    await eventually(lambda: not database.checked_out, "a connection is not back")
+    assert await database.names() == ["response", "stream"]
