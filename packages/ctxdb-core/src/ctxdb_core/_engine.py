@@ -11,6 +11,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from ctxdb_core._connection_context import connect_without_hidden_variables
 from ctxdb_core._guards import stop_cancelled_queries, trust_no_failed_transaction
 from ctxdb_core._shield import run_to_completion
 
@@ -57,6 +58,7 @@ class LoopEngine:
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False
+        connect_without_hidden_variables(engine)
         stop_cancelled_queries(engine)
         trust_no_failed_transaction(engine)
         for other in list(_live):

@@ -17,7 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core import _session_end
+from ctxdb_core._connection_context import hide_from_connections
 from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
+from ctxdb_core._leak import LeakGuard
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
@@ -55,6 +57,7 @@ class UnitOfWork:
     due: Sequence[OnCommit] = ()
     """Callbacks whose commit has succeeded."""
     running_callbacks: asyncio.Task[None] | None = None
+    leak_guard: LeakGuard | None = None
     token: Token[UnitOfWork]
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
@@ -96,11 +99,12 @@ class UnitOfWork:
         if db in self.sessions:
             return self.sessions[db]
         session = await db.create_session()
-        # Meanwhile, the unit may have ended, or another of its tasks may have made the session.
-        if self.sessions is _CLOSED:
-            raise ContextClosedError
-        if db in self.sessions:
-            return self.sessions[db]
+        if self.sessions is _CLOSED or db in self.sessions:
+            # Meanwhile, the unit has ended, or another of its tasks has made the session.
+            await _session_end.close(session, None, db)
+            return await self.open_session(db)
+        if self.leak_guard is None:
+            self.leak_guard = LeakGuard(self.sessions)
         StatementGate(session, self.statement_observer())
         self.sessions[db] = session
         if self.callbacks and db in self.callbacks:
@@ -194,6 +198,8 @@ class UnitOfWork:
         for session in sessions.values():
             session.sync_session.close()
             _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
+        if self.leak_guard is not None:
+            self.leak_guard.disarm()
         return True
 
     async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
@@ -231,6 +237,8 @@ class UnitOfWork:
             for db, session in sessions.items():
                 _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
                 await _session_end.close(session, error, db)
+            if self.leak_guard is not None:
+                self.leak_guard.disarm()
 
     async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
         """Do all that may take its time, fail or be cancelled while nothing has been committed yet."""
@@ -325,6 +333,9 @@ class UnitOfWork:
             return []
         taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
         return [callback for callbacks in taken for callback in callbacks]
+
+
+hide_from_connections(current_unit, UnitOfWork.ended())
 
 
 async def _commit_alone(session: AsyncSession) -> None:
