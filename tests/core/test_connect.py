@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -335,7 +336,7 @@ async def test_a_read_only_query_is_one_round_trip(database: Database, postgres_
 
 
 async def test_read_only_keeps_the_users_server_settings(database: Database) -> None:
-    options = {"connect_args": {"server_settings": {"application_name": "mine"}}}
+    options: dict[str, Any] = {"connect_args": {"server_settings": {"application_name": "mine"}}}
     async with DBConnect.from_url(database.url, read_only=True, **options) as db, new_db_ctx():
         session = await db_session(db)
         assert await session.scalar(text("SELECT current_setting('application_name')")) == "mine"

@@ -11,6 +11,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from ctxdb_core._observer import note_error
 from ctxdb_core.errors import ContextClosedError, SessionClosedError
 
 logger = logging.getLogger("ctxdb")
@@ -36,6 +37,7 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
     """
     if not in_transaction(session):
         return
+    note_error(session, error)
     try:
         async with asyncio.timeout(ROLL_BACK_SECONDS):
             await session.rollback()
@@ -49,6 +51,7 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
     if closes_without_io(session):
         session.sync_session.close()
         return
+    note_error(session, error)
     try:
         async with asyncio.timeout(ROLL_BACK_SECONDS):
             await session.close()

@@ -12,8 +12,10 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
+from ctxdb_core._observer import Observer
 from ctxdb_core._url import create_engine, host_of, without_secrets
 from ctxdb_core.errors import HostNotSetError
+from ctxdb_core.events import EventListener
 
 __all__ = ["DBConnect", "close_all", "default_session_maker"]
 
@@ -36,9 +38,12 @@ class DBConnect:
         host: where the database is; without it, `connect` must be called before the first use.
         before_create_session_handler: awaited with this object before each session is made, for instance to call
             `change_host`.
+        warn_connection_held_after: log a warning, with the place in the code, when a session holds a connection for
+            longer than so many seconds.
 
     Raises:
         HostNotSetError: `host` is empty (a ``ValueError``, too).
+        ValueError: `warn_connection_held_after` is negative.
     """
 
     def __init__(
@@ -47,9 +52,13 @@ class DBConnect:
         session_maker_creator: SessionMakerCreator = default_session_maker,
         host: str | None = None,
         before_create_session_handler: Callable[[DBConnect], Awaitable[object]] | None = None,
+        *,
+        warn_connection_held_after: float | None = None,
     ) -> None:
         if host is not None:
             _check_host(host)
+        if warn_connection_held_after is not None and warn_connection_held_after < 0:
+            raise ValueError(f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more.")
         self._engine_creator = engine_creator
         self._session_maker_creator = session_maker_creator
         self._host = host
@@ -57,26 +66,36 @@ class DBConnect:
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
         # Guards `_host` and `_engines` together: another thread's event loop may use the same object.
         self._lock = threading.Lock()
+        self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
 
     @classmethod
-    def from_url(cls, url: str | URL, *, read_only: bool = False, **engine_options: Any) -> Self:
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        read_only: bool = False,
+        warn_connection_held_after: float | None = None,
+        **engine_options: Any,
+    ) -> Self:
         """Return a `DBConnect` for the one host that `url` names.
 
         Args:
             url: the database's URL, with an asyncio driver.
             read_only: every query on PostgreSQL is one round trip (autocommit), and the server refuses writes.
+            warn_connection_held_after: as for the class.
             **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
             sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
-            ValueError: `read_only` is asked for a database that cannot be made so.
+            ValueError: `read_only` is asked for a database that cannot be made so, or `warn_connection_held_after` is
+                negative.
         """
         parsed = make_url(url)
 
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
 
-        return cls(engine_creator, host=host_of(parsed))
+        return cls(engine_creator, host=host_of(parsed), warn_connection_held_after=warn_connection_held_after)
 
     @property
     def host(self) -> str | None:
@@ -128,7 +147,11 @@ class DBConnect:
         """
         if self._before_create_session is not None:
             await self._before_create_session(self)
-        return self._loop_engine().session_maker()
+        engine = self._loop_engine()
+        session = engine.session_maker()
+        if self._observer is not None:
+            self._observer.follow(session, self, engine.host)
+        return session
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.
@@ -137,6 +160,20 @@ class DBConnect:
             HostNotSetError: no host is known yet.
         """
         return self._loop_engine().engine
+
+    def on_event(self, listener: EventListener) -> Callable[[], None]:
+        """Call `listener` with what happens in the sessions that are opened from now on: see `ctxdb_core.events`.
+
+        It is a plain function, called in the task that causes the event, and must not wait for anything. Its errors are
+        logged, and change nothing. Sessions that the caller makes by `session_maker` are not followed.
+
+        Returns:
+            What ends it: a function to be called without arguments, once or more often.
+        """
+        with self._lock:
+            if self._observer is None:
+                self._observer = Observer(None)
+        return self._observer.add(listener)
 
     async def close(self) -> None:
         """Close every connection: the idle ones now, the others when their sessions give them back.

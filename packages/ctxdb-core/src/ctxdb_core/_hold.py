@@ -1,0 +1,84 @@
+"""`Hold`: a connection that a transaction has taken, and the warning if it keeps it for too long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from types import FrameType
+from weakref import ref
+
+from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
+from sqlalchemy import Connection
+
+__all__ = ["Hold"]
+
+logger = logging.getLogger("ctxdb")
+
+# Between the code that makes a statement and the pool that gives it a connection.
+_MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "greenlet", "sqlalchemy"}
+
+
+class Hold:
+    """Logs a warning, once, when a connection is held for longer than `limit` seconds.
+
+    Args:
+        name: the database, as the warning shows it.
+        connection: what is held. It is known by weak reference only: if nobody else keeps it, the pool gets it back.
+        limit: after how many seconds to warn.
+    """
+
+    __slots__ = ("_connection", "_limit", "_name", "_started", "_timer", "_where")
+
+    def __init__(self, name: str, connection: Connection, limit: float) -> None:
+        self._name = name
+        self._connection = ref(connection)
+        self._limit = limit
+        self._where = _acquiring_code()
+        self._started = time.perf_counter()
+        self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(limit, self._exceed)
+
+    def end(self) -> None:
+        """The connection was given back."""
+        if self._timer is not None:
+            self._timer.cancel()
+            # Code that blocks the event loop keeps the timer from running.
+            if time.perf_counter() - self._started > self._limit:
+                self._warn("was")
+
+    def _exceed(self) -> None:
+        connection = self._connection()
+        if connection is not None and not connection.closed:
+            self._warn("has been")
+
+    def _warn(self, was: str) -> None:
+        self._timer = None
+        filename, line, function = self._where
+        logger.warning(
+            "A connection of %s %s held for %.3f s, longer than %g s. It was taken at %s:%d in %s(), and is given back "
+            "when the transaction ends: commit, or close the session, before long work that needs no database.",
+            self._name,
+            was,
+            time.perf_counter() - self._started,
+            self._limit,
+            filename,
+            line,
+            function,
+        )
+
+
+def _acquiring_code() -> tuple[str, int, str]:
+    """Return file, line and function of the code, outside of the machinery, that is making a statement here."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        while frame is not None:
+            module: str = frame.f_globals.get("__name__") or ""
+            if module.partition(".")[0] not in _MACHINERY:
+                return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+            frame = frame.f_back
+        # SQLAlchemy runs the statement in a greenlet; the coroutine that awaits it is on the stack of its parent.
+        current = current.parent
+        frame = None if current is None else current.gr_frame
+    return "<unknown>", 0, "<unknown>"

@@ -1,0 +1,292 @@
+"""`Observer`: follows the sessions of one `DBConnect`, for its listeners and its limit for holding connections."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ctxdb_core._hold import Hold
+from ctxdb_core._url import without_secrets
+from ctxdb_core.events import (
+    DBEvent,
+    EventListener,
+    SessionClosed,
+    SessionOpened,
+    TransactionBegun,
+    TransactionCommitted,
+    TransactionRolledBack,
+)
+
+if TYPE_CHECKING:
+    from ctxdb_core.connect import DBConnect
+
+__all__ = ["Observer", "note_error"]
+
+logger = logging.getLogger("ctxdb")
+
+
+class Observer:
+    """Follows the sessions that it is given.
+
+    Args:
+        limit: for how many seconds a transaction may hold its connection without a warning; ``None`` for ever.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._registrations: tuple[_Registration, ...] = ()
+
+    def add(self, listener: EventListener) -> Callable[[], None]:
+        """Tell `listener` of the sessions that are opened from now on; return what ends that."""
+        registration = _Registration(listener)
+        with self._lock:
+            self._registrations = (*self._registrations, registration)
+
+        def remove() -> None:
+            registration.active = False
+            with self._lock:
+                self._registrations = tuple(each for each in self._registrations if each is not registration)
+
+        return remove
+
+    def follow(self, session: AsyncSession, db: DBConnect, host: str) -> None:
+        """Follow a session that `db` has just made on `host`."""
+        if not self._registrations and self.limit is None:
+            return
+        _listen_to_sessions()
+        record = _Record(db, without_secrets(host), self._registrations, self.limit)
+        session.sync_session.info[_RECORD] = record
+        if self._registrations:
+            record.open()
+            _follow_end(session.sync_session, record)
+
+
+class _Registration:
+    __slots__ = ("active", "listener")
+
+    def __init__(self, listener: EventListener) -> None:
+        self.listener = listener
+        self.active = True
+
+
+class _Transaction:
+    """What is known of a transaction that is under way."""
+
+    __slots__ = ("begun", "committed", "ended", "hold", "of")
+
+    def __init__(self, of: SessionTransaction, hold: Hold | None) -> None:
+        self.of = ref(of)
+        self.begun = time.perf_counter()
+        self.hold = hold
+        self.committed = False
+        self.ended: float | None = None
+        """When the database had ended it, although it may still have the connection."""
+
+
+class _Record:
+    """What is known of a session. It does not know the session: whoever forgets that may forget this."""
+
+    __slots__ = (
+        "commit_tried",
+        "db",
+        "error",
+        "held",
+        "host",
+        "limit",
+        "opened",
+        "registrations",
+        "session_id",
+        "transaction",
+        "transactions",
+    )
+
+    def __init__(self, db: DBConnect, host: str, registrations: tuple[_Registration, ...], limit: float | None) -> None:
+        self.db = db
+        self.host = host
+        self.registrations = registrations
+        self.limit = limit
+        self.opened: float | None = None
+        self.transaction: _Transaction | None = None
+        self.commit_tried = False
+        """Whether a commit was asked for: what it has to write may be what takes the connection."""
+        self.error: BaseException | None = None
+
+    def tell(self, what: DBEvent) -> None:
+        for registration in self.registrations:
+            if registration.active:
+                try:
+                    registration.listener(what)
+                except (Exception, asyncio.CancelledError):
+                    # Nobody cancels a plain call: it is of something that the listener has asked.
+                    logger.exception("The listener %r failed; %s", registration.listener, what)
+
+    def open(self) -> None:
+        self.session_id = next(_session_ids)
+        self.opened = time.perf_counter()
+        self.transactions = 0
+        self.held = 0.0
+        self.tell(SessionOpened(db=self.db, host=self.host, session_id=self.session_id))
+
+    def begin(self, transaction: SessionTransaction, connection: Connection) -> None:
+        hold = None
+        if self.limit is not None:
+            hold = Hold(f"<{type(self.db).__name__} host={self.host!r}>", connection, self.limit)
+        self.transaction = _Transaction(transaction, hold)
+        self.error = None
+        if self.registrations:
+            if self.opened is None:
+                self.open()
+            self.transactions += 1
+            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id))
+
+    def end(self) -> None:
+        transaction, self.transaction = self.transaction, None
+        commit_tried, self.commit_tried = self.commit_tried, False
+        if transaction is None:
+            return
+        if transaction.hold is not None:
+            transaction.hold.end()
+        if not self.registrations:
+            return
+        now = time.perf_counter()
+        duration = (transaction.ended or now) - transaction.begun
+        held = now - transaction.begun
+        self.held += held
+        if transaction.committed:
+            self.tell(
+                TransactionCommitted(
+                    db=self.db, host=self.host, session_id=self.session_id, duration=duration, connection_held=held
+                )
+            )
+            return
+        self.tell(
+            TransactionRolledBack(
+                db=self.db,
+                host=self.host,
+                session_id=self.session_id,
+                duration=duration,
+                connection_held=held,
+                commit_failed=commit_tried,
+                # Where SQLAlchemy itself rolls back, it is handling the reason.
+                error=self.error or sys.exc_info()[1],
+            )
+        )
+        # Its traceback knows the session.
+        self.error = None
+
+    def close(self) -> None:
+        # An interrupted end of the transaction has told nothing.
+        self.end()
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            self.tell(
+                SessionClosed(
+                    db=self.db,
+                    host=self.host,
+                    session_id=self.session_id,
+                    duration=time.perf_counter() - opened,
+                    transactions=self.transactions,
+                    connection_held=self.held,
+                )
+            )
+
+
+_session_ids = itertools.count(1)
+
+_RECORD = "ctxdb.record"
+
+
+def _record_of(session: Session) -> _Record | None:
+    return session.info.get(_RECORD)
+
+
+def note_error(session: AsyncSession, error: BaseException | None) -> None:
+    """Remember why the transaction of `session` is going to be rolled back."""
+    if error is not None and (record := _record_of(session.sync_session)) is not None:
+        record.error = error
+
+
+def _follow_end(session: Session, record: _Record) -> None:
+    """Have `record` know of the session's end: SQLAlchemy has no event for that."""
+
+    def told(end: Callable[[], None]) -> Callable[[], None]:
+        def end_and_tell() -> None:
+            try:
+                end()
+            finally:
+                if not session.in_transaction():
+                    record.close()
+
+        return end_and_tell
+
+    # On this one object only.
+    session.close = told(session.close)  # type: ignore[method-assign]
+    session.invalidate = told(session.invalidate)  # type: ignore[method-assign]
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    # Savepoints begin as well; so does a session's next engine, if it uses several.
+    if transaction.parent is None and (record := _record_of(session)) is not None:
+        known = record.transaction
+        if known is not None and known.of() is not transaction:
+            # Its end was interrupted.
+            record.end()
+        if record.transaction is None:
+            record.begin(transaction, connection)
+
+
+def _before_commit(session: Session) -> None:
+    if (record := _record_of(session)) is not None and not session.in_nested_transaction():
+        record.commit_tried = True
+
+
+def _after_commit(session: Session) -> None:
+    if (transaction := _transaction_of(session)) is not None:
+        transaction.committed = True
+        transaction.ended = time.perf_counter()
+
+
+def _after_rollback(session: Session) -> None:
+    if (transaction := _transaction_of(session)) is not None:
+        transaction.ended = time.perf_counter()
+
+
+def _transaction_of(session: Session) -> _Transaction | None:
+    # What happens to a savepoint is none of our business.
+    record = _record_of(session)
+    return None if record is None or session.in_nested_transaction() else record.transaction
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None and (record := _record_of(session)) is not None:
+        record.end()
+
+
+_listen_lock = threading.Lock()
+
+
+def _listen_to_sessions() -> None:
+    """Listen to SQLAlchemy's sessions, once and for all.
+
+    Listening to each one would cost it 30 microseconds. All others of the process now pay for a look into a dictionary,
+    but not before somebody wants to know something.
+    """
+    with _listen_lock:
+        if not event.contains(Session, "after_begin", _after_begin):
+            event.listen(Session, "before_commit", _before_commit)
+            event.listen(Session, "after_commit", _after_commit)
+            event.listen(Session, "after_rollback", _after_rollback)
+            event.listen(Session, "after_transaction_end", _after_transaction_end)
+            event.listen(Session, "after_begin", _after_begin)
