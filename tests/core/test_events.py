@@ -11,8 +11,9 @@ from contextvars import ContextVar
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 from ctxdb_core import (
@@ -201,6 +202,59 @@ async def test_an_earlier_error_is_not_taken_for_the_reason_of_a_later_roll_back
         await insert(db, "one")
         await rollback_db_session(db)
     assert [event.error is None for event in heard if isinstance(event, TransactionRolledBack)] == [False, True]
+
+
+async def test_the_error_of_what_needed_no_connection_is_not_that_of_a_later_roll_back(
+    db: DBConnect, heard: Heard
+) -> None:
+    async with new_db_ctx():
+        with suppress(LookupError):
+            async with atomic_db_session(db) as session:
+                session.add(Item(name="one"))
+                raise LookupError
+        await insert(db, "one")
+        await rollback_db_session(db)
+    assert heard.roll_back.error is None
+
+
+class Interruption(BaseException):
+    """Something that keeps SQLAlchemy from saying that a transaction has ended."""
+
+
+@pytest.fixture
+async def interrupted(db: DBConnect, heard: Heard) -> AsyncSession:
+    """A session whose commit was interrupted after it had succeeded."""
+    session = await db.create_session()
+    await session.execute(SELECT)
+    pool = (await db.engine()).pool
+    interrupted = False
+
+    def interrupt(*args: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise Interruption
+
+    listen(pool, "reset", interrupt)
+    with pytest.raises(Interruption):
+        await session.commit()
+    assert heard.kinds == ONE_COMMIT[:2]
+    return session
+
+
+async def test_an_end_that_was_interrupted_is_told_when_the_session_is_closed(
+    interrupted: AsyncSession, heard: Heard
+) -> None:
+    await interrupted.close()
+    assert heard.kinds == ONE_COMMIT
+
+
+async def test_an_end_that_was_interrupted_is_told_when_the_next_transaction_begins(
+    interrupted: AsyncSession, heard: Heard
+) -> None:
+    await interrupted.execute(SELECT)
+    await interrupted.close()
+    assert heard.kinds == [*ONE_COMMIT[:3], *ONE_ROLL_BACK[1:]]
 
 
 async def test_savepoints_are_no_transactions(db: DBConnect, heard: Heard) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
@@ -188,10 +188,17 @@ async def test_without_a_limit_nothing_is_timed(
     await run_in_new_ctx(insert, db, "one")
 
 
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = create_engine("sqlite://")
+    yield engine
+    engine.dispose()
+
+
 async def test_a_hold_that_has_blocked_the_event_loop_is_warned_of_at_its_end(
-    warnings: Callable[[], list[str]],
+    engine: Engine, warnings: Callable[[], list[str]]
 ) -> None:
-    with create_engine("sqlite://").connect() as connection:
+    with engine.connect() as connection:
         hold = Hold("here", connection, 0)
         hold.end()
     await asyncio.sleep(0)
@@ -201,15 +208,15 @@ async def test_a_hold_that_has_blocked_the_event_loop_is_warned_of_at_its_end(
 
 @pytest.mark.parametrize("forgotten", [True, False])
 async def test_a_connection_that_is_back_by_another_way_is_not_warned_of(
-    warnings: Callable[[], list[str]], forgotten: bool
+    engine: Engine, warnings: Callable[[], list[str]], forgotten: bool
 ) -> None:
-    engine = create_engine("sqlite://")
     connection = engine.connect()
     hold = Hold("here", connection, 0)
-    connection.close()
     if forgotten:
         del connection
         gc.collect()
+    else:
+        connection.close()
     for _ in range(3):
         await asyncio.sleep(0)
     assert warnings() == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,12 +43,15 @@ class Observer:
     """
 
     def __init__(self, limit: float | None) -> None:
+        if limit is not None:
+            _listen_to_sessions()
         self.limit = limit
         self._lock = threading.Lock()
         self._registrations: tuple[_Registration, ...] = ()
 
     def add(self, listener: EventListener) -> Callable[[], None]:
         """Tell `listener` of the sessions that are opened from now on; return what ends that."""
+        _listen_to_sessions()
         registration = _Registration(listener)
         with self._lock:
             self._registrations = (*self._registrations, registration)
@@ -65,12 +67,11 @@ class Observer:
         """Follow a session that `db` has just made on `host`."""
         if not self._registrations and self.limit is None:
             return
-        _listen_to_sessions()
         record = _Record(db, without_secrets(host), self._registrations, self.limit)
         session.sync_session.info[_RECORD] = record
         if self._registrations:
             record.open()
-            _follow_end(session.sync_session, record)
+            _follow_end(session.sync_session)
 
 
 class _Registration:
@@ -144,7 +145,6 @@ class _Record:
         if self.limit is not None:
             hold = Hold(f"<{type(self.db).__name__} host={self.host!r}>", connection, self.limit)
         self.transaction = _Transaction(transaction, hold)
-        self.error = None
         if self.registrations:
             if self.opened is None:
                 self.open()
@@ -154,6 +154,8 @@ class _Record:
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None
         commit_tried, self.commit_tried = self.commit_tried, False
+        # Its traceback knows the session: it is not kept for longer than needed.
+        error, self.error = self.error, None
         if transaction is None:
             return
         if transaction.hold is not None:
@@ -179,12 +181,9 @@ class _Record:
                 duration=duration,
                 connection_held=held,
                 commit_failed=commit_tried,
-                # Where SQLAlchemy itself rolls back, it is handling the reason.
-                error=self.error or sys.exc_info()[1],
+                error=error,
             )
         )
-        # Its traceback knows the session.
-        self.error = None
 
     def close(self) -> None:
         # An interrupted end of the transaction has told nothing.
@@ -218,22 +217,26 @@ def note_error(session: AsyncSession, error: BaseException | None) -> None:
         record.error = error
 
 
-def _follow_end(session: Session, record: _Record) -> None:
-    """Have `record` know of the session's end: SQLAlchemy has no event for that."""
-
-    def told(end: Callable[[], None]) -> Callable[[], None]:
-        def end_and_tell() -> None:
-            try:
-                end()
-            finally:
-                if not session.in_transaction():
-                    record.close()
-
-        return end_and_tell
-
+def _follow_end(session: Session) -> None:
+    """Have the session tell of its end: SQLAlchemy has no event for that."""
+    # By weak reference, as a session that knows itself is left to the garbage collector.
+    known = ref(session)
     # On this one object only.
-    session.close = told(session.close)  # type: ignore[method-assign]
-    session.invalidate = told(session.invalidate)  # type: ignore[method-assign]
+    session.close = _telling(type(session).close, known)  # type: ignore[method-assign]
+    session.invalidate = _telling(type(session).invalidate, known)  # type: ignore[method-assign]
+
+
+def _telling(end: Callable[[Session], None], known: ref[Session]) -> Callable[[], None]:
+    def end_and_tell() -> None:
+        session = known()
+        assert session is not None, "it was called by way of the session"
+        try:
+            end(session)
+        finally:
+            if not session.in_transaction() and (record := _record_of(session)) is not None:
+                record.close()
+
+    return end_and_tell
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
