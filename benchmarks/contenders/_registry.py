@@ -13,6 +13,7 @@ _MODULES = {
     BASELINE: ("hand_written", "HandWritten"),
     "floor": ("hand_written", "Floor"),
     "ctxdb": ("ctxdb", "CtxDB"),
+    "ctxdb, observed": ("ctxdb", "CtxDBObserved"),
     "ctxdb, read_only": ("ctxdb", "CtxDBReadOnly"),
     "hand-written middleware": ("hand_written", "HandWrittenMiddleware"),
     "FastAPI yield dependency": ("hand_written", "YieldDependency"),

@@ -59,3 +59,13 @@ class CtxDBReadOnly(CtxDB):
 
     name: ClassVar[str] = "ctxdb, read_only"
     read_only: ClassVar[bool] = True
+
+
+class CtxDBObserved(CtxDB):
+    """The same, with a listener, and with a limit for holding connections that is never reached."""
+
+    name: ClassVar[str] = "ctxdb, observed"
+
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        self.db = DBConnect.from_url(url, warn_connection_held_after=3600, **options)
+        self.db.on_event(lambda event: None)

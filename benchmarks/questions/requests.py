@@ -34,6 +34,7 @@ class Requests(Question):
                 BASELINE,
                 "floor",
                 "ctxdb",
+                "ctxdb, observed",
                 _READ_ONLY,
                 "hand-written middleware",
                 "context-async-sqlalchemy",
