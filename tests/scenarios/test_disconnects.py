@@ -210,5 +210,5 @@ async def test_requests_cancelled_at_any_step_are_whole_or_absent(world: World) 
         request.cancel()
         await asyncio.wait([request])
         await eventually(lambda: not world.database.checked_out, "a connection is not back")
-    names = await world.names(); print("NAMES", len(names), names[:3])
+    names = await world.names()
     assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]

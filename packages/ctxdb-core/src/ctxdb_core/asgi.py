@@ -135,9 +135,9 @@ class ASGIHTTPDBSessionMiddleware:
 def take_commit_error(scope: Scope, raised: Exception | None = None) -> Exception | None:
     """Return the error that kept the response to a request from being sent, and let another response be sent for it.
 
-    For frameworks whose exception handlers are called where only code further in than the middleware can raise. Once the
-    application has returned or raised, such code asks for the error, and raises it anew. A request is given one more
-    response by it: the next call returns ``None``, as does each call for a request that has not failed.
+    For frameworks whose exception handlers are called where only code further in than the middleware can raise. Once
+    the application has returned or raised, such code asks for the error, and raises it anew. A request is given one
+    more response by it: the next call returns ``None``, as does each call for a request that has not failed.
 
     Args:
         scope: the request's ASGI scope.
