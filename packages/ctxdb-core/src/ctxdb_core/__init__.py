@@ -6,6 +6,8 @@ from ctxdb_core.errors import (
     ContextNotInitiatedError,
     CtxDBError,
     HostNotSetError,
+    NoSessionError,
+    SessionAlreadyActiveError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
@@ -30,6 +32,7 @@ from ctxdb_core.sessions import (
     on_commit,
     rollback_db_session,
 )
+from ctxdb_core.transaction_context import TransactionContext
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
@@ -41,10 +44,13 @@ __all__ = [
     "CurrentTransaction",
     "DBConnect",
     "HostNotSetError",
+    "NoSessionError",
     "OnCommit",
+    "SessionAlreadyActiveError",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
+    "TransactionContext",
     "UnitOfWork",
     "atomic_db_session",
     "begin",

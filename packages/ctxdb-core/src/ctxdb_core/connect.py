@@ -130,6 +130,14 @@ class DBConnect:
             await self._before_create_session(self)
         return self._loop_engine().session_maker()
 
+    def create_session_at_once(self) -> AsyncSession | None:
+        """Return a new session that the caller closes; ``None`` if `before_create_session_handler` is to be awaited.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
+        return self._loop_engine().session_maker() if self._before_create_session is None else None
+
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.
 
