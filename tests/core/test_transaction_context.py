@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from tests.support.database import Database, Item, insert_orphan
+from tests.support.database import Database, Item, eventually, insert_orphan
 from tests.support.database import insert as insert_item
 
 from ctxdb_core import (
@@ -768,6 +768,22 @@ async def test_an_engine_gets_the_guards(engine: AsyncEngine, database: Database
             with pytest.raises(DBAPIError):
                 await context.execute(text("SELECT 1 / 0"))
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_cancelled_query_is_stopped_also_on_a_connection_that_the_engine_had_before(
+    engine: AsyncEngine, database: Database
+) -> None:
+    async with engine.connect():
+        pass
+    context = TransactionContext(engine, auto_context_on_execute=True)
+    query = asyncio.create_task(context.execute(text("SELECT pg_sleep(300)")))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the query does not run")
+    query.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await query
+    assert database.connections == 1
+    await database.assert_quiet()
 
 
 @pytest.mark.parametrize("bound", [True, False])

@@ -109,11 +109,13 @@ def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 
 def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
     connection: Any = record.driver_connection
-    # Connections that are older than the guards have no key.
-    key = record.info.get(_CANCEL_KEY)
-    if key is None or not isinstance(exception, asyncio.CancelledError):
+    if not isinstance(exception, asyncio.CancelledError):
         return
-    if connection.closed or connection.info.transaction_status.name == "ACTIVE":
+    key = record.info.get(_CANCEL_KEY)
+    if key is None and not connection.closed:
+        # A connection that is older than the guards.
+        key = connection.pgconn.get_cancel()
+    if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
         request = asyncio.to_thread(key.cancel)
         try:
             await_only(run_to_completion(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS)))
