@@ -115,6 +115,12 @@ async def test_a_transaction_has_begun_before_its_first_statement(
     async with context.transaction() as session:
         assert session.in_transaction()
         assert not session.in_nested_transaction()
+    for outer in (context.session(), new_db_ctx()):
+        async with outer, context.transaction() as session:
+            assert session.in_transaction()
+            with pytest.raises(TransactionAlreadyActiveError):
+                async with context.transaction(allow_nested_transactions=False):
+                    pytest.fail("the block was entered")
     assert database.checkouts == 0
 
 
@@ -682,8 +688,12 @@ async def test_a_block_may_be_entered_used_and_left_in_different_tasks(
     """As that of a test's fixture is: the task that enters it ends, and the others follow one after the other."""
     shared = contextvars.copy_context()
 
+    tasks = []
+
     async def in_task(coro: Coroutine[Any, Any, Any]) -> Any:
-        return await asyncio.get_running_loop().create_task(coro, context=shared)
+        # Kept: that a task has ended says more than that it is gone.
+        tasks.append(asyncio.get_running_loop().create_task(coro, context=shared))
+        return await tasks[-1]
 
     async def fixture() -> AsyncGenerator[AsyncSession]:
         async with context.transaction() as session:
