@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 from tests.support.database import Database, eventually
 
-from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_atomic_session
+from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_atomic_session
 
 # More turns of the event loop than a unit of work takes, with a connection to open.
 TURNS = 60
@@ -80,6 +80,31 @@ async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
         assert database.checked_out == 0
         if not connected:
             await db.close()
+    names = await database.names()
+    assert names == [f"{name[:2]}{half}" for name in names[::2] for half in ("a", "b")]
+
+
+@CANCELLERS
+@pytest.mark.parametrize("outer", ["session", "transaction"])
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_cancelled_at_any_step_a_block_is_whole_or_absent(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], outer: str
+) -> None:
+    context = TransactionContext(db)
+    for turns in range(TURNS):
+
+        async def work(turns: int = turns) -> None:
+            async with getattr(context, outer)():
+                # In a session, what has begun the transaction.
+                await context.execute(text("SELECT 1"))
+                async with context.transaction():
+                    for half in ("a", "b"):
+                        statement = text("INSERT INTO item VALUES (:name)")
+                        await context.execute(statement, {"name": f"{turns:02}{half}"})
+
+        await run_cancelled(work, after_turns(turns))
+        assert database.checked_out == 0
+        assert context.get_session(strict=False) is None
     names = await database.names()
     assert names == [f"{name[:2]}{half}" for name in names[::2] for half in ("a", "b")]
 

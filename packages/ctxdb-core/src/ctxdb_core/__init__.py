@@ -6,6 +6,8 @@ from ctxdb_core.errors import (
     ContextNotInitiatedError,
     CtxDBError,
     HostNotSetError,
+    NoSessionError,
+    SessionAlreadyActiveError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
@@ -39,6 +41,7 @@ from ctxdb_core.sessions import (
     on_commit,
     rollback_db_session,
 )
+from ctxdb_core.transaction_context import TransactionContext
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
@@ -52,7 +55,9 @@ __all__ = [
     "DBEvent",
     "EventListener",
     "HostNotSetError",
+    "NoSessionError",
     "OnCommit",
+    "SessionAlreadyActiveError",
     "SessionClosed",
     "SessionClosedError",
     "SessionOpened",
@@ -60,6 +65,7 @@ __all__ = [
     "TransactionAlreadyActiveError",
     "TransactionBegun",
     "TransactionCommitted",
+    "TransactionContext",
     "TransactionRolledBack",
     "UnitOfWork",
     "atomic_db_session",

@@ -111,8 +111,12 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
     connection: Any = record.driver_connection
     if not isinstance(exception, asyncio.CancelledError):
         return
-    if connection.closed or connection.info.transaction_status.name == "ACTIVE":
-        request = asyncio.to_thread(record.info[_CANCEL_KEY].cancel)
+    key = record.info.get(_CANCEL_KEY)
+    if key is None and not connection.closed:
+        # A connection that is older than the guards.
+        key = connection.pgconn.get_cancel()
+    if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
+        request = asyncio.to_thread(key.cancel)
         try:
             await_only(run_to_completion(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS)))
         except asyncio.CancelledError:

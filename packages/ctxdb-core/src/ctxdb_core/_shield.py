@@ -41,10 +41,10 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     if host is None:
         coro.close()
         raise RuntimeError("run_to_completion() needs a running task.")
-    if isinstance(host, _LentTask):
+    if isinstance(host, LentTask):
         # Inside of another run to completion, which answers for this one as well.
         return (yield from coro.__await__())
-    lent = _LentTask(host)
+    lent = LentTask(host)
     cancellation = _Cancellation(loop)
     shield: AbstractContextManager[object] | None = None
     deadline: asyncio.TimerHandle | None = None
@@ -103,17 +103,17 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     return result
 
 
-class _LentTask:
+class LentTask:
     """What `asyncio.current_task()` returns inside the coroutine.
 
     `asyncio.timeout()` in a driver cancels the current task to wake its own code: that must reach the coroutine, while
     a cancellation of the real task must not.
     """
 
-    __slots__ = ("__weakref__", "_cancel_args", "_cancel_requests", "_host", "awaited", "must_cancel")
+    __slots__ = ("__weakref__", "_cancel_args", "_cancel_requests", "awaited", "host", "must_cancel")
 
     def __init__(self, host: asyncio.Task[Any]) -> None:
-        self._host = host
+        self.host = host
         self._cancel_requests = 0
         self.must_cancel = False
         self._cancel_args: tuple[Any, ...] = ()
@@ -141,7 +141,7 @@ class _LentTask:
         return self._cancel_requests
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
+        return getattr(self.host, name)
 
 
 class _Cancellation:

@@ -147,6 +147,17 @@ class DBConnect:
         """
         if self._before_create_session is not None:
             await self._before_create_session(self)
+        return self._new_session()
+
+    def create_session_at_once(self) -> AsyncSession | None:
+        """Return a new session that the caller closes; ``None`` if `before_create_session_handler` is to be awaited.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
+        return self._new_session() if self._before_create_session is None else None
+
+    def _new_session(self) -> AsyncSession:
         engine = self._loop_engine()
         session = engine.session_maker()
         if self._observer is not None:

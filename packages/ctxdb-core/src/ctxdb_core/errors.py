@@ -4,7 +4,9 @@ CtxDBError
 ├── ContextNotInitiatedError     a session was asked for outside of any unit of work
 ├── ContextClosedError           a session was asked for, or used, after its unit of work had ended
 ├── SessionClosedError           a session was used after ``close_db_session``
-├── TransactionAlreadyActiveError    ``current_transaction="raise"`` met an open transaction
+├── NoSessionError               a ``TransactionContext`` was asked for its session where no block has opened one
+├── SessionAlreadyActiveError    ``TransactionContext.session()`` was entered inside of another block
+├── TransactionAlreadyActiveError    a transaction was open where the call said that none may be
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
 └── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
 """
@@ -18,6 +20,8 @@ __all__ = [
     "ContextNotInitiatedError",
     "CtxDBError",
     "HostNotSetError",
+    "NoSessionError",
+    "SessionAlreadyActiveError",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
@@ -73,11 +77,43 @@ class SessionClosedError(CtxDBError):
         )
 
 
+class NoSessionError(CtxDBError):
+    """A ``TransactionContext`` was asked for its session, and none is open for this code.
+
+    Raised by ``get_session()`` and ``execute()`` outside of any block and unit of work, and in a task that was started
+    inside of another task's block. The way out: enter a block in this task, or let ``execute`` open one for its
+    statement by ``auto_context_on_execute=True``.
+    """
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(
+            message
+            or "No session is open here. Wrap the code in `async with context.transaction():` or `async with "
+            "context.session():`; or make the TransactionContext with `auto_context_on_execute=True`."
+        )
+
+
+class SessionAlreadyActiveError(CtxDBError):
+    """A session was to be opened inside of a block that has opened one already.
+
+    Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
+    of the same task. The way out: ``reuse_if_exists=True`` to share its session, ``new_session()`` or
+    ``new_transaction()`` for another one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A block around this code has opened a session already. Share it by `session(reuse_if_exists=True)`, or "
+            "open another one by `new_session()` or `new_transaction()`."
+        )
+
+
 class TransactionAlreadyActiveError(CtxDBError, InvalidRequestError):
     """A transaction was open where none may be.
 
-    Raised by ``atomic_db_session(db, current_transaction="raise")``. The way out: commit or roll back first, or choose
-    another mode.
+    Raised by ``atomic_db_session(db, current_transaction="raise")`` and by
+    ``TransactionContext.transaction(allow_nested_transactions=False)``. The way out: commit or roll back first, or
+    choose another mode.
     """
 
 

@@ -49,7 +49,7 @@ async def db_session(db: DBConnect) -> AsyncSession:
     except LookupError:
         # No unit of work, or no session on `db` yet: kept out of the way of the common case.
         pass
-    return await _unit().open_session(db)
+    return await _unit(db).open_session(db)
 
 
 @asynccontextmanager
@@ -78,7 +78,7 @@ async def atomic_db_session(
     if current_transaction not in get_args(CurrentTransaction):
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
         raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
-    unit = _unit()
+    unit = _unit(db)
     session = await db_session(db)
     if in_transaction(session):
         if current_transaction == "savepoint":
@@ -113,7 +113,7 @@ async def commit_db_session(db: DBConnect) -> None:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: the error of the commit; the transaction has been rolled back then.
     """
-    await _usable_unit().commit([db])
+    await _usable_unit(db).commit([db])
 
 
 async def rollback_db_session(db: DBConnect) -> None:
@@ -122,7 +122,7 @@ async def rollback_db_session(db: DBConnect) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    await _usable_unit().roll_back(None, [db])
+    await _usable_unit(db).roll_back(None, [db])
 
 
 async def close_db_session(db: DBConnect) -> None:
@@ -134,7 +134,7 @@ async def close_db_session(db: DBConnect) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    await _usable_unit().close_session(db)
+    await _usable_unit(db).close_session(db)
 
 
 def on_commit(db: DBConnect, callback: OnCommit) -> None:
@@ -150,7 +150,7 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    _unit().on_commit(db, callback)
+    _unit(db).on_commit(db, callback)
 
 
 @asynccontextmanager
@@ -181,14 +181,14 @@ async def new_non_ctx_atomic_session(db: DBConnect) -> AsyncIterator[AsyncSessio
         await run_to_completion(session.commit())
 
 
-def _unit() -> UnitOfWork:
+def _unit(db: DBConnect) -> UnitOfWork:
     unit = _get_current_unit(None)
     if unit is None:
         raise ContextNotInitiatedError
-    return unit
+    return unit.of(db)
 
 
-def _usable_unit() -> UnitOfWork:
-    unit = _unit()
+def _usable_unit(db: DBConnect) -> UnitOfWork:
+    unit = _unit(db)
     unit.check_usable()
     return unit

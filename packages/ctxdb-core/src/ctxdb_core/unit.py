@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import get_ident
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from sqlalchemy import event
 from sqlalchemy.exc import StatementError
@@ -25,7 +25,7 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
-__all__ = ["BeforeCommit", "OnCommit", "UnitOfWork", "current_unit"]
+__all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -37,6 +37,9 @@ OnCommit: TypeAlias = Callable[[], object]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
+
+CreateSession: TypeAlias = Callable[[], Awaitable[AsyncSession]]
+"""Makes a session, where it is not the `DBConnect` that does."""
 
 # What `sessions` of a unit that has ended is. Never written to: sessions are opened in units that have not.
 _CLOSED: dict[DBConnect, AsyncSession] = {}
@@ -88,8 +91,16 @@ class UnitOfWork:
         """Whether the unit of work has ended."""
         return self.sessions is _CLOSED
 
-    async def open_session(self, db: DBConnect) -> AsyncSession:
+    def of(self, db: DBConnect) -> UnitOfWork:
+        """Return the unit that answers for `db`: this one, unless it is about another database alone."""
+        return self
+
+    async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
         """Return the session on `db`, made now if need be.
+
+        Args:
+            db: where.
+            create: makes the session, if not `db` itself.
 
         Raises:
             ContextClosedError: the unit of work has ended.
@@ -98,11 +109,22 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
-        session = await db.create_session()
+        session = await (create or db.create_session)()
         if self.sessions is _CLOSED or db in self.sessions:
             # Meanwhile, the unit has ended, or another of its tasks has made the session.
             await _session_end.close(session, None, db)
             return await self.open_session(db)
+        return self.adopt_session(db, session)
+
+    def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
+        """Take `session`, which is new, as the one on `db`; return the one that is there instead, if one is.
+
+        Raises:
+            ContextClosedError, ContextNotInitiatedError: as `open_session`.
+        """
+        self.check_usable()
+        if db in self.sessions:
+            return self.sessions[db]
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
         StatementGate(session, self.statement_observer())
@@ -175,13 +197,20 @@ class UnitOfWork:
         await run_to_completion(self._roll_back(self.sessions, error, dbs))
         await self._wait_for_callbacks()
 
-    async def close_session(self, db: DBConnect) -> None:
-        """Roll back and close the session on `db`, if there is one: its connection goes back to the pool."""
+    async def close_session(
+        self, db: DBConnect, refuse: Callable[..., NoReturn] = _session_end.refuse_after_close
+    ) -> None:
+        """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
+
+        Args:
+            db: where.
+            refuse: raises the error that further use of the session gets.
+        """
         self.check_usable()
         session = self.sessions.pop(db, None)
         self._take_callbacks([db])
         if session is not None:
-            _session_end.refuse_further_use(session, _session_end.refuse_after_close)
+            _session_end.refuse_further_use(session, refuse)
             await run_to_completion(_session_end.close(session, None, db))
 
     def finish_idle(self) -> bool:

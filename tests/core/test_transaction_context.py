@@ -1,0 +1,930 @@
+"""`TransactionContext`: blocks of sessions and transactions, alone, in a unit of work, and in several tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, assert_type
+
+import pytest
+from sqlalchemy import ForeignKey, insert, select, text, union_all, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from tests.support.database import Database, Item, eventually, insert_orphan
+from tests.support.database import insert as insert_item
+
+from ctxdb_core import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    CtxDBError,
+    DBConnect,
+    NoSessionError,
+    SessionAlreadyActiveError,
+    TransactionAlreadyActiveError,
+    TransactionContext,
+    atomic_db_session,
+    commit_db_session,
+    db_session,
+    is_context_initiated,
+    new_db_ctx,
+    on_commit,
+    rollback_db_session,
+    run_in_new_ctx,
+)
+
+KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    children: Mapped[list[Child]] = relationship(back_populates="parent_object")
+
+
+class Child(Base):
+    __tablename__ = "child"
+    parent: Mapped[str] = mapped_column(ForeignKey(Parent.name), primary_key=True)
+    parent_object: Mapped[Parent] = relationship(back_populates="children")
+
+
+class OwnSession(AsyncSession):
+    pass
+
+
+@pytest.fixture
+def context(db: DBConnect) -> TransactionContext:
+    return TransactionContext(db)
+
+
+@pytest.fixture
+def auto(db: DBConnect) -> TransactionContext:
+    return TransactionContext(db, auto_context_on_execute=True)
+
+
+@pytest.fixture
+async def second_db(database: Database) -> AsyncIterator[DBConnect]:
+    async with database.connect() as db:
+        yield db
+
+
+@pytest.fixture
+async def engine(database: Database) -> AsyncIterator[AsyncEngine]:
+    engine = database.watch_new()
+    yield engine
+    await database.assert_quiet()
+    await engine.dispose()
+
+
+def add(name: str) -> Any:
+    return insert(Item).values(name=name)
+
+
+# --- blocks of their own ----------------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_a_transaction_is_committed_at_its_end(context: TransactionContext, database: Database) -> None:
+    async with context.transaction() as session:
+        await context.execute(add("one"))
+        assert context.get_session() is session
+        assert await database.names() == []
+    assert await database.names() == ["one"]
+
+
+@KINDS
+async def test_an_exception_rolls_a_transaction_back(context: TransactionContext, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with context.transaction():
+            await context.execute(add("one"))
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_a_transaction_has_begun_before_its_first_statement(
+    context: TransactionContext, database: Database
+) -> None:
+    async with context.transaction() as session:
+        assert session.in_transaction()
+        assert not session.in_nested_transaction()
+    for outer in (context.session(), new_db_ctx()):
+        async with outer, context.transaction() as session:
+            assert session.in_transaction()
+            with pytest.raises(TransactionAlreadyActiveError):
+                async with context.transaction(allow_nested_transactions=False):
+                    pytest.fail("the block was entered")
+    assert database.checkouts == 0
+
+
+@KINDS
+async def test_a_session_commits_nothing_by_itself(context: TransactionContext, database: Database) -> None:
+    async with context.session() as session:
+        assert not session.in_transaction()
+        await context.execute(add("kept"))
+        await session.commit()
+        await context.execute(add("left"))
+    assert await database.names() == ["kept"]
+
+
+async def test_a_transaction_in_a_session_is_committed(context: TransactionContext, database: Database) -> None:
+    async with context.session() as session:
+        async with context.transaction() as same:
+            assert same is session
+            await context.execute(add("one"))
+        assert await database.names() == ["one"]
+        assert not session.in_transaction()
+
+
+async def test_a_transaction_after_a_query_of_its_session_is_committed(
+    context: TransactionContext, database: Database
+) -> None:
+    """The query has begun a transaction, which nobody but the block can commit."""
+    async with context.session():
+        await context.execute(select(Item))
+        async with context.transaction():
+            async with context.transaction():
+                await context.execute(add("one"))
+            assert await database.names() == []
+        assert await database.names() == ["one"]
+
+
+async def test_what_a_session_has_written_survives_a_failing_transaction_in_it(
+    context: TransactionContext, database: Database
+) -> None:
+    async with context.session() as session:
+        await context.execute(add("before"))
+        with pytest.raises(LookupError):
+            async with context.transaction():
+                await context.execute(add("undone"))
+                raise LookupError
+        await session.commit()
+    assert await database.names() == ["before"]
+
+
+async def test_a_transaction_begun_by_hand_is_committed_by_hand(
+    context: TransactionContext, database: Database
+) -> None:
+    async with context.session() as session, session.begin():
+        async with context.transaction():
+            await context.execute(add("one"))
+        assert await database.names() == []
+    assert await database.names() == ["one"]
+
+
+@KINDS
+async def test_a_nested_transaction_is_undone_alone(context: TransactionContext, database: Database) -> None:
+    async with context.transaction():
+        await context.execute(add("outer"))
+        with pytest.raises(LookupError):
+            async with context.transaction() as session:
+                assert session.in_nested_transaction()
+                await context.execute(add("inner"))
+                raise LookupError
+        await context.execute(add("later"))
+    assert await database.names() == ["later", "outer"]
+
+
+async def test_a_new_transaction_stands_whatever_becomes_of_the_one_around_it(
+    context: TransactionContext, database: Database
+) -> None:
+    with pytest.raises(LookupError):
+        async with context.transaction() as outer:
+            await context.execute(add("outer"))
+            async with context.new_transaction() as inner:
+                assert inner is not outer
+                await context.execute(add("inner"))
+                assert await db_session(context._db) is inner
+            assert context.get_session() is outer
+            raise LookupError
+    assert await database.names() == ["inner"]
+
+
+async def test_a_new_session_commits_nothing_by_itself(context: TransactionContext, database: Database) -> None:
+    async with context.transaction() as outer:
+        async with context.new_session() as inner:
+            assert inner is not outer
+            await context.execute(add("left"))
+        await context.execute(add("outer"))
+    assert await database.names() == ["outer"]
+
+
+async def test_a_block_can_decorate_a_function(context: TransactionContext, database: Database) -> None:
+    @context.transaction()
+    async def work(name: str) -> None:
+        await context.execute(add(name))
+
+    await work("one")
+    await work("two")
+    assert await database.names() == ["one", "two"]
+
+
+async def test_early_ends_inside_a_transaction_keep_the_rest_whole(
+    context: TransactionContext, database: Database
+) -> None:
+    with pytest.raises(LookupError):
+        async with context.transaction() as session:
+            await context.execute(add("early"))
+            await session.commit()
+            await context.execute(add("late"))
+            async with context.transaction():
+                await context.execute(add("nested"))
+            raise LookupError
+    assert await database.names() == ["early"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_block_there_is_no_session(context: TransactionContext) -> None:
+    with pytest.raises(NoSessionError, match=r"context\.transaction"):
+        context.get_session()
+    with pytest.raises(NoSessionError):
+        await context.execute(select(Item))
+    assert context.get_session(strict=False) is None
+
+
+async def test_objects_stay_readable_after_the_block_that_read_them(
+    context: TransactionContext, database: Database
+) -> None:
+    await database.query("INSERT INTO item VALUES ('one')")
+    for block in (context.session(), context.new_session(), context.transaction(), context.new_transaction()):
+        async with block:
+            item = (await context.execute(select(Item))).scalar_one()
+        assert item.name == "one"
+
+
+async def test_after_a_block_there_is_no_session(context: TransactionContext) -> None:
+    async with context.session():
+        pass
+    assert context.get_session(strict=False) is None
+    with pytest.raises(NoSessionError):
+        context.get_session()
+
+
+@pytest.mark.parametrize("outer", ["session", "transaction", "new_session", "new_transaction"])
+async def test_a_session_in_a_block_must_say_that_it_is_shared(context: TransactionContext, outer: str) -> None:
+    async with getattr(context, outer)() as session:
+        with pytest.raises(SessionAlreadyActiveError, match="new_session"):
+            async with context.session():
+                pytest.fail("the block was entered")
+        with pytest.raises(SessionAlreadyActiveError):
+            async with context.transaction(reuse_if_exists=False):
+                pytest.fail("the block was entered")
+        async with context.session(reuse_if_exists=True) as same:
+            assert same is session
+        assert context.get_session() is session
+
+
+async def test_a_transaction_may_refuse_to_be_nested(context: TransactionContext, database: Database) -> None:
+    async with context.transaction():
+        await context.execute(add("one"))
+        with pytest.raises(TransactionAlreadyActiveError, match="new_transaction"):
+            async with context.transaction(allow_nested_transactions=False):
+                pytest.fail("the block was entered")
+    assert await database.names() == ["one"]
+
+
+def test_something_else_than_an_engine_is_refused() -> None:
+    with pytest.raises(TypeError, match="str is given"):
+        TransactionContext("sqlite+aiosqlite://")  # type: ignore[arg-type]  # what is tested
+
+
+def test_every_error_is_one_of_ours() -> None:
+    for error in (NoSessionError, SessionAlreadyActiveError, TransactionAlreadyActiveError):
+        assert issubclass(error, CtxDBError)
+
+
+async def test_a_session_that_was_kept_refuses_to_begin_anew(context: TransactionContext, database: Database) -> None:
+    kept = []
+    for block in (context.session(), context.transaction(), context.new_session()):
+        async with block as session:
+            await session.execute(select(Item))
+        kept.append(session)
+    for session in kept:
+        with pytest.raises(ContextClosedError):
+            await session.execute(add("late"))
+    assert await database.names() == []
+
+
+@KINDS
+async def test_a_failing_commit_surfaces_and_leaves_nothing(context: TransactionContext, database: Database) -> None:
+    with pytest.raises(IntegrityError):
+        async with context.transaction() as session:
+            await context.execute(add("one"))
+            await session.execute(text("INSERT INTO child VALUES ('nobody')"))
+    assert await database.names() == []
+    assert context.get_session(strict=False) is None
+
+
+async def test_a_cancelled_commit_is_seen_through(context: TransactionContext, database: Database) -> None:
+    async def work() -> None:
+        async with context.transaction():
+            await context.execute(add("one"))
+
+    with database.held_commits():
+        task = asyncio.create_task(work())
+        await database.commit_is_held()
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await database.names() == ["one"]
+
+
+@KINDS
+async def test_a_cancelled_statement_is_undone(context: TransactionContext, database: Database) -> None:
+    written = asyncio.Event()
+
+    async def work() -> None:
+        async with context.transaction():
+            await context.execute(add("one"))
+            written.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await written.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await database.names() == []
+
+
+# --- in a unit of work ------------------------------------------------------------------------------------------------
+
+
+async def test_a_unit_of_work_shares_its_session(context: TransactionContext, db: DBConnect) -> None:
+    async with new_db_ctx():
+        assert context.get_session() is await db_session(db)
+        async with context.session() as session:
+            assert session is await db_session(db)
+        async with context.transaction() as session:
+            assert session is await db_session(db)
+        assert context.get_session(strict=False) is session
+
+
+async def test_statements_outside_of_a_transaction_are_the_units(
+    auto: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    """Also those that would get a session of their own elsewhere."""
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await auto.execute(add("one"), force_transaction=True)
+            async with auto.session():
+                await auto.execute(add("two"))
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_a_units_open_transaction_is_not_committed_early(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        await insert_item(db, "unit")
+        async with context.transaction():
+            await context.execute(add("block"))
+        assert await database.names() == []
+        with pytest.raises(LookupError):
+            async with context.transaction():
+                await context.execute(add("undone"))
+                raise LookupError
+    assert await database.names() == ["block", "unit"]
+
+
+async def test_a_transaction_that_a_block_has_begun_is_committed_with_it(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            async with context.transaction():
+                await context.execute(add("block"))
+            assert await database.names() == ["block"]
+            await insert_item(db, "unit")
+            raise LookupError
+    assert await database.names() == ["block"]
+
+
+async def test_a_new_transaction_in_a_unit_is_independent_of_it(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await insert_item(db, "unit")
+            async with context.new_transaction():
+                await insert_item(db, "own")
+            raise LookupError
+    assert await database.names() == ["own"]
+
+
+async def test_blocks_in_a_unit_must_say_that_they_are_nested(context: TransactionContext) -> None:
+    async with new_db_ctx():
+        async with context.session():
+            with pytest.raises(SessionAlreadyActiveError):
+                async with context.session():
+                    pytest.fail("the block was entered")
+        async with context.session():
+            pass
+
+
+async def test_tasks_of_a_unit_share_its_session(context: TransactionContext, db: DBConnect) -> None:
+    async def ask() -> AsyncSession:
+        async with context.session() as session:
+            return session
+
+    async with new_db_ctx(), context.session() as session:
+        assert await asyncio.gather(ask(), ask()) == [session] * 2  # type: ignore[comparison-overlap]  # a list
+
+
+async def test_a_task_that_outlives_its_unit_is_told_so(context: TransactionContext) -> None:
+    release = asyncio.Event()
+
+    async def late() -> None:
+        await release.wait()
+        for block in (context.session(), context.transaction()):
+            with pytest.raises(ContextClosedError, match="run_in_new_ctx"):
+                await block.__aenter__()
+        with pytest.raises(ContextClosedError):
+            await context.execute(select(Item))
+        for strict in (True, False):
+            with pytest.raises(ContextClosedError):
+                context.get_session(strict)
+        async with context.new_transaction():
+            await context.execute(add("own"))
+
+    async with new_db_ctx():
+        task = asyncio.create_task(late())
+    release.set()
+    await task
+
+
+async def test_functions_that_ask_for_the_session_take_part_in_a_block(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    told: list[str] = []
+    async with context.transaction() as session:
+        assert is_context_initiated()
+        assert await insert_item(db, "one") is session
+        on_commit(db, lambda: told.append("committed"))
+        async with atomic_db_session(db, current_transaction="savepoint"):
+            await insert_item(db, "two")
+        assert not told
+    assert told == ["committed"]
+    async with context.session():
+        await insert_item(db, "three")
+        await commit_db_session(db)
+        await insert_item(db, "four")
+        await rollback_db_session(db)
+    assert await database.names() == ["one", "three", "two"]
+    assert not is_context_initiated()
+
+
+async def test_a_handler_that_must_be_awaited_comes_before_the_session(database: Database) -> None:
+    async def look_up_the_host(db: DBConnect) -> None:
+        await db.change_host("there")
+
+    db = DBConnect(lambda host: database.watch_new(), host="here", before_create_session_handler=look_up_the_host)
+    context = TransactionContext(db)
+    async with db, new_db_ctx():
+        with pytest.raises(NoSessionError, match="await"):
+            context.get_session()
+        assert context.get_session(strict=False) is None
+        async with context.session() as session:
+            assert context.get_session() is session
+    assert db.host == "there"
+
+
+# --- several databases ------------------------------------------------------------------------------------------------
+
+
+async def test_contexts_of_two_databases_are_used_side_by_side(
+    context: TransactionContext, second_db: DBConnect, database: Database
+) -> None:
+    second = TransactionContext(second_db)
+    async with context.transaction(), second.transaction():
+        await context.execute(add("one"))
+        await second.execute(add("two"))
+    assert await database.names() == ["one", "two"]
+    with pytest.raises(LookupError):
+        async with context.transaction():
+            await context.execute(add("undone"))
+            async with second.transaction():
+                await second.execute(add("three"))
+            raise LookupError
+    assert await database.names() == ["one", "three", "two"]
+
+
+async def test_another_session_on_one_database_leaves_those_on_others_alone(
+    context: TransactionContext, db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            outer = await insert_item(second_db, "unit")
+            async with context.new_transaction():
+                await context.execute(add("own"))
+                assert await insert_item(second_db, "unit, too") is outer
+            raise LookupError
+    assert await database.names() == ["own"]
+
+
+@pytest.mark.parametrize("block", ["session", "transaction"])
+async def test_a_block_outside_of_a_unit_commits_what_is_written_elsewhere_in_it(
+    context: TransactionContext, second_db: DBConnect, database: Database, block: str
+) -> None:
+    async with getattr(context, block)():
+        await insert_item(second_db, "kept")
+    with pytest.raises(LookupError):
+        async with getattr(context, block)():
+            await insert_item(second_db, "undone")
+            raise LookupError
+    assert await database.names() == ["kept"]
+
+
+async def test_a_commit_that_fails_names_what_was_committed_in_the_block(
+    context: TransactionContext, second_db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(DBAPIError, match="had succeeded") as caught:
+        async with context.transaction():
+            await context.execute(add("one"))
+            await insert_orphan(second_db)
+    assert "127.0.0.1" in str(caught.value)
+    assert await database.names() == ["one"]
+
+
+# --- several tasks ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_started_in_a_block_has_no_share_in_its_session(
+    context: TransactionContext, db: DBConnect
+) -> None:
+    async def child() -> None:
+        assert context.get_session(strict=False) is None
+        assert not is_context_initiated()
+        with pytest.raises(NoSessionError, match="another task"):
+            context.get_session()
+        with pytest.raises(NoSessionError):
+            await context.execute(select(Item))
+        for ask in (db_session, commit_db_session, rollback_db_session):
+            with pytest.raises(ContextNotInitiatedError, match="belongs to the task"):
+                await ask(db)
+
+    for block in (context.session(), context.transaction(), context.new_session(), context.new_transaction()):
+        async with block as session:
+            await asyncio.create_task(child())
+            assert context.get_session() is session
+
+
+async def test_a_task_started_in_a_block_opens_sessions_of_its_own(
+    context: TransactionContext, auto: TransactionContext, database: Database
+) -> None:
+    async def child(name: str) -> AsyncSession:
+        async with context.transaction() as session:
+            await context.execute(add(name))
+        await auto.execute(add(f"{name}, by itself"))
+        return session
+
+    with pytest.raises(LookupError):
+        async with context.transaction() as parent:
+            await context.execute(add("parent"))
+            one, two = await asyncio.gather(child("one"), child("two"))
+            assert len({parent, one, two}) == 3
+            raise LookupError
+    assert await database.names() == ["one", "one, by itself", "two", "two, by itself"]
+
+
+async def test_tasks_with_blocks_of_their_own_do_not_meet(context: TransactionContext, database: Database) -> None:
+    together = asyncio.Barrier(4)
+
+    async def work(number: int) -> AsyncSession:
+        async with context.transaction() as session:
+            await context.execute(add(str(number)))
+            await together.wait()
+            if number % 2:
+                raise LookupError
+            assert context.get_session() is session
+        return session
+
+    results = await asyncio.gather(*map(work, range(4)), return_exceptions=True)
+    assert [type(result) for result in results] == [AsyncSession, LookupError] * 2
+    assert await database.names() == ["0", "2"]
+
+
+async def test_a_task_that_outlives_the_block_that_it_was_started_in(context: TransactionContext) -> None:
+    release = asyncio.Event()
+
+    async def late() -> None:
+        await release.wait()
+        assert context.get_session(strict=False) is None
+        with pytest.raises(ContextClosedError):
+            context.get_session()
+        with pytest.raises(ContextClosedError):
+            await context.execute(select(Item))
+        with pytest.raises(ContextClosedError):
+            await db_session(context._db)
+        async with context.session():
+            await context.execute(select(Item))
+
+    async with context.transaction():
+        task = asyncio.create_task(late())
+    release.set()
+    await task
+
+
+async def test_a_task_in_a_new_transaction_of_a_unit_does_not_get_the_units_session(
+    context: TransactionContext, db: DBConnect, second_db: DBConnect
+) -> None:
+    async def child() -> None:
+        with pytest.raises(NoSessionError):
+            await context.execute(select(Item))
+        # The other database's session is the unit's all along.
+        async with atomic_db_session(second_db, current_transaction="append") as session:
+            assert session is outer
+
+    async with new_db_ctx():
+        outer = await db_session(second_db)
+        async with context.new_transaction():
+            await asyncio.create_task(child())
+
+
+async def test_a_thread_of_a_block_has_no_share_in_its_session(context: TransactionContext, database: Database) -> None:
+    async def work() -> None:
+        async with context.transaction():
+            await context.execute(add("thread"))
+
+    def thread() -> AsyncSession | None:
+        asyncio.run(work())
+        return context.get_session(strict=False)
+
+    for outer in (context.session(), new_db_ctx()):
+        async with outer:
+            assert await asyncio.to_thread(thread) is None
+        assert await database.names() == ["thread"]
+        await database.query("DELETE FROM item")
+
+
+async def test_units_of_work_inside_of_a_block_are_their_own(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    async def work() -> None:
+        assert context.get_session() is await insert_item(db, "inner")
+
+    with pytest.raises(LookupError):
+        async with context.transaction():
+            await context.execute(add("outer"))
+            await run_in_new_ctx(work)
+            raise LookupError
+    assert await database.names() == ["inner"]
+
+
+async def test_a_block_may_be_entered_used_and_left_in_different_tasks(
+    context: TransactionContext, database: Database
+) -> None:
+    """As that of a test's fixture is: the task that enters it ends, and the others follow one after the other."""
+    shared = contextvars.copy_context()
+
+    tasks = []
+
+    async def in_task(coro: Coroutine[Any, Any, Any]) -> Any:
+        # Kept: that a task has ended says more than that it is gone.
+        tasks.append(asyncio.get_running_loop().create_task(coro, context=shared))
+        return await tasks[-1]
+
+    async def fixture() -> AsyncGenerator[AsyncSession]:
+        async with context.transaction() as session:
+            yield session
+
+    async def use(name: str, session: AsyncSession) -> None:
+        async with context.transaction():
+            await context.execute(add(name))
+        assert context.get_session() is session
+
+    generator = fixture()
+    await in_task(use("one", await in_task(_next(generator))))
+    await in_task(_next(generator))
+    assert await database.names() == ["one"]
+
+    generator = fixture()
+    await in_task(use("two", await in_task(_next(generator))))
+    # Closed before its end, and in a context that knows nothing of it.
+    await generator.aclose()
+    assert await database.names() == ["one"]
+
+
+async def _next(generator: AsyncGenerator[Any]) -> Any:
+    return await anext(generator, None)
+
+
+# --- engines and session makers ---------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_an_engine_will_do(engine: AsyncEngine, database: Database) -> None:
+    context = TransactionContext(engine)
+    async with context.transaction():
+        await context.execute(add("one"))
+        with pytest.raises(LookupError):
+            async with context.transaction():
+                await context.execute(add("two"))
+                raise LookupError
+    assert await database.names() == ["one"]
+
+
+def test_an_engine_stays_its_owners(tmp_path: Path) -> None:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'file.db'}", poolclass=AsyncAdaptedQueuePool)
+
+    async def use() -> None:
+        async with TransactionContext(engine).transaction() as session:
+            await session.execute(text("SELECT 1"))
+
+    with asyncio.Runner() as runner:
+        runner.run(use())
+        gc.collect()
+        runner.run(runner.get_loop().shutdown_asyncgens())
+        assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]  # a pool with a size
+        runner.run(engine.dispose())
+
+
+async def test_contexts_of_one_engine_share_its_session(engine: AsyncEngine, database: Database) -> None:
+    one, two = TransactionContext(engine), TransactionContext(engine)
+    async with one.transaction() as session:
+        assert two.get_session() is session
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await one.execute(add("one"))
+            assert two.get_session() is one.get_session()
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_the_session_of_an_engine_is_committed_with_its_unit(engine: AsyncEngine, database: Database) -> None:
+    context = TransactionContext(engine)
+    async with new_db_ctx():
+        await context.execute(add("one"))
+        assert await database.names() == []
+    assert await database.names() == ["one"]
+
+
+async def test_an_engine_gets_the_guards(engine: AsyncEngine, database: Database) -> None:
+    context = TransactionContext(engine)
+    with pytest.raises(CtxDBError, match="was not propagated"):
+        async with context.transaction():
+            await context.execute(add("one"))
+            with pytest.raises(DBAPIError):
+                await context.execute(text("SELECT 1 / 0"))
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_cancelled_query_is_stopped_also_on_a_connection_that_the_engine_had_before(
+    engine: AsyncEngine, database: Database
+) -> None:
+    async with engine.connect():
+        pass
+    context = TransactionContext(engine, auto_context_on_execute=True)
+    query = asyncio.create_task(context.execute(text("SELECT pg_sleep(300)")))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the query does not run")
+    query.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await query
+    assert database.connections == 1
+    await database.assert_quiet()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+async def test_session_makers_make_the_sessions(
+    engine: AsyncEngine, database: Database, db: DBConnect, bound: bool
+) -> None:
+    class OtherSession(AsyncSession):
+        pass
+
+    bind = engine if bound else None
+    default = async_sessionmaker(bind, class_=OwnSession)
+    other = async_sessionmaker(bind, class_=OtherSession)
+    for target in (engine, db):
+        context = TransactionContext(target, default_session_maker=default)
+        for block in (context.session(), context.new_session(), context.transaction(), context.new_transaction()):
+            async with block as session:
+                assert type(session) is OwnSession
+                await session.execute(select(Item))
+        async with context.new_session(session_maker=other) as session:
+            assert type(session) is OtherSession
+            await session.execute(select(Item))
+        async with new_db_ctx():
+            session = context.get_session()
+            assert type(session) is OwnSession
+            await session.execute(select(Item))
+        async with new_db_ctx(), context.transaction(session_maker=other) as session:
+            assert type(session) is OtherSession
+            assert context.get_session() is session
+
+
+# --- execute ----------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_statements_get_a_session_of_their_own_where_that_is_asked_for(
+    auto: TransactionContext, database: Database
+) -> None:
+    await auto.execute(add("one"))
+    await auto.execute(text("INSERT INTO item VALUES (:name)"), {"name": "two"})
+    await auto.execute(insert(Item), [{"name": "three"}, {"name": "four"}])
+    result = await auto.execute(update(Item).where(Item.name == "four").values(name="five"))
+    assert result.rowcount == 1
+    assert auto.get_session(strict=False) is None
+    rows = await auto.execute(select(Item.name).order_by(Item.name))
+    assert rows.scalars().all() == ["five", "one", "three", "two"] == await database.names()
+
+
+async def test_only_queries_go_without_a_commit(auto: TransactionContext, database: Database) -> None:
+    setting = "pg_notify('tests', 'x')"
+    for query in (select(text(setting)), union_all(select(text(setting)), select(text(setting)))):
+        await auto.execute(query)
+        assert database.backends("query = 'ROLLBACK;'")
+    await auto.execute(text("SELECT 1"))
+    assert not database.backends("query = 'ROLLBACK;'")
+    assert database.backends("query = 'COMMIT;'")
+
+
+@pytest.mark.parametrize("force", [True, False, None])
+async def test_queries_are_committed_where_that_is_forced(
+    db: DBConnect, database: Database, force: bool | None
+) -> None:
+    forcing = TransactionContext(db, auto_context_on_execute=True, auto_context_force_transaction=True)
+    await forcing.execute(select(text("1")), force_transaction=force)
+    assert bool(database.backends("query = 'COMMIT;'")) is (force is not False)
+
+
+async def test_a_query_that_writes_is_committed(auto: TransactionContext, database: Database) -> None:
+    new = add("one").returning(Item.name).cte("new")
+    assert (await auto.execute(select(new.c.name))).scalar_one() == "one"
+    assert await database.names() == ["one"]
+
+
+async def test_a_statement_with_a_session_of_its_own_may_fail(auto: TransactionContext, database: Database) -> None:
+    with pytest.raises(IntegrityError):
+        await auto.execute(insert(Item), [{"name": "one"}, {"name": "one"}])
+    with pytest.raises(IntegrityError):
+        await auto.execute(text("INSERT INTO child VALUES ('nobody')"))
+    assert await database.names() == []
+
+
+@KINDS
+async def test_results_can_be_read_after_their_session(auto: TransactionContext, database: Database) -> None:
+    await auto.execute(insert(Item), [{"name": str(number)} for number in range(3)])
+    query = select(Item).order_by(Item.name)
+    assert [item.name for item in (await auto.execute(query)).scalars()] == ["0", "1", "2"]
+    assert (await auto.execute(query)).unique().scalars().all()[0].name == "0"
+    assert (await auto.execute(query)).mappings().first()["Item"].name == "0"  # type: ignore[index]
+    assert [row.name for row in (await auto.execute(select(Item.name).order_by(Item.name))).all()] == ["0", "1", "2"]
+    assert [len(rows) for rows in (await auto.execute(query)).partitions(2)] == [2, 1]
+    frozen = (await auto.execute(query)).freeze()
+    assert len(frozen().all()) == len(frozen().all()) == 3
+
+
+async def test_objects_can_be_read_after_their_session(db: DBConnect, database: Database) -> None:
+    """Whatever the session maker says of a commit: nobody could load them again."""
+    auto = TransactionContext(db, default_session_maker=async_sessionmaker(), auto_context_on_execute=True)
+    item = (await auto.execute(add("one").returning(Item))).scalar_one()
+    assert item.name == "one"
+    async with auto.transaction() as session:
+        session.add(Parent(name="parent", children=[Child()]))
+    parents = (await auto.execute(select(Parent).options(joinedload(Parent.children)))).unique().scalars().all()
+    assert [child.parent for parent in parents for child in parent.children] == ["parent"]
+
+
+# --- types: never run -------------------------------------------------------------------------------------------------
+
+
+async def types(context: TransactionContext, strict: bool) -> None:
+    """What both SQLAlchemy 2.0 and 2.1 say of the same statements, though their rows are typed differently."""
+    assert_type((await context.execute(select(Item.name))).scalars().all(), Sequence[str])
+    assert_type((await context.execute(select(Item.name))).scalar_one(), str)
+    assert_type((await context.execute(select(Item))).scalars().one(), Item)
+    item, name = (await context.execute(select(Item, Item.name))).tuples().one()
+    assert_type(item, Item)
+    assert_type(name, str)
+    assert_type((await context.execute(select(Item.name).union(select(Item.name)))).scalars().all(), Sequence[str])
+    assert_type((await context.execute(insert(Item).returning(Item))).scalars().all(), Sequence[Item])
+    assert_type((await context.execute(update(Item).values(name="a"))).rowcount, int)
+    assert_type((await context.execute(text("SELECT 1"))).scalar_one(), Any)
+    await context.execute(update(Item), [{"name": "a"}], force_transaction=True, execution_options={"a": 1})
+
+    async with context.session() as one, context.transaction() as two:
+        assert_type(one, AsyncSession)
+        assert_type(two, AsyncSession)
+    async with context.new_session() as one, context.new_transaction() as two:
+        assert_type(one, AsyncSession)
+        assert_type(two, AsyncSession)
+    assert_type(context.get_session(), AsyncSession)
+    assert_type(context.get_session(strict=True), AsyncSession)
+    assert_type(context.get_session(strict=False), AsyncSession | None)
+    assert_type(context.get_session(strict), AsyncSession | None)
+
+    TransactionContext(context._db, default_session_maker=async_sessionmaker(class_=OwnSession))
+    context.execute("SELECT 1")  # type: ignore[call-overload]  # text() is what SQLAlchemy wants

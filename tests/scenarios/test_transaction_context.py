@@ -1,0 +1,68 @@
+"""`TransactionContext` in requests: its blocks take part in the request's unit of work."""
+
+from __future__ import annotations
+
+import asyncio
+
+from sqlalchemy import text
+from tests.support.application import Reply
+from tests.support.database import insert
+from tests.support.world import World
+
+from ctxdb_core import ContextClosedError, TransactionContext, db_session
+
+
+async def test_a_block_shares_the_session_of_its_request_which_decides(world: World) -> None:
+    context = TransactionContext(world.db)
+    status = 400
+
+    async def handler() -> Reply:
+        assert context.get_session() is await db_session(world.db)
+        await insert(world.db, "request")
+        async with context.transaction() as session:
+            assert session is await db_session(world.db)
+            await context.execute(text("INSERT INTO item VALUES ('block')"))
+        return Reply(status=status)
+
+    client = await world.start(("/", handler))
+    assert (await client.get("/")).status_code == 400
+    assert await world.names() == []
+    status = 200
+    assert (await client.get("/")).status_code == 200
+    assert await world.names() == ["block", "request"]
+
+
+async def test_a_new_transaction_stands_whatever_becomes_of_its_request(world: World) -> None:
+    context = TransactionContext(world.db)
+
+    async def handler() -> Reply:
+        # Before the request has a transaction of its own: SQLite has one writer at a time.
+        async with context.new_transaction():
+            await insert(world.db, "audit")
+        await insert(world.db, "request")
+        return Reply(status=500)
+
+    assert (await world.get(handler)).status_code == 500
+    assert await world.names() == ["audit"]
+
+
+async def test_a_task_that_outlives_its_request_is_told_so(world: World) -> None:
+    context = TransactionContext(world.db, auto_context_on_execute=True)
+    answered = asyncio.Event()
+    late: list[asyncio.Task[None]] = []
+
+    async def write() -> None:
+        await answered.wait()
+        await context.execute(text("INSERT INTO item VALUES ('late')"))
+
+    async def handler() -> Reply:
+        await context.execute(text("INSERT INTO item VALUES ('request')"))
+        late.append(asyncio.create_task(write()))
+        return Reply()
+
+    assert (await world.get(handler)).status_code == 200
+    await world.stop()
+    answered.set()
+    (result,) = await asyncio.gather(*late, return_exceptions=True)
+    assert isinstance(result, ContextClosedError)
+    assert await world.names() == ["request"]
