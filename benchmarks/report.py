@@ -18,6 +18,8 @@ _DISTRIBUTIONS = (
     "greenlet",
     "starlette",
     "fastapi",
+    "litestar",
+    "aiohttp",
     "uvicorn",
     "context-async-sqlalchemy",
     "fastapi-async-sqlalchemy",

@@ -24,6 +24,7 @@ from sqlalchemy import make_url
 from ctxdb_demo.demo_database import parse_url
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres, is_available
 from ctxdb_demo.errors import DemoError
+from ctxdb_demo.frameworks import FRAMEWORKS
 
 COMMAND = Path(sys.executable).with_name("ctxdb-demo")
 PASSWORD = "s3cret"
@@ -137,7 +138,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -
 
 class TestPromises:
     @needs_postgres
-    @pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+    @pytest.mark.parametrize("framework", FRAMEWORKS)
     def test_are_kept_on_the_embedded_postgresql(self, framework: str, temporary: Path) -> None:
         result = run("--framework", framework, TMPDIR=str(temporary))
         assert_promises_kept(result)
@@ -455,7 +456,7 @@ class TestSignals:
         assert list(temporary.iterdir()) == []
 
 
-@pytest.fixture(scope="module", params=["fastapi", "starlette"])
+@pytest.fixture(scope="module", params=FRAMEWORKS)
 def served(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     with started("--serve", "--framework", request.param, "--database-url", "sqlite://") as process:
         url = read_until(process.stdout, "Serving on").split()[2]

@@ -1,13 +1,14 @@
 """What is asked: one module for each question, with a function that returns the tables that answer it."""
 
 from benchmarks.questions._question import Question, Settings
+from benchmarks.questions.frameworks import Frameworks
 from benchmarks.questions.idle import Idle
 from benchmarks.questions.lookup import SessionLookup
 from benchmarks.questions.requests import Requests
 from benchmarks.questions.slow_readers import SlowReaders
 
 QUESTIONS: dict[str, type[Question]] = {
-    question.name: question for question in (Idle, SessionLookup, Requests, SlowReaders)
+    question.name: question for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders)
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import pytest
 from sqlalchemy import text
 from tests.support.database import Database, eventually
+from tests.support.interruption import Interruption
 
 from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_atomic_session
 
-# More turns of the event loop than a unit of work takes, with a connection to open.
-TURNS = 60
+
+async def at_each_step(
+    run_cancelled: Callable[..., Awaitable[None]], work: Callable[[int], Coroutine[Any, Any, None]]
+) -> AsyncIterator[int]:
+    """Run `work`, cancelled when it waits for the first time, for the second, and so on, until it is done before."""
+    for step in range(1, 1000):
+        interruption = Interruption(step)
+        await run_cancelled(lambda: interruption.run(work(step)), interruption.cancel_when)  # noqa: B023 - awaited here
+        yield step
+        if interruption.has_been_missed:
+            return
+    raise AssertionError("the work does not come to an end")
 
 
 async def _natively(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
@@ -68,20 +80,20 @@ def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
 async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
     database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
 ) -> None:
-    for turns in range(TURNS):
+    async def work(step: int) -> None:
+        async with new_db_ctx():
+            session = await db_session(db)
+            for half in ("a", "b"):
+                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
 
-        async def work(turns: int = turns) -> None:
-            async with new_db_ctx():
-                session = await db_session(db)
-                for half in ("a", "b"):
-                    await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{turns:02}{half}"})
-
-        await run_cancelled(work, after_turns(turns))
+    step = 0
+    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
         assert database.checked_out == 0
         if not connected:
             await db.close()
     names = await database.names()
-    assert names == [f"{name[:2]}{half}" for name in names[::2] for half in ("a", "b")]
+    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
+    assert names[-1] == f"{step:03}b"
 
 
 @CANCELLERS
@@ -113,14 +125,14 @@ async def test_cancelled_at_any_step_a_block_is_whole_or_absent(
 async def test_cancelled_at_any_step_a_session_outside_of_the_context_is_closed(
     database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]]
 ) -> None:
-    for turns in range(TURNS):
+    async def work(step: int) -> None:
+        async with new_non_ctx_atomic_session(db) as session:
+            await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}"})
 
-        async def work(turns: int = turns) -> None:
-            async with new_non_ctx_atomic_session(db) as session:
-                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": str(turns)})
-
-        await run_cancelled(work, after_turns(turns))
+    step = 0
+    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
         assert database.checked_out == 0
+    assert (await database.names())[-1] == f"{step:03}"
 
 
 @CANCELLERS
@@ -180,7 +192,7 @@ async def test_the_pool_serves_everyone_after_many_cancelled_requests(database: 
         async with new_db_ctx():
             await (await db_session(db)).execute(text("SELECT pg_sleep(0.001)"))
 
-    for turns in range(TURNS):
+    for turns in range(60):
         tasks = [asyncio.create_task(work()) for _ in range(8)]
         for task in tasks[::2]:
             after_turns(turns)(task.cancel)

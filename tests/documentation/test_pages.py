@@ -55,7 +55,11 @@ class Page:
 
     def _run_block(self, example: Example) -> None:
         source = pad(example.parsed, example.line + example.parsed.line_offset)
-        code = compile(source, example.path, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        if example.namespace.get("annotations") is annotations:
+            # An earlier block has imported it from `__future__`, for the whole module.
+            flags |= annotations.compiler_flag
+        code = compile(source, example.path, "exec", flags=flags, dont_inherit=True)
         result = eval(code, example.namespace)
         if inspect.iscoroutine(result):
             self._runner.run(result)

@@ -27,6 +27,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings = _settings()
     if metafunc.definition.get_closest_marker("postgresql"):
         settings = [setting for setting in settings if setting.database_kind != "sqlite"]
+    if metafunc.definition.get_closest_marker("asyncpg"):
+        settings = [setting for setting in settings if setting.database_kind == "asyncpg"]
     if metafunc.definition.get_closest_marker("sockets"):
         settings = [setting for setting in settings if setting.over_sockets]
     if metafunc.definition.get_closest_marker("cancelled_with_client"):

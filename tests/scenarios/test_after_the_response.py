@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 
 import pytest
 from sqlalchemy import text
-from tests.support.application import Reply, Stream
+from tests.support.application import Reply, Stream, current_request
 from tests.support.database import eventually, insert, insert_orphan
 from tests.support.server import RawClient
 from tests.support.world import World
@@ -77,6 +78,39 @@ async def test_background_work_whose_commit_fails_leaves_nothing_behind(world: W
     assert (await world.get(handler)).status_code == 200
     await eventually(lambda: world.database.checkouts == 2 and not world.database.checked_out, "no background work")
     assert await world.names() == ["response"]
+
+
+@pytest.mark.sockets
+@pytest.mark.background
+@pytest.mark.postgresql
+async def test_long_background_work_holds_neither_its_client_nor_a_connection(world: World) -> None:
+    """Ten tasks that wait, on a pool of five."""
+    release = asyncio.Event()
+    waiting: list[str] = []
+
+    async def handler() -> Reply:
+        name = current_request.get().query
+        await insert(world.db, f"{name} response")
+
+        async def background() -> None:
+            waiting.append(name)
+            await release.wait()
+            await insert(world.db, f"{name} background")
+
+        return Reply(name, background=background)
+
+    async with AsyncExitStack() as stack:
+        await world.start(("/", handler))
+        for number in range(10):
+            client = await stack.enter_async_context(RawClient.connect(world.base_url))
+            await client.send(f"/?{number}")
+            assert await client.read_head() == 200
+            assert await client.read_body() == str(number).encode()
+        await eventually(lambda: len(waiting) == 10, "no background work")
+        assert world.database.checked_out == 0
+        release.set()
+    await eventually(lambda: world.database.checkouts == 20 and not world.database.checked_out, "no background work")
+    assert await world.names() == [f"{n} {kind}" for n in range(10) for kind in ("background", "response")]
 
 
 async def test_a_stream_works_on_with_the_same_session(world: World) -> None:
@@ -202,25 +236,3 @@ async def test_a_client_that_leaves_during_a_stream_leaves_nothing_behind(world:
     await eventually(ended.is_set, "the stream goes on")
     await eventually(lambda: not world.database.checked_out, "a connection is not back")
     assert "response" in await world.names()
-
-
-@pytest.mark.sockets
-@pytest.mark.postgresql
-async def test_a_client_that_leaves_before_the_response_changes_nothing(world: World) -> None:
-    """These servers do not cancel a handler whose client has left."""
-    entered, proceed = asyncio.Event(), asyncio.Event()
-
-    async def handler() -> Reply:
-        await insert(world.db, "one")
-        entered.set()
-        await proceed.wait()
-        return Reply()
-
-    await world.start(("/", handler))
-    async with RawClient.connect(world.base_url) as client:
-        await client.send("/")
-        await entered.wait()
-        client.abort()
-    proceed.set()
-    await eventually(lambda: not world.database.checked_out, "a connection is not back")
-    assert await world.names() == ["one"]

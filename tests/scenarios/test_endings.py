@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+import httpx
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Refusal, Reply, Stream
-from tests.support.database import Item, insert
+from tests.support.database import Item, eventually, insert
+from tests.support.server import RawClient
 from tests.support.world import World
 
-from ctxdb_core import commit_2xx, commit_policy
+from ctxdb_core import commit_2xx, commit_policy, db_session
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 301, 303, 307, 399])
@@ -53,6 +55,27 @@ async def test_an_exception_rolls_back(world: World) -> None:
     assert await world.names() == []
 
 
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("exception", [Stop, GeneratorExit, asyncio.CancelledError])
+async def test_what_is_no_exception_rolls_back_too(world: World, exception: type[BaseException]) -> None:
+    """Servers answer it by 500 or by hanging up; without one, the client gets to see it."""
+
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        raise exception
+
+    try:
+        status = (await world.get(handler)).status_code
+    except (exception, httpx.TransportError):
+        status = 500
+    assert status == 500
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    assert await world.names() == []
+
+
 @pytest.mark.exception_handlers
 @pytest.mark.parametrize(("status", "committed"), [(202, True), (418, False)])
 async def test_a_handled_exception_counts_by_the_status_of_its_response(
@@ -84,8 +107,6 @@ async def test_a_cancelled_handler_rolls_back(world: World) -> None:
 
 async def test_objects_that_were_only_added_are_committed(world: World) -> None:
     async def handler() -> Reply:
-        from ctxdb_core import db_session
-
         (await db_session(world.db)).add(Item(name="one"))
         return Reply(status=201)
 
@@ -121,6 +142,32 @@ async def test_a_streamed_response_is_committed_before_its_first_byte(world: Wor
 
     assert (await world.get(handler)).text == "body"
     assert seen == [["one"]]
+
+
+@pytest.mark.sockets
+@pytest.mark.postgresql
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_no_byte_leaves_before_the_commit_is_over(world: World, streamed: bool) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "body"
+
+    async def handler() -> Reply | Stream:
+        await insert(world.db, "one")
+        return Stream(chunks()) if streamed else Reply("body")
+
+    await world.start(("/", handler))
+    async with RawClient.connect(world.base_url) as client:
+        with world.database.held_commits():
+            await client.send("/")
+            head = asyncio.create_task(client.read_head())
+            await world.database.commit_is_held()
+            for _ in range(20):
+                # What was sent gets its turns to arrive.
+                await asyncio.sleep(0)
+                assert not head.done()
+        assert await head == 200
+        assert await world.names() == ["one"]
+        assert await client.read_body() == b"body"
 
 
 async def test_a_policy_decides(world: World) -> None:
@@ -185,8 +232,6 @@ async def test_a_request_that_asks_for_no_session_touches_no_database(world: Wor
 
 async def test_a_session_without_a_statement_takes_no_connection(world: World) -> None:
     async def handler() -> Reply:
-        from ctxdb_core import db_session
-
         await db_session(world.db)
         return Reply()
 

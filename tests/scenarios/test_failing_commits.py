@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Reply, Stream
-from tests.support.database import Item, insert, insert_orphan
+from tests.support.database import Item, eventually, insert, insert_orphan
 from tests.support.world import World
 
-from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, on_commit
+from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, new_non_ctx_session, on_commit
 
 
 async def _orphan_handler(world: World) -> Reply:
@@ -130,6 +132,21 @@ async def test_a_connection_killed_before_the_commit_is_an_error(world: World) -
 
 
 @pytest.mark.postgresql
+async def test_a_connection_killed_in_the_middle_of_the_commit_is_an_error(world: World) -> None:
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        return Reply()
+
+    client = await world.start(("/", handler))
+    with world.database.held_commits():
+        request = asyncio.create_task(client.post("/"))
+        await world.database.commit_is_held()
+        assert world.database.terminate_backends("query ~ '^COMMIT'") == 1
+        assert (await request).status_code == 500
+    assert await world.names() == []
+
+
+@pytest.mark.postgresql
 async def test_a_connection_killed_before_a_roll_back_leaves_the_response_alone(world: World) -> None:
     async def handler() -> Reply:
         await insert(world.db, "one")
@@ -160,6 +177,32 @@ async def test_a_serialization_failure_at_commit_is_an_error(world: World) -> No
 
     assert (await world.get(handler)).status_code == 500
     assert await world.names() == ["rival"]
+
+
+@pytest.mark.postgresql
+async def test_a_deadlock_is_an_error(world: World) -> None:
+    """Two transactions lock what the other one has: PostgreSQL ends the one that looks first."""
+
+    async def lock(session: AsyncSession, number: int) -> None:
+        await session.execute(text(f"SELECT pg_advisory_xact_lock({number})"))
+
+    async def handler() -> Reply:
+        session = await insert(world.db, "mine")
+        await session.execute(text("SET LOCAL deadlock_timeout = '20ms'"))
+        await lock(session, 1)
+        async with world.database.connect() as other, new_non_ctx_session(other) as rival:
+            await lock(rival, 2)
+            waiting = asyncio.create_task(lock(rival, 1))
+            await eventually(lambda: bool(world.database.backends("wait_event = 'advisory'")), "no lock is waited for")
+            try:
+                await lock(session, 2)
+            finally:
+                await session.rollback()
+                await waiting
+        return Reply("success")
+
+    assert (await world.get(handler)).status_code == 500
+    assert await world.names() == []
 
 
 @pytest.mark.postgresql

@@ -52,25 +52,6 @@ async def test_requests_have_sessions_of_their_own(world: World) -> None:
     assert len({id(session) for session in sessions}) == 5
 
 
-async def test_hundreds_of_requests_share_a_pool_of_five(world: World) -> None:
-    count = 0
-
-    async def handler() -> Reply:
-        nonlocal count
-        count += 1
-        number = count
-        await insert(world.db, f"{number:04}")
-        return Reply(f"{number:04}", status=400 if number % 3 == 0 else 200)
-
-    client = await world.start(("/", handler))
-    client.timeout = None
-    requests = 60 if world.setting.database_kind == "sqlite" else 300
-    responses = await asyncio.gather(*(client.post("/") for _ in range(requests)))
-    succeeded = sorted(response.text for response in responses if response.status_code == 200)
-    assert len(succeeded) == requests - requests // 3
-    assert await world.names() == succeeded
-
-
 async def test_a_server_started_inside_a_unit_of_work_does_not_join_it(world: World) -> None:
     async def handler() -> Reply:
         assert await db_session(world.db) is not outer
@@ -230,34 +211,6 @@ async def test_an_early_close_frees_the_connection_for_long_work(world: World) -
     assert (await world.get(handler)).status_code == 200
     assert held == [1, 0]
     assert await world.names() == ["after the work"]
-
-
-@pytest.mark.postgresql
-async def test_hosts_change_under_traffic_without_an_error(world: World) -> None:
-    count = 0
-
-    async def handler() -> Reply:
-        nonlocal count
-        count += 1
-        name = f"{count:04}"
-        await insert(world.db, name)
-        await asyncio.sleep(0)
-        return Reply(name)
-
-    client = await world.start(("/", handler))
-
-    async def request_repeatedly() -> None:
-        for _ in range(15):
-            assert (await client.post("/")).status_code == 200
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(6):
-            group.create_task(request_repeatedly())
-        for number in range(10):
-            before = count
-            await world.db.change_host(f"127.0.0.{number}")
-            await eventually(lambda before=before: count > before or count >= 90, "no traffic")  # type: ignore[misc]  # a default
-    assert len(await world.names()) == 90
 
 
 async def test_shutting_down_closes_every_connection(world: World) -> None:

@@ -9,16 +9,22 @@ from typing import Any
 
 import httpx
 from tests.support.application import Application
+from tests.support.frameworks.aiohttp import build_aiohttp, call_aiohttp, serve_aiohttp
 from tests.support.frameworks.asgi import build_asgi
+from tests.support.frameworks.litestar import build_litestar
+from tests.support.frameworks.quart import build_quart, call_quart
 from tests.support.frameworks.starlette import build_fastapi, build_starlette
 from tests.support.server import serve
+
+IN_PROCESS = "http://test"
+"""The base URL of a client that needs no server."""
 
 
 @asynccontextmanager
 async def _asgi_client(app: Any) -> AsyncIterator[httpx.AsyncClient]:
     """Provide a client that calls an ASGI application without a server."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url=IN_PROCESS) as client:
         yield client
 
 
@@ -43,4 +49,7 @@ ADAPTERS = (
     Adapter("asgi", build_asgi, has_exception_handlers=False),
     Adapter("starlette", build_starlette),
     Adapter("fastapi", build_fastapi),
+    Adapter("litestar", build_litestar),
+    Adapter("aiohttp", build_aiohttp, serve_aiohttp, call_aiohttp, has_background=False),
+    Adapter("quart", build_quart, call_in_process=call_quart, has_background=False),
 )

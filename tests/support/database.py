@@ -165,7 +165,7 @@ async def insert_orphan(db: DBConnect) -> None:
     await session.execute(text("INSERT INTO child VALUES ('nobody')"))
 
 
-async def eventually(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = 20.0) -> None:
     """Wait until `condition` holds: for what other processes, or other tasks' next steps, have to do."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():

@@ -115,6 +115,11 @@ class RawClient:
         await self.reader.readexactly(2)
         return b"".join(chunks)
 
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether another request can follow the one whose head was read."""
+        return self._headers.get("connection") != "close"
+
     def abort(self) -> None:
         """Leave at once."""
         self.writer.transport.abort()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import httpx
 import websockets
-from tests.support.adapters import Adapter
+from tests.support.adapters import IN_PROCESS, Adapter
 from tests.support.application import Application, Handler, Reply, Stream
 from tests.support.database import Database
-from tests.support.server import http_client
+from tests.support.server import RawClient, http_client
 
 from ctxdb_core import DBConnect
 
@@ -36,7 +37,7 @@ class World:
         self.database = database
         self.db = db
         self.application = Application(dbs=(db,))
-        self.base_url = "http://test"
+        self.base_url = IN_PROCESS
         self._stack = stack
 
     async def start(self, *routes: tuple[str, Handler]) -> httpx.AsyncClient:
@@ -59,6 +60,18 @@ class World:
         """Serve one handler, and request it once."""
         client = await self.start(("/", handler))
         return await client.get("/")
+
+    async def statuses(self, client: httpx.AsyncClient, paths: Sequence[str]) -> list[int]:
+        """Request all `paths` at once, and return the statuses in their order."""
+        if self.base_url != IN_PROCESS:
+            return await asyncio.gather(*(self._status(path) for path in paths))
+        return [response.status_code for response in await asyncio.gather(*(client.get(path) for path in paths))]
+
+    async def _status(self, path: str) -> int:
+        # httpx looks through all of its requests at each step of one of them.
+        async with RawClient.connect(self.base_url) as client:
+            await client.send(path)
+            return await client.read_head()
 
     def open_socket(self, path: str = "/") -> websockets.connect:
         """Return the connection of a websocket client, to be entered, once the application was started."""

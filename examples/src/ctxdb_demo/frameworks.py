@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ctxdb_demo.server import serve_asgi
+from ctxdb_demo.server import serve_aiohttp, serve_asgi
 
 __all__ = ["DEFAULT", "FRAMEWORKS", "Framework"]
 
@@ -40,7 +40,9 @@ class Framework:
 
 
 FRAMEWORKS = {
+    "aiohttp": Framework("aiohttp", "aiohttp", "ctxdb_demo.aiohttp_app", serve_aiohttp),
     "fastapi": Framework("FastAPI", "fastapi", "ctxdb_demo.fastapi_app"),
+    "litestar": Framework("Litestar", "litestar", "ctxdb_demo.litestar_app"),
     "starlette": Framework("Starlette", "starlette", "ctxdb_demo.starlette_app"),
 }
 DEFAULT = "fastapi"

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
+from aiohttp import web
 
 from ctxdb_demo.cleanup import see_through
 from ctxdb_demo.errors import DemoError
@@ -58,6 +59,21 @@ async def serve_asgi(app: Any, listener: socket.socket) -> AsyncIterator[None]:
         server.should_exit = True
         try:
             await see_through(serving)
+        finally:
+            listener.close()
+
+
+@asynccontextmanager
+async def serve_aiohttp(app: web.Application, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve an aiohttp application, for the length of a block; closes `listener`."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_SECONDS)
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        yield
+    finally:
+        try:
+            await see_through(runner.cleanup())
         finally:
             listener.close()
 

@@ -70,20 +70,16 @@ class Exchange(UnitOfWork):
         self.responded = False
         self.forward = forward
 
-    def take_failure(self, raised: Exception | None) -> Exception | None:
-        """Return why the response was refused, and take another one, the last: the one of the error.
+    def answer_failure(self, raised: Exception | None) -> None:
+        """Take another response in place of the refused one, the last: the one of the error.
 
         Args:
             raised: what the application has raised since.
         """
-        failure = self.failure
-        if failure is None or not self.can_answer:
-            return None
-        if raised is not None and not _is_caused_by(raised, failure):
-            report(raised, failure, "the application failed on top of it")
+        if raised is not None and self.failure is not None and not _is_caused_by(raised, self.failure):
+            report(raised, self.failure, "the application failed on top of it")
         self.can_answer = False
         self.start_over(self.refused)
-        return failure
 
     async def refuse_response(self, exc: Exception) -> None:
         """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""

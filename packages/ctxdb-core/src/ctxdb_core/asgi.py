@@ -18,7 +18,8 @@ __all__ = [
     "Receive",
     "Scope",
     "Send",
-    "take_commit_error",
+    "answer_commit_error",
+    "commit_error",
 ]
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -132,19 +133,28 @@ class ASGIHTTPDBSessionMiddleware:
             await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
 
 
-def take_commit_error(scope: Scope, raised: Exception | None = None) -> Exception | None:
-    """Return the error that kept the response to a request from being sent, and let another response be sent for it.
+def commit_error(scope: Scope) -> Exception | None:
+    """Return the error that kept the response to a request from being sent, if another response can be sent for it.
 
-    For frameworks whose exception handlers are called where only code further in than the middleware can raise. Once
-    the application has returned or raised, such code asks for the error, and raises it anew. A request is given one
-    more response by it: the next call returns ``None``, as does each call for a request that has not failed.
+    For frameworks whose exception handlers are called only for what is raised further in than the middleware. There,
+    once the application has returned or raised, an adapter asks for the error, calls `answer_commit_error`, and raises
+    it anew.
+
+    Args:
+        scope: the request's ASGI scope.
+    """
+    exchange = scope.get(REQUEST_KEY)
+    return exchange.failure if isinstance(exchange, Exchange) and exchange.can_answer else None
+
+
+def answer_commit_error(scope: Scope, raised: Exception | None = None) -> None:
+    """Let one more response be sent, for the error that `commit_error` has returned.
 
     Args:
         scope: the request's ASGI scope.
         raised: what the application has raised meanwhile; if that has another cause, it is attached to the error.
     """
-    exchange = scope.get(REQUEST_KEY)
-    return exchange.take_failure(raised) if isinstance(exchange, Exchange) else None
+    scope[REQUEST_KEY].answer_failure(raised)
 
 
 class ASGIStreamBoundary:

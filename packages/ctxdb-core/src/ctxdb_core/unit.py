@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import NoReturn, TypeAlias
@@ -81,10 +80,12 @@ class UnitOfWork:
 
     def leave(self) -> None:
         """Make the unit current again that was so before `enter`."""
-        # A ValueError says that it was entered in another context (a task of its own, an async generator fixture),
-        # which went with its variables.
-        with suppress(ValueError):
+        try:  # noqa: SIM105 - `suppress` takes a third of what an idle request costs
             current_unit.reset(self.token)
+        except ValueError:
+            # It was entered in another context (a task of its own, an async generator fixture), which went with its
+            # variables.
+            pass
 
     @property
     def closed(self) -> bool:

@@ -1,3 +1,5 @@
 """ctxdb for Litestar: the request's SQLAlchemy transaction, ended before its response leaves."""
 
-__all__: list[str] = []
+from ctxdb_litestar.plugin import CtxDBPlugin
+
+__all__ = ["CtxDBPlugin"]

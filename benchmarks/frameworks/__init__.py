@@ -1,0 +1,9 @@
+"""The frameworks beside Starlette: the same requests in each, bare, written by hand, and with ctxdb's adapter."""
+
+from benchmarks.frameworks._framework import Framework
+from benchmarks.frameworks.aiohttp import Aiohttp
+from benchmarks.frameworks.litestar import Litestar
+
+FRAMEWORKS: tuple[Framework, ...] = (Litestar(), Aiohttp())
+
+__all__ = ["FRAMEWORKS", "Framework"]

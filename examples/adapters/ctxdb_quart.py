@@ -1,0 +1,194 @@
+"""ctxdb for Quart: the request's SQLAlchemy transaction, ended before its response leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from quart import Quart, Request, Websocket, request, websocket
+from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
+from quart.ctx import AppContext
+
+from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, UnitOfWork, begin, close_all, commit_below_400, finalize
+
+__all__ = ["setup"]
+
+# Where an application keeps its options, and where a request's scope keeps its exchange.
+_EXTENSION = "ctxdb"
+_EXCHANGE = "ctxdb_quart.exchange"
+
+
+@dataclass(frozen=True)
+class _Options:
+    before_commit: BeforeCommit | None
+    commit_policy: CommitPolicy
+
+
+def setup(
+    app: Quart,
+    *dbs: DBConnect,
+    before_commit: BeforeCommit | None = None,
+    commit_policy: CommitPolicy = commit_below_400,
+) -> None:
+    """Give each request and each websocket of a Quart application a unit of work.
+
+    A blueprint may bring it along, by ``blueprint.record(lambda state: setup(state.app, db))``. An application that it
+    is set up on already keeps its options, and closes the blueprint's databases as well.
+
+    Args:
+        app: the application.
+        *dbs: closed when the application shuts down.
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+    """
+    shut_down = app.shutdown
+
+    async def shut_down_and_close() -> None:
+        # Not by `after_serving`: if one of those functions fails, the others are not called.
+        try:
+            await shut_down()
+        finally:
+            await close_all(*dbs)
+
+    app.shutdown = shut_down_and_close  # type: ignore[method-assign]  # on this one object only
+    options = _Options(before_commit, commit_policy)
+    if app.extensions.setdefault(_EXTENSION, options) is not options:
+        return
+    app.asgi_http_class = _HTTPConnection
+    app.asgi_websocket_class = _WebsocketConnection
+    app.finalize_request = _settling(app, app.finalize_request, request)  # type: ignore[method-assign]  # as above
+    app.finalize_websocket = _settling(app, app.finalize_websocket, websocket)  # type: ignore[method-assign]  # as above
+
+
+class _HTTPConnection(ASGIHTTPConnection):
+    async def __call__(self, receive: Any, send: Any) -> None:
+        await _cancelled_with_handler(super().__call__(receive, send), self.scope)
+
+    async def handle_request(self, request: Request, send: Any) -> None:
+        async with _unit_of_work(self.app, self.scope) as exchange:
+            await super().handle_request(request, exchange.settled(send) if exchange else send)
+
+
+@asynccontextmanager
+async def _unit_of_work(app: Quart, scope: Any) -> AsyncIterator[_Exchange | None]:
+    options: _Options = app.extensions[_EXTENSION]
+    unit = begin(scope, before_commit=options.before_commit)
+    if unit is None:
+        yield None
+        return
+    exchange = scope[_EXCHANGE] = _Exchange(unit, options.commit_policy)
+    try:
+        yield exchange
+    except BaseException as exc:
+        await finalize(unit, commit=False, error=exc)
+        raise
+    await finalize(unit, commit=exchange.ended_well)
+
+
+async def _cancelled_with_handler(connection: Awaitable[None], scope: Any) -> None:
+    """Cancel the handler's task with the server's, which Quart does from 0.23 on."""
+    try:
+        await connection
+    except asyncio.CancelledError:
+        if _EXCHANGE in scope:
+            handler = scope[_EXCHANGE].handler
+            handler.cancel()
+            await asyncio.wait([handler])
+        raise
+
+
+def _settling(app: Quart, finalize_response: Callable[..., Awaitable[Any]], connection: Any) -> Any:
+    """Return a `finalize_response` after which the transactions have ended, or that answers for why they could not."""
+
+    async def finalize_and_settle(*args: Any, **kwargs: Any) -> Any:
+        response = await finalize_response(*args, **kwargs)
+        exchange: _Exchange | None = connection.scope.get(_EXCHANGE)
+        if exchange is None:
+            return response
+        try:
+            await exchange.settle(None if response is None else response.status_code)
+        except Exception as error:  # noqa: BLE001 - raised again, unless an error handler of the application answers it
+            await finalize(exchange.unit, commit=False, last=False, error=error)
+            # From 0.23 on, Quart passes the context first.
+            context = args[:1] if isinstance(args[0], AppContext) else ()
+            handle_user_exception: Callable[..., Awaitable[Any]] = app.handle_user_exception
+            result = await handle_user_exception(*context, error)
+            response = await finalize_response(*context, result, **kwargs)
+            await exchange.settle(500 if response is None else response.status_code)
+        return response
+
+    return finalize_and_settle
+
+
+class _Exchange:
+    """A request or websocket, with its unit of work."""
+
+    def __init__(self, unit: UnitOfWork, commit_policy: CommitPolicy) -> None:
+        self.unit = unit
+        self.commit_policy = commit_policy
+        self.handler = asyncio.current_task()
+        self.accepted = False
+        self.ended_well = False
+
+    async def settle(self, status: int | None) -> None:
+        """End the transactions as `status` demands; a websocket whose handler has just returned has none."""
+        self.ended_well = False
+        commit = self.accepted if status is None else self.commit_policy(status)
+        await finalize(self.unit, commit=commit, last=False)
+        self.ended_well = commit
+
+    def settled(self, send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+        """Return a `send` that ends the transactions before a message tells the client how they ended."""
+
+        async def settle_and_send(message: Any) -> None:
+            match message["type"]:
+                case "http.response.start":
+                    await self.settle(message["status"])
+                    self.ended_well = False  # not before its body has
+                case "http.response.body" if not message.get("more_body", False):
+                    await finalize(self.unit, commit=True, last=False)
+                    self.ended_well = True
+                case "websocket.http.response.start":
+                    await self.settle(message["status"])
+                case "websocket.close":
+                    await finalize(self.unit, commit=self.ended_well, last=False)
+                    if not self.ended_well:
+                        message = {**message, "code": _INTERNAL_ERROR}
+            await send(message)
+
+        return settle_and_send
+
+
+# WebSocket close codes that say that all went well, and that it did not (RFC 6455, section 7.4.1).
+_WELL = (1000, 1001)
+_INTERNAL_ERROR = 1011
+
+
+class _WebsocketConnection(ASGIWebsocketConnection):
+    exchange: _Exchange | None = None
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        await _cancelled_with_handler(super().__call__(receive, send), self.scope)
+
+    async def handle_websocket(self, websocket: Websocket, send: Any) -> None:
+        async with _unit_of_work(self.app, self.scope) as exchange:
+            self.exchange = exchange
+            await super().handle_websocket(websocket, exchange.settled(send) if exchange else send)
+
+    async def accept_connection(self, send: Any, headers: Any, subprotocol: str | None) -> None:
+        if self.exchange:
+            self.exchange.accepted = True
+        await super().accept_connection(send, headers, subprotocol)
+
+    async def close_connection(self, send: Any, code: int, reason: str) -> None:
+        if self.exchange:
+            commit = self.exchange.accepted and code in _WELL
+            try:
+                await finalize(self.exchange.unit, commit=commit, last=False)
+            except Exception:
+                await super().close_connection(send, _INTERNAL_ERROR, "")
+                raise
+        await super().close_connection(send, code, reason)

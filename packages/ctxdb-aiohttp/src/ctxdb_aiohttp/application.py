@@ -1,0 +1,99 @@
+"""`setup`: what an application gets, and where among its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from ctxdb_aiohttp.errors import ApplicationFrozenError
+from ctxdb_aiohttp.exchange import Options, note_response
+from ctxdb_aiohttp.middleware import commit_point, unit_of_work
+from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+
+__all__ = ["DATABASES", "setup"]
+
+DATABASES: web.AppKey[tuple[DBConnect, ...]] = web.AppKey("DATABASES", tuple[DBConnect, ...])
+"""Where an application keeps the databases that `setup` was given: ``app[DATABASES]``."""
+
+
+def setup(
+    app: web.Application,
+    *dbs: DBConnect,
+    before_commit: BeforeCommit | None = None,
+    commit_policy: CommitPolicy = commit_below_400,
+    position: int | None = None,
+) -> None:
+    """Give each request of `app` and of its sub-applications a unit of work.
+
+    It is committed or rolled back before the first byte of the response leaves. What is done in it afterwards, by a
+    handler that streams or by the body of a response, is committed at its end.
+
+    Two middlewares are put around those of `app`, whether these are added before or after this call. The outer one
+    opens the unit of work, and decides by the status that the response has in the end. The inner one commits a success
+    where the handler returns it: if that fails, the error goes through the middlewares of `app` as if the handler had
+    raised it. What they make of a committed success later does not undo it.
+
+    A request that passes through several such pairs, of an application and its sub-application for instance, has one
+    unit of work, opened and ended by the outermost.
+
+    Args:
+        app: the application, or a sub-application. In one that is going to be a sub-application, the middlewares stay
+            where this call puts them: around those that are there.
+        *dbs: closed when the application is cleaned up, also if it fails to start; every one is, also if closing
+            another one fails. A unit of work takes whatever `DBConnect` its code asks for: they need not be named here.
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+        position: the inner middleware's place among those of `app`; by default the last, next to the handler. With 0,
+            all middlewares have had their say before anything is committed, and none learns of a commit that fails.
+
+    Raises:
+        ApplicationFrozenError: `app` has been started, or added to another one.
+        TypeError: `app` is no application, or one of `dbs` is no `DBConnect`.
+        ValueError: `position` is negative.
+    """
+    if not isinstance(app, web.Application):
+        raise TypeError(f"setup() takes a web.Application first, not {app!r}: `setup(app, db)`.")
+    for db in dbs:
+        if not isinstance(db, DBConnect):
+            raise TypeError(
+                f"setup() takes the application's `DBConnect`s, not {db!r}: make one of a URL by "
+                "`DBConnect.from_url(url)`, or of an engine's creator by `DBConnect(engine_creator, host=...)`."
+            )
+    if position is not None and position < 0:
+        raise ValueError(f"position={position} is negative: count the middlewares from the outermost, which is 0.")
+    if app.on_startup.frozen:
+        raise ApplicationFrozenError
+    options = Options(before_commit, commit_policy)
+    outer = unit_of_work(options)
+
+    async def close_databases(app: web.Application) -> None:
+        if options.cleaning_up:
+            await asyncio.wait(options.cleaning_up)
+        await close_all(*dbs)
+
+    async def close_databases_in_any_case(app: web.Application) -> AsyncIterator[None]:
+        yield
+        await close_databases(app)
+
+    def take_places() -> None:
+        app.middlewares.insert(0, outer)
+        app.middlewares.insert(len(app.middlewares) if position is None else position + 1, commit_point)
+        app.on_cleanup.append(close_databases)
+
+    async def take_places_again(app: web.Application) -> None:
+        # Whatever has been added meanwhile. The lists of a sub-application were frozen when it was added to another.
+        if not app.middlewares.frozen:
+            app.middlewares.remove(outer)
+            app.middlewares.remove(commit_point)
+            app.on_cleanup.remove(close_databases)
+            take_places()
+
+    take_places()
+    app.on_startup.append(take_places_again)
+    app.on_response_prepare.append(note_response)
+    # Only contexts are cleaned up where the start has failed. They come first, and the signal is for what its other
+    # handlers open again.
+    app.cleanup_ctx.insert(0, close_databases_in_any_case)
+    app[DATABASES] = (*app.get(DATABASES, ()), *dbs)

@@ -1,0 +1,65 @@
+"""The two middlewares that `setup` puts around those of an application."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from ctxdb_aiohttp.exchange import Exchange, Options, current_exchange
+from ctxdb_core import begin
+
+__all__ = ["commit_point", "unit_of_work"]
+
+
+def unit_of_work(options: Options) -> Middleware:
+    """Return the outermost middleware, which gives each request a unit of work."""
+
+    @web.middleware
+    async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        outer = current_exchange.get(None)
+        if outer is not None and outer.writer is request.writer:
+            if not outer.is_over:
+                return await handler(request)
+            # A middleware outside of this one tries again.
+            await outer.end(commit=False)
+        unit = begin(before_commit=options.before_commit)
+        if unit is None:
+            return await handler(request)
+        exchange = Exchange(unit, options, request)
+        try:
+            try:
+                response = await handler(request)
+            except web.HTTPException as exc:
+                if not exchange.started:
+                    await exchange.respond(request, exc)
+                raise
+            if not exchange.end_idle(response):
+                await exchange.respond(request, response)
+        except BaseException as exc:
+            if not exchange.is_over:
+                await exchange.fail(exc)
+            raise
+        return response
+
+    return open_unit
+
+
+@web.middleware
+async def commit_point(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Commit a success where the handler returns it, so that the other middlewares learn of a commit that fails."""
+    exchange = current_exchange.get(None)
+    if exchange is None or exchange.writer is not request.writer:
+        return await handler(request)
+    if exchange.attempted:
+        await exchange.begin_attempt()
+    try:
+        try:
+            response = await handler(request)
+        except web.HTTPException as exc:
+            await exchange.commit_success(request, exc)
+            raise
+        if exchange.has_work:
+            await exchange.commit_success(request, response)
+    finally:
+        exchange.attempted = True
+    return response

@@ -1,0 +1,38 @@
+"""Where the transactions of a streamed response end, if a middleware may hold its start back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Litestar
+from litestar.handlers import BaseRouteHandler
+
+from ctxdb_core.asgi import ASGIStreamBoundary
+from ctxdb_litestar.middleware import CommitErrorMiddleware
+
+__all__ = ["mark_stream_boundary"]
+
+
+def mark_stream_boundary(handler: BaseRouteHandler, app: Litestar) -> None:
+    """Have an `ASGIStreamBoundary` put beneath the middlewares of `handler`, if it has any but those that pass all on.
+
+    The compression, for instance, waits for the first chunk of a stream before it sends the start on.
+    """
+    others = [each for each in handler.resolve_middleware() if each is not CommitErrorMiddleware]
+    if _add_boundary not in others and (others or app.compression_config):
+        handler.middleware = [*(handler.middleware or ()), _add_boundary]
+
+
+def _add_boundary(app: Any) -> Any:
+    """Put the boundary beneath the middlewares that are Litestar's own: they are further in than any other one.
+
+    Each of them keeps what is beneath it in ``app``; the innermost is the handling of exceptions.
+    """
+    above, exception_handling = None, app
+    while hasattr(exception_handling.app, "app"):
+        above, exception_handling = exception_handling, exception_handling.app
+    boundary = ASGIStreamBoundary(exception_handling)
+    if above is None:
+        return boundary
+    above.app = boundary
+    return app

@@ -1,0 +1,100 @@
+"""`CtxDBPlugin`: all the wiring there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from litestar.config.app import AppConfig
+from litestar.handlers import BaseRouteHandler
+from litestar.plugins import InitPlugin, ReceiveRoutePlugin
+from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
+
+from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware
+from ctxdb_litestar.boundary import mark_stream_boundary
+from ctxdb_litestar.dependency import check_name, inject, session_provider
+from ctxdb_litestar.enclosure import enclose
+from ctxdb_litestar.middleware import CommitErrorMiddleware
+
+__all__ = ["CtxDBPlugin"]
+
+
+class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
+    """Gives each request and each websocket of a Litestar application a unit of work.
+
+    ``Litestar(..., plugins=[CtxDBPlugin(db)])`` is all the wiring there is. If the commit fails, the exception handlers
+    of the route and of the layers above it answer, as they would if the route handler had raised the error.
+
+    Args:
+        *dbs: closed when the application has shut down. They are optional: a unit of work takes whatever `DBConnect`
+            its code asks for.
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+        **dependency_names: databases whose sessions are injected, by the names of the parameters: with
+            ``CtxDBPlugin(session=db)``, ``session: NamedDependency[AsyncSession]`` is what ``await db_session(db)``
+            returns. They are closed like the others.
+
+    Raises:
+        TypeError: a database is not a `DBConnect`.
+        ImproperlyConfiguredException: Litestar reserves one of the names for itself.
+    """
+
+    def __init__(
+        self,
+        *dbs: DBConnect,
+        before_commit: BeforeCommit | None = None,
+        commit_policy: CommitPolicy = commit_below_400,
+        **dependency_names: DBConnect,
+    ) -> None:
+        for db in dbs:
+            _check_database("", db)
+        for name, db in dependency_names.items():
+            check_name(name)
+            _check_database(f"{name}=", db)
+        self._dbs = tuple(dict.fromkeys((*dbs, *dependency_names.values())))
+        self._providers = {name: session_provider(db) for name, db in dependency_names.items()}
+        self._before_commit = before_commit
+        self._commit_policy = commit_policy
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Edit the configuration of an application.
+
+        Raises:
+            ImproperlyConfiguredException: it has a dependency with the name of one of the sessions.
+        """
+        inject(self._providers, app_config)
+        if CommitErrorMiddleware not in app_config.middleware:
+            app_config.middleware.insert(0, CommitErrorMiddleware)
+        # As the last hook: those of the application may still use the database. Its lifespans are over by then.
+        app_config.on_shutdown.append(self._close)
+        return app_config
+
+    def receive_route(self, route: BaseRoute) -> None:
+        """Put the unit of work around the application that a route was registered on."""
+        handlers = _handlers(route)
+        app = handlers[0].app
+        enclose(app, self._middleware, key=self)
+        if not isinstance(route, WebSocketRoute):
+            for handler in handlers:
+                mark_stream_boundary(handler, app)
+
+    def _middleware(self, app: ASGIApp) -> ASGIApp:
+        return ASGIHTTPDBSessionMiddleware(app, self._before_commit, self._commit_policy)
+
+    async def _close(self) -> None:
+        await close_all(*self._dbs)
+
+
+def _handlers(route: BaseRoute) -> Sequence[BaseRouteHandler]:
+    if isinstance(route, HTTPRoute):
+        return route.route_handlers
+    assert isinstance(route, ASGIRoute | WebSocketRoute)
+    return [route.route_handler]
+
+
+def _check_database(name: str, db: object) -> None:
+    if not isinstance(db, DBConnect):
+        raise TypeError(
+            f"CtxDBPlugin({name}<{type(db).__name__}>): this is no DBConnect. Pass the DBConnects of the application, "
+            "those to be injected by name; its options are `before_commit` and `commit_policy`."
+        )

@@ -1,0 +1,192 @@
+"""What `setup` takes, and what it does when the application starts and ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+from tests.aiohttp.conftest import Serve
+from tests.support.database import Database, eventually, insert
+from tests.support.frameworks.aiohttp import serve_aiohttp
+from tests.support.wire import ask
+
+from ctxdb_aiohttp import DATABASES, ApplicationFrozenError, setup
+from ctxdb_core import CtxDBError, DBConnect, new_db_ctx
+
+
+async def write(db: DBConnect, name: str) -> None:
+    async with new_db_ctx():
+        await insert(db, name)
+
+
+class FailingToClose(DBConnect):
+    async def close(self) -> None:
+        await super().close()
+        raise OSError
+
+
+@pytest.mark.parametrize("wrong", ["postgresql+asyncpg://app@127.0.0.1/app", None, DBConnect, object()])
+def test_what_is_no_database_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="DBConnect"):
+        setup(web.Application(), wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, web.Application, DBConnect.from_url("sqlite+aiosqlite://")])
+def test_what_is_no_application_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"web\.Application"):
+        setup(wrong)
+
+
+def test_a_negative_position_is_refused() -> None:
+    with pytest.raises(ValueError, match="position=-1"):
+        setup(web.Application(), position=-1)
+
+
+async def test_an_application_that_has_started_is_refused() -> None:
+    app = web.Application()
+    async with serve_aiohttp(app):
+        with pytest.raises(ApplicationFrozenError, match="has been started"):
+            setup(app)
+
+
+async def test_an_application_that_is_starting_is_refused() -> None:
+    errors: list[CtxDBError] = []
+
+    async def start(app: web.Application) -> None:
+        with pytest.raises(ApplicationFrozenError) as refused:
+            setup(app)
+        errors.append(refused.value)
+
+    app = web.Application()
+    app.on_startup.append(start)
+    async with serve_aiohttp(app):
+        assert len(errors) == 1
+
+
+def test_an_application_that_was_added_to_another_is_refused() -> None:
+    app = web.Application()
+    web.Application().add_subapp("/inner", app)
+    with pytest.raises(ApplicationFrozenError, match="add_subapp"):
+        setup(app)
+
+
+def test_a_refused_set_up_changes_nothing() -> None:
+    app = web.Application()
+    with pytest.raises(TypeError):
+        setup(app, None)  # type: ignore[arg-type]  # the mistake
+    assert len(app.middlewares) == len(app.on_response_prepare) == 0
+
+
+def test_the_databases_are_kept_in_the_application(db: DBConnect, database: Database) -> None:
+    second = database.connect()
+    app = web.Application()
+    setup(app, db)
+    assert app[DATABASES] == (db,)
+    setup(app, second)
+    assert app[DATABASES] == (db, second)
+
+
+async def test_the_clean_up_closes_every_database_even_if_one_fails(database: Database) -> None:
+    failing = FailingToClose(lambda host: database.watch_new(), host="127.0.0.1")
+    dbs = [database.connect(), failing, database.connect()]
+    app = web.Application()
+    setup(app, *dbs)
+    with pytest.raises(OSError):  # noqa: PT011 - there is no text
+        async with serve_aiohttp(app):
+            for number, db in enumerate(dbs):
+                await write(db, str(number))
+            assert database.backends("true")
+    await eventually(lambda: not database.backends("true"), "connections outlived the application")
+
+
+async def test_a_start_that_fails_closes_the_databases_too(db: DBConnect, database: Database) -> None:
+    async def start(app: web.Application) -> None:
+        await write(db, "one")
+        assert database.backends("true")
+        raise LookupError
+
+    app = web.Application()
+    app.on_startup.append(start)
+    setup(app, db)
+    with pytest.raises(LookupError):
+        async with serve_aiohttp(app):
+            raise AssertionError
+    await eventually(lambda: not database.backends("true"), "connections outlived the application")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+async def test_databases_that_others_use_while_they_clean_up_are_closed_after_them(
+    db: DBConnect, database: Database, order: str
+) -> None:
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        yield
+        await write(db, "context")
+
+    async def clean_up(app: web.Application) -> None:
+        await write(db, "signal")
+
+    app = web.Application()
+    if order == "before":
+        setup(app, db)
+    app.cleanup_ctx.append(context)
+    app.on_cleanup.append(clean_up)
+    if order == "after":
+        setup(app, db)
+    async with serve_aiohttp(app):
+        pass
+    await eventually(lambda: not database.backends("true"), "connections outlived the application")
+    assert await database.names() == ["context", "signal"]
+
+
+async def test_the_databases_of_a_sub_application_are_closed(db: DBConnect, database: Database, serve: Serve) -> None:
+    inner, app = web.Application(), web.Application()
+    setup(inner, db)
+    app.add_subapp("/inner", inner)
+    async with serve_aiohttp(app):
+        await write(db, "one")
+    await eventually(lambda: not database.backends("true"), "connections outlived the application")
+
+
+async def test_databases_need_not_be_named(db: DBConnect, database: Database, serve: Serve) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app)
+    assert (await ask(await serve(app))).status == 200
+    assert await database.names() == ["one"]
+
+
+async def test_before_commit_is_called_once_for_each_session(db: DBConnect, database: Database, serve: Serve) -> None:
+    async def hook(session: object) -> None:
+        sessions.append(session)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        used.append(await insert(db, "one"))
+        return web.Response()
+
+    sessions: list[object] = []
+    used: list[object] = []
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app, before_commit=hook)
+    assert (await ask(await serve(app))).status == 200
+    assert sessions == used
+
+
+async def test_a_request_that_uses_no_database_leaves_nothing_on_its_writer(serve: Serve) -> None:
+    writers: list[object] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        writers.append(request.writer)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app)
+    assert (await ask(await serve(app))).status == 200
+    assert not {"write_headers", "write_eof"} & set(vars(writers[0]))

@@ -1,0 +1,236 @@
+"""`setup` for an application, for a sub-application, for both, and twice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.aiohttp.conftest import Serve
+from tests.support.database import Database, insert, insert_orphan
+from tests.support.wire import ask
+
+from ctxdb_aiohttp import setup
+from ctxdb_core import ContextNotInitiatedError, DBConnect, commit_2xx, db_session
+
+WHERE = pytest.mark.parametrize("where", ["outer", "inner", "both"])
+
+
+def applications(handler: Handler, where: str, *, inner_middlewares: tuple[Middleware, ...] = ()) -> web.Application:
+    """Return an application with a sub-application that handles ``/inner/``."""
+    outer = web.Application()
+    inner = web.Application(middlewares=inner_middlewares)
+    inner.router.add_route("*", "/", handler)
+    if where != "outer":
+        setup(inner)
+    outer.add_subapp("/inner", inner)
+    if where != "inner":
+        setup(outer)
+    return outer
+
+
+def answer_by(status: int) -> Middleware:
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except IntegrityError:
+            return web.Response(status=status, text="handled")
+
+    return answer
+
+
+@WHERE
+async def test_a_request_has_one_unit_of_work(db: DBConnect, database: Database, serve: Serve, where: str) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        assert await db_session(db) is await db_session(db)
+        return web.Response(status=int(request.query_string))
+
+    base_url = await serve(applications(handler, where))
+    assert (await ask(base_url, "/inner/?409")).status == 409
+    assert await database.names() == []
+    assert (await ask(base_url, "/inner/?201")).status == 201
+    assert await database.names() == ["one"]
+
+
+@WHERE
+async def test_a_stream_and_a_body_work_on(db: DBConnect, database: Database, serve: Serve, where: str) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        session = await insert(db, f"{request.method} handler")
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            assert await insert(db, f"{request.method} body") is session
+            yield b"body"
+
+        if request.method == "GET":
+            return web.Response(body=body())
+        response = web.StreamResponse()
+        await response.prepare(request)
+        async for chunk in body():
+            await response.write(chunk)
+        return response
+
+    base_url = await serve(applications(handler, where))
+    for method in ("GET", "POST"):
+        assert (await ask(base_url, "/inner/", method)).summary == (200, "body")
+    assert await database.names() == ["GET body", "GET handler", "POST body", "POST handler"]
+
+
+async def test_the_outer_ones_options_hold(db: DBConnect, database: Database, serve: Serve) -> None:
+    calls: list[str] = []
+
+    async def outer_hook(session: AsyncSession) -> None:
+        calls.append("outer")
+
+    async def inner_hook(session: AsyncSession) -> None:
+        calls.append("inner")
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, request.query_string)
+        return web.Response(status=int(request.query_string))
+
+    outer, inner = web.Application(), web.Application()
+    inner.router.add_get("/", handler)
+    setup(inner, before_commit=inner_hook)
+    setup(outer, before_commit=outer_hook, commit_policy=commit_2xx)
+    outer.add_subapp("/inner", inner)
+    base_url = await serve(outer)
+    assert (await ask(base_url, "/inner/?303")).status == 303
+    assert (await ask(base_url, "/inner/?200")).status == 200
+    assert await database.names() == ["200"]
+    assert calls == ["outer"]
+
+
+async def test_of_two_set_ups_the_last_one_holds(db: DBConnect, database: Database, serve: Serve) -> None:
+    calls: list[str] = []
+
+    async def first(session: AsyncSession) -> None:
+        calls.append("first")
+
+    async def last(session: AsyncSession) -> None:
+        calls.append("last")
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app, before_commit=first)
+    setup(app, before_commit=last)
+    assert (await ask(await serve(app))).status == 200
+    assert await database.names() == ["one"]
+    assert calls == ["last"]
+
+
+@pytest.mark.parametrize("where", ["inner", "both"])
+async def test_a_sub_applications_own_error_middleware_answers_first(db: DBConnect, serve: Serve, where: str) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert_orphan(db)
+        return web.Response(text="success")
+
+    app = applications(handler, where, inner_middlewares=(answer_by(418),))
+    app.middlewares.append(answer_by(409))
+    assert (await ask(await serve(app), "/inner/")).summary == (418, "handled")
+
+
+@WHERE
+async def test_else_the_error_middleware_of_the_application_around_it_answers(
+    db: DBConnect, serve: Serve, where: str
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert_orphan(db)
+        return web.Response(text="success")
+
+    app = applications(handler, where)
+    app.middlewares.append(answer_by(409))
+    assert (await ask(await serve(app), "/inner/")).summary == (409, "handled")
+
+
+async def test_a_middleware_around_a_sub_application_that_has_the_adapter_can_change_its_responses(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    @web.middleware
+    async def set_cookie(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        assert not response.prepared
+        response.set_cookie("name", "value")
+        return response
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "handler")
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            await insert(db, "body")
+            yield b"body"
+
+        return web.Response(body=body())
+
+    app = applications(handler, "inner")
+    app.middlewares.append(set_cookie)
+    answer = await ask(await serve(app), "/inner/")
+    assert answer.summary == (200, "body")
+    assert answer.headers["set-cookie"].startswith("name=value")
+    assert await database.names() == ["body", "handler"]
+
+
+async def test_a_middleware_around_a_sub_application_can_drop_its_response(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    @web.middleware
+    async def replace(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await handler(request)
+        return web.Response(text="instead")
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "handler")
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            await insert(db, "body")
+            yield b"body"
+
+        return web.Response(body=body())
+
+    app = applications(handler, "inner")
+    app.middlewares.append(replace)
+    assert (await ask(await serve(app), "/inner/")).summary == (200, "instead")
+    assert await database.names() == ["handler"]
+
+
+async def test_outside_of_a_sub_application_that_has_the_adapter_there_is_no_unit_of_work(
+    db: DBConnect, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        with pytest.raises(ContextNotInitiatedError):
+            await db_session(db)
+        return web.Response()
+
+    app = applications(handler, "inner")
+    app.router.add_get("/", handler)
+    assert (await ask(await serve(app))).status == 200
+
+
+async def test_two_applications_in_one_process_do_not_meet(db: DBConnect, database: Database, serve: Serve) -> None:
+    """One asks the other while it has a session open itself."""
+
+    async def ask_the_other(request: web.Request) -> web.StreamResponse:
+        await insert(db, "first")
+        assert (await ask(other_url)).status == 200
+        return web.Response(status=400)
+
+    async def write(request: web.Request) -> web.StreamResponse:
+        await insert(db, "second")
+        return web.Response()
+
+    first, second = web.Application(), web.Application()
+    first.router.add_get("/", ask_the_other)
+    second.router.add_get("/", write)
+    setup(first)
+    setup(second)
+    other_url = await serve(second)
+    assert (await ask(await serve(first))).status == 400
+    assert await database.names() == ["second"]

@@ -1,0 +1,114 @@
+"""`commit_error`, for frameworks that answer errors further in than the middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from tests.support.database import Database, insert, insert_orphan
+
+from ctxdb_core import DBConnect
+from ctxdb_core.asgi import (
+    ASGIApp,
+    ASGIHTTPDBSessionMiddleware,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer_commit_error,
+    commit_error,
+)
+
+
+def start(status: int) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": []}
+
+
+def answering(answer: Callable[[Scope, Send], Awaitable[None]], db: DBConnect) -> ASGIApp:
+    """Return an application whose commit fails, and which gives the error's response by `answer`."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert commit_error(scope) is None
+        await insert_orphan(db)
+        with pytest.raises(IntegrityError) as caught:
+            await send(start(200))
+        # Not before it has been asked for: whatever is sent in between might claim a success.
+        await send(start(200))
+        assert commit_error(scope) is caught.value
+        await answer(scope, send)
+
+    return ASGIHTTPDBSessionMiddleware(app)
+
+
+async def run(app: ASGIApp) -> list[int]:
+    sent: list[int] = []
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message["status"])
+
+    try:
+        await app({"type": "http"}, receive, send)
+    except IntegrityError:
+        sent.append(0)
+    return sent
+
+
+@pytest.mark.parametrize(("status", "names"), [(202, ["answer"]), (409, [])])
+async def test_one_more_response_is_sent_and_counts_by_its_status(
+    db: DBConnect, database: Database, status: int, names: list[str]
+) -> None:
+    async def answer(scope: Scope, send: Send) -> None:
+        answer_commit_error(scope)
+        assert commit_error(scope) is None
+        await insert(db, "answer")
+        await send(start(status))
+
+    assert await run(answering(answer, db)) == [status]
+    assert await database.names() == names
+
+
+async def test_without_an_answer_the_error_is_raised(db: DBConnect) -> None:
+    async def answer(scope: Scope, send: Send) -> None: ...
+
+    assert await run(answering(answer, db)) == [0]
+
+
+async def test_an_answer_whose_commit_fails_is_the_last_one(db: DBConnect) -> None:
+    async def answer(scope: Scope, send: Send) -> None:
+        answer_commit_error(scope)
+        await insert_orphan(db)
+        with pytest.raises(IntegrityError):
+            await send(start(200))
+        assert commit_error(scope) is None
+        await send(start(500))
+
+    assert await run(answering(answer, db)) == [0]
+
+
+async def test_another_error_is_attached_and_its_own_consequence_is_not(db: DBConnect) -> None:
+    async def answer(scope: Scope, send: Send) -> None:
+        error = commit_error(scope)
+        assert error is not None
+        consequence = RuntimeError("response already started")
+        consequence.__cause__ = error
+        answer_commit_error(scope, consequence)
+        assert not hasattr(error, "__notes__")
+        await send(start(409))
+
+    async def answer_another(scope: Scope, send: Send) -> None:
+        error = commit_error(scope)
+        answer_commit_error(scope, LookupError("while cleaning up"))
+        assert error is not None
+        assert "while cleaning up" in error.__notes__[0]
+        await send(start(409))
+
+    assert await run(answering(answer, db)) == [409]
+    assert await run(answering(answer_another, db)) == [409]
+
+
+async def test_a_request_of_no_adapter_has_none() -> None:
+    assert commit_error({"type": "http"}) is None

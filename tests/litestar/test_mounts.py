@@ -1,0 +1,94 @@
+"""Applications that are mounted in a Litestar application: Litestar's own, and any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from litestar import Litestar, Request, Response, asgi, get
+from sqlalchemy.exc import IntegrityError
+from tests.support.database import Database, insert, insert_orphan
+from tests.support.litestar_app import Ask, answering, litestar_app
+
+from ctxdb_core import DBConnect
+from ctxdb_core.asgi import Receive, Scope, Send
+from ctxdb_litestar import CtxDBPlugin
+
+both_copy_scopes = pytest.mark.parametrize("copy_scope", [True, False])
+"""A mounted application gets a copy of the scope, or writes into that of the application around it."""
+
+
+def mounting(inner: Any, *, copy_scope: bool, **options: Any) -> Litestar:
+    return litestar_app(asgi("/inner", is_mount=True, copy_scope=copy_scope)(inner), **options)
+
+
+async def test_a_mounted_asgi_application_is_inside(db: DBConnect, database: Database, ask: Ask) -> None:
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        status = int(scope["query_string"])
+        await insert(db, str(status))
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    client = await ask(mounting(mounted, copy_scope=True, db=db))
+    assert (await client.get("/inner/anything?409")).status_code == 409
+    assert (await client.get("/inner/anything?202")).status_code == 202
+    assert await database.names() == ["202"]
+
+
+async def test_a_failing_commit_of_an_asgi_application_is_answered_by_the_one_around_it(
+    db: DBConnect, ask: Ask
+) -> None:
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"success"})
+
+    app = mounting(mounted, copy_scope=True, db=db, exception_handlers={IntegrityError: answering(409)})
+    response = await (await ask(app)).get("/inner/anything")
+    assert (response.status_code, response.text) == (409, "handled IntegrityError")
+
+
+@both_copy_scopes
+@pytest.mark.parametrize(
+    ("inner_status", "outer_status", "expected"),
+    [(418, 409, 418), (418, None, 418), (None, 409, 409), (None, None, 500)],
+)
+@pytest.mark.parametrize("inner_has_plugin", [True, False])
+async def test_the_handlers_of_the_mounted_application_come_first(
+    db: DBConnect,
+    ask: Ask,
+    inner_status: int | None,
+    outer_status: int | None,
+    expected: int,
+    inner_has_plugin: bool,
+    copy_scope: bool,
+) -> None:
+    def handlers(status: int | None) -> dict[Any, Any]:
+        return {} if status is None else {IntegrityError: answering(status)}
+
+    @get("/write")
+    async def write() -> str:
+        await insert_orphan(db)
+        return "success"
+
+    plugins = [CtxDBPlugin()] if inner_has_plugin else []
+    inner = litestar_app(write, plugins=plugins, exception_handlers=handlers(inner_status))
+    client = await ask(mounting(inner, copy_scope=copy_scope, db=db, exception_handlers=handlers(outer_status)))
+    assert (await client.get("/inner/write")).status_code == expected
+
+
+@both_copy_scopes
+async def test_a_handler_of_the_mounted_application_knows_its_own_application(
+    db: DBConnect, ask: Ask, copy_scope: bool
+) -> None:
+    def handle(request: Request[Any, Any, Any], exc: Exception) -> Response[Any]:
+        return Response([request.app is inner, request.scope["path"]], status_code=409)
+
+    @get("/write")
+    async def write() -> str:
+        await insert_orphan(db)
+        return "success"
+
+    inner = litestar_app(write, plugins=[CtxDBPlugin()], exception_handlers={IntegrityError: handle})
+    response = await (await ask(mounting(inner, copy_scope=copy_scope, db=db))).get("/inner/write")
+    assert (response.status_code, response.json()) == (409, [True, "/write"])
