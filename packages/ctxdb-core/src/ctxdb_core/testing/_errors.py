@@ -1,0 +1,15 @@
+"""The error of the testing tools."""
+
+from __future__ import annotations
+
+from ctxdb_core.errors import CtxDBError
+
+
+class SharedTransactionError(CtxDBError):
+    """Something was asked of a shared transaction that one connection cannot give.
+
+    Raised where two transactions would have to be open beside each other, where what one session has committed would be
+    undone by another one's roll-back, where the connection was lost, and where something gets around the shared
+    transaction. The way out: the message says what to change; or test this with real commits (`TableCleaner`, and the
+    fixture ``ctxdb_clean_tables``).
+    """
