@@ -252,16 +252,15 @@ async def test_transactions_can_be_committed_in_the_order_in_which_they_began(
 
 async def test_two_transactions_that_write_by_turns_are_refused_at_once(db: DBConnect) -> None:
     with pytest.raises(SharedTransactionError, match="has undone"):
-        async with shared_transaction(db):
-            async with new_non_ctx_session(db) as first, new_non_ctx_session(db) as second:
-                await first.execute(text("INSERT INTO item VALUES ('first')"))
-                await second.execute(text("INSERT INTO item VALUES ('second')"))
-                with pytest.raises(SharedTransactionError, match="one that was begun after it"):
-                    await first.execute(text("INSERT INTO item VALUES ('third')"))
-                with pytest.raises(SharedTransactionError, match="one that was begun after it"):
-                    await first.rollback()
-                with pytest.raises(SharedTransactionError, match="was undone"):
-                    await second.commit()
+        async with shared_transaction(db), new_non_ctx_session(db) as first, new_non_ctx_session(db) as second:
+            await first.execute(text("INSERT INTO item VALUES ('first')"))
+            await second.execute(text("INSERT INTO item VALUES ('second')"))
+            with pytest.raises(SharedTransactionError, match="one that was begun after it"):
+                await first.execute(text("INSERT INTO item VALUES ('third')"))
+            with pytest.raises(SharedTransactionError, match="one that was begun after it"):
+                await first.rollback()
+            with pytest.raises(SharedTransactionError, match="was undone"):
+                await second.commit()
 
 
 async def test_the_tests_session_stands_in_nobodys_way(db: DBConnect) -> None:

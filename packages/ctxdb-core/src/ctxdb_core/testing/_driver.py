@@ -36,6 +36,10 @@ class Driver:
         """Run statements that return nothing, in one round trip if that is possible."""
         raise NotImplementedError
 
+    async def fetch(self, query: str) -> list[Any]:
+        """Return the rows of a query."""
+        raise NotImplementedError
+
     async def commit(self, savepoint: str) -> None:
         """Release `savepoint`, unless a COMMIT would be refused now: what is deferred to it is checked first."""
         raise NotImplementedError
@@ -55,7 +59,7 @@ class _Postgres(Driver):
         # The constraints that are deferred by default become so again, and only those: SET CONSTRAINTS ALL DEFERRED
         # would hold the checks of INITIALLY IMMEDIATE ones back, too.
         if self._deferred is None:
-            rows = await self._fetch(
+            rows = await self.fetch(
                 "SELECT DISTINCT quote_ident(nspname) || '.' || quote_ident(conname) FROM pg_constraint "
                 "JOIN pg_namespace ON pg_namespace.oid = connamespace WHERE condeferred"
             )
@@ -71,9 +75,6 @@ class _Postgres(Driver):
     def forget_schema(self) -> None:
         self._deferred = None
 
-    async def _fetch(self, query: str) -> list[Any]:
-        raise NotImplementedError
-
 
 class _Asyncpg(_Postgres):
     @property
@@ -86,7 +87,7 @@ class _Asyncpg(_Postgres):
         except Exception as exc:  # noqa: BLE001 - translated into what SQLAlchemy expects of a DBAPI
             self.dbapi_connection._handle_exception(exc)  # noqa: SLF001 - there is no public name for it
 
-    async def _fetch(self, query: str) -> list[Any]:
+    async def fetch(self, query: str) -> list[Any]:
         rows: list[Any] = await self.connection.fetch(query)
         return rows
 
@@ -100,7 +101,7 @@ class _Psycopg(_Postgres):
         # Several statements at once cannot be prepared.
         await self.connection.execute("; ".join(statements), prepare=False)
 
-    async def _fetch(self, query: str) -> list[Any]:
+    async def fetch(self, query: str) -> list[Any]:
         cursor = await self.connection.execute(query)
         rows: list[Any] = await cursor.fetchall()
         return rows
@@ -118,8 +119,8 @@ class _Aiosqlite(Driver):
         # SAVEPOINT before that would be the outermost one, whose release commits.
         if not self.in_transaction:
             await self.run("BEGIN")
-        ((self._checks_foreign_keys,),) = await self._fetch("PRAGMA foreign_keys")
-        self._violations = await self._fetch("PRAGMA foreign_key_check") if self._checks_foreign_keys else []
+        ((self._checks_foreign_keys,),) = await self.fetch("PRAGMA foreign_keys")
+        self._violations = await self.fetch("PRAGMA foreign_key_check") if self._checks_foreign_keys else []
 
     async def run(self, *statements: str) -> None:
         for statement in statements:
@@ -128,14 +129,14 @@ class _Aiosqlite(Driver):
 
     async def commit(self, savepoint: str) -> None:
         # Deferred foreign keys are checked by the release of the outermost savepoint only (SQLite, "SAVEPOINT").
-        if self._checks_foreign_keys and len(await self._fetch("PRAGMA foreign_key_check")) > len(self._violations):
+        if self._checks_foreign_keys and len(await self.fetch("PRAGMA foreign_key_check")) > len(self._violations):
             raise self.dbapi_connection.dbapi.IntegrityError("FOREIGN KEY constraint failed")
         await self.run(f"RELEASE SAVEPOINT {savepoint}")
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
         await self.run(f"PRAGMA query_only = {'ON' if on else 'OFF'}")
 
-    async def _fetch(self, query: str) -> list[Any]:
+    async def fetch(self, query: str) -> list[Any]:
         cursor = await self.connection.execute(query)
         rows = list(await cursor.fetchall())
         await cursor.close()
@@ -153,10 +154,7 @@ _DRIVERS: dict[str, type[Driver]] = {
 def check_driver(engine: Engine) -> None:
     """Raise the error that says so if the driver of `engine` is not known here."""
     if engine.dialect.driver not in _DRIVERS:
-        raise SharedTransactionError(
-            f"shared_transaction() knows {', '.join(_DRIVERS)}, and not {engine.dialect.driver}. Test with real "
-            "commits instead."
-        )
+        raise SharedTransactionError(f"The testing tools know {', '.join(_DRIVERS)}, and not {engine.dialect.driver}.")
 
 
 def driver_of(engine: Engine, dbapi_connection: Any) -> Driver:

@@ -28,10 +28,13 @@ class SharedTransaction:
         thread: where the connection lives.
         dbs: the database as the application knows it: by one `DBConnect`, or by several.
         timeout: as of `shared_transaction`.
+        private: whether the application is left alone, so that only the test's session is on the connection.
     """
 
-    def __init__(self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float) -> None:
-        self._thread = thread
+    def __init__(
+        self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float, *, private: bool = False
+    ) -> None:
+        self._private = private
         self._dbs = dbs
         self._shared = SharedConnection(thread, timeout)
         self._originals: dict[DBConnect, AsyncEngine] = {}
@@ -41,7 +44,7 @@ class SharedTransaction:
     async def begin(self) -> AsyncSession:
         """Begin, and return the test's session. Runs on the thread's loop."""
         for db in self._dbs:
-            if db in _active:
+            if db in _active and not self._private:
                 raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
             self._originals[db] = await _original_engine(db)
         databases = {engine.url.database for engine in self._originals.values()}
@@ -53,9 +56,9 @@ class SharedTransaction:
         db = self._dbs[0]
         await self._shared.begin(self._originals[db])
         try:
-            for each in self._dbs:
+            for each in () if self._private else self._dbs:
                 self._replace_engines(each)
-            engine = create_shared_engine(self._originals[db], self._shared, lenient=True)
+            engine = create_shared_engine(self._originals[db], self._shared, lenient=not self._private)
             self.session = (await db.session_maker())(bind=engine)
         except BaseException:
             await self._shared.end()
