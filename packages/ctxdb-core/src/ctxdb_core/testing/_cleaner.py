@@ -76,6 +76,8 @@ class TableCleaner:
                 return sorted(found)
             found += [table for table in changed if table not in found]
             await self._tables.restore(changed)
+            if self._tables.is_silent:
+                return sorted(found)
         raise CleanUpError(
             f"Tables change as often as they are cleaned: {', '.join(await self._tables.changed())}. Is something "
             "still writing, or does a trigger?"

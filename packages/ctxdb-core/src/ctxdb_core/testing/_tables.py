@@ -12,6 +12,8 @@ class Tables:
         driver: a connection in autocommit mode, which is kept open: it has copies of rows in temporary tables.
     """
 
+    is_silent = False
+    """Whether `restore` fires no trigger, so that nothing has changed again after it."""
     sequences_moved = False
     """Whether sequences were found elsewhere than they were, when `changed` was asked."""
 
