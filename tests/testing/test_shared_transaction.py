@@ -455,3 +455,29 @@ async def test_streams_of_rows_work(db: DBConnect) -> None:
             await insert(db, name)
         result = await (await db_session(db)).stream(select(Item.name).order_by(Item.name))
         assert [name async for (name,) in result] == ["a", "b", "c"]
+
+
+async def test_a_test_that_is_cancelled_while_it_begins_leaves_nothing(db: DBConnect, database: Database) -> None:
+    async def test() -> None:
+        async with shared_transaction(db):
+            pytest.fail("it was entered")
+
+    task = asyncio.create_task(test())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await run_in_new_ctx(insert, db, "really")
+    assert await database.names() == ["really"]
+
+
+async def test_a_failing_test_keeps_its_error_and_is_told_the_problem(db: DBConnect) -> None:
+    with pytest.raises(AssertionError) as caught:
+        async with shared_transaction(db):
+            with pytest.raises(LookupError):
+                async with new_db_ctx():
+                    await insert(db, "outer")
+                    await run_in_new_ctx(insert, db, "inner")
+                    raise LookupError
+            assert await names(db) == ["inner"]
+    assert "has undone what another session had committed" in "".join(caught.value.__notes__)

@@ -40,6 +40,8 @@ class SharedTransaction:
         self._originals: dict[DBConnect, AsyncEngine] = {}
         self._replaced: list[tuple[DBConnect, Any]] = []
         self._guarded: list[Engine] = []
+        self.session: AsyncSession | None = None
+        """The test's, once it has begun."""
 
     async def begin(self) -> AsyncSession:
         """Begin, and return the test's session. Runs on the thread's loop."""
@@ -59,15 +61,17 @@ class SharedTransaction:
             for each in () if self._private else self._dbs:
                 self._replace_engines(each)
             engine = create_shared_engine(self._originals[db], self._shared, lenient=not self._private)
-            self.session = (await db.session_maker())(bind=engine)
+            session = self.session = (await db.session_maker())(bind=engine)
         except BaseException:
             await self._shared.end()
             self.restore()
             raise
-        return self.session
+        return session
 
     async def end(self) -> None:
-        """Roll everything back. Runs on the thread's loop."""
+        """Roll everything back, if it has begun. Runs on the thread's loop."""
+        if self.session is None:
+            return
         try:
             await _session_end.close(self.session, None, "the shared transaction")
         finally:
@@ -173,9 +177,8 @@ async def shared_transaction(
 @asynccontextmanager
 async def on_shared_transaction(shared: SharedTransaction, thread: LoopThread) -> AsyncIterator[AsyncSession]:
     """Begin and end `shared` on its thread's loop, for a block on another one."""
-    session = await thread.run(shared.begin)
     try:
-        yield session
+        yield await run_to_completion(thread.run(shared.begin))
     except BaseException as exc:
         await run_to_completion(thread.run(shared.end))
         try:
