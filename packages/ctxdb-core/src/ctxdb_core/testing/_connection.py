@@ -14,8 +14,9 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.testing._shared_connection import SharedConnection, Transaction
+from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._statement import Kind, Result, Statement, kind_of
+from ctxdb_core.testing._transaction import Transaction
 
 # The transactions that the running code is in: inherited by the tasks and threads that it starts.
 _inside: ContextVar[tuple[Transaction, ...]] = ContextVar("ctxdb_shared_transactions", default=())

@@ -15,54 +15,9 @@ from ctxdb_core.testing._driver import Driver, check_driver, driver_of
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._statement import Kind, Result, Statement
 from ctxdb_core.testing._thread import LoopThread
+from ctxdb_core.testing._transaction import Transaction
 
 _ALTERNATIVE = "or test this with real commits (the fixture `ctxdb_clean_tables`, docs/testing.md)."
-
-
-class Transaction:
-    """What a session takes for its transaction: a savepoint of the shared connection.
-
-    Args:
-        autocommit: whether each statement is a transaction of its own.
-        read_only: whether writes are refused.
-        lenient: whether it lets others go first also when it has written: they see what it wrote, and it cannot undo
-            that any more. So are the sessions of tests.
-    """
-
-    def __init__(self, *, autocommit: bool, read_only: bool, lenient: bool) -> None:
-        self.autocommit = autocommit
-        self.read_only = read_only
-        self.lenient = lenient
-        self.savepoint: str | None = None
-        """Its savepoint, as long as it is among those that are open."""
-        self.inside: tuple[Transaction, ...] = ()
-        """The others that were open in its task, or in those that this task comes from, at its last statement."""
-        self.task: object = None
-        """The task that made its last statement."""
-        self.last = ""
-        """What that statement was."""
-        self.wrote = False
-        self.failed = False
-        """Whether a statement has failed, so that PostgreSQL refuses all others."""
-        self.has_savepoints = False
-        """Whether the session has set savepoints of its own."""
-        self.within: list[str] = []
-        """What others have committed inside of it: a roll-back to its savepoint would undo that."""
-        self.committed = False
-        """Whether it was committed, and its savepoint waits for those that were set after it."""
-        self.over = False
-        self.undone = False
-        """Whether it was undone together with the one that it was in."""
-        self.overdue = False
-        """Whether it has waited in vain for those that began after it."""
-
-    @property
-    def gives_way(self) -> bool:
-        """Whether its savepoint can be released for others: there is nothing that it could still want to undo."""
-        return not self.has_savepoints and (self.failed or self.lenient or not self.wrote)
-
-    def __str__(self) -> str:
-        return f"the one of {self.last!r}"
 
 
 class SharedConnection:
@@ -83,6 +38,8 @@ class SharedConnection:
         self._open: list[Transaction] = []
         self._turns = asyncio.Condition()
         self._saw_ddl = False
+        self._running: asyncio.Task[Any] | None = None
+        """What is executing a statement."""
 
     async def begin(self, engine: AsyncEngine) -> None:
         """Take a connection of `engine`, and begin the outer transaction on it."""
@@ -106,6 +63,9 @@ class SharedConnection:
 
     async def end(self) -> None:
         """Roll everything back, and give the connection back. Whoever still uses it gets an error."""
+        if self._running is not None:
+            # Nobody is there any more to wait for it.
+            self._running.cancel()
         async with self._turns:
             if self.unusable is None:
                 self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."
@@ -131,6 +91,7 @@ class SharedConnection:
             if statement.kind is Kind.DDL:
                 self._saw_ddl = True
                 self.driver.forget_schema()
+            self._running = asyncio.current_task()
             try:
                 result: Result = await greenlet_spawn(statement.run, self.driver.dbapi_connection)
             except BaseException as exc:
@@ -139,6 +100,8 @@ class SharedConnection:
                 if transaction.autocommit and self.unusable is None:
                     await run_to_completion(self._roll_back(transaction))
                 raise
+            finally:
+                self._running = None
             # In an aborted transaction, nothing but a roll-back to a savepoint succeeds.
             transaction.failed = False
             self._check_outer_transaction()
@@ -152,6 +115,8 @@ class SharedConnection:
             self._check_usable()
             self._check_not_undone(transaction)
             if transaction.savepoint is not None:
+                while (top := self._open[-1]) is not transaction and top.gives_way:
+                    await run_to_completion(self._give_way(top))
                 await run_to_completion(self._commit(transaction))
             transaction.over = True
             self._turns.notify_all()
