@@ -14,9 +14,8 @@ import pytest
 from aiohttp import test_utils, web
 from fastapi import FastAPI
 from fastapi.testclient import TestClient as FastAPIClient
-from litestar.enums import ScopeType
-from litestar.middleware import DefineMiddleware
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -27,21 +26,19 @@ from tests.support.database import Database, Item, insert, insert_orphan
 from tests.support.server import http_client, serve
 from tests.support.stacks import on_integrity_error
 
+from ctxdb_aiohttp import setup
 from ctxdb_core import (
     DBConnect,
-    begin,
     close_db_session,
-    commit_below_400,
     commit_db_session,
     db_session,
-    finalize,
     gather_in_new_ctx,
     on_commit,
     rollback_db_session,
     run_in_new_ctx,
 )
-from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
 from ctxdb_core.testing import shared_transaction
+from ctxdb_litestar import CtxDBPlugin
 from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown
 
 Act = Callable[[], Awaitable[int]]
@@ -61,46 +58,34 @@ def starlette_app(db: DBConnect, act: Act, kind: type[Starlette] = Starlette) ->
     return app
 
 
-def litestar_app(act: Act) -> litestar.Litestar:
+def litestar_app(db: DBConnect, act: Act) -> litestar.Litestar:
     @litestar.post("/")
     async def handler() -> litestar.Response[str]:
         return litestar.Response("", status_code=await act())
 
+    def on_error(request: object, exc: Exception) -> litestar.Response[str]:
+        return litestar.Response("", status_code=409)
+
     return litestar.Litestar(
-        [handler], middleware=[DefineMiddleware(_litestar_middleware)], logging_config=None, debug=False
+        [handler], plugins=[CtxDBPlugin(db)], exception_handlers={IntegrityError: on_error}, logging_config=None
     )
 
 
-def _litestar_middleware(app: Any) -> Any:
-    middleware = ASGIHTTPDBSessionMiddleware(app)
-
-    async def call(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == ScopeType.HTTP:
-            await middleware(scope, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return call
-
-
-def aiohttp_app(act: Act) -> web.Application:
-    @web.middleware
-    async def unit_of_work(request: web.Request, handler: Any) -> web.StreamResponse:
-        unit = begin()
-        assert unit is not None
-        try:
-            response: web.StreamResponse = await handler(request)
-            await finalize(unit, commit=commit_below_400(response.status))
-        except Exception as exc:  # noqa: BLE001 - the error handler of this application
-            await finalize(unit, commit=False, error=exc)
-            return web.Response(status=409)
-        return response
-
+def aiohttp_app(db: DBConnect, act: Act) -> web.Application:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(status=await act())
 
-    app = web.Application(middlewares=[unit_of_work])
+    @web.middleware
+    async def on_error(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+        except IntegrityError:
+            return web.Response(status=409)
+        return response
+
+    app = web.Application(middlewares=[on_error])
     app.router.add_post("/", handler)
+    setup(app, db)
     return app
 
 
@@ -150,7 +135,7 @@ async def fastapi_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def litestar_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
-    with litestar.testing.TestClient(litestar_app(act), raise_server_exceptions=False) as client:
+    with litestar.testing.TestClient(litestar_app(db, act), raise_server_exceptions=False) as client:
 
         async def post() -> int:
             return client.post("/").status_code
@@ -160,7 +145,7 @@ async def litestar_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def litestar_async_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
-    async with litestar.testing.AsyncTestClient(litestar_app(act), raise_server_exceptions=False) as client:
+    async with litestar.testing.AsyncTestClient(litestar_app(db, act), raise_server_exceptions=False) as client:
 
         async def post() -> int:
             return (await client.post("/")).status_code
@@ -171,7 +156,7 @@ async def litestar_async_test_client(db: DBConnect, act: Act) -> AsyncIterator[P
 @asynccontextmanager
 async def aiohttp_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
     client: Any
-    async with test_utils.TestServer(aiohttp_app(act)) as server, test_utils.TestClient(server) as client:
+    async with test_utils.TestServer(aiohttp_app(db, act)) as server, test_utils.TestClient(server) as client:
 
         async def post() -> int:
             async with client.post("/") as response:
@@ -241,7 +226,7 @@ async def test_a_commit_that_is_refused_takes_the_error_path(client: Client, db:
 
     async with shared_transaction(db) as session:
         async with client(db, act) as post:
-            assert [await post(), await post()] == ([500, 500] if "litestar" in client.__name__ else [409, 409])
+            assert [await post(), await post()] == [409, 409]
         assert (await session.scalars(select(Item))).all() == []
 
 
