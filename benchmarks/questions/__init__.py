@@ -6,9 +6,10 @@ from benchmarks.questions.idle import Idle
 from benchmarks.questions.lookup import SessionLookup
 from benchmarks.questions.requests import Requests
 from benchmarks.questions.slow_readers import SlowReaders
+from benchmarks.questions.testing import Tests
 
 QUESTIONS: dict[str, type[Question]] = {
-    question.name: question for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders)
+    question.name: question for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, Tests)
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
@@ -294,6 +294,17 @@ async def test_a_swallowed_error_cannot_turn_the_commit_into_a_roll_back(db: DBC
             with pytest.raises(IntegrityError):
                 await insert(db, "one")
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_session_whose_commit_was_refused_gives_its_connection_back_clean(db: DBConnect) -> None:
+    async with new_non_ctx_session(db) as session:
+        with pytest.raises(ProgrammingError):
+            await session.execute(text("SELECT nothing"))
+        with pytest.raises(TransactionAbortedError):
+            await session.commit()
+    async with new_non_ctx_session(db) as session:
+        assert await session.scalar(text("SELECT 1")) == 1
 
 
 @KINDS

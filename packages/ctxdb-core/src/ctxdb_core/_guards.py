@@ -154,6 +154,9 @@ def _check_transaction(connection: Connection) -> None:
     try:
         connection.exec_driver_sql("SELECT 1")
     except DBAPIError as exc:
+        # SQLAlchemy takes a transaction for ended whose commit was refused by a listener: closing the session would
+        # give the connection back as it is.
+        connection.connection.rollback()
         raise TransactionAbortedError(
             "A statement of this transaction failed, and its error was not propagated: the transaction is aborted and "
             "cannot be committed. Let the error propagate, or run a statement that may fail inside "

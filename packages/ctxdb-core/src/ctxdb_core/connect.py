@@ -211,6 +211,15 @@ class DBConnect:
         host = "None" if self._host is None else repr(without_secrets(self._host))
         return f"<{type(self).__name__} host={host}>"
 
+    def _replace_engines(
+        self, engine_creator: EngineCreator, engines: dict[asyncio.AbstractEventLoop, LoopEngine], host: str | None
+    ) -> tuple[EngineCreator, dict[asyncio.AbstractEventLoop, LoopEngine], str | None]:
+        """Go on with what is given, and return what there was: for the testing tools, which put it back."""
+        with self._lock:
+            replaced = self._engine_creator, self._engines, self._host
+            self._engine_creator, self._engines, self._host = engine_creator, engines, host
+        return replaced
+
     def _loop_engine(self) -> LoopEngine:
         loop = asyncio.get_running_loop()
         engine = self._engines.get(loop)

@@ -1,0 +1,146 @@
+"""A test's own unit of work, and sessions that nothing is kept of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from ctxdb_core import _session_end
+from ctxdb_core._gate import StatementGate
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.errors import ContextNotInitiatedError
+from ctxdb_core.testing._engines import is_autocommit
+from ctxdb_core.unit import UnitOfWork, current_unit
+
+
+@asynccontextmanager
+async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+    """Open a session whose transaction is rolled back at the end of the block, also if it was committed inside of it.
+
+    Its commits release savepoints. Sessions of the application see nothing of it, unless they are put on the same
+    connection by `put_savepoint_session_in_ctx`.
+
+    Raises:
+        BaseException: what the block raised.
+    """
+    maker = await db.session_maker()
+    engine = await db.engine()
+    async with engine.connect() as connection:
+        if is_autocommit(engine):
+            session = maker(bind=connection)
+        else:
+            await _begin(connection)
+            session = maker(bind=connection, join_transaction_mode="create_savepoint")
+        try:
+            yield session
+        except BaseException as exc:
+            await run_to_completion(_end(session, connection, exc))
+            raise
+        await run_to_completion(_end(session, connection, None))
+
+
+async def _begin(connection: AsyncConnection) -> None:
+    await connection.begin()
+    if connection.dialect.name == "sqlite":
+        # The driver begins a transaction before INSERT, UPDATE and DELETE alone (sqlite3, "Transaction control"): a
+        # SAVEPOINT before that would be the outermost one, whose release commits.
+        raw = await connection.get_raw_connection()
+        if not getattr(raw.driver_connection, "in_transaction", False):
+            await connection.exec_driver_sql("BEGIN")
+
+
+async def _end(session: AsyncSession, connection: AsyncConnection, error: BaseException | None) -> None:
+    await _session_end.close(session, error, "a rollback_session")
+    await connection.rollback()
+
+
+class _TestUnit(UnitOfWork):
+    """A unit of work that an adapter joins instead of opening one for its request."""
+
+    shared = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: dict[DBConnect, AsyncConnection] = {}
+        """Where sessions are to be put on a connection of the test."""
+
+    async def open_session(self, db: DBConnect) -> AsyncSession:
+        connection = self.connections.get(db)
+        if connection is None or db in self.sessions:
+            return await super().open_session(db)
+        self.check_usable()
+        session = (await db.session_maker())(bind=connection, join_transaction_mode="create_savepoint")
+        StatementGate(session, self.statement_observer())
+        self.sessions[db] = session
+        if self.callbacks and db in self.callbacks:
+            self._watch(db, session)
+        return session
+
+
+@asynccontextmanager
+async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # noqa: FBT001, FBT002 - its published form
+    """Open a unit of work for a test: adapters join it, so that test and application have the same sessions.
+
+    The application's transactions are then ended by the test and not when its response starts. To test that they are,
+    use `shared_transaction`.
+
+    Args:
+        auto_close: whether its sessions are committed (or rolled back, if the block raises) and closed at the end;
+            without it, they are left to the test, as those of `put_savepoint_session_in_ctx` are.
+
+    Raises:
+        BaseException: what the block raised, or the error of a commit.
+    """
+    unit = _TestUnit()
+    unit.enter()
+    try:
+        try:
+            yield
+        except BaseException as exc:
+            if auto_close:
+                await unit.finish(commit=False, error=exc)
+            raise
+        if auto_close:
+            await unit.finish(commit=True)
+    finally:
+        # Of sessions that are left open, the unit hands none out any more.
+        unit.sessions = UnitOfWork.ended().sessions
+        unit.leave()
+
+
+@asynccontextmanager
+async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> AsyncIterator[AsyncSession]:
+    """Give the test's unit of work a session on the connection of `session`, whose commits only release savepoints.
+
+    To be used inside of `set_test_context`. The test sees by `session` what the application has written, and rolls all
+    of it back. What the application does in units of work of their own (`run_in_new_ctx`) is not part of it:
+    `shared_transaction` includes that.
+
+    Args:
+        db: the database that the application will ask `db_session` for.
+        session: the test's session, for instance of `rollback_session`.
+
+    Returns:
+        The application's session.
+
+    Raises:
+        ContextNotInitiatedError: there is no `set_test_context` around it.
+    """
+    unit = current_unit.get(None)
+    if not isinstance(unit, _TestUnit):
+        raise ContextNotInitiatedError(
+            "put_savepoint_session_in_ctx() needs the unit of work of a test: call it inside of `async with "
+            "set_test_context():`."
+        )
+    unit.check_usable()
+    await unit.close_session(db)
+    unit.connections[db] = await session.connection()
+    try:
+        yield await unit.open_session(db)
+    finally:
+        del unit.connections[db]
+        if not unit.closed:
+            await unit.close_session(db)

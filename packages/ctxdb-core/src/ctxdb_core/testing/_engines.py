@@ -1,0 +1,110 @@
+"""The engines of an application in a shared transaction: its own, but for the connections that they get."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Dialect, Engine, event
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+
+from ctxdb_core._url import READ_ONLY
+from ctxdb_core.testing._connection import Connection
+from ctxdb_core.testing._shared_connection import SharedConnection
+
+
+class _SharedDialect:
+    """What is particular to a shared connection, mixed into the dialect of the application's engine."""
+
+    driver = "shared"
+    has_terminate = True
+
+    def do_close(self, dbapi_connection: Connection) -> None:
+        dbapi_connection.close()
+
+    def do_terminate(self, dbapi_connection: Connection) -> None:
+        dbapi_connection.terminate()
+
+    def do_ping(self, dbapi_connection: Connection) -> bool:
+        return True
+
+    def is_disconnect(self, error: Exception, connection: Any, cursor: Any) -> bool:
+        return connection is not None and bool(connection.is_lost)
+
+    def get_driver_connection(self, connection: Connection) -> Any:
+        return connection.driver_connection
+
+    # On a single connection nobody else writes: all isolation levels are the same, but for autocommit.
+
+    def set_isolation_level(self, dbapi_connection: Connection, level: str) -> None:
+        dbapi_connection.autocommit = level == "AUTOCOMMIT"
+
+    def detect_autocommit_setting(self, dbapi_connection: Connection) -> bool:
+        return dbapi_connection.autocommit
+
+    def set_readonly(self, connection: Connection, value: bool) -> None:  # noqa: FBT001 - as the dialects do
+        connection.read_only = value
+
+    def get_readonly(self, connection: Connection) -> bool:
+        return connection.read_only
+
+    def set_deferrable(self, connection: Connection, value: bool) -> None:  # noqa: FBT001 - as above
+        """It would make a read-only transaction wait for others, of which there are none."""
+
+    def get_deferrable(self, connection: Connection) -> bool:
+        return False
+
+
+class SharedEngine(OptionEngine):
+    """An engine like another one, listeners and all, with a pool of its own."""
+
+    pool: Pool = None  # type: ignore[assignment]  # OptionEngine's is the other engine's
+
+
+# One dialect for each engine: what was compiled for it stays compiled in the next test.
+_dialects: WeakKeyDictionary[Engine, Dialect] = WeakKeyDictionary()
+
+
+def is_autocommit(engine: AsyncEngine) -> bool:
+    """Return whether the connections of `engine` are in autocommit mode."""
+    level: str | None = engine.dialect._on_connect_isolation_level  # noqa: SLF001 - told nowhere else without a connection
+    return level == "AUTOCOMMIT"
+
+
+def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, lenient: bool) -> AsyncEngine:
+    """Return an engine like `original` whose connections are all parts of the shared one."""
+    sync_engine = original.sync_engine
+    dialect = _dialects.get(sync_engine)
+    if dialect is None:
+        kind = type(sync_engine.dialect)
+        # SQLAlchemy asks each dialect class for this by itself.
+        own = {"supports_statement_cache": kind.supports_statement_cache}
+        shared_kind: type[Dialect] = type(f"Shared{kind.__name__}", (_SharedDialect, kind), own)
+        # What the original has learnt of the server, but not how it stops cancelled queries there.
+        dialect = shared_kind.__new__(shared_kind)
+        vars(dialect).update(
+            {name: value for name, value in vars(sync_engine.dialect).items() if name != "do_terminate"}
+        )
+        _dialects[sync_engine] = dialect
+    autocommit = is_autocommit(original)
+    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY, False))
+
+    def connect() -> Any:
+        return Connection(shared, autocommit=autocommit, read_only=read_only, lenient=lenient)
+
+    # Connections cost nothing here: there is one for everybody who asks.
+    pool = AsyncAdaptedQueuePool(connect, max_overflow=-1, dialect=dialect)
+    for name in ("checkout", "checkin", "reset"):
+        # What the application does when a connection is opened was done to the original's.
+        event.listen(pool, name, partial(_call_listeners, sync_engine, name))
+    engine = SharedEngine(sync_engine, {})
+    engine.dialect = dialect
+    engine.pool = pool
+    return AsyncEngine(engine)
+
+
+def _call_listeners(engine: Engine, name: str, *args: Any) -> None:
+    getattr(engine.pool.dispatch, name)(*args)

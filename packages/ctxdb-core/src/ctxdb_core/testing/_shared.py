@@ -1,0 +1,190 @@
+"""`shared_transaction`: test and application on one connection, whose transaction is rolled back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from ctxdb_core import _session_end
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.testing._engines import SharedEngine, create_shared_engine
+from ctxdb_core.testing._errors import SharedTransactionError
+from ctxdb_core.testing._shared_connection import SharedConnection
+from ctxdb_core.testing._thread import LoopThread
+
+WAIT_SECONDS = 3.0
+"""How long a transaction waits for another one's end before that is taken for a deadlock."""
+
+
+class SharedTransaction:
+    """One shared transaction, from its begin to its end, which may be called on any event loop or on none.
+
+    Args:
+        thread: where the connection lives.
+        dbs: the database as the application knows it: by one `DBConnect`, or by several.
+        timeout: as of `shared_transaction`.
+        private: whether the application is left alone, so that only the test's session is on the connection.
+    """
+
+    def __init__(
+        self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float, *, private: bool = False
+    ) -> None:
+        self._private = private
+        self._dbs = dbs
+        self._shared = SharedConnection(thread, timeout)
+        self._originals: dict[DBConnect, AsyncEngine] = {}
+        self._replaced: list[tuple[DBConnect, Any]] = []
+        self._guarded: list[Engine] = []
+        self.session: AsyncSession | None = None
+        """The test's, once it has begun."""
+
+    async def begin(self) -> AsyncSession:
+        """Begin, and return the test's session. Runs on the thread's loop."""
+        for db in self._dbs:
+            if db in _active and not self._private:
+                raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
+            self._originals[db] = await _original_engine(db)
+        databases = {engine.url.database for engine in self._originals.values()}
+        if len(databases) > 1:
+            raise SharedTransactionError(
+                f"One connection leads to one database, and these are {len(databases)}: give each a "
+                "shared_transaction() of its own."
+            )
+        db = self._dbs[0]
+        await self._shared.begin(self._originals[db])
+        try:
+            for each in () if self._private else self._dbs:
+                self._replace_engines(each)
+            engine = create_shared_engine(self._originals[db], self._shared, lenient=not self._private)
+            session = self.session = (await db.session_maker())(bind=engine)
+        except BaseException:
+            await self._shared.end()
+            self.restore()
+            raise
+        return session
+
+    async def end(self) -> None:
+        """Roll everything back, if it has begun. Runs on the thread's loop."""
+        if self.session is None:
+            return
+        try:
+            await _session_end.close(self.session, None, "the shared transaction")
+        finally:
+            await self._shared.end()
+
+    def restore(self) -> None:
+        """Give the databases their own engines back, and raise what the test has to know."""
+        for engine in self._guarded:
+            for name, listener in _GUARDS.items():
+                event.remove(engine, name, listener)
+        while self._replaced:
+            db, replaced = self._replaced.pop()
+            _, loop_engines, _ = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
+            for loop_engine in loop_engines.values():
+                loop_engine.abandon()
+            _active.discard(db)
+        if self._shared.problems:
+            raise SharedTransactionError("\n".join(self._shared.problems))
+
+    def _replace_engines(self, db: DBConnect) -> None:
+        original = self._originals[db]
+
+        def create(host: str) -> AsyncEngine:
+            return create_shared_engine(original, self._shared, lenient=False)
+
+        replaced = db._replace_engines(create, {}, db.host)  # noqa: SLF001 - the core's own
+        self._replaced.append((db, replaced))
+        _active.add(db)
+        for loop_engine in replaced[1].values():
+            engine = loop_engine.engine.sync_engine
+            if engine not in self._guarded:
+                self._guarded.append(engine)
+                for name, listener in _GUARDS.items():
+                    event.listen(engine, name, listener)
+
+
+_active: set[DBConnect] = set()
+
+
+def _refuse_original(connection: Connection) -> None:
+    if isinstance(connection.engine, SharedEngine):
+        # It has inherited this listener.
+        return
+    # SQLAlchemy takes a transaction for ended whose commit was refused by a listener.
+    connection.connection.rollback()
+    raise SharedTransactionError(
+        "An engine, a session maker or a session that is older than the shared transaction is used inside of it: it "
+        "would really commit. Ask for it anew: `await db.engine()`, `await db.session_maker()`, `await db_session(db)`."
+    )
+
+
+# What is held back from the engines that the databases had before.
+_GUARDS = {"begin": _refuse_original, "commit": _refuse_original}
+
+
+async def _original_engine(db: DBConnect) -> AsyncEngine:
+    """Return an engine of `db` that can be used on the thread's loop."""
+    if db.host is None:
+        # The handler may know it.
+        await db.session_maker()
+    engine = await db.engine()
+    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+        # A database in memory is in the connection of the loop that has filled it. This driver's connections serve
+        # other loops as well.
+        for loop_engine in db._engines.values():  # noqa: SLF001 - the core's own
+            if not loop_engine.loop.is_closed() and loop_engine.engine is not engine:
+                return loop_engine.engine
+    return engine
+
+
+@asynccontextmanager
+async def shared_transaction(
+    db: DBConnect, *others: DBConnect, timeout: float = WAIT_SECONDS
+) -> AsyncIterator[AsyncSession]:
+    """Let the block and the application that it tests share one connection, and roll everything back at its end.
+
+    Nothing of the application has to know. All that it gets from `db` is part of the connection's one transaction:
+    sessions, engines, session makers; in this task and in others, on this event loop and on those of other threads. Its
+    commits release savepoints, having checked what COMMIT would check; its roll-backs go back to them. Sessions take
+    turns: a transaction that has written is ended before another task's one begins. Inside of it, its own code can open
+    others (`run_in_new_ctx`).
+
+    Args:
+        db: the database.
+        *others: further `DBConnect`s to the same database, such as a replica's: they see what `db` has committed.
+        timeout: how many seconds a transaction waits for another one's end before that is taken for a deadlock.
+
+    Returns:
+        The test's own session, on the same connection, to prepare data and to look at it. It stands in nobody's way:
+        what it has flushed is seen by the application, and once the application has used the database, it stays.
+
+    Raises:
+        SharedTransactionError: something was asked of the one connection that it cannot give; the message says what,
+            and what to do instead. It is raised at the end of the block, too, if a roll-back has undone what another
+            session had committed.
+    """
+    with LoopThread() as thread:
+        shared = SharedTransaction(thread, (db, *others), timeout)
+        async with on_shared_transaction(shared, thread) as session:
+            yield session
+
+
+@asynccontextmanager
+async def on_shared_transaction(shared: SharedTransaction, thread: LoopThread) -> AsyncIterator[AsyncSession]:
+    """Begin and end `shared` on its thread's loop, for a block on another one."""
+    try:
+        yield await run_to_completion(thread.run(shared.begin))
+    except BaseException as exc:
+        await run_to_completion(thread.run(shared.end))
+        try:
+            shared.restore()
+        except SharedTransactionError as problem:
+            exc.add_note(f"ctxdb: {problem}")
+        raise
+    await run_to_completion(thread.run(shared.end))
+    shared.restore()

@@ -1,0 +1,332 @@
+"""`SharedConnection`: one connection and its outer transaction, and the turns of those who take a part of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import greenlet_spawn
+
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.testing._driver import Driver, check_driver, driver_of
+from ctxdb_core.testing._errors import SharedTransactionError
+from ctxdb_core.testing._statement import Kind, Result, Statement
+from ctxdb_core.testing._thread import LoopThread
+from ctxdb_core.testing._transaction import Transaction
+
+_ALTERNATIVE = "or test this with real commits (the fixture `ctxdb_clean_tables`, docs/testing.md)."
+
+
+class SharedConnection:
+    """The connection that test and application share. All of it runs on the loop of its thread, one call at a time.
+
+    Args:
+        thread: where the connection lives.
+        timeout: how many seconds a transaction waits for another one's end.
+    """
+
+    def __init__(self, thread: LoopThread, timeout: float) -> None:
+        self.thread = thread
+        self.timeout = timeout
+        self.problems: list[str] = []
+        """What makes the outcome of the test worthless, to be said at its end."""
+        self.unusable: str | None = None
+        """Why there can be no further statement."""
+        self._open: list[Transaction] = []
+        self._turns = asyncio.Condition()
+        self._saw_ddl = False
+        self._running: asyncio.Task[Any] | None = None
+        """What is executing a statement."""
+
+    async def begin(self, engine: AsyncEngine) -> None:
+        """Take a connection of `engine`, and begin the outer transaction on it."""
+        check_driver(engine.sync_engine)
+        self._connection: AsyncConnection = await engine.connect()
+        try:
+            raw = await self._connection.get_raw_connection()
+            dbapi_connection: Any = raw.dbapi_connection
+            dialect = engine.dialect
+            if dialect.detect_autocommit_setting(dbapi_connection):
+                level: Any = getattr(dialect, "default_isolation_level", None) or "READ COMMITTED"
+                await self._connection.execution_options(isolation_level=level)
+            await self._connection.begin()
+            self.driver: Driver = driver_of(engine.sync_engine, dbapi_connection)
+            # The drivers begin a transaction at its first statement.
+            await self._connection.exec_driver_sql("SELECT 1")
+            await self.driver.begin()
+        except BaseException:
+            await self._connection.close()
+            raise
+
+    async def end(self) -> None:
+        """Roll everything back, and give the connection back. Whoever still uses it gets an error."""
+        if self._running is not None:
+            # Nobody is there any more to wait for it.
+            self._running.cancel()
+        async with self._turns:
+            if self.unusable is None:
+                self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."
+                # What is deferred must not be checked any more, nor does anybody wait any more.
+                self._open.clear()
+            else:
+                await self._connection.invalidate()
+            self._turns.notify_all()
+            if self._saw_ddl and not self._connection.invalidated:
+                # Statements that are prepared on it may know tables that are gone.
+                await self._connection.invalidate()
+            await self._connection.close()
+
+    async def execute(self, transaction: Transaction, statement: Statement, task: object) -> Result:
+        """Run a statement in its transaction."""
+        async with self._turn_of(transaction, task, statement.kind):
+            if transaction.savepoint is None:
+                await run_to_completion(self._set_savepoint(transaction))
+            transaction.task = task
+            transaction.last = str(statement.arguments[0])[:80]
+            transaction.wrote |= statement.kind is not Kind.READ
+            transaction.has_savepoints |= statement.kind is Kind.SAVEPOINT
+            if statement.kind is Kind.DDL:
+                self._saw_ddl = True
+                self.driver.forget_schema()
+            self._running = asyncio.current_task()
+            try:
+                result: Result = await greenlet_spawn(statement.run, self.driver.dbapi_connection)
+            except BaseException as exc:
+                transaction.failed = self.driver.aborts_on_error or isinstance(exc, asyncio.CancelledError)
+                self._check_outer_transaction()
+                if transaction.autocommit and self.unusable is None:
+                    await run_to_completion(self._roll_back(transaction))
+                raise
+            finally:
+                self._running = None
+            # In an aborted transaction, nothing but a roll-back to a savepoint succeeds.
+            transaction.failed = False
+            self._check_outer_transaction()
+            if transaction.autocommit:
+                await run_to_completion(self._commit(transaction))
+            return result
+
+    async def commit(self, transaction: Transaction) -> None:
+        """Release the savepoint of a transaction, if a COMMIT would succeed now."""
+        async with self._turns:
+            self._check_usable()
+            self._check_not_undone(transaction)
+            if transaction.savepoint is not None:
+                while (top := self._open[-1]) is not transaction and top.gives_way:
+                    await run_to_completion(self._give_way(top))
+                await run_to_completion(self._commit(transaction))
+            transaction.over = True
+            self._turns.notify_all()
+
+    async def roll_back(self, transaction: Transaction, task: object) -> None:
+        """Roll a transaction back to its savepoint."""
+        if self.unusable is not None:
+            transaction.over = True
+            return
+        try:
+            async with self._turn_of(transaction, task):
+                if transaction.savepoint is not None:
+                    await run_to_completion(self._roll_back(transaction))
+                transaction.over = True
+        except SharedTransactionError:
+            await self.terminate(transaction)
+            raise
+
+    async def terminate(self, transaction: Transaction) -> None:
+        """Roll a transaction back without waiting for its turn: those that began after it are undone with it."""
+        async with self._turns:
+            if self.unusable is None and transaction.savepoint is not None:
+                await run_to_completion(self._roll_back(transaction))
+            transaction.over = True
+
+    async def use_driver(self, fn: Any) -> Any:
+        """Await `fn` with the driver's own connection, between two statements."""
+        async with self._turns:
+            self._check_usable()
+            return await fn(self.driver.connection)
+
+    @asynccontextmanager
+    async def _turn_of(self, transaction: Transaction, task: object, kind: Kind | None = None) -> AsyncIterator[None]:
+        async with self._turns:
+            while not await self._has_turn(transaction, task, kind):
+                pass
+            try:
+                if transaction.read_only and transaction.savepoint is not None:
+                    await self.driver.set_read_only(on=True, savepoint=False)
+                yield
+            finally:
+                if transaction.read_only and self.unusable is None:
+                    await self.driver.set_read_only(on=False, savepoint=False)
+                self._turns.notify_all()
+
+    async def _has_turn(self, transaction: Transaction, task: object, kind: Kind | None) -> bool:
+        self._check_usable()
+        self._check_not_undone(transaction)
+        top = self._open[-1] if self._open else None
+        if top is None or top is transaction:
+            return True
+        if top.gives_way:
+            await run_to_completion(self._give_way(top))
+            return False
+        if transaction.savepoint is None:
+            if transaction.autocommit and kind is Kind.READ and not top.failed:
+                # It is over before anybody could be in its way.
+                return True
+            if any(outer is top for outer in transaction.inside):
+                return True
+            reason = (
+                f"a session needs the shared connection while another one has an open transaction on it ({top}) that "
+                "has written: commit or roll back that one first"
+            )
+        else:
+            reason = (
+                f"a session goes on with its transaction ({transaction}) while one that was begun after it ({top}) has "
+                "written and is still open: commit or roll back that one first"
+            )
+            if top.task is task or transaction.overdue:
+                raise _refusal(reason, 0)
+        await self._wait(transaction, reason)
+        return False
+
+    def _check_not_undone(self, transaction: Transaction) -> None:
+        if transaction.undone:
+            raise SharedTransactionError(
+                "This session's transaction was undone: it was begun while another one was open, and that was rolled "
+                f"back before this one had ended. Let it end first, {_ALTERNATIVE}"
+            )
+
+    async def _wait(self, transaction: Transaction, reason: str) -> None:
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._turns.wait()
+        except TimeoutError:
+            transaction.overdue = True
+            raise _refusal(reason, self.timeout) from None
+
+    async def _give_way(self, transaction: Transaction) -> None:
+        """Release the savepoint of a transaction with nothing to undo; its next statement sets another one."""
+        if transaction.failed:
+            await self._roll_back(transaction)
+            transaction.failed = True
+            return
+        await self._control(f"RELEASE SAVEPOINT {transaction.savepoint}")
+        self._leave(transaction, committed=True)
+        transaction.wrote = False
+        await self._release_committed()
+
+    async def _set_savepoint(self, transaction: Transaction) -> None:
+        transaction.savepoint = f"ctxdb_{len(self._open) + 1}"
+        await self._control(f"SAVEPOINT {transaction.savepoint}")
+        self._open.append(transaction)
+        if transaction.read_only:
+            await self.driver.set_read_only(on=True, savepoint=True)
+        if transaction.failed:
+            # Its statements had to be undone for another session's sake: to the application, it is still aborted.
+            with suppress(Exception):
+                await self.driver.run("ROLLBACK TO SAVEPOINT ctxdb_aborted")
+
+    async def _commit(self, transaction: Transaction) -> None:
+        if transaction.failed:
+            # PostgreSQL answers COMMIT with a roll-back then, and no error.
+            await self._roll_back(transaction)
+            return
+        assert transaction.savepoint is not None
+        is_last = self._open[-1] is transaction
+        try:
+            if transaction.wrote:
+                # Others may have begun since. Then its savepoint stays until they have ended: nobody goes back to it.
+                checked = transaction.savepoint if is_last else "ctxdb_checked"
+                if not is_last:
+                    await self.driver.run(f"SAVEPOINT {checked}")
+                try:
+                    await self.driver.commit(checked)
+                except BaseException:
+                    if not is_last:
+                        await self.driver.run(f"ROLLBACK TO SAVEPOINT {checked}", f"RELEASE SAVEPOINT {checked}")
+                    raise
+            elif is_last:
+                await self.driver.run(f"RELEASE SAVEPOINT {transaction.savepoint}")
+        except BaseException:
+            # A COMMIT that fails ends its transaction.
+            transaction.over = True
+            self._check_outer_transaction()
+            if self.unusable is None:
+                await self._roll_back(transaction)
+            raise
+        if is_last:
+            self._leave(transaction, committed=True)
+            await self._release_committed()
+        else:
+            transaction.committed = True
+
+    async def _release_committed(self) -> None:
+        """Release the savepoints that have waited for the last one to go."""
+        while self._open and self._open[-1].committed:
+            await self._control(f"RELEASE SAVEPOINT {self._open[-1].savepoint}")
+            self._leave(self._open[-1], committed=True)
+
+    async def _roll_back(self, transaction: Transaction) -> None:
+        while self._open[-1] is not transaction:
+            inner = self._open[-1]
+            inner.undone = not inner.committed
+            self._complain(transaction, [*inner.within, str(inner)])
+            self._leave(inner, committed=False)
+        if transaction.within and not transaction.wrote and not transaction.failed:
+            # It has only read. What others have committed meanwhile must stand, as it would elsewhere.
+            await self._control(f"RELEASE SAVEPOINT {transaction.savepoint}")
+            self._leave(transaction, committed=True)
+            await self._release_committed()
+            return
+        if transaction.within:
+            self._complain(transaction, transaction.within)
+        await self._control(
+            f"ROLLBACK TO SAVEPOINT {transaction.savepoint}", f"RELEASE SAVEPOINT {transaction.savepoint}"
+        )
+        self._leave(transaction, committed=False)
+        await self._release_committed()
+
+    async def _control(self, *statements: str) -> None:
+        try:
+            await self.driver.run(*statements)
+        except BaseException:
+            self._check_outer_transaction()
+            raise
+
+    def _leave(self, transaction: Transaction, *, committed: bool) -> None:
+        self._open.remove(transaction)
+        transaction.savepoint = None
+        if committed and self._open:
+            self._open[-1].within += transaction.within
+            if transaction.wrote:
+                self._open[-1].within.append(str(transaction))
+        transaction.within = []
+        transaction.failed = transaction.has_savepoints = False
+
+    def _complain(self, outer: Transaction, undone: list[str]) -> None:
+        self.problems.append(
+            f"A roll-back ({outer}) has undone what another session had committed since the transaction began "
+            f"({', '.join(undone)}), which would stand on connections of their own. Commit before the other session "
+            f"begins, {_ALTERNATIVE}"
+        )
+
+    def _check_outer_transaction(self) -> None:
+        if self.unusable is None and not self.driver.in_transaction:
+            self.unusable = (
+                "was lost: its connection was closed, or a statement has ended the outer transaction. What follows "
+                "would be committed for good."
+            )
+
+    def _check_usable(self) -> None:
+        if self.unusable is not None:
+            raise SharedTransactionError(f"The shared transaction {self.unusable}")
+
+
+def _refusal(reason: str, waited: float) -> SharedTransactionError:
+    seconds = f" (it has waited for {waited:g} s)" if waited else ""
+    return SharedTransactionError(
+        f"In a shared transaction there is one connection: {reason}{seconds}; {_ALTERNATIVE} Transactions that have "
+        "only read stand in nobody's way."
+    )

@@ -1,0 +1,49 @@
+"""`Transaction`: what a session takes for its own, on a shared connection."""
+
+from __future__ import annotations
+
+
+class Transaction:
+    """What a session takes for its transaction: a savepoint of the shared connection.
+
+    Args:
+        autocommit: whether each statement is a transaction of its own.
+        read_only: whether writes are refused.
+        lenient: whether it lets others go first also when it has written: they see what it wrote, and it cannot undo
+            that any more. So are the sessions of tests.
+    """
+
+    def __init__(self, *, autocommit: bool, read_only: bool, lenient: bool) -> None:
+        self.autocommit = autocommit
+        self.read_only = read_only
+        self.lenient = lenient
+        self.savepoint: str | None = None
+        """Its savepoint, as long as it is among those that are open."""
+        self.inside: tuple[Transaction, ...] = ()
+        """The others that were open in its task, or in those that this task comes from, at its last statement."""
+        self.task: object = None
+        """The task that made its last statement."""
+        self.last = ""
+        """What that statement was."""
+        self.wrote = False
+        self.failed = False
+        """Whether a statement has failed, so that PostgreSQL refuses all others."""
+        self.has_savepoints = False
+        """Whether the session has set savepoints of its own."""
+        self.within: list[str] = []
+        """What others have committed inside of it: a roll-back to its savepoint would undo that."""
+        self.committed = False
+        """Whether it was committed, and its savepoint waits for those that were set after it."""
+        self.over = False
+        self.undone = False
+        """Whether it was undone together with the one that it was in."""
+        self.overdue = False
+        """Whether it has waited in vain for those that began after it."""
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether its savepoint can be released for others: there is nothing that it could still want to undo."""
+        return not self.has_savepoints and (self.failed or self.lenient or not self.wrote)
+
+    def __str__(self) -> str:
+        return f"the one of {self.last!r}"

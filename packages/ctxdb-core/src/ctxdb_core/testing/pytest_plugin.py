@@ -1,0 +1,194 @@
+"""The fixtures that pytest finds when ctxdb is installed. They cost nothing where they are not asked for.
+
+All of them are synchronous: they work for synchronous tests, and for asynchronous ones of every plugin and with event
+loops of every scope. Their connections live on an event loop of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
+
+import pytest
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._url import READ_ONLY
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.testing._cleaner import TableCleaner
+from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
+from ctxdb_core.testing._shared import WAIT_SECONDS, SharedTransaction
+from ctxdb_core.testing._thread import LoopThread
+from ctxdb_core.testing._workers import create_database, drop_database, worker_url
+
+__all__ = [
+    "ctxdb_clean_tables",
+    "ctxdb_dbs",
+    "ctxdb_rollback_session",
+    "ctxdb_session",
+    "ctxdb_shared_transaction",
+    "ctxdb_test_context",
+    "ctxdb_worker_database",
+    "pytest_collection_modifyitems",
+]
+
+
+@pytest.fixture(scope="session")
+def ctxdb_dbs() -> DBConnect | Sequence[DBConnect]:
+    """The databases of the tests, to be overridden in ``conftest.py``: one `DBConnect`, or several.
+
+    One that is read-only sees the same data as the first other one before it whose database has the same name.
+    """
+    raise pytest.UsageError(
+        'Tell ctxdb which databases the tests use: define a fixture `ctxdb_dbs` in conftest.py, with scope="session", '
+        "that returns the application's DBConnect, or a list of them."
+    )
+
+
+@pytest.fixture(scope="session")
+def _ctxdb_thread(ctxdb_dbs: object) -> Iterator[LoopThread]:
+    with LoopThread() as thread:
+        yield thread
+
+
+@pytest.fixture(scope="session")
+def _ctxdb_groups(ctxdb_dbs: DBConnect | Sequence[DBConnect], _ctxdb_thread: LoopThread) -> list[list[DBConnect]]:
+    """The databases, each with the read-only ones that lead to it."""
+    dbs = [ctxdb_dbs] if isinstance(ctxdb_dbs, DBConnect) else list(ctxdb_dbs)
+    groups: list[list[DBConnect]] = []
+    by_name: dict[str | None, list[DBConnect]] = {}
+    for db in dbs:
+        name, read_only = _ctxdb_thread.call(_describe, db)
+        if read_only and name in by_name:
+            by_name[name].append(db)
+        else:
+            groups.append([db])
+            by_name.setdefault(name, groups[-1])
+    return groups
+
+
+async def _describe(db: DBConnect) -> tuple[str | None, bool]:
+    await db.session_maker()
+    engine = await db.engine()
+    return engine.url.database, bool(engine.sync_engine.get_execution_options().get(READ_ONLY, False))
+
+
+@pytest.fixture
+def ctxdb_shared_transaction(
+    _ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread
+) -> Iterator[Mapping[DBConnect, AsyncSession]]:
+    """Test and application share a connection to each database; all is rolled back after the test.
+
+    Its value are the test's sessions, by `DBConnect`. See `ctxdb_core.testing.shared_transaction`.
+    """
+    with ExitStack() as stack:
+        sessions = {}
+        for group in _ctxdb_groups:
+            shared = SharedTransaction(_ctxdb_thread, tuple(group), WAIT_SECONDS)
+            session = _ctxdb_thread.call(shared.begin)
+            stack.callback(shared.restore)
+            stack.callback(_ctxdb_thread.call, shared.end)
+            sessions.update(dict.fromkeys(group, session))
+        yield sessions
+
+
+@pytest.fixture
+def ctxdb_session(ctxdb_shared_transaction: Mapping[DBConnect, AsyncSession]) -> AsyncSession:
+    """The test's session on the first database, in `ctxdb_shared_transaction`."""
+    return next(iter(ctxdb_shared_transaction.values()))
+
+
+@pytest.fixture(scope="session")
+def _ctxdb_cleaners(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread) -> Iterator[list[TableCleaner]]:
+    stack = AsyncExitStack()
+    try:
+        yield [_ctxdb_thread.call(stack.enter_async_context, TableCleaner(db)) for db, *_ in _ctxdb_groups]
+    finally:
+        _ctxdb_thread.call(stack.aclose)
+
+
+@pytest.fixture
+def ctxdb_clean_tables(_ctxdb_cleaners: list[TableCleaner], _ctxdb_thread: LoopThread) -> Iterator[None]:
+    """The application really commits; the tables that have changed are cleaned after the test.
+
+    What was in them when the first such test began is there again. See `ctxdb_core.testing.TableCleaner`.
+    """
+    yield
+    for cleaner in _ctxdb_cleaners:
+        _ctxdb_thread.call(cleaner.clean)
+
+
+@pytest.fixture
+def ctxdb_rollback_session(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread) -> Iterator[AsyncSession]:
+    """A session on the first database whose work is rolled back after the test; nobody else sees it.
+
+    Together with `ctxdb_test_context`, the test's unit of work has sessions on its connection. See
+    `ctxdb_core.testing.rollback_session`.
+    """
+    shared = SharedTransaction(_ctxdb_thread, tuple(_ctxdb_groups[0]), WAIT_SECONDS, private=True)
+    session = _ctxdb_thread.call(shared.begin)
+    yield session
+    _ctxdb_thread.call(shared.end)
+    shared.restore()
+
+
+# The test's session that those of its unit of work are put beside, and its database.
+_beside = pytest.StashKey[tuple[DBConnect, AsyncSession]]()
+
+
+@pytest.fixture
+def ctxdb_test_context(request: pytest.FixtureRequest) -> None:
+    """The test runs in a unit of work of its own, committed at its end, which adapters join.
+
+    See `ctxdb_core.testing.set_test_context`.
+    """
+    if not inspect.iscoroutinefunction(request.function):
+        raise pytest.UsageError("ctxdb_test_context is for asynchronous tests: this one is a plain function.")
+    if "ctxdb_rollback_session" in request.fixturenames:
+        groups: list[list[DBConnect]] = request.getfixturevalue("_ctxdb_groups")
+        request.node.stash[_beside] = groups[0][0], request.getfixturevalue("ctxdb_rollback_session")
+
+
+@pytest.fixture(scope="session")
+def ctxdb_worker_database() -> Iterator[Callable[..., URL]]:
+    """Creates a database for this worker of pytest-xdist, or for the run, and drops it at the end.
+
+    A function ``(url, template=None)`` that returns the database's URL: see `ctxdb_core.testing.worker_url` and
+    `create_database`.
+    """
+    with ExitStack() as stack:
+        # Not the thread of the others, which ends before the databases go.
+        thread = stack.enter_context(LoopThread())
+
+        def create(url: str | URL, template: str | None = None) -> URL:
+            own = worker_url(url)
+            thread.call(create_database, own, template)
+            stack.callback(thread.call, drop_database, own)
+            return own
+
+        yield create
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests that ask for `ctxdb_test_context` run in it: a fixture runs in another context than its test."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "ctxdb_test_context" in item.fixturenames:
+            item.obj = _in_test_context(item, item.obj)
+
+
+def _in_test_context(item: pytest.Function, test: Callable[..., Any]) -> Callable[..., Any]:
+    if not inspect.iscoroutinefunction(test):
+        return test
+
+    @functools.wraps(test)
+    async def run(*args: Any, **kwargs: Any) -> None:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_test_context(auto_close=True))
+            if _beside in item.stash:
+                await stack.enter_async_context(put_savepoint_session_in_ctx(*item.stash[_beside]))
+            await test(*args, **kwargs)
+
+    return run

@@ -1,0 +1,236 @@
+"""The pytest plugin, in runs of pytest of its own."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import aiosqlite
+import asyncpg  # type: ignore[import-untyped]  # it has no types
+import psycopg
+import pytest
+import starlette.testclient
+from tests.support.database import TABLES
+
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+
+pytest_plugins = ["pytester"]
+
+# What a run imports is forgotten after it, which extension modules do not survive: so it is there already.
+IMPORTED = (aiosqlite, asyncpg, starlette.testclient)
+
+# pytest-asyncio asks for a choice that makes no difference here.
+OPTIONS = ["-p", "no:cacheprovider", "-Werror", "-Wignore:The configuration option"]
+
+CONFTEST = """
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from ctxdb_core import DBConnect, db_session, new_db_ctx, run_in_new_ctx
+
+db = DBConnect.from_url({url!r})
+replica = DBConnect.from_url({url!r}, read_only=True)
+
+@pytest.fixture(scope="session")
+def ctxdb_dbs():
+    return [db, replica]
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+
+HELPERS = """
+import pytest
+from conftest import db, replica
+from sqlalchemy import text
+from ctxdb_core import db_session, new_db_ctx, new_non_ctx_session, run_in_new_ctx
+
+async def write(name="one"):
+    await (await db_session(db)).execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
+
+async def count(db=db):
+    async with new_non_ctx_session(db) as session:
+        return await session.scalar(text("SELECT count(*) FROM item"))
+"""
+
+# Each test finds nothing of the other.
+BOTH_STYLES = """
+{mark}
+class TestShared:
+    @pytest.mark.parametrize("number", range(2))
+    async def test_shared(self, number, ctxdb_session):
+        assert await count() == 0
+        await run_in_new_ctx(write)
+        assert await count() == await count(replica) == 1
+        assert await ctxdb_session.scalar(text("SELECT count(*) FROM item")) == 1
+
+{mark}
+class TestClean:
+    @pytest.mark.parametrize("number", range(2))
+    async def test_clean(self, number, ctxdb_clean_tables):
+        assert await count() == 0
+        await run_in_new_ctx(write)
+        assert await count() == 1
+"""
+
+
+@pytest.fixture(params=["asyncpg", "sqlite"])
+def url(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres, tmp_path: Path) -> Iterator[str]:
+    """A database with the tests' tables, that is looked at after the run."""
+    if request.param == "sqlite":
+        file = tmp_path / "plugin.db"
+        with closing(sqlite3.connect(file)) as connection:
+            for table in TABLES:
+                connection.execute(table)
+            yield f"sqlite+aiosqlite:///{file}"
+            assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
+        return
+    with psycopg.connect(postgres_server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE plugin")
+        own = postgres_server.url("asyncpg", "plugin")
+        with psycopg.connect(own.replace("+asyncpg", ""), autocommit=True) as connection:
+            for table in TABLES:
+                connection.execute(table)
+            yield own
+            assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
+        # Without FORCE: the runs have left no connection.
+        admin.execute("DROP DATABASE plugin")
+
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, url: str) -> Run:
+    def run(tests: str, *arguments: str, conftest: str = "") -> pytest.RunResult:
+        pytester.makeconftest(CONFTEST.format(url=url) + conftest)
+        pytester.makepyfile(HELPERS + tests)
+        return pytester.runpytest_inprocess(*OPTIONS, *arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("mark", "arguments"),
+    [
+        ("", ["--asyncio-mode=auto"]),
+        ("@pytest.mark.asyncio(loop_scope='session')", []),
+        ("@pytest.mark.anyio", ["-p", "no:asyncio"]),
+    ],
+    ids=["asyncio", "asyncio-session-loop", "anyio"],
+)
+def test_both_styles_isolate_tests_under_every_asynchronous_plugin(run: Run, mark: str, arguments: list[str]) -> None:
+    run(BOTH_STYLES.format(mark=mark), *arguments).assert_outcomes(passed=4)
+
+
+def test_both_styles_serve_synchronous_tests_with_a_test_client(run: Run) -> None:
+    tests = """
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown
+
+async def endpoint(request):
+    await write()
+    return PlainTextResponse(str(await (await db_session(db)).scalar(text("SELECT count(*) FROM item"))))
+
+app = Starlette(routes=[Route("/", endpoint)], lifespan=close_on_shutdown(db))
+app.add_middleware(DBSessionMiddleware)
+
+@pytest.mark.parametrize("style", ["ctxdb_shared_transaction", "ctxdb_clean_tables"] * 2)
+def test_request(style, request):
+    request.getfixturevalue(style)
+    with TestClient(app) as client:
+        assert client.get("/").text == "1"
+"""
+    run(tests, "-p", "no:asyncio").assert_outcomes(passed=4)
+
+
+# Each worker is a process that imports everything anew: SQLite's files are left to test_workers.py.
+@pytest.mark.parametrize("url", ["asyncpg"], indirect=True)
+def test_each_worker_has_a_database_of_its_own(pytester: pytest.Pytester, url: str) -> None:
+    conftest = """
+import asyncio
+import pytest
+from sqlalchemy import text
+from ctxdb_core import DBConnect, new_non_ctx_atomic_session
+from ctxdb_core.testing import worker_url
+
+db = DBConnect.from_url(worker_url({url!r}))
+
+@pytest.fixture(scope="session")
+def ctxdb_dbs(ctxdb_worker_database):
+    assert ctxdb_worker_database({url!r}) == worker_url({url!r})
+
+    async def create_tables():
+        async with new_non_ctx_atomic_session(db) as session:
+            await session.execute(text("CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)"))
+
+    asyncio.run(create_tables())
+    return db
+"""
+    pytester.makeconftest(conftest.format(url=url))
+    tests = """
+import os
+
+@pytest.mark.parametrize("number", range(6))
+async def test_clean(number, ctxdb_clean_tables):
+    assert await count() == 0
+    await run_in_new_ctx(write)
+    assert (await db.engine()).url.database.removesuffix(".db").endswith(os.environ["PYTEST_XDIST_WORKER"])
+"""
+    pytester.makepyfile(HELPERS.replace(", replica", "") + tests)
+    result = pytester.runpytest_subprocess(*OPTIONS, "--asyncio-mode=auto", "-n2")
+    result.assert_outcomes(passed=6)
+
+
+def test_a_rollback_session_is_beside_those_of_the_tests_unit_of_work(run: Run) -> None:
+    tests = """
+@pytest.mark.parametrize("number", range(2))
+async def test_service(number, ctxdb_rollback_session, ctxdb_test_context):
+    await write()
+    await (await db_session(db)).commit()
+    assert await ctxdb_rollback_session.scalar(text("SELECT count(*) FROM item")) == 1
+    assert await count() == 0
+"""
+    run(tests, "--asyncio-mode=auto").assert_outcomes(passed=2)
+
+
+def test_a_test_context_is_committed(run: Run) -> None:
+    tests = """
+async def test_service(ctxdb_shared_transaction, ctxdb_test_context):
+    await write()
+
+@pytest.fixture
+def look(ctxdb_shared_transaction):
+    yield
+"""
+    run(tests, "--asyncio-mode=auto").assert_outcomes(passed=1)
+
+
+def test_what_cannot_be_shown_on_one_connection_is_an_error_of_the_test(run: Run) -> None:
+    tests = """
+async def test_audit(ctxdb_shared_transaction):
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await write("undone")
+            await run_in_new_ctx(write, "stands")
+            raise LookupError
+
+async def test_next(ctxdb_shared_transaction):
+    assert await count() == 0
+"""
+    result = run(tests, "--asyncio-mode=auto")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines("*has undone what another session had committed*ctxdb_clean_tables*")
+
+
+def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(ctxdb_clean_tables): pass")
+    result = pytester.runpytest_inprocess(*OPTIONS)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")

@@ -1,0 +1,170 @@
+"""Several sessions in one shared transaction: who waits for whom, and what cannot be shown on one connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import select, text
+from tests.support.database import Item, insert
+from tests.support.items import names
+
+from ctxdb_core import (
+    DBConnect,
+    db_session,
+    gather_in_new_ctx,
+    new_db_ctx,
+    new_non_ctx_session,
+    run_in_new_ctx,
+)
+from ctxdb_core.testing import SharedTransactionError, shared_transaction
+
+
+async def test_a_session_of_its_own_runs_inside_of_a_transaction_that_has_written(db: DBConnect) -> None:
+    async with shared_transaction(db):
+        async with new_db_ctx():
+            await insert(db, "outer")
+            await run_in_new_ctx(insert, db, "inner")
+            await insert(db, "again")
+        assert await names(db) == ["again", "inner", "outer"]
+
+
+async def test_a_roll_back_that_undoes_the_commit_of_another_session_is_told_at_the_end(db: DBConnect) -> None:
+    with pytest.raises(SharedTransactionError, match="has undone what another session had committed"):
+        async with shared_transaction(db):
+            with pytest.raises(LookupError):
+                async with new_db_ctx():
+                    await insert(db, "outer")
+                    await run_in_new_ctx(insert, db, "inner")
+                    raise LookupError
+
+
+async def test_what_has_only_read_stands_in_nobodys_way(db: DBConnect) -> None:
+    async with shared_transaction(db):
+        async with new_non_ctx_session(db) as reader:
+            await reader.scalars(select(Item))
+            await asyncio.create_task(run_in_new_ctx(insert, db, "one"))
+            assert (await reader.scalars(select(Item.name))).all() == ["one"]
+            async with new_db_ctx():
+                await insert(db, "two")
+                assert len((await reader.scalars(select(Item.name))).all()) == 2
+        assert await names(db) == ["one", "two"]
+
+
+async def test_sessions_of_several_tasks_take_turns(db: DBConnect) -> None:
+    async def work(name: str) -> None:
+        await insert(db, name)
+        await asyncio.sleep(0)
+        await insert(db, name * 2)
+
+    async with shared_transaction(db):
+        await gather_in_new_ctx(*[lambda name=name: work(name) for name in "abcd"])
+        assert await names(db) == ["a", "aa", "b", "bb", "c", "cc", "d", "dd"]
+
+
+async def test_sessions_of_several_tasks_take_turns_inside_of_a_transaction(db: DBConnect) -> None:
+    async with shared_transaction(db):
+        async with new_db_ctx():
+            await insert(db, "outer")
+            await gather_in_new_ctx(*[lambda name=name: insert(db, name) for name in "abc"])
+        assert await names(db) == ["a", "b", "c", "outer"]
+
+
+async def test_one_of_several_tasks_that_fails_leaves_the_others_work(db: DBConnect) -> None:
+    async def fail() -> None:
+        await insert(db, "failed")
+        raise LookupError
+
+    async with shared_transaction(db):
+        await run_in_new_ctx(insert, db, "one")
+        results = await asyncio.gather(run_in_new_ctx(fail), run_in_new_ctx(insert, db, "two"), return_exceptions=True)
+        assert isinstance(results[0], LookupError)
+        assert await names(db) == ["one", "two"]
+
+
+async def test_a_transaction_that_waits_in_vain_is_told_why(db: DBConnect) -> None:
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        await insert(db, "held")
+        begun.set()
+        await end.wait()
+
+    async with shared_transaction(db, timeout=0.05):
+        holding = asyncio.create_task(run_in_new_ctx(hold))
+        await begun.wait()
+        with pytest.raises(SharedTransactionError, match=r"has waited for 0\.05 s"):
+            await run_in_new_ctx(insert, db, "one")
+        end.set()
+        await holding
+        assert await names(db) == ["held"]
+
+
+@pytest.mark.parametrize("second_commits", [True, False])
+async def test_transactions_can_be_committed_in_the_order_in_which_they_began(
+    db: DBConnect, second_commits: bool
+) -> None:
+    async with shared_transaction(db):
+        async with new_non_ctx_session(db) as first, new_non_ctx_session(db) as second:
+            first.add(Item(name="first"))
+            await first.flush()
+            second.add(Item(name="second"))
+            await second.flush()
+            await first.commit()
+            if second_commits:
+                await second.commit()
+        assert await names(db) == (["first", "second"] if second_commits else ["first"])
+
+
+async def test_two_transactions_that_write_by_turns_are_refused_at_once(db: DBConnect) -> None:
+    with pytest.raises(SharedTransactionError, match="has undone"):
+        async with shared_transaction(db), new_non_ctx_session(db) as first, new_non_ctx_session(db) as second:
+            await first.execute(text("INSERT INTO item VALUES ('first')"))
+            await second.execute(text("INSERT INTO item VALUES ('second')"))
+            with pytest.raises(SharedTransactionError, match="one that was begun after it"):
+                await first.execute(text("INSERT INTO item VALUES ('third')"))
+            with pytest.raises(SharedTransactionError, match="one that was begun after it"):
+                await first.rollback()
+            with pytest.raises(SharedTransactionError, match="was undone"):
+                await second.commit()
+
+
+async def test_the_tests_session_stands_in_nobodys_way(db: DBConnect) -> None:
+    async def read() -> list[str]:
+        session = await db_session(db)
+        return list((await session.scalars(select(Item.name))).all())
+
+    async with shared_transaction(db, timeout=0.05) as session:
+        running = asyncio.Event()
+
+        async def application() -> list[str]:
+            await running.wait()
+            return await run_in_new_ctx(read)
+
+        task = asyncio.create_task(application())
+        session.add(Item(name="prepared"))
+        await session.flush()
+        running.set()
+        assert await task == ["prepared"]
+        await session.rollback()
+        assert await names(db) == ["prepared"]
+
+
+async def test_the_tests_session_can_be_rolled_back(db: DBConnect) -> None:
+    async with shared_transaction(db) as session:
+        session.add(Item(name="one"))
+        await session.flush()
+        await session.rollback()
+        assert await names(db) == []
+
+
+async def test_a_failing_test_keeps_its_error_and_is_told_the_problem(db: DBConnect) -> None:
+    with pytest.raises(AssertionError) as caught:
+        async with shared_transaction(db):
+            with pytest.raises(LookupError):
+                async with new_db_ctx():
+                    await insert(db, "outer")
+                    await run_in_new_ctx(insert, db, "inner")
+                    raise LookupError
+            assert await names(db) == ["inner"]
+    assert "has undone what another session had committed" in "".join(caught.value.__notes__)
