@@ -140,8 +140,9 @@ async def close_db_session(db: DBConnect) -> None:
 def on_commit(db: DBConnect, callback: OnCommit) -> None:
     """Call `callback` once this unit's commit on `db` has succeeded, and never if it is rolled back.
 
-    It runs before the response leaves, in a unit of work of its own. The commit stands whatever becomes of it: its
-    errors are logged, and the response is a success all the same.
+    Nor is one called that was registered inside of a savepoint which is rolled back. It runs before the response leaves,
+    in a unit of work of its own. The commit stands whatever becomes of it: its errors are logged, and the response is a
+    success all the same.
 
     Args:
         db: whose commit to wait for.

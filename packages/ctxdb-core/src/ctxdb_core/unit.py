@@ -19,6 +19,7 @@ from ctxdb_core import _session_end
 from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._waiting import WaitingCallback, drop_undone, hand_up
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
@@ -50,7 +51,7 @@ class UnitOfWork:
     shared = False
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
 
-    callbacks: dict[DBConnect, list[OnCommit]] | None = None
+    callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
     due: Sequence[OnCommit] = ()
     """Callbacks whose commit has succeeded."""
     running_callbacks: asyncio.Task[None] | None = None
@@ -124,13 +125,19 @@ class UnitOfWork:
             )
 
     def on_commit(self, db: DBConnect, callback: OnCommit) -> None:
-        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead."""
+        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead.
+
+        The roll-back of a savepoint counts for what was registered since that savepoint.
+        """
         self.check_usable()
         if self.callbacks is None:
             self.callbacks = {}
-        self.callbacks.setdefault(db, []).append(callback)
+        savepoint = None
         if db in self.sessions:
-            self._watch(db, self.sessions[db])
+            session = self.sessions[db]
+            savepoint = session.sync_session.get_nested_transaction()
+            self._watch(db, session)
+        self.callbacks.setdefault(db, []).append(WaitingCallback(callback, savepoint))
 
     async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
@@ -299,13 +306,18 @@ class UnitOfWork:
 
         @event.listens_for(sync_session, "after_commit")
         def committed(session: Session) -> None:
-            if not session.in_nested_transaction():
+            savepoint = session.get_nested_transaction()
+            if savepoint is None:
                 self.due = [*self.due, *self._take_callbacks([db])]
+            elif self.callbacks:
+                hand_up(self.callbacks.get(db, []), savepoint)
 
         @event.listens_for(sync_session, "after_transaction_end")
         def ended(session: Session, transaction: SessionTransaction) -> None:
             if transaction.parent is None:
                 self._take_callbacks([db])
+            elif transaction.nested and self.callbacks:
+                drop_undone(self.callbacks.get(db, []), transaction)
 
     def _start_callbacks(self) -> None:
         if self.due:
@@ -325,7 +337,7 @@ class UnitOfWork:
         if self.callbacks is None:
             return []
         taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
-        return [callback for callbacks in taken for callback in callbacks]
+        return [waiting.callback for callbacks in taken for waiting in callbacks]
 
 
 async def _commit_alone(session: AsyncSession) -> None:
