@@ -9,7 +9,9 @@ from ctxdb_core.errors import (
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
+    TransactionOptionsError,
 )
+from ctxdb_core.isolation import IsolationLevel
 from ctxdb_core.lifecycle import (
     begin,
     finalize,
@@ -41,10 +43,12 @@ __all__ = [
     "CurrentTransaction",
     "DBConnect",
     "HostNotSetError",
+    "IsolationLevel",
     "OnCommit",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
+    "TransactionOptionsError",
     "UnitOfWork",
     "atomic_db_session",
     "begin",

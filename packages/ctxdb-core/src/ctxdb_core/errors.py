@@ -5,6 +5,7 @@ CtxDBError
 ├── ContextClosedError           a session was asked for, or used, after its unit of work had ended
 ├── SessionClosedError           a session was used after ``close_db_session``
 ├── TransactionAlreadyActiveError    ``current_transaction="raise"`` met an open transaction
+├── TransactionOptionsError      an isolation level, say, was asked for that the transaction at hand cannot have
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
 └── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
 """
@@ -21,6 +22,7 @@ __all__ = [
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
+    "TransactionOptionsError",
 ]
 
 
@@ -78,6 +80,15 @@ class TransactionAlreadyActiveError(CtxDBError, InvalidRequestError):
 
     Raised by ``atomic_db_session(db, current_transaction="raise")``. The way out: commit or roll back first, or choose
     another mode.
+    """
+
+
+class TransactionOptionsError(CtxDBError, InvalidRequestError):
+    """An isolation level, or a read-only transaction, was asked for where it cannot be had.
+
+    Raised where the transaction that is open has another one, which it keeps to its end; and where no transaction could
+    have it, as on an engine in autocommit. The way out: end the open transaction first, or run beside it, in a unit of
+    work of its own; on a read-only ``DBConnect``, leave the isolation level out.
     """
 
 
