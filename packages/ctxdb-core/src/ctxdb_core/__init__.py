@@ -5,11 +5,14 @@ from ctxdb_core.errors import (
     ContextClosedError,
     ContextNotInitiatedError,
     CtxDBError,
+    DeadlineExceededError,
     HostNotSetError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
     TransactionOptionsError,
+    TransactionRequiredError,
+    UnexpectedRollbackError,
 )
 from ctxdb_core.isolation import IsolationLevel
 from ctxdb_core.lifecycle import (
@@ -32,6 +35,7 @@ from ctxdb_core.sessions import (
     on_commit,
     rollback_db_session,
 )
+from ctxdb_core.timeout import set_statement_timeout
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "CtxDBError",
     "CurrentTransaction",
     "DBConnect",
+    "DeadlineExceededError",
     "HostNotSetError",
     "IsolationLevel",
     "OnCommit",
@@ -49,6 +54,8 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
     "TransactionOptionsError",
+    "TransactionRequiredError",
+    "UnexpectedRollbackError",
     "UnitOfWork",
     "atomic_db_session",
     "begin",
@@ -69,4 +76,5 @@ __all__ = [
     "on_commit",
     "rollback_db_session",
     "run_in_new_ctx",
+    "set_statement_timeout",
 ]

@@ -12,7 +12,7 @@ from ctxdb_core._undo import undo_on_return
 from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.errors import TransactionOptionsError
 
-__all__ = ["IsolationLevel", "TransactionOptions", "is_autocommit"]
+__all__ = ["IsolationLevel", "TransactionOptions", "begun_connections", "is_autocommit"]
 
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """What one transaction sees of others; which of them there are depends on the database."""
@@ -87,7 +87,7 @@ class TransactionOptions:
         """
         if not self or isinstance(session.sync_session.get_bind(), Connection):
             return
-        if _has_begun(session):
+        if begun_connections(session):
             await self._check_open(session, db)
         else:
             await self._begin(session)
@@ -138,7 +138,7 @@ _WAY_OUT = (
 
 def is_autocommit(bind: Engine | Connection) -> bool:
     """Return whether each statement on `bind` is committed by itself."""
-    default = bind.dialect._on_connect_isolation_level  # type: ignore[attr-defined]  # noqa: SLF001 - nothing else tells
+    default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
     level: str | None = bind.get_execution_options().get("isolation_level", default)
     return level == "AUTOCOMMIT"
 
@@ -154,12 +154,14 @@ async def _is_read_only(connection: AsyncConnection) -> bool:
 
 def _levels(bind: Engine) -> list[str]:
     try:
-        return list(bind.dialect.get_isolation_level_values(None))
+        return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # none that we know asks it
     except NotImplementedError:
         return []
 
 
-def _has_begun(session: AsyncSession) -> bool:
-    """Return whether the database knows of the open transaction: what was only added has not reached it yet."""
+def begun_connections(session: AsyncSession) -> set[Connection]:
+    """Return the connections of the open transaction: none if what was only added has not reached the database yet."""
     transaction = session.sync_session.get_transaction()
-    return transaction is not None and bool(transaction._connections)  # noqa: SLF001 - there is no public name for it
+    if transaction is None:
+        return set()
+    return {each[0] for each in transaction._connections.values()}  # noqa: SLF001 - there is no public name for it

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._session_end import report
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._statement_timeout import StatementTimeout
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
 __all__ = [
@@ -99,16 +100,29 @@ def is_context_initiated() -> bool:
 
 
 @asynccontextmanager
-async def new_db_ctx(*, before_commit: BeforeCommit | None = None) -> AsyncIterator[None]:
+async def new_db_ctx(
+    *,
+    before_commit: BeforeCommit | None = None,
+    statement_timeout: float | None = None,
+    deadline: float | None = None,
+) -> AsyncIterator[None]:
     """Open a unit of work of its own for a block of code: a script, a job, a websocket message.
 
     It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it
     is independent of that one.
 
+    Args:
+        before_commit: awaited with each session that is about to be committed.
+        statement_timeout: how many seconds each statement may take; see `set_statement_timeout`.
+        deadline: when the last of them has to be done, on the event loop's clock.
+
     Raises:
+        ValueError: `statement_timeout` is not positive.
         BaseException: what the block raised, or the error of a commit.
     """
     unit = UnitOfWork(before_commit)
+    if statement_timeout is not None or deadline is not None:
+        unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
     unit.enter()
     try:
         try:

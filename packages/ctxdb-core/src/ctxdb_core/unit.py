@@ -17,8 +17,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core import _session_end
 from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
+from ctxdb_core._rollback_only import refuse_if_rollback_only
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._waiting import WaitingCallback, drop_undone, hand_up
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
@@ -51,6 +53,10 @@ class UnitOfWork:
     shared = False
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
 
+    autocommit = False
+    """Whether its sessions have no transactions: each statement is committed by itself."""
+
+    statement_timeout: StatementTimeout | None = None
     callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
     due: Sequence[OnCommit] = ()
     """Callbacks whose commit has succeeded."""
@@ -103,11 +109,29 @@ class UnitOfWork:
             raise ContextClosedError
         if db in self.sessions:
             return self.sessions[db]
-        StatementGate(session, self.statement_observer())
+        self.prepare_session(session)
         self.sessions[db] = session
         if self.callbacks and db in self.callbacks:
             self._watch(db, session)
         return session
+
+    def prepare_session(self, session: AsyncSession) -> None:
+        """Make a new session one of this unit."""
+        StatementGate(session, self.statement_observer())
+        if self.statement_timeout:
+            limit_statements(session, self.current_statement_timeout)
+
+    def current_statement_timeout(self) -> StatementTimeout | None:
+        """Return how long statements may take now; a session asks it at each transaction."""
+        return self.statement_timeout
+
+    async def limit_statements(self, timeout: StatementTimeout | None) -> None:
+        """Let the statements of the unit take no longer than `timeout` from now on."""
+        self.check_usable()
+        self.statement_timeout = timeout
+        for session in list(self.sessions.values()):
+            limit_statements(session, self.current_statement_timeout)
+            await limit_open_transaction(session, self.current_statement_timeout)
 
     def statement_observer(self) -> Callable[[], None] | None:
         """Return what is called before each statement of a session that is opened now."""
@@ -256,7 +280,8 @@ class UnitOfWork:
                 if self.before_commit is not None:
                     await self.before_commit(session)
                 if len(self.sessions) > 1:
-                    # What the database refuses at once is refused before the first commit.
+                    # What can be refused at once is refused before the first commit.
+                    refuse_if_rollback_only(session.sync_session)
                     await session.flush()
 
     async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
