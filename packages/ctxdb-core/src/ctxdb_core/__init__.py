@@ -24,6 +24,7 @@ from ctxdb_core.lifecycle import (
     run_in_new_ctx,
 )
 from ctxdb_core.policy import CommitPolicy, commit_2xx, commit_below_400, commit_policy
+from ctxdb_core.propagation import Propagation, transactional
 from ctxdb_core.sessions import (
     CurrentTransaction,
     atomic_db_session,
@@ -50,6 +51,7 @@ __all__ = [
     "HostNotSetError",
     "IsolationLevel",
     "OnCommit",
+    "Propagation",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
@@ -77,4 +79,5 @@ __all__ = [
     "rollback_db_session",
     "run_in_new_ctx",
     "set_statement_timeout",
+    "transactional",
 ]

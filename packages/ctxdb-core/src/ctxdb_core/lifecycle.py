@@ -123,6 +123,13 @@ async def new_db_ctx(
     unit = UnitOfWork(before_commit)
     if statement_timeout is not None or deadline is not None:
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
+    async with opened(unit):
+        yield
+
+
+@asynccontextmanager
+async def opened(unit: UnitOfWork) -> AsyncIterator[None]:
+    """Make `unit` the current one for a block, and end it with the block: committed, or rolled back by an exception."""
     unit.enter()
     try:
         try:

@@ -12,7 +12,7 @@ from ctxdb_core import _session_end
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError
+from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError, TransactionRequiredError
 from ctxdb_core.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core.unit import OnCommit, UnitOfWork, current_unit
 
@@ -84,6 +84,7 @@ async def atomic_db_session(
         TransactionOptionsError: the transaction to go on in has another isolation level, or may write; or there can be
             no transaction with one (`DBConnect.from_url(..., read_only=True)`).
         TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for.
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised, or the error of a commit.
     """
@@ -92,6 +93,11 @@ async def atomic_db_session(
         raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
     options = TransactionOptions(isolation_level, read_only)
     unit = _unit()
+    if unit.autocommit:
+        raise TransactionRequiredError(
+            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
+            "`transactional(db)`, which begins one."
+        )
     session = await db_session(db)
     if options:
         options.check(session, db)
