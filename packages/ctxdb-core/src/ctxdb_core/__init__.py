@@ -7,6 +7,7 @@ from ctxdb_core.errors import (
     CtxDBError,
     DeadlineExceededError,
     HostNotSetError,
+    MissingExtraError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
@@ -25,6 +26,7 @@ from ctxdb_core.lifecycle import (
 )
 from ctxdb_core.policy import CommitPolicy, commit_2xx, commit_below_400, commit_policy
 from ctxdb_core.propagation import Propagation, transactional
+from ctxdb_core.retry import is_conflict, retry_on_conflict
 from ctxdb_core.sessions import (
     CurrentTransaction,
     atomic_db_session,
@@ -50,6 +52,7 @@ __all__ = [
     "DeadlineExceededError",
     "HostNotSetError",
     "IsolationLevel",
+    "MissingExtraError",
     "OnCommit",
     "Propagation",
     "SessionClosedError",
@@ -71,11 +74,13 @@ __all__ = [
     "default_session_maker",
     "finalize",
     "gather_in_new_ctx",
+    "is_conflict",
     "is_context_initiated",
     "new_db_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
     "on_commit",
+    "retry_on_conflict",
     "rollback_db_session",
     "run_in_new_ctx",
     "set_statement_timeout",

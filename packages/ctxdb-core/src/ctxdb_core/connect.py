@@ -11,6 +11,7 @@ from typing import Any, Self
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
+from ctxdb_core._attempt import current_attempt
 from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._url import create_engine, host_of, without_secrets
 from ctxdb_core.errors import HostNotSetError
@@ -128,7 +129,11 @@ class DBConnect:
         """
         if self._before_create_session is not None:
             await self._before_create_session(self)
-        return self._loop_engine().session_maker()
+        session = self._loop_engine().session_maker()
+        attempt = current_attempt.get()
+        if attempt is not None:
+            attempt.watch(session, self)
+        return session
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

@@ -10,6 +10,7 @@ CtxDBError
 ├── TransactionRequiredError     a transaction was needed, and there is none
 ├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
+├── MissingExtraError            a function needs a library that is installed with an extra
 └── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "CtxDBError",
     "DeadlineExceededError",
     "HostNotSetError",
+    "MissingExtraError",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
@@ -129,6 +131,13 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
 
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+    """
+
+
+class MissingExtraError(CtxDBError, ImportError):
+    """A function was used that needs a library which is not installed.
+
+    The way out: install ctxdb-core with the extra that the message names, as in ``pip install 'ctxdb-core[retry]'``.
     """
 
 

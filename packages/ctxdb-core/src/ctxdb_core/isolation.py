@@ -12,7 +12,7 @@ from ctxdb_core._undo import undo_on_return
 from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.errors import TransactionOptionsError
 
-__all__ = ["IsolationLevel", "TransactionOptions", "begun_connections", "is_autocommit"]
+__all__ = ["IsolationLevel", "TransactionOptions", "begun_connections", "is_autocommit", "is_read_only"]
 
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """What one transaction sees of others; which of them there are depends on the database."""
@@ -66,7 +66,7 @@ class TransactionOptions:
             if self.isolation_level not in levels:
                 dialect = f"{bind.dialect.name}+{bind.dialect.driver}"
                 raise ValueError(f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has.")
-        if self.read_only and not _is_always_read_only(bind):
+        if self.read_only and not is_read_only(bind):
             if bind.dialect.name not in _READ_ONLY_QUERIES:
                 raise TransactionOptionsError(
                     f"read_only=True is known for {' and '.join(_READ_ONLY_QUERIES)}, not for {bind.dialect.name}."
@@ -94,8 +94,9 @@ class TransactionOptions:
 
     async def _begin(self, session: AsyncSession) -> None:
         bind = session.sync_session.get_bind()
-        read_only = self.read_only and not _is_always_read_only(bind)
-        options: dict[str, Any] = {}
+        read_only = self.read_only and not is_read_only(bind)
+        # Also for those who want to know what was committed.
+        options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
         # On SQLite this is what every transaction is, and setting it would change how the driver begins transactions.
         if self.isolation_level is not None and not (
             bind.dialect.name == "sqlite" and self.isolation_level == "SERIALIZABLE"
@@ -103,7 +104,7 @@ class TransactionOptions:
             options["isolation_level"] = self.isolation_level
         if read_only and bind.dialect.driver == "asyncpg":
             options["postgresql_readonly"] = True
-        if not options and not read_only:
+        if not options:
             return
         connection = await session.connection(execution_options=options)
         if read_only and bind.dialect.name == "sqlite":
@@ -124,7 +125,7 @@ class TransactionOptions:
                     f"isolation_level={self.isolation_level!r} was asked for, but the transaction that is open on "
                     f"{db!r} has {level!r}, which it keeps to its end. {_WAY_OUT}"
                 )
-        if self.read_only and not await _is_read_only(connection):
+        if self.read_only and not await _answers_read_only(connection):
             raise TransactionOptionsError(
                 f"read_only=True was asked for, but the transaction that is open on {db!r} may write. {_WAY_OUT}"
             )
@@ -143,11 +144,12 @@ def is_autocommit(bind: Engine | Connection) -> bool:
     return level == "AUTOCOMMIT"
 
 
-def _is_always_read_only(bind: Engine | Connection) -> bool:
+def is_read_only(bind: Engine | Connection) -> bool:
+    """Return whether nothing can be written on `bind`, as far as ctxdb has seen to it."""
     return bool(bind.get_execution_options().get(READ_ONLY_OPTION))
 
 
-async def _is_read_only(connection: AsyncConnection) -> bool:
+async def _answers_read_only(connection: AsyncConnection) -> bool:
     answer = await connection.exec_driver_sql(_READ_ONLY_QUERIES[connection.dialect.name])
     return answer.scalar() in ("on", 1)
 
