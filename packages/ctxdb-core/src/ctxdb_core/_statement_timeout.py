@@ -68,11 +68,12 @@ class StatementTimeout:
         left = self.left()
         if left is None:
             return None
-        milliseconds = max(1, min(round(left * 1000), _MAX_MILLISECONDS))
+        milliseconds = min(round(left * 1000), _MAX_MILLISECONDS)
         if left != self.seconds:
-            unit = 10 ** max(0, len(str(milliseconds)) - 2)
-            milliseconds -= milliseconds % unit
-        return milliseconds
+            milliseconds = min(int(left * 1000), _MAX_MILLISECONDS)
+            milliseconds -= milliseconds % 10 ** max(0, len(str(milliseconds)) - 2)
+        # To PostgreSQL, 0 is no limit.
+        return max(1, milliseconds)
 
 
 CurrentTimeout: TypeAlias = Callable[[], StatementTimeout | None]
