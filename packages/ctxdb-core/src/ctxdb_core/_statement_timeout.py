@@ -68,9 +68,10 @@ class StatementTimeout:
         left = self.left()
         if left is None:
             return None
-        milliseconds = min(round(left * 1000), _MAX_MILLISECONDS)
-        if left != self.seconds:
-            milliseconds = min(int(left * 1000), _MAX_MILLISECONDS)
+        is_fixed = left == self.seconds
+        left = min(left * 1000, _MAX_MILLISECONDS)
+        milliseconds = round(left) if is_fixed else int(left)
+        if not is_fixed:
             milliseconds -= milliseconds % 10 ** max(0, len(str(milliseconds)) - 2)
         # To PostgreSQL, 0 is no limit.
         return max(1, milliseconds)
