@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator
+from typing import assert_type
 
 import pytest
 from sqlalchemy import text
@@ -389,7 +390,12 @@ async def test_each_call_of_a_decorated_function_is_a_block(db: DBConnect, datab
             raise LookupError
         return name
 
-    assert await add("one") == "one"
+    added = await add("one")
+    assert_type(added, str)
+    assert added == "one"
+    # Calls that it does not take are the type checker's to refuse.
+    refused = lambda: add(1, fail=False)  # type: ignore[arg-type]  # noqa: E731
+    assert callable(refused)
     with pytest.raises(LookupError):
         await add("two", fail=True)
     assert await database.names() == ["one"]

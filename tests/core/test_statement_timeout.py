@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
@@ -168,6 +168,20 @@ async def test_it_goes_with_a_level_and_read_only(db: DBConnect) -> None:
 async def test_a_unit_inside_has_no_timeout_of_the_one_around_it(database: Database) -> None:
     async with database.connect() as db, new_db_ctx(statement_timeout=2), new_db_ctx():
         assert await timeout_of(await db_session(db)) == "0"
+
+
+async def test_a_transaction_that_somebody_else_began_keeps_its_limit(database: Database) -> None:
+    engine = database.watch_new()
+    async with engine.connect() as connection, connection.begin() as outer:
+        db = DBConnect(lambda host: engine, lambda engine: async_sessionmaker(connection), host="a")
+        async with new_db_ctx(statement_timeout=2):
+            assert await timeout_of(await db_session(db)) == "0"
+        assert await connection.scalar(text("SHOW statement_timeout")) == "0"
+        async with new_db_ctx(deadline=now() - 1):
+            with pytest.raises(DeadlineExceededError):
+                await timeout_of(await db_session(db))
+        await outer.rollback()
+    await db.close()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])

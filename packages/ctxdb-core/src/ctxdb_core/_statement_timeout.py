@@ -17,7 +17,7 @@ from ctxdb_core._gate import check_statements, wait_for_statements
 from ctxdb_core._rollback_only import set_rollback_only
 from ctxdb_core._undo import undo_on_return
 from ctxdb_core.errors import DeadlineExceededError, TransactionOptionsError
-from ctxdb_core.isolation import begun_connections, is_autocommit
+from ctxdb_core.isolation import begun_connections, is_autocommit, is_bound_to_connection
 
 __all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
 
@@ -96,6 +96,9 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
             timeout.left()
 
     check_statements(session, check)
+    if is_bound_to_connection(session):
+        # A transaction that somebody else began goes on after this unit: its limit is not ours to set.
+        return
 
     @event.listens_for(sync_session, "after_begin")
     def limit(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
@@ -107,7 +110,7 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
 async def limit_open_transaction(session: AsyncSession, current: CurrentTimeout) -> None:
     """Have the transaction that is open keep to the limit that is `current`, if the database knows of it already."""
     connections = begun_connections(session)
-    if connections:
+    if connections and not is_bound_to_connection(session):
         await wait_for_statements((session,))
         timeout = current() or StatementTimeout()
 

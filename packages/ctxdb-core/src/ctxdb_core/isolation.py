@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ctxdb_core._undo import undo_on_return
 from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.errors import TransactionOptionsError
 
-__all__ = ["IsolationLevel", "TransactionOptions", "begun_connections", "is_autocommit", "is_read_only"]
+__all__ = [
+    "NO_OPTIONS",
+    "IsolationLevel",
+    "TransactionOptions",
+    "begun_connections",
+    "is_autocommit",
+    "is_bound_to_connection",
+    "is_read_only",
+]
 
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """What one transaction sees of others; which of them there are depends on the database."""
@@ -53,9 +62,9 @@ class TransactionOptions:
             ValueError: the database, or SQLAlchemy's dialect for its driver, does not have the isolation level.
             TransactionOptionsError: the engine is in autocommit, or no transaction of this database can be read-only.
         """
-        bind = session.sync_session.get_bind()
-        if isinstance(bind, Connection):
+        if is_bound_to_connection(session):
             return
+        bind = session.sync_session.get_bind()
         if self.isolation_level is not None:
             if is_autocommit(bind):
                 raise TransactionOptionsError(
@@ -85,7 +94,7 @@ class TransactionOptions:
         Raises:
             TransactionOptionsError: the open transaction has others.
         """
-        if not self or isinstance(session.sync_session.get_bind(), Connection):
+        if not self or is_bound_to_connection(session):
             return
         if begun_connections(session):
             await self._check_open(session, db)
@@ -131,10 +140,21 @@ class TransactionOptions:
             )
 
 
+NO_OPTIONS = TransactionOptions()
+
 _WAY_OUT = (
     "End it first (`await commit_db_session(db)`, or `current_transaction='commit'`), or leave it alone and run in a "
     "transaction beside it (`run_in_new_ctx`, or `transactional(db, 'requires_new', ...)`)."
 )
+
+
+def is_bound_to_connection(session: AsyncSession) -> bool:
+    """Return whether `session` takes part in a transaction that somebody else began."""
+    try:
+        return isinstance(session.sync_session.get_bind(), Connection)
+    except UnboundExecutionError:
+        # It has an engine for each class.
+        return False
 
 
 def is_autocommit(bind: Engine | Connection) -> bool:
@@ -154,7 +174,7 @@ async def _answers_read_only(connection: AsyncConnection) -> bool:
     return answer.scalar() in ("on", 1)
 
 
-def _levels(bind: Engine) -> list[str]:
+def _levels(bind: Engine | Connection) -> list[str]:
     try:
         return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # none that we know asks it
     except NotImplementedError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._rollback_only import set_rollback_only
@@ -162,9 +163,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
 
     @asynccontextmanager
     async def _in_unit(self, unit: UnitOfWork, outer: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
-        if outer is not None:
-            # Whoever waits for the outer one waits for this one, too.
-            unit.statement_timeout = outer.statement_timeout
+        unit.share_statement_timeout(outer)
         async with opened(unit):
             session = await unit.open_session(self._db)
             await self._apply_options(session)
@@ -182,7 +181,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             yield session
         except BaseException as exc:
             if not unit.autocommit and self._db in unit.sessions:
-                set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc)
+                # A session that cannot begin a transaction any more commits nothing either.
+                with suppress(InvalidRequestError):
+                    set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc)
             raise
 
     async def _apply_options(self, session: AsyncSession) -> None:

@@ -108,7 +108,9 @@ def retry_on_conflict(
                 nonlocal conflict
                 try:
                     with _watched() as may_be_repeated:
-                        async with opened(_unit_for_attempt()):
+                        unit = UnitOfWork()
+                        unit.share_statement_timeout(current_unit.get(None))
+                        async with opened(unit):
                             return await fn(*args, **kwargs)
                 except Exception as exc:
                     conflict = exc if may_be_repeated(exc) else None
@@ -171,15 +173,6 @@ def _watched() -> Iterator[Callable[[Exception], bool]]:
         yield may_be_repeated
     finally:
         current_attempt.reset(token)
-
-
-def _unit_for_attempt() -> UnitOfWork:
-    unit = UnitOfWork()
-    outer = current_unit.get(None)
-    if outer is not None:
-        # Whoever waits for the outer one waits for this one, too.
-        unit.statement_timeout = outer.statement_timeout
-    return unit
 
 
 def _origins(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:

@@ -13,7 +13,7 @@ from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError, TransactionRequiredError
-from ctxdb_core.isolation import IsolationLevel, TransactionOptions
+from ctxdb_core.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core.unit import OnCommit, UnitOfWork, current_unit
 
 __all__ = [
@@ -91,7 +91,7 @@ async def atomic_db_session(
     if current_transaction not in get_args(CurrentTransaction):
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
         raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
-    options = TransactionOptions(isolation_level, read_only)
+    options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     unit = _unit()
     if unit.autocommit:
         raise TransactionRequiredError(
@@ -119,7 +119,7 @@ async def atomic_db_session(
         elif current_transaction == "rollback":
             await unit.roll_back(None, [db])
     try:
-        if not in_transaction(session):
+        if options and not in_transaction(session):
             await options.apply(session, db)
         yield session
     except BaseException as exc:

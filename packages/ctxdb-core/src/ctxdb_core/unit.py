@@ -125,6 +125,11 @@ class UnitOfWork:
         """Return how long statements may take now; a session asks it at each transaction."""
         return self.statement_timeout
 
+    def share_statement_timeout(self, outer: UnitOfWork | None) -> None:
+        """Take over the limit of the unit that waits for this one."""
+        if outer is not None and not outer.closed:
+            self.statement_timeout = outer.statement_timeout
+
     async def limit_statements(self, timeout: StatementTimeout | None) -> None:
         """Let the statements of the unit take no longer than `timeout` from now on."""
         self.check_usable()
