@@ -40,7 +40,7 @@ async def test_each_statement_of_a_request_may_take_so_long(db: DBConnect, datab
         await session.execute(text("SELECT pg_sleep(60)"))
 
     with pytest.raises(DBAPIError, match="statement timeout"):
-        await ask(work, statement_timeout=0.05)
+        await ask(work, statement_timeout=0.2)
     assert await database.names() == []
 
 
@@ -63,7 +63,8 @@ async def test_both_limits_hold_together(db: DBConnect) -> None:
 
     await ask(work, statement_timeout=2, deadline=lambda scope: asyncio.get_running_loop().time() + 60)
     await ask(work, statement_timeout=60, deadline=lambda scope: asyncio.get_running_loop().time() + 2)
-    assert limits == ["2s", "1900ms"]
+    assert limits[0] == "2s"
+    assert int(limits[1].removesuffix("ms")) < 2000
 
 
 async def test_a_nonsensical_limit_is_refused_at_once() -> None:

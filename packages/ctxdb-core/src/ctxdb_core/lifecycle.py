@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._session_end import report
@@ -127,19 +128,24 @@ async def new_db_ctx(
         yield
 
 
-@asynccontextmanager
-async def opened(unit: UnitOfWork) -> AsyncIterator[None]:
-    """Make `unit` the current one for a block, and end it with the block: committed, or rolled back by an exception."""
-    unit.enter()
-    try:
+class opened:  # noqa: N801 - used like a function, in `async with`
+    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception."""
+
+    __slots__ = ("_unit",)
+
+    def __init__(self, unit: UnitOfWork) -> None:
+        self._unit = unit
+
+    async def __aenter__(self) -> None:
+        self._unit.enter()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
-            yield
-        except BaseException as exc:
-            await unit.finish(commit=False, error=exc)
-            raise
-        await unit.finish(commit=True)
-    finally:
-        unit.leave()
+            await self._unit.finish(commit=exc is None, error=exc)
+        finally:
+            self._unit.leave()
 
 
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,7 +156,7 @@ async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs:
         BaseException: what `fn` raised, or the error of a commit.
     """
     _check_callable(fn)
-    async with new_db_ctx():
+    async with opened(UnitOfWork()):
         return await fn(*args, **kwargs)
 
 
