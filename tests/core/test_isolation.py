@@ -219,6 +219,15 @@ async def test_sqlite_has_its_two_levels(db: DBConnect, database: Database) -> N
     assert await database.names() == ["one", "two"]
 
 
+@SQLITE
+async def test_a_level_differs_from_the_engines_own(database: Database) -> None:
+    db = DBConnect(lambda host: database.watch_new(isolation_level="READ UNCOMMITTED"), host="a")
+    async with db, new_db_ctx():
+        async with atomic_db_session(db, isolation_level="SERIALIZABLE") as session:
+            assert await session.scalar(text("PRAGMA read_uncommitted")) == 0
+        assert await session.scalar(text("PRAGMA read_uncommitted")) == 1
+
+
 @KINDS
 async def test_a_read_only_database_takes_no_level_and_is_read_only_already(database: Database) -> None:
     async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():

@@ -106,10 +106,9 @@ class TransactionOptions:
         read_only = self.read_only and not is_read_only(bind)
         # Also for those who want to know what was committed.
         options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
-        # On SQLite this is what every transaction is, and setting it would change how the driver begins transactions.
-        if self.isolation_level is not None and not (
-            bind.dialect.name == "sqlite" and self.isolation_level == "SERIALIZABLE"
-        ):
+        # On SQLite this is what transactions are, and setting it would change how the driver begins them.
+        is_default = bind.dialect.name == "sqlite" and self.isolation_level == (_level_of(bind) or "SERIALIZABLE")
+        if self.isolation_level is not None and not is_default:
             options["isolation_level"] = self.isolation_level
         if read_only and bind.dialect.driver == "asyncpg":
             options["postgresql_readonly"] = True
@@ -159,9 +158,14 @@ def is_bound_to_connection(session: AsyncSession) -> bool:
 
 def is_autocommit(bind: Engine | Connection) -> bool:
     """Return whether each statement on `bind` is committed by itself."""
+    return _level_of(bind) == "AUTOCOMMIT"
+
+
+def _level_of(bind: Engine | Connection) -> str | None:
+    """Return the level that `bind` was given; ``None`` where it is the database's own default."""
     default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
     level: str | None = bind.get_execution_options().get("isolation_level", default)
-    return level == "AUTOCOMMIT"
+    return level
 
 
 def is_read_only(bind: Engine | Connection) -> bool:
