@@ -103,22 +103,22 @@ async def test_cancelled_at_any_step_a_block_is_whole_or_absent(
     database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], outer: str
 ) -> None:
     context = TransactionContext(db)
-    for turns in range(TURNS):
 
-        async def work(turns: int = turns) -> None:
-            async with getattr(context, outer)():
-                # In a session, what has begun the transaction.
-                await context.execute(text("SELECT 1"))
-                async with context.transaction():
-                    for half in ("a", "b"):
-                        statement = text("INSERT INTO item VALUES (:name)")
-                        await context.execute(statement, {"name": f"{turns:02}{half}"})
+    async def work(step: int) -> None:
+        async with getattr(context, outer)():
+            # In a session, what has begun the transaction.
+            await context.execute(text("SELECT 1"))
+            async with context.transaction():
+                for half in ("a", "b"):
+                    await context.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
 
-        await run_cancelled(work, after_turns(turns))
+    step = 0
+    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
         assert database.checked_out == 0
         assert context.get_session(strict=False) is None
     names = await database.names()
-    assert names == [f"{name[:2]}{half}" for name in names[::2] for half in ("a", "b")]
+    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
+    assert names[-1] == f"{step:03}b"
 
 
 @CANCELLERS

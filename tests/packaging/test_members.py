@@ -32,7 +32,7 @@ def test_a_member_carries_what_its_wheel_needs(member: Member) -> None:
 
 @members
 def test_requirements_are_bounded_on_both_sides(member: Member) -> None:
-    for requirement in member.requirements:
+    for requirement in member.requirements + member.extras:
         operators = {specifier.operator for specifier in requirement.specifier}
         assert has_upper_bound(requirement), f"{requirement} has no upper bound"
         assert operators & {">=", "==", "~="}, f"{requirement} has no lower bound"

@@ -25,6 +25,8 @@ class Import:
     line: int
     module: str
     names: tuple[str, ...] = ()
+    deferred: bool = False
+    """Whether importing the file does without it: it is inside of a function, or for type checkers only."""
 
     @property
     def root(self) -> str:
@@ -66,6 +68,12 @@ class Member:
         return [Requirement(text) for text in self.pyproject["project"].get("dependencies", ())]
 
     @property
+    def extras(self) -> list[Requirement]:
+        """What the package can use, and does without."""
+        extras = self.pyproject["project"].get("optional-dependencies", {}).values()
+        return [Requirement(text) for extra in extras for text in extra]
+
+    @property
     def pytest_plugins(self) -> set[str]:
         """The modules that pytest imports by itself; they need not declare it."""
         entry_points: dict[str, str] = self.pyproject["project"].get("entry-points", {}).get("pytest11", {})
@@ -78,13 +86,22 @@ class Member:
 
 def imports_of(source: Path) -> Iterator[Import]:
     """Yield every import of a file, those inside of functions and of type-checking blocks among them."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    deferred = {id(inner) for outer in ast.walk(tree) if _is_deferred(outer) for inner in ast.walk(outer)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(source, node.lineno, alias.name)
+                yield Import(source, node.lineno, alias.name, deferred=id(node) in deferred)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}:{node.lineno} is a relative import"
-            yield Import(source, node.lineno, node.module or "", tuple(alias.name for alias in node.names))
+            names = tuple(alias.name for alias in node.names)
+            yield Import(source, node.lineno, node.module or "", names, deferred=id(node) in deferred)
+
+
+def _is_deferred(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not node.orelse
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def normalized(name: str) -> str:

@@ -5,12 +5,17 @@ from ctxdb_core.errors import (
     ContextClosedError,
     ContextNotInitiatedError,
     CtxDBError,
+    DeadlineExceededError,
     HostNotSetError,
+    MissingExtraError,
     NoSessionError,
     SessionAlreadyActiveError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
+    TransactionOptionsError,
+    TransactionRequiredError,
+    UnexpectedRollbackError,
 )
 from ctxdb_core.events import (
     DBEvent,
@@ -21,6 +26,7 @@ from ctxdb_core.events import (
     TransactionCommitted,
     TransactionRolledBack,
 )
+from ctxdb_core.isolation import IsolationLevel
 from ctxdb_core.lifecycle import (
     begin,
     finalize,
@@ -30,6 +36,8 @@ from ctxdb_core.lifecycle import (
     run_in_new_ctx,
 )
 from ctxdb_core.policy import CommitPolicy, commit_2xx, commit_below_400, commit_policy
+from ctxdb_core.propagation import Propagation, transactional
+from ctxdb_core.retry import is_conflict, retry_on_conflict
 from ctxdb_core.sessions import (
     CurrentTransaction,
     atomic_db_session,
@@ -41,6 +49,7 @@ from ctxdb_core.sessions import (
     on_commit,
     rollback_db_session,
 )
+from ctxdb_core.timeout import set_statement_timeout
 from ctxdb_core.transaction_context import TransactionContext
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
@@ -53,10 +62,14 @@ __all__ = [
     "CurrentTransaction",
     "DBConnect",
     "DBEvent",
+    "DeadlineExceededError",
     "EventListener",
     "HostNotSetError",
+    "IsolationLevel",
+    "MissingExtraError",
     "NoSessionError",
     "OnCommit",
+    "Propagation",
     "SessionAlreadyActiveError",
     "SessionClosed",
     "SessionClosedError",
@@ -66,7 +79,10 @@ __all__ = [
     "TransactionBegun",
     "TransactionCommitted",
     "TransactionContext",
+    "TransactionOptionsError",
+    "TransactionRequiredError",
     "TransactionRolledBack",
+    "UnexpectedRollbackError",
     "UnitOfWork",
     "atomic_db_session",
     "begin",
@@ -80,11 +96,15 @@ __all__ = [
     "default_session_maker",
     "finalize",
     "gather_in_new_ctx",
+    "is_conflict",
     "is_context_initiated",
     "new_db_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
     "on_commit",
+    "retry_on_conflict",
     "rollback_db_session",
     "run_in_new_ctx",
+    "set_statement_timeout",
+    "transactional",
 ]

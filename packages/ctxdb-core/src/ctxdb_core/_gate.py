@@ -12,7 +12,14 @@ from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
-__all__ = ["StatementGate", "close_gates", "observe_statements", "open_gates", "wait_for_statements"]
+__all__ = [
+    "StatementGate",
+    "check_statements",
+    "close_gates",
+    "observe_statements",
+    "open_gates",
+    "wait_for_statements",
+]
 
 POLL_SECONDS = 0.001
 
@@ -28,11 +35,13 @@ class StatementGate:
     session meets the commit. So the commit waits for the statement that is under way, and the next one for the commit.
     """
 
-    __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement", "observer")
+    __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement", "check", "observer")
 
     def __init__(self, session: AsyncSession, observer: Callable[[], None] | None = None) -> None:
         self.observer = observer
         """Called before each statement, in the task that makes it."""
+        self.check: Callable[[], None] | None = None
+        """Called before each statement, to refuse it by an error."""
         self._session = session.sync_session
         self._get_bind = self._session.get_bind
         self._closed_by: object = None
@@ -50,6 +59,8 @@ class StatementGate:
                 await_only(self._opened.wait())
                 # The session may be closed by now, and refuse.
                 return self._session.get_bind(*args, **kwargs)
+            if self.check is not None:
+                self.check()
             self._statement = ref(current)
             if self.observer is not None:
                 self.observer()
@@ -90,6 +101,13 @@ def observe_statements(sessions: Iterable[AsyncSession], observer: Callable[[], 
         gate = session.sync_session.get_bind
         if isinstance(gate, StatementGate):
             gate.observer = observer
+
+
+def check_statements(session: AsyncSession, check: Callable[[], None]) -> None:
+    """Have `check` called before each further statement of `session`: it may refuse it."""
+    gate = session.sync_session.get_bind
+    if isinstance(gate, StatementGate):
+        gate.check = check
 
 
 def close_gates(sessions: Iterable[AsyncSession]) -> Token[object]:

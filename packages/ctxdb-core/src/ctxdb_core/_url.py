@@ -9,8 +9,8 @@ from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-READ_ONLY = "ctxdb_read_only"
-"""The execution option of engines that were made read-only."""
+READ_ONLY_OPTION = "ctxdb_read_only"
+"""The execution option of engines on which nothing can be written."""
 
 _PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
 
@@ -39,8 +39,8 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
 def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     if "isolation_level" in options:
         raise ValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
-    options["execution_options"] = {**options.get("execution_options", {}), READ_ONLY: True}
     backend, driver = url.get_backend_name(), url.get_dialect().driver
+    options["execution_options"] = {**options.get("execution_options", {}), READ_ONLY_OPTION: True}
     if backend == "postgresql":
         # Autocommit spares each query its BEGIN and COMMIT; the server then refuses every write by SQLSTATE 25006.
         connect_args = dict(options.pop("connect_args", {}))

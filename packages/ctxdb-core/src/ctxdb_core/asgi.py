@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange, in_body
+from ctxdb_core._statement_timeout import StatementTimeout
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
@@ -14,6 +16,7 @@ __all__ = [
     "ASGIApp",
     "ASGIHTTPDBSessionMiddleware",
     "ASGIStreamBoundary",
+    "Deadline",
     "Message",
     "Receive",
     "Scope",
@@ -24,6 +27,8 @@ __all__ = [
 
 Scope: TypeAlias = MutableMapping[str, Any]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+Deadline: TypeAlias = Callable[[Scope], float | None]
+"""Given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock."""
 
 # Bound once: looking a method up at each request is felt where the request uses no database.
 _get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
@@ -42,12 +47,23 @@ class ASGIHTTPDBSessionMiddleware:
         app: the ASGI application.
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
+        statement_timeout: how many seconds each statement of a request may take; see `set_statement_timeout`.
+        deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
+            ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
     """
 
     def __init__(
-        self, app: ASGIApp, before_commit: BeforeCommit | None = None, commit_policy: CommitPolicy = commit_below_400
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommit | None = None,
+        commit_policy: CommitPolicy = commit_below_400,
+        *,
+        statement_timeout: float | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.app = app
+        if statement_timeout is not None or deadline is not None:
+            self.app = _LimitingStatements(app, statement_timeout, deadline)
         self.before_commit = before_commit
         self.commit_policy = commit_policy
 
@@ -202,6 +218,22 @@ class ASGIStreamBoundary:
             await self.app(scope, receive, send_streamed)
         finally:
             in_body.reset(token)
+
+
+class _LimitingStatements:
+    """Limits the statements of each request. An application of its own: requests without a limit do not pay for it."""
+
+    def __init__(self, app: ASGIApp, seconds: float | None, deadline: Deadline | None) -> None:
+        self.app = app
+        self._limit = StatementTimeout(seconds)
+        self._deadline = deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = scope.get(REQUEST_KEY)
+        if isinstance(exchange, Exchange):
+            deadline = None if self._deadline is None else self._deadline(scope)
+            exchange.statement_timeout = self._limit if deadline is None else replace(self._limit, deadline=deadline)
+        await self.app(scope, receive, send)
 
 
 def _is_streamed(start: Message) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
+from ctxdb_core._attempt import current_attempt
 from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._observer import Observer
 from ctxdb_core._url import create_engine, host_of, without_secrets
@@ -162,6 +163,9 @@ class DBConnect:
         session = engine.session_maker()
         if self._observer is not None:
             self._observer.follow(session, self, engine.host)
+        attempt = current_attempt.get()
+        if attempt is not None:
+            attempt.watch(session, self)
         return session
 
     async def engine(self) -> AsyncEngine:

@@ -7,7 +7,12 @@ CtxDBError
 ├── NoSessionError               a ``TransactionContext`` was asked for its session where no block has opened one
 ├── SessionAlreadyActiveError    ``TransactionContext.session()`` was entered inside of another block
 ├── TransactionAlreadyActiveError    a transaction was open where the call said that none may be
+├── TransactionOptionsError      an isolation level, say, was asked for that the transaction at hand cannot have
+├── DeadlineExceededError        the deadline of the unit of work had passed when a statement was to be sent
+├── TransactionRequiredError     a transaction was needed, and there is none
+├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
+├── MissingExtraError            a function needs a library that is installed with an extra
 └── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
 """
 
@@ -19,12 +24,17 @@ __all__ = [
     "ContextClosedError",
     "ContextNotInitiatedError",
     "CtxDBError",
+    "DeadlineExceededError",
     "HostNotSetError",
+    "MissingExtraError",
     "NoSessionError",
     "SessionAlreadyActiveError",
     "SessionClosedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
+    "TransactionOptionsError",
+    "TransactionRequiredError",
+    "UnexpectedRollbackError",
 ]
 
 
@@ -117,11 +127,53 @@ class TransactionAlreadyActiveError(CtxDBError, InvalidRequestError):
     """
 
 
+class TransactionOptionsError(CtxDBError, InvalidRequestError):
+    """An isolation level, or a read-only transaction, was asked for where it cannot be had.
+
+    Raised where the transaction that is open has another one, which it keeps to its end; and where no transaction could
+    have it, as on an engine in autocommit. The way out: end the open transaction first, or run beside it, in a unit of
+    work of its own; on a read-only ``DBConnect``, leave the isolation level out.
+    """
+
+
+class TransactionRequiredError(CtxDBError, InvalidRequestError):
+    """A transaction was needed, and there is none.
+
+    Raised by ``transactional(db, "mandatory")`` outside of any unit of work, and in a block that runs without a
+    transaction (``"supports"``, ``"not_supported"``, ``"never"``); there also by ``atomic_db_session``. The way out:
+    call the code from a unit of work, or from ``transactional(db)``.
+    """
+
+
+class UnexpectedRollbackError(CtxDBError, InvalidRequestError):
+    """The transaction cannot be committed, as a part of it failed, and the exception was caught further out.
+
+    Raised instead of committing half of the work of a ``transactional`` block that had joined the transaction; the
+    exception is its ``__cause__``. The way out: let the exception propagate; run what may fail behind a savepoint
+    (``"nested"``) or beside the transaction (``"requires_new"``); or name it in ``no_rollback_for``.
+    """
+
+
+class DeadlineExceededError(CtxDBError, TimeoutError):
+    """The deadline of the unit of work had passed when a statement was to be sent; it was not.
+
+    A statement that the deadline stops while it runs raises the database's own error (SQLSTATE 57014 on PostgreSQL).
+    The way out: let the error propagate, so that the unit of work is rolled back, or give it more time.
+    """
+
+
 class TransactionAbortedError(CtxDBError, InvalidRequestError):
     """The transaction cannot be committed, as one of its statements failed.
 
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+    """
+
+
+class MissingExtraError(CtxDBError, ImportError):
+    """A function was used that needs a library which is not installed.
+
+    The way out: install ctxdb-core with the extra that the message names, as in ``pip install 'ctxdb-core[retry]'``.
     """
 
 

@@ -6,10 +6,12 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._session_end import report
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._statement_timeout import StatementTimeout
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
 __all__ = [
@@ -99,26 +101,51 @@ def is_context_initiated() -> bool:
 
 
 @asynccontextmanager
-async def new_db_ctx(*, before_commit: BeforeCommit | None = None) -> AsyncIterator[None]:
+async def new_db_ctx(
+    *,
+    before_commit: BeforeCommit | None = None,
+    statement_timeout: float | None = None,
+    deadline: float | None = None,
+) -> AsyncIterator[None]:
     """Open a unit of work of its own for a block of code: a script, a job, a websocket message.
 
     It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it
     is independent of that one.
 
+    Args:
+        before_commit: awaited with each session that is about to be committed.
+        statement_timeout: how many seconds each statement may take; see `set_statement_timeout`.
+        deadline: when the last of them has to be done, on the event loop's clock.
+
     Raises:
+        ValueError: `statement_timeout` is not positive.
         BaseException: what the block raised, or the error of a commit.
     """
     unit = UnitOfWork(before_commit)
-    unit.enter()
-    try:
+    if statement_timeout is not None or deadline is not None:
+        unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
+    async with opened(unit):
+        yield
+
+
+class opened:  # noqa: N801 - used like a function, in `async with`
+    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception."""
+
+    __slots__ = ("_unit",)
+
+    def __init__(self, unit: UnitOfWork) -> None:
+        self._unit = unit
+
+    async def __aenter__(self) -> None:
+        self._unit.enter()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
-            yield
-        except BaseException as exc:
-            await unit.finish(commit=False, error=exc)
-            raise
-        await unit.finish(commit=True)
-    finally:
-        unit.leave()
+            await self._unit.finish(commit=exc is None, error=exc)
+        finally:
+            self._unit.leave()
 
 
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -129,7 +156,7 @@ async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs:
         BaseException: what `fn` raised, or the error of a commit.
     """
     _check_callable(fn)
-    async with new_db_ctx():
+    async with opened(UnitOfWork()):
         return await fn(*args, **kwargs)
 
 

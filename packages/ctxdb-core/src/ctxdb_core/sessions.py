@@ -12,7 +12,8 @@ from ctxdb_core import _session_end
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError
+from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError, TransactionRequiredError
+from ctxdb_core.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core.unit import OnCommit, UnitOfWork, current_unit
 
 __all__ = [
@@ -54,7 +55,11 @@ async def db_session(db: DBConnect) -> AsyncSession:
 
 @asynccontextmanager
 async def atomic_db_session(
-    db: DBConnect, current_transaction: CurrentTransaction = "commit"
+    db: DBConnect,
+    current_transaction: CurrentTransaction = "commit",
+    *,
+    isolation_level: IsolationLevel | None = None,
+    read_only: bool = False,
 ) -> AsyncIterator[AsyncSession]:
     """Run a block in a transaction of its own on the current unit's session: committed at its end, or rolled back.
 
@@ -68,19 +73,38 @@ async def atomic_db_session(
             - ``"raise"`` an error;
             - ``"savepoint"``: go on in it behind a savepoint, to which an error rolls back; it stays open after the
               block. Without an open transaction, the block gets one of its own.
+        isolation_level: of the block's transaction alone, which takes its connection when the block begins. To go on in
+            a transaction that is open, it must have this level already.
+        read_only: have the database refuse writes, in the block's transaction alone; to go on in a transaction that is
+            open, it must be read-only already.
 
     Raises:
-        ValueError: `current_transaction` is none of these.
+        ValueError: `current_transaction` is none of these, or the database has no such `isolation_level`; nothing has
+            been ended then.
+        TransactionOptionsError: the transaction to go on in has another isolation level, or may write; or there can be
+            no transaction with one (`DBConnect.from_url(..., read_only=True)`).
         TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for.
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised, or the error of a commit.
     """
     if current_transaction not in get_args(CurrentTransaction):
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
         raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
+    options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     unit = _unit(db)
+    if unit.autocommit:
+        raise TransactionRequiredError(
+            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
+            "`transactional(db)`, which begins one."
+        )
     session = await db_session(db)
+    if options:
+        options.check(session, db)
     if in_transaction(session):
+        if current_transaction in ("append", "savepoint"):
+            # If the block cannot go on in this transaction, that one stays as it is.
+            await options.apply(session, db)
         if current_transaction == "savepoint":
             async with session.begin_nested():
                 yield session
@@ -95,6 +119,8 @@ async def atomic_db_session(
         elif current_transaction == "rollback":
             await unit.roll_back(None, [db])
     try:
+        if options and not in_transaction(session):
+            await options.apply(session, db)
         yield session
     except BaseException as exc:
         await unit.roll_back(exc, [db])
@@ -140,8 +166,9 @@ async def close_db_session(db: DBConnect) -> None:
 def on_commit(db: DBConnect, callback: OnCommit) -> None:
     """Call `callback` once this unit's commit on `db` has succeeded, and never if it is rolled back.
 
-    It runs before the response leaves, in a unit of work of its own. The commit stands whatever becomes of it: its
-    errors are logged, and the response is a success all the same.
+    Nor is one called that was registered inside of a savepoint which is rolled back. It runs before the response
+    leaves, in a unit of work of its own. The commit stands whatever becomes of it: its errors are logged, and the
+    response is a success all the same.
 
     Args:
         db: whose commit to wait for.

@@ -19,8 +19,11 @@ from ctxdb_core import _session_end
 from ctxdb_core._connection_context import hide_from_connections
 from ctxdb_core._gate import StatementGate, close_gates, open_gates, wait_for_statements
 from ctxdb_core._leak import LeakGuard
+from ctxdb_core._rollback_only import refuse_if_rollback_only
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
+from ctxdb_core._waiting import WaitingCallback, drop_undone, hand_up
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
@@ -55,7 +58,11 @@ class UnitOfWork:
     shared = False
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
 
-    callbacks: dict[DBConnect, list[OnCommit]] | None = None
+    autocommit = False
+    """Whether its sessions have no transactions: each statement is committed by itself."""
+
+    statement_timeout: StatementTimeout | None = None
+    callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
     due: Sequence[OnCommit] = ()
     """Callbacks whose commit has succeeded."""
     running_callbacks: asyncio.Task[None] | None = None
@@ -128,11 +135,34 @@ class UnitOfWork:
             return self.sessions[db]
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
-        StatementGate(session, self.statement_observer())
+        self.prepare_session(session)
         self.sessions[db] = session
         if self.callbacks and db in self.callbacks:
             self._watch(db, session)
         return session
+
+    def prepare_session(self, session: AsyncSession) -> None:
+        """Make a new session one of this unit."""
+        StatementGate(session, self.statement_observer())
+        if self.statement_timeout:
+            limit_statements(session, self.current_statement_timeout)
+
+    def current_statement_timeout(self) -> StatementTimeout | None:
+        """Return how long statements may take now; a session asks it at each transaction."""
+        return self.statement_timeout
+
+    def share_statement_timeout(self, outer: UnitOfWork | None) -> None:
+        """Take over the limit of the unit that waits for this one."""
+        if outer is not None and not outer.closed:
+            self.statement_timeout = outer.statement_timeout
+
+    async def limit_statements(self, timeout: StatementTimeout | None) -> None:
+        """Let the statements of the unit take no longer than `timeout` from now on."""
+        self.check_usable()
+        self.statement_timeout = timeout
+        for session in list(self.sessions.values()):
+            limit_statements(session, self.current_statement_timeout)
+            await limit_open_transaction(session, self.current_statement_timeout)
 
     def statement_observer(self) -> Callable[[], None] | None:
         """Return what is called before each statement of a session that is opened now."""
@@ -150,13 +180,19 @@ class UnitOfWork:
             )
 
     def on_commit(self, db: DBConnect, callback: OnCommit) -> None:
-        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead."""
+        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead.
+
+        The roll-back of a savepoint counts for what was registered since that savepoint.
+        """
         self.check_usable()
         if self.callbacks is None:
             self.callbacks = {}
-        self.callbacks.setdefault(db, []).append(callback)
+        savepoint = None
         if db in self.sessions:
-            self._watch(db, self.sessions[db])
+            session = self.sessions[db]
+            savepoint = session.sync_session.get_nested_transaction()
+            self._watch(db, session)
+        self.callbacks.setdefault(db, []).append(WaitingCallback(callback, savepoint))
 
     async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
@@ -286,7 +322,8 @@ class UnitOfWork:
                 if self.before_commit is not None:
                     await self.before_commit(session)
                 if len(self.sessions) > 1:
-                    # What the database refuses at once is refused before the first commit.
+                    # What can be refused at once is refused before the first commit.
+                    refuse_if_rollback_only(session.sync_session)
                     await session.flush()
 
     async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
@@ -336,13 +373,18 @@ class UnitOfWork:
 
         @event.listens_for(sync_session, "after_commit")
         def committed(session: Session) -> None:
-            if not session.in_nested_transaction():
+            savepoint = session.get_nested_transaction()
+            if savepoint is None:
                 self.due = [*self.due, *self._take_callbacks([db])]
+            elif self.callbacks:
+                hand_up(self.callbacks.get(db, []), savepoint)
 
         @event.listens_for(sync_session, "after_transaction_end")
         def ended(session: Session, transaction: SessionTransaction) -> None:
             if transaction.parent is None:
                 self._take_callbacks([db])
+            elif transaction.nested and self.callbacks:
+                drop_undone(self.callbacks.get(db, []), transaction)
 
     def _start_callbacks(self) -> None:
         if self.due:
@@ -362,7 +404,7 @@ class UnitOfWork:
         if self.callbacks is None:
             return []
         taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
-        return [callback for callbacks in taken for callback in callbacks]
+        return [waiting.callback for callbacks in taken for waiting in callbacks]
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())

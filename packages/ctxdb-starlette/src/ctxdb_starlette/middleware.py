@@ -12,7 +12,15 @@ from starlette.middleware.httpsredirect import HTTPSRedirectMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ctxdb_core import BeforeCommit, CommitPolicy, commit_below_400
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Receive, Scope, Send
+from ctxdb_core.asgi import (
+    ASGIApp,
+    ASGIHTTPDBSessionMiddleware,
+    ASGIStreamBoundary,
+    Deadline,
+    Receive,
+    Scope,
+    Send,
+)
 
 __all__ = ["DBSessionMiddleware"]
 
@@ -27,6 +35,8 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         app: the application, passed by ``add_middleware``.
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
+        statement_timeout: how many seconds each statement of a request may take.
+        deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock.
     """
 
     def __init__(
@@ -35,8 +45,10 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         *,
         before_commit: BeforeCommit | None = None,
         commit_policy: CommitPolicy = commit_below_400,
+        statement_timeout: float | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
-        super().__init__(app, before_commit, commit_policy)
+        super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
         _mark_stream_boundary(app)
 
     async def answer_error(

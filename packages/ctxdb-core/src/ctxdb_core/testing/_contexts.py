@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ctxdb_core import _session_end
-from ctxdb_core._gate import StatementGate
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError
@@ -67,17 +66,15 @@ class _TestUnit(UnitOfWork):
         self.connections: dict[DBConnect, AsyncConnection] = {}
         """Where sessions are to be put on a connection of the test."""
 
-    async def open_session(self, db: DBConnect) -> AsyncSession:
+    async def open_session(
+        self, db: DBConnect, create: Callable[[], Awaitable[AsyncSession]] | None = None
+    ) -> AsyncSession:
         connection = self.connections.get(db)
         if connection is None or db in self.sessions:
-            return await super().open_session(db)
+            return await super().open_session(db, create)
         self.check_usable()
-        session = (await db.session_maker())(bind=connection, join_transaction_mode="create_savepoint")
-        StatementGate(session, self.statement_observer())
-        self.sessions[db] = session
-        if self.callbacks and db in self.callbacks:
-            self._watch(db, session)
-        return session
+        session_maker = await db.session_maker()
+        return self.adopt_session(db, session_maker(bind=connection, join_transaction_mode="create_savepoint"))
 
 
 @asynccontextmanager

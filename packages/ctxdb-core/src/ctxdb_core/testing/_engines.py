@@ -11,7 +11,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
-from ctxdb_core._url import READ_ONLY
+from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 
@@ -90,7 +90,7 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
         )
         _dialects[sync_engine] = dialect
     autocommit = is_autocommit(original)
-    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY, False))
+    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
 
     def connect() -> Any:
         return Connection(shared, autocommit=autocommit, read_only=read_only, lenient=lenient)

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._url import READ_ONLY
+from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
@@ -73,7 +73,7 @@ def _ctxdb_groups(ctxdb_dbs: DBConnect | Sequence[DBConnect], _ctxdb_thread: Loo
 async def _describe(db: DBConnect) -> tuple[str | None, bool]:
     await db.session_maker()
     engine = await db.engine()
-    return engine.url.database, bool(engine.sync_engine.get_execution_options().get(READ_ONLY, False))
+    return engine.url.database, bool(engine.sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
 
 
 @pytest.fixture

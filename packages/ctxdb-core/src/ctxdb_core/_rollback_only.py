@@ -1,0 +1,55 @@
+"""Transactions that can only be rolled back any more, whoever asks for the commit."""
+
+from __future__ import annotations
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ctxdb_core.errors import UnexpectedRollbackError
+
+__all__ = ["refuse_if_rollback_only", "set_rollback_only"]
+
+_DOOMED = "ctxdb.rollback_only"
+
+
+def set_rollback_only(session: Session, why: str, cause: BaseException | None = None, *, whole: bool = False) -> None:
+    """Have each commit of the current transaction fail, the release of a savepoint in it included.
+
+    Args:
+        session: whose transaction; where none has begun yet, the next one is.
+        why: the message of the error.
+        cause: what it is raised from.
+        whole: whether a savepoint that is open does not contain it.
+    """
+    transaction = session.get_transaction() if whole else innermost(session)
+    if transaction is None:
+        transaction = session.begin()
+    if _DOOMED not in session.info:
+        session.info[_DOOMED] = {}
+        event.listen(session, "before_commit", refuse_if_rollback_only)
+        event.listen(session, "after_transaction_end", _forget)
+    session.info[_DOOMED].setdefault(transaction, (why, cause))
+
+
+def refuse_if_rollback_only(session: Session) -> None:
+    """Raise the error that says why the current transaction cannot be committed, if it cannot.
+
+    Raises:
+        UnexpectedRollbackError: it can only be rolled back.
+    """
+    doomed = session.info.get(_DOOMED, {})
+    transaction = innermost(session) if doomed else None
+    while transaction is not None:
+        if transaction in doomed:
+            why, cause = doomed[transaction]
+            raise UnexpectedRollbackError(why) from cause
+        transaction = transaction.parent
+
+
+def innermost(session: Session) -> SessionTransaction | None:
+    """Return the innermost open savepoint of a session, or else its transaction, if there is one."""
+    return session.get_nested_transaction() or session.get_transaction()
+
+
+def _forget(session: Session, transaction: SessionTransaction) -> None:
+    session.info[_DOOMED].pop(transaction, None)

@@ -1,0 +1,192 @@
+"""How long the statements of a unit of work may take, and how each of its transactions is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ctxdb_core._gate import check_statements, wait_for_statements
+from ctxdb_core._rollback_only import set_rollback_only
+from ctxdb_core._undo import undo_on_return
+from ctxdb_core.errors import DeadlineExceededError, TransactionOptionsError
+from ctxdb_core.isolation import begun_connections, is_autocommit, is_bound_to_connection
+
+__all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
+
+
+@dataclass(frozen=True, slots=True)
+class StatementTimeout:
+    """A number of seconds for each statement, a point in time for all of them, or both.
+
+    Args:
+        seconds: how long each statement may take.
+        deadline: when the last one has to be done, on the event loop's clock (`loop.time()`).
+
+    Raises:
+        ValueError: `seconds` is not positive.
+    """
+
+    seconds: float | None = None
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ValueError(f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit.")
+
+    def __bool__(self) -> bool:
+        return self.seconds is not None or self.deadline is not None
+
+    def left(self) -> float | None:
+        """Return how many seconds a statement that begins now may take; ``None`` without a limit.
+
+        Raises:
+            DeadlineExceededError: none, as the deadline has passed.
+        """
+        if self.deadline is None:
+            return self.seconds
+        left = self.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceededError(
+                f"The deadline of this unit of work passed {-left:.3f} seconds ago, so the statement was not sent."
+            )
+        return left if self.seconds is None else min(left, self.seconds)
+
+    def milliseconds(self) -> int | None:
+        """Return `left` as PostgreSQL is told it; ``None`` without a limit.
+
+        What is left until a deadline is rounded down to two digits: each other number is another statement to prepare,
+        and drivers keep a limited number of those.
+        """
+        left = self.left()
+        if left is None:
+            return None
+        is_fixed = left == self.seconds
+        left = min(left * 1000, _MAX_MILLISECONDS)
+        milliseconds = round(left) if is_fixed else int(left)
+        if not is_fixed:
+            milliseconds -= milliseconds % 10 ** max(0, len(str(milliseconds)) - 2)
+        # To PostgreSQL, 0 is no limit.
+        return max(1, milliseconds)
+
+
+CurrentTimeout: TypeAlias = Callable[[], StatementTimeout | None]
+
+_MAX_MILLISECONDS = 2**31 - 1
+
+_LIMITED = "ctxdb.statement_timeout"
+
+
+def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
+    """Let each transaction that `session` begins from now on have the limit that is `current` then."""
+    sync_session = session.sync_session
+    if _LIMITED in sync_session.info:
+        return
+    sync_session.info[_LIMITED] = True
+
+    def check() -> None:
+        if timeout := current():
+            timeout.left()
+
+    check_statements(session, check)
+    if is_bound_to_connection(session):
+        # A transaction that somebody else began goes on after this unit: its limit is not ours to set.
+        return
+
+    @event.listens_for(sync_session, "after_begin")
+    def limit(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        # A savepoint has the limit of its transaction.
+        if not transaction.nested and (timeout := current()):
+            _limit(session, connection, timeout, current)
+
+
+async def limit_open_transaction(session: AsyncSession, current: CurrentTimeout) -> None:
+    """Have the transaction that is open keep to the limit that is `current`, if the database knows of it already."""
+    connections = begun_connections(session)
+    if connections and not is_bound_to_connection(session):
+        await wait_for_statements((session,))
+        timeout = current() or StatementTimeout()
+
+        def limit(session: Session) -> None:
+            for connection in connections:
+                _limit(session, connection, timeout, current)
+
+        await session.run_sync(limit)
+
+
+def _limit(session: Session, connection: Connection, timeout: StatementTimeout, current: CurrentTimeout) -> None:
+    backend = connection.dialect.name
+    if backend == "postgresql":
+        _set_on_server(connection, timeout.milliseconds())
+    elif backend == "sqlite":
+        if connection not in _interrupted:
+            _interrupted.add(connection)
+            _Interrupter(session, connection, current)
+    else:
+        raise TransactionOptionsError(f"A statement timeout is known for PostgreSQL and SQLite, not for {backend}.")
+
+
+def _set_on_server(connection: Connection, milliseconds: int | None) -> None:
+    value = "DEFAULT" if milliseconds is None else milliseconds
+    # A plain SET, as set_config() is a query: it would take the snapshot of the transaction.
+    if is_autocommit(connection):
+        undo_on_return(connection, "RESET statement_timeout")
+        connection.exec_driver_sql(f"SET statement_timeout = {value}")
+    else:
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {value}")
+
+
+class _Interrupter:
+    """Interrupts the statements of one connection to SQLite, which has no limit of its own, when their time is up.
+
+    It is on one SQLAlchemy connection, which lasts as long as its transaction.
+    """
+
+    def __init__(self, session: Session, connection: Connection, current: CurrentTimeout) -> None:
+        self.session = session
+        self.connection = connection
+        self.current = current
+        self.timer: asyncio.TimerHandle | None = None
+        event.listen(connection, "before_cursor_execute", self.start)
+        for name in ("after_cursor_execute", "commit", "rollback"):
+            event.listen(connection, name, self.stop)
+
+    def start(self, connection: Connection, cursor: object, statement: str, *args: object) -> None:
+        self.stop()
+        timeout = self.current()
+        # What undoes is not limited.
+        if timeout and not statement.startswith("ROLLBACK") and (left := timeout.left()) is not None:
+            self.timer = asyncio.get_running_loop().call_later(left, self.interrupt)
+
+    def stop(self, *args: object) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def interrupt(self) -> None:
+        # A statement that failed does not stop the timer.
+        if self.connection.closed or self.connection.invalidated:
+            return
+        # SQLite rolls the transaction of an interrupted write back by itself. If the error is swallowed, what follows
+        # would be committed without what came before.
+        set_rollback_only(self.session, _INTERRUPTED, whole=True)
+        driver_connection: Any = self.connection.connection.driver_connection
+        with suppress(StopIteration):
+            # A coroutine that waits for nothing: run to its end here, it hits this statement and no later one.
+            driver_connection.interrupt().send(None)
+
+
+_INTERRUPTED = (
+    "A statement of this transaction was interrupted when its time was up, and its error was not propagated: the "
+    "transaction cannot be committed. Let the error propagate, or give the statement more time."
+)
+
+# SQLAlchemy connections that have an interrupter already.
+_interrupted: WeakSet[Connection] = WeakSet()

@@ -1,0 +1,33 @@
+"""What was set on a connection for longer than a transaction, undone before the pool has the connection back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+__all__ = ["undo_on_return"]
+
+_UNDO = "ctxdb.undo"
+
+
+def undo_on_return(connection: Connection, statement: str) -> None:
+    """Have `statement` run when `connection` is given back to its pool, once.
+
+    If it fails, the pool closes the connection.
+    """
+    connection.connection.info.setdefault(_UNDO, set()).add(statement)
+    pool = connection.engine.pool
+    if not event.contains(pool, "reset", _undo):
+        event.listen(pool, "reset", _undo)
+
+
+def _undo(dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
+    # A connection that cannot be talked to now (garbage collection) is closed.
+    if record is None or not state.asyncio_safe or _UNDO not in record.info:
+        return
+    cursor = dbapi_connection.cursor()
+    for statement in record.info.pop(_UNDO):
+        cursor.execute(statement)
+    cursor.close()

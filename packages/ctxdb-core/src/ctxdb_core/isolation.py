@@ -1,0 +1,193 @@
+"""`IsolationLevel`, and how one transaction is begun with a level of its own, or read-only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from ctxdb_core._undo import undo_on_return
+from ctxdb_core._url import READ_ONLY_OPTION
+from ctxdb_core.errors import TransactionOptionsError
+
+__all__ = [
+    "NO_OPTIONS",
+    "IsolationLevel",
+    "TransactionOptions",
+    "begun_connections",
+    "is_autocommit",
+    "is_bound_to_connection",
+    "is_read_only",
+]
+
+IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+"""What one transaction sees of others; which of them there are depends on the database."""
+
+_READ_ONLY_QUERIES = {"postgresql": "SHOW transaction_read_only", "sqlite": "PRAGMA query_only"}
+
+
+@dataclass(frozen=True)
+class TransactionOptions:
+    """What one transaction is begun with. The next one on the same session or connection knows nothing of it.
+
+    A session that is bound to a connection takes part in a transaction that somebody else began, a test for instance:
+    there, nothing can be chosen any more, and nothing is.
+
+    Args:
+        isolation_level: the database's own default if it is ``None``.
+        read_only: have the database refuse writes.
+
+    Raises:
+        ValueError: `isolation_level` is none.
+    """
+
+    isolation_level: IsolationLevel | None = None
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.isolation_level is not None and self.isolation_level not in get_args(IsolationLevel):
+            levels = ", ".join(map(repr, get_args(IsolationLevel)))
+            raise ValueError(f"isolation_level={self.isolation_level!r} is none of {levels}.")
+
+    def __bool__(self) -> bool:
+        return self.isolation_level is not None or self.read_only
+
+    def check(self, session: AsyncSession, db: object) -> None:
+        """Raise the error that says why no transaction of `session` can have these options, if none can.
+
+        Raises:
+            ValueError: the database, or SQLAlchemy's dialect for its driver, does not have the isolation level.
+            TransactionOptionsError: the engine is in autocommit, or no transaction of this database can be read-only.
+        """
+        if is_bound_to_connection(session):
+            return
+        bind = session.sync_session.get_bind()
+        if self.isolation_level is not None:
+            if is_autocommit(bind):
+                raise TransactionOptionsError(
+                    f"On {db!r} each statement is committed by itself (autocommit), so there is no transaction that "
+                    "could have an isolation_level. Leave it out, or use a DBConnect without `read_only=True`."
+                )
+            levels = [level for level in _levels(bind) if level in get_args(IsolationLevel)]
+            if self.isolation_level not in levels:
+                dialect = f"{bind.dialect.name}+{bind.dialect.driver}"
+                raise ValueError(f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has.")
+        if self.read_only and not is_read_only(bind):
+            if bind.dialect.name not in _READ_ONLY_QUERIES:
+                raise TransactionOptionsError(
+                    f"read_only=True is known for {' and '.join(_READ_ONLY_QUERIES)}, not for {bind.dialect.name}."
+                )
+            if is_autocommit(bind):
+                raise TransactionOptionsError(
+                    f"On {db!r} each statement is committed by itself (autocommit), so there is no transaction that "
+                    "could be read-only. Use `DBConnect.from_url(url, read_only=True)`, or no autocommit."
+                )
+
+    async def apply(self, session: AsyncSession, db: object) -> None:
+        """Begin a transaction with these options; if one is open, see that it has them.
+
+        The connection is taken now: the options are sent along with BEGIN, or right after it.
+
+        Raises:
+            TransactionOptionsError: the open transaction has others.
+        """
+        if not self or is_bound_to_connection(session):
+            return
+        if begun_connections(session):
+            await self._check_open(session, db)
+        else:
+            await self._begin(session)
+
+    async def _begin(self, session: AsyncSession) -> None:
+        bind = session.sync_session.get_bind()
+        read_only = self.read_only and not is_read_only(bind)
+        # Also for those who want to know what was committed.
+        options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
+        # On SQLite this is what transactions are, and setting it would change how the driver begins them.
+        is_default = bind.dialect.name == "sqlite" and self.isolation_level == (_level_of(bind) or "SERIALIZABLE")
+        if self.isolation_level is not None and not is_default:
+            options["isolation_level"] = self.isolation_level
+        if read_only and bind.dialect.driver == "asyncpg":
+            options["postgresql_readonly"] = True
+        if not options:
+            return
+        connection = await session.connection(execution_options=options)
+        if read_only and bind.dialect.name == "sqlite":
+            assert connection.sync_connection is not None
+            undo_on_return(connection.sync_connection, "PRAGMA query_only = OFF")
+            await connection.exec_driver_sql("PRAGMA query_only = ON")
+        elif read_only and "postgresql_readonly" not in options:
+            # SQLAlchemy resets psycopg's option to READ WRITE, not to the server's default: on a hot standby, every
+            # later transaction of that connection would fail.
+            await connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+    async def _check_open(self, session: AsyncSession, db: object) -> None:
+        connection = await session.connection()
+        if self.isolation_level is not None:
+            level = await connection.get_isolation_level()
+            if level != self.isolation_level:
+                raise TransactionOptionsError(
+                    f"isolation_level={self.isolation_level!r} was asked for, but the transaction that is open on "
+                    f"{db!r} has {level!r}, which it keeps to its end. {_WAY_OUT}"
+                )
+        if self.read_only and not await _answers_read_only(connection):
+            raise TransactionOptionsError(
+                f"read_only=True was asked for, but the transaction that is open on {db!r} may write. {_WAY_OUT}"
+            )
+
+
+NO_OPTIONS = TransactionOptions()
+
+_WAY_OUT = (
+    "End it first (`await commit_db_session(db)`, or `current_transaction='commit'`), or leave it alone and run in a "
+    "transaction beside it (`run_in_new_ctx`, or `transactional(db, 'requires_new', ...)`)."
+)
+
+
+def is_bound_to_connection(session: AsyncSession) -> bool:
+    """Return whether `session` takes part in a transaction that somebody else began."""
+    try:
+        return isinstance(session.sync_session.get_bind(), Connection)
+    except UnboundExecutionError:
+        # It has an engine for each class.
+        return False
+
+
+def is_autocommit(bind: Engine | Connection) -> bool:
+    """Return whether each statement on `bind` is committed by itself."""
+    return _level_of(bind) == "AUTOCOMMIT"
+
+
+def _level_of(bind: Engine | Connection) -> str | None:
+    """Return the level that `bind` was given; ``None`` where it is the database's own default."""
+    default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
+    level: str | None = bind.get_execution_options().get("isolation_level", default)
+    return level
+
+
+def is_read_only(bind: Engine | Connection) -> bool:
+    """Return whether nothing can be written on `bind`, as far as ctxdb has seen to it."""
+    return bool(bind.get_execution_options().get(READ_ONLY_OPTION))
+
+
+async def _answers_read_only(connection: AsyncConnection) -> bool:
+    answer = await connection.exec_driver_sql(_READ_ONLY_QUERIES[connection.dialect.name])
+    return answer.scalar() in ("on", 1)
+
+
+def _levels(bind: Engine | Connection) -> list[str]:
+    try:
+        return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # none that we know asks it
+    except NotImplementedError:
+        return []
+
+
+def begun_connections(session: AsyncSession) -> set[Connection]:
+    """Return the connections of the open transaction: none if what was only added has not reached the database yet."""
+    transaction = session.sync_session.get_transaction()
+    if transaction is None:
+        return set()
+    return {each[0] for each in transaction._connections.values()}  # noqa: SLF001 - there is no public name for it

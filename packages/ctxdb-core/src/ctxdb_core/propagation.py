@@ -1,0 +1,230 @@
+"""`transactional`: functions and blocks that say how they want to take part in transactions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, get_args
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._rollback_only import set_rollback_only
+from ctxdb_core.connect import DBConnect
+from ctxdb_core.errors import TransactionAlreadyActiveError, TransactionRequiredError
+from ctxdb_core.isolation import IsolationLevel, TransactionOptions, is_autocommit
+from ctxdb_core.lifecycle import opened
+from ctxdb_core.unit import UnitOfWork, current_unit
+
+__all__ = ["Propagation", "transactional"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Propagation: TypeAlias = Literal[
+    "required", "requires_new", "nested", "mandatory", "never", "supports", "not_supported"
+]
+"""What `transactional` does with the transaction that it finds, and where it finds none."""
+
+_WITHOUT_TRANSACTION = ("never", "supports", "not_supported")
+
+
+class transactional:  # noqa: N801 - used like a function: as a decorator, or in `async with`
+    """Runs an async function, or a block, in a transaction, as `propagation` says.
+
+    ``@transactional(db, "requires_new")`` on a function or method, and ``async with transactional(db) as session:``
+    around a block. One object can be used as often as you like, at the same time, and inside of itself.
+
+    A unit of work counts as a transaction from its beginning, whether or not a statement has been made yet: that of a
+    request, of ``new_db_ctx()``, or of another such block.
+
+    Args:
+        db: whose session the block gets, and where savepoints and options are applied. A new unit of work is one for
+            every database.
+        propagation: what to do
+
+            ================= ================================== =============================================
+            propagation       in a transaction                   without one
+            ================= ================================== =============================================
+            ``required``      join it                            begin one, which is committed at the end
+            ``requires_new``  suspend it, and begin one that is committed at the end
+            ``nested``        join it behind a savepoint         begin one, which is committed at the end
+            ``mandatory``     join it                            `TransactionRequiredError`
+            ``never``         `TransactionAlreadyActiveError`    run without: each statement is committed by itself
+            ``supports``      join it                            run without: each statement is committed by itself
+            ``not_supported`` suspend it, and run without: each statement is committed by itself
+            ================= ================================== =============================================
+
+        isolation_level: of the transaction. One that is joined must have it, unless it has made no statement yet.
+        read_only: have the database refuse writes; as for `isolation_level`.
+        no_rollback_for: exceptions that are no failure: they leave the block as its end does.
+
+    An exception that leaves a joined block lets the transaction be rolled back only, even if it is caught further out:
+    its commit raises `UnexpectedRollbackError`.
+
+    Raises:
+        ValueError: `propagation` or `isolation_level` is none, or the one excludes the other.
+        TypeError: what is decorated is no async function.
+    """
+
+    def __init__(
+        self,
+        db: DBConnect,
+        propagation: Propagation = "required",
+        *,
+        isolation_level: IsolationLevel | None = None,
+        read_only: bool = False,
+        no_rollback_for: type[BaseException] | tuple[type[BaseException], ...] = (),
+    ) -> None:
+        if inspect.isroutine(db):
+            raise TypeError("Say on which database: `@transactional(db)`.")
+        if propagation not in get_args(Propagation):
+            raise ValueError(f"propagation={propagation!r} is none of {', '.join(map(repr, get_args(Propagation)))}.")
+        self._db = db
+        self._propagation = propagation
+        self._options = TransactionOptions(isolation_level, read_only)
+        if self._options and propagation in _WITHOUT_TRANSACTION:
+            raise ValueError(
+                f"propagation={propagation!r} may run without a transaction, so there is nothing that isolation_level "
+                "or read_only could be of: leave them out, or use 'required' or 'requires_new'."
+            )
+        self._no_rollback_for = no_rollback_for
+
+    def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        """Return `fn` with each of its calls in a block of its own."""
+        if not inspect.iscoroutinefunction(fn):
+            raise TypeError(f"{fn!r} is no async function: only what is awaited inside of the block is part of it.")
+
+        @functools.wraps(fn)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with self._block():
+                return await fn(*args, **kwargs)
+
+        return run
+
+    async def __aenter__(self) -> AsyncSession:
+        """Begin a block; return the session that it works on, which `db_session` returns inside of it, too."""
+        block = self._block()
+        session = await block.__aenter__()
+        _entered.set((*_entered.get(), (self, block)))
+        return session
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        entered = _entered.get()
+        for index in reversed(range(len(entered))):
+            owner, block = entered[index]
+            if owner is self:
+                _entered.set((*entered[:index], *entered[index + 1 :]))
+                return await block.__aexit__(exc_type, exc, traceback)
+        raise RuntimeError("A `transactional` block has to be left in the task that entered it.")
+
+    @asynccontextmanager
+    async def _block(self) -> AsyncIterator[AsyncSession]:
+        kept: BaseException | None = None
+        async with self._scope() as session:
+            try:
+                yield session
+            except self._no_rollback_for as exc:
+                kept = exc
+        if kept is not None:
+            raise kept
+
+    def _scope(self) -> AbstractAsyncContextManager[AsyncSession]:
+        outer = current_unit.get(None)
+        if self._propagation == "requires_new":
+            return self._in_unit(UnitOfWork(), outer)
+        if outer is not None and (self._propagation != "not_supported" or outer.autocommit):
+            # A task that has outlived its unit of work is told so: it expects a transaction that nobody would commit.
+            outer.check_usable()
+        if outer is not None and not outer.autocommit:
+            if self._propagation == "never":
+                raise TransactionAlreadyActiveError(
+                    "propagation='never' was asked for inside of a unit of work, which is a transaction. Call it "
+                    "outside of one, or suspend it: `transactional(db, 'not_supported')`."
+                )
+            if self._propagation == "not_supported":
+                return self._in_unit(_AutocommitUnit(), outer)
+            return self._joined(outer, savepoint=self._propagation == "nested")
+        if self._propagation == "mandatory":
+            raise TransactionRequiredError(
+                "propagation='mandatory' was asked for, and there is no transaction here. Call this code in a unit of "
+                "work (a request, `async with new_db_ctx():`), or in `async with transactional(db):`."
+            )
+        if self._propagation not in _WITHOUT_TRANSACTION:
+            return self._in_unit(UnitOfWork(), outer)
+        return self._in_unit(_AutocommitUnit(), None) if outer is None else self._joined(outer, savepoint=False)
+
+    @asynccontextmanager
+    async def _in_unit(self, unit: UnitOfWork, outer: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
+        unit.share_statement_timeout(outer)
+        async with opened(unit):
+            session = await unit.open_session(self._db)
+            await self._apply_options(session)
+            yield session
+
+    @asynccontextmanager
+    async def _joined(self, unit: UnitOfWork, *, savepoint: bool) -> AsyncIterator[AsyncSession]:
+        session = await unit.open_session(self._db)
+        await self._apply_options(session)
+        if savepoint:
+            async with session.begin_nested():
+                yield session
+            return
+        try:
+            yield session
+        except BaseException as exc:
+            if not unit.autocommit and self._db in unit.sessions:
+                # A session that cannot begin a transaction any more commits nothing either.
+                with suppress(InvalidRequestError):
+                    set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc)
+            raise
+
+    async def _apply_options(self, session: AsyncSession) -> None:
+        if self._options:
+            self._options.check(session, self._db)
+            await self._options.apply(session, self._db)
+
+
+# The blocks of `async with` that the running code is in, with the object that each was entered through.
+_entered: ContextVar[tuple[tuple[transactional, AbstractAsyncContextManager[AsyncSession]], ...]] = ContextVar(
+    "ctxdb_transactional", default=()
+)
+
+
+def _why(exc: BaseException) -> str:
+    return (
+        f"{type(exc).__name__} left a `transactional` block that had joined this transaction, and was caught further "
+        "out: half of the block's work must not be committed. Let the exception propagate; run the block behind a "
+        "savepoint ('nested') or in a transaction of its own ('requires_new'); or name the exception in "
+        "`no_rollback_for`."
+    )
+
+
+class _AutocommitUnit(UnitOfWork):
+    """A unit of work without transactions: each statement is committed by itself, and nothing is rolled back."""
+
+    autocommit = True
+
+    def prepare_session(self, session: AsyncSession) -> None:
+        sync_session = session.sync_session
+        get_bind = sync_session.get_bind
+        engines: dict[Engine, Engine] = {}
+
+        def get_autocommit_bind(*args: Any, **kwargs: Any) -> Engine | Connection:
+            bind = get_bind(*args, **kwargs)
+            # A connection is somebody else's, as in a test, and so is what becomes of its transaction.
+            if isinstance(bind, Connection) or is_autocommit(bind):
+                return bind
+            if bind not in engines:
+                engines[bind] = bind.execution_options(isolation_level="AUTOCOMMIT")
+            return engines[bind]
+
+        sync_session.get_bind = get_autocommit_bind  # type: ignore[method-assign]  # on this one object only
+        super().prepare_session(session)
