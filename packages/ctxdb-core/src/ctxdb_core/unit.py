@@ -268,6 +268,12 @@ class UnitOfWork:
             self.leak_guard.disarm()
         return True
 
+    def hand_over_sessions(self) -> None:
+        """End the unit and leave its sessions, as they are, to whoever has them."""
+        self.sessions = _CLOSED
+        if self.leak_guard is not None:
+            self.leak_guard.disarm()
+
     async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
         """Commit or roll back what is open, close every session, and hand out none from now on.
 

@@ -103,8 +103,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # 
         if auto_close:
             await unit.finish(commit=True)
     finally:
-        # Of sessions that are left open, the unit hands none out any more.
-        unit.sessions = UnitOfWork.ended().sessions
+        unit.hand_over_sessions()
         unit.leave()
 
 
