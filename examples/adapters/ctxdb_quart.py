@@ -59,8 +59,8 @@ def setup(
         return
     app.asgi_http_class = _HTTPConnection
     app.asgi_websocket_class = _WebsocketConnection
-    app.finalize_request = _settling(app, app.finalize_request, request)  # type: ignore[method-assign]  # as above
-    app.finalize_websocket = _settling(app, app.finalize_websocket, websocket)  # type: ignore[method-assign]  # as above
+    app.finalize_request = _settling(app, app.finalize_request, request)  # type: ignore[method-assign]  # ditto
+    app.finalize_websocket = _settling(app, app.finalize_websocket, websocket)  # type: ignore[method-assign]  # ditto
 
 
 class _HTTPConnection(ASGIHTTPConnection):
@@ -145,14 +145,12 @@ class _Exchange:
 
         async def settle_and_send(message: Any) -> None:
             match message["type"]:
-                case "http.response.start":
+                case "http.response.start" | "websocket.http.response.start":
                     await self.settle(message["status"])
                     self.ended_well = False  # not before its body has
-                case "http.response.body" if not message.get("more_body", False):
+                case "http.response.body" | "websocket.http.response.body" if not message.get("more_body", False):
                     await finalize(self.unit, commit=True, last=False)
                     self.ended_well = True
-                case "websocket.http.response.start":
-                    await self.settle(message["status"])
                 case "websocket.close":
                     await finalize(self.unit, commit=self.ended_well, last=False)
                     if not self.ended_well:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
@@ -76,6 +77,32 @@ async def test_if_it_cannot_be_committed_a_500_is_sent_instead(
     assert answer.status == 500
     assert "success" not in answer.text
     assert len(calls) == 1
+
+
+async def test_that_500_has_no_body_where_none_is_expected(db: DBConnect, serve: Serve, tmp_path: Path) -> None:
+    async def signal(request: web.Request) -> None:
+        await insert_orphan(db)
+
+    base_url = await serve(application(KINDS[0], tmp_path, signal, "after"))
+    assert (await ask(base_url, "/inner/", "HEAD")).summary == (500, "")
+
+
+async def test_that_500_is_what_the_access_log_shows(db: DBConnect, database: Database, tmp_path: Path) -> None:
+    logged: list[int] = []
+
+    class Log(AbstractAccessLogger):
+        def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+            logged.append(response.status)
+
+    async def signal(request: web.Request) -> None:
+        await insert_orphan(db)
+
+    runner = web.AppRunner(application(KINDS[0], tmp_path, signal, "after"), access_log_class=Log)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    assert (await ask(f"http://127.0.0.1:{runner.addresses[0][1]}", "/inner/")).status == 500
+    await runner.cleanup()
+    assert logged[0] == 500
 
 
 @pytest.mark.parametrize("kind", STARTED_BY_HANDLER, ids=lambda kind: kind.name)

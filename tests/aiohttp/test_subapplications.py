@@ -151,6 +151,37 @@ async def test_else_the_error_middleware_of_the_application_around_it_answers(
     assert (await ask(await serve(app), "/inner/")).summary == (409, "handled")
 
 
+async def test_a_new_attempt_keeps_what_the_sub_applications_middlewares_do_in_it(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    attempts = 0
+
+    @web.middleware
+    async def try_again(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except LookupError:
+            return await handler(request)
+
+    @web.middleware
+    async def audit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await insert(db, f"audit {attempts}")
+        return await handler(request)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal attempts
+        attempts += 1
+        await insert(db, f"attempt {attempts}")
+        if attempts == 1:
+            raise LookupError
+        return web.Response()
+
+    app = applications(handler, "both", inner_middlewares=(audit,))
+    app.middlewares.append(try_again)
+    assert (await ask(await serve(app), "/inner/")).status == 200
+    assert await database.names() == ["attempt 2", "audit 1"]
+
+
 async def test_a_middleware_around_a_sub_application_that_has_the_adapter_can_change_its_responses(
     db: DBConnect, database: Database, serve: Serve
 ) -> None:

@@ -122,6 +122,29 @@ async def test_what_an_error_handler_writes_counts_by_its_status(
     assert await database.names() == ["handler"]
 
 
+async def test_the_answer_to_a_policy_that_fails_commits_its_own_work_only(db: DBConnect, database: Database) -> None:
+    def policy(status: int) -> bool:
+        if status == 200:
+            raise LookupError
+        return True
+
+    app = Quart(__name__, static_folder=None)
+    setup(app, commit_policy=policy)
+
+    @app.get("/")
+    async def view() -> str:
+        await insert(db, "view")
+        return "success"
+
+    @app.errorhandler(LookupError)
+    async def handle(error: LookupError) -> tuple[str, int]:
+        await insert(db, "handler")
+        return "accepted", 202
+
+    assert (await app.test_client().get("/")).status_code == 202
+    assert await database.names() == ["handler"]
+
+
 async def test_an_answer_that_cannot_be_committed_either_is_a_500(
     app: Quart, client: Client, db: DBConnect, database: Database
 ) -> None:
@@ -304,6 +327,7 @@ async def test_the_query_of_a_request_that_the_server_cancels_stops(
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
+    assert database.checked_out == 0
     await eventually(lambda: not database.backends("wait_event = 'PgSleep'"), "the query runs on")
     assert await database.names() == []
     gone.set()
@@ -358,6 +382,36 @@ async def test_a_refused_websocket_counts_by_its_status(
 
     assert await handshake(app) == status
     assert await database.names() == (["one"] if committed else [])
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_teardown_function_of_a_websocket_has_ended_before_its_answer(
+    app: Quart, db: DBConnect, database: Database, refused: bool
+) -> None:
+    @app.teardown_websocket
+    async def teardown(exc: BaseException | None) -> None:
+        await insert(db, "teardown")
+
+    @app.websocket("/")
+    async def view() -> Response | None:
+        if refused:
+            return Response("refused", 303)
+        await websocket.accept()
+        return None
+
+    async with serve(app) as base_url, RawClient.connect(base_url) as raw:
+        with database.held_commits():
+            raw.writer.write(HANDSHAKE)
+            if not refused:
+                assert await raw.read_head() == 101
+            answer = asyncio.create_task(raw.reader.readexactly(1))
+            await database.commit_is_held()
+            for _ in range(20):
+                # What was sent gets its turns to arrive.
+                await asyncio.sleep(0)
+                assert not answer.done()
+        await answer
+        assert await database.names() == ["teardown"]
 
 
 async def test_a_websocket_closed_before_it_is_accepted_is_rolled_back(

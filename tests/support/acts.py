@@ -91,7 +91,7 @@ async def raises_an_exception(desk: Desk, key: str, luck: float) -> Reply:
 @act(200)
 async def sends_much(desk: Desk, key: str, luck: float) -> Reply:
     await desk.write(key)
-    return Reply("x" * int(luck * 1_000_000))
+    return Reply("x" * int(luck * 300_000))
 
 
 @act(200, reads_request=True)
@@ -257,7 +257,7 @@ async def streams(desk: Desk, key: str, luck: float) -> Stream:
         async with atomic_db_session(desk.db):
             await desk.write(f"{key} stream")
         desk.kept.add(f"{key} stream")
-        for _ in range(int(luck * 10)):
+        for _ in range(int(luck * 4)):
             yield "x" * 65536
         await desk.write(f"{key} tail")
         yield "end"

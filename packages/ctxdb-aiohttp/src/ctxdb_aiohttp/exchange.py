@@ -86,6 +86,7 @@ class Exchange:
 
     async def begin_attempt(self) -> None:
         """Roll back what an earlier call of the handler has left: a middleware tries again."""
+        self.attempted = False
         await self._end_transactions(commit=False)
 
     async def commit_success(self, request: web.Request, response: object) -> None:
