@@ -169,6 +169,28 @@ async def test_a_stream_that_fails_undoes_only_its_own_work(world: World) -> Non
 
 
 @pytest.mark.sockets
+async def test_a_stream_whose_commit_fails_breaks_off(world: World) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(world.db, "stream")
+        await insert_orphan(world.db)
+        yield "body"
+
+    async def handler() -> Stream:
+        await insert(world.db, "response")
+        return Stream(chunks())
+
+    await world.start(("/", handler))
+    async with RawClient.connect(world.base_url) as client:
+        await client.send("/")
+        assert await client.read_head() == 200
+        body = await client.reader.read()
+    assert b"body" in body
+    assert not body.endswith(b"0\r\n\r\n")
+    await eventually(lambda: not world.database.checked_out, "not rolled back")
+    assert await world.names() == ["response"]
+
+
+@pytest.mark.sockets
 async def test_slow_clients_hold_no_connection(world: World) -> None:
     """Thirty clients that do not read, on a pool of five: a sixth request is served at once."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from ctxdb_core._gate import observe_statements, wait_for_statements
-from ctxdb_core._session_end import report
+from ctxdb_core._session_end import in_transaction, report
 from ctxdb_core.policy import CommitPolicy
 from ctxdb_core.unit import BeforeCommit, UnitOfWork
 
@@ -169,6 +169,8 @@ class HTTPExchange(Exchange):
                 return self.respond(message)
         elif self.users is not None:
             self.note_progress(message)
+            if self.body_sent and any(map(in_transaction, self.sessions.values())):
+                return self.end_body(message)
         return self.forward(message)
 
     async def respond(self, message: Message) -> None:
@@ -178,6 +180,15 @@ class HTTPExchange(Exchange):
                 await self.settle(message["status"])
             self.watch_statements()
         self.senders = frozenset([_current_task()])
+        await self.forward(message)
+
+    async def end_body(self, message: Message) -> None:
+        """Commit what the body has done before the last of it is sent: if that fails, the client sees it break off."""
+        try:
+            await self.commit()
+        except Exception:
+            self.forward = _discard
+            raise
         await self.forward(message)
 
     async def stream_begins(self, status: int) -> None:
