@@ -30,10 +30,16 @@ def database_kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def database(database_kind: str, postgres_server: EmbeddedPostgres, tmp_path: Path) -> AsyncIterator[Database]:
+async def database(
+    database_kind: str, postgres_server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Database]:
     """A fresh database; the test fails if it leaves a connection, transaction, query, context or task behind."""
     tasks = asyncio.all_tasks()
-    async with fresh_database(database_kind, postgres_server, tmp_path) as database:
+
+    def make_directory() -> Path:
+        return tmp_path_factory.mktemp("database")
+
+    async with fresh_database(database_kind, postgres_server, make_directory) as database:
         yield database
         await database.assert_quiet()
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
 from tests.support.database import Database, insert, insert_orphan
 from tests.support.wire import ask
@@ -193,63 +193,6 @@ async def test_a_position_is_between_the_applications_own_middlewares(
     app.middlewares.extend([look, look])
     assert (await ask(await serve(app))).status == 200
     assert seen == [[], ["one"]]
-
-
-@ORDERS
-async def test_each_attempt_of_a_middleware_that_tries_again_begins_anew(
-    db: DBConnect, database: Database, serve: Serve, order: str
-) -> None:
-    attempts = 0
-
-    @web.middleware
-    async def try_again(request: web.Request, handler: Handler) -> web.StreamResponse:
-        while True:
-            try:
-                return await handler(request)
-            except DBAPIError:
-                assert attempts < 4
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        nonlocal attempts
-        attempts += 1
-        await insert(db, f"attempt {attempts}")
-        if attempts == 1:
-            await insert(db, "attempt 1")
-        elif attempts == 2:
-            await insert_orphan(db)
-        return web.Response()
-
-    app = application(handler)
-    set_up(app, try_again, order)
-    assert (await ask(await serve(app))).status == 200
-    assert await database.names() == ["attempt 3"]
-
-
-async def test_a_middleware_outside_of_all_can_try_again(db: DBConnect, database: Database, serve: Serve) -> None:
-    """Where it stays outside: in the application around the one that has the adapter."""
-    attempts = 0
-
-    @web.middleware
-    async def try_again(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except LookupError:
-            return await handler(request)
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        nonlocal attempts
-        attempts += 1
-        await insert(db, f"attempt {attempts}")
-        if attempts == 1:
-            raise LookupError
-        return web.Response(text="success")
-
-    inner = application(handler)
-    setup(inner)
-    app = web.Application(middlewares=[try_again])
-    app.add_subapp("/inner", inner)
-    assert (await ask(await serve(app), "/inner/")).summary == (200, "success")
-    assert await database.names() == ["attempt 2"]
 
 
 async def test_what_a_middleware_makes_of_any_object_counts(db: DBConnect, database: Database, serve: Serve) -> None:

@@ -135,6 +135,25 @@ async def test_a_handler_that_answers_a_failing_start_by_another_response_has_it
     assert await database.names() == ["instead"]
 
 
+async def test_a_start_for_which_the_policy_fails_is_refused(db: DBConnect, database: Database, serve: Serve) -> None:
+    def policy(status: int) -> bool:
+        if status == 201:
+            raise LookupError
+        return True
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        with pytest.raises(LookupError):
+            await web.StreamResponse(status=201).prepare(request)
+        return web.Response(text="instead")
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app, commit_policy=policy)
+    assert (await ask(await serve(app))).summary == (200, "instead")
+    assert await database.names() == []
+
+
 @pytest.mark.parametrize("where", ["outer", "inner"])
 async def test_a_response_that_was_refused_is_never_sent(db: DBConnect, serve: Serve, where: str) -> None:
     """Whoever returns it all the same."""
@@ -170,8 +189,10 @@ async def test_what_is_sent_after_a_refused_response_is_not_measured_by_it(db: D
         response.content_length = 4
         with pytest.raises(IntegrityError):
             await response.prepare(request)
-        instead = web.Response(text="longer than that", status=409)
+        instead = web.StreamResponse(status=409)
         instead.enable_chunked_encoding()
+        await instead.prepare(request)
+        await instead.write(b"longer than that")
         return instead
 
     app = web.Application()

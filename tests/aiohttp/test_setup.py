@@ -101,14 +101,22 @@ async def test_the_clean_up_closes_every_database_even_if_one_fails(database: Da
     await eventually(lambda: not database.backends("true"), "connections outlived the application")
 
 
-async def test_a_start_that_fails_closes_the_databases_too(db: DBConnect, database: Database) -> None:
+@pytest.mark.parametrize("where", ["context", "signal"])
+async def test_a_start_that_fails_closes_the_databases_too(db: DBConnect, database: Database, where: str) -> None:
     async def start(app: web.Application) -> None:
         await write(db, "one")
         assert database.backends("true")
         raise LookupError
 
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        await start(app)
+        yield
+
     app = web.Application()
-    app.on_startup.append(start)
+    if where == "context":
+        app.cleanup_ctx.append(context)
+    else:
+        app.on_startup.append(start)
     setup(app, db)
     with pytest.raises(LookupError):
         async with serve_aiohttp(app):

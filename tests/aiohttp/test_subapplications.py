@@ -245,6 +245,29 @@ async def test_outside_of_a_sub_application_that_has_the_adapter_there_is_no_uni
     assert (await ask(await serve(app))).status == 200
 
 
+async def test_an_application_that_is_started_inside_of_a_request_does_not_meet_it(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def ask_another(request: web.Request) -> web.StreamResponse:
+        await insert(db, "first")
+        assert (await ask(await serve(other))).status == 200
+        assert await database.names() == ["second"]
+        assert "write_headers" not in vars(request.writer)
+        return web.Response(status=400)
+
+    async def write(request: web.Request) -> web.StreamResponse:
+        await insert(db, "second")
+        return web.Response()
+
+    app, other = web.Application(), web.Application()
+    app.router.add_get("/", ask_another)
+    other.router.add_get("/", write)
+    setup(app)
+    setup(other)
+    assert (await ask(await serve(app))).status == 400
+    assert await database.names() == ["second"]
+
+
 async def test_two_applications_in_one_process_do_not_meet(db: DBConnect, database: Database, serve: Serve) -> None:
     """One asks the other while it has a session open itself."""
 

@@ -175,10 +175,12 @@ async def eventually(condition: Callable[[], bool], message: str | Callable[[], 
 
 
 @asynccontextmanager
-async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -> AsyncIterator[Database]:
+async def fresh_database(
+    kind: str, server: EmbeddedPostgres, make_directory: Callable[[], Path]
+) -> AsyncIterator[Database]:
     """Provide a database with the tests' tables, and nothing in them."""
     if kind == "sqlite":
-        database = Database(f"sqlite+aiosqlite:///{directory / 'test.db'}", "test.db", None)
+        database = Database(f"sqlite+aiosqlite:///{make_directory() / 'test.db'}", "test.db", None)
         await _create_tables(database)
         yield database
         return
@@ -193,7 +195,10 @@ async def fresh_database(kind: str, server: EmbeddedPostgres, directory: Path) -
         _observe(server, name).close()
         _observe(server, "postgres").execute(f'DROP DATABASE "{name}" WITH (FORCE)')
         raise
-    _observe(server, name).execute("TRUNCATE item, parent, child; DROP FUNCTION IF EXISTS slow CASCADE")
+    # On tables as small as these, TRUNCATE takes ten times as long.
+    _observe(server, name).execute(
+        "DELETE FROM item; DELETE FROM child; DELETE FROM parent; DROP FUNCTION IF EXISTS slow CASCADE"
+    )
     _clean.append(name)
 
 

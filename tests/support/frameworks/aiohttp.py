@@ -13,7 +13,6 @@ from aiohttp.test_utils import TestServer
 from aiohttp.typedefs import Handler, Middleware
 from tests.support import application as neutral
 from tests.support.application import Application, Refusal, Reply, SocketHandler, Stream, current_request
-from tests.support.server import http_client
 
 from ctxdb_aiohttp import setup
 
@@ -143,5 +142,8 @@ async def serve_aiohttp(app: web.Application, *, handler_cancellation: bool = Fa
 @asynccontextmanager
 async def call_aiohttp(app: web.Application) -> AsyncIterator[httpx.AsyncClient]:
     """Provide a client for `app` on aiohttp's test server, which cancels a handler whose client leaves."""
+    # Whoever tests aiohttp alone has no uvicorn, which that module serves with.
+    from tests.support.server import http_client
+
     async with TestServer(app) as server, http_client(f"http://{server.host}:{server.port}") as client:
         yield client

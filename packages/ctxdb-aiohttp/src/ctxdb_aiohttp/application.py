@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from ctxdb_aiohttp.errors import ApplicationFrozenError
-from ctxdb_aiohttp.exchange import Options, note_response
+from ctxdb_aiohttp.exchange import note_response
 from ctxdb_aiohttp.middleware import commit_point, unit_of_work
 from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
 
@@ -41,8 +40,9 @@ def setup(
     Args:
         app: the application, or a sub-application. In one that is going to be a sub-application, the middlewares stay
             where this call puts them: around those that are there.
-        *dbs: closed when the application is cleaned up, also if it fails to start; every one is, also if closing
-            another one fails. A unit of work takes whatever `DBConnect` its code asks for: they need not be named here.
+        *dbs: closed when the application is cleaned up, also if it fails to start (which aiohttp does not tell
+            sub-applications); every one is, also if closing another one fails. A unit of work takes whatever
+            `DBConnect` its code asks for: they need not be named here.
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
         position: the inner middleware's place among those of `app`; by default the last, next to the handler. With 0,
@@ -65,12 +65,9 @@ def setup(
         raise ValueError(f"position={position} is negative: count the middlewares from the outermost, which is 0.")
     if app.on_startup.frozen:
         raise ApplicationFrozenError
-    options = Options(before_commit, commit_policy)
-    outer = unit_of_work(options)
+    outer = unit_of_work(before_commit, commit_policy)
 
     async def close_databases(app: web.Application) -> None:
-        if options.cleaning_up:
-            await asyncio.wait(options.cleaning_up)
         await close_all(*dbs)
 
     async def close_databases_in_any_case(app: web.Application) -> AsyncIterator[None]:

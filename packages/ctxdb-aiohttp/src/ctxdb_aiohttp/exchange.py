@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import WSCloseCode, web
 
-from ctxdb_aiohttp.response import is_made, start_over, status_of, take_back, write_server_error
-from ctxdb_core import BeforeCommit, CommitPolicy, UnitOfWork, finalize
+from ctxdb_aiohttp.response import is_complete, start_over, status_of, take_back, write_server_error
+from ctxdb_core import CommitPolicy, UnitOfWork, finalize
 
-__all__ = ["Exchange", "Options", "current_exchange", "note_response"]
+__all__ = ["Exchange", "current_exchange", "note_response"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -26,16 +25,8 @@ _SWITCHING_PROTOCOLS = 101
 _NORMAL_CLOSES = (WSCloseCode.OK, WSCloseCode.GOING_AWAY)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What one call of `setup` has asked for, and what it has under way."""
-
-    before_commit: BeforeCommit | None
-    """Awaited with each session that is about to be committed."""
-    commit_policy: CommitPolicy
-    """Given the status of the response: whether to commit."""
-    cleaning_up: set[asyncio.Task[None]] = field(default_factory=set)
-    """The tasks that end the units of responses which were cut off."""
+# Units of responses that were cut off, each with the task that ends it.
+_cleaning_up: set[asyncio.Task[None]] = set()
 
 
 class Exchange:
@@ -46,7 +37,7 @@ class Exchange:
 
     Args:
         unit: what `ctxdb_core.begin` returned.
-        options: those of the outermost adapter.
+        commit_policy: given the status of the response: whether to commit.
         request: the request.
     """
 
@@ -64,9 +55,9 @@ class Exchange:
     failure: BaseException
     """Why it was not."""
 
-    def __init__(self, unit: UnitOfWork, options: Options, request: web.Request) -> None:
+    def __init__(self, unit: UnitOfWork, commit_policy: CommitPolicy, request: web.Request) -> None:
         self.unit = unit
-        self.options = options
+        self.commit_policy = commit_policy
         self.request = request
         # Of any type, as methods are replaced: on this one object, which serves this one request.
         self.writer: Any = request.writer
@@ -104,7 +95,7 @@ class Exchange:
         Returns:
             Whether it was ended so.
         """
-        if self.started or self.has_work or not is_made(response) or self._has_signal_handlers():
+        if self.started or self.has_work or not is_complete(response) or self._has_signal_handlers():
             return False
         self._leave()
         self.unit.finish_idle()
@@ -121,7 +112,7 @@ class Exchange:
             await self._end_started()
             return
         commit = self.has_work and await self._calls_for_commit(request, response)
-        if is_made(response) and not self._has_signal_handlers():
+        if is_complete(response) and not self._has_signal_handlers():
             await self.end(commit=commit)
         else:
             await self._hand_over(commit=commit)
@@ -151,7 +142,7 @@ class Exchange:
         if self.refused is not None and response is self.refused:
             raise self.failure
         # Anything else than a response ends in a 500, or becomes one in a middleware.
-        return isinstance(response, (web.StreamResponse, web.HTTPException)) and self.options.commit_policy(
+        return isinstance(response, (web.StreamResponse, web.HTTPException)) and self.commit_policy(
             await status_of(response, request)
         )
 
@@ -186,8 +177,8 @@ class Exchange:
 
     # --- what the writer is told --------------------------------------------------------------------------------------
 
-    def expect(self, response: web.StreamResponse) -> None:
-        """Take note of the response that is going to be started next."""
+    def watch(self, response: web.StreamResponse) -> None:
+        """Wait for the start of `response`, which is being prepared."""
         self.response = response
         self._watch_writer()
 
@@ -228,7 +219,7 @@ class Exchange:
         if self.has_work:
             status = int(status_line.split(" ", 2)[1])
             # A policy is about what requests ask for: the switch to a websocket is none of its business.
-            commit = status == _SWITCHING_PROTOCOLS or self.options.commit_policy(status)
+            commit = status == _SWITCHING_PROTOCOLS or self.commit_policy(status)
             await finalize(self.unit, commit=commit, last=False)
 
     async def _refuse(self, error: BaseException) -> None:
@@ -265,8 +256,8 @@ class Exchange:
         if not self.unit.finish_idle():
             error = None if task.cancelled() else task.exception()
             cleaning_up = asyncio.create_task(finalize(self.unit, commit=False, error=error))
-            self.options.cleaning_up.add(cleaning_up)
-            cleaning_up.add_done_callback(self.options.cleaning_up.discard)
+            _cleaning_up.add(cleaning_up)
+            cleaning_up.add_done_callback(_cleaning_up.discard)
 
     def _end_before_close(self, socket: web.WebSocketResponse) -> None:
         """End the transactions before the close frame, where the handler closes the connection."""
@@ -290,4 +281,4 @@ async def note_response(request: web.BaseRequest, response: web.StreamResponse) 
     """Note which response is about to be sent, to be able to take it back: a handler for ``on_response_prepare``."""
     exchange = current_exchange.get(None)
     if exchange is not None and exchange.writer is request.writer:
-        exchange.expect(response)
+        exchange.watch(response)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ctxdb_aiohttp.exchange import Exchange, Options, current_exchange
-from ctxdb_core import begin
+from ctxdb_aiohttp.exchange import Exchange, current_exchange
+from ctxdb_core import BeforeCommit, CommitPolicy, begin
 
 __all__ = ["commit_point", "unit_of_work"]
 
 
-def unit_of_work(options: Options) -> Middleware:
-    """Return the outermost middleware, which gives each request a unit of work."""
+def unit_of_work(before_commit: BeforeCommit | None, commit_policy: CommitPolicy) -> Middleware:
+    """Return the outermost middleware, which gives each request a unit of work.
+
+    Args:
+        before_commit: awaited with each session that is about to be committed.
+        commit_policy: given the status of the response: whether to commit.
+    """
 
     @web.middleware
     async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -22,10 +27,10 @@ def unit_of_work(options: Options) -> Middleware:
                 return await handler(request)
             # A middleware outside of this one tries again.
             await outer.end(commit=False)
-        unit = begin(before_commit=options.before_commit)
+        unit = begin(before_commit=before_commit)
         if unit is None:
             return await handler(request)
-        exchange = Exchange(unit, options, request)
+        exchange = Exchange(unit, commit_policy, request)
         try:
             try:
                 response = await handler(request)

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from aiohttp import web
 
-__all__ = ["is_made", "start_over", "status_of", "take_back", "write_server_error"]
+__all__ = ["is_complete", "start_over", "status_of", "take_back", "write_server_error"]
 
 
-def is_made(response: object) -> bool:
-    """Return whether `response` is complete: no code of the application runs while it is sent."""
+def is_complete(response: object) -> bool:
+    """Return whether `response` has all of its body: no code of the application runs while it is sent."""
     kind: Any = type(response)
     return (
         getattr(kind, "write_eof", None) is web.Response.write_eof
