@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.server import http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
-from ctxdb_core import DBConnect, commit_db_session, db_session
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session
 from ctxdb_core.asgi import Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -137,3 +139,46 @@ async def test_a_base_middleware_can_collect_a_body_that_uses_the_database(
     assert (await (await ask(app)).get("/")).text == "body collected"
     await eventually(lambda: not database.checked_out, "a connection is not back")
     assert await database.names() == ["response", "stream"]
+
+
+@pytest.mark.parametrize("status", [504, 200])
+@pytest.mark.parametrize("in_a_statement", [False, True])
+async def test_a_handler_that_a_middleware_has_given_up_on_changes_nothing(
+    db: DBConnect, database: Database, framework: type[Starlette], status: int, in_a_statement: bool
+) -> None:
+    """`BaseHTTPMiddleware` lets it run on: `asyncio.wait_for(call_next(request), ...)` cancels only the waiting."""
+    entered, given_up = asyncio.Event(), asyncio.Event()
+    errors: list[BaseException] = []
+
+    class GiveUp(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            calling = asyncio.ensure_future(call_next(request))
+            await entered.wait()
+            if in_a_statement:
+                await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            calling.cancel()
+            return PlainTextResponse("late", status)
+
+    async def write(request: Request) -> Response:
+        session = await insert(db, "first half")
+        entered.set()
+        try:
+            if in_a_statement:
+                await session.execute(text("SELECT pg_sleep(300)"))
+            await given_up.wait()
+            await insert(db, "second half")
+        except Exception as exc:
+            errors.append(exc)
+            raise
+        return PlainTextResponse("success")
+
+    async with (
+        serve(application(framework, {"/": write}, GiveUp, DBSessionMiddleware)) as base_url,
+        http_client(base_url) as client,
+    ):
+        assert (await client.post("/")).status_code == status
+        given_up.set()
+        await eventually(lambda: bool(errors), "the handler goes on")
+    if not in_a_statement:
+        assert [type(error) for error in errors] == [ContextClosedError]
+    assert await database.names() == []

@@ -185,7 +185,7 @@ class Exchange:
     def _watch_writer(self) -> None:
         if "write_headers" not in vars(self.writer):
             self.forward_head, self.forward_eof = self.writer.write_headers, self.writer.write_eof
-            self.writer.write_headers = self.write_headers
+            self.writer.write_headers, self.writer.write_eof = self.write_headers, self.end_body
 
     async def write_headers(self, status_line: str, headers: Any) -> None:
         """Stand in for ``AbstractStreamWriter.write_headers``: end the transactions before a response starts.
@@ -203,6 +203,16 @@ class Exchange:
         self.started = True
         if isinstance(response, web.WebSocketResponse):
             self._end_before_close(response)
+
+    async def end_body(self, chunk: bytes = b"") -> None:
+        """Stand in for ``AbstractStreamWriter.write_eof`` where a handler sends the response: commit before it ends.
+
+        Raises:
+            BaseException: the error of a commit; the body breaks off, which says that it is not complete.
+        """
+        if self.started:
+            await self._end_transactions(commit=True)
+        await self.forward_eof(chunk)
 
     async def write_eof(self, chunk: bytes = b"") -> None:
         """Stand in for ``AbstractStreamWriter.write_eof`` once aiohttp sends the response: end the unit before it ends.

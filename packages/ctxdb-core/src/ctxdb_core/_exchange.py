@@ -136,6 +136,8 @@ class HTTPExchange(Exchange):
     kept_bytes = 0
     kept: list[Message] | None = None
     """The request's body as far as the application has received it; empty once it is too large to be kept."""
+    pending = 0
+    """How many applications beneath a boundary are at work on a response of which they have sent nothing."""
     body_is_ahead = False
     """Whether the body has used a session while the start of the response was on its way to us."""
     # By weak reference: a task's context knows the exchange, and its error the frames of a body that is to be closed.
@@ -165,7 +167,7 @@ class HTTPExchange(Exchange):
         # A plain function: most messages cost no coroutine of their own.
         if message["type"] == "http.response.start":
             self.responded = True
-            if self.sessions or self.callbacks:
+            if self.sessions or self.callbacks or self.pending:
                 return self.respond(message)
         elif self.users is not None:
             self.note_progress(message)
@@ -174,8 +176,12 @@ class HTTPExchange(Exchange):
         return self.forward(message)
 
     async def respond(self, message: Message) -> None:
+        if self.pending and self.failure is None:
+            # A middleware has answered in the place of an application that it has given up on, and which goes on: what
+            # that has done is not whole, and nobody is told of what it will do.
+            await self.finish(commit=False)
         # Where the body is ahead, what is open now is the body's, and none of the response's.
-        if not self.body_is_ahead:
+        elif not self.body_is_ahead:
             if self.failure is None:
                 await self.settle(message["status"])
             self.watch_statements()
@@ -245,14 +251,25 @@ class WebSocketExchange(Exchange):
     def send(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == "websocket.accept":
-            self.accepted = self.responded = True
-            self.can_answer = False
-        elif kind == "websocket.close":
+            return self._accept(message)
+        if kind == "websocket.close":
             return self._close(message)
-        elif kind == "websocket.http.response.start":
+        if kind == "websocket.http.response.start":
             self.responded = True
             return self.respond(message)
         return self.forward(message)
+
+    async def _accept(self, message: Message) -> None:
+        # The upgrade is a success like any other; a policy is about what requests ask for, and is not asked.
+        if self.failure is None:
+            try:
+                await self.commit()
+            except Exception as exc:
+                await self.refuse_response(exc)
+                raise
+            self.accepted = self.responded = True
+            self.can_answer = False
+        await self.forward(message)
 
     async def _close(self, message: Message) -> None:
         # A close before the handshake is over refuses it: the client gets a 403.

@@ -196,6 +196,8 @@ class ASGIStreamBoundary:
             await self.app(scope, receive, send)
             return
         streamed = False
+        pending = True
+        exchange.pending += 1
 
         async def pass_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -208,8 +210,10 @@ class ASGIStreamBoundary:
                 in_body.reset(token)
 
         def send_streamed(message: Message) -> Awaitable[None]:
-            nonlocal streamed
+            nonlocal pending, streamed
             if message["type"] == "http.response.start":
+                exchange.pending -= pending
+                pending = False
                 streamed = _is_streamed(message)
             return pass_on(message) if streamed and not exchange.responded else send(message)
 
@@ -217,6 +221,8 @@ class ASGIStreamBoundary:
         try:
             await self.app(scope, receive, send_streamed)
         finally:
+            exchange.pending -= pending
+            pending = False
             in_body.reset(token)
 
 
