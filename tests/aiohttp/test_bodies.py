@@ -345,3 +345,39 @@ async def test_slow_clients_hold_no_connection(
         assert database.checked_out == 0
         assert (await ask(base_url)).status == 200
         release.set()
+
+
+async def test_a_body_that_its_handler_ends_is_committed_before_that(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await insert(db, "body")
+        await response.write_eof(b"body")
+        await ended.wait()
+        return response
+
+    ended = asyncio.Event()
+    async with Wire.connect(await serve(application(handler))) as wire:
+        assert (await wire.ask("/")).summary == (200, "body")
+        assert await database.names() == ["body"]
+        assert database.checked_out == 0
+        ended.set()
+
+
+async def test_a_body_that_its_handler_ends_breaks_off_where_its_commit_fails(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await insert(db, "body")
+        await insert_orphan(db)
+        await response.write_eof(b"body")
+        return response
+
+    async with Wire.connect(await serve(application(handler))) as wire:
+        with pytest.raises(asyncio.IncompleteReadError):
+            await wire.ask("/")
+    assert await database.names() == []

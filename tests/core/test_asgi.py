@@ -283,6 +283,32 @@ async def test_a_websocket_is_one_unit_of_work_ended_by_its_close(
     assert await database.names() == (["one"] if committed else [])
 
 
+async def test_what_was_done_before_a_websocket_is_accepted_is_committed_by_then(
+    db: DBConnect, database: Database
+) -> None:
+    seen: list[tuple[list[str], int]] = []
+
+    async def look() -> None:
+        seen.append((await database.names(), database.checked_out))
+
+    async def fail() -> None:
+        raise LookupError
+
+    app = chatting(lambda: insert(db, "one"), ACCEPT, look, lambda: insert(db, "two"), fail)
+    with pytest.raises(LookupError):
+        await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert seen == [(["one"], 0)]
+    assert await database.names() == ["one"]
+
+
+async def test_a_websocket_whose_commit_fails_is_not_accepted(db: DBConnect, database: Database) -> None:
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(chatting(lambda: insert_orphan(db), ACCEPT)))
+    assert connection.sent == []
+    assert database.checked_out == 0
+
+
 async def test_a_websocket_that_raises_is_rolled_back(db: DBConnect, database: Database) -> None:
     async def fail() -> None:
         raise LookupError

@@ -168,6 +168,26 @@ async def test_a_stream_that_fails_undoes_only_its_own_work(world: World) -> Non
     assert await world.names() == ["response"]
 
 
+@pytest.mark.background
+async def test_a_background_task_that_fails_cannot_undo_a_stream(world: World) -> None:
+    committed: list[list[str]] = []
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(world.db, "stream")
+        yield "body"
+
+    async def background() -> None:
+        committed.append(await world.names())
+        raise LookupError
+
+    async def handler() -> Stream:
+        return Stream(chunks(), background=background)
+
+    assert (await world.get(handler)).text == "body"
+    await eventually(lambda: bool(committed), "no background work")
+    assert committed == [["stream"]]
+
+
 @pytest.mark.sockets
 async def test_a_stream_whose_commit_fails_breaks_off(world: World) -> None:
     async def chunks() -> AsyncGenerator[str, None]:
