@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
 from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session
-from ctxdb_core.asgi import Receive, Scope, Send
+from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
 
 
@@ -92,6 +94,54 @@ async def test_a_failing_commit_stops_the_body_before_it_begins(
     assert (response.status_code, response.text) == (409, "handled IntegrityError")
     assert not begun
     assert await database.names() == []
+
+
+def around_a_route(framework: type[Starlette], endpoint: Endpoint) -> ASGIApp:
+    app = framework(routes=[Route("/", endpoint, middleware=[Middleware(DoNothing)])])
+    app.add_middleware(DBSessionMiddleware)
+    return app
+
+
+def around_a_mount(framework: type[Starlette], endpoint: Endpoint) -> ASGIApp:
+    app = framework(routes=[Mount("/", routes=[Route("/", endpoint)], middleware=[Middleware(GZipMiddleware)])])
+    app.add_middleware(DBSessionMiddleware)
+    return app
+
+
+def in_a_mounted_application(framework: type[Starlette], endpoint: Endpoint) -> ASGIApp:
+    app = framework(routes=[Mount("/", application(framework, {"/": endpoint}, DoNothing))])
+    app.add_middleware(DBSessionMiddleware)
+    return app
+
+
+def in_an_application_that_is_wrapped(framework: type[Starlette], endpoint: Endpoint) -> ASGIApp:
+    app = application(framework, {"/": endpoint})
+    wrapped = DBSessionMiddleware(app)
+    app.add_middleware(DoNothing)
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "build",
+    [around_a_route, around_a_mount, in_a_mounted_application, in_an_application_that_is_wrapped],
+    ids=lambda build: build.__name__,
+)
+async def test_a_body_is_streamed_wherever_the_middleware_is_that_holds_its_start_back(
+    db: DBConnect,
+    database: Database,
+    framework: type[Starlette],
+    ask: Ask,
+    build: Callable[[type[Starlette], Endpoint], ASGIApp],
+) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        session = await db_session(db)
+        await insert(db, "stream")
+        async for number in await session.stream_scalars(text("SELECT * FROM generate_series(1, 2000)")):
+            yield f"{number} "
+
+    response = await (await ask(build(framework, write_and_stream(db, chunks, 404)))).get("/")
+    assert (response.status_code, len(response.text.split())) == (404, 2000)
+    assert await database.names() == ["stream"]
 
 
 async def test_what_a_base_middleware_writes_behind_a_stream_is_committed_before_the_response(

@@ -199,7 +199,8 @@ class HTTPExchange(Exchange):
 
     async def stream_begins(self, status: int) -> None:
         """End the transactions before a body begins whose start has a way to go before it is sent."""
-        if self.failure is None and not self.responded:
+        # Of several boundaries, the innermost one has done it: what is open at the others is the body's.
+        if self.failure is None and not self.responded and self.users is None:
             await self.settle(status)
             self.watch_statements()
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.middleware.httpsredirect import HTTPSRedirectMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ctxdb_core import BeforeCommit, CommitPolicy, commit_below_400
 from ctxdb_core.asgi import (
     ASGIApp,
     ASGIHTTPDBSessionMiddleware,
-    ASGIStreamBoundary,
     Deadline,
     Receive,
     Scope,
     Send,
 )
+from ctxdb_starlette.boundary import mark_stream_boundaries
 
 __all__ = ["DBSessionMiddleware"]
 
@@ -49,7 +46,7 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         deadline: Deadline | None = None,
     ) -> None:
         super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
-        _mark_stream_boundary(app)
+        mark_stream_boundaries(app)
 
     async def answer_error(
         self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
@@ -69,21 +66,6 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         if isinstance(root_app, Starlette):
             app = _with_exception_handlers(app, root_app)
         await app(scope, receive, send)
-
-
-# Middlewares that send the start of a response on at once.
-_PASSING_ON = (ASGIHTTPDBSessionMiddleware, CORSMiddleware, HTTPSRedirectMiddleware, TrustedHostMiddleware)
-
-
-def _mark_stream_boundary(app: Any) -> None:
-    """Put an `ASGIStreamBoundary` beneath the stack `app`, if one of it may hold the start of a response back."""
-    stack = []
-    # By convention a middleware keeps what is beneath it in `app`; beneath all of them is Starlette's own one.
-    while app is not None and not isinstance(app, ExceptionMiddleware | ASGIStreamBoundary):
-        stack.append(app)
-        app = getattr(app, "app", None)
-    if isinstance(app, ExceptionMiddleware) and not all(isinstance(each, _PASSING_ON) for each in stack):
-        stack[-1].app = ASGIStreamBoundary(app)
 
 
 def _with_exception_handlers(app: ASGIApp, owner: Starlette) -> ASGIApp:
