@@ -12,7 +12,9 @@ from tests.support.items import names
 
 from ctxdb_core import (
     DBConnect,
+    Propagation,
     TransactionAbortedError,
+    TransactionOptionsError,
     atomic_db_session,
     commit_db_session,
     db_session,
@@ -21,6 +23,7 @@ from ctxdb_core import (
     on_commit,
     rollback_db_session,
     run_in_new_ctx,
+    transactional,
 )
 from ctxdb_core.testing import SharedTransactionError, shared_transaction
 
@@ -197,6 +200,54 @@ async def test_what_is_older_than_it_is_refused(db: DBConnect, database: Databas
     async with maker.begin() as session:
         session.add(Item(name="afterwards"))
     assert await database.names() == ["afterwards"]
+
+
+@pytest.mark.parametrize("propagation", ["not_supported", "supports", "never"])
+async def test_blocks_without_transactions_are_part_of_it(
+    db: DBConnect, database: Database, propagation: Propagation
+) -> None:
+    async with shared_transaction(db):
+        async with transactional(db, propagation):
+            await insert(db, "one")
+        assert await names(db) == ["one"]
+    assert await database.names() == []
+
+
+async def test_an_engine_with_options_of_its_own_is_part_of_it(db: DBConnect, database: Database) -> None:
+    async with shared_transaction(db):
+        engine = (await db.engine()).execution_options(some_option="some value")
+        async with engine.begin() as connection:
+            await connection.execute(text("INSERT INTO item VALUES ('one')"))
+        assert await names(db) == ["one"]
+    assert await database.names() == []
+
+
+async def test_a_transaction_with_an_isolation_level_can_be_joined(db: DBConnect, database: Database) -> None:
+    block = transactional(db, isolation_level="SERIALIZABLE")
+    async with shared_transaction(db):
+        async with block, block:
+            await insert(db, "one")
+        if database.is_postgresql:
+            with pytest.raises(TransactionOptionsError, match="'READ COMMITTED'"):
+                async with new_db_ctx():
+                    await insert(db, "two")
+                    async with block:
+                        pytest.fail("the block was entered")
+        assert await names(db) == ["one"]
+
+
+async def test_a_read_only_transaction_can_be_joined_and_leaves_the_next_one_alone(db: DBConnect) -> None:
+    block = transactional(db, read_only=True)
+    async with shared_transaction(db) as session:
+        await run_in_new_ctx(insert, db, "one")
+        with pytest.raises(DBAPIError):
+            async with block, block:
+                assert await names(db) == ["one"]
+                await insert(db, "refused")
+        await run_in_new_ctx(insert, db, "two")
+        session.add(Item(name="three"))
+        await session.commit()
+        assert await names(db) == ["one", "three", "two"]
 
 
 async def test_the_database_can_be_closed_inside_of_it(db: DBConnect) -> None:

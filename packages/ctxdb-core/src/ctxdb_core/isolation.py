@@ -110,7 +110,9 @@ class TransactionOptions:
         is_default = bind.dialect.name == "sqlite" and self.isolation_level == (_level_of(bind) or "SERIALIZABLE")
         if self.isolation_level is not None and not is_default:
             options["isolation_level"] = self.isolation_level
-        if read_only and bind.dialect.driver == "asyncpg":
+        # "shared" is what stands in for each driver in a test's shared transaction (`ctxdb_core.testing`), where the
+        # server is told nothing that would hold for the test as well.
+        if read_only and bind.dialect.name == "postgresql" and bind.dialect.driver in ("asyncpg", "shared"):
             options["postgresql_readonly"] = True
         if not options:
             return
@@ -174,6 +176,9 @@ def is_read_only(bind: Engine | Connection) -> bool:
 
 
 async def _answers_read_only(connection: AsyncConnection) -> bool:
+    assert connection.sync_connection is not None
+    if is_read_only(connection.sync_connection):
+        return True
     answer = await connection.exec_driver_sql(_READ_ONLY_QUERIES[connection.dialect.name])
     return answer.scalar() in ("on", 1)
 

@@ -96,7 +96,7 @@ class Connection(AdaptedConnection):
     Its first statement sets a savepoint, COMMIT releases it, ROLLBACK goes back to it.
     """
 
-    __slots__ = ("_autocommit", "_explicit", "_lenient", "_read_only", "_shared", "_transaction")
+    __slots__ = ("_autocommit", "_explicit", "_lenient", "_read_only", "_shared", "_transaction", "isolation_level")
 
     def __init__(self, shared: SharedConnection, *, autocommit: bool, read_only: bool, lenient: bool) -> None:
         self._shared = shared
@@ -106,6 +106,8 @@ class Connection(AdaptedConnection):
         self._explicit = False
         """Whether a BEGIN was written out, which interrupts autocommit."""
         self._transaction: Transaction | None = None
+        self.isolation_level: str | None = None
+        """What was asked for: to be told to who asks, as it makes no difference here."""
 
     @property
     def autocommit(self) -> bool:

@@ -15,11 +15,14 @@ from ctxdb_core._url import READ_ONLY_OPTION
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 
+SHARED_DRIVER = "shared"
+"""The name of the driver, by which connections are known whatever engine they were asked of."""
+
 
 class _SharedDialect:
     """What is particular to a shared connection, mixed into the dialect of the application's engine."""
 
-    driver = "shared"
+    driver = SHARED_DRIVER
     has_terminate = True
 
     def do_close(self, dbapi_connection: Connection) -> None:
@@ -41,6 +44,14 @@ class _SharedDialect:
 
     def set_isolation_level(self, dbapi_connection: Connection, level: str) -> None:
         dbapi_connection.autocommit = level == "AUTOCOMMIT"
+        dbapi_connection.isolation_level = level
+
+    def get_isolation_level(self, dbapi_connection: Connection) -> str:
+        # The server would answer for the transaction that is shared.
+        own: Any = self
+        on_connect: str | None = own._on_connect_isolation_level  # noqa: SLF001 - as `is_autocommit` below
+        level: str = dbapi_connection.isolation_level or on_connect or own.default_isolation_level
+        return level
 
     def detect_autocommit_setting(self, dbapi_connection: Connection) -> bool:
         return dbapi_connection.autocommit

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from ctxdb_core import _session_end
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
-from ctxdb_core.testing._engines import SharedEngine, create_shared_engine
+from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._thread import LoopThread
@@ -112,8 +112,8 @@ _active: set[DBConnect] = set()
 
 
 def _refuse_original(connection: Connection) -> None:
-    if isinstance(connection.engine, SharedEngine):
-        # It has inherited this listener.
+    if connection.dialect.driver == SHARED_DRIVER:
+        # Its engine, or the one that this was derived from by `execution_options`, has inherited this listener.
         return
     # SQLAlchemy takes a transaction for ended whose commit was refused by a listener.
     connection.connection.rollback()
