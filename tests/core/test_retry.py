@@ -14,12 +14,14 @@ import pytest
 import tenacity
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from tests.support.database import Database, eventually, insert
 
 from ctxdb_core import (
     CtxDBError,
     DBConnect,
     DeadlineExceededError,
+    TransactionContext,
     atomic_db_session,
     commit_db_session,
     db_session,
@@ -374,6 +376,60 @@ async def test_what_has_committed_anything_is_not_run_again(
     with pytest.raises(DBAPIError, match="as asked for") as caught:
         await work()
     assert any("had committed something on <DBConnect" in note for note in caught.value.__notes__)
+    assert await database.names() == ["early"]
+
+
+async def context_of_an_engine(db: DBConnect) -> None:
+    async with TransactionContext(await db.engine()).new_transaction() as session:
+        await session.execute(text("INSERT INTO item VALUES ('early')"))
+
+
+async def unit_with_a_session_of_an_engine(db: DBConnect) -> None:
+    context = TransactionContext(await db.engine())
+    async with new_db_ctx():
+        await context.get_session().execute(text("INSERT INTO item VALUES ('early')"))
+
+
+async def session_maker(db: DBConnect) -> None:
+    context = TransactionContext(db, default_session_maker=async_sessionmaker())
+    async with context.new_transaction() as session:
+        await session.execute(text("INSERT INTO item VALUES ('early')"))
+
+
+async def bound_session_maker(db: DBConnect) -> None:
+    context = TransactionContext(db, default_session_maker=async_sessionmaker(await db.engine()))
+    async with context.new_transaction() as session:
+        await session.execute(text("INSERT INTO item VALUES ('early')"))
+
+
+async def unit_with_a_session_of_a_session_maker(db: DBConnect) -> None:
+    context = TransactionContext(db, default_session_maker=async_sessionmaker())
+    async with new_db_ctx():
+        await context.get_session().execute(text("INSERT INTO item VALUES ('early')"))
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [
+        context_of_an_engine,
+        unit_with_a_session_of_an_engine,
+        session_maker,
+        bound_session_maker,
+        unit_with_a_session_of_a_session_maker,
+    ],
+)
+async def test_what_has_committed_by_a_transaction_context_is_not_run_again(
+    db: DBConnect, database: Database, commit: Callable[[DBConnect], Awaitable[None]]
+) -> None:
+    @retry_on_conflict(wait=NO_WAIT)
+    async def work() -> None:
+        await commit(db)
+        await conflict(db)
+
+    # A second attempt would fail by a duplicate.
+    with pytest.raises(DBAPIError, match="as asked for") as caught:
+        await work()
+    assert any("had committed something on <" in note for note in caught.value.__notes__)
     assert await database.names() == ["early"]
 
 

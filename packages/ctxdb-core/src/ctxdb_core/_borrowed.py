@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._guards import stop_cancelled_queries, trust_no_failed_transaction
-from ctxdb_core._url import without_secrets
+from ctxdb_core._url import host_of, without_secrets
 from ctxdb_core.connect import DBConnect, default_session_maker
 
 __all__ = ["BorrowedEngine"]
@@ -41,11 +41,13 @@ class BorrowedEngine(DBConnect):
 
     async def create_session(self) -> AsyncSession:
         """Return a new session that the caller closes."""
-        return self._session_maker()
+        return self.create_session_at_once()
 
     def create_session_at_once(self) -> AsyncSession:
         """Return a new session that the caller closes."""
-        return self._session_maker()
+        session = self._session_maker()
+        self._follow(session, host_of(self._engine.url))
+        return session
 
     async def engine(self) -> AsyncEngine:
         """Return the engine."""

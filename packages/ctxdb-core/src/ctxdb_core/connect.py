@@ -161,12 +161,16 @@ class DBConnect:
     def _new_session(self) -> AsyncSession:
         engine = self._loop_engine()
         session = engine.session_maker()
+        self._follow(session, engine.host)
+        return session
+
+    def _follow(self, session: AsyncSession, host: str) -> None:
+        """Tell listeners, and the attempt that may be repeated, of what happens in `session`, whoever has made it."""
         if self._observer is not None:
-            self._observer.follow(session, self, engine.host)
+            self._observer.follow(session, self, host)
         attempt = current_attempt.get()
         if attempt is not None:
             attempt.watch(session, self)
-        return session
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

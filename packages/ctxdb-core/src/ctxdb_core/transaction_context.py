@@ -337,20 +337,24 @@ class TransactionContext:
 
     async def _create(self, maker: SessionMaker) -> AsyncSession:
         if _is_bound(maker):
-            return maker()  # type: ignore[no-any-return]  # of any session class
+            return self._made_by(maker)
         # Asks `before_create_session_handler` for the host first.
         await self._db.session_maker()
-        return maker(bind=await self._db.engine())  # type: ignore[no-any-return]  # of any session class
+        return self._made_by(maker, bind=await self._db.engine())
 
     def _create_at_once(self) -> AsyncSession | None:
         maker = self._default_session_maker
-        session: AsyncSession | None
         if maker is not None and _is_bound(maker):
-            session = maker()
-        else:
-            session = self._db.create_session_at_once()
-            if maker is not None and session is not None:
-                session = maker(bind=session.bind)
+            return self._made_by(maker)
+        session = self._db.create_session_at_once()
+        if maker is not None and session is not None:
+            session = self._made_by(maker, bind=session.bind)
+        return session
+
+    def _made_by(self, maker: SessionMaker, **options: Any) -> AsyncSession:
+        session: AsyncSession = maker(**options)
+        # What the database has made itself is followed already.
+        self._db._follow(session, self._db.host or "")  # noqa: SLF001 - the core's own
         return session
 
 
