@@ -47,6 +47,8 @@ class TaskUnit(UnitOfWork):
         self.commits = commits
         """Whether somebody commits what is open on `db`: the block itself, or one inside of it that is running."""
         self.outer = _usable(current_unit.get(None))
+        # The unit around it waits for the block, and with it for its statements.
+        self.share_statement_timeout(self.outer)
 
     # `db_session` looks here, and calls `open_session` for what it does not find.
     @property
