@@ -23,6 +23,7 @@ from ctxdb_core import (
     ContextNotInitiatedError,
     CtxDBError,
     DBConnect,
+    DeadlineExceededError,
     NoSessionError,
     SessionAlreadyActiveError,
     TransactionAlreadyActiveError,
@@ -35,7 +36,11 @@ from ctxdb_core import (
     on_commit,
     rollback_db_session,
     run_in_new_ctx,
+    set_statement_timeout,
 )
+from ctxdb_core.events import SessionClosed, SessionOpened, TransactionBegun, TransactionCommitted
+from ctxdb_core.lifecycle import begin
+from ctxdb_core.testing import set_test_context
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -421,6 +426,45 @@ async def test_a_new_transaction_in_a_unit_is_independent_of_it(
                 await insert_item(db, "own")
             raise LookupError
     assert await database.names() == ["own"]
+
+
+@pytest.mark.parametrize("block", ["new_session", "new_transaction"])
+async def test_a_units_deadline_holds_for_the_blocks_that_it_waits_for(context: TransactionContext, block: str) -> None:
+    async with new_db_ctx(), context.session():
+        await set_statement_timeout(deadline=asyncio.get_running_loop().time() - 1)
+        async with getattr(context, block)():
+            with pytest.raises(DeadlineExceededError):
+                await context.execute(select(Item))
+
+
+@pytest.mark.parametrize("target", ["database", "engine", "session maker"])
+async def test_sessions_tell_of_their_transactions(db: DBConnect, target: str) -> None:
+    heard: list[tuple[type, str]] = []
+    maker = async_sessionmaker() if target == "session maker" else None
+    context = TransactionContext(await db.engine() if target == "engine" else db, default_session_maker=maker)
+    context._db.on_event(lambda event: heard.append((type(event), event.host)))
+    async with context.transaction():
+        await context.execute(add("one"))
+    assert heard == [
+        (kind, "127.0.0.1") for kind in (SessionOpened, TransactionBegun, TransactionCommitted, SessionClosed)
+    ]
+
+
+async def test_a_tests_unit_on_another_thread_is_an_error(context: TransactionContext, database: Database) -> None:
+    """What is done past it would not be undone with it."""
+
+    async def work() -> None:
+        with pytest.raises(ContextNotInitiatedError, match="shared_transaction"):
+            context.get_session(strict=False)
+        for block in (context.session(), context.transaction()):
+            with pytest.raises(ContextNotInitiatedError, match="shared_transaction"):
+                await block.__aenter__()
+        with pytest.raises(ContextNotInitiatedError, match="shared_transaction"):
+            begin({})
+
+    async with set_test_context():
+        await asyncio.to_thread(lambda: asyncio.run(work()))
+    assert await database.names() == []
 
 
 async def test_blocks_in_a_unit_must_say_that_they_are_nested(context: TransactionContext) -> None:

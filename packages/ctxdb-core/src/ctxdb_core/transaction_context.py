@@ -305,7 +305,10 @@ class TransactionContext:
         unit = self._innermost()
         if isinstance(unit, TaskUnit):
             return unit if unit.serves() else None
-        return None if unit is None or unit.thread != get_ident() else unit
+        if unit is None or unit.thread == get_ident() or unit.shared:
+            # A test's says that it cannot be used here: what was done past it would not be undone with it.
+            return unit
+        return None
 
     def _innermost(self) -> UnitOfWork | None:
         unit = current_unit.get(None)

@@ -173,6 +173,12 @@ class UnitOfWork:
         if self.sessions is _CLOSED:
             raise ContextClosedError
         if self.thread != get_ident():
+            if self.shared:
+                raise ContextNotInitiatedError(
+                    "The unit of work found here is a test's, on another thread's event loop, and its connection "
+                    "serves that loop alone. For an application that runs on a thread of its own, let the test use "
+                    "`ctxdb_core.testing.shared_transaction`, which serves every loop."
+                )
             raise ContextNotInitiatedError(
                 "The unit of work found here belongs to another thread's event loop, and a connection serves the loop "
                 "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on "
