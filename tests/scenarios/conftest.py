@@ -49,8 +49,7 @@ def database_kind(setting: Setting) -> str:
 
 @pytest.fixture
 async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
-    async with AsyncExitStack() as stack:
-        db = await stack.enter_async_context(database.connect())
+    async with database.connect() as db, AsyncExitStack() as stack:
         yield World(setting, database, db, stack)
         # Stopping the server and closing the engines would hide what is still in use.
         await database.assert_quiet()

@@ -32,10 +32,10 @@ async def test_the_database_holds_what_was_answered_and_nothing_else(world: Worl
         async with asyncio.timeout(30 + REQUESTS / 20):
             await ledger.make_all_requests(world.base_url, CLIENTS)
         await world.database.assert_quiet()
+        await world.stop()
         desk.release.set()
         for left_over in await asyncio.gather(*desk.left_over, return_exceptions=True):
             assert isinstance(left_over, ContextClosedError)
-        await world.stop()
     await ledger.compare(world.database)
     problems = "\n".join(ledger.problems[:20])
     assert not ledger.problems, f"{len(ledger.problems)} problems; CTXDB_LEDGER_SEED={SEED} repeats it:\n{problems}"

@@ -213,13 +213,14 @@ async def test_an_early_close_frees_the_connection_for_long_work(world: World) -
     assert await world.names() == ["after the work"]
 
 
+@pytest.mark.sockets
+@pytest.mark.postgresql
 async def test_shutting_down_closes_every_connection(world: World) -> None:
     async def handler() -> Reply:
         await insert(world.db, "one")
         return Reply()
 
     assert (await world.get(handler)).status_code == 200
-    if world.setting.over_sockets:
-        await world.stop()
-        if world.database.is_postgresql:
-            await eventually(lambda: not world.database.backends("true"), "connections outlived the application")
+    assert world.database.backends("true") != []
+    await world.stop()
+    await eventually(lambda: not world.database.backends("true"), "connections outlived the application")

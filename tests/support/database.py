@@ -139,12 +139,15 @@ class Database:
         """Wait until a COMMIT waits for the end of `held_commits`."""
         await eventually(lambda: bool(self.backends("query ~ '^COMMIT' AND wait_event = 'advisory'")), "no commit")
 
+    @property
+    def _held(self) -> int:
+        pools = [engine.pool for engine in self.engines]
+        return sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
+
     async def assert_quiet(self) -> None:
         """Assert that nothing of the test is left on the database."""
         await eventually(lambda: self.checked_out == 0, lambda: f"{self.checked_out} connections are still checked out")
-        pools = [engine.pool for engine in self.engines]
-        held = sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
-        assert held == 0, f"the pools count {held} connections as checked out"
+        await eventually(lambda: self._held == 0, lambda: f"the pools count {self._held} connections as checked out")
         if self.is_postgresql:
             await eventually(
                 lambda: not self.backends("state <> 'idle'"),
