@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from ctxdb_core._guards import stop_cancelled_queries, trust_no_failed_transaction
+from ctxdb_core._guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
 from ctxdb_core._url import host_of, without_secrets
 from ctxdb_core.connect import DBConnect, default_session_maker
 
@@ -26,6 +26,7 @@ class BorrowedEngine(DBConnect):
         self._session_maker = default_session_maker(engine)
         stop_cancelled_queries(engine)
         trust_no_failed_transaction(engine)
+        begin_before_savepoints(engine)
 
     @staticmethod
     def of(engine: AsyncEngine) -> BorrowedEngine:
