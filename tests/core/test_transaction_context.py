@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -28,15 +29,18 @@ from ctxdb_core import (
     SessionAlreadyActiveError,
     TransactionAlreadyActiveError,
     TransactionContext,
+    TransactionRequiredError,
     atomic_db_session,
     commit_db_session,
     db_session,
     is_context_initiated,
     new_db_ctx,
     on_commit,
+    retry_on_conflict,
     rollback_db_session,
     run_in_new_ctx,
     set_statement_timeout,
+    transactional,
 )
 from ctxdb_core.events import SessionClosed, SessionOpened, TransactionBegun, TransactionCommitted
 from ctxdb_core.lifecycle import begin
@@ -120,13 +124,17 @@ async def test_a_transaction_has_begun_before_its_first_statement(
     async with context.transaction() as session:
         assert session.in_transaction()
         assert not session.in_nested_transaction()
-    for outer in (context.session(), new_db_ctx()):
-        async with outer, context.transaction() as session:
-            assert session.in_transaction()
-            with pytest.raises(TransactionAlreadyActiveError):
-                async with context.transaction(allow_nested_transactions=False):
-                    pytest.fail("the block was entered")
+    async with context.session(), context.transaction() as session:
+        assert session.in_transaction()
+        with pytest.raises(TransactionAlreadyActiveError):
+            async with context.transaction(allow_nested_transactions=False):
+                pytest.fail("the block was entered")
     assert database.checkouts == 0
+    async with new_db_ctx(), context.transaction() as session:
+        assert session.in_nested_transaction()
+        with pytest.raises(TransactionAlreadyActiveError):
+            async with context.transaction(allow_nested_transactions=False):
+                pytest.fail("the block was entered")
 
 
 @KINDS
@@ -403,17 +411,73 @@ async def test_a_units_open_transaction_is_not_committed_early(
     assert await database.names() == ["block", "unit"]
 
 
-async def test_a_transaction_that_a_block_has_begun_is_committed_with_it(
-    context: TransactionContext, db: DBConnect, database: Database
+def in_a_transactional_block(db: DBConnect) -> AbstractAsyncContextManager[object]:
+    return transactional(db)
+
+
+@asynccontextmanager
+async def in_an_atomic_block(db: DBConnect) -> AsyncIterator[None]:
+    async with new_db_ctx(), atomic_db_session(db):
+        yield
+
+
+def in_a_unit(db: DBConnect) -> AbstractAsyncContextManager[None]:
+    return new_db_ctx()
+
+
+@KINDS
+@pytest.mark.parametrize("around", [in_a_unit, in_a_transactional_block, in_an_atomic_block])
+async def test_a_unit_is_not_committed_by_a_block_in_it_that_comes_before_its_first_statement(
+    context: TransactionContext,
+    db: DBConnect,
+    database: Database,
+    around: Callable[[DBConnect], AbstractAsyncContextManager[object]],
 ) -> None:
     with pytest.raises(LookupError):
-        async with new_db_ctx():
+        async with around(db):
             async with context.transaction():
                 await context.execute(add("block"))
-            assert await database.names() == ["block"]
             await insert_item(db, "unit")
             raise LookupError
+    assert await database.names() == []
+    async with around(db):
+        async with context.transaction():
+            await context.execute(add("block"))
+        with pytest.raises(LookupError):
+            async with context.transaction():
+                await context.execute(add("undone"))
+                raise LookupError
+        if database.is_postgresql:
+            assert await database.names() == []
     assert await database.names() == ["block"]
+
+
+async def test_a_repeated_unit_is_not_committed_by_a_block_in_it(
+    context: TransactionContext, database: Database
+) -> None:
+    attempts = 0
+
+    @retry_on_conflict(wait=0)
+    async def work() -> None:
+        nonlocal attempts
+        attempts += 1
+        async with context.transaction():
+            await context.execute(add("one"))
+        if attempts == 1:
+            await context.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    await work()
+    assert attempts == 2
+    assert await database.names() == ["one"]
+
+
+async def test_where_there_are_no_transactions_a_block_says_so(context: TransactionContext, db: DBConnect) -> None:
+    async with transactional(db, "not_supported"):
+        with pytest.raises(TransactionRequiredError):
+            async with context.transaction():
+                pytest.fail("the block was entered")
+        async with context.new_transaction():
+            await context.execute(add("one"))
 
 
 async def test_a_new_transaction_in_a_unit_is_independent_of_it(

@@ -93,11 +93,7 @@ async def atomic_db_session(
         raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
     options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     unit = _unit(db)
-    if unit.autocommit:
-        raise TransactionRequiredError(
-            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
-            "`transactional(db)`, which begins one."
-        )
+    require_transactions(unit)
     session = await db_session(db)
     if options:
         options.check(session, db)
@@ -206,6 +202,15 @@ async def new_non_ctx_atomic_session(db: DBConnect) -> AsyncIterator[AsyncSessio
     async with new_non_ctx_session(db) as session:
         yield session
         await run_to_completion(session.commit())
+
+
+def require_transactions(unit: UnitOfWork) -> None:
+    """Raise the error that says so if the sessions of `unit` have no transactions."""
+    if unit.autocommit:
+        raise TransactionRequiredError(
+            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
+            "`transactional(db)`, which begins one."
+        )
 
 
 def _unit(db: DBConnect) -> UnitOfWork:

@@ -23,7 +23,7 @@ from ctxdb_core.errors import (
     NoSessionError,
     TransactionAlreadyActiveError,
 )
-from ctxdb_core.sessions import atomic_db_session, commit_db_session
+from ctxdb_core.sessions import atomic_db_session, commit_db_session, require_transactions
 from ctxdb_core.unit import CreateSession, UnitOfWork, current_unit
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class TransactionContext:
 
     A block opens a session of its own, which ends with it: `transaction` commits, or rolls back on an exception; after
     `session` and `new_session` nothing is committed that was not committed inside. Where a unit of work is open (in a
-    request, under ``new_db_ctx()``), `session` and `transaction` share its session, and it commits. Either way
+    request, under ``new_db_ctx()``), `session` and `transaction` share its session, and it alone commits. Either way
     ``await db_session(db)`` is the same session.
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
@@ -113,9 +113,9 @@ class TransactionContext:
     ) -> AsyncIterator[AsyncSession]:
         """Run a block in a transaction: committed at its end, rolled back by an exception.
 
-        If a transaction is open already, the block goes on in it behind a savepoint, to which an exception rolls back;
-        whoever began it commits it: the block around this one, or the unit of work. In a mere `session`, where nobody
-        would, it is committed with this block.
+        In a unit of work, and where a transaction is open already, the block goes on behind a savepoint, to which an
+        exception rolls back. It is committed with the rest: by the unit of work, or by the block around this one. In a
+        mere `session`, where nobody would, it is committed with this block.
 
         Args:
             session_maker: makes the session, if one is opened.
@@ -125,6 +125,7 @@ class TransactionContext:
         Raises:
             SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false.
             TransactionAlreadyActiveError: a transaction is open, and `allow_nested_transactions` is false.
+            TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
             ContextClosedError: the unit of work that this code was started in has ended.
             BaseException: what the block raised, or the error of the commit.
         """
@@ -140,6 +141,12 @@ class TransactionContext:
                     f"A transaction is open on {self._db!r} already: commit it first, leave out "
                     "`allow_nested_transactions=False` for a savepoint in it, or use `new_transaction()`."
                 )
+            if not isinstance(unit, TaskUnit):
+                # The unit of work is the transaction, begun or not, and whoever has opened it commits it.
+                require_transactions(unit)
+                async with session.begin_nested():
+                    yield session
+                return
             with CommitDebt(unit, session) as owes_commit:
                 async with atomic_db_session(self._db, current_transaction="savepoint"):
                     if not in_transaction(session):
