@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import assert_type
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Database, Item, insert
 
@@ -18,6 +19,7 @@ from ctxdb_core import (
     DeadlineExceededError,
     Propagation,
     TransactionAlreadyActiveError,
+    TransactionContext,
     TransactionOptionsError,
     TransactionRequiredError,
     UnexpectedRollbackError,
@@ -197,6 +199,84 @@ async def test_an_error_of_a_nested_block_undoes_that_block_alone(db: DBConnect,
                 await insert(db, "inner")
                 raise LookupError
     assert await database.names() == ["outer"]
+
+
+# --- in the blocks of a TransactionContext ----------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("propagation", ["required", "nested"])
+@pytest.mark.parametrize("kind", ["session", "new_session"])
+@pytest.mark.parametrize("statement", [False, True])
+async def test_in_a_mere_session_a_transaction_is_begun_and_committed(
+    db: DBConnect, database: Database, propagation: Propagation, kind: str, *, statement: bool
+) -> None:
+    async with getattr(TransactionContext(db), kind)() as session:
+        if statement:
+            await session.execute(select(Item))
+        with pytest.raises(LookupError):
+            async with transactional(db, propagation):
+                await insert(db, "undone")
+                raise LookupError
+        async with transactional(db, propagation) as same:
+            assert same is session
+            async with transactional(db, "mandatory"), transactional(db):
+                await insert(db, "one")
+            if database.is_postgresql:
+                assert await database.names() == []
+        assert await database.names() == ["one"]
+        assert not session.in_transaction()
+
+
+async def test_in_a_mere_session_mandatory_is_an_error(db: DBConnect) -> None:
+    context = TransactionContext(db)
+    async with context.session() as session:
+        await session.execute(select(Item))
+        with pytest.raises(TransactionRequiredError, match="mere session"):
+            async with transactional(db, "mandatory"):
+                pytest.fail("the block was entered")
+        await session.rollback()
+        async with session.begin(), transactional(db, "mandatory"):
+            pass
+    async with context.transaction(), transactional(db, "mandatory"):
+        pass
+
+
+@POSTGRESQL
+async def test_in_a_mere_session_the_transaction_has_the_level(db: DBConnect, database: Database) -> None:
+    async with TransactionContext(db).session():
+        async with transactional(db, isolation_level="SERIALIZABLE") as session:
+            assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
+            await insert(db, "one")
+        assert await database.names() == ["one"]
+
+
+@pytest.mark.parametrize("begun_by", ["hand", "atomic block", "savepoint", "block"])
+async def test_what_somebody_else_commits_in_a_mere_session_is_joined(
+    db: DBConnect, database: Database, begun_by: str
+) -> None:
+    context = TransactionContext(db)
+    async with context.session() as session:
+        blocks: dict[str, Callable[[], AbstractAsyncContextManager[object]]] = {
+            "hand": session.begin,
+            "atomic block": lambda: atomic_db_session(db),
+            "savepoint": session.begin_nested,
+            "block": context.transaction,
+        }
+        with pytest.raises(LookupError):
+            async with blocks[begun_by]():
+                async with transactional(db):
+                    await insert(db, "one")
+                raise LookupError
+        await session.commit()
+    assert await database.names() == []
+
+
+async def test_a_block_of_one_database_leaves_the_sessions_of_others_alone(db: DBConnect, second_db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(second_db)
+        async with TransactionContext(db).new_transaction(), transactional(second_db) as joined:
+            assert joined is session
 
 
 # --- errors of joined blocks ------------------------------------------------------------------------------------------

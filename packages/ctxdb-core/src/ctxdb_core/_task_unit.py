@@ -50,6 +50,16 @@ class TaskUnit(UnitOfWork):
         # The unit around it waits for the block, and with it for its statements.
         self.share_statement_timeout(self.outer)
 
+    def is_transaction(self) -> bool:
+        """Return whether what is open on `db` is somebody's to commit or undo: a block's, or by ``session.begin()``."""
+        session = self._sessions.get(self.db)
+        if self.commits or session is None:
+            return self.commits
+        transaction = session.sync_session.get_transaction()
+        return session.in_nested_transaction() or (
+            transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
+        )
+
     # `db_session` looks here, and calls `open_session` for what it does not find.
     @property
     def sessions(self) -> dict[DBConnect, AsyncSession]:

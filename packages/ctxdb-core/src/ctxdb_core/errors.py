@@ -140,7 +140,8 @@ class TransactionRequiredError(CtxDBError, InvalidRequestError):
     """A transaction was needed, and there is none.
 
     Raised by ``transactional(db, "mandatory")`` outside of any unit of work, and in a block that runs without a
-    transaction (``"supports"``, ``"not_supported"``, ``"never"``); there also by ``atomic_db_session``. The way out:
+    transaction (``"supports"``, ``"not_supported"``, ``"never"``); there also by ``atomic_db_session``, and by a
+    ``TransactionContext``'s ``transaction()``. ``"mandatory"`` raises it in a mere session of one, too. The way out:
     call the code from a unit of work, or from ``transactional(db)``.
     """
 

@@ -15,10 +15,12 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._rollback_only import set_rollback_only
+from ctxdb_core._task_unit import CommitDebt, TaskUnit
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import TransactionAlreadyActiveError, TransactionRequiredError
 from ctxdb_core.isolation import IsolationLevel, TransactionOptions, is_autocommit
 from ctxdb_core.lifecycle import opened
+from ctxdb_core.sessions import atomic_db_session, commit_db_session
 from ctxdb_core.unit import UnitOfWork, current_unit
 
 __all__ = ["Propagation", "transactional"]
@@ -41,7 +43,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     around a block. One object can be used as often as you like, at the same time, and inside of itself.
 
     A unit of work counts as a transaction from its beginning, whether or not a statement has been made yet: that of a
-    request, of ``new_db_ctx()``, or of another such block.
+    request, of ``new_db_ctx()``, or of another such block. A mere session of a `TransactionContext` does not, as nobody
+    would commit it: ``required`` and ``nested`` begin a transaction on it, and ``mandatory`` is an error. The others
+    take it for a transaction, as its statements begin one.
 
     Args:
         db: whose session the block gets, and where savepoints and options are applied. A new unit of work is one for
@@ -138,11 +142,22 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
 
     def _scope(self) -> AbstractAsyncContextManager[AsyncSession]:
         outer = current_unit.get(None)
+        if outer is not None:
+            # A TransactionContext's block is about one database alone.
+            outer = outer.of(self._db)
         if self._propagation == "requires_new":
             return self._in_unit(UnitOfWork(), outer)
         if outer is not None and (self._propagation != "not_supported" or outer.autocommit):
             # A task that has outlived its unit of work is told so: it expects a transaction that nobody would commit.
             outer.check_usable()
+        if isinstance(outer, TaskUnit) and outer.db is self._db and not outer.is_transaction():
+            if self._propagation in ("required", "nested"):
+                return self._begun(outer)
+            if self._propagation == "mandatory":
+                raise TransactionRequiredError(
+                    "propagation='mandatory' was asked for in a mere session of a TransactionContext, where nobody "
+                    "would commit. Call this code in its `transaction()`, or in `async with transactional(db):`."
+                )
         if outer is not None and not outer.autocommit:
             if self._propagation == "never":
                 raise TransactionAlreadyActiveError(
@@ -168,6 +183,21 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             session = await unit.open_session(self._db)
             await self._apply_options(session)
             yield session
+
+    @asynccontextmanager
+    async def _begun(self, unit: TaskUnit) -> AsyncIterator[AsyncSession]:
+        """Run in a transaction on a session that has none: what its statements have begun is committed with it."""
+        session = await unit.open_session(self._db)
+        options = self._options
+        with CommitDebt(unit, session) as owes_commit:
+            async with atomic_db_session(
+                self._db, "savepoint", isolation_level=options.isolation_level, read_only=options.read_only
+            ):
+                if not session.in_transaction():
+                    await session.begin()
+                yield session
+            if owes_commit:
+                await commit_db_session(self._db)
 
     @asynccontextmanager
     async def _joined(self, unit: UnitOfWork, *, savepoint: bool) -> AsyncIterator[AsyncSession]:

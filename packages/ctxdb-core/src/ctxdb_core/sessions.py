@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core import _session_end
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._task_unit import CommitDebt
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError, TransactionRequiredError
 from ctxdb_core.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
@@ -117,7 +118,8 @@ async def atomic_db_session(
     try:
         if options and not in_transaction(session):
             await options.apply(session, db)
-        yield session
+        with CommitDebt(unit, session):
+            yield session
     except BaseException as exc:
         await unit.roll_back(exc, [db])
         raise
