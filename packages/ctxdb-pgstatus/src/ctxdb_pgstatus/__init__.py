@@ -1,0 +1,30 @@
+"""Which PostgreSQL host is the master, which replicas are in sync, and `DBConnect`s that follow them."""
+
+from ctxdb_pgstatus.addresses import HostAddress
+from ctxdb_pgstatus.errors import (
+    HostListError,
+    MasterChangedError,
+    NoMasterError,
+    NoReplicaError,
+    OptionError,
+    PgStatusError,
+    SidecarError,
+)
+from ctxdb_pgstatus.source import HostSource
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+
+__all__ = [
+    "ClusterStatus",
+    "HostAddress",
+    "HostListError",
+    "HostSource",
+    "HostStatus",
+    "MasterChangedError",
+    "NoMasterError",
+    "NoReplicaError",
+    "OptionError",
+    "PgStatusError",
+    "Role",
+    "SidecarError",
+    "SyncCondition",
+]

@@ -1,0 +1,85 @@
+"""How hosts are named: ``name``, ``name:port``, an IPv4 address, or an IPv6 address in brackets or without them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv6Address
+
+from ctxdb_pgstatus.errors import HostListError
+
+__all__ = ["HostAddress", "parse_hosts"]
+
+_HIGHEST_PORT = 65535
+# An IPv6 address in brackets, or what has no colon; then a port.
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<name>[^\s:/@\[\],;]+))(?::(?P<port>\d+))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddress:
+    """Where a host is reached.
+
+    Attributes:
+        name: the host as the user wrote it, without the spaces around it; what every answer calls it.
+        host: the name or address to connect to, without brackets.
+        port: the port to connect to.
+    """
+
+    name: str
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, default_port: int = 5432) -> HostAddress:
+        """Read one host.
+
+        Args:
+            text: ``name``, ``name:port``, ``192.0.2.1``, ``[::1]``, ``[::1]:5433`` or ``::1``.
+            default_port: the port of a host that names none.
+
+        Raises:
+            HostListError: `text` is none of these, or a port is not between 1 and 65535.
+        """
+        name = text.strip()
+        match = _HOST_AND_PORT.fullmatch(name)
+        if _is_ipv6(name):
+            host, port = name, default_port
+        elif match is not None and (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
+            host = match["ipv6"] or match["name"]
+            port = default_port if match["port"] is None else int(match["port"])
+        else:
+            # Of a URL, the part that may hold a password is left out.
+            shown = name.rpartition("@")[2]
+            raise HostListError(f"{shown!r} is no host: write 'name', 'name:port', '192.0.2.1' or '[::1]:5433'.")
+        if not 1 <= port <= _HIGHEST_PORT:
+            raise HostListError(f"The port of {name!r} is {port}: give one between 1 and {_HIGHEST_PORT}.")
+        return cls(name, host, port)
+
+
+def parse_hosts(hosts: Iterable[str], default_port: int = 5432) -> tuple[HostAddress, ...]:
+    """Read the hosts of a cluster, in their order.
+
+    Raises:
+        HostListError: there is none, one cannot be read, or two lead to the same place.
+    """
+    if isinstance(hosts, str):
+        raise HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
+    addresses = tuple(HostAddress.parse(host, default_port) for host in hosts)
+    if not addresses:
+        raise HostListError("There are no hosts: name at least one.")
+    names: dict[tuple[str, int], str] = {}
+    for address in addresses:
+        place = (address.host.lower(), address.port)
+        if place in names:
+            raise HostListError(f"{names[place]!r} and {address.name!r} are the same host: name each host once.")
+        names[place] = address.name
+    return addresses
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except AddressValueError:
+        return False
+    return True
