@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from tests.support.database import Database, eventually
 from tests.support.interruption import Interruption
 
@@ -199,3 +199,24 @@ async def test_the_pool_serves_everyone_after_many_cancelled_requests(database: 
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [result for result in results[1::2] if result is not None] == []
     assert database.checked_out == 0
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_task_that_is_cancelled_when_its_turn_at_the_pool_comes_does_not_go_on(
+    database: Database, turns: int
+) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT 1"))
+            await asyncio.Event().wait()
+
+    async with database.connect(pool_size=1) as db:
+        async with new_non_ctx_atomic_session(db) as session:
+            await session.execute(text("SELECT 1"))
+            waiting = asyncio.create_task(work())
+            await asyncio.sleep(0)
+            pool = (await db.engine()).sync_engine.pool
+            event.listen(pool, "checkin", lambda *_: after_turns(turns)(waiting.cancel), once=True)
+        done, _ = await asyncio.wait([waiting], timeout=10)
+        waiting.cancel()
+        assert done, "its cancellation was lost"

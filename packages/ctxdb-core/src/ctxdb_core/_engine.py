@@ -12,7 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._connection_context import connect_without_hidden_variables
-from ctxdb_core._guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
+from ctxdb_core._guards import (
+    begin_before_savepoints,
+    keep_cancellation_at_pool,
+    stop_cancelled_queries,
+    trust_no_failed_transaction,
+)
 from ctxdb_core._shield import run_to_completion
 
 EngineCreator = Callable[[str], AsyncEngine]
@@ -60,6 +65,7 @@ class LoopEngine:
             _drains[engine.sync_engine].active = False
         connect_without_hidden_variables(engine)
         stop_cancelled_queries(engine)
+        keep_cancellation_at_pool(engine)
         trust_no_failed_transaction(engine)
         begin_before_savepoints(engine)
         for other in list(_live):

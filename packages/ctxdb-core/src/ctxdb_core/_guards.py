@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import sqlalchemy
 from sqlalchemy import Connection, Dialect, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -124,6 +125,31 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
             pass
         except Exception:
             logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+def keep_cancellation_at_pool(engine: AsyncEngine) -> None:
+    """Let a task be cancelled whose turn at the pool comes in the same moment.
+
+    SQLAlchemy 2.0 waits for it by `asyncio.wait_for`, which forgets the cancellation then on Python 3.11: a handler
+    whose client has left would go on, and wait for the rest of its request, with the connection.
+    """
+    if sys.version_info >= (3, 12) or not sqlalchemy.__version__.startswith("2.0."):
+        return
+    sync_engine = engine.sync_engine
+    if "raw_connection" in vars(sync_engine):
+        return
+    take_connection = sync_engine.raw_connection
+
+    def take_connection_unless_cancelled() -> PoolProxiedConnection:
+        task = asyncio.current_task() if in_greenlet() else None
+        requests = task.cancelling() if task is not None else 0
+        connection = take_connection()
+        if task is not None and task.cancelling() > requests:
+            connection.close()
+            raise asyncio.CancelledError
+        return connection
+
+    sync_engine.raw_connection = take_connection_unless_cancelled  # type: ignore[method-assign]  # there is no event
 
 
 def begin_before_savepoints(engine: AsyncEngine) -> None:
