@@ -14,6 +14,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core.testing._settings import Settings
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._statement import Kind, Result, Statement, kind_of
 from ctxdb_core.testing._transaction import Transaction
@@ -96,7 +97,16 @@ class Connection(AdaptedConnection):
     Its first statement sets a savepoint, COMMIT releases it, ROLLBACK goes back to it.
     """
 
-    __slots__ = ("_autocommit", "_explicit", "_lenient", "_read_only", "_shared", "_transaction", "isolation_level")
+    __slots__ = (
+        "_autocommit",
+        "_explicit",
+        "_lenient",
+        "_read_only",
+        "_settings",
+        "_shared",
+        "_transaction",
+        "isolation_level",
+    )
 
     def __init__(self, shared: SharedConnection, *, autocommit: bool, read_only: bool, lenient: bool) -> None:
         self._shared = shared
@@ -106,6 +116,8 @@ class Connection(AdaptedConnection):
         self._explicit = False
         """Whether a BEGIN was written out, which interrupts autocommit."""
         self._transaction: Transaction | None = None
+        self._settings = Settings()
+        """What was set in autocommit, for all statements that follow."""
         self.isolation_level: str | None = None
         """What was asked for: to be told to who asks, as it makes no difference here."""
 
@@ -136,7 +148,7 @@ class Connection(AdaptedConnection):
     @property
     def driver_connection(self) -> Any:
         """The driver's connection; its coroutine methods run where it lives."""
-        return _DriverConnection(self._shared)
+        return _DriverConnection(self._shared, self._transaction)
 
     def run_async(self, fn: Callable[[Any], Awaitable[Any]]) -> Any:
         """Await `fn`, given the driver's connection, where that lives."""
@@ -162,10 +174,12 @@ class Connection(AdaptedConnection):
     def _begun(self) -> Transaction:
         transaction = self._transaction
         if transaction is None or transaction.over:
+            autocommit = self._autocommit and not self._explicit
             transaction = self._transaction = Transaction(
-                autocommit=self._autocommit and not self._explicit,
+                autocommit=autocommit,
                 read_only=self._read_only,
                 lenient=self._lenient,
+                settings=self._settings if autocommit else Settings(),
             )
         transaction.inside = tuple(each for each in _inside.get() if not each.over and each is not transaction)
         if not transaction.autocommit:
@@ -208,8 +222,14 @@ class Connection(AdaptedConnection):
 
 
 class _DriverConnection:
-    def __init__(self, shared: SharedConnection) -> None:
+    def __init__(self, shared: SharedConnection, transaction: Transaction | None) -> None:
         self._shared = shared
+        self._transaction = transaction
+
+    async def interrupt(self) -> None:
+        """Stop the statement of this transaction, and nobody else's; as of SQLite's driver, without waiting for it."""
+        if self._transaction is not None:
+            self._shared.thread.start(self._shared.interrupt, self._transaction)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._shared.driver.connection, name)

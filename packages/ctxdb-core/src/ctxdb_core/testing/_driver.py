@@ -20,6 +20,9 @@ class Driver:
     aborts_on_error = True
     """Whether a statement that fails makes all others of its transaction fail."""
 
+    has_settings = True
+    """Whether there is SET LOCAL."""
+
     def __init__(self, dbapi_connection: Any, connection: Any) -> None:
         self.dbapi_connection = dbapi_connection
         self.connection = connection
@@ -46,6 +49,10 @@ class Driver:
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
         """Have writes refused, or not any more; `savepoint` says that one has just begun."""
+        raise NotImplementedError
+
+    async def interrupt(self) -> None:
+        """Stop the statement that is running."""
         raise NotImplementedError
 
     def forget_schema(self) -> None:
@@ -109,6 +116,7 @@ class _Psycopg(_Postgres):
 
 class _Aiosqlite(Driver):
     aborts_on_error = False
+    has_settings = False
 
     @property
     def in_transaction(self) -> bool:
@@ -135,6 +143,9 @@ class _Aiosqlite(Driver):
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
         await self.run(f"PRAGMA query_only = {'ON' if on else 'OFF'}")
+
+    async def interrupt(self) -> None:
+        await self.connection.interrupt()
 
     async def fetch(self, query: str) -> list[Any]:
         cursor = await self.connection.execute(query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from sqlalchemy.util import greenlet_spawn
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.testing._driver import Driver, check_driver, driver_of
 from ctxdb_core.testing._errors import SharedTransactionError
+from ctxdb_core.testing._settings import Settings, assignment, names_set_by, query
 from ctxdb_core.testing._statement import Kind, Result, Statement
 from ctxdb_core.testing._thread import LoopThread
 from ctxdb_core.testing._transaction import Transaction
@@ -40,6 +41,14 @@ class SharedConnection:
         self._saw_ddl = False
         self._running: asyncio.Task[Any] | None = None
         """What is executing a statement."""
+        self._executing: Transaction | None = None
+        """Whose statement that is."""
+        self._was_interrupted = False
+        """Whether one was stopped."""
+        self._in_force = Settings()
+        """The settings that the connection has now; any other is what the connection came with."""
+        self._originals: dict[str, str] = {}
+        """What it came with, of all that was ever set."""
 
     async def begin(self, engine: AsyncEngine) -> None:
         """Take a connection of `engine`, and begin the outer transaction on it."""
@@ -82,18 +91,20 @@ class SharedConnection:
     async def execute(self, transaction: Transaction, statement: Statement, task: object) -> Result:
         """Run a statement in its transaction."""
         async with self._turn_of(transaction, task, statement.kind):
+            await run_to_completion(self._enforce(transaction.settings))
             if transaction.savepoint is None:
                 await run_to_completion(self._set_savepoint(transaction))
             transaction.task = task
             transaction.last = str(statement.arguments[0])[:80]
-            transaction.wrote |= statement.kind is not Kind.READ
+            transaction.wrote |= not _only_reads(transaction, statement.kind)
             transaction.has_savepoints |= statement.kind is Kind.SAVEPOINT
             if statement.kind is Kind.DDL:
                 self._saw_ddl = True
                 self.driver.forget_schema()
-            self._running = asyncio.current_task()
+            names, is_local = await run_to_completion(self._names_set_by(transaction, statement))
+            self._running, self._executing = asyncio.current_task(), transaction
             try:
-                result: Result = await greenlet_spawn(statement.run, self.driver.dbapi_connection)
+                result = await self._run(transaction, statement)
             except BaseException as exc:
                 transaction.failed = self.driver.aborts_on_error or isinstance(exc, asyncio.CancelledError)
                 self._check_outer_transaction()
@@ -101,13 +112,21 @@ class SharedConnection:
                     await run_to_completion(self._roll_back(transaction))
                 raise
             finally:
-                self._running = None
+                self._running = self._executing = None
+                transaction.interrupted = False
             # In an aborted transaction, nothing but a roll-back to a savepoint succeeds.
             transaction.failed = False
             self._check_outer_transaction()
+            await run_to_completion(self._note_settings(transaction, statement, names, is_local=is_local))
             if transaction.autocommit:
                 await run_to_completion(self._commit(transaction))
             return result
+
+    async def _run(self, transaction: Transaction, statement: Statement) -> Result:
+        if transaction.interrupted:
+            raise self.driver.dbapi_connection.dbapi.OperationalError("interrupted")
+        result: Result = await greenlet_spawn(statement.run, self.driver.dbapi_connection)
+        return result
 
     async def commit(self, transaction: Transaction) -> None:
         """Release the savepoint of a transaction, if a COMMIT would succeed now."""
@@ -142,6 +161,14 @@ class SharedConnection:
                 await run_to_completion(self._roll_back(transaction))
             transaction.over = True
 
+    async def interrupt(self, transaction: Transaction) -> None:
+        """Stop the statement that a transaction has begun, be it that it still waits for its turn."""
+        if self._executing is transaction:
+            self._was_interrupted = True
+            await self.driver.interrupt()
+        else:
+            transaction.interrupted = True
+
     async def use_driver(self, fn: Any) -> Any:
         """Await `fn` with the driver's own connection, between two statements."""
         async with self._turns:
@@ -172,7 +199,7 @@ class SharedConnection:
             await run_to_completion(self._give_way(top))
             return False
         if transaction.savepoint is None:
-            if transaction.autocommit and kind is Kind.READ and not top.failed:
+            if transaction.autocommit and kind is not None and _only_reads(transaction, kind) and not top.failed:
                 # It is over before anybody could be in its way.
                 return True
             if any(outer is top for outer in transaction.inside):
@@ -261,6 +288,8 @@ class SharedConnection:
             await self._release_committed()
         else:
             transaction.committed = True
+        if not transaction.autocommit and self._in_force is transaction.settings:
+            await self._enforce(Settings())
 
     async def _release_committed(self) -> None:
         """Release the savepoints that have waited for the last one to go."""
@@ -279,6 +308,7 @@ class SharedConnection:
             await self._control(f"RELEASE SAVEPOINT {transaction.savepoint}")
             self._leave(transaction, committed=True)
             await self._release_committed()
+            await self._restore_settings()
             return
         if transaction.within:
             self._complain(transaction, transaction.within)
@@ -287,6 +317,48 @@ class SharedConnection:
         )
         self._leave(transaction, committed=False)
         await self._release_committed()
+        await self._restore_settings()
+
+    async def _names_set_by(self, transaction: Transaction, statement: Statement) -> tuple[set[str], bool]:
+        """Return what a statement is about to set, and whether for its transaction alone."""
+        if not self.driver.has_settings or transaction.failed:
+            return set(), True
+        names, is_local = names_set_by(statement, local=True), True
+        if transaction.autocommit and not names:
+            names, is_local = names_set_by(statement, local=False), False
+        if new := sorted(names - self._originals.keys()):
+            self._originals |= await self._values_of(new)
+        return names, is_local
+
+    async def _note_settings(
+        self, transaction: Transaction, statement: Statement, names: set[str], *, is_local: bool
+    ) -> None:
+        settings = transaction.settings
+        # Its own savepoints undo what was set since them.
+        if not names and not (statement.kind is Kind.SAVEPOINT and settings.values):
+            return
+        if transaction.autocommit and is_local:
+            # It ends with the statement: whoever has the next turn puts others in its place.
+            settings = self._in_force = Settings(dict(settings.values))
+        settings.values = await self._values_of(sorted(names | settings.values.keys()))
+
+    async def _values_of(self, names: Sequence[str]) -> dict[str, str]:
+        ((*values,),) = await self.driver.fetch(query(names))
+        return dict(zip(names, values, strict=True))
+
+    async def _enforce(self, settings: Settings) -> None:
+        """Put settings in the place of those that are in force."""
+        if settings is not self._in_force:
+            old = {name: self._originals[name] for name in self._in_force.values}
+            if statement := assignment(old, settings.values):
+                await self._control(statement)
+            self._in_force = settings
+
+    async def _restore_settings(self) -> None:
+        """Undo all settings: a savepoint that was gone back to may have had others."""
+        if statement := assignment(self._originals, {}):
+            await self._control(statement)
+        self._in_force = Settings()
 
     async def _control(self, *statements: str) -> None:
         try:
@@ -315,13 +387,21 @@ class SharedConnection:
     def _check_outer_transaction(self) -> None:
         if self.unusable is None and not self.driver.in_transaction:
             self.unusable = (
-                "was lost: its connection was closed, or a statement has ended the outer transaction. What follows "
-                "would be committed for good."
+                "was lost: when a statement that writes is interrupted, as its time is up, SQLite undoes all that the "
+                f"connection has done. Give that statement the time that it needs, {_ALTERNATIVE}"
+                if self._was_interrupted
+                else "was lost: its connection was closed, or a statement has ended the outer transaction. What "
+                "follows would be committed for good."
             )
 
     def _check_usable(self) -> None:
         if self.unusable is not None:
             raise SharedTransactionError(f"The shared transaction {self.unusable}")
+
+
+def _only_reads(transaction: Transaction, kind: Kind) -> bool:
+    """Return whether a statement leaves nothing that could be undone."""
+    return kind in (Kind.READ, Kind.SET_LOCAL) or (transaction.autocommit and kind is Kind.SET)
 
 
 def _refusal(reason: str, waited: float) -> SharedTransactionError:

@@ -16,6 +16,8 @@ class Kind(Enum):
     READ = auto()
     WRITE = auto()
     DDL = auto()
+    SET = auto()
+    SET_LOCAL = auto()
     SAVEPOINT = auto()
     BEGIN = auto()
     COMMIT = auto()
@@ -31,6 +33,9 @@ _PATTERNS = (
     (Kind.READ, r"(?:SELECT|VALUES|TABLE)\b(?!.*\bINTO\b)|SHOW\b|EXPLAIN\b(?!.*\bANALY[SZ]E\b)|PRAGMA\b"),
     (Kind.READ, r"WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE|INTO)\b)"),
     (Kind.DDL, r"(?:CREATE|ALTER|DROP)\b"),
+    # What is about the transaction itself ends with its savepoint.
+    (Kind.SET_LOCAL, r"SET\s+LOCAL\s+(?!\"?transaction_)"),
+    (Kind.SET, r"SET\s+(?!LOCAL\b|TRANSACTION\b|CONSTRAINTS\b|SESSION\s+CHARACTERISTICS\b)|RESET\b"),
 )
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for kind, pattern in _PATTERNS)
 _CONTROL = r"(?:COMMIT|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO)|END|ABORT|PREPARE\s+TRANSACTION)\b"
@@ -48,8 +53,7 @@ def kind_of(sql: str) -> Kind:
     Raises:
         SharedTransactionError: it would end the shared transaction itself, or prepare it for a two-phase commit.
     """
-    comments = _COMMENTS.match(sql)
-    start = 0 if comments is None else comments.end()
+    start = start_of(sql)
     hides_control = ";" in sql and _HIDDEN_CONTROL.match(sql)
     if not hides_control:
         for kind, pattern in _KINDS:
@@ -61,6 +65,12 @@ def kind_of(sql: str) -> Kind:
             "`ROLLBACK` in a statement of its own; or test this with real commits (the fixture `ctxdb_clean_tables`)."
         )
     return Kind.WRITE
+
+
+def start_of(sql: str) -> int:
+    """Return where the first word of a statement is."""
+    comments = _COMMENTS.match(sql)
+    return 0 if comments is None else comments.end()
 
 
 @dataclass(slots=True)

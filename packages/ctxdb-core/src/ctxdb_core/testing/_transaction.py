@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctxdb_core.testing._settings import Settings
+
 
 class Transaction:
     """What a session takes for its transaction: a savepoint of the shared connection.
@@ -11,12 +13,14 @@ class Transaction:
         read_only: whether writes are refused.
         lenient: whether it lets others go first also when it has written: they see what it wrote, and it cannot undo
             that any more. So are the sessions of tests.
+        settings: what is set for it.
     """
 
-    def __init__(self, *, autocommit: bool, read_only: bool, lenient: bool) -> None:
+    def __init__(self, *, autocommit: bool, read_only: bool, lenient: bool, settings: Settings) -> None:
         self.autocommit = autocommit
         self.read_only = read_only
         self.lenient = lenient
+        self.settings = settings
         self.savepoint: str | None = None
         """Its savepoint, as long as it is among those that are open."""
         self.inside: tuple[Transaction, ...] = ()
@@ -37,6 +41,8 @@ class Transaction:
         self.over = False
         self.undone = False
         """Whether it was undone together with the one that it was in."""
+        self.interrupted = False
+        """Whether the time of its statement was up before that had its turn."""
         self.overdue = False
         """Whether it has waited in vain for those that began after it."""
 
