@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -548,6 +548,69 @@ async def test_tasks_of_a_unit_share_its_session(context: TransactionContext, db
 
     async with new_db_ctx(), context.session() as session:
         assert await asyncio.gather(ask(), ask()) == [session] * 2  # type: ignore[comparison-overlap]  # a list
+
+
+@pytest.mark.parametrize("block", ["session", "transaction"])
+async def test_blocks_of_two_tasks_do_not_share_the_session_of_a_unit(
+    context: TransactionContext, db: DBConnect, database: Database, block: str
+) -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def first() -> None:
+        async with getattr(context, block)():
+            entered.set()
+            await leave.wait()
+            await insert_item(db, "first")
+
+    async def second() -> None:
+        await entered.wait()
+        try:
+            async with getattr(context, block)(reuse_if_exists=True):
+                await insert_item(db, "second")
+        finally:
+            leave.set()
+
+    async with new_db_ctx():
+        results = await asyncio.gather(first(), second(), return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), SessionAlreadyActiveError]
+        assert "Another task" in str(results[1])
+        # One after the other is fine.
+        await asyncio.create_task(second())
+    assert await database.names() == ["first", "second"]
+
+
+async def test_a_task_that_a_block_in_a_unit_waits_for_takes_part_in_it(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    async def part() -> None:
+        async with context.transaction():
+            await insert_item(db, "part")
+
+    async with new_db_ctx():
+        with pytest.raises(LookupError):
+            async with context.transaction():
+                await asyncio.create_task(part())
+                raise LookupError
+        async with context.transaction():
+            await insert_item(db, "whole")
+    assert await database.names() == ["whole"]
+
+
+async def test_a_block_that_another_task_has_entered_for_the_unit_is_shared(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    stack = AsyncExitStack()
+    async with new_db_ctx():
+        # As a framework does with dependencies.
+        await asyncio.create_task(_enter(stack, context))
+        async with context.transaction():
+            await insert_item(db, "one")
+        await asyncio.create_task(stack.aclose())
+    assert await database.names() == ["one"]
+
+
+async def _enter(stack: AsyncExitStack, context: TransactionContext) -> None:
+    await stack.enter_async_context(context.transaction())
 
 
 async def test_a_task_that_outlives_its_unit_is_told_so(context: TransactionContext) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -153,22 +154,54 @@ async def open_task_unit(db: DBConnect, create: CreateSession | None, *, commits
 
 
 class Visit:
-    """A block that shares the session of a unit of work; a task can be in several of them, one inside the other."""
+    """A block that shares the session of a unit of work; a task can be in several of them, one inside the other.
+
+    So can the tasks that it starts inside of one, and waits for. Two other tasks cannot be in it at the same time.
+
+    Raises:
+        SessionAlreadyActiveError: another task is in such a block; or this one is, and it is not to be `nested`.
+    """
 
     # Kept beside the units: only these blocks ask for it.
-    _visits: ClassVar[WeakKeyDictionary[UnitOfWork, list[tuple[DBConnect, object]]]] = WeakKeyDictionary()
+    _visits: ClassVar[WeakKeyDictionary[UnitOfWork, list[Visit]]] = WeakKeyDictionary()
+    _around: ClassVar[ContextVar[tuple[Visit, ...]]] = ContextVar("ctxdb_visits", default=())
+    """The blocks that the running code is in: inherited by the tasks that it starts."""
 
     def __init__(self, unit: UnitOfWork, db: DBConnect, *, nested: bool) -> None:
+        self._db = db
+        self._task = _running_task()
+        self._outer = self._around.get()
         self._here = self._visits.setdefault(unit, [])
-        self._visit = (db, _running_task())
-        if not nested and (isinstance(unit, TaskUnit) or self._visit in self._here):
+        if not nested and (isinstance(unit, TaskUnit) or any(visit.is_by(self) for visit in self._here)):
             raise SessionAlreadyActiveError
+        if any(visit.is_beside(self) for visit in self._here):
+            raise SessionAlreadyActiveError(
+                "Another task is inside of a block that shares the session of this unit of work, and a session serves "
+                "one task at a time. Open another session by `new_transaction()` or `new_session()`, give the task a "
+                "unit of work of its own by `run_in_new_ctx(fn, ...)`, or let one block end before the other begins."
+            )
 
     def __enter__(self) -> None:
-        self._here.append(self._visit)
+        self._here.append(self)
+        self._around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
-        self._here.remove(self._visit)
+        self._here.remove(self)
+        # Not by a token: the block may be left in another context.
+        self._around.set(self._outer)
+        # Contexts that have inherited the block may last.
+        self._task, self._outer = None, ()
+
+    def is_by(self, other: Visit) -> bool:
+        """Return whether this is a block of the same task on the same database."""
+        return self._db is other._db and self._task is other._task
+
+    def is_beside(self, other: Visit) -> bool:
+        """Return whether this is the block of another task, which goes on while `other` does."""
+        if self._db is not other._db or self._task is other._task or self in other._outer:
+            return False
+        # A framework enters what a handler depends on in tasks that end before the handler begins.
+        return self._task is not None and not self._task.done()
 
 
 class CommitDebt:

@@ -107,13 +107,15 @@ class SessionAlreadyActiveError(CtxDBError):
     """A session was to be opened inside of a block that has opened one already.
 
     Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
-    of the same task. The way out: ``reuse_if_exists=True`` to share its session, ``new_session()`` or
-    ``new_transaction()`` for another one.
+    of the same task; and by both in a unit of work while another of its tasks is inside of such a block. The way out:
+    ``reuse_if_exists=True`` to share the session of the same task, ``new_session()`` or ``new_transaction()`` for
+    another one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "A block around this code has opened a session already. Share it by `session(reuse_if_exists=True)`, or "
+            message
+            or "A block around this code has opened a session already. Share it by `session(reuse_if_exists=True)`, or "
             "open another one by `new_session()` or `new_transaction()`."
         )
 

@@ -48,7 +48,7 @@ class TransactionContext:
     ``await db_session(db)`` is the same session.
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
-    only the session of a unit of work is shared by the tasks of that.
+    only the session of a unit of work is shared by the tasks of that, and two of them cannot be in blocks at once.
 
     Args:
         engine_or_db: where. An engine stays its owner's, who disposes of it.
@@ -91,7 +91,8 @@ class TransactionContext:
             reuse_if_exists: whether the block may be inside another one of this task, whose session it shares.
 
         Raises:
-            SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false.
+            SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false; or another task of the
+                unit of work is inside one.
             ContextClosedError: the unit of work that this code was started in has ended.
             BaseException: what the block raised.
         """
@@ -123,7 +124,8 @@ class TransactionContext:
             allow_nested_transactions: whether a transaction may be open already.
 
         Raises:
-            SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false.
+            SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false; or another task of the
+                unit of work is inside one.
             TransactionAlreadyActiveError: a transaction is open, and `allow_nested_transactions` is false.
             TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
             ContextClosedError: the unit of work that this code was started in has ended.
