@@ -192,6 +192,35 @@ async def test_a_transaction_begun_by_hand_is_committed_by_hand(
     assert await database.names() == ["one"]
 
 
+async def test_a_transaction_behind_a_savepoint_of_the_session_leaves_the_commit_to_whoever_set_that(
+    context: TransactionContext, database: Database
+) -> None:
+    async with context.session() as session:
+        await context.execute(add("one"))
+        async with session.begin_nested():
+            async with context.transaction():
+                await context.execute(add("two"))
+            await context.execute(add("three"))
+        assert await database.names() == []
+        await session.commit()
+    assert await database.names() == ["one", "three", "two"]
+
+
+async def test_a_transaction_leaves_the_commit_to_the_atomic_block_around_it_also_before_its_first_statement(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    async with context.session():
+        with pytest.raises(LookupError):
+            async with atomic_db_session(db):
+                async with context.transaction():
+                    await context.execute(add("undone"))
+                assert await database.names() == []
+                raise LookupError
+        async with atomic_db_session(db), context.transaction():
+            await context.execute(add("one"))
+    assert await database.names() == ["one"]
+
+
 @KINDS
 async def test_a_nested_transaction_is_undone_alone(context: TransactionContext, database: Database) -> None:
     async with context.transaction():

@@ -143,8 +143,8 @@ class TransactionContext:
                     f"A transaction is open on {self._db!r} already: commit it first, leave out "
                     "`allow_nested_transactions=False` for a savepoint in it, or use `new_transaction()`."
                 )
-            if not isinstance(unit, TaskUnit):
-                # The unit of work is the transaction, begun or not, and whoever has opened it commits it.
+            if not isinstance(unit, TaskUnit) or unit.is_transaction():
+                # The unit of work, or the block around this one, is the transaction, begun or not, and commits it.
                 require_transactions(unit)
                 async with session.begin_nested():
                     yield session
