@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import pytest
 from sqlalchemy import text
@@ -16,6 +17,7 @@ from tests.support.database import Database, Item, eventually, insert, insert_or
 from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
+    CurrentTransaction,
     DBConnect,
     SessionClosedError,
     TransactionAbortedError,
@@ -592,6 +594,59 @@ async def test_a_savepoint_keeps_the_outer_transaction(db: DBConnect, database: 
                 raise LookupError
         assert await database.names() == []
     assert await database.names() == ["kept", "outer"]
+
+
+async def _commit(db: DBConnect) -> None:
+    await commit_db_session(db)
+
+
+async def _atomic(db: DBConnect, mode: CurrentTransaction = "commit") -> None:
+    async with atomic_db_session(db, mode):
+        await insert(db, "inside")
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [_commit, _atomic, partial(_atomic, mode="append"), partial(_atomic, mode="rollback")],
+    ids=["commit_db_session", "atomic", "append", "rollback"],
+)
+@pytest.mark.parametrize("block", ["begin_nested", "savepoint"])
+async def test_the_block_of_a_savepoint_cannot_be_committed_from_within(
+    db: DBConnect, database: Database, block: str, commit: Callable[[DBConnect], Awaitable[None]]
+) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "before")
+        async with session.begin_nested() if block == "begin_nested" else atomic_db_session(db, "savepoint"):
+            await insert(db, "in it")
+            with pytest.raises(TransactionAlreadyActiveError, match="savepoint"):
+                await commit(db)
+            await insert(db, "also in it")
+        assert await database.names() == []
+    assert await database.names() == ["also in it", "before", "in it"]
+
+
+@pytest.mark.parametrize("mode", ["commit", "rollback"])
+async def test_a_block_cannot_end_the_transaction_of_a_block_around_it(
+    db: DBConnect, database: Database, mode: CurrentTransaction
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        async with session.begin():
+            await insert(db, "before")
+            with pytest.raises(TransactionAlreadyActiveError, match=r"session\.begin\(\)"):
+                await _atomic(db, mode)
+        assert await database.names() == ["before"]
+
+
+async def test_a_savepoint_that_is_no_block_can_be_committed_with_its_transaction(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "before")
+        await session.begin_nested()
+        await insert(db, "in it")
+        await commit_db_session(db)
+        assert await database.names() == ["before", "in it"]
 
 
 @KINDS

@@ -124,8 +124,9 @@ class TransactionAlreadyActiveError(CtxDBError, InvalidRequestError):
     """A transaction was open where none may be.
 
     Raised by ``atomic_db_session(db, current_transaction="raise")`` and by
-    ``TransactionContext.transaction(allow_nested_transactions=False)``. The way out: commit or roll back first, or
-    choose another mode.
+    ``TransactionContext.transaction(allow_nested_transactions=False)``; and by what would commit the transaction inside
+    of a savepoint's block (``async with session.begin_nested():``). The way out: commit or roll back first, or choose
+    another mode; or commit after the block.
     """
 
 

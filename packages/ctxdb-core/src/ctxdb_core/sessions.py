@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -84,7 +84,8 @@ async def atomic_db_session(
             been ended then.
         TransactionOptionsError: the transaction to go on in has another isolation level, or may write; or there can be
             no transaction with one (`DBConnect.from_url(..., read_only=True)`).
-        TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for.
+        TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for; or this is inside of a
+            block of the session (``async with session.begin_nested():``) that would be ended with it.
         TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised, or the error of a commit.
@@ -99,6 +100,8 @@ async def atomic_db_session(
     if options:
         options.check(session, db)
     if in_transaction(session):
+        if current_transaction in _ENDS_TRANSACTION:
+            _check_no_block(session, db, savepoints_only=current_transaction == "append")
         if current_transaction in ("append", "savepoint"):
             # If the block cannot go on in this transaction, that one stays as it is.
             await options.apply(session, db)
@@ -134,10 +137,16 @@ async def commit_db_session(db: DBConnect) -> None:
     The session stays usable and begins a new transaction at its next statement. Does nothing if none is open.
 
     Raises:
+        TransactionAlreadyActiveError: this is inside of the block of a savepoint, such as ``async with
+            session.begin_nested():``, which would be ended with the transaction; nothing has been committed.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: the error of the commit; the transaction has been rolled back then.
     """
-    await _usable_unit(db).commit([db])
+    unit = _usable_unit(db)
+    session = unit.sessions.get(db)
+    if session is not None:
+        _check_no_block(session, db, savepoints_only=True)
+    await unit.commit([db])
 
 
 async def rollback_db_session(db: DBConnect) -> None:
@@ -213,6 +222,26 @@ def require_transactions(unit: UnitOfWork) -> None:
             "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
             "`transactional(db)`, which begins one."
         )
+
+
+_ENDS_TRANSACTION = ("commit", "rollback", "append")
+
+
+def _check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: bool) -> None:
+    """Raise the error that says so if ending the transaction would end a block of `session` that the code is in.
+
+    SQLAlchemy refuses all that follows in such a block, when the transaction has ended already.
+    """
+    # Of those that are open, it is the innermost.
+    block: Any = session.sync_session._trans_context_manager  # noqa: SLF001 - there is no public name for it
+    if block is None or (savepoints_only and not block.nested):
+        return
+    name = "savepoint (`session.begin_nested()`, or 'savepoint' and 'nested')" if block.nested else "`session.begin()`"
+    raise TransactionAlreadyActiveError(
+        f"This code is inside of the block of a {name} on {db!r}, which cannot go on when its transaction has ended: "
+        "nothing was done. Commit after the block; or run what must stand by itself in a transaction beside it "
+        "(`run_in_new_ctx`, or `transactional(db, 'requires_new')`)."
+    )
 
 
 def _unit(db: DBConnect) -> UnitOfWork:
