@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+
 import httpx
 import pytest
 from sqlalchemy import select, text
@@ -17,6 +20,7 @@ from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
     DBConnect,
+    TransactionContext,
     close_db_session,
     commit_db_session,
     db_session,
@@ -86,6 +90,52 @@ async def test_a_test_context_leaves_its_sessions_to_the_test(db: DBConnect, dat
     assert (await session.scalars(select(Item.name))).all() == ["one"]
     await session.rollback()
     await session.close()
+    assert await database.names() == []
+
+
+async def test_a_session_that_a_test_forgets_in_mid_transaction_is_warned_of(database: Database) -> None:
+    async def forget(db: DBConnect) -> None:
+        async with set_test_context():
+            # Has begun, and holds no connection yet, which SQLAlchemy would warn of as well.
+            await (await db_session(db)).begin()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with DBConnect.from_url(database.url) as db:
+            await forget(db)
+            gc.collect()
+    messages = [str(warning.message) for warning in caught]
+    assert any("set_test_context" in message and "auto_close=True" in message for message in messages), messages
+
+
+async def test_a_session_that_a_test_has_ended_is_not_warned_of(db: DBConnect) -> None:
+    async def work() -> None:
+        async with set_test_context():
+            session = await insert(db, "one")
+        await session.rollback()
+
+    async def read_nothing() -> None:
+        async with set_test_context():
+            await db_session(db)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        await work()
+        await read_nothing()
+        gc.collect()
+    assert not [warning for warning in caught if "set_test_context" in str(warning.message)]
+
+
+async def test_a_session_that_is_made_without_an_await_is_on_the_tests_connection(
+    db: DBConnect, database: Database
+) -> None:
+    context = TransactionContext(db)
+    async with rollback_session(db) as session:
+        async with set_test_context(), put_savepoint_session_in_ctx(db, session):
+            await close_db_session(db)
+            context.get_session().add(Item(name="one"))
+            await commit_db_session(db)
+        assert (await session.scalars(select(Item.name))).all() == ["one"]
     assert await database.names() == []
 
 

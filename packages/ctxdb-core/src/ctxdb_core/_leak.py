@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 __all__ = ["LeakGuard"]
 
 
+_OF_UNITS = (
+    "A unit of work was garbage-collected with an open session on {}: nobody has committed or rolled back its work. "
+    "Let `async with new_db_ctx():` end it, or `finalize()` for each `begin()`."
+)
+
+
 class LeakGuard:
     """Warns when it is garbage-collected while there are `sessions`: to be kept by nothing but their unit of work.
 
@@ -19,10 +25,11 @@ class LeakGuard:
     this. As the source of the warning, it lets tracemalloc tell where that session was opened.
     """
 
-    __slots__ = ("__weakref__", "_sessions")
+    __slots__ = ("__weakref__", "_message", "_sessions")
 
-    def __init__(self, sessions: Collection[DBConnect]) -> None:
+    def __init__(self, sessions: Collection[DBConnect], message: str = _OF_UNITS) -> None:
         self._sessions = sessions
+        self._message = message
 
     def disarm(self) -> None:
         """Keep quiet from now on: the sessions were ended."""
@@ -34,9 +41,4 @@ class LeakGuard:
             names = ", ".join(map(repr, self._sessions))
             # Who keeps the warning keeps its source, but shall not keep the sessions from being cleaned up.
             self.disarm()
-            _warn(
-                f"A unit of work was garbage-collected with an open session on {names}: nobody has committed or rolled "
-                "back its work. Let `async with new_db_ctx():` end it, or `finalize()` for each `begin()`.",
-                ResourceWarning,
-                source=self,
-            )
+            _warn(self._message.format(names), ResourceWarning, source=self)

@@ -207,7 +207,7 @@ class TransactionContext:
         unit.check_usable()
         session = unit.sessions.get(self._db)
         if session is None:
-            session = self._create_at_once()
+            session = unit.create_session_at_once(self._db, self._create_at_once)
             if session is not None:
                 return unit.adopt_session(self._db, session)
             if strict:

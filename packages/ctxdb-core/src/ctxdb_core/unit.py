@@ -124,6 +124,15 @@ class UnitOfWork:
             return await self.open_session(db)
         return self.adopt_session(db, session)
 
+    def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
+        """Return a new session on `db`, to be adopted; ``None`` if making one takes an ``await``.
+
+        Args:
+            db: where.
+            create: makes it, if this unit does not know better.
+        """
+        return create()
+
     def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
         """Take `session`, which is new, as the one on `db`; return the one that is there instead, if one is.
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core import _session_end
+from ctxdb_core._leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError
@@ -63,18 +67,43 @@ class _TestUnit(UnitOfWork):
 
     def __init__(self) -> None:
         super().__init__()
-        self.connections: dict[DBConnect, AsyncConnection] = {}
-        """Where sessions are to be put on a connection of the test."""
+        self.savepoint_sessions: dict[DBConnect, Callable[[], AsyncSession]] = {}
+        """What makes the sessions that are to be put on a connection of the test."""
 
     async def open_session(
         self, db: DBConnect, create: Callable[[], Awaitable[AsyncSession]] | None = None
     ) -> AsyncSession:
-        connection = self.connections.get(db)
-        if connection is None or db in self.sessions:
+        create_on_connection = self.savepoint_sessions.get(db)
+        if create_on_connection is None or db in self.sessions:
             return await super().open_session(db, create)
         self.check_usable()
-        session_maker = await db.session_maker()
-        return self.adopt_session(db, session_maker(bind=connection, join_transaction_mode="create_savepoint"))
+        return self.adopt_session(db, create_on_connection())
+
+    def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
+        return self.savepoint_sessions.get(db, create)()
+
+    def leave_sessions(self) -> None:
+        """End the unit, and leave its sessions to the test, which has to end their transactions."""
+        for db, session in self.sessions.items():
+            if _session_end.in_transaction(session):
+                guard = LeakGuard([db], _LEFT)
+                # Kept by the session, and by nothing else.
+                session.sync_session.info[_GUARD] = guard
+                event.listen(session.sync_session, "after_transaction_end", _disarm)
+        self.hand_over_sessions()
+
+
+_GUARD = "ctxdb.left_by_test"
+_LEFT = (
+    "A session on {} that `set_test_context()` has left to its test was garbage-collected in mid transaction. Close it "
+    "in the test, let `set_test_context(auto_close=True)` commit and close it, or put it on a connection that is "
+    "rolled back, by `put_savepoint_session_in_ctx`."
+)
+
+
+def _disarm(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info[_GUARD].disarm()
 
 
 @asynccontextmanager
@@ -85,8 +114,9 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # 
     use `shared_transaction`.
 
     Args:
-        auto_close: whether its sessions are committed (or rolled back, if the block raises) and closed at the end;
-            without it, they are left to the test, as those of `put_savepoint_session_in_ctx` are.
+        auto_close: whether its sessions are committed (or rolled back, if the block raises) and closed at the end.
+            Without it, they are left to the test as they are, which commits, rolls back or closes them; one that it
+            forgets in mid transaction is told by a ``ResourceWarning``. `put_savepoint_session_in_ctx` closes its own.
 
     Raises:
         BaseException: what the block raised, or the error of a commit.
@@ -103,7 +133,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # 
         if auto_close:
             await unit.finish(commit=True)
     finally:
-        unit.hand_over_sessions()
+        unit.leave_sessions()
         unit.leave()
 
 
@@ -133,10 +163,11 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
         )
     unit.check_usable()
     await unit.close_session(db)
-    unit.connections[db] = await session.connection()
+    maker, connection = await db.session_maker(), await session.connection()
+    unit.savepoint_sessions[db] = partial(maker, bind=connection, join_transaction_mode="create_savepoint")
     try:
         yield await unit.open_session(db)
     finally:
-        del unit.connections[db]
+        del unit.savepoint_sessions[db]
         if not unit.closed:
             await unit.close_session(db)
