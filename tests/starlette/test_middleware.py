@@ -22,9 +22,9 @@ from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import RawClient, serve
 from tests.support.stacks import Ask, DoNothing, application, on_integrity_error
 
-from ctxdb_core import DBConnect, commit_db_session, db_session, is_context_initiated
+from ctxdb_core import ArgumentTypeError, DBConnect, commit_db_session, db_session, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
-from ctxdb_starlette import DBSessionMiddleware
+from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 
 # --- below and above other middlewares --------------------------------------------------------------------------------
 
@@ -424,3 +424,9 @@ async def test_a_handler_can_read_the_request_again(
     app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
     response = await (await ask(app)).post("/", content=b"x" * size)
     assert (response.status_code, response.text) == (409, str(size if size < 1_000_000 else 0))
+
+
+@pytest.mark.parametrize("wire", [close_on_shutdown, provide_session])
+def test_what_is_no_database_is_refused_at_once(wire: Callable[[Any], object]) -> None:
+    with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
+        wire("postgresql+asyncpg://localhost")

@@ -9,7 +9,15 @@ from aiohttp import web
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.exchange import note_response
 from ctxdb_aiohttp.middleware import commit_point, unit_of_work
-from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+from ctxdb_core import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    BeforeCommit,
+    CommitPolicy,
+    DBConnect,
+    close_all,
+    commit_below_400,
+)
 
 __all__ = ["DATABASES", "setup"]
 
@@ -54,15 +62,17 @@ def setup(
         ValueError: `position` is negative.
     """
     if not isinstance(app, web.Application):
-        raise TypeError(f"setup() takes a web.Application first, not {app!r}: `setup(app, db)`.")
+        raise ArgumentTypeError(f"setup() takes a web.Application first, not {app!r}: `setup(app, db)`.")
     for db in dbs:
         if not isinstance(db, DBConnect):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"setup() takes the application's `DBConnect`s, not {db!r}: make one of a URL by "
                 "`DBConnect.from_url(url)`, or of an engine's creator by `DBConnect(engine_creator, host=...)`."
             )
     if position is not None and position < 0:
-        raise ValueError(f"position={position} is negative: count the middlewares from the outermost, which is 0.")
+        raise ArgumentValueError(
+            f"position={position} is negative: count the middlewares from the outermost, which is 0."
+        )
     if app.on_startup.frozen:
         raise ApplicationFrozenError
     outer = unit_of_work(before_commit, commit_policy)

@@ -2,6 +2,8 @@
 
 from ctxdb_core.connect import DBConnect, close_all, default_session_maker
 from ctxdb_core.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
     ContextClosedError,
     ContextNotInitiatedError,
     CtxDBError,
@@ -54,6 +56,8 @@ from ctxdb_core.transaction_context import TransactionContext
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
     "BeforeCommit",
     "CommitPolicy",
     "ContextClosedError",

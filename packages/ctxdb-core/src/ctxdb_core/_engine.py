@@ -19,6 +19,7 @@ from ctxdb_core._guards import (
     trust_no_failed_transaction,
 )
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core.errors import ArgumentTypeError
 
 EngineCreator = Callable[[str], AsyncEngine]
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
@@ -54,7 +55,7 @@ class LoopEngine:
         self.loop = asyncio.get_running_loop()
         engine = engine_creator(host)
         if not isinstance(engine, AsyncEngine):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"engine_creator({host!r}) returned {type(engine).__name__}, not an AsyncEngine: build the engine with "
                 "`sqlalchemy.ext.asyncio.create_async_engine`."
             )

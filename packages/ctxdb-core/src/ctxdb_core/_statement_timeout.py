@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core._gate import check_statements, wait_for_statements
 from ctxdb_core._rollback_only import set_rollback_only
 from ctxdb_core._undo import undo_on_return
-from ctxdb_core.errors import DeadlineExceededError, TransactionOptionsError
+from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError
 from ctxdb_core.isolation import begun_connections, is_autocommit, is_bound_to_connection
 
 __all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
@@ -39,7 +39,9 @@ class StatementTimeout:
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ValueError(f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit.")
+            raise ArgumentValueError(
+                f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit."
+            )
 
     def __bool__(self) -> bool:
         return self.seconds is not None or self.deadline is not None

@@ -9,6 +9,8 @@ from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from ctxdb_core.errors import ArgumentValueError
+
 READ_ONLY_OPTION = "ctxdb_read_only"
 """The execution option of engines on which nothing can be written."""
 
@@ -31,14 +33,14 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
     """
     if host != host_of(url):
         if not url.host:
-            raise ValueError(f"The URL of this DBConnect names no host, so it cannot be changed to {host!r}.")
+            raise ArgumentValueError(f"The URL of this DBConnect names no host, so it cannot be changed to {host!r}.")
         url = url.set(host=host)
     return _create_read_only(url, options) if read_only else create_async_engine(url, **options)
 
 
 def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     if "isolation_level" in options:
-        raise ValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
+        raise ArgumentValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
     backend, driver = url.get_backend_name(), url.get_dialect().driver
     options["execution_options"] = {**options.get("execution_options", {}), READ_ONLY_OPTION: True}
     if backend == "postgresql":
@@ -59,7 +61,7 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
         "mariadb": "SET SESSION TRANSACTION READ ONLY",
     }.get(backend)
     if statement is None:
-        raise ValueError(f"read_only=True knows PostgreSQL, SQLite, MySQL and MariaDB, not {backend!r}.")
+        raise ArgumentValueError(f"read_only=True knows PostgreSQL, SQLite, MySQL and MariaDB, not {backend!r}.")
     engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
 
     @event.listens_for(engine.sync_engine, "connect")

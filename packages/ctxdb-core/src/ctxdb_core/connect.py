@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from ctxdb_core._attempt import current_attempt
 from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._observer import Observer
 from ctxdb_core._url import create_engine, host_of, without_secrets
-from ctxdb_core.errors import HostNotSetError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
 __all__ = ["DBConnect", "close_all", "default_session_maker"]
@@ -59,7 +60,9 @@ class DBConnect:
         if host is not None:
             _check_host(host)
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
-            raise ValueError(f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more.")
+            raise ArgumentValueError(
+                f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
+            )
         self._engine_creator = engine_creator
         self._session_maker_creator = session_maker_creator
         self._host = host
@@ -248,6 +251,29 @@ class DBConnect:
             return engine
 
 
+def check_database(db: object) -> None:
+    """Raise the error that says what to pass if `db` is no `DBConnect`."""
+    if isinstance(db, DBConnect):
+        return
+    if isinstance(db, type):
+        given, hint = f"the class {db.__name__}", ""
+    else:
+        # Its repr may show a password.
+        given = f"{'an' if type(db).__name__[0] in 'AEIOU' else 'a'} {type(db).__name__}"
+        hint = _INSTEAD.get(type(db).__name__, "")
+    raise ArgumentTypeError(
+        f"A `DBConnect` is needed here, and {given} is given: pass the one that the application has made, by "
+        f"`DBConnect.from_url(url)` for instance.{hint}"
+    )
+
+
+_INSTEAD = {
+    "AsyncEngine": " For an engine of your own there is `TransactionContext(engine)`, or `DBConnect(lambda host: "
+    "engine, host='...')`.",
+    "TransactionContext": " A TransactionContext has blocks of its own: `async with context.transaction():`.",
+}
+
+
 def _check_host(host: str) -> None:
     if not host:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
@@ -257,9 +283,15 @@ async def close_all(*dbs: DBConnect) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
     Raises:
+        ArgumentTypeError: one of `dbs` is no `DBConnect`; the others are closed.
         Exception: the one error there was; an ``ExceptionGroup`` if there were several.
     """
-    await _attempt_all([db.close for db in dbs])
+
+    async def close(db: DBConnect) -> None:
+        check_database(db)
+        await db.close()
+
+    await _attempt_all([partial(close, db) for db in dbs])
 
 
 async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:

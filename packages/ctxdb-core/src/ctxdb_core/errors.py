@@ -13,6 +13,8 @@ CtxDBError
 ├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
 ├── MissingExtraError            a function needs a library that is installed with an extra
+├── ArgumentTypeError            something else was passed than is needed, an engine for a ``DBConnect`` for instance
+├── ArgumentValueError           an argument has a value that means nothing, or contradicts another one
 └── HostNotSetError              a ``DBConnect`` without a host was used, or it was given an empty one
 """
 
@@ -21,6 +23,8 @@ from __future__ import annotations
 from sqlalchemy.exc import InvalidRequestError
 
 __all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
     "ContextClosedError",
     "ContextNotInitiatedError",
     "CtxDBError",
@@ -178,6 +182,20 @@ class MissingExtraError(CtxDBError, ImportError):
     """A function was used that needs a library which is not installed.
 
     The way out: install ctxdb-core with the extra that the message names, as in ``pip install 'ctxdb-core[retry]'``.
+    """
+
+
+class ArgumentTypeError(CtxDBError, TypeError):
+    """Something else was passed than is needed: an engine or a URL for a `DBConnect`, a coroutine for a function.
+
+    The way out: pass what the message names.
+    """
+
+
+class ArgumentValueError(CtxDBError, ValueError):
+    """An argument has a value that means nothing, or contradicts another one.
+
+    The way out: the message names the values that there are.
     """
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ctxdb_core._undo import undo_on_return
 from ctxdb_core._url import READ_ONLY_OPTION
-from ctxdb_core.errors import TransactionOptionsError
+from ctxdb_core.errors import ArgumentValueError, TransactionOptionsError
 
 __all__ = [
     "NO_OPTIONS",
@@ -50,7 +50,7 @@ class TransactionOptions:
     def __post_init__(self) -> None:
         if self.isolation_level is not None and self.isolation_level not in get_args(IsolationLevel):
             levels = ", ".join(map(repr, get_args(IsolationLevel)))
-            raise ValueError(f"isolation_level={self.isolation_level!r} is none of {levels}.")
+            raise ArgumentValueError(f"isolation_level={self.isolation_level!r} is none of {levels}.")
 
     def __bool__(self) -> bool:
         return self.isolation_level is not None or self.read_only
@@ -74,7 +74,9 @@ class TransactionOptions:
             levels = [level for level in _levels(bind) if level in get_args(IsolationLevel)]
             if self.isolation_level not in levels:
                 dialect = f"{bind.dialect.name}+{bind.dialect.driver}"
-                raise ValueError(f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has.")
+                raise ArgumentValueError(
+                    f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has."
+                )
         if self.read_only and not is_read_only(bind):
             if bind.dialect.name not in _READ_ONLY_QUERIES:
                 raise TransactionOptionsError(

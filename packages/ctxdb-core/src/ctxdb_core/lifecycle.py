@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from ctxdb_core._session_end import report
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._statement_timeout import StatementTimeout
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
 __all__ = [
@@ -180,7 +181,7 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
     for fn in callables:
         _check_callable(fn)
     if max_concurrent is not None and max_concurrent < 1:
-        raise ValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
+        raise ArgumentValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
     slots = asyncio.Semaphore(len(callables) or 1 if max_concurrent is None else max_concurrent)
 
     async def run(fn: Callable[[], Awaitable[T]]) -> T:
@@ -207,9 +208,9 @@ async def _wait_for(tasks: list[asyncio.Task[Any]]) -> None:
 def _check_callable(fn: object) -> None:
     if inspect.iscoroutine(fn):
         fn.close()
-        raise TypeError(
+        raise ArgumentTypeError(
             "A coroutine was passed where a callable is needed, as it must be called inside of its new context: pass "
             "the function and its arguments, `run_in_new_ctx(fn, 1)` or `gather_in_new_ctx(partial(fn, 1))`."
         )
     if not callable(fn):
-        raise TypeError(f"{fn!r} is not an async callable.")
+        raise ArgumentTypeError(f"{fn!r} is not an async callable.")

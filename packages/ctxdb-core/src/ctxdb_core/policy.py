@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TypeAlias
 
+from ctxdb_core.errors import ArgumentValueError
+
 __all__ = ["CommitPolicy", "commit_2xx", "commit_below_400", "commit_policy"]
 
 CommitPolicy: TypeAlias = Callable[[int], bool]
@@ -36,7 +38,9 @@ def commit_policy(
     """
     committing, rolling_back = frozenset(commit), frozenset(roll_back)
     if both := committing & rolling_back:
-        raise ValueError(f"Statuses {sorted(both)} are named in both `commit` and `roll_back`: name each in one.")
+        raise ArgumentValueError(
+            f"Statuses {sorted(both)} are named in both `commit` and `roll_back`: name each in one."
+        )
 
     def policy(status: int) -> bool:
         if status in committing:

@@ -16,8 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._rollback_only import set_rollback_only
 from ctxdb_core._task_unit import CommitDebt, TaskUnit
-from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import TransactionAlreadyActiveError, TransactionRequiredError
+from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    TransactionAlreadyActiveError,
+    TransactionRequiredError,
+)
 from ctxdb_core.isolation import IsolationLevel, TransactionOptions, is_autocommit
 from ctxdb_core.lifecycle import opened
 from ctxdb_core.sessions import atomic_db_session, commit_db_session
@@ -73,7 +78,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
 
     Raises:
         ValueError: `propagation` or `isolation_level` is none, or the one excludes the other.
-        TypeError: what is decorated is no async function.
+        TypeError: `db` is no `DBConnect`, or what is decorated is no async function.
     """
 
     def __init__(
@@ -86,14 +91,17 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
         no_rollback_for: type[BaseException] | tuple[type[BaseException], ...] = (),
     ) -> None:
         if inspect.isroutine(db):
-            raise TypeError("Say on which database: `@transactional(db)`.")
+            raise ArgumentTypeError("Say on which database: `@transactional(db)`.")
+        check_database(db)
         if propagation not in get_args(Propagation):
-            raise ValueError(f"propagation={propagation!r} is none of {', '.join(map(repr, get_args(Propagation)))}.")
+            raise ArgumentValueError(
+                f"propagation={propagation!r} is none of {', '.join(map(repr, get_args(Propagation)))}."
+            )
         self._db = db
         self._propagation = propagation
         self._options = TransactionOptions(isolation_level, read_only)
         if self._options and propagation in _WITHOUT_TRANSACTION:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"propagation={propagation!r} may run without a transaction, so there is nothing that isolation_level "
                 "or read_only could be of: leave them out, or use 'required' or 'requires_new'."
             )
@@ -102,7 +110,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """Return `fn` with each of its calls in a block of its own."""
         if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"{fn!r} is no async function: only what is awaited inside of the block is part of it.")
+            raise ArgumentTypeError(
+                f"{fn!r} is no async function: only what is awaited inside of the block is part of it."
+            )
 
         @functools.wraps(fn)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ctxdb_core._attempt import Attempt, current_attempt
-from ctxdb_core.errors import MissingExtraError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
 from ctxdb_core.lifecycle import opened
 from ctxdb_core.unit import UnitOfWork, current_unit
 
@@ -88,17 +88,19 @@ def retry_on_conflict(
         ) from exc
     if isinstance(attempts, int):
         if attempts < 1:
-            raise ValueError(f"attempts={attempts}: give 1 or more; the first attempt counts.")
+            raise ArgumentValueError(f"attempts={attempts}: give 1 or more; the first attempt counts.")
         attempts = tenacity.stop_after_attempt(attempts)
     if isinstance(wait, int | float):
         if not wait >= 0:
-            raise ValueError(f"wait={wait}: give seconds, 0 or more.")
+            raise ArgumentValueError(f"wait={wait}: give seconds, 0 or more.")
         wait = tenacity.wait_random_exponential(multiplier=wait, max=max(wait, _LONGEST_WAIT_SECONDS))
     stop, backoff = attempts, wait
 
     def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"{fn!r} is no async function: only what is awaited inside of an attempt is part of it.")
+            raise ArgumentTypeError(
+                f"{fn!r} is no async function: only what is awaited inside of an attempt is part of it."
+            )
 
         @functools.wraps(fn)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -12,8 +12,13 @@ from ctxdb_core import _session_end
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._task_unit import CommitDebt
-from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import ContextNotInitiatedError, TransactionAlreadyActiveError, TransactionRequiredError
+from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core.errors import (
+    ArgumentValueError,
+    ContextNotInitiatedError,
+    TransactionAlreadyActiveError,
+    TransactionRequiredError,
+)
 from ctxdb_core.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core.unit import OnCommit, UnitOfWork, current_unit
 
@@ -48,8 +53,8 @@ async def db_session(db: DBConnect) -> AsyncSession:
     """
     try:
         return _get_current_unit().sessions[db]
-    except LookupError:
-        # No unit of work, or no session on `db` yet: kept out of the way of the common case.
+    except (LookupError, TypeError):
+        # No unit of work, or no session on `db` yet, or no database at all: kept out of the way of the common case.
         pass
     return await _unit(db).open_session(db)
 
@@ -92,7 +97,7 @@ async def atomic_db_session(
     """
     if current_transaction not in get_args(CurrentTransaction):
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
-        raise ValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
+        raise ArgumentValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
     options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     unit = _unit(db)
     require_transactions(unit)
@@ -194,6 +199,7 @@ async def new_non_ctx_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
     Raises:
         BaseException: what the block raised.
     """
+    check_database(db)
     session = await db.create_session()
     try:
         yield session
@@ -245,6 +251,7 @@ def _check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: bo
 
 
 def _unit(db: DBConnect) -> UnitOfWork:
+    check_database(db)
     unit = _get_current_unit(None)
     if unit is None:
         raise ContextNotInitiatedError

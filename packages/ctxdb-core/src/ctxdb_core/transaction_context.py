@@ -18,11 +18,7 @@ from ctxdb_core._borrowed import BorrowedEngine
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
 from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import (
-    ContextClosedError,
-    NoSessionError,
-    TransactionAlreadyActiveError,
-)
+from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError, TransactionAlreadyActiveError
 from ctxdb_core.sessions import atomic_db_session, commit_db_session, require_transactions
 from ctxdb_core.unit import CreateSession, UnitOfWork, current_unit
 
@@ -72,7 +68,7 @@ class TransactionContext:
         if isinstance(engine_or_db, AsyncEngine):
             engine_or_db = BorrowedEngine.of(engine_or_db)
         elif not isinstance(engine_or_db, DBConnect):
-            raise TypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
+            raise ArgumentTypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
         self._db: DBConnect = engine_or_db
         self._default_session_maker = default_session_maker
         self._auto_context_on_execute = auto_context_on_execute

@@ -9,7 +9,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
 
-from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+from ctxdb_core import ArgumentTypeError, BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware
 from ctxdb_litestar.boundary import mark_stream_boundary
 from ctxdb_litestar.dependency import check_name, inject, session_provider
@@ -94,7 +94,7 @@ def _handlers(route: BaseRoute) -> Sequence[BaseRouteHandler]:
 
 def _check_database(name: str, db: object) -> None:
     if not isinstance(db, DBConnect):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"CtxDBPlugin({name}<{type(db).__name__}>): this is no DBConnect. Pass the DBConnects of the application, "
             "those to be injected by name; its options are `before_commit` and `commit_policy`."
         )

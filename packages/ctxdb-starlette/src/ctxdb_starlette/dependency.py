@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core import DBConnect, db_session
+from ctxdb_core import ArgumentTypeError, DBConnect, db_session
 
 __all__ = ["provide_session"]
 
@@ -17,9 +17,16 @@ class provide_session:  # noqa: N801 - used like a function, in `Depends(provide
 
     ``session: Annotated[AsyncSession, Depends(provide_session(db))]``. It owns no transaction: the middleware commits
     or rolls back. Two of them for one `db` are equal, so ``app.dependency_overrides[provide_session(db)]`` works.
+
+    Raises:
+        ArgumentTypeError: `db` is no `DBConnect`.
     """
 
     db: DBConnect
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.db, DBConnect):
+            raise ArgumentTypeError(f"provide_session() takes a `DBConnect`, not {type(self.db).__name__}.")
 
     async def __call__(self) -> AsyncSession:
         """Return the session; see `ctxdb_core.db_session` for the errors."""

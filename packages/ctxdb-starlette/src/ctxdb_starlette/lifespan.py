@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from ctxdb_core import DBConnect, close_all
+from ctxdb_core import ArgumentTypeError, DBConnect, close_all
 
 __all__ = ["close_on_shutdown"]
 
@@ -18,9 +18,17 @@ class close_on_shutdown:  # noqa: N801 - used like a function: as a lifespan, or
 
     Args:
         *dbs: what to close; every one is, also if closing another one fails.
+
+    Raises:
+        ArgumentTypeError: one of them is no `DBConnect`.
     """
 
     def __init__(self, *dbs: DBConnect) -> None:
+        for db in dbs:
+            if not isinstance(db, DBConnect):
+                raise ArgumentTypeError(
+                    f"close_on_shutdown() takes the application's `DBConnect`s, not {type(db).__name__}."
+                )
         self._dbs = dbs
 
     def __call__(self, app: Any) -> Self:

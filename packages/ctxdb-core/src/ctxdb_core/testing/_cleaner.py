@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ctxdb_core.connect import DBConnect
+from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.testing._driver import check_driver, driver_of
 from ctxdb_core.testing._errors import CleanUpError
 from ctxdb_core.testing._postgres_tables import PostgresTables
@@ -34,6 +34,7 @@ class TableCleaner:
     _ATTEMPTS = 3
 
     def __init__(self, db: DBConnect) -> None:
+        check_database(db)
         self._db = db
 
     async def __aenter__(self) -> Self:

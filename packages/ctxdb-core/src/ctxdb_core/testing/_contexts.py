@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core import _session_end
 from ctxdb_core._leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.connect import DBConnect
-from ctxdb_core.errors import ContextNotInitiatedError
+from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
 from ctxdb_core.testing._engines import is_autocommit
 from ctxdb_core.unit import UnitOfWork, current_unit
 
@@ -29,6 +29,7 @@ async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
     Raises:
         BaseException: what the block raised.
     """
+    check_database(db)
     maker = await db.session_maker()
     engine = await db.engine()
     async with engine.connect() as connection:
@@ -155,6 +156,12 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
     Raises:
         ContextNotInitiatedError: there is no `set_test_context` around it.
     """
+    check_database(db)
+    if not isinstance(session, AsyncSession):
+        raise ArgumentTypeError(
+            f"put_savepoint_session_in_ctx(db, session) takes an AsyncSession second, not {type(session).__name__}: "
+            "what `async with rollback_session(db) as session:` yields, for instance."
+        )
     unit = current_unit.get(None)
     if not isinstance(unit, _TestUnit):
         raise ContextNotInitiatedError(

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from ctxdb_core import _session_end
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.connect import DBConnect
+from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection
@@ -168,6 +168,8 @@ async def shared_transaction(
             and what to do instead. It is raised at the end of the block, too, if a roll-back has undone what another
             session had committed.
     """
+    for each in (db, *others):
+        check_database(each)
     with LoopThread() as thread:
         shared = SharedTransaction(thread, (db, *others), timeout)
         async with on_shared_transaction(shared, thread) as session:

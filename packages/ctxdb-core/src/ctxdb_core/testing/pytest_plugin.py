@@ -17,7 +17,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._url import READ_ONLY_OPTION
-from ctxdb_core.connect import DBConnect
+from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
 from ctxdb_core.testing._shared import WAIT_SECONDS, SharedTransaction
@@ -57,7 +57,9 @@ def _ctxdb_thread(ctxdb_dbs: object) -> Iterator[LoopThread]:
 @pytest.fixture(scope="session")
 def _ctxdb_groups(ctxdb_dbs: DBConnect | Sequence[DBConnect], _ctxdb_thread: LoopThread) -> list[list[DBConnect]]:
     """The databases, each with the read-only ones that lead to it."""
-    dbs = [ctxdb_dbs] if isinstance(ctxdb_dbs, DBConnect) else list(ctxdb_dbs)
+    dbs = list(ctxdb_dbs) if isinstance(ctxdb_dbs, Sequence) else [ctxdb_dbs]
+    for db in dbs:
+        check_database(db)
     groups: list[list[DBConnect]] = []
     by_name: dict[str | None, list[DBConnect]] = {}
     for db in dbs:

@@ -1,0 +1,136 @@
+"""Arguments of a wrong type: what is passed in the place of a `DBConnect` is named, and what to pass."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tests.support.database import Database
+
+from ctxdb_core import (
+    ArgumentTypeError,
+    CtxDBError,
+    DBConnect,
+    TransactionContext,
+    atomic_db_session,
+    close_all,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    on_commit,
+    rollback_db_session,
+    run_in_new_ctx,
+    transactional,
+)
+from ctxdb_core.testing import (
+    TableCleaner,
+    put_savepoint_session_in_ctx,
+    rollback_session,
+    set_test_context,
+    shared_transaction,
+)
+
+
+@pytest.fixture
+async def engine(database: Database) -> AsyncIterator[AsyncEngine]:
+    engine = database.watch_new()
+    yield engine
+    await engine.dispose()
+
+
+def test_the_error_is_a_type_error_too() -> None:
+    assert issubclass(ArgumentTypeError, CtxDBError)
+    assert issubclass(ArgumentTypeError, TypeError)
+
+
+@pytest.mark.parametrize("ask", [db_session, commit_db_session, rollback_db_session, close_db_session])
+async def test_a_function_that_is_given_an_engine_says_what_to_pass(
+    engine: AsyncEngine, ask: Callable[[Any], Awaitable[object]]
+) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"`DBConnect`.*AsyncEngine.*TransactionContext"):
+        await ask(engine)
+    async with new_db_ctx():
+        with pytest.raises(ArgumentTypeError, match=r"`DBConnect`.*AsyncEngine.*TransactionContext"):
+            await ask(engine)
+
+
+@pytest.mark.parametrize("wrong", ["postgresql+asyncpg://shop:secret@localhost/shop", None, [], DBConnect])
+async def test_whatever_is_no_database_is_named_without_its_secrets(wrong: Any) -> None:
+    async with new_db_ctx():
+        with pytest.raises(ArgumentTypeError, match="from_url") as caught:
+            await db_session(wrong)
+    assert "secret" not in str(caught.value)
+
+
+def _on_commit(db: Any) -> None:
+    on_commit(db, lambda: None)
+
+
+@pytest.mark.parametrize("call", [_on_commit, transactional, TableCleaner])
+async def test_a_call_that_is_given_an_engine_says_what_to_pass(
+    engine: AsyncEngine, call: Callable[[Any], object]
+) -> None:
+    async with new_db_ctx():
+        with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
+            call(engine)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        atomic_db_session,
+        new_non_ctx_session,
+        new_non_ctx_atomic_session,
+        rollback_session,
+        shared_transaction,
+    ],
+)
+async def test_a_block_that_is_given_an_engine_says_what_to_pass(
+    engine: AsyncEngine, block: Callable[[Any], AbstractAsyncContextManager[object]]
+) -> None:
+    with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
+        async with new_db_ctx(), block(engine):
+            pytest.fail("the block was entered")
+
+
+async def test_a_transaction_context_in_the_place_of_a_database_is_told_of_its_own_blocks(db: DBConnect) -> None:
+    wrong: Any = TransactionContext(db)
+    with pytest.raises(ArgumentTypeError, match=r"\.transaction\(\)"):
+        transactional(wrong)
+    async with new_db_ctx():
+        with pytest.raises(ArgumentTypeError, match=r"\.transaction\(\)"):
+            await db_session(wrong)
+
+
+async def test_a_transaction_context_is_made_of_an_engine_or_a_database_alone() -> None:
+    with pytest.raises(ArgumentTypeError, match="AsyncEngine or a DBConnect"):
+        TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[arg-type]  # what is tested
+
+
+async def test_sessions_are_put_into_a_test_context_in_the_right_order(db: DBConnect) -> None:
+    swapped: Any = put_savepoint_session_in_ctx
+    async with rollback_session(db) as session, set_test_context():
+        with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
+            async with swapped(session, db):
+                pytest.fail("the block was entered")
+        with pytest.raises(ArgumentTypeError, match="AsyncSession"):
+            async with swapped(db, db):
+                pytest.fail("the block was entered")
+
+
+async def test_all_databases_are_closed_beside_what_is_none(db: DBConnect, engine: AsyncEngine) -> None:
+    wrong: Any = engine
+    with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
+        await close_all(db, wrong)
+
+
+async def test_a_call_in_the_place_of_a_function_is_told() -> None:
+    wrong: Any = 1
+    with pytest.raises(ArgumentTypeError, match="async callable"):
+        await run_in_new_ctx(wrong)
