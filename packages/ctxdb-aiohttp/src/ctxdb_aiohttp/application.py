@@ -8,7 +8,7 @@ from aiohttp import web
 
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.exchange import note_response
-from ctxdb_aiohttp.middleware import commit_point, unit_of_work
+from ctxdb_aiohttp.middleware import Deadline, commit_point, unit_of_work
 from ctxdb_core import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -31,6 +31,8 @@ def setup(
     before_commit: BeforeCommit | None = None,
     commit_policy: CommitPolicy = commit_below_400,
     position: int | None = None,
+    statement_timeout: float | None = None,
+    deadline: Deadline | None = None,
 ) -> None:
     """Give each request of `app` and of its sub-applications a unit of work.
 
@@ -55,11 +57,15 @@ def setup(
         commit_policy: given the status of the response: whether to commit.
         position: the inner middleware's place among those of `app`; by default the last, next to the handler. With 0,
             all middlewares have had their say before anything is committed, and none learns of a commit that fails.
+        statement_timeout: how many seconds each statement of a request may take; see
+            `ctxdb_core.set_statement_timeout`.
+        deadline: given a request: when its last statement has to be done, on the event loop's clock; ``None`` for no
+            deadline. Streamed bodies are part of the request.
 
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
         TypeError: `app` is no application, or one of `dbs` is no `DBConnect`.
-        ValueError: `position` is negative.
+        ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
         raise ArgumentTypeError(f"setup() takes a web.Application first, not {app!r}: `setup(app, db)`.")
@@ -73,9 +79,13 @@ def setup(
         raise ArgumentValueError(
             f"position={position} is negative: count the middlewares from the outermost, which is 0."
         )
+    if statement_timeout is not None and not 0 < statement_timeout < float("inf"):
+        raise ArgumentValueError(
+            f"statement_timeout={statement_timeout!r}: give seconds, more than 0, or None for no limit."
+        )
     if app.on_startup.frozen:
         raise ApplicationFrozenError
-    outer = unit_of_work(before_commit, commit_policy)
+    outer = unit_of_work(before_commit, commit_policy, statement_timeout, deadline)
 
     async def close_databases(app: web.Application) -> None:
         await close_all(*dbs)

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from ctxdb_aiohttp.exchange import Exchange, current_exchange
 from ctxdb_core import BeforeCommit, CommitPolicy, begin
 
-__all__ = ["commit_point", "unit_of_work"]
+__all__ = ["Deadline", "commit_point", "unit_of_work"]
 
 
-def unit_of_work(before_commit: BeforeCommit | None, commit_policy: CommitPolicy) -> Middleware:
+Deadline: TypeAlias = Callable[[web.Request], float | None]
+"""Given a request: when its last statement has to be done, on the event loop's clock."""
+
+
+def unit_of_work(
+    before_commit: BeforeCommit | None,
+    commit_policy: CommitPolicy,
+    statement_timeout: float | None,
+    deadline: Deadline | None,
+) -> Middleware:
     """Return the outermost middleware, which gives each request a unit of work.
 
     Args:
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
+        statement_timeout: how many seconds each statement of a request may take.
+        deadline: when its last one has to be done.
     """
 
     @web.middleware
@@ -27,7 +41,11 @@ def unit_of_work(before_commit: BeforeCommit | None, commit_policy: CommitPolicy
                 return await handler(request)
             # A middleware outside of this one tries again.
             await outer.end(commit=False)
-        unit = begin(before_commit=before_commit)
+        unit = begin(
+            before_commit=before_commit,
+            statement_timeout=statement_timeout,
+            deadline=None if deadline is None else deadline(request),
+        )
         if unit is None:
             return await handler(request)
         exchange = Exchange(unit, commit_policy, request)

@@ -32,7 +32,11 @@ REQUEST_KEY = "ctxdb.unit_of_work"
 
 
 def begin(
-    request: MutableMapping[str, Any] | None = None, *, before_commit: BeforeCommit | None = None
+    request: MutableMapping[str, Any] | None = None,
+    *,
+    before_commit: BeforeCommit | None = None,
+    statement_timeout: float | None = None,
+    deadline: float | None = None,
 ) -> UnitOfWork | None:
     """Open a unit of work for a request and make it the current one; each call needs its `finalize`.
 
@@ -40,6 +44,11 @@ def begin(
         request: a mapping that lives exactly as long as the request, for instance its ASGI scope. An adapter that is
             installed twice finds in it that an outer one is at work.
         before_commit: awaited with each session that is about to be committed.
+        statement_timeout: how many seconds each statement may take; see `set_statement_timeout`.
+        deadline: when the last of them has to be done, on the event loop's clock.
+
+    Raises:
+        ValueError: `statement_timeout` is not positive.
 
     Returns:
         The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then
@@ -48,6 +57,8 @@ def begin(
     if outer_unit(request) is not None:
         return None
     unit = UnitOfWork(before_commit)
+    if statement_timeout is not None or deadline is not None:
+        unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
     if request is not None:
         request[REQUEST_KEY] = unit
     unit.enter()

@@ -9,8 +9,15 @@ from litestar.handlers import BaseRouteHandler
 from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
 
-from ctxdb_core import ArgumentTypeError, BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware
+from ctxdb_core import (
+    ArgumentTypeError,
+    BeforeCommit,
+    CommitPolicy,
+    DBConnect,
+    close_all,
+    commit_below_400,
+)
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Deadline
 from ctxdb_litestar.boundary import mark_stream_boundary
 from ctxdb_litestar.dependency import check_name, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
@@ -30,12 +37,17 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             its code asks for.
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
+        statement_timeout: how many seconds each statement of a request may take; see
+            `ctxdb_core.set_statement_timeout`.
+        deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
+            ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
         **dependency_names: databases whose sessions are injected, by the names of the parameters: with
             ``CtxDBPlugin(session=db)``, ``session: NamedDependency[AsyncSession]`` is what ``await db_session(db)``
             returns. They are closed like the others.
 
     Raises:
-        TypeError: a database is not a `DBConnect`.
+        TypeError: a database is not a `DBConnect`, or `deadline` no function.
+        ValueError: `statement_timeout` is not positive; raised when the application is made.
         ImproperlyConfiguredException: Litestar reserves one of the names for itself.
     """
 
@@ -44,6 +56,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         *dbs: DBConnect,
         before_commit: BeforeCommit | None = None,
         commit_policy: CommitPolicy = commit_below_400,
+        statement_timeout: float | None = None,
+        deadline: Deadline | None = None,
         **dependency_names: DBConnect,
     ) -> None:
         for db in dbs:
@@ -55,6 +69,13 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         self._providers = {name: session_provider(db) for name, db in dependency_names.items()}
         self._before_commit = before_commit
         self._commit_policy = commit_policy
+        if deadline is not None and not callable(deadline):
+            raise ArgumentTypeError(
+                f"CtxDBPlugin(deadline=<{type(deadline).__name__}>): this is no function. Pass one that is given the "
+                "ASGI scope; a database to be injected needs another name."
+            )
+        self._statement_timeout = statement_timeout
+        self._deadline = deadline
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Edit the configuration of an application.
@@ -79,7 +100,13 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
                 mark_stream_boundary(handler, app)
 
     def _middleware(self, app: ASGIApp) -> ASGIApp:
-        return ASGIHTTPDBSessionMiddleware(app, self._before_commit, self._commit_policy)
+        return ASGIHTTPDBSessionMiddleware(
+            app,
+            self._before_commit,
+            self._commit_policy,
+            statement_timeout=self._statement_timeout,
+            deadline=self._deadline,
+        )
 
     async def _close(self) -> None:
         await close_all(*self._dbs)
@@ -96,5 +123,6 @@ def _check_database(name: str, db: object) -> None:
     if not isinstance(db, DBConnect):
         raise ArgumentTypeError(
             f"CtxDBPlugin({name}<{type(db).__name__}>): this is no DBConnect. Pass the DBConnects of the application, "
-            "those to be injected by name; its options are `before_commit` and `commit_policy`."
+            "those to be injected by name; its options are `before_commit`, `commit_policy`, `statement_timeout` and "
+            "`deadline`."
         )
