@@ -22,6 +22,7 @@ from ctxdb_core import (
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
+    TransactionContext,
     atomic_db_session,
     close_db_session,
     commit_db_session,
@@ -31,8 +32,10 @@ from ctxdb_core import (
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     on_commit,
+    retry_on_conflict,
     rollback_db_session,
     run_in_new_ctx,
+    transactional,
 )
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
@@ -519,6 +522,68 @@ async def test_before_commit_is_asked_at_an_early_commit(db: DBConnect) -> None:
         session = await insert(db, "one")
         await commit_db_session(db)
         assert seen == [session]
+
+
+async def _in_its_own_ctx(fn: Callable[[], Awaitable[object]], db: DBConnect) -> None:
+    async with new_db_ctx():
+        await fn()
+
+
+async def _required_in_no_transaction(fn: Callable[[], Awaitable[object]], db: DBConnect) -> None:
+    async with transactional(db, "not_supported"):
+        await transactional(db)(fn)()
+
+
+OPENERS = {
+    "run_in_new_ctx": lambda fn, db: run_in_new_ctx(fn),
+    "gather_in_new_ctx": lambda fn, db: gather_in_new_ctx(fn),
+    "new_db_ctx": _in_its_own_ctx,
+    "requires_new": lambda fn, db: transactional(db, "requires_new")(fn)(),
+    "required in no transaction": _required_in_no_transaction,
+    "retry_on_conflict": lambda fn, db: retry_on_conflict()(fn)(),
+    "new_transaction": lambda fn, db: TransactionContext(db).new_transaction()(fn)(),
+}
+
+
+@pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS)
+async def test_before_commit_is_asked_of_units_of_work_inside_as_well(
+    db: DBConnect, database: Database, opener: Callable[..., Awaitable[object]]
+) -> None:
+    async def note(session: AsyncSession) -> None:
+        seen.append([item.name for item in session.new if isinstance(item, Item)])
+
+    async def work() -> None:
+        (await db_session(db)).add(Item(name="inner"))
+
+    seen: list[list[str]] = []
+    async with new_db_ctx(before_commit=note):
+        await opener(work, db)
+        assert seen == [["inner"]]
+        (await db_session(db)).add(Item(name="outer"))
+    assert seen == [["inner"], ["outer"]]
+    assert await database.names() == ["inner", "outer"]
+
+
+async def test_a_block_with_a_before_commit_of_its_own_has_that_one(db: DBConnect) -> None:
+    async def outer(session: AsyncSession) -> None:
+        seen.append("outer")
+
+    async def inner(session: AsyncSession) -> None:
+        seen.append("inner")
+
+    seen: list[str] = []
+    async with new_db_ctx(before_commit=outer), new_db_ctx(before_commit=inner):
+        await insert(db, "one")
+    assert seen == ["inner"]
+
+
+async def test_before_commit_is_not_asked_about_its_own_units_of_work(db: DBConnect, database: Database) -> None:
+    async def write_audit(session: AsyncSession) -> None:
+        await run_in_new_ctx(insert, db, "audit")
+
+    async with new_db_ctx(before_commit=write_audit):
+        await insert(db, "one")
+    assert await database.names() == ["audit", "one"]
 
 
 # --- atomic_db_session ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ctxdb_core._session_end import refuse_after_unit
 from ctxdb_core._shield import LentTask
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
-from ctxdb_core.unit import _CLOSED, CreateSession, UnitOfWork, current_unit
+from ctxdb_core.unit import _CLOSED, CreateSession, UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = ["CommitDebt", "TaskUnit", "TaskUnitBlock", "Visit", "open_task_unit"]
 
@@ -43,7 +43,7 @@ class TaskUnit(UnitOfWork):
     def __init__(self, db: DBConnect, *, commits: bool) -> None:
         self._owner: ref[asyncio.Task[Any]] | None = None
         self.take_over()
-        super().__init__()
+        super().__init__(inherited_before_commit())
         self.db = db
         self.commits = commits
         """Whether somebody commits what is open on `db`: the block itself, or one inside of it that is running."""

@@ -13,7 +13,7 @@ from ctxdb_core._session_end import report
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._statement_timeout import StatementTimeout
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
-from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
+from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = [
     "begin",
@@ -127,7 +127,8 @@ async def new_db_ctx(
     is independent of that one.
 
     Args:
-        before_commit: awaited with each session that is about to be committed.
+        before_commit: awaited with each session that is about to be committed; by default, that of the unit of work
+            around this one, if there is any.
         statement_timeout: how many seconds each statement may take; see `set_statement_timeout`.
         deadline: when the last of them has to be done, on the event loop's clock.
 
@@ -135,7 +136,7 @@ async def new_db_ctx(
         ValueError: `statement_timeout` is not positive.
         BaseException: what the block raised, or the error of a commit.
     """
-    unit = UnitOfWork(before_commit)
+    unit = UnitOfWork(before_commit or inherited_before_commit())
     if statement_timeout is not None or deadline is not None:
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
     async with opened(unit):
@@ -170,7 +171,7 @@ async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs:
         BaseException: what `fn` raised, or the error of a commit.
     """
     _check_callable(fn)
-    async with opened(UnitOfWork()):
+    async with opened(UnitOfWork(inherited_before_commit())):
         return await fn(*args, **kwargs)
 
 

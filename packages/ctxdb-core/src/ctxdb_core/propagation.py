@@ -26,7 +26,7 @@ from ctxdb_core.errors import (
 from ctxdb_core.isolation import IsolationLevel, TransactionOptions, is_autocommit
 from ctxdb_core.lifecycle import opened
 from ctxdb_core.sessions import atomic_db_session, commit_db_session
-from ctxdb_core.unit import UnitOfWork, current_unit
+from ctxdb_core.unit import UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = ["Propagation", "transactional"]
 
@@ -156,7 +156,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             # A TransactionContext's block is about one database alone.
             outer = outer.of(self._db)
         if self._propagation == "requires_new":
-            return self._in_unit(UnitOfWork(), outer)
+            return self._in_unit(UnitOfWork(inherited_before_commit()), outer)
         if outer is not None and (self._propagation != "not_supported" or outer.autocommit):
             # A task that has outlived its unit of work is told so: it expects a transaction that nobody would commit.
             outer.check_usable()
@@ -175,7 +175,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
                     "outside of one, or suspend it: `transactional(db, 'not_supported')`."
                 )
             if self._propagation == "not_supported":
-                return self._in_unit(_AutocommitUnit(), outer)
+                return self._in_unit(_AutocommitUnit(inherited_before_commit()), outer)
             return self._joined(outer, savepoint=self._propagation == "nested")
         if self._propagation == "mandatory":
             raise TransactionRequiredError(
@@ -183,8 +183,10 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
                 "work (a request, `async with new_db_ctx():`), or in `async with transactional(db):`."
             )
         if self._propagation not in _WITHOUT_TRANSACTION:
-            return self._in_unit(UnitOfWork(), outer)
-        return self._in_unit(_AutocommitUnit(), None) if outer is None else self._joined(outer, savepoint=False)
+            return self._in_unit(UnitOfWork(inherited_before_commit()), outer)
+        if outer is None:
+            return self._in_unit(_AutocommitUnit(), None)
+        return self._joined(outer, savepoint=False)
 
     @asynccontextmanager
     async def _in_unit(self, unit: UnitOfWork, outer: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
@@ -248,7 +250,10 @@ def _why(exc: BaseException) -> str:
 
 
 class _AutocommitUnit(UnitOfWork):
-    """A unit of work without transactions: each statement is committed by itself, and nothing is rolled back."""
+    """A unit of work without transactions: each statement is committed by itself, and nothing is rolled back.
+
+    Its `before_commit` is that of the units of work that are opened in it.
+    """
 
     autocommit = True
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from ctxdb_core._attempt import Attempt, current_attempt
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
 from ctxdb_core.lifecycle import opened
-from ctxdb_core.unit import UnitOfWork, current_unit
+from ctxdb_core.unit import UnitOfWork, current_unit, inherited_before_commit
 
 if TYPE_CHECKING:
     from tenacity.stop import StopBaseT
@@ -110,7 +110,7 @@ def retry_on_conflict(
                 nonlocal conflict
                 try:
                     with _watched() as may_be_repeated:
-                        unit = UnitOfWork()
+                        unit = UnitOfWork(inherited_before_commit())
                         unit.share_statement_timeout(current_unit.get(None))
                         async with opened(unit):
                             return await fn(*args, **kwargs)

@@ -27,7 +27,7 @@ from ctxdb_core._waiting import WaitingCallback, drop_undone, hand_up
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
-__all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit"]
+__all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -340,8 +340,12 @@ class UnitOfWork:
             for db in pending:
                 prepared.add(db)
                 session = self.sessions[db]
-                if self.before_commit is not None:
-                    await self.before_commit(session)
+                if self.before_commit is not None and not self.autocommit:
+                    token = _in_before_commit.set(True)
+                    try:
+                        await self.before_commit(session)
+                    finally:
+                        _in_before_commit.reset(token)
                 if len(self.sessions) > 1:
                     # What can be refused at once is refused before the first commit.
                     refuse_if_rollback_only(session.sync_session)
@@ -429,6 +433,17 @@ class UnitOfWork:
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())
+
+_in_before_commit: ContextVar[bool] = ContextVar("ctxdb_in_before_commit", default=False)
+
+
+def inherited_before_commit() -> BeforeCommit | None:
+    """Return what a unit of work that is opened here asks before its commits, as the one around it does.
+
+    One that `before_commit` itself opens asks nothing: it would never come to an end.
+    """
+    unit = current_unit.get(None)
+    return None if unit is None or _in_before_commit.get() else unit.before_commit
 
 
 async def _commit_alone(session: AsyncSession) -> None:
