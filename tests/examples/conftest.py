@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -68,6 +68,34 @@ class Bank:
     def break_connection(self) -> None:
         """Kill the connection of whoever waits."""
         assert self.database.terminate_backends(WAITS) == 1
+
+    async def let_the_first_change_conflict(self) -> Callable[[], Awaitable[int]]:
+        """Let the next change of an account fail as if it could not be serialized.
+
+        Returns:
+            What tells how many changes were tried.
+        """
+        async with self.engine.begin() as connection:
+            await connection.execute(text("CREATE SEQUENCE changes"))
+            # A sequence counts what is rolled back, too.
+            await connection.execute(
+                text(
+                    "CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                    "IF nextval('changes') = 1 THEN RAISE EXCEPTION USING ERRCODE = 'serialization_failure'; END IF; "
+                    "RETURN NEW; END $$"
+                )
+            )
+            await connection.execute(
+                text(
+                    "CREATE TRIGGER conflict BEFORE UPDATE ON ctxdb_demo_accounts "
+                    "FOR EACH ROW EXECUTE FUNCTION conflict()"
+                )
+            )
+
+        async def count() -> int:
+            return int((await self.database.query("SELECT last_value FROM changes"))[0][0])
+
+        return count
 
     @asynccontextmanager
     async def process(self, module: str, *arguments: str) -> AsyncIterator[Process]:

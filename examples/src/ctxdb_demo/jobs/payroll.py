@@ -18,10 +18,9 @@ from sqlalchemy import String
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, mapped_column
 
-from ctxdb_core import TransactionContext
+from ctxdb_core import TransactionContext, retry_on_conflict
 from ctxdb_demo import domain
 from ctxdb_demo.database import db
-from ctxdb_demo.jobs.retry import retry
 from ctxdb_demo.jobs.shutdown import stop_on_signals
 
 BATCH = 100
@@ -45,13 +44,17 @@ class Salary(NamedTuple):
     amount: int
 
 
+# A batch that is in the way of another transaction is paid anew. One whose connection breaks is not: during a commit,
+# nobody could tell whether that has succeeded. Who calls the script again finds out.
+@retry_on_conflict()
 async def pay_batch(name: str, salaries: Sequence[Salary]) -> int:
     """Pay the next lines of a payroll, all or none; return how many these were: 0 once all are paid.
 
     Raises:
         UnknownAccountError: one of the owners has no account.
     """
-    async with context.transaction() as session:
+    # That of the attempt, which is committed at its end.
+    async with context.session() as session:
         await context.execute(insert(Payroll).values(name=name, paid=0).on_conflict_do_nothing())
         # Locked: a second script with the same file waits here, and then goes on behind this batch.
         payroll = await session.get_one(Payroll, name, with_for_update=True)
@@ -67,7 +70,7 @@ async def pay_batch(name: str, salaries: Sequence[Salary]) -> int:
 async def pay(name: str, salaries: Sequence[Salary], stop: asyncio.Event) -> bool:
     """Pay a payroll, until it is paid or `stop` is set; return whether it is paid."""
     while not stop.is_set():
-        if not await retry(pay_batch, name, salaries):
+        if not await pay_batch(name, salaries):
             return True
     return False
 
