@@ -21,8 +21,9 @@ pytest_plugins = ["pytester"]
 # What a run imports is forgotten after it, which extension modules do not survive: so it is there already.
 IMPORTED = (aiosqlite, asyncpg, starlette.testclient)
 
-# pytest-asyncio asks for a choice that makes no difference here.
-OPTIONS = ["-p", "no:cacheprovider", "-Werror", "-Wignore:The configuration option"]
+OPTIONS = ["-p", "no:cacheprovider", "-Werror"]
+# pytest-asyncio warns where this is not chosen, which makes no difference here.
+ASYNCIO = ["-o", "asyncio_default_fixture_loop_scope=function"]
 
 CONFTEST = """
 import pytest
@@ -108,7 +109,8 @@ def run(pytester: pytest.Pytester, url: str) -> Run:
     def run(tests: str, *arguments: str, conftest: str = "") -> pytest.RunResult:
         pytester.makeconftest(CONFTEST.format(url=url) + conftest)
         pytester.makepyfile(HELPERS + tests)
-        return pytester.runpytest_inprocess(*OPTIONS, *arguments)
+        asyncio_options = [] if "no:asyncio" in arguments else ASYNCIO
+        return pytester.runpytest_inprocess(*OPTIONS, *asyncio_options, *arguments)
 
     return run
 
@@ -184,7 +186,7 @@ async def test_clean(number, ctxdb_clean_tables):
     assert (await db.engine()).url.database.removesuffix(".db").endswith(os.environ["PYTEST_XDIST_WORKER"])
 """
     pytester.makepyfile(HELPERS.replace(", replica", "") + tests)
-    result = pytester.runpytest_subprocess(*OPTIONS, "--asyncio-mode=auto", "-n2")
+    result = pytester.runpytest_subprocess(*OPTIONS, *ASYNCIO, "--asyncio-mode=auto", "-n2")
     result.assert_outcomes(passed=6)
 
 
@@ -231,6 +233,6 @@ async def test_next(ctxdb_shared_transaction):
 
 def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(ctxdb_clean_tables): pass")
-    result = pytester.runpytest_inprocess(*OPTIONS)
+    result = pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")
