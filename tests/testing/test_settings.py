@@ -160,6 +160,28 @@ async def test_an_error_behind_a_savepoint_leaves_the_settings_that_were_before_
 
 
 @POSTGRESQL
+async def test_what_is_deferred_to_the_commit_is_checked_with_the_settings(db: DBConnect) -> None:
+    async with shared_transaction(db) as session:
+        await session.execute(
+            text(
+                "CREATE FUNCTION note_tenant() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "PERFORM set_config('shop.seen', current_setting('shop.tenant'), false); RETURN NEW; END $$"
+            )
+        )
+        await session.execute(
+            text(
+                "CREATE CONSTRAINT TRIGGER note_tenant AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW EXECUTE FUNCTION note_tenant()"
+            )
+        )
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SET LOCAL shop.tenant = 'one'"))
+            await insert(db, "one")
+        assert await setting(session, "shop.seen") == "one"
+        assert await setting(session, "shop.tenant") == ""
+
+
+@POSTGRESQL
 async def test_a_role_of_one_transaction_is_nobody_elses(db: DBConnect) -> None:
     async with shared_transaction(db) as session, new_db_ctx():
         own = await db_session(db)

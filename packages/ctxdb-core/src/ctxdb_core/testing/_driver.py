@@ -43,8 +43,13 @@ class Driver:
         """Return the rows of a query."""
         raise NotImplementedError
 
-    async def commit(self, savepoint: str) -> None:
-        """Release `savepoint`, unless a COMMIT would be refused now: what is deferred to it is checked first."""
+    async def commit(self, savepoint: str, *before: str) -> None:
+        """Release `savepoint`, unless a COMMIT would be refused now: what is deferred to it is checked first.
+
+        Args:
+            savepoint: its name.
+            *before: statements to be run in between.
+        """
         raise NotImplementedError
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
@@ -62,7 +67,7 @@ class Driver:
 class _Postgres(Driver):
     _deferred: str | None = None
 
-    async def commit(self, savepoint: str) -> None:
+    async def commit(self, savepoint: str, *before: str) -> None:
         # The constraints that are deferred by default become so again, and only those: SET CONSTRAINTS ALL DEFERRED
         # would hold the checks of INITIALLY IMMEDIATE ones back, too.
         if self._deferred is None:
@@ -72,7 +77,7 @@ class _Postgres(Driver):
             )
             self._deferred = ", ".join(row[0] for row in rows)
         again = [f"SET CONSTRAINTS {self._deferred} DEFERRED"] if self._deferred else []
-        await self.run("SET CONSTRAINTS ALL IMMEDIATE", f"RELEASE SAVEPOINT {savepoint}", *again)
+        await self.run("SET CONSTRAINTS ALL IMMEDIATE", *before, f"RELEASE SAVEPOINT {savepoint}", *again)
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
         # It ends with the savepoint by itself (PostgreSQL, "SET TRANSACTION").
@@ -135,11 +140,11 @@ class _Aiosqlite(Driver):
             cursor = await self.connection.execute(statement)
             await cursor.close()
 
-    async def commit(self, savepoint: str) -> None:
+    async def commit(self, savepoint: str, *before: str) -> None:
         # Deferred foreign keys are checked by the release of the outermost savepoint only (SQLite, "SAVEPOINT").
         if self._checks_foreign_keys and len(await self.fetch("PRAGMA foreign_key_check")) > len(self._violations):
             raise self.dbapi_connection.dbapi.IntegrityError("FOREIGN KEY constraint failed")
-        await self.run(f"RELEASE SAVEPOINT {savepoint}")
+        await self.run(*before, f"RELEASE SAVEPOINT {savepoint}")
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
         await self.run(f"PRAGMA query_only = {'ON' if on else 'OFF'}")

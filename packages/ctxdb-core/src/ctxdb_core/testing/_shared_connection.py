@@ -91,9 +91,10 @@ class SharedConnection:
     async def execute(self, transaction: Transaction, statement: Statement, task: object) -> Result:
         """Run a statement in its transaction."""
         async with self._turn_of(transaction, task, statement.kind):
-            await run_to_completion(self._enforce(transaction.settings))
             if transaction.savepoint is None:
+                await run_to_completion(self._enforce(Settings()))
                 await run_to_completion(self._set_savepoint(transaction))
+            await run_to_completion(self._enforce(transaction.settings))
             transaction.task = task
             transaction.last = str(statement.arguments[0])[:80]
             transaction.wrote |= not _only_reads(transaction, statement.kind)
@@ -235,14 +236,17 @@ class SharedConnection:
 
     async def _give_way(self, transaction: Transaction) -> None:
         """Release the savepoint of a transaction with nothing to undo; its next statement sets another one."""
-        if transaction.failed:
-            await self._roll_back(transaction)
-            transaction.failed = True
+        if not transaction.failed:
+            try:
+                await self._release(transaction)
+            except BaseException:
+                # Its time may be up, by the timeout that it has set.
+                transaction.failed = self.driver.aborts_on_error
+                raise
+            transaction.wrote = False
             return
-        await self._control(f"RELEASE SAVEPOINT {transaction.savepoint}")
-        self._leave(transaction, committed=True)
-        transaction.wrote = False
-        await self._release_committed()
+        await self._roll_back(transaction)
+        transaction.failed = True
 
     async def _set_savepoint(self, transaction: Transaction) -> None:
         transaction.savepoint = f"ctxdb_{len(self._open) + 1}"
@@ -262,6 +266,8 @@ class SharedConnection:
             return
         assert transaction.savepoint is not None
         is_last = self._open[-1] is transaction
+        # What is checked may depend on them.
+        restore = self._restoration()
         try:
             if transaction.wrote:
                 # Others may have begun since. Then its savepoint stays until they have ended: nobody goes back to it.
@@ -269,13 +275,13 @@ class SharedConnection:
                 if not is_last:
                     await self.driver.run(f"SAVEPOINT {checked}")
                 try:
-                    await self.driver.commit(checked)
+                    await self.driver.commit(checked, *restore)
                 except BaseException:
                     if not is_last:
                         await self.driver.run(f"ROLLBACK TO SAVEPOINT {checked}", f"RELEASE SAVEPOINT {checked}")
                     raise
             elif is_last:
-                await self.driver.run(f"RELEASE SAVEPOINT {transaction.savepoint}")
+                await self.driver.run(*restore, f"RELEASE SAVEPOINT {transaction.savepoint}")
         except BaseException:
             # A COMMIT that fails ends its transaction.
             transaction.over = True
@@ -284,12 +290,11 @@ class SharedConnection:
                 await self._roll_back(transaction)
             raise
         if is_last:
+            self._in_force = Settings()
             self._leave(transaction, committed=True)
             await self._release_committed()
         else:
             transaction.committed = True
-        if not transaction.autocommit and self._in_force is transaction.settings:
-            await self._enforce(Settings())
 
     async def _release_committed(self) -> None:
         """Release the savepoints that have waited for the last one to go."""
@@ -305,19 +310,17 @@ class SharedConnection:
             self._leave(inner, committed=False)
         if transaction.within and not transaction.wrote and not transaction.failed:
             # It has only read. What others have committed meanwhile must stand, as it would elsewhere.
-            await self._control(f"RELEASE SAVEPOINT {transaction.savepoint}")
-            self._leave(transaction, committed=True)
-            await self._release_committed()
-            await self._restore_settings()
+            await self._release(transaction)
             return
         if transaction.within:
             self._complain(transaction, transaction.within)
         await self._control(
             f"ROLLBACK TO SAVEPOINT {transaction.savepoint}", f"RELEASE SAVEPOINT {transaction.savepoint}"
         )
+        # Those of any transaction are set behind its savepoint.
+        self._in_force = Settings()
         self._leave(transaction, committed=False)
         await self._release_committed()
-        await self._restore_settings()
 
     async def _names_set_by(self, transaction: Transaction, statement: Statement) -> tuple[set[str], bool]:
         """Return what a statement is about to set, and whether for its transaction alone."""
@@ -349,16 +352,27 @@ class SharedConnection:
     async def _enforce(self, settings: Settings) -> None:
         """Put settings in the place of those that are in force."""
         if settings is not self._in_force:
-            old = {name: self._originals[name] for name in self._in_force.values}
-            if statement := assignment(old, settings.values):
+            if statement := assignment(self._overridden(), settings.values):
                 await self._control(statement)
             self._in_force = settings
 
-    async def _restore_settings(self) -> None:
-        """Undo all settings: a savepoint that was gone back to may have had others."""
-        if statement := assignment(self._originals, {}):
-            await self._control(statement)
+    def _restoration(self) -> list[str]:
+        """Return the statements that undo what is in force.
+
+        They belong behind the savepoint: a timeout that hits one of them must not abort the outer transaction.
+        """
+        statement = assignment(self._overridden(), {})
+        return [] if statement is None else [statement]
+
+    def _overridden(self) -> dict[str, str]:
+        return {name: self._originals[name] for name in self._in_force.values}
+
+    async def _release(self, transaction: Transaction) -> None:
+        """Release the savepoint of the transaction that has begun last."""
+        await self._control(*self._restoration(), f"RELEASE SAVEPOINT {transaction.savepoint}")
         self._in_force = Settings()
+        self._leave(transaction, committed=True)
+        await self._release_committed()
 
     async def _control(self, *statements: str) -> None:
         try:
