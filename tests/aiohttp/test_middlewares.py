@@ -153,6 +153,52 @@ async def test_a_middleware_sees_no_success_that_was_not_committed(
     assert seen == [IntegrityError, (200, ["one"])]
 
 
+async def test_a_middleware_that_is_added_while_the_application_starts_learns_of_a_commit_that_fails(
+    db: DBConnect, serve: Serve
+) -> None:
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except IntegrityError:
+            return web.Response(status=409, text="handled")
+
+    async def add_middleware(app: web.Application) -> None:
+        app.middlewares.append(answer)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert_orphan(db)
+        return web.Response(text="success")
+
+    app = application(handler)
+    setup(app)
+    app.on_startup.append(add_middleware)
+    assert (await ask(await serve(app))).summary == (409, "handled")
+
+
+async def test_what_a_handler_is_known_by_reaches_the_middlewares(db: DBConnect, serve: Serve) -> None:
+    """They ask it, for instance, whether it needs a login."""
+    seen: list[object] = []
+
+    @web.middleware
+    async def look(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seen.append((handler.__name__, handler.public))  # type: ignore[attr-defined]  # see above
+        return await handler(request)
+
+    async def add_middleware(app: web.Application) -> None:
+        app.middlewares.append(look)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    handler.public = True  # type: ignore[attr-defined]  # see above
+    app = application(handler, look)
+    setup(app)
+    app.on_startup.append(add_middleware)
+    assert (await ask(await serve(app))).status == 200
+    assert seen == [("handler", True)] * 2
+
+
 async def test_at_position_0_a_middleware_can_still_turn_a_success_into_an_error(
     db: DBConnect, database: Database, serve: Serve
 ) -> None:

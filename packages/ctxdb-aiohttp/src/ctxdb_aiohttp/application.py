@@ -8,7 +8,7 @@ from aiohttp import web
 
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.exchange import note_response
-from ctxdb_aiohttp.middleware import Deadline, commit_point, unit_of_work
+from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
 from ctxdb_core import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -41,22 +41,22 @@ def setup(
 
     Two middlewares are put around those of `app`, whether these are added before or after this call. The outer one
     opens the unit of work, and decides by the status that the response has in the end. The inner one commits a success
-    where the handler returns it: if that fails, the error goes through the middlewares of `app` as if the handler had
-    raised it. What they make of a committed success later does not undo it.
+    where the handler returns it: if that fails, the error goes through the middlewares of `app`, and through those of
+    its sub-applications, as if the handler had raised it. What they make of a committed success later does not undo it.
 
     A request that passes through several such pairs, of an application and its sub-application for instance, has one
     unit of work, opened and ended by the outermost.
 
     Args:
-        app: the application, or a sub-application. In one that is going to be a sub-application, the middlewares stay
-            where this call puts them: around those that are there.
+        app: the application, or a sub-application. In one that is going to be a sub-application, the outer middleware
+            stays where this call puts it: around those that are there.
         *dbs: closed when the application is cleaned up, also if it fails to start (which aiohttp does not tell
             sub-applications); every one is, also if closing another one fails. A unit of work takes whatever
             `DBConnect` its code asks for: they need not be named here.
         before_commit: awaited with each session that is about to be committed.
         commit_policy: given the status of the response: whether to commit.
-        position: the inner middleware's place among those of `app`; by default the last, next to the handler. With 0,
-            all middlewares have had their say before anything is committed, and none learns of a commit that fails.
+        position: the inner middleware's place among those of `app`; by default next to the handler. With 0, all
+            middlewares have had their say before anything is committed, and none learns of a commit that fails.
         statement_timeout: how many seconds each statement of a request may take; see
             `ctxdb_core.set_statement_timeout`.
         deadline: given a request: when its last statement has to be done, on the event loop's clock; ``None`` for no
@@ -86,6 +86,7 @@ def setup(
     if app.on_startup.frozen:
         raise ApplicationFrozenError
     outer = unit_of_work(before_commit, commit_policy, statement_timeout, deadline)
+    inner = commit_point if position is None else placed_commit_point
 
     async def close_databases(app: web.Application) -> None:
         await close_all(*dbs)
@@ -96,14 +97,14 @@ def setup(
 
     def take_places() -> None:
         app.middlewares.insert(0, outer)
-        app.middlewares.insert(len(app.middlewares) if position is None else position + 1, commit_point)
+        app.middlewares.insert(len(app.middlewares) if position is None else position + 1, inner)
         app.on_cleanup.append(close_databases)
 
     async def take_places_again(app: web.Application) -> None:
         # Whatever has been added meanwhile. The lists of a sub-application were frozen when it was added to another.
         if not app.middlewares.frozen:
             app.middlewares.remove(outer)
-            app.middlewares.remove(commit_point)
+            app.middlewares.remove(inner)
             app.on_cleanup.remove(close_databases)
             take_places()
 
