@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_orphan
-from tests.support.wire import ask
+from tests.aiohttp.conftest import Serve, either_way
+from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
-from ctxdb_core import ContextNotInitiatedError, DBConnect, commit_2xx, db_session
+from ctxdb_core import ContextClosedError, ContextNotInitiatedError, DBConnect, commit_2xx, db_session
 
 WHERE = pytest.mark.parametrize("where", ["outer", "inner", "both"])
 
@@ -330,6 +332,76 @@ async def test_a_middleware_around_a_sub_application_that_has_the_adapter_can_ch
     assert answer.summary == (200, "body")
     assert answer.headers["set-cookie"].startswith("name=value")
     assert await database.names() == ["body", "handler"]
+
+
+@either_way
+async def test_a_middleware_around_a_sub_application_can_handle_requests_in_tasks_of_their_own(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    sessions: list[AsyncSession] = []
+
+    @web.middleware
+    async def in_a_task(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await asyncio.ensure_future(handler(request))
+
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        sessions.append(await insert(db, f"signal {request.query_string}"))
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        sessions.append(await insert(db, f"handler {request.query_string}"))
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            assert {f"handler {request.query_string}", f"signal {request.query_string}"} <= {*await database.names()}
+            assert database.checked_out == 0
+            sessions.append(await insert(db, f"body {request.query_string}"))
+            yield b"body"
+
+        return web.Response(body=body())
+
+    outer, inner = web.Application(middlewares=[in_a_task]), web.Application()
+    inner.router.add_get("/", handler)
+    inner.on_response_prepare.append(prepare)
+    setup(inner)
+    outer.add_subapp("/inner", inner)
+    async with Wire.connect(await serve(outer)) as wire:
+        for n in range(2):
+            assert (await wire.ask(f"/inner/?{n}")).summary == (200, "body")
+            assert len(set(sessions[3 * n :])) == 1
+            assert f"body {n}" in await database.names()
+    with pytest.raises(ContextClosedError):
+        await sessions[0].execute(text("SELECT 1"))
+
+
+@either_way
+async def test_a_client_that_leaves_a_request_that_is_handled_in_a_task_of_its_own_ends_the_unit_of_work(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    sessions: list[AsyncSession] = []
+
+    @web.middleware
+    async def in_a_task(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await asyncio.ensure_future(handler(request))
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        async def body() -> AsyncGenerator[bytes, None]:
+            sessions.append(await insert(db, "body"))
+            while True:
+                yield bytes(1 << 16)
+
+        return web.Response(body=body())
+
+    outer, inner = web.Application(middlewares=[in_a_task]), web.Application()
+    inner.router.add_get("/", handler)
+    setup(inner)
+    outer.add_subapp("/inner", inner)
+    async with Wire.connect(await serve(outer)) as wire:
+        await wire.send("/inner/")
+        assert (await wire.read_head())[0] == 200
+        await wire.reader.readexactly(1)
+    await eventually(lambda: database.checked_out == 0, "the connection was not given back")
+    with pytest.raises(ContextClosedError):
+        await sessions[0].execute(text("SELECT 1"))
+    assert await database.names() == []
 
 
 async def test_a_middleware_around_a_sub_application_can_drop_its_response(

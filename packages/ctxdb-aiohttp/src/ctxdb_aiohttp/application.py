@@ -110,7 +110,7 @@ def setup(
 
     take_places()
     app.on_startup.append(take_places_again)
-    app.on_response_prepare.append(note_response)
+    app.on_response_prepare.insert(0, note_response)
     # Only contexts are cleaned up where the start has failed. They come first, and the signal is for what its other
     # handlers open again.
     app.cleanup_ctx.insert(0, close_databases_in_any_case)

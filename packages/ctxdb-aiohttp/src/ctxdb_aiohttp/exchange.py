@@ -50,6 +50,8 @@ class Exchange:
     """Whether the head of a response has been written."""
     handed_over = False
     """Whether the middlewares have returned, and what is sent from now on is sent by aiohttp."""
+    task: asyncio.Task[None] | None = None
+    """The one after which nothing will be sent, once that is aiohttp's to do."""
     refused: web.StreamResponse | None = None
     """A response that was not let through."""
     failure: BaseException
@@ -160,9 +162,18 @@ class Exchange:
         self.handed_over = True
         self._watch_writer()
         self.writer.write_eof = self.write_eof
-        task = asyncio.current_task()
-        assert task is not None
-        task.add_done_callback(self._clean_up)
+        # Of the connection: the running one may be a middleware's, and end before anything is sent.
+        self.task = self.request.task
+        self.task.add_done_callback(self._clean_up)
+
+    def re_enter(self) -> None:
+        """Make the unit of work the current one of the task that sends the response, if it was handed over by another.
+
+        A middleware outside of this application may have called it in a task of its own.
+        """
+        if current_exchange.get(None) is not self:
+            self.token = current_exchange.set(self)
+            self.unit.enter()
 
     async def _end_transactions(self, *, commit: bool, error: BaseException | None = None) -> None:
         if self.has_work:
@@ -194,6 +205,11 @@ class Exchange:
             BaseException: why they could not be ended; the response is not sent.
         """
         response = self.response
+        if self.handed_over:
+            self.re_enter()
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(self._clean_up)
         try:
             await self._begin_response(response, status_line)
         except BaseException as exc:
@@ -251,6 +267,10 @@ class Exchange:
         methods = vars(self.writer)
         methods.pop("write_headers", None)
         methods.pop("write_eof", None)
+        if self.task is not None:
+            # It may serve many more requests.
+            self.task.remove_done_callback(self._clean_up)
+            self.task = None
         # Left in it, the exchange would be in a reference cycle, as its unit knows the context.
         try:  # noqa: SIM105 - `suppress` costs an idle request too much
             current_exchange.reset(self.token)
@@ -290,5 +310,15 @@ class Exchange:
 async def note_response(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Note which response is about to be sent, to be able to take it back: a handler for ``on_response_prepare``."""
     exchange = current_exchange.get(None)
-    if exchange is not None and exchange.writer is request.writer:
-        exchange.watch(response)
+    if exchange is None or exchange.writer is not request.writer:
+        exchange = _handed_over_with(request.writer)
+        if exchange is None:
+            return
+        exchange.re_enter()
+    exchange.watch(response)
+
+
+def _handed_over_with(writer: object) -> Exchange | None:
+    write_eof = vars(writer).get("write_eof")
+    exchange = getattr(write_eof, "__self__", None)
+    return exchange if isinstance(exchange, Exchange) and exchange.handed_over else None
