@@ -39,6 +39,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         settings = [setting for setting in settings if setting.adapter.has_exception_handlers]
     if metafunc.definition.get_closest_marker("background"):
         settings = [setting for setting in settings if setting.adapter.has_background]
+    if metafunc.definition.get_closest_marker("middlewares"):
+        settings = [setting for setting in settings if setting.adapter.has_middlewares]
     metafunc.parametrize("setting", settings, ids=str)
 
 

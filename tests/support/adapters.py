@@ -43,6 +43,8 @@ class Adapter:
     """Whether applications can turn exceptions into responses, which a failing commit must reach."""
     has_background: bool = True
     """Whether a response can bring along work that is done after it."""
+    has_middlewares: bool = True
+    """Whether middlewares can be put around handlers and inside of the unit of work."""
 
 
 ADAPTERS = (
@@ -51,5 +53,5 @@ ADAPTERS = (
     Adapter("fastapi", build_fastapi),
     Adapter("litestar", build_litestar),
     Adapter("aiohttp", build_aiohttp, serve_aiohttp, call_aiohttp, has_background=False),
-    Adapter("quart", build_quart, call_in_process=call_quart, has_background=False),
+    Adapter("quart", build_quart, call_in_process=call_quart, has_background=False, has_middlewares=False),
 )

@@ -70,6 +70,10 @@ Handler: TypeAlias = Callable[[], Awaitable[Reply | Stream]]
 SocketHandler: TypeAlias = Callable[[Socket], Awaitable[None]]
 
 
+Around: TypeAlias = Callable[[Callable[[], None]], Awaitable[Reply]]
+"""A middleware that gives up on handlers: it starts the one of a request by what it is given, and answers instead."""
+
+
 @dataclass
 class Application:
     """One application: its routes, its exception handlers, and the options of the adapter."""
@@ -79,6 +83,7 @@ class Application:
     """Handlers of websockets, by path; returning closes with 1000."""
     mounts: dict[str, Application] = field(default_factory=dict)
     """Complete applications, the adapter in them included, by the prefix of their paths."""
+    around: Around | None = None
     exception_statuses: dict[type[Exception], int] = field(default_factory=dict)
     before_commit: BeforeCommit | None = None
     commit_policy: CommitPolicy = commit_below_400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -12,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from aiohttp.typedefs import Handler, Middleware
 from tests.support import application as neutral
-from tests.support.application import Application, Refusal, Reply, SocketHandler, Stream, current_request
+from tests.support.application import Application, Around, Refusal, Reply, SocketHandler, Stream, current_request
 
 from ctxdb_aiohttp import setup
 
@@ -30,6 +31,8 @@ def build_aiohttp(application: Application) -> web.Application:
 
 def _build(application: Application) -> web.Application:
     app = web.Application(middlewares=[_error_middleware(application)])
+    if application.around is not None:
+        app.middlewares.append(_giving_up(application.around))
     for path, handler in application.routes.items():
         app.router.add_route("*", path, _handler(handler))
     for path, socket_handler in application.sockets.items():
@@ -109,6 +112,22 @@ def _error_middleware(application: Application) -> Middleware:
             raise
 
     return answer_errors
+
+
+def _giving_up(around: Around) -> Middleware:
+    @web.middleware
+    async def give_up(request: web.Request, handler: Handler) -> web.StreamResponse:
+        calls: list[asyncio.Future[web.StreamResponse]] = []
+
+        def call() -> None:
+            calls.append(asyncio.ensure_future(handler(request)))
+            # Whoever would wait for it has given up.
+            calls[0].add_done_callback(lambda call: call.cancelled() or call.exception())
+
+        reply = await around(call)
+        return web.Response(text=reply.body, status=reply.status)
+
+    return give_up
 
 
 def _recorder(application: Application) -> Middleware:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.support.application import Application, Handler, Refusal, Reply, Request, Stream, current_request
+from tests.support.application import Application, Around, Handler, Refusal, Reply, Request, Stream, current_request
 
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
+from ctxdb_core.asgi import (
+    ASGIApp,
+    ASGIHTTPDBSessionMiddleware,
+    ASGIStreamBoundary,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
 
 def build_asgi(application: Application) -> ASGIApp:
@@ -25,8 +33,37 @@ def build_asgi(application: Application) -> ASGIApp:
         else:
             await _respond(application.routes.get(scope["path"]), scope, receive, send)
 
-    middleware = ASGIHTTPDBSessionMiddleware(app, application.before_commit, application.commit_policy)
+    inner: ASGIApp = app
+    if application.around is not None:
+        inner = giving_up(ASGIStreamBoundary(app), application.around)
+    middleware = ASGIHTTPDBSessionMiddleware(inner, application.before_commit, application.commit_policy)
     return recording(middleware, application)
+
+
+def giving_up(app: ASGIApp, around: Around) -> ASGIApp:
+    """Have `around` answer in the place of `app`, which goes on."""
+
+    async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        calls: list[asyncio.Future[None]] = []
+
+        async def drop(message: Message) -> None:
+            """What comes too late is not sent."""
+
+        try:
+            reply = await around(lambda: calls.append(asyncio.ensure_future(app(scope, receive, drop))))
+            await send({"type": "http.response.start", "status": reply.status, "headers": []})
+            await send({"type": "http.response.body", "body": reply.body.encode()})
+        except Exception:
+            for call in calls:
+                call.cancel()
+            raise
+        finally:
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    return give_up
 
 
 async def _respond(handler: Handler | None, scope: Scope, receive: Receive, send: Send) -> None:

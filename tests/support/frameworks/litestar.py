@@ -11,8 +11,17 @@ from litestar.background_tasks import BackgroundTask
 from litestar.exceptions import HTTPException, WebSocketDisconnect
 from litestar.handlers import BaseRouteHandler
 from tests.support import application as neutral
-from tests.support.application import Application, Handler, Refusal, Reply, SocketHandler, Stream, current_request
-from tests.support.frameworks.asgi import recording
+from tests.support.application import (
+    Application,
+    Around,
+    Handler,
+    Refusal,
+    Reply,
+    SocketHandler,
+    Stream,
+    current_request,
+)
+from tests.support.frameworks.asgi import giving_up, recording
 
 from ctxdb_core.asgi import ASGIApp
 from ctxdb_litestar import CtxDBPlugin
@@ -38,6 +47,7 @@ def build_litestar(application: Application) -> ASGIApp:
             kind: _exception_handler(status) for kind, status in application.exception_statuses.items()
         },
         after_exception=[note_unhandled],
+        middleware=[] if application.around is None else [_giving_up(application.around)],
         logging_config=None,
         plugins=[
             CtxDBPlugin(
@@ -46,6 +56,10 @@ def build_litestar(application: Application) -> ASGIApp:
         ],
     )
     return recording(app, application)
+
+
+def _giving_up(around: Around) -> Any:
+    return lambda app: giving_up(app, around)
 
 
 def _route(path: str, handler: Handler) -> BaseRouteHandler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,12 +10,22 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from tests.support import application as neutral
-from tests.support.application import Application, Handler, Refusal, Reply, SocketHandler, Stream, current_request
+from tests.support.application import (
+    Application,
+    Around,
+    Handler,
+    Refusal,
+    Reply,
+    SocketHandler,
+    Stream,
+    current_request,
+)
 from tests.support.frameworks.asgi import recording
 
 from ctxdb_core.asgi import ASGIApp
@@ -75,6 +86,21 @@ def _exception_handlers(application: Application) -> dict[Any, Any]:
     return {kind: handler(status) for kind, status in application.exception_statuses.items()}
 
 
+class _GiveUp(BaseHTTPMiddleware):
+    """Lets the application run on, as Starlette does when no more than the call is cancelled."""
+
+    def __init__(self, app: ASGIApp, around: Around) -> None:
+        super().__init__(app)
+        self._around = around
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        calls: list[asyncio.Future[Response]] = []
+        reply = await self._around(lambda: calls.append(asyncio.ensure_future(call_next(request))))
+        for call in calls:
+            call.cancel()
+        return _response(reply)
+
+
 METHODS = ["GET", "POST"]
 
 
@@ -104,6 +130,8 @@ def build_fastapi(application: Application) -> ASGIApp:
 
 
 def _with_adapter(app: Starlette, application: Application) -> ASGIApp:
+    if application.around is not None:
+        app.add_middleware(_GiveUp, around=application.around)
     app.add_middleware(
         DBSessionMiddleware, before_commit=application.before_commit, commit_policy=application.commit_policy
     )

@@ -205,6 +205,7 @@ class Exchange:
             BaseException: why they could not be ended; the response is not sent.
         """
         response = self.response
+        self.unit.note_answer()
         if self.handed_over:
             self.re_enter()
             task = asyncio.current_task()

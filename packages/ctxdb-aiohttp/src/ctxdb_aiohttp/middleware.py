@@ -49,6 +49,7 @@ def unit_of_work(
         )
         if unit is None:
             return await handler(request)
+        unit.follows_calls = True
         exchange = Exchange(unit, commit_policy, request)
         try:
             try:
@@ -81,9 +82,13 @@ def _commit_point() -> Middleware:
             return await handler(request)
         if exchange.attempted:
             await exchange.begin_attempt()
+        call = exchange.unit.begin_call()
         try:
             try:
-                response = await handler(request)
+                try:
+                    response = await handler(request)
+                finally:
+                    exchange.unit.end_call(call)
             except web.HTTPException as exc:
                 await exchange.commit_success(request, exc)
                 raise

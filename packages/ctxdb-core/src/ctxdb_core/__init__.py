@@ -2,6 +2,7 @@
 
 from ctxdb_core.connect import DBConnect, close_all, default_session_maker
 from ctxdb_core.errors import (
+    AbandonedWorkError,
     ArgumentTypeError,
     ArgumentValueError,
     ContextClosedError,
@@ -56,6 +57,7 @@ from ctxdb_core.transaction_context import TransactionContext
 from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
+    "AbandonedWorkError",
     "ArgumentTypeError",
     "ArgumentValueError",
     "BeforeCommit",

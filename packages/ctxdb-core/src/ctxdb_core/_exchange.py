@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, TypeAlias
 from weakref import ref
 
-from ctxdb_core._gate import observe_statements, wait_for_statements
+from sqlalchemy.orm import Session
+
+from ctxdb_core._gate import StatementObserver, observe_statements, wait_for_statements
 from ctxdb_core._session_end import in_transaction, report
 from ctxdb_core.policy import CommitPolicy
 from ctxdb_core.unit import BeforeCommit, UnitOfWork
 
-__all__ = ["Exchange", "HTTPExchange", "Message", "Receive", "Send", "WebSocketExchange", "in_body"]
+__all__ = ["Exchange", "HTTPExchange", "Message", "Receive", "Send", "WebSocketExchange"]
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-
-in_body: ContextVar[bool] = ContextVar("ctxdb_in_body", default=False)
-"""Whether the running code makes the body of a response, or else passes it on; as far as an adapter can tell."""
 
 # How much of a request's body is kept in case that a handler of errors reads it.
 _KEPT_BYTES = 1 << 20
@@ -70,6 +68,11 @@ class Exchange(UnitOfWork):
         self.responded = False
         self.forward = forward
 
+    def refuse_messages(self, exc: Exception) -> None:
+        """Send nothing more of what the application sends, because of `exc`."""
+        self.failure = exc
+        self.refused, self.forward = self.forward, _discard
+
     def answer_failure(self, raised: Exception | None) -> None:
         """Take another response in place of the refused one, the last: the one of the error.
 
@@ -83,8 +86,7 @@ class Exchange(UnitOfWork):
 
     async def refuse_response(self, exc: Exception) -> None:
         """Send nothing more of what the application sends, as `exc` kept its transactions from being ended."""
-        self.failure = exc
-        self.refused, self.forward = self.forward, _discard
+        self.refuse_messages(exc)
         await self.roll_back(exc)
 
     async def respond(self, message: Message) -> None:
@@ -136,8 +138,6 @@ class HTTPExchange(Exchange):
     kept_bytes = 0
     kept: list[Message] | None = None
     """The request's body as far as the application has received it; empty once it is too large to be kept."""
-    pending = 0
-    """How many applications beneath a boundary are at work on a response of which they have sent nothing."""
     body_is_ahead = False
     """Whether the body has used a session while the start of the response was on its way to us."""
     # By weak reference: a task's context knows the exchange, and its error the frames of a body that is to be closed.
@@ -177,9 +177,11 @@ class HTTPExchange(Exchange):
 
     async def respond(self, message: Message) -> None:
         if self.pending and self.failure is None:
-            # A middleware has answered in the place of an application that it has given up on, and which goes on: what
-            # that has done is not whole, and nobody is told of what it will do.
-            await self.finish(commit=False)
+            try:
+                await self.finish_abandoned(commit=self.commit_policy(message["status"]))
+            except Exception as exc:
+                self.refuse_messages(exc)
+                raise
         # Where the body is ahead, what is open now is the body's, and none of the response's.
         elif not self.body_is_ahead:
             if self.failure is None:
@@ -207,17 +209,20 @@ class HTTPExchange(Exchange):
     def watch_statements(self) -> None:
         """Note from now on which tasks use a session."""
         self.users = set()
-        observe_statements(self.sessions.values(), self.note_user)
+        observe_statements(self.sessions.values(), self.note_statement)
 
-    def statement_observer(self) -> Callable[[], None] | None:
-        return self.note_user if self.responded or self.users is not None else None
+    def statement_observer(self) -> StatementObserver | None:
+        return self.note_statement if self.follows_calls or self.responded or self.users is not None else None
 
-    def note_user(self) -> None:
+    def note_statement(self, session: Session, clause: Any) -> None:
         """Note that the current task uses a session."""
+        if self.users is None and (self.is_abandoned or not self.responded):
+            self.note_author(session, clause)
+            return
         if self.users is None:
             self.users = set()
         self.users.add(_current_task())
-        if not self.responded and in_body.get():
+        if not self.responded and self.running_call() is not None:
             self.body_is_ahead = True
 
     def note_progress(self, message: Message) -> None:

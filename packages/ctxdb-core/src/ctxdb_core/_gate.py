@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 __all__ = [
     "StatementGate",
+    "StatementObserver",
     "check_statements",
     "close_gates",
+    "is_busy",
     "observe_statements",
     "open_gates",
     "wait_for_statements",
 ]
 
 POLL_SECONDS = 0.001
+
+StatementObserver: TypeAlias = Callable[[Session, Any], None]
+"""Called with the session and the statement, if that is known: a flush does not tell."""
 
 # Who is ending a transaction here: inherited by the tasks that a session class may do it in.
 _ending: ContextVar[object] = ContextVar("ctxdb_ending", default=None)
@@ -37,7 +43,7 @@ class StatementGate:
 
     __slots__ = ("_closed_by", "_get_bind", "_opened", "_session", "_statement", "check", "observer")
 
-    def __init__(self, session: AsyncSession, observer: Callable[[], None] | None = None) -> None:
+    def __init__(self, session: AsyncSession, observer: StatementObserver | None = None) -> None:
         self.observer = observer
         """Called before each statement, in the task that makes it."""
         self.check: Callable[[], None] | None = None
@@ -63,7 +69,7 @@ class StatementGate:
                 self.check()
             self._statement = ref(current)
             if self.observer is not None:
-                self.observer()
+                self.observer(self._session, kwargs.get("clause"))
         return self._get_bind(*args, **kwargs)
 
     @property
@@ -86,6 +92,12 @@ class StatementGate:
             opened.set()
 
 
+def is_busy(session: AsyncSession) -> bool:
+    """Return whether a statement of `session` is under way, or the end of a transaction."""
+    gate = session.sync_session.get_bind
+    return isinstance(gate, StatementGate) and gate.is_busy
+
+
 async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
     """Wait until no statement of `sessions` is under way, and no end of a transaction."""
     for session in sessions:
@@ -95,7 +107,7 @@ async def wait_for_statements(sessions: Iterable[AsyncSession]) -> None:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def observe_statements(sessions: Iterable[AsyncSession], observer: Callable[[], None]) -> None:
+def observe_statements(sessions: Iterable[AsyncSession], observer: StatementObserver) -> None:
     """Have `observer` called before each further statement of `sessions`."""
     for session in sessions:
         gate = session.sync_session.get_bind

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange, in_body
+from ctxdb_core._authorship import current_call
+from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange
 from ctxdb_core._statement_timeout import StatementTimeout
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
@@ -188,6 +189,8 @@ class ASGIStreamBoundary:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        # From now on, all of them in this process.
+        HTTPExchange.follows_calls = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -196,34 +199,30 @@ class ASGIStreamBoundary:
             await self.app(scope, receive, send)
             return
         streamed = False
-        pending = True
-        exchange.pending += 1
+        call = exchange.begin_call()
 
         async def pass_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await exchange.stream_begins(message["status"])
             # What the middlewares in between do with the message is not the body's doing.
-            token = in_body.set(False)
+            token = current_call.set(None)
             try:
                 await send(message)
             finally:
-                in_body.reset(token)
+                current_call.reset(token)
 
         def send_streamed(message: Message) -> Awaitable[None]:
-            nonlocal pending, streamed
+            nonlocal streamed
             if message["type"] == "http.response.start":
-                exchange.pending -= pending
-                pending = False
+                exchange.pending -= call.pending
+                call.pending = False
                 streamed = _is_streamed(message)
             return pass_on(message) if streamed and not exchange.responded else send(message)
 
-        token = in_body.set(True)
         try:
             await self.app(scope, receive, send_streamed)
         finally:
-            exchange.pending -= pending
-            pending = False
-            in_body.reset(token)
+            exchange.end_call(call)
 
 
 class _LimitingStatements:

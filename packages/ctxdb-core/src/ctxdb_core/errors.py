@@ -12,6 +12,7 @@ CtxDBError
 ├── TransactionRequiredError     a transaction was needed, and there is none
 ├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
+├── AbandonedWorkError           a middleware gave up on a handler whose work was in one transaction with its own
 ├── MissingExtraError            a function needs a library that is installed with an extra
 ├── ArgumentTypeError            something else was passed than is needed, an engine for a ``DBConnect`` for instance
 ├── ArgumentValueError           an argument has a value that means nothing, or contradicts another one
@@ -23,6 +24,7 @@ from __future__ import annotations
 from sqlalchemy.exc import InvalidRequestError
 
 __all__ = [
+    "AbandonedWorkError",
     "ArgumentTypeError",
     "ArgumentValueError",
     "ContextClosedError",
@@ -176,6 +178,23 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
     """
+
+
+class AbandonedWorkError(CtxDBError):
+    """A success cannot be sent, as what was written for it had to be rolled back with an abandoned handler's work.
+
+    Raised where a middleware has given up on a handler that goes on, answers a success in its place, and both have
+    written in one transaction, or may have. The way out: let the middleware commit what it writes before it calls the
+    handler, write it by ``run_in_new_ctx()``, or answer an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A middleware has answered a success in the place of a handler that it has given up on, and which goes on. "
+            "Both have written in one transaction: it was rolled back, as the handler's work is not whole. Let the "
+            "middleware write by `await run_in_new_ctx(fn, ...)`, commit before it calls the handler, or answer an "
+            "error."
+        )
 
 
 class MissingExtraError(CtxDBError, ImportError):

@@ -91,12 +91,19 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
         error: the exception that the adapter is about to raise; further errors are attached to it.
 
     Raises:
+        AbandonedWorkError: a handler goes on that a middleware has given up on (see `UnitOfWork.begin_call`), and what
+            was to be committed cannot be told from its work. It was rolled back, and the unit has ended.
         BaseException: the error of a commit, or of `before_commit`. Everything that could be was rolled back, and the
             success that was about to be sent must not be sent.
     """
     if unit.closed:
         return
-    if last:
+    if unit.pending and unit.is_given_up():
+        try:
+            await unit.finish_abandoned(commit=commit, error=error)
+        finally:
+            unit.leave()
+    elif last:
         try:
             if not unit.finish_idle():
                 await unit.finish(commit=commit, error=error)

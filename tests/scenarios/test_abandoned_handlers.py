@@ -1,0 +1,166 @@
+"""Middlewares that give up on a handler and answer in its place, while it goes on: a response never lies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+from tests.support.application import Reply
+from tests.support.database import Item, eventually, insert, insert_orphan
+from tests.support.world import World
+
+from ctxdb_core import (
+    AbandonedWorkError,
+    ContextClosedError,
+    commit_db_session,
+    db_session,
+    run_in_new_ctx,
+)
+
+pytestmark = [pytest.mark.middlewares, pytest.mark.sockets]
+
+Step = Callable[[], Awaitable[object]]
+
+
+async def nothing() -> None:
+    """Leave the database alone."""
+
+
+async def give_up(
+    world: World, status: int = 200, *, before: Step = nothing, handler: Step = nothing, after: Step = nothing
+) -> httpx.Response:
+    """Request a handler that goes on after its `handler` step; a middleware around it gives up on it there.
+
+    Args:
+        world: where.
+        status: what the middleware answers.
+        before: what the middleware does before it calls the handler.
+        handler: what the handler does until then.
+        after: what the middleware does then.
+    """
+    entered, answered = asyncio.Event(), asyncio.Event()
+    errors: list[BaseException] = []
+
+    async def handle() -> Reply:
+        try:
+            await handler()
+            entered.set()
+            await answered.wait()
+            await insert(world.db, "too late")
+        except BaseException as exc:
+            errors.append(exc)
+            raise
+        raise AssertionError
+
+    async def around(call: Callable[[], None]) -> Reply:
+        await before()
+        call()
+        await entered.wait()
+        await after()
+        return Reply("instead", status=status)
+
+    world.application.around = around
+    world.application.exception_statuses[IntegrityError] = 409
+    client = await world.start(("/", handle))
+    response = await client.get("/")
+    answered.set()
+    await eventually(lambda: bool(errors), "the handler goes on")
+    # A framework may have cancelled it for a middleware that has failed.
+    assert type(errors[0]) in (
+        (ContextClosedError,) if response.text == "instead" else (ContextClosedError, asyncio.CancelledError)
+    )
+    return response
+
+
+def inserting(world: World, name: str) -> Step:
+    return lambda: insert(world.db, name)
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_what_the_handler_has_written_is_rolled_back(world: World, status: int) -> None:
+    response = await give_up(world, status, handler=inserting(world, "handler"))
+    assert (response.status_code, response.text) == (status, "instead")
+    assert await world.names() == []
+
+
+async def test_a_middleware_may_have_read(world: World) -> None:
+    async def read() -> None:
+        session = await db_session(world.db)
+        await session.execute(text("SELECT name FROM item"))
+        await session.execute(select(Item))
+
+    response = await give_up(world, before=read, handler=inserting(world, "handler"), after=read)
+    assert (response.status_code, response.text) == (200, "instead")
+    assert await world.names() == []
+
+
+async def test_what_the_middleware_alone_has_written_is_committed(world: World) -> None:
+    async def read() -> None:
+        await (await db_session(world.db)).execute(select(Item))
+
+    response = await give_up(world, before=inserting(world, "before"), handler=read, after=inserting(world, "after"))
+    assert (response.status_code, response.text) == (200, "instead")
+    assert await world.names() == ["after", "before"]
+
+
+async def test_it_is_not_committed_for_an_error(world: World) -> None:
+    response = await give_up(world, 503, before=inserting(world, "before"))
+    assert (response.status_code, response.text) == (503, "instead")
+    assert await world.names() == []
+
+
+async def test_a_success_for_it_is_not_sent_if_the_commit_fails(world: World) -> None:
+    response = await give_up(world, before=lambda: insert_orphan(world.db))
+    # A middleware of aiohttp that has returned already learns of it no more.
+    handled = world.setting.adapter.has_exception_handlers and world.setting.adapter.name != "aiohttp"
+    assert response.status_code == (409 if handled else 500)
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+async def test_a_success_for_what_both_have_written_is_refused(world: World, step: str) -> None:
+    steps: dict[str, Step] = {"before": nothing, "after": nothing, step: inserting(world, "middleware")}
+    response = await give_up(world, before=steps["before"], handler=inserting(world, "handler"), after=steps["after"])
+    assert response.status_code == 500
+    assert [type(error) for error in world.application.errors] == [AbandonedWorkError]
+    assert await world.names() == []
+
+
+async def test_an_error_for_what_both_have_written_is_not(world: World) -> None:
+    response = await give_up(world, 503, handler=inserting(world, "handler"), after=inserting(world, "middleware"))
+    assert (response.status_code, response.text) == (503, "instead")
+    assert await world.names() == []
+
+
+async def test_a_success_for_what_may_be_the_middlewares_is_refused(world: World) -> None:
+    """Objects that have not been flushed do not say who has added them."""
+
+    async def add() -> None:
+        (await db_session(world.db)).add(Item(name="middleware"))
+
+    assert (await give_up(world, after=add)).status_code == 500
+    assert await world.names() == []
+
+
+async def test_what_the_middleware_has_committed_stands(world: World) -> None:
+    async def write_and_commit() -> None:
+        await insert(world.db, "middleware")
+        await commit_db_session(world.db)
+
+    response = await give_up(world, before=write_and_commit, handler=inserting(world, "handler"))
+    assert (response.status_code, response.text) == (200, "instead")
+    assert await world.names() == ["middleware"]
+
+
+@pytest.mark.postgresql
+async def test_what_the_middleware_writes_in_another_unit_of_work_stands(world: World) -> None:
+    response = await give_up(
+        world,
+        handler=inserting(world, "handler"),
+        after=lambda: run_in_new_ctx(insert, world.db, "middleware"),
+    )
+    assert (response.status_code, response.text) == (200, "instead")
+    assert await world.names() == ["middleware"]
