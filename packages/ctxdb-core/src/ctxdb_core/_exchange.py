@@ -203,7 +203,8 @@ class HTTPExchange(Exchange):
         """End the transactions before a body begins whose start has a way to go before it is sent."""
         # Of several boundaries, the innermost one has done it: what is open at the others is the body's.
         if self.failure is None and not self.responded and self.users is None:
-            await self.settle(status)
+            if self.sessions or self.callbacks:
+                await self.settle(status)
             self.watch_statements()
 
     def watch_statements(self) -> None:

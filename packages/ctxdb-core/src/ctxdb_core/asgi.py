@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from ctxdb_core._authorship import current_call
 from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange
 from ctxdb_core._statement_timeout import StatementTimeout
+from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
@@ -185,10 +186,14 @@ class ASGIStreamBoundary:
 
     Args:
         app: the ASGI application.
+        is_kept: given the ASGI scope of a request and the ``http.response.start`` of a response that is not streamed:
+            whether a middleware above, such as a cache, is going to keep it. Then its transactions end here, too: what
+            is kept has been committed.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, is_kept: Callable[[Scope, Message], bool] | None = None) -> None:
         self.app = app
+        self.is_kept = is_kept
         # From now on, all of them in this process.
         HTTPExchange.follows_calls = True
 
@@ -216,7 +221,11 @@ class ASGIStreamBoundary:
             if message["type"] == "http.response.start":
                 exchange.pending -= call.pending
                 call.pending = False
-                streamed = _is_streamed(message)
+                is_kept = self.is_kept is not None and self.is_kept(scope, message)
+                if is_kept and exchange.is_undone:
+                    # A middleware has given up on it, and it was rolled back since.
+                    raise ContextClosedError
+                streamed = is_kept or _is_streamed(message)
             return pass_on(message) if streamed and not exchange.responded else send(message)
 
         try:

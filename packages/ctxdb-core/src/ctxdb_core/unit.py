@@ -68,6 +68,8 @@ class UnitOfWork:
     """How many handlers are at work on a response of which they have sent nothing."""
     is_abandoned = False
     """Whether the response has come from a middleware, in the place of such a handler."""
+    is_undone = False
+    """Whether the work of that handler was rolled back."""
     statement_timeout: StatementTimeout | None = None
     callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
     due: Sequence[OnCommit] = ()
@@ -377,6 +379,7 @@ class UnitOfWork:
         """
         self.is_abandoned = True
         of_handler, of_others = find_authors(self.sessions.values())
+        self.is_undone = of_handler
         refused = AbandonedWorkError() if commit and of_handler and of_others else None
         await self.finish(commit=commit and of_others and not of_handler, error=refused or error)
         if refused is not None:

@@ -1,4 +1,4 @@
-"""Where the transactions of a streamed response end, if a middleware may hold its start back."""
+"""Where the transactions of streamed and of cached responses end, if a middleware may hold their start back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from litestar import Litestar
 from litestar.handlers import BaseRouteHandler
 
-from ctxdb_core.asgi import ASGIStreamBoundary
+from ctxdb_core.asgi import ASGIStreamBoundary, Message
 from ctxdb_litestar.middleware import CommitErrorMiddleware
 
 __all__ = ["mark_stream_boundary"]
@@ -31,8 +31,14 @@ def _add_boundary(app: Any) -> Any:
     above, exception_handling = None, app
     while hasattr(exception_handling.app, "app"):
         above, exception_handling = exception_handling, exception_handling.app
-    boundary = ASGIStreamBoundary(exception_handling)
+    boundary = ASGIStreamBoundary(exception_handling, is_kept=_is_cached)
     if above is None:
         return boundary
     above.app = boundary
     return app
+
+
+def _is_cached(scope: Any, start: Message) -> bool:
+    # As Litestar's cache asks: it keeps a response before that has passed the middlewares further out.
+    config = scope["litestar_app"].response_cache_config
+    return bool(scope["route_handler"].cache) and config.cache_response_filter(scope, start["status"])
