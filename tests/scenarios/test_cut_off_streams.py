@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Reply, Stream
-from tests.support.database import eventually, insert
+from tests.support.database import Item, eventually, insert
 from tests.support.server import RawClient
 from tests.support.world import World
 
-from ctxdb_core import commit_db_session
+from ctxdb_core import commit_db_session, db_session
 
 pytestmark = pytest.mark.sockets
 
@@ -95,3 +97,40 @@ async def test_the_background_task_behind_it_is_committed(world: World) -> None:
     await eventually(done.is_set, "no background work")
     await eventually(lambda: not world.database.checked_out, "a connection is not back")
     assert await world.names() == ["background", "response"]
+
+
+@pytest.mark.background
+@pytest.mark.parametrize("how", ["statement", "object", "kept_session", "nothing"])
+async def test_what_it_had_not_committed_is_not_committed_with_the_background_task(world: World, how: str) -> None:
+    done = asyncio.Event()
+    sessions: list[AsyncSession] = []
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        sessions.append(await insert(world.db, "committed"))
+        await commit_db_session(world.db)
+        sessions[0].add(Item(name="half"))
+        await sessions[0].flush()
+        while True:
+            await asyncio.sleep(0)
+            yield "x" * 65536
+
+    async def background() -> None:
+        match how:
+            case "statement":
+                assert await insert(world.db, "background") is sessions[0]
+            case "object":
+                (await db_session(world.db)).add(Item(name="background"))
+            case "kept_session":
+                await sessions[0].execute(text("INSERT INTO item VALUES ('background')"))
+        done.set()
+
+    async def handler() -> Stream:
+        await insert(world.db, "response")
+        return Stream(chunks(), background=background)
+
+    await world.start(("/", handler))
+    await read_a_byte_and_leave(world)
+    await eventually(done.is_set, "no background work")
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    expected = ["committed", "response"] if how == "nothing" else ["background", "committed", "response"]
+    assert await world.names() == expected

@@ -8,12 +8,17 @@ from threading import get_ident
 from typing import Any, TypeAlias
 from weakref import ref
 
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
-from ctxdb_core._gate import StatementObserver, observe_statements, wait_for_statements
+from ctxdb_core import _session_end
+from ctxdb_core._gate import StatementObserver, close_gates, observe_statements, open_gates, wait_for_statements
 from ctxdb_core._session_end import in_transaction, report
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core.connect import DBConnect
 from ctxdb_core.policy import CommitPolicy
-from ctxdb_core.unit import BeforeCommit, UnitOfWork
+from ctxdb_core.unit import BeforeCommit, CreateSession, UnitOfWork
 
 __all__ = ["Exchange", "HTTPExchange", "Message", "Receive", "Send", "WebSocketExchange"]
 
@@ -147,6 +152,8 @@ class HTTPExchange(Exchange):
     """The tasks that have sent something of the response, while it was in use."""
     body_sent = False
     """Whether the last of the body was sent."""
+    recovering: asyncio.Future[None] | None = None
+    """The roll-back of what a body has left open."""
 
     async def receive(self) -> Message:
         """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
@@ -220,11 +227,57 @@ class HTTPExchange(Exchange):
         if self.users is None and (self.is_abandoned or not self.responded):
             self.note_author(session, clause)
             return
+        # In the middle of a flush, the objects of both are in the session already.
+        if self.parked and not session._flushing:  # noqa: SLF001 - there is no public name for it
+            await_only(self.recover())
         if self.users is None:
             self.users = set()
-        self.users.add(_current_task())
+        task = asyncio.current_task()
+        if task is not None and (user := ref(task)) not in self.users:
+            self.users.add(user)
+            task.add_done_callback(self.park)
         if not self.responded and self.running_call() is not None:
             self.body_is_ahead = True
+
+    def park(self, task: asyncio.Task[Any]) -> None:
+        """Put what a body has left open out of the way, if it ended in the middle: others shall not commit it."""
+        users = self.users
+        if self.closed or not users or self.body_sent or not users <= self.senders:
+            return
+        if any((user := each()) is not None and not user.done() for each in users):
+            return
+        self.users = set()
+        left = [db for db, session in self.sessions.items() if in_transaction(session)]
+        if left:
+            self._take_callbacks(left)
+            self.parked = {db: self.sessions.pop(db) for db in left}
+
+    async def recover(self) -> None:
+        """Roll back what a body has left open, and let its sessions be used again."""
+        if self.recovering is None:
+            self.recovering = asyncio.ensure_future(run_to_completion(self._roll_back_parked()))
+        await asyncio.shield(self.recovering)
+
+    async def _roll_back_parked(self) -> None:
+        parked = self.parked or {}
+        token = close_gates(parked.values())
+        try:
+            for db, session in parked.items():
+                await _session_end.roll_back(session, None, db)
+        finally:
+            open_gates(parked.values(), token)
+            self.sessions.update(parked)
+            self.parked = self.recovering = None
+
+    async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
+        if self.parked:
+            await self.recover()
+        return await super().open_session(db, create)
+
+    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
+        if self.parked:
+            await self.recover()
+        await super().finish(commit=commit, error=error)
 
     def note_progress(self, message: Message) -> None:
         """Note who sends the body, and its end."""

@@ -68,6 +68,8 @@ class UnitOfWork:
     """How many handlers are at work on a response of which they have sent nothing."""
     is_abandoned = False
     """Whether the response has come from a middleware, in the place of such a handler."""
+    parked: dict[DBConnect, AsyncSession] | None = None
+    """Sessions that are to be rolled back before anything else uses them."""
     is_undone = False
     """Whether the work of that handler was rolled back."""
     statement_timeout: StatementTimeout | None = None
@@ -320,7 +322,7 @@ class UnitOfWork:
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks or self.due:
+        if self.callbacks or self.due or self.parked:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
