@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -92,3 +93,30 @@ async def test_a_handler_of_the_mounted_application_knows_its_own_application(
     inner = litestar_app(write, plugins=[CtxDBPlugin()], exception_handlers={IntegrityError: handle})
     response = await (await ask(mounting(inner, copy_scope=copy_scope, db=db))).get("/inner/write")
     assert (response.status_code, response.json()) == (409, [True, "/write"])
+
+
+async def test_a_mounted_starlette_application_with_its_middleware_can_stream_behind_a_queue(
+    db: DBConnect, database: Database, ask: Ask
+) -> None:
+    pytest.importorskip("ctxdb_starlette")
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from tests.support.stacks import DoNothing, application
+
+    from ctxdb_starlette import DBSessionMiddleware
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        seen.append(await database.names())
+        await insert(db, "body")
+        yield "body"
+
+    async def stream(request: Any) -> Any:
+        await insert(db, "response")
+        return StreamingResponse(chunks())
+
+    seen: list[list[str]] = []
+    inner = application(Starlette, {"/stream/": stream}, DoNothing, DBSessionMiddleware)
+    response = await (await ask(mounting(inner, copy_scope=True, db=db))).get("/inner/stream")
+    assert (response.status_code, response.text) == (200, "body")
+    assert seen == [["response"]]
+    assert await database.names() == ["body", "response"]

@@ -9,7 +9,7 @@ from contextlib import suppress
 import anyio.from_thread
 import httpx
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, WebSocket
+from fastapi import BackgroundTasks, Depends, FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
@@ -350,6 +350,30 @@ async def test_a_client_that_leaves_a_websocket_leaves_nothing_behind(
             client.transport.abort()
         await eventually(lambda: not database.checked_out, "a connection is not back")
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("is_caught", [True, False])
+async def test_a_client_that_closes_normally_rolls_back_if_that_leaves_the_endpoint(
+    app: FastAPI, db: DBConnect, database: Database, is_caught: bool
+) -> None:
+    @app.websocket("/")
+    async def chat(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await insert(db, "one")
+        await websocket.send_text("ready")
+        try:
+            await websocket.receive_text()
+        except WebSocketDisconnect as exc:
+            codes.append(exc.code)
+            if not is_caught:
+                raise
+
+    codes: list[int] = []
+    async with serve(app) as base_url:
+        async with connect(base_url.replace("http", "ws") + "/") as client:
+            await client.recv()
+        await eventually(lambda: codes == [1000] and not database.checked_out, "a connection is not back")
+    assert await database.names() == (["one"] if is_caught else [])
 
 
 async def test_a_websockets_error_surfaces_although_there_is_a_handler_for_it(app: FastAPI, db: DBConnect) -> None:
