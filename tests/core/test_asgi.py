@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, eventually, insert, insert_orphan
 
-from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx
+from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx, on_commit
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -101,6 +101,49 @@ async def test_an_application_that_answers_nothing_is_rolled_back(db: DBConnect,
         await insert(db, "one")
 
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+
+
+async def test_a_body_whose_end_another_task_sends_is_committed(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "stream")
+            on_commit(db, lambda: committed.append("stream"))
+            await send({**BODY, "more_body": True})
+
+        await send(START)
+        await asyncio.create_task(stream())
+        await asyncio.sleep(0)
+        await send(BODY)
+
+    committed: list[str] = []
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["http.response.start", "http.response.body", "http.response.body"]
+    assert await database.names() == committed == ["stream"]
+
+
+async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_cancelled(
+    db: DBConnect, database: Database
+) -> None:
+    working = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "stream")
+            await send({**BODY, "more_body": True})
+
+        await send(START)
+        await asyncio.create_task(stream())
+        working.set()
+        await asyncio.Event().wait()
+
+    request = asyncio.create_task(Connection().run(ASGIHTTPDBSessionMiddleware(app)))
+    await working.wait()
+    assert database.checked_out == 1
+    request.cancel()
+    with suppress(asyncio.CancelledError):
+        await request
+    assert database.checked_out == 0
     assert await database.names() == []
 
 

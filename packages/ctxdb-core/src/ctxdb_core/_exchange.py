@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -16,6 +18,7 @@ from ctxdb_core import _session_end
 from ctxdb_core._gate import StatementObserver, close_gates, observe_statements, open_gates, wait_for_statements
 from ctxdb_core._session_end import in_transaction, report
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._waiting import WaitingCallback
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.policy import CommitPolicy
 from ctxdb_core.unit import BeforeCommit, CreateSession, UnitOfWork
@@ -152,6 +155,8 @@ class HTTPExchange(Exchange):
     """The tasks that have sent something of the response, while it was in use."""
     body_sent = False
     """Whether the last of the body was sent."""
+    parked_callbacks: Mapping[DBConnect, list[WaitingCallback]] = MappingProxyType({})
+    """What waits for the commits of sessions that were put out of the way."""
     recovering: asyncio.Future[None] | None = None
     """The roll-back of what a body has left open."""
 
@@ -235,22 +240,23 @@ class HTTPExchange(Exchange):
         task = asyncio.current_task()
         if task is not None and (user := ref(task)) not in self.users:
             self.users.add(user)
-            task.add_done_callback(self.park)
+            # A task may live much longer than the request.
+            task.add_done_callback(partial(_park, ref(self)))
         if not self.responded and self.running_call() is not None:
             self.body_is_ahead = True
 
-    def park(self, task: asyncio.Task[Any]) -> None:
+    def park(self) -> None:
         """Put what a body has left open out of the way, if it ended in the middle: others shall not commit it."""
         users = self.users
-        if self.closed or not users or self.body_sent or not users <= self.senders:
+        if self.closed or not users or self.body_sent or self.recovering or not users <= self.senders:
             return
         if any((user := each()) is not None and not user.done() for each in users):
             return
-        self.users = set()
         left = [db for db, session in self.sessions.items() if in_transaction(session)]
         if left:
-            self._take_callbacks(left)
-            self.parked = {db: self.sessions.pop(db) for db in left}
+            callbacks = self.callbacks or {}
+            self.parked_callbacks = {db: callbacks.pop(db) for db in left if db in callbacks}
+            self.parked = {**(self.parked or {}), **{db: self.sessions.pop(db) for db in left}}
 
     async def recover(self) -> None:
         """Roll back what a body has left open, and let its sessions be used again."""
@@ -268,19 +274,29 @@ class HTTPExchange(Exchange):
             open_gates(parked.values(), token)
             self.sessions.update(parked)
             self.parked = self.recovering = None
+            self.users = set()
 
     async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
         if self.parked:
             await self.recover()
         return await super().open_session(db, create)
 
-    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
-        if self.parked:
-            await self.recover()
-        await super().finish(commit=commit, error=error)
+    async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
+        if self.recovering is not None:
+            await asyncio.shield(self.recovering)
+        elif self.parked:
+            await self._roll_back_parked()
+        await super()._finish(commit=commit, error=error)
 
     def note_progress(self, message: Message) -> None:
         """Note who sends the body, and its end."""
+        if self.parked and self.recovering is None:
+            # It goes on after all: another task sends the rest.
+            self.sessions.update(self.parked)
+            self.parked = None
+            for db, callbacks in self.parked_callbacks.items():
+                self.callbacks = self.callbacks or {}
+                self.callbacks[db] = [*callbacks, *self.callbacks.get(db, [])]
         if message.get("more_body", False):
             self.senders |= {_current_task()}
         elif message["type"] in _BODY_MESSAGES:
@@ -293,7 +309,7 @@ class HTTPExchange(Exchange):
         A framework stops a stream whose client has left without an error, and goes on with background tasks.
         """
         users = self.users
-        if not users or self.body_sent:
+        if not users or self.body_sent or self.parked:
             return False
         # What the request's own task did has come to its end: a background task, for instance.
         return users <= self.senders and _current_task() not in users
@@ -347,6 +363,12 @@ class WebSocketExchange(Exchange):
                 await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
                 raise
         await self.forward(message)
+
+
+def _park(exchange: ref[HTTPExchange], task: asyncio.Task[Any]) -> None:
+    """Be told of the end of a task that has used a session since the response began."""
+    if (left := exchange()) is not None:
+        left.park()
 
 
 def _current_task() -> ref[Any]:
