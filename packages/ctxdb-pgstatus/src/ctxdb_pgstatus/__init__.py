@@ -10,6 +10,7 @@ from ctxdb_pgstatus.errors import (
     PgStatusError,
     SidecarError,
 )
+from ctxdb_pgstatus.monitor import HostMonitor
 from ctxdb_pgstatus.source import HostSource
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
@@ -17,6 +18,7 @@ __all__ = [
     "ClusterStatus",
     "HostAddress",
     "HostListError",
+    "HostMonitor",
     "HostSource",
     "HostStatus",
     "MasterChangedError",

@@ -1,0 +1,64 @@
+"""How far a replica is behind: what can be said of it by two answers, its own and the master's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ctxdb_pgstatus._probe import Answer
+
+__all__ = ["Lag", "Sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the master had at a moment: what replicas are compared with.
+
+    Attributes:
+        timeline: the timeline that it wrote.
+        position: the WAL position that it had inserted.
+        at: when it was asked, by the event loop's clock.
+    """
+
+    timeline: int
+    position: int
+    at: float
+
+
+class Lag:
+    """The lag of one replica: never less than it is, as far as the clocks of the servers agree.
+
+    Attributes:
+        milliseconds: how long ago the master was where the replica is; ``None`` if nothing tells.
+        bytes: how much WAL the replica has still to replay; ``None`` if its WAL is not the master's.
+    """
+
+    def __init__(self) -> None:
+        self.milliseconds: int | None = None
+        self.bytes: int | None = None
+        self._position = 0
+        # When the master was last asked and had nothing that the replica had not.
+        self._caught_up_at: float | None = None
+
+    def measure(self, answer: Answer, sample: Sample | None) -> tuple[int | None, int | None]:
+        """Return the milliseconds and bytes that an answer amounts to."""
+        if answer.position is None:
+            return None, None
+        # `now() - pg_last_xact_replay_timestamp()`: right while the master commits, and more than the lag while it is
+        # idle. Without a replayed commit there is none.
+        age = None if answer.replay_age_ms is None else max(answer.replay_age_ms, 0.0)
+        if sample is None:
+            return None if age is None else math.ceil(age), None
+        if answer.timeline != sample.timeline or answer.position < self._position:
+            self._caught_up_at = None
+        self._position = answer.position
+        if answer.timeline != sample.timeline:
+            # Positions of different timelines are positions in different texts.
+            return None, None
+        if answer.position >= sample.position:
+            self._caught_up_at = sample.at
+            return 0, 0
+        bounds = [] if age is None else [age]
+        if self._caught_up_at is not None:
+            bounds.append((answer.asked_at - self._caught_up_at) * 1000)
+        return max(math.ceil(min(bounds)), 1) if bounds else None, sample.position - answer.position
