@@ -142,9 +142,10 @@ async def test_a_node_that_went_its_own_way_cannot_follow(
     await new.promote()
     await new.write_wal(1000)
     await old.write_wal(1_000_000)
-    monkeypatch.setattr("ctxdb_pgstatus.testing.cluster.TIMEOUT_SECONDS", 0.5)
+    await old.follow(new, wait=False)
+    monkeypatch.setattr("ctxdb_pgstatus.testing.cluster.TIMEOUT_SECONDS", 1.0)
     with pytest.raises(EmbeddedPostgresError, match=r"n1 does not stream from n2 after .*\n"):
-        await old.follow(new)
+        await old.wait_for_stream()
 
 
 async def test_a_running_primary_can_be_made_a_standby(cluster: PostgresCluster) -> None:

@@ -40,6 +40,13 @@ class Lag:
         # When the master was last asked and had nothing that the replica had not.
         self._caught_up_at: float | None = None
 
+    def catch_up(self, answer: Answer, sample: Sample) -> bool:
+        """Return whether the replica has by now what the master had then."""
+        if answer.position is None or answer.timeline != sample.timeline or answer.position < sample.position:
+            return False
+        self._caught_up_at = sample.at if self._caught_up_at is None else max(self._caught_up_at, sample.at)
+        return True
+
     def measure(self, answer: Answer, sample: Sample | None) -> tuple[int | None, int | None]:
         """Return the milliseconds and bytes that an answer amounts to."""
         if answer.position is None:
@@ -55,8 +62,7 @@ class Lag:
         if answer.timeline != sample.timeline:
             # Positions of different timelines are positions in different texts.
             return None, None
-        if answer.position >= sample.position:
-            self._caught_up_at = sample.at
+        if self.catch_up(answer, sample):
             return 0, 0
         bounds = [] if age is None else [age]
         if self._caught_up_at is not None:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from ssl import SSLContext
 from types import TracebackType
@@ -352,7 +353,7 @@ class HostMonitor:
     async def _ask(self, watches: Iterable[Watch]) -> None:
         await asyncio.gather(*(watch.ask() for watch in watches))
         # What looks as if it had fallen behind is looked at again before it is said.
-        if doubtful := [member for member in self._members.values() if member.doubted_since is not None]:
+        if doubtful := [member for member in self._members.values() if member.doubt is not None]:
             await asyncio.sleep(_TRANSIT_SECONDS)
             await asyncio.gather(*(member.watch.ask() for member in doubtful))
 
@@ -484,7 +485,9 @@ class HostMonitor:
         """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
         answer = member.watch.answer
         sample = self._sample
+        doubt = member.doubt
         assert answer is not None
+        caught_up = doubt is not None and member.lag.catch_up(answer, doubt)
         milliseconds, size = member.lag.measure(answer, sample)
         by_time = milliseconds is not None and milliseconds <= self._max_lag_ms
         by_bytes = size is not None and size <= self._max_lag_bytes
@@ -492,12 +495,13 @@ class HostMonitor:
         doubtful = worse or not (member.is_judged or (by_time and by_bytes))
         # Where there is nothing to compare, there is nothing that could be on its way.
         if doubtful and sample is not None and sample.timeline == answer.timeline:
-            if member.doubted_since is None:
-                member.doubted_since = answer.asked_at
+            if doubt is None or caught_up:
+                member.doubt = replace(sample, at=max(sample.at, answer.asked_at))
                 asyncio.get_running_loop().call_later(_TRANSIT_SECONDS, member.watch.hurry)
-            if answer.asked_at < member.doubted_since + _TRANSIT_SECONDS:
                 return
-        member.doubted_since = None
+            if answer.asked_at < doubt.at + _TRANSIT_SECONDS:
+                return
+        member.doubt = None
         member.is_judged = sample is not None
         member.lag.milliseconds, member.lag.bytes = milliseconds, size
         member.in_sync_by_time, member.in_sync_by_bytes = by_time, by_bytes
@@ -531,8 +535,8 @@ class _Member:
         self.in_sync_by_time = False
         self.in_sync_by_bytes = False
         self.is_judged = False
-        # Since when it has looked as if it had fallen behind, without being said to have.
-        self.doubted_since: float | None = None
+        # What it seems not to have, without being said to lack it; since when.
+        self.doubt: Sample | None = None
 
     def status(self, master: str | None) -> HostStatus:
         watch = self.watch

@@ -1,0 +1,834 @@
+"""The monitor on a real cluster. Polls are an hour apart where a test is about what is noticed without one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Self
+
+import pytest
+from tests.support.database import eventually
+
+from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, HostStatus, OptionError, PgStatusError
+from ctxdb_pgstatus._probe import Answer, Probe
+from ctxdb_pgstatus._watch import Pace
+from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
+
+HOUR = 3600.0
+PATIENCE = 20
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left() -> AsyncIterator[None]:
+    tasks = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - tasks - {asyncio.current_task()}
+    assert left == set()
+
+
+def monitor_of(cluster: PostgresCluster, **options: Any) -> HostMonitor:
+    options = {"port": cluster.port, "user": "postgres", "poll_interval": HOUR, **options}
+    return HostMonitor(options.pop("hosts", cluster.hosts), **options)
+
+
+async def until(monitor: HostMonitor, condition: Callable[[], bool]) -> None:
+    """Wait, without a poll of one's own, until what is known fulfils a condition."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await monitor.wait_for_change()
+
+
+def status_of(monitor: HostMonitor, node: PostgresNode) -> HostStatus:
+    return next(host for host in monitor.hosts() if host.host == node.host)
+
+
+def changes_of(monitor: HostMonitor) -> list[ClusterStatus]:
+    changes: list[ClusterStatus] = []
+    monitor.on_change(lambda old, new: changes.append(new))
+    return changes
+
+
+class Proxy:
+    """A way to a node that can be closed, and blocked."""
+
+    def __init__(self, node: PostgresNode) -> None:
+        self.node = node
+        self.refusals = 0
+        self.attempts = 0
+        self.blocked = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *args: object) -> None:
+        self._server.close()
+        self.drop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def drop(self) -> None:
+        """Break all connections."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.attempts += 1
+        self._writers.add(writer)
+        try:
+            if self.refusals:
+                self.refusals -= 1
+                return
+            if self.blocked:
+                await reader.read(-1)
+                return
+            upstream, up = await asyncio.open_connection(self.node.host, self.node.port)
+            self._writers.add(up)
+            with contextlib.suppress(OSError):
+                await asyncio.gather(_pump(reader, up), _pump(upstream, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(2**16):
+            writer.write(data)
+    finally:
+        writer.transport.abort()
+
+
+# --- what is known ----------------------------------------------------------------------------------------------------
+
+
+async def test_after_entering_each_host_is_known(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster) as monitor:
+        primary, *replicas = monitor.hosts()
+        assert monitor.master() == cluster.primary.host
+        assert (primary.alive, primary.role, primary.lag_ms, primary.lag_bytes) == (True, "master", 0, 0)
+        assert primary.position == await cluster.primary.position()
+        for replica in replicas:
+            assert (replica.alive, replica.role, replica.lag_ms, replica.lag_bytes) == (True, "replica", 0, 0)
+            assert replica.position == primary.position
+            assert replica.in_sync("time_and_bytes")
+        assert len({host.timeline for host in monitor.hosts()}) == 1
+        assert [host.error for host in monitor.hosts()] == [None, None, None]
+
+
+async def test_replicas_take_turns(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    replicas = {node.host for node in cluster.standbys}
+    async with monitor_of(cluster) as monitor:
+        for ask in (
+            monitor.replica,
+            monitor.sync_by_time,
+            monitor.sync_by_bytes,
+            monitor.sync_by_time_or_bytes,
+            monitor.sync_by_time_and_bytes,
+        ):
+            answers = [ask() for _ in range(6)]
+            assert set(answers) == replicas
+            assert answers[:2] == answers[2:4] == answers[4:]
+
+
+async def test_a_host_that_cannot_be_reached_is_no_error(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, hosts=["127.0.0.99", cluster.primary.host, "host.invalid"]) as monitor:
+        assert monitor.master() == cluster.primary.host
+        # Without a living replica it is the master.
+        assert monitor.replica() == monitor.sync_by_time() == cluster.primary.host
+        dead = [host for host in monitor.hosts() if not host.alive]
+        assert [host.host for host in dead] == ["127.0.0.99", "host.invalid"]
+        assert all(host.error for host in dead)
+        assert all((host.role, host.position, host.lag_ms) == (None, None, None) for host in dead)
+
+
+async def test_without_any_host_the_answer_is_none(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, hosts=["127.0.0.99"]) as monitor:
+        assert monitor.master() is None
+        assert monitor.replica() is monitor.sync_by_bytes() is None
+        assert await monitor.find_master() is await monitor.find_replica() is None
+        assert not await monitor.confirm_master("127.0.0.99")
+
+
+async def test_a_user_without_privileges_will_do(cluster: PostgresCluster) -> None:
+    await cluster.primary.execute("CREATE ROLE watcher LOGIN")
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, user="watcher") as monitor:
+        assert monitor.master() == cluster.primary.host
+        assert [host.in_sync("time_and_bytes") for host in monitor.hosts()] == [True, True, True]
+    await cluster.primary.execute("DROP ROLE watcher")
+
+
+@pytest.mark.parametrize("name", ["::1", "[::1]:{port}", "localhost:{port}"])
+async def test_hosts_are_reached_as_they_are_named(name: str, ipv6_cluster: PostgresCluster) -> None:
+    name = name.format(port=ipv6_cluster.port)
+    async with monitor_of(ipv6_cluster, hosts=[name]) as monitor:
+        [host] = monitor.hosts()
+        assert host.host == name
+        assert host.alive
+
+
+@pytest.fixture(scope="module")
+def ipv6_cluster() -> Iterator[PostgresCluster]:
+    # Whichever of them is meant by "localhost" here.
+    cluster = PostgresCluster(hosts=["::1", "127.0.0.1"])
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_killed_master_is_noticed_without_a_poll(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster) as monitor:
+        await cluster.primary.kill()
+        await until(monitor, lambda: monitor.master() is None)
+        assert not status_of(monitor, cluster.primary).alive
+        assert status_of(monitor, cluster.primary).error is not None
+        # The replicas are there to be read from.
+        assert monitor.sync_by_time() in {node.host for node in cluster.standbys}
+
+
+async def test_a_killed_replica_is_noticed_without_a_poll_and_is_found_when_it_returns(
+    cluster: PostgresCluster,
+) -> None:
+    dying, other = cluster.standbys
+    async with monitor_of(cluster, poll_interval=5) as monitor:
+        await dying.kill()
+        await until(monitor, lambda: not status_of(monitor, dying).alive)
+        assert {monitor.replica() for _ in range(4)} == {other.host}
+        await other.kill()
+        await until(monitor, lambda: not status_of(monitor, other).alive)
+        assert monitor.replica() == cluster.primary.host
+        assert await monitor.find_replicas() == frozenset()
+        await dying.start()
+        await until(monitor, lambda: status_of(monitor, dying).alive)
+        assert monitor.replica() == dying.host
+
+
+async def test_a_frozen_host_is_noticed_and_its_thaw_too(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, poll_interval=0.6) as monitor:
+        await cluster.primary.freeze()
+        await until(monitor, lambda: monitor.master() is None)
+        assert "no answer within" in (status_of(monitor, cluster.primary).error or "")
+        await cluster.primary.thaw()
+        await until(monitor, lambda: monitor.master() == cluster.primary.host)
+
+
+@pytest.mark.parametrize("connect_timeout", [0.5, 100])
+@pytest.mark.parametrize("max_fails", [1, 3, 10])
+@pytest.mark.parametrize("poll_interval", [2.0, 5.0, 60.0])
+@pytest.mark.parametrize("hanging", [True, False], ids=["frozen", "refusing"])
+def test_the_failures_of_a_dead_host_take_one_poll_interval_at_most(
+    poll_interval: float, max_fails: int, connect_timeout: float, hanging: bool
+) -> None:
+    pace = Pace(poll_interval, connect_timeout, max_fails)
+    elapsed = pace.attempt if hanging else 0.0
+    pauses = sum(pace.pause(failures, elapsed) for failures in range(1, max_fails))
+    assert max_fails * elapsed + pauses <= poll_interval * 1.0001
+
+
+async def test_a_host_that_hangs_delays_no_other(cluster: PostgresCluster) -> None:
+    frozen, other = cluster.standbys
+    async with monitor_of(cluster, connect_timeout=HOUR) as monitor:
+        await frozen.freeze()
+        monitor.report_failure(frozen.host)
+        position = await cluster.primary.write_wal(10)
+        async with asyncio.timeout(PATIENCE):
+            assert await monitor.find_replica(min_position=position, max_wait=HOUR) == other.host
+        await other.kill()
+        await until(monitor, lambda: not status_of(monitor, other).alive)
+
+
+async def test_failures_below_the_limit_change_nothing(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.primary) as proxy, monitor_of(cluster, hosts=[proxy.host]) as monitor:
+        changes = changes_of(monitor)
+        proxy.refusals = 2
+        proxy.drop()
+        # Two that are refused, and one that is not.
+        await eventually(lambda: proxy.attempts == 4, lambda: f"{proxy.attempts} attempts")
+        await monitor.poll()
+        assert changes == []
+        assert monitor.master() == proxy.host
+        assert monitor.hosts()[0].error is not None
+
+        proxy.refusals = 3
+        proxy.drop()
+        await until(monitor, lambda: monitor.master() is None)
+
+
+async def test_a_position_counts_for_nothing_once_its_connection_is_broken(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    async with (
+        Proxy(cluster.standbys[0]) as proxy,
+        monitor_of(cluster, hosts=[cluster.primary.host, proxy.host]) as monitor,
+    ):
+        position = await cluster.primary.position()
+        await monitor.poll()
+        assert await monitor.find_replica(min_position=position) == proxy.host
+        proxy.blocked = True
+        proxy.drop()
+        await eventually(lambda: proxy.attempts == 2, "it was not asked again")
+        # It may have been restarted, and be replaying from further behind.
+        assert monitor.replica() == proxy.host
+        assert await monitor.find_replica(min_position=position) == cluster.primary.host
+
+
+async def test_a_reported_failure_has_the_host_asked_at_once(cluster: PostgresCluster) -> None:
+    frozen, other = cluster.standbys
+    async with monitor_of(cluster, connect_timeout=0.2) as monitor:
+        await frozen.freeze()
+        monitor.report_failure(frozen.host)
+        monitor.report_failure("unknown")
+        await until(monitor, lambda: not status_of(monitor, frozen).alive)
+        assert status_of(monitor, other).alive
+
+
+async def test_all_hosts_may_die_and_come_back(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, poll_interval=1) as monitor:
+        for node in cluster.nodes:
+            await node.kill()
+        await until(monitor, lambda: not any(host.alive for host in monitor.hosts()))
+        assert monitor.master() is monitor.replica() is None
+        for node in cluster.nodes:
+            await node.start()
+        await until(monitor, lambda: all(host.alive for host in monitor.hosts()))
+        assert monitor.master() == cluster.primary.host
+
+
+# --- elections --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_promotion_is_followed(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, poll_interval=1) as monitor:
+        await old.kill()
+        await new.promote()
+        await until(monitor, lambda: monitor.master() == new.host)
+        assert status_of(monitor, new).timeline == await _timeline(new)
+
+
+async def _timeline(node: PostgresNode) -> int:
+    name: str = await node.fetch_value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())")
+    return int(name[:8], 16)
+
+
+async def test_of_two_masters_the_higher_timeline_is_the_true_one(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, _ = cluster.nodes
+    await new.promote()
+    async with monitor_of(cluster) as monitor:
+        # The old one is named first.
+        assert monitor.master() == new.host
+        assert status_of(monitor, old).role == "master"
+        assert not status_of(monitor, old).in_sync("time_or_bytes")
+        assert old.host not in {ask() for ask in (monitor.replica, monitor.sync_by_bytes) for _ in range(6)}
+        await monitor.poll()
+        assert not await monitor.confirm_master(old.host)
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [record.__dict__["host"] for record in warnings] == [old.host]
+    assert "on a timeline that a promotion has left" in warnings[0].getMessage()
+
+
+async def test_an_old_primary_that_returns_is_refused_also_while_the_new_one_is_away(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, poll_interval=1) as monitor:
+        await old.kill()
+        await new.promote()
+        await until(monitor, lambda: monitor.master() == new.host)
+        masters = changes_of(monitor)
+        await old.start()
+        await until(monitor, lambda: status_of(monitor, old).alive)
+        assert monitor.master() == new.host
+        await new.kill()
+        await until(monitor, lambda: not status_of(monitor, new).alive)
+        await monitor.poll()
+        assert status_of(monitor, old).role == "master"
+        assert monitor.master() is None
+        assert old.host not in {change.master for change in masters}
+    assert f"{old.host} says that it is the master" in caplog.text
+
+
+async def test_an_old_primary_is_refused_by_what_a_replica_receives(cluster: PostgresCluster) -> None:
+    old, new, replica = cluster.nodes
+    await cluster.wait_for_replay()
+    await old.kill()
+    await new.promote()
+    await replica.rewind(new)
+    await old.start()
+    async with monitor_of(cluster, hosts=[old.host, replica.host]) as monitor:
+        assert status_of(monitor, old).role == "master"
+        assert status_of(monitor, replica).timeline == await _timeline(new)
+        assert monitor.master() is None
+
+
+async def test_two_masters_on_one_timeline_are_warned_of_once(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        Proxy(cluster.primary) as one,
+        Proxy(cluster.primary) as other,
+        monitor_of(cluster, hosts=[one.host, other.host]) as monitor,
+    ):
+        master = monitor.master()
+        rival = {one.host, other.host} - {master}
+        for _ in range(3):
+            await monitor.poll()
+            assert monitor.master() == master
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [(record.__dict__["host"], set(record.__dict__["rivals"])) for record in warnings] == [(master, rival)]
+
+
+async def test_a_replica_that_stays_on_the_old_timeline_is_in_sync_by_nothing(cluster: PostgresCluster) -> None:
+    old, new, left_behind = cluster.nodes
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_ms=10**9, sync_max_lag_bytes=10**15) as monitor:
+        await old.kill()
+        await new.promote()
+        await monitor.poll()
+        assert monitor.master() == new.host
+        assert status_of(monitor, left_behind).alive
+        assert not status_of(monitor, left_behind).in_sync("time_or_bytes")
+        assert monitor.sync_by_time() == new.host
+        # Its positions are of another history.
+        assert await monitor.find_replica(min_position=1) == new.host
+        await left_behind.rewind(new)
+        await until(monitor, lambda: not status_of(monitor, left_behind).alive or monitor.sync_by_time() != new.host)
+
+
+async def test_a_demoted_primary_becomes_a_replica(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, poll_interval=1) as monitor:
+        await new.promote()
+        await old.rewind(new)
+        await until(monitor, lambda: status_of(monitor, old).role == "replica" and monitor.master() == new.host)
+
+
+async def test_a_promotion_that_memory_does_not_know_of_is_seen_by_a_confirmation(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster) as monitor:
+        assert await monitor.confirm_master(old.host)
+        await new.promote()
+        assert monitor.master() == old.host
+        assert not await monitor.confirm_master(old.host)
+        assert monitor.master() == new.host
+        assert await monitor.confirm_master(new.host)
+
+
+async def test_a_host_that_does_not_answer_is_not_confirmed(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.primary) as proxy, monitor_of(cluster, hosts=[proxy.host]) as monitor:
+        assert not await monitor.confirm_master("unknown")
+        assert await monitor.confirm_master(proxy.host)
+        proxy.refusals = 1
+        proxy.drop()
+        # Memory still has it for the master: a single failure is none.
+        assert monitor.master() == proxy.host
+        assert not await monitor.confirm_master(proxy.host)
+
+
+# --- lag --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_replica_of_an_idle_primary_is_in_sync(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    age = "SELECT extract(epoch FROM now() - pg_last_xact_replay_timestamp()) * 1000"
+    async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        await monitor.poll()
+        for node in cluster.standbys:
+            assert status_of(monitor, node).in_sync("time_and_bytes")
+            # By the clock alone it would not be.
+            assert (await node.fetch_value(age) or 1) > 0
+
+
+async def test_a_replica_that_never_replayed_a_commit_is_not_in_sync(cluster: PostgresCluster) -> None:
+    replica, other = cluster.standbys
+    await replica.stop()
+    position = await cluster.primary.write_wal(10)
+    await replica.set_apply_delay(HOUR)
+    await replica.start()
+    await replica.wait_for_stream()
+    await other.wait_for_replay(position)
+    assert await replica.fetch_value("SELECT pg_last_xact_replay_timestamp()") is None
+    async with monitor_of(cluster) as monitor:
+        assert status_of(monitor, replica).lag_ms is None
+        assert not status_of(monitor, replica).in_sync("time")
+        assert {monitor.sync_by_time() for _ in range(4)} == {other.host}
+
+
+async def test_a_replica_whose_replay_is_paused_is_in_sync_until_the_master_goes_on(cluster: PostgresCluster) -> None:
+    paused, other = cluster.standbys
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        await paused.pause_replay()
+        await monitor.poll()
+        assert status_of(monitor, paused).in_sync("time_and_bytes")
+        await other.wait_for_replay(await cluster.primary.write_wal(10))
+        await monitor.poll()
+        assert not status_of(monitor, paused).in_sync("time_or_bytes")
+        assert status_of(monitor, other).in_sync("time_and_bytes")
+        await paused.resume_replay()
+        await cluster.wait_for_replay()
+        await monitor.poll()
+        assert status_of(monitor, paused).in_sync("time_and_bytes")
+
+
+async def test_a_replica_that_receives_nothing_any_more_is_not_in_sync(cluster: PostgresCluster) -> None:
+    cut_off, upstream = cluster.standbys
+    await cut_off.follow(upstream)
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        await upstream.kill()
+        await monitor.poll()
+        assert status_of(monitor, cut_off).in_sync("time_and_bytes")
+        await cluster.primary.write_wal(10)
+        await monitor.poll()
+        assert not status_of(monitor, cut_off).in_sync("time_or_bytes")
+
+
+async def test_lag_in_bytes(cluster: PostgresCluster) -> None:
+    lagging, other = cluster.standbys
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_bytes=1000, sync_max_lag_ms=10**9) as monitor:
+        await lagging.pause_replay()
+        await other.wait_for_replay(await cluster.primary.write_wal(100_000))
+        await monitor.poll()
+        assert (status_of(monitor, lagging).lag_bytes or 0) > 100_000
+        both = {lagging.host, other.host}
+        assert {monitor.sync_by_bytes() for _ in range(4)} == {other.host}
+        assert {monitor.sync_by_time_and_bytes() for _ in range(4)} == {other.host}
+        assert {monitor.sync_by_time() for _ in range(4)} == both
+        assert {monitor.sync_by_time_or_bytes() for _ in range(4)} == both
+        assert {monitor.replica() for _ in range(4)} == both
+
+
+async def test_lag_in_time(cluster: PostgresCluster) -> None:
+    lagging, other = cluster.standbys
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_bytes=10**9, sync_max_lag_ms=0) as monitor:
+        await lagging.set_apply_delay(HOUR)
+        await other.wait_for_replay(await cluster.primary.write_wal(10))
+        await monitor.poll()
+        assert (status_of(monitor, lagging).lag_ms or 0) > 0
+        both = {lagging.host, other.host}
+        assert {monitor.sync_by_time() for _ in range(4)} == {other.host}
+        assert {monitor.sync_by_time_and_bytes() for _ in range(4)} == {other.host}
+        assert {monitor.sync_by_bytes() for _ in range(4)} == both
+        assert {monitor.sync_by_time_or_bytes() for _ in range(4)} == both
+        await other.kill()
+        await until(monitor, lambda: monitor.sync_by_time() == cluster.primary.host)
+
+
+async def test_wal_that_is_on_its_way_is_no_lag(cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, other = cluster.standbys
+    await cluster.wait_for_replay()
+    ask = Probe.ask
+    arrived = False
+
+    async def asked_too_early(probe: Probe, timeout: float) -> Answer:
+        nonlocal arrived
+        answer = await ask(probe, timeout)
+        if probe._address.host == slow.host and not arrived:
+            arrived = True
+            await slow.resume_replay()
+            await slow.wait_for_replay(position)
+        return answer
+
+    async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        changes = changes_of(monitor)
+        await slow.pause_replay()
+        position = await cluster.primary.write_wal(10)
+        await other.wait_for_replay(position)
+        monkeypatch.setattr(Probe, "ask", asked_too_early)
+        await monitor.poll()
+        assert arrived
+        assert changes == []
+
+
+async def test_a_master_that_goes_on_between_polls_leaves_nobody_behind(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However short the time between two polls: the replicas were asked before.
+    monkeypatch.setattr("ctxdb_pgstatus.monitor._ROUND_SECONDS", 0.0)
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        await monitor.poll()
+        changes = changes_of(monitor)
+        await cluster.primary.write_wal(10)
+        await monitor._members[cluster.primary.host].watch.ask()
+        assert changes == []
+        assert all(host.in_sync("time_and_bytes") for host in monitor.hosts())
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_replica_that_has_replayed_a_position_is_found_from_memory(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster) as monitor:
+        position = await cluster.primary.position()
+        await monitor.poll()
+        found = [await monitor.find_replica(min_position=position) for _ in range(4)]
+        assert set(found) == {node.host for node in cluster.standbys}
+
+
+async def test_a_replica_is_waited_for_until_it_has_replayed_a_position(cluster: PostgresCluster) -> None:
+    first, second = cluster.standbys
+    async with monitor_of(cluster) as monitor:
+        await first.pause_replay()
+        await second.pause_replay()
+        position = await cluster.primary.write_wal(10)
+        assert await monitor.find_replica(min_position=position) == cluster.primary.host
+        search = asyncio.create_task(monitor.find_replica("bytes", min_position=position, max_wait=HOUR))
+        await second.resume_replay()
+        async with asyncio.timeout(PATIENCE):
+            assert await search == second.host
+
+
+async def test_the_master_is_the_answer_where_waiting_does_not_help(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster) as monitor:
+        for node in cluster.standbys:
+            await node.pause_replay()
+        position = await cluster.primary.write_wal(10)
+        assert await monitor.find_replica(min_position=position, max_wait=0.1) == cluster.primary.host
+        for node in cluster.standbys:
+            await node.kill()
+        await until(monitor, lambda: not monitor.status.replicas())
+        async with asyncio.timeout(PATIENCE):
+            assert await monitor.find_replica(min_position=position, max_wait=HOUR) == cluster.primary.host
+
+
+# --- accounts and options ---------------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_password_is_told_without_the_secret_and_can_be_mended(caplog: pytest.LogCaptureFixture) -> None:
+    async with PostgresCluster(standbys=0, password="right") as cluster:
+        caplog.clear()
+        async with monitor_of(cluster, password="s3cr3t", poll_interval=0.5) as monitor:
+            assert monitor.master() is None
+            await monitor.poll()
+            [host] = monitor.hosts()
+            assert host.error is not None
+            assert "password authentication failed" in host.error
+            assert "check the monitor's user (postgres), password and database (postgres)" in host.error
+            errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+            assert len(errors) == 1
+            assert errors[0].__dict__["host"] == cluster.primary.host
+            for text in (caplog.text, repr(monitor), repr(host)):
+                assert "s3cr3t" not in text
+            assert "s3cr3t" not in repr(monitor._account)
+            await cluster.primary.execute("ALTER ROLE postgres PASSWORD 's3cr3t'")
+            await until(monitor, lambda: monitor.master() == cluster.primary.host)
+
+
+async def test_a_missing_database_is_told(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, database="missing") as monitor:
+        assert all('database "missing" does not exist' in (host.error or "") for host in monitor.hosts())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"port": 0},
+        {"port": 70000},
+        {"poll_interval": 0},
+        {"poll_interval": float("nan")},
+        {"poll_interval": float("inf")},
+        {"connect_timeout": -1},
+        {"max_fails": 0},
+        {"max_fails": 1.5},
+        {"max_fails": True},
+        {"sync_max_lag_ms": -1},
+        {"sync_max_lag_bytes": -1},
+        {"user": ""},
+        {"database": ""},
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"`{next(iter(options))}` is "):
+        HostMonitor(["n1"], **{"user": "u", **options})
+
+
+def test_wrong_hosts_are_refused() -> None:
+    with pytest.raises(HostListError):
+        HostMonitor(["n1", "n1:5432"], user="u")
+
+
+# --- news -------------------------------------------------------------------------------------------------------------
+
+
+async def test_changes_are_waited_for_and_polls_are_none(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster) as monitor:
+        before = monitor.status
+        waiting = asyncio.create_task(monitor.wait_for_change())
+        await monitor.poll()
+        assert monitor.status is not before
+        with pytest.raises(TimeoutError):
+            await monitor.wait_for_change(0)
+        assert not waiting.done()
+        await cluster.standbys[0].kill()
+        after = await asyncio.wait_for(waiting, PATIENCE)
+        assert not next(host for host in after.hosts if host.host == cluster.standbys[0].host).alive
+        # What has happened already is not missed.
+        assert await monitor.wait_for_change(0, since=before) is monitor.status
+
+
+async def test_callbacks_are_given_old_and_new_and_may_fail(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with monitor_of(cluster) as monitor:
+        seen: list[tuple[str | None, str | None]] = []
+
+        def fail(old: ClusterStatus, new: ClusterStatus) -> None:
+            raise RuntimeError("the callback failed")
+
+        def note(old: ClusterStatus, new: ClusterStatus) -> None:
+            seen.append((old.master, new.master))
+
+        monitor.on_change(fail)
+        remove = monitor.on_change(note)
+        await cluster.primary.kill()
+        await until(monitor, lambda: monitor.master() is None)
+        assert seen == [(cluster.primary.host, None)]
+        assert "the callback failed" in caplog.text
+        remove()
+        remove()
+        await cluster.standbys[0].kill()
+        await until(monitor, lambda: not status_of(monitor, cluster.standbys[0]).alive)
+        assert len(seen) == 1
+
+
+async def test_many_polls_at_once_are_few(cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    ask = Probe.ask
+
+    async def count(probe: Probe, timeout: float) -> Answer:
+        nonlocal asked
+        asked += 1
+        return await ask(probe, timeout)
+
+    async with monitor_of(cluster) as monitor:
+        monkeypatch.setattr(Probe, "ask", count)
+        await asyncio.gather(*(monitor.poll() for _ in range(100)))
+        assert asked <= 2 * len(cluster.nodes)
+
+
+async def test_a_poll_that_goes_wrong_in_any_way_is_not_the_last(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with monitor_of(cluster) as monitor:
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor, "_publish", _fail)
+            await monitor.poll()
+        assert "Polling" in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(Probe, "ask", _fail)
+            await monitor.poll()
+            assert monitor.master() == cluster.primary.host
+        await monitor.poll()
+        assert monitor.master() == cluster.primary.host
+
+
+def _fail(*args: object) -> Any:
+    raise RuntimeError("this cannot happen")
+
+
+# --- life -------------------------------------------------------------------------------------------------------------
+
+
+async def test_it_can_be_asked_from_another_event_loop(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+
+    async def elsewhere() -> None:
+        assert monitor.master() == await monitor.find_master() == cluster.primary.host
+        assert await monitor.confirm_master(cluster.primary.host)
+        assert (await monitor.poll()).master == cluster.primary.host
+        position = await cluster.primary.write_wal(10)
+        assert await monitor.find_replica(min_position=position, max_wait=HOUR) in await monitor.find_replicas()
+        with pytest.raises(TimeoutError):
+            await monitor.wait_for_change(0.01)
+        before = monitor.status
+        await cluster.standbys[0].kill()
+        monitor.report_failure(cluster.standbys[0].host)
+        after = await monitor.wait_for_change(PATIENCE, since=before)
+        assert len(after.replicas()) == 1
+
+    async with monitor_of(cluster) as monitor:
+        await asyncio.to_thread(asyncio.run, elsewhere())
+
+
+async def test_nothing_is_left_of_a_closed_monitor(cluster: PostgresCluster) -> None:
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
+    async with monitor_of(cluster) as monitor:
+        assert [await node.fetch_value(connections) for node in cluster.nodes] == [1, 1, 1]
+        await cluster.standbys[1].freeze()
+        monitor.report_failure(cluster.standbys[1].host)
+        pending = asyncio.create_task(monitor.poll())
+        waiting = asyncio.create_task(monitor.wait_for_change())
+        await asyncio.sleep(0)
+    await cluster.standbys[1].thaw()
+    await pending
+    with pytest.raises(PgStatusError, match="was closed"):
+        await waiting
+    assert monitor.master() is None
+    for node in cluster.nodes:
+        await _until_zero(lambda node=node: node.fetch_value(connections))  # type: ignore[misc]  # a default, not a parameter
+
+
+async def _until_zero(count: Callable[[], Awaitable[int]]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await count():
+            await asyncio.sleep(0.005)
+
+
+async def test_what_needs_a_running_monitor_says_so(cluster: PostgresCluster) -> None:
+    monitor = monitor_of(cluster)
+    calls: list[Callable[[], Awaitable[object]]] = [
+        monitor.find_master,
+        monitor.find_replica,
+        monitor.find_replicas,
+        monitor.poll,
+        monitor.wait_for_change,
+        lambda: monitor.confirm_master("n1"),
+    ]
+    for call in calls:
+        with pytest.raises(PgStatusError, match="not running"):
+            await call()
+    assert monitor.master() is monitor.replica() is None
+    monitor.report_failure(cluster.primary.host)
+    async with monitor:
+        with pytest.raises(PgStatusError, match="running already"):
+            await monitor.__aenter__()
+
+
+async def test_it_can_be_entered_again(cluster: PostgresCluster) -> None:
+    monitor = monitor_of(cluster)
+    for _ in range(2):
+        async with monitor:
+            assert monitor.master() == cluster.primary.host
+
+
+async def test_entering_can_be_given_up(cluster: PostgresCluster) -> None:
+    await cluster.primary.freeze()
+    monitor = monitor_of(cluster, connect_timeout=HOUR)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), monitor:
+            pass
+    assert monitor.master() is None
