@@ -47,6 +47,10 @@ _SETTINGS: Mapping[str, str] = {
     "wal_retrieve_retry_interval": "50ms",
     "log_min_messages": "warning",
 }
+_TIMELINE = """
+SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)
+    ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
+"""
 _SIGNALS: Mapping[str, signal.Signals] = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 
@@ -211,18 +215,23 @@ class PostgresNode:
         Raises:
             EmbeddedPostgresError: it does not after 30 s.
         """
-        assert self._upstream is not None, f"{self.name} follows nobody"
-        host = self._upstream.host
+        upstream = self._upstream
+        assert upstream is not None, f"{self.name} follows nobody"
+        # One that went its own way streams for moments, on the timeline that the other has left.
+        timeline = await upstream.fetch_value(_TIMELINE) or 1
         async with self.connect() as connection:
 
             async def streams() -> bool:
                 return bool(
                     await connection.fetchval(
-                        "SELECT status = 'streaming' AND sender_host = $1 FROM pg_stat_wal_receiver", host
+                        "SELECT status = 'streaming' AND sender_host = $1 AND received_tli >= $2 "
+                        "FROM pg_stat_wal_receiver",
+                        upstream.host,
+                        timeline,
                     )
                 )
 
-            await self._wait(streams, f"does not stream from {self._upstream.name}")
+            await self._wait(streams, f"does not stream from {upstream.name}")
 
     async def pause_replay(self) -> None:
         """Have this standby receive WAL without replaying it; returns when replay has paused."""
