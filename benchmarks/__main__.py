@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.database import create_table, drop_table
 from benchmarks.questions import QUESTIONS, Settings
 from benchmarks.report import Table, environment
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError
+from ctxdb_pgstatus.testing import EmbeddedPostgres, EmbeddedPostgresError
 
 # Every contender has a pool of its own.
 _CONNECTIONS = "300"

@@ -12,7 +12,7 @@ from tests.support.database import Database, close_observers, eventually, fresh_
 
 from ctxdb_core import DBConnect
 from ctxdb_core.unit import current_unit
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,9 @@ import pytest
 from sqlalchemy import make_url
 
 from ctxdb_demo.demo_database import parse_url
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres, is_available
 from ctxdb_demo.errors import DemoError
 from ctxdb_demo.frameworks import FRAMEWORKS
+from ctxdb_pgstatus.testing import EmbeddedPostgres, postgres_is_available
 
 COMMAND = Path(sys.executable).with_name("ctxdb-demo")
 PASSWORD = "s3cret"
@@ -44,7 +44,9 @@ PROMISES = {
     "a slow reader": ("200", "alice 56, bob 41 carol 51 transfers 1 audit 3"),
 }
 
-needs_postgres = pytest.mark.skipif(not is_available(), reason="there is no embedded PostgreSQL for this platform")
+needs_postgres = pytest.mark.skipif(
+    not postgres_is_available(), reason="there is no embedded PostgreSQL for this platform"
+)
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and processes as POSIX has them")
 
 
@@ -215,7 +217,7 @@ class TestDatabases:
         assert list(tmp_path.iterdir()) == []
 
     def test_without_an_embedded_postgresql_it_is_sqlite_and_that_is_said(self) -> None:
-        change = "from ctxdb_demo import demo_database\ndemo_database.is_available = lambda: False"
+        change = "from ctxdb_demo import demo_database\ndemo_database.postgres_is_available = lambda: False"
         result = run_changed(change)
         assert_promises_kept(result)
         said = "There is no embedded PostgreSQL for this platform: the demo runs on SQLite instead."
@@ -225,8 +227,8 @@ class TestDatabases:
     def test_on_windows_there_is_no_embedded_postgresql(self) -> None:
         code = (
             "import os, sys; sys.modules['pwd'] = None\n"
-            "from ctxdb_demo.embedded_postgres import is_available\n"
-            "os.name = 'nt'; sys.exit(is_available())"
+            "from ctxdb_pgstatus.testing import postgres_is_available\n"
+            "os.name = 'nt'; sys.exit(postgres_is_available())"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

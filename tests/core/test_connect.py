@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from tests.support.database import Database, eventually
 
 from ctxdb_core import DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 SELECT_PID = text("SELECT pg_backend_pid()")
 

@@ -21,7 +21,7 @@ from sybil import Document, Example
 from sybil.evaluators.python import pad
 from sybil.parsers.markdown import CodeBlockParser
 
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from ctxdb_core import DBConnect, db_session
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 TABLES = (
     "CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)",

@@ -14,7 +14,7 @@ import pytest
 import starlette.testclient
 from tests.support.database import TABLES
 
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 pytest_plugins = ["pytester"]
 

@@ -21,9 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ctxdb_demo.cleanup import see_through
 from ctxdb_demo.database import create_engine
 from ctxdb_demo.domain import Account, AuditEntry, Base, Transfer
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, is_available
 from ctxdb_demo.errors import DemoError
 from ctxdb_demo.progress import Progress
+from ctxdb_pgstatus.testing import EmbeddedPostgres, EmbeddedPostgresError, postgres_is_available
 
 CONNECT_TIMEOUT_SECONDS = 10
 DROP_TIMEOUT_SECONDS = 10
@@ -101,7 +101,7 @@ async def _find_place(url: str | None, progress: Progress) -> AsyncIterator[_Pla
         else:
             with _file(Path(parsed.database or "")) as is_new:
                 yield _Place(parsed, thrown_away=is_new)
-    elif is_available():
+    elif postgres_is_available():
         async with _embedded_postgres(progress) as embedded_url:
             yield _Place(make_url(embedded_url), thrown_away=True, remark=" (embedded)")
     else:

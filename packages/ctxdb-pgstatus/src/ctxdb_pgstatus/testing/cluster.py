@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import asyncpg
 
-from ctxdb_pgstatus.testing._launcher import EmbeddedPostgresError, Launcher
+from ctxdb_pgstatus.testing._launcher import USER, EmbeddedPostgresError, Launcher, initdb
+from ctxdb_pgstatus.testing._ports import find_free_port
 
 __all__ = ["PostgresCluster", "PostgresNode"]
 
-USER = "postgres"
 START_ATTEMPTS = 5
 TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
-# Below what systems give to outgoing connections, so that the port of a node that is down stays free.
-_PORTS = range(11000, 32000)
 
 _SETTINGS: Mapping[str, str] = {
     # The data is thrown away with the servers: waiting for the disk would buy nothing.
@@ -51,7 +45,9 @@ _TIMELINE = """
 SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)
     ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
 """
-_SIGNALS: Mapping[str, signal.Signals] = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+# By their numbers, as Windows does not know them all and imports this.
+_SIGNALS: Mapping[str, int] = {"smart": 15, "fast": 2, "immediate": 3}
+_SIGHUP = 1
 
 
 class PostgresNode:
@@ -322,7 +318,7 @@ class PostgresNode:
         async with self.connect() as connection:
             before = await connection.fetchval("SELECT pg_conf_load_time()")
         await self._configure()
-        await self._order("signal", number=signal.SIGHUP)
+        await self._order("signal", number=_SIGHUP)
 
         async def reloaded() -> bool:
             # A new backend has what the first process has, which tells all others right after it has read the file.
@@ -418,7 +414,7 @@ class PostgresCluster:
             self._directory = await asyncio.wrap_future(launcher.started())
             await self._create()
             for attempt in range(START_ATTEMPTS):
-                self.port = _find_free_port(self.hosts)
+                self.port = find_free_port(self.hosts)
                 try:
                     await self.reset()
                 except EmbeddedPostgresError as exc:
@@ -485,13 +481,9 @@ class PostgresCluster:
 
     async def _create(self) -> None:
         """Make the data directory that every node begins with a copy of."""
-        password = []
-        if self.password is not None:
-            await self._order("write", path="password", text=self.password)
-            password = ["--pwfile", "password"]
-        options = ["-U", USER, "-E", "UTF8", "--locale=C", "--no-sync", "--wal-segsize=1", *password]
+        for order, arguments in initdb("template", self.password, "--wal-segsize=1"):
+            await self._order(order, **arguments)
         method = "trust" if self.password is None else "scram-sha-256"
-        await self._order("run", program="initdb", args=["-D", "template", "-A", method, *options])
         # Instead of initdb's file, which knows no more than 127.0.0.1.
         networks = ("127.0.0.0/8", "::1/128")
         lines = [
@@ -536,26 +528,3 @@ def _escaped(text: str, *characters: str) -> str:
     for character in characters:
         text = text.replace(character, f"\\{character}")
     return text
-
-
-def _find_free_port(hosts: Sequence[str]) -> int:
-    for port in random.sample(_PORTS, k=100):
-        if all(_is_free(host, port) for host in hosts):
-            return port
-    raise EmbeddedPostgresError(f"No port is free on all of {', '.join(hosts)}.")
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as exc:
-            raise EmbeddedPostgresError(
-                f"{host} is no address of this machine. On macOS: sudo ifconfig lo0 alias {host}"
-            ) from exc
-    with socket.socket(socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET) as probe:
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

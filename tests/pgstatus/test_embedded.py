@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ctxdb_pgstatus.testing import EmbeddedPostgres, EmbeddedPostgresError
+from ctxdb_pgstatus.testing._launcher import Launcher
+
+
+def test_a_server_takes_settings_and_a_password() -> None:
+    with EmbeddedPostgres({"work_mem": "1234kB"}, password="secret") as server:
+        url = server.url("psycopg").replace("+psycopg", "")
+        with psycopg.connect(url) as connection:
+            assert connection.execute("SHOW work_mem").fetchone() == ("1234kB",)
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            psycopg.connect(url.replace("secret", "wrong"))
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    with pytest.raises(EmbeddedPostgresError, match=r"(?s)did not start: .*no_such_setting"):
+        EmbeddedPostgres({"no_such_setting": "1"}).start()
+
+
+def test_a_start_is_ended_by_a_stop_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = EmbeddedPostgres()
+    started = threading.Event()
+    directories = []
+    order = Launcher.order
+
+    def note(launcher: Launcher, name: str, **arguments: object) -> object:
+        directories.append(Path(launcher.started().result()))
+        started.set()
+        return order(launcher, name, **arguments)
+
+    monkeypatch.setattr(Launcher, "order", note)
+
+    def stop() -> None:
+        started.wait()
+        server.stop()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(EmbeddedPostgresError, match="has ended"):
+        server.start()
+    stopping.join()
+    assert not directories[0].exists()
+    server.stop()
