@@ -13,6 +13,7 @@ from benchmarks.measure import Figure
 
 _DISTRIBUTIONS = (
     "ctxdb-core",
+    "ctxdb-pgstatus",
     "sqlalchemy",
     "asyncpg",
     "greenlet",

@@ -4,12 +4,14 @@ from benchmarks.questions._question import Question, Settings
 from benchmarks.questions.frameworks import Frameworks
 from benchmarks.questions.idle import Idle
 from benchmarks.questions.lookup import SessionLookup
+from benchmarks.questions.monitor import MonitorLookup
 from benchmarks.questions.requests import Requests
 from benchmarks.questions.slow_readers import SlowReaders
 from benchmarks.questions.testing import Tests
 
 QUESTIONS: dict[str, type[Question]] = {
-    question.name: question for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, Tests)
+    question.name: question
+    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, Tests, MonitorLookup)
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]
