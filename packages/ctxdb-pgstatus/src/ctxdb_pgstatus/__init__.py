@@ -1,6 +1,7 @@
 """Which PostgreSQL host is the master, which replicas are in sync, and `DBConnect`s that follow them."""
 
 from ctxdb_pgstatus.addresses import HostAddress
+from ctxdb_pgstatus.client import PgStatusClient
 from ctxdb_pgstatus.errors import (
     HostListError,
     MasterChangedError,
@@ -25,6 +26,7 @@ __all__ = [
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
+    "PgStatusClient",
     "PgStatusError",
     "Role",
     "SidecarError",

@@ -1,0 +1,504 @@
+"""`PgStatusClient`: asks a running sidecar, and keeps what it answers for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import count
+from threading import Lock
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+from urllib.parse import urlencode
+
+import httpx
+
+from ctxdb_pgstatus.errors import OptionError, SidecarError
+from ctxdb_pgstatus.positions import format_position, parse_position
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+
+__all__ = ["PgStatusClient"]
+
+_logger = logging.getLogger("ctxdb_pgstatus.client")
+
+_Answer = TypeVar("_Answer")
+_PATHS: dict[SyncCondition | None, str] = {
+    None: "/replica",
+    "time": "/sync_by_time",
+    "bytes": "/sync_by_bytes",
+    "time_or_bytes": "/sync_by_time_or_bytes",
+    "time_and_bytes": "/sync_by_time_and_bytes",
+}
+
+
+class PgStatusClient:
+    """Knows what a sidecar knows: `ctxdb-pgstatus` or pg-status. A source for `follow_master` and `follow_replica`.
+
+    An answer is kept for `max_age`, and for longer while the sidecar cannot be asked. Callers that need the same answer
+    at the same time share one request. It may be used on several event loops, and has an HTTP client for each: close
+    it, or use it as an async context manager, on every one of them.
+
+    pg-status confirms nothing anew: with it, `confirm_master` is as recent as its last poll of the hosts.
+
+    Args:
+        base_url: where the sidecar is: ``http://127.0.0.1:8000``.
+        max_age: for how many seconds an answer is taken out of memory.
+        timeout: for how many seconds an answer is waited for.
+        max_stale: how many seconds an answer may be old if the sidecar cannot be asked; ``None`` for any age.
+
+    Raises:
+        OptionError: an option has a value that it cannot have.
+    """
+
+    def __init__(
+        self, base_url: str, *, max_age: float = 1.0, timeout: float = 3.0, max_stale: float | None = None
+    ) -> None:
+        self._url = _base_url(base_url)
+        self._shown_url = str(self._url.copy_with(username=None, password=None, query=None)).rstrip("/")
+        if not 0 <= max_age < math.inf:
+            raise OptionError(f"`max_age` is {max_age!r}: give seconds, 0 or more.")
+        if not 0 < timeout < math.inf:
+            raise OptionError(f"`timeout` is {timeout!r}: give seconds, above 0.")
+        if max_stale is not None and not max_stale >= max_age:
+            raise OptionError(f"`max_stale` is {max_stale!r}: give seconds, at least those of `max_age`, or None.")
+        self._max_age = max_age
+        self._timeout = timeout
+        self._max_stale = math.inf if max_stale is None else max_stale
+        self._master = _Question[str | None]("/master", _read_host)
+        self._cluster = _Question[_Cluster]("/hosts", _ClusterReader().read)
+        # The same answer as that of `_master`, but asked of the hosts themselves.
+        self._confirmed = _Question[str | None]("/master", _read_host, no_cache=True)
+        self._doubts = 0
+        self._not_replayed_at = -math.inf
+        self._turns = {condition: count() for condition in _PATHS}
+        self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
+        self._lock = Lock()
+        self._failing = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._shown_url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the requests and close the connections of this event loop. A later question opens them anew."""
+        with self._lock:
+            here = self._loops.pop(asyncio.get_running_loop(), None)
+        if here is not None:
+            await here.close()
+
+    async def master(self) -> str | None:
+        """Return the master's name; ``None`` if there is none.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        return await self._ask(self._master)
+
+    async def replica(self) -> str | None:
+        """Return a replica's name, each in its turn; the master's if there is none; ``None`` without a master.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        return await self.find_replica()
+
+    async def sync_by_time(self) -> str | None:
+        """Return a replica as `replica` does, of those that are in sync by time."""
+        return await self.find_replica("time")
+
+    async def sync_by_bytes(self) -> str | None:
+        """Return a replica as `replica` does, of those that are in sync by bytes."""
+        return await self.find_replica("bytes")
+
+    async def sync_by_time_or_bytes(self) -> str | None:
+        """Return a replica as `replica` does, of those that are in sync by time or by bytes."""
+        return await self.find_replica("time_or_bytes")
+
+    async def sync_by_time_and_bytes(self) -> str | None:
+        """Return a replica as `replica` does, of those that are in sync both by time and by bytes."""
+        return await self.find_replica("time_and_bytes")
+
+    async def hosts(self) -> tuple[HostStatus, ...]:
+        """Return all hosts.
+
+        Of pg-status, which does not tell, `HostStatus.since` is when this client saw it first.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        return (await self._ask(self._cluster)).status.hosts
+
+    async def find_master(self) -> str | None:
+        """Return the master's name, as `master` does."""
+        return await self._ask(self._master)
+
+    async def find_replica(
+        self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name, each in its turn; the master's if no replica will do; ``None`` without a master.
+
+        Args:
+            sync: by which lag it has to be in sync.
+            min_position: a WAL position in bytes that it must have replayed: then the sidecar is asked each time.
+            max_wait: how long the sidecar may wait for one that has replayed `min_position`, in seconds.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        if min_position is not None:
+            return await self._find_replayed(sync, min_position, max_wait)
+        replicas = (await self._ask(self._cluster)).replicas[sync]
+        if not replicas:
+            return await self._ask(self._master)
+        return replicas[next(self._turns[sync]) % len(replicas)]
+
+    async def find_replicas(self) -> frozenset[str]:
+        """Return the names of all living replicas.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        return frozenset(host.host for host in (await self._ask(self._cluster)).status.replicas())
+
+    async def confirm_master(self, host: str) -> bool:
+        """Have the sidecar ask the hosts anew, and return whether `host` is the master after that.
+
+        If the sidecar cannot be asked, `host` cannot be shown to be the master, and is not confirmed.
+        """
+        try:
+            # One that is under way may have looked before the call.
+            answer = await self._share(self._confirmed, under_way=False)
+        except SidecarError as exc:
+            _logger.warning("the master is not confirmed: %s", exc, extra={"host": host})
+            return False
+        self._master.kept, self._master.failure = self._confirmed.kept, None
+        return answer == host
+
+    def report_failure(self, host: str) -> None:
+        """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
+        self._doubts += 1
+
+    async def _find_replayed(self, sync: SyncCondition | None, min_position: int, max_wait: float) -> str | None:
+        parameters = {"min_lsn": format_position(min_position)}
+        if max_wait > 0:
+            parameters["wait_ms"] = str(math.ceil(max_wait * 1000))
+        path = f"{_PATHS[sync]}?{urlencode(parameters)}"
+        # Nobody waits for a sidecar that is known to be away.
+        if time.monotonic() - self._not_replayed_at >= self._max_age:
+            question = _Question[str | None](path, _read_host, patience=max(max_wait, 0.0))
+            try:
+                return await self._here().once(path, lambda: self._fetch(question, no_cache=False))
+            except SidecarError:
+                self._not_replayed_at = time.monotonic()
+        # The master has everything: the last one that was heard of.
+        return await self._ask(self._master)
+
+    async def _ask(self, question: _Question[_Answer]) -> _Answer:
+        kept = question.kept
+        now = time.monotonic()
+        if kept is not None and kept.doubts == self._doubts and now - kept.at < self._max_age:
+            return kept.answer
+        usable = kept is not None and now - kept.at <= self._max_stale
+        failure = question.failure
+        if failure is None:
+            sharing = self._share(question)
+        elif failure.doubts == self._doubts and now - failure.at < self._max_age:
+            # Not again at once: nobody waits for a sidecar that is known to be away.
+            if kept is not None and usable:
+                return kept.answer
+            raise SidecarError(failure.text)
+        elif kept is not None and usable:
+            # It is tried again while the last good answer is given.
+            self._flights(question).join(under_way=True)
+            return kept.answer
+        else:
+            sharing = self._share(question)
+        try:
+            return await sharing
+        except SidecarError:
+            if kept is None or not usable:
+                raise
+            return kept.answer
+
+    async def _share(self, question: _Question[_Answer], *, under_way: bool = True) -> _Answer:
+        """Send a question, or wait for the answer to one that others have sent."""
+        flights = self._flights(question)
+        under_way = under_way and flights.doubts == self._doubts
+        kept, failure = await _outcome(flights.join(under_way=under_way))
+        if kept is None:
+            raise SidecarError(failure)
+        return kept.answer
+
+    def _flights(self, question: _Question[_Answer]) -> _Flights[_Answer]:
+        return self._here().flights(question, lambda: self._doubts, lambda: self._send(question))
+
+    async def _send(self, question: _Question[_Answer]) -> tuple[_Kept[_Answer] | None, str]:
+        """Send a question and keep the answer, or the failure."""
+        doubts = self._doubts
+        no_cache = question.no_cache or (question.kept is not None and question.kept.doubts != doubts)
+        at = time.monotonic()
+        try:
+            answer = await self._fetch(question, no_cache=no_cache)
+        except SidecarError as exc:
+            question.failure = _Failure(str(exc), time.monotonic(), doubts)
+            return None, str(exc)
+        kept = _Kept(answer, at, doubts)
+        question.kept, question.failure = kept, None
+        return kept, ""
+
+    async def _fetch(self, question: _Question[_Answer], *, no_cache: bool) -> _Answer:
+        headers = {"accept": "application/json"}
+        if no_cache:
+            headers["cache-control"] = "no-cache"
+        try:
+            async with asyncio.timeout(self._timeout + question.patience):
+                response = await self._here().http.get(question.path, headers=headers)
+        except TimeoutError:
+            raise self._failed(question, f"no answer within {self._timeout + question.patience:g} s") from None
+        except httpx.HTTPError as exc:
+            raise self._failed(question, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from None
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise self._failed(question, "it has not asked its hosts yet")
+        if response.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+            raise self._failed(question, f"it answers with status {response.status_code}")
+        try:
+            answer = question.read(response.json())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._failed(question, f"what it answers (status {response.status_code}) is no answer") from None
+        if self._failing:
+            self._failing = False
+            _logger.info("the sidecar answers again", extra={"sidecar": self._shown_url})
+        return answer
+
+    def _failed(self, question: _Question[Any], reason: str) -> SidecarError:
+        path = question.path.partition("?")[0]
+        error = SidecarError(
+            f"The sidecar at {self._shown_url} could not be asked for {path}: {reason}. "
+            "Start it, or correct its address."
+        )
+        if not self._failing:
+            self._failing = True
+            _logger.warning("%s", error, extra={"sidecar": self._shown_url})
+        return error
+
+    def _here(self) -> _OnLoop:
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            with self._lock:
+                for other in [other for other in self._loops if other.is_closed()]:
+                    del self._loops[other]
+                here = self._loops[loop] = _OnLoop(self._url)
+        return here
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept(Generic[_Answer]):
+    """An answer, when it was asked for, and how many failures had been reported by then."""
+
+    answer: _Answer
+    at: float
+    doubts: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    text: str
+    at: float
+    doubts: int
+
+
+@dataclass(eq=False, slots=True)
+class _Question(Generic[_Answer]):
+    """Something that the sidecar is asked, and its last answer."""
+
+    path: str
+    read: Callable[[Any], _Answer]
+    no_cache: bool = False
+    patience: float = 0.0
+    kept: _Kept[_Answer] | None = None
+    failure: _Failure | None = None
+
+
+_Outcome = tuple[_Kept[_Answer] | None, str]
+
+
+class _Flights(Generic[_Answer]):
+    """The requests for one answer on one event loop: at most one is under way, and one waits for it to end."""
+
+    def __init__(self, doubts: Callable[[], int], send: Callable[[], Coroutine[Any, Any, _Outcome[_Answer]]]) -> None:
+        self._current_doubts = doubts
+        self._send = send
+        self._running: asyncio.Task[_Outcome[_Answer]] | None = None
+        self._waiting: asyncio.Task[_Outcome[_Answer]] | None = None
+        self.doubts = doubts()
+        """How many failures were reported when the one that is under way was sent."""
+
+    def join(self, *, under_way: bool) -> asyncio.Task[_Outcome[_Answer]]:
+        """Return the request whose answer to wait for.
+
+        Args:
+            under_way: whether one will do that has been sent before.
+        """
+        if self._waiting is not None and (not under_way or self._running is None or self._running.done()):
+            return self._waiting
+        if self._running is None or self._running.done():
+            self.doubts = self._current_doubts()
+            self._running = self._start(None)
+            return self._running
+        if under_way:
+            return self._running
+        self._waiting = self._start(self._running)
+        return self._waiting
+
+    def tasks(self) -> Sequence[asyncio.Task[_Outcome[_Answer]]]:
+        """Return what has not ended."""
+        return [task for task in (self._running, self._waiting) if task is not None and not task.done()]
+
+    def _start(self, previous: asyncio.Task[_Outcome[_Answer]] | None) -> asyncio.Task[_Outcome[_Answer]]:
+        # In a context of its own: it belongs to nobody's unit of work.
+        return asyncio.create_task(self._run(previous), context=Context())
+
+    async def _run(self, previous: asyncio.Task[_Outcome[_Answer]] | None) -> _Outcome[_Answer]:
+        if previous is not None:
+            await asyncio.wait([previous])
+            self._running, self._waiting = self._waiting, None
+        self.doubts = self._current_doubts()
+        return await self._send()
+
+
+class _OnLoop:
+    """What belongs to one event loop: an HTTP client, and the requests that are under way."""
+
+    def __init__(self, url: httpx.URL) -> None:
+        # The sidecar is near: no proxy stands between. Reading certificates takes longer than all else here.
+        secure = url.scheme == "https"
+        self.http = httpx.AsyncClient(base_url=url, timeout=None, trust_env=secure, verify=secure)  # noqa: S113 - each request has a time limit as a whole
+        self._flights: dict[_Question[Any], _Flights[Any]] = {}
+        self._once: dict[str, asyncio.Task[str | None]] = {}
+
+    def flights(
+        self,
+        question: _Question[_Answer],
+        doubts: Callable[[], int],
+        send: Callable[[], Coroutine[Any, Any, _Outcome[_Answer]]],
+    ) -> _Flights[_Answer]:
+        flights = self._flights.get(question)
+        if flights is None:
+            flights = self._flights[question] = _Flights(doubts, send)
+        return flights
+
+    async def once(self, path: str, send: Callable[[], Coroutine[Any, Any, str | None]]) -> str | None:
+        """Send what is not kept; share it with those who ask the same while it is under way."""
+        task = self._once.get(path)
+        if task is None:
+            task = self._once[path] = asyncio.create_task(send(), context=Context())
+            task.add_done_callback(lambda _: self._once.pop(path))
+        return await _outcome(task)
+
+    async def close(self) -> None:
+        tasks: list[asyncio.Task[Any]] = [task for flights in self._flights.values() for task in flights.tasks()]
+        tasks += self._once.values()
+        for task in tasks:
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        finally:
+            await self.http.aclose()
+
+
+async def _outcome(task: asyncio.Task[_Answer]) -> _Answer:
+    """Wait for a task that others wait for, too: who is cancelled leaves it to them."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        waiting = asyncio.current_task()
+        if task.cancelled() and waiting is not None and not waiting.cancelling():
+            raise SidecarError("The client was closed while its answer was waited for: close it last.") from None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Cluster:
+    """All hosts, and the names of the replicas to choose from: of several the nearest ones."""
+
+    status: ClusterStatus
+    replicas: Mapping[SyncCondition | None, Sequence[str]]
+
+
+@dataclass(slots=True)
+class _ClusterReader:
+    """Reads the answer of ``/hosts``; of pg-status, too, which leaves out the roles and since when they are."""
+
+    _before: dict[str, HostStatus] = field(default_factory=dict)
+
+    def read(self, content: Any) -> _Cluster:
+        now = datetime.now(UTC)
+        hosts = tuple(self._read_host(entry, now) for entry in content)
+        self._before = {host.host: host for host in hosts}
+        master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
+        status = ClusterStatus(hosts, master, now)
+        distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
+        return _Cluster(status, {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS})
+
+    def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
+        name, alive = str(entry["host"]), bool(entry["alive"])
+        role: Role | None = None
+        if alive:
+            # A host that merely says that it is the master is not one, and no replica either.
+            role = "master" if entry.get("role", "master" if entry["master"] else "replica") == "master" else "replica"
+        before = self._before.get(name)
+        if "since" in entry:
+            since = datetime.fromisoformat(entry["since"])
+        else:
+            since = before.since if before is not None and (before.alive, before.role) == (alive, role) else now
+        return HostStatus(
+            name,
+            alive,
+            role,
+            since,
+            timeline=entry.get("timeline"),
+            position=parse_position(entry["lsn"]) if entry.get("lsn") else None,
+            lag_ms=entry.get("lag_ms"),
+            lag_bytes=entry.get("lag_bytes"),
+            error=entry.get("error"),
+            in_sync_by_time=bool(entry.get("sync_by_time")),
+            in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
+        )
+
+
+def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
+    best = min((distances[host.host] for host in hosts), default=0)
+    return [host.host for host in hosts if distances[host.host] == best]
+
+
+def _read_host(content: Any) -> str | None:
+    host = content["host"]
+    if host is not None and not isinstance(host, str):
+        raise TypeError(host)
+    return host or None
+
+
+def _base_url(text: str) -> httpx.URL:
+    hint = "give the sidecar's address, as in 'http://127.0.0.1:8000'."
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, TypeError):
+        # Not shown, as it may hold a password.
+        raise OptionError(f"`base_url` is no URL: {hint}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise OptionError(f"`base_url` has no scheme, or no host: {hint}")
+    return url

@@ -1,0 +1,78 @@
+"""How the sidecar logs: one line each to standard error, as text or as JSON, with the fields of the record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+from ctxdb_pgstatus.sidecar.settings import LogFormat
+
+__all__ = ["JSONFormatter", "TextFormatter", "set_up"]
+
+# What every record has; the rest was given as `extra`. The two last ones are set by formatters and by uvicorn.
+_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+
+
+def set_up(level: int, log_format: LogFormat) -> None:
+    """Log to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    # How the server comes up and goes down is told by the sidecar itself.
+    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
+    logging.getLogger("asyncio").setLevel(max(level, logging.WARNING))
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-08-21T12:35:01.245Z WARNING monitor: host state changed host=n2``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        fields = "".join(f" {name}={_quoted(value)}" for name, value in _fields(record).items())
+        text = f"{_time(record)} {record.levelname} {_component(record)}: {record.getMessage()}{fields}"
+        if record.exc_info:
+            text += " " + self.formatException(record.exc_info)
+        # One record is one line, whatever is in it.
+        return "\\n".join(text.splitlines())
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line, with the names that pg-status has, and a member for each field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        content: dict[str, object] = {
+            "@timestamp": _time(record),
+            "levelStr": "ERROR" if record.levelno >= logging.ERROR else record.levelname,
+            "component": _component(record),
+            "message": record.getMessage(),
+        }
+        for name, value in _fields(record).items():
+            content.setdefault(name, value)
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+
+
+def _component(record: logging.LogRecord) -> str:
+    root, _, rest = record.name.partition(".")
+    if root == "uvicorn":
+        return "http"
+    return (rest or "monitor") if root == "ctxdb_pgstatus" else record.name
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text) if not text or any(sign in text for sign in ' "=\n') else text

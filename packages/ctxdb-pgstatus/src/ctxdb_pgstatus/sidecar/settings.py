@@ -1,0 +1,253 @@
+"""What the sidecar is told by environment variables: those of pg-status, the older ones among them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Literal
+
+from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
+from ctxdb_pgstatus.errors import HostListError, OptionError
+from ctxdb_pgstatus.sidecar.choice import Locality
+
+__all__ = ["VARIABLES", "LogFormat", "Settings"]
+
+LogFormat = Literal["text", "json"]
+
+_PREFIX = "pg_status__"
+_HIGHEST_PORT = 65535
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+}
+
+VARIABLES = {
+    "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required",
+    "delimiter": "what separates them, if it is no comma",
+    "pg_user": "the user to log in as (postgres)",
+    "pg_password": "its password (postgres)",
+    "pg_database": "the database to connect to (postgres)",
+    "pg_port": "the port of all hosts, or one for each, separated as they are (5432)",
+    "hosts_dc": "the data centre of each host",
+    "current_dc": "the data centre of the sidecar: its replicas are preferred",
+    "current_dc_env": "the variable that names it",
+    "hosts_geo": "the region of each host",
+    "current_geo": "the region of the sidecar: its replicas are preferred after those of the same data centre",
+    "current_geo_env": "the variable that names it",
+    "max_fails": "after how many failures in a row a host counts as dead (3)",
+    "sleep_ms": "milliseconds between two polls of a host (1000)",
+    "sleep": "the same in seconds, of older releases",
+    "query_timeout_ms": "milliseconds that a poll may take (2000)",
+    "connect_timeout": "the same in seconds, of older releases",
+    "sync_max_lag_ms": "up to which lag in milliseconds a replica is in sync by time (1000)",
+    "sync_max_lag_bytes": "up to which lag in bytes a replica is in sync by bytes (1000000)",
+    "http_listen_address": "the address to listen on; * for all (127.0.0.1)",
+    "http_port": "the port to listen on (8000)",
+    "log_level": "debug, info, warning, error or fatal (info)",
+    "log_format": "text or json (text)",
+}
+"""Each variable, without its prefix, and what it says."""
+
+_WITHOUT_EFFECT = {"conn_max_age_ms"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the sidecar is to run.
+
+    Attributes:
+        hosts: where the hosts are, under the names that they are answered by.
+        user: the user to log in as.
+        password: its password; never shown.
+        database: the database to connect to.
+        poll_interval: seconds between two polls of a host.
+        connect_timeout: seconds that a poll may take.
+        max_fails: after how many failures in a row a host is dead.
+        sync_max_lag_ms: up to which lag a replica is in sync by time.
+        sync_max_lag_bytes: up to which lag a replica is in sync by bytes.
+        locality: where the hosts and the sidecar are.
+        listen_address: the address to listen on; ``*`` for all.
+        listen_port: the port to listen on; 0 for any.
+        log_level: the least severe level that is logged.
+        log_format: how.
+        warnings: what to tell the user when it starts.
+    """
+
+    hosts: tuple[HostAddress, ...]
+    user: str
+    password: str = field(repr=False)
+    database: str
+    poll_interval: float
+    connect_timeout: float
+    max_fails: int
+    sync_max_lag_ms: int
+    sync_max_lag_bytes: int
+    locality: Locality
+    listen_address: str
+    listen_port: int
+    log_level: int
+    log_format: LogFormat
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read the settings.
+
+        Raises:
+            OptionError: a variable is missing, or has a value that it cannot have; the message names it.
+        """
+        read = _Reader(environment)
+        warnings = list(read.unknown())
+        hosts = read.hosts()
+        locality, locality_warnings = read.locality(hosts)
+        seconds = read.seconds("sleep_ms", "sleep", 1.0)
+        return cls(
+            hosts=hosts,
+            user=read.text("pg_user", "postgres"),
+            password=environment.get(f"{_PREFIX}pg_password", "postgres"),
+            database=read.text("pg_database", "postgres"),
+            poll_interval=seconds,
+            connect_timeout=read.seconds("query_timeout_ms", "connect_timeout", 2.0),
+            max_fails=read.number("max_fails", 3, at_least=1),
+            sync_max_lag_ms=read.number("sync_max_lag_ms", 1000),
+            sync_max_lag_bytes=read.number("sync_max_lag_bytes", 1_000_000),
+            locality=locality,
+            listen_address=read.listen_address(),
+            listen_port=read.number("http_port", 8000, at_most=_HIGHEST_PORT),
+            log_level=read.log_level(),
+            log_format=read.log_format(),
+            warnings=(*warnings, *locality_warnings),
+        )
+
+
+class _Reader:
+    """Reads single variables. An empty one counts as not set."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def text(self, name: str, default: str) -> str:
+        return self._environment.get(_PREFIX + name, "").strip() or default
+
+    def number(self, name: str, default: int, *, at_least: int = 0, at_most: int | None = None) -> int:
+        text = self.text(name, str(default))
+        value = int(text) if text.isascii() and text.isdigit() else None
+        if value is None or value < at_least or (at_most is not None and value > at_most):
+            limits = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+            raise _wrong(name, text, f"a whole number {limits}")
+        return value
+
+    def seconds(self, name_in_ms: str, name: str, default: float) -> float:
+        """Return the seconds that one variable gives in milliseconds; else those of its predecessor."""
+        if self.text(name_in_ms, ""):
+            return self.number(name_in_ms, 0, at_least=1) / 1000
+        text = self.text(name, str(default))
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise _wrong(name, text, "a number of seconds above 0")
+        return value
+
+    def hosts(self) -> tuple[HostAddress, ...]:
+        names = self._list("hosts")
+        if not names:
+            raise OptionError(f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2.")
+        ports = self._list("pg_port") or ["5432"]
+        if len(ports) not in (1, len(names)):
+            raise _wrong("pg_port", self.text("pg_port", ""), f"one port, or one for each of the {len(names)} hosts")
+        for port in ports:
+            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= _HIGHEST_PORT):
+                raise _wrong("pg_port", port, f"a port from 1 to {_HIGHEST_PORT}")
+        if len(ports) == 1:
+            ports *= len(names)
+        try:
+            # The names stay as they are: what a host is called says nothing of a port that was given apart.
+            addresses = [HostAddress.parse(name, int(port)) for name, port in zip(names, ports, strict=True)]
+            parse_hosts(
+                [f"[{each.host}]:{each.port}" if ":" in each.host else f"{each.host}:{each.port}" for each in addresses]
+            )
+        except HostListError as exc:
+            raise OptionError(f"{_PREFIX}hosts: {exc}") from None
+        if len({address.name for address in addresses}) < len(addresses):
+            # Told apart by their ports: two hosts of one name could not be told apart in any answer.
+            addresses = [HostAddress(_with_port(each), each.host, each.port) for each in addresses]
+        return tuple(addresses)
+
+    def locality(self, hosts: tuple[HostAddress, ...]) -> tuple[Locality, list[str]]:
+        warnings = []
+        found: dict[str, tuple[str | None, tuple[str | None, ...]]] = {}
+        for kind in ("dc", "geo"):
+            current = self.text(f"current_{kind}", "")
+            if not current and (variable := self.text(f"current_{kind}_env", "")):
+                current = self._environment.get(variable, "").strip()
+            of_hosts = self._list(f"hosts_{kind}", keep_empty=True)
+            complete = bool(current) and len(of_hosts) == len(hosts) and all(of_hosts)
+            if (current or of_hosts) and not complete:
+                warnings.append(
+                    f"replicas are not chosen by their {kind}: {_PREFIX}hosts_{kind} has to name one for each host, "
+                    f"and {_PREFIX}current_{kind} or {_PREFIX}current_{kind}_env that of the sidecar"
+                )
+            shown = [value or None for value in of_hosts] if len(of_hosts) == len(hosts) else [None] * len(hosts)
+            found[kind] = (current if complete else None, tuple(shown))
+        names = [host.name for host in hosts]
+        (current_dc, dcs), (current_geo, geos) = found["dc"], found["geo"]
+        return (
+            Locality(dict(zip(names, dcs, strict=True)), dict(zip(names, geos, strict=True)), current_dc, current_geo),
+            warnings,
+        )
+
+    def listen_address(self) -> str:
+        text = self.text("http_listen_address", "127.0.0.1")
+        if text != "*":
+            try:
+                ip_address(text.strip("[]"))
+            except ValueError:
+                raise _wrong("http_listen_address", text, "an IPv4 or IPv6 address, or *") from None
+        return text.strip("[]")
+
+    def log_level(self) -> int:
+        text = self.text("log_level", "info")
+        if text.lower() not in _LEVELS:
+            raise _wrong("log_level", text, "debug, info, warning, error or fatal")
+        return _LEVELS[text.lower()]
+
+    def log_format(self) -> LogFormat:
+        match text := self.text("log_format", "text").lower():
+            case "text" | "json":
+                return text
+        raise _wrong("log_format", text, "text or json")
+
+    def unknown(self) -> list[str]:
+        """Return a warning for each variable with the prefix that means nothing here."""
+        names = sorted(name for name in self._environment if name.startswith(_PREFIX))
+        warnings = []
+        for name in names:
+            if name.removeprefix(_PREFIX) in _WITHOUT_EFFECT:
+                warnings.append(f"{name} has no effect: a connection is kept for as long as it works")
+            elif name.removeprefix(_PREFIX) not in VARIABLES:
+                warnings.append(f"{name} is not known, and has no effect")
+        return warnings
+
+    def _list(self, name: str, *, keep_empty: bool = False) -> list[str]:
+        text = self.text(name, "")
+        if not text:
+            return []
+        values = [value.strip() for value in text.split(self.text("delimiter", ","))]
+        return values if keep_empty else [value for value in values if value]
+
+
+def _with_port(address: HostAddress) -> str:
+    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+
+
+def _wrong(name: str, text: str, wanted: str) -> OptionError:
+    return OptionError(f"{_PREFIX}{name} is {text!r}: give {wanted}.")

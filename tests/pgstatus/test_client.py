@@ -1,0 +1,378 @@
+"""`PgStatusClient`, against a server that answers what pg-status documents, and against the sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.support.server import serve
+from tests.support.sidecar import START, OriginalSidecar, cluster, dead, master, nobody_listens, replica, told_app
+
+from ctxdb_pgstatus import HostSource, OptionError, PgStatusClient, SidecarError
+from ctxdb_pgstatus.sidecar.choice import Locality
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def sidecar() -> OriginalSidecar:
+    return OriginalSidecar()
+
+
+@pytest.fixture
+async def url(sidecar: OriginalSidecar) -> AsyncIterator[str]:
+    async with serve(sidecar, http="httptools") as url:
+        yield url
+
+
+def a_source(client: PgStatusClient) -> HostSource:
+    return client
+
+
+async def test_the_questions_are_answered(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.hosts = (
+        sidecar.entry("n1", master=True),
+        sidecar.entry("both"),
+        sidecar.entry("time", sync_by_bytes=False),
+        sidecar.entry("bytes", sync_by_time=False),
+        sidecar.entry("gone", alive=False),
+    )
+    async with PgStatusClient(url) as client:
+        assert await client.master() == "n1"
+        for question, hosts in (
+            (client.replica, {"both", "time", "bytes"}),
+            (client.sync_by_time, {"both", "time"}),
+            (client.sync_by_bytes, {"both", "bytes"}),
+            (client.sync_by_time_or_bytes, {"both", "time", "bytes"}),
+            (client.sync_by_time_and_bytes, {"both"}),
+        ):
+            answers = Counter([await question() for _ in range(2 * len(hosts))])
+            assert answers == dict.fromkeys(hosts, 2)
+        assert await a_source(client).find_master() == "n1"
+        assert await a_source(client).find_replicas() == {"both", "time", "bytes"}
+
+
+async def test_the_hosts_of_pg_status_have_what_it_tells(url: str) -> None:
+    async with PgStatusClient(url, max_age=0) as client:
+        first = await client.hosts()
+        assert [(host.host, host.alive, host.role) for host in first] == [
+            ("n1", True, "master"),
+            ("n2", True, "replica"),
+            ("n3", True, "replica"),
+            ("n4", False, None),
+        ]
+        assert (first[1].position, first[1].lag_ms, first[1].in_sync_by_bytes) == (0x3000060, 0, True)
+        assert (first[3].position, first[3].lag_ms, first[3].in_sync_by_bytes) == (None, None, False)
+        # It does not tell since when: nothing has changed since the first answer.
+        assert [host.since for host in await client.hosts()] == [host.since for host in first]
+
+
+async def test_the_hosts_of_the_sidecar_have_all_that_it_knows() -> None:
+    hosts = (master("n1"), master("n2"), replica("n3", by_time=False), dead("n4", "no route"))
+    app, _ = told_app(*hosts)
+    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+        assert await client.hosts() == hosts
+        assert (await client.hosts())[0].since == START
+        # n2 claims to be the master, and so is no replica to read from.
+        assert await client.find_replicas() == {"n3"}
+        assert {await client.replica() for _ in range(3)} == {"n3"}
+
+
+async def test_near_replicas_are_preferred() -> None:
+    app, _ = told_app(
+        master("n1"), replica("n2"), replica("n3"), locality=Locality({"n2": "far", "n3": "here"}, current_dc="here")
+    )
+    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+        assert {await client.replica() for _ in range(3)} == {"n3"}
+        assert await client.find_replicas() == {"n2", "n3"}
+
+
+async def test_without_a_replica_the_master_answers(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.hosts = (sidecar.entry("n1", master=True), sidecar.entry("n2", alive=False))
+    async with PgStatusClient(url) as client:
+        assert await client.replica() == "n1"
+        assert await client.find_replicas() == frozenset()
+
+
+async def test_without_a_master_there_is_none(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.master, sidecar.hosts = None, (sidecar.entry("n1", alive=False),)
+    async with PgStatusClient(url) as client:
+        assert await client.master() is None
+        assert await client.replica() is None
+
+
+async def test_an_answer_is_taken_from_memory(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        for _ in range(3):
+            await client.master()
+            await client.replica()
+            await client.sync_by_time()
+            await client.hosts()
+    assert sorted(sidecar.paths()) == ["/hosts", "/master"]
+
+
+async def test_an_answer_that_is_too_old_is_asked_for_anew(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=0) as client:
+        assert await client.master() == "n1"
+        sidecar.master = "n2"
+        assert await client.master() == "n2"
+
+
+async def test_callers_at_the_same_time_share_one_request(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=0) as client:
+        assert await asyncio.gather(*(client.master() for _ in range(50))) == ["n1"] * 50
+        position = [client.find_replica(min_position=5) for _ in range(50)]
+        assert await asyncio.gather(*position) == ["n2"] * 50
+    assert sidecar.paths() == ["/master", "/replica"]
+
+
+async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.open.clear()
+    async with PgStatusClient(url) as client:
+        first, second = asyncio.create_task(client.master()), asyncio.create_task(client.master())
+        await sidecar.arrived.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        sidecar.open.set()
+        assert await second == "n1"
+    assert first.cancelled()
+    assert sidecar.paths() == ["/master"]
+
+
+async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        assert await client.find_replica(min_position=0x1_0000_0060) == "n2"
+        sidecar.replayed = "n3"
+        assert await client.find_replica("time", min_position=0x1_0000_0060, max_wait=0.25) == "n3"
+        sidecar.replayed = None
+        assert await client.find_replica("time_and_bytes", min_position=1) is None
+    assert [(each.path, each.query) for each in sidecar.asked] == [
+        ("/replica", {"min_lsn": ["1/60"]}),
+        ("/sync_by_time", {"min_lsn": ["1/60"], "wait_ms": ["250"]}),
+        ("/sync_by_time_and_bytes", {"min_lsn": ["0/1"]}),
+    ]
+
+
+async def test_a_replica_that_has_replayed_the_position_is_waited_for() -> None:
+    app, monitor = told_app(master("n1"), replica("n2", position=1))
+    monitor.next = [cluster(master("n1"), replica("n2", position=2))]
+    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+        assert await client.find_replica(min_position=2) == "n1"
+        assert await client.find_replica(min_position=2, max_wait=0.1) == "n2"
+
+
+async def test_the_master_is_confirmed_anew(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        assert await client.master() == "n1"
+        assert await client.confirm_master("n1")
+        sidecar.master = "n2"
+        assert not await client.confirm_master("n1")
+        assert [each.headers.get("cache-control") for each in sidecar.asked] == [None, "no-cache", "no-cache"]
+        # What was learned by it counts for the next question.
+        assert await client.master() == "n2"
+    assert len(sidecar.asked) == 3
+
+
+async def test_a_confirmation_is_of_a_request_that_began_after_the_call(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        sidecar.open.clear()
+        first = asyncio.create_task(client.confirm_master("n1"))
+        await sidecar.arrived.wait()
+        later = [asyncio.create_task(client.confirm_master("n1")) for _ in range(20)]
+        await asyncio.sleep(0)
+        sidecar.open.set()
+        assert await first
+        assert all(await asyncio.gather(*later))
+    # One for the first, and one for all that came while that was under way.
+    assert sidecar.paths() == ["/master", "/master"]
+
+
+async def test_a_master_that_cannot_be_asked_for_is_not_confirmed(caplog: pytest.LogCaptureFixture) -> None:
+    async with nobody_listens() as url, PgStatusClient(url) as client:
+        with caplog.at_level(logging.WARNING, "ctxdb_pgstatus.client"):
+            assert not await client.confirm_master("n1")
+    assert "the master is not confirmed" in caplog.text
+
+
+async def test_a_reported_failure_lets_the_next_question_skip_the_memory(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        await client.master()
+        await client.replica()
+        sidecar.asked.clear()
+        sidecar.master = "n2"
+        client.report_failure("n1")
+        assert await client.master() == "n2"
+        await client.replica()
+        await client.master()
+        await client.replica()
+    assert [(each.path, each.headers.get("cache-control")) for each in sidecar.asked] == [
+        ("/master", "no-cache"),
+        ("/hosts", "no-cache"),
+    ]
+
+
+async def test_an_answer_that_was_under_way_when_a_failure_was_reported_does_not_count(
+    url: str, sidecar: OriginalSidecar
+) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        sidecar.open.clear()
+        before = asyncio.create_task(client.master())
+        await sidecar.arrived.wait()
+        client.report_failure("n1")
+        after = asyncio.create_task(client.master())
+        await asyncio.sleep(0)
+        sidecar.open.set()
+        assert (await before, await after) == ("n1", "n1")
+        assert len(sidecar.asked) == 2
+        await client.master()
+        assert len(sidecar.asked) == 2
+
+
+async def test_the_last_good_answer_is_kept_while_the_sidecar_is_down(
+    sidecar: OriginalSidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(sidecar, http="httptools") as url:
+        client = PgStatusClient(url, max_age=0)
+        assert await client.master() == "n1"
+        replicas = {await client.replica() for _ in range(2)}
+    with caplog.at_level(logging.WARNING, "ctxdb_pgstatus.client"):
+        assert [await client.master() for _ in range(5)] == ["n1"] * 5
+        assert {await client.replica() for _ in range(4)} == replicas == {"n2", "n3"}
+        assert await client.find_replica(min_position=5) == "n1"
+    await client.aclose()
+    # It is said once, not at each question.
+    assert len(caplog.records) == 1
+
+
+async def test_nobody_waits_for_a_frozen_sidecar_once_it_is_known(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=0, timeout=0.05) as client:
+        assert await client.master() == "n1"
+        sidecar.open.clear()
+        assert await client.master() == "n1"  # which waited until the time was up
+        client._timeout = HOUR
+        assert await asyncio.gather(*(client.master() for _ in range(20))) == ["n1"] * 20
+        sidecar.master = "n2"
+        sidecar.open.set()
+
+        # It is asked again behind the answers, and believed as soon as it answers.
+        async with asyncio.timeout(10):
+            while await client.master() != "n2":
+                await asyncio.sleep(0.001)
+
+
+async def test_an_answer_that_is_older_than_allowed_is_not_given(sidecar: OriginalSidecar) -> None:
+    async with serve(sidecar, http="httptools") as url:
+        client = PgStatusClient(url, max_age=0, max_stale=0)
+        assert await client.master() == "n1"
+    with pytest.raises(SidecarError, match="could not be asked for /master"):
+        await client.master()
+    await client.aclose()
+
+
+async def test_a_sidecar_that_was_never_there_is_an_error_that_says_what_to_do() -> None:
+    async with nobody_listens() as url, PgStatusClient(url) as client:
+        for question in (client.master, client.replica, client.hosts, client.find_replicas):
+            with pytest.raises(SidecarError, match=rf"^The sidecar at {url} could not be asked.*Start it"):
+                await question()
+        with pytest.raises(SidecarError, match="could not be asked"):
+            await client.find_replica(min_position=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "raw", "reason"),
+    [
+        (503, b'{"error_text": "pg_monitor is not ready"}', "it has not asked its hosts yet"),
+        (500, b"", "it answers with status 500"),
+        (302, b"", "it answers with status 302"),
+        (200, b"<html>", "is no answer"),
+        (200, b'{"hosts": []}', "is no answer"),
+        (200, b'{"host": 5}', "is no answer"),
+        (404, b"Not Found", "is no answer"),
+    ],
+)
+async def test_what_is_no_answer_is_an_error(
+    url: str, sidecar: OriginalSidecar, status: int, raw: bytes, reason: str
+) -> None:
+    sidecar.status, sidecar.raw = status, raw
+    async with PgStatusClient(url) as client:
+        with pytest.raises(SidecarError, match=reason):
+            await client.master()
+        with pytest.raises(SidecarError):
+            await client.hosts()
+
+
+async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    async with nobody_listens() as url:
+        client = PgStatusClient(url.replace("://", "://user:hunter2@") + "/?token=hunter2")
+        assert "hunter2" not in repr(client)
+        with caplog.at_level(logging.DEBUG, "ctxdb_pgstatus"), pytest.raises(SidecarError) as info:
+            await client.master()
+        await client.aclose()
+    assert "hunter2" not in str(info.value) + caplog.text
+    assert info.value.__context__ is None
+
+
+@pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ftp://n1", "http://", "http://user:hunter2@n1:port"])
+def test_an_address_that_is_none_is_refused(base_url: str) -> None:
+    with pytest.raises(OptionError, match="`base_url`") as info:
+        PgStatusClient(base_url)
+    assert "hunter2" not in str(info.value)
+
+
+@pytest.mark.parametrize("options", [{"max_age": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}])
+def test_options_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match=f"`{next(iter(options))}`"):
+        PgStatusClient("http://127.0.0.1:8000", **options)  # type: ignore[arg-type]
+
+
+async def test_it_may_be_used_after_it_was_closed(url: str) -> None:
+    client = PgStatusClient(url, max_age=0)
+    assert await client.master() == "n1"
+    await client.aclose()
+    assert await client.master() == "n1"
+    await client.aclose()
+
+
+async def test_who_waits_when_it_is_closed_gets_an_error(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.open.clear()
+    client = PgStatusClient(url)
+    waiting = asyncio.create_task(client.master())
+    await sidecar.arrived.wait()
+    await client.aclose()
+    with pytest.raises(SidecarError, match="closed"):
+        await waiting
+    sidecar.open.set()
+
+
+async def test_event_loops_share_what_is_known(url: str, sidecar: OriginalSidecar) -> None:
+    client = PgStatusClient(url, max_age=HOUR)
+
+    async def ask() -> str | None:
+        async with client:
+            host = await client.master()
+            return host if await client.confirm_master("n1") else None
+
+    async with client:
+        assert await client.confirm_master("n1")
+        found = [await asyncio.to_thread(asyncio.run, ask()) for _ in range(2)]
+        assert await client.master() == "n1"
+    assert found == ["n1", "n1"]
+    assert len(sidecar.asked) == 3
+    assert client._loops == {}
+
+
+async def test_a_loop_that_has_ended_is_forgotten(url: str) -> None:
+    client = PgStatusClient(url, max_age=HOUR)
+    loop = asyncio.new_event_loop()
+    await asyncio.to_thread(loop.run_until_complete, _open(client))
+    loop.close()
+    await client.master()
+    assert list(client._loops) == [asyncio.get_running_loop()]
+    await client.aclose()
+
+
+async def _open(client: PgStatusClient) -> None:
+    client._here()

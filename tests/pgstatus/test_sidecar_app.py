@@ -1,0 +1,283 @@
+"""The endpoints of the sidecar, over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import httpx
+import pytest
+from tests.support.server import http_client, serve
+from tests.support.sidecar import cluster, dead, master, replica, told_app
+
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.choice import Locality
+from ctxdb_pgstatus.sidecar.history import History
+
+JSON = {"accept": "application/json"}
+REPLICA_PATHS = ["/replica", "/sync_by_time", "/sync_by_bytes", "/sync_by_time_or_bytes", "/sync_by_time_and_bytes"]
+HOST_PATHS = ["/master", *REPLICA_PATHS, "/most_sync_by_bytes"]
+
+
+async def ask(app: SidecarApp, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        return await client.get(path, headers=headers)
+
+
+@pytest.mark.parametrize("path", HOST_PATHS)
+async def test_a_host_is_named_as_plain_text_or_as_json(path: str) -> None:
+    app, _ = told_app(master("n1"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        plain, in_json = await client.get(path), await client.get(path, headers=JSON)
+    assert (plain.status_code, plain.text) == (200, "n1")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert (in_json.status_code, in_json.content) == (200, b'{"host":"n1"}')
+    assert in_json.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", HOST_PATHS)
+async def test_no_host_is_a_404_with_an_empty_body_or_null(path: str) -> None:
+    app, _ = told_app(dead("n1"), master=None)
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        plain, in_json = await client.get(path), await client.get(path, headers=JSON)
+    assert (plain.status_code, plain.content) == (404, b"")
+    assert (in_json.status_code, in_json.content) == (404, b'{"host":null}')
+
+
+@pytest.mark.parametrize(
+    ("path", "hosts"),
+    [
+        ("/replica", {"both", "time", "bytes", "none"}),
+        ("/sync_by_time", {"both", "time"}),
+        ("/sync_by_bytes", {"both", "bytes"}),
+        ("/sync_by_time_or_bytes", {"both", "time", "bytes"}),
+        ("/sync_by_time_and_bytes", {"both"}),
+    ],
+)
+async def test_the_replicas_that_match_take_turns(path: str, hosts: set[str]) -> None:
+    app, _ = told_app(
+        master("n1"),
+        replica("both"),
+        replica("time", by_bytes=False),
+        replica("bytes", by_time=False),
+        replica("none", by_time=False, by_bytes=False),
+        dead("n6"),
+    )
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        answers = Counter([(await client.get(path)).text for _ in range(4 * len(hosts))])
+    assert answers == dict.fromkeys(hosts, 4)
+
+
+async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_replica() -> None:
+    app, _ = told_app(master("n1"), master("n2"), replica("n3"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
+        assert (await client.get("/replicas_info")).content == b'[{"host":"n3"}]'
+        described = {each["host"]: (each["master"], each["role"]) for each in (await client.get("/hosts")).json()}
+    assert described == {"n1": (True, "master"), "n2": (False, "master"), "n3": (False, "replica")}
+
+
+@pytest.mark.parametrize(
+    ("question", "host"),
+    [
+        ("/replica?lag_ms=5", "n2"),
+        ("/replica?lag_bytes=96", "n2"),
+        ("/replica?lag_ms=4", "n1"),
+        ("/sync_by_time?lag_ms=4", "n1"),
+        ("/sync_by_time?lag_bytes=0", "n2"),
+        ("/sync_by_bytes?lag_bytes=95", "n1"),
+        ("/sync_by_time_or_bytes?lag_bytes=0", "n2"),
+        ("/sync_by_time_and_bytes?lag_bytes=0", "n1"),
+        ("/replica?min_lsn=0/3000000", "n2"),
+        ("/replica?min_lsn=0/3000001", "n1"),
+        ("/replica?min_lsn=0%2F3000000", "n2"),
+        ("/replica?min_lsn=1/0", "n1"),
+        ("/most_sync_by_bytes?min_lsn=0/3000001", "n1"),
+    ],
+)
+async def test_a_request_sets_limits_of_its_own(question: str, host: str) -> None:
+    app, _ = told_app(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False, position=None))
+    assert (await ask(app, question)).text == host
+
+
+async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
+    app, _ = told_app(
+        master("n1"), replica("n2", lag_bytes=90), replica("n3", lag_bytes=10), replica("n4", lag_bytes=10)
+    )
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        assert {(await client.get("/most_sync_by_bytes")).text for _ in range(3)} == {"n3"}
+        assert (await client.get("/most_sync_by_bytes?lag_bytes=9")).text == "n1"
+
+
+@pytest.mark.parametrize("path", [*REPLICA_PATHS, "/most_sync_by_bytes"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lag_ms", "-1"),
+        ("lag_ms", ""),
+        ("lag_ms", "1.5"),
+        ("lag_bytes", "many"),
+        ("lag_bytes", "²"),
+        ("lag_ms", "9" * 5000),
+        ("min_lsn", "3000060"),
+        ("min_lsn", "0/XYZ"),
+        ("min_lsn", ""),
+    ],
+)
+async def test_a_wrong_parameter_is_a_400_that_names_it(path: str, name: str, value: str) -> None:
+    app, _ = told_app(master("n1"), replica("n2"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        response = await client.get(path, params={name: value})
+    assert (response.status_code, response.json()) == (400, {"error_text": f"Invalid {name}"})
+
+
+async def test_a_request_waits_for_a_replica_that_has_replayed_its_position() -> None:
+    app, monitor = told_app(master("n1"), replica("n2", position=1))
+    monitor.next = [cluster(master("n1"), replica("n2", position=2))]
+    assert (await ask(app, "/sync_by_time?min_lsn=0/2&wait_ms=250")).text == "n2"
+    assert monitor.waited_for == [("time", 2, 0.25)]
+
+
+async def test_hosts_tells_all_of_every_host() -> None:
+    app, _ = told_app(
+        master("n1"), replica("n2", by_time=False), dead("n3", "no answer"), locality=Locality({"n1": "a"}, {"n1": "b"})
+    )
+    response = await ask(app, "/hosts")
+    first, second, third = response.json()
+    assert first == {
+        "host": "n1",
+        "dc": "a",
+        "geo": "b",
+        "distance": 2,
+        "master": True,
+        "alive": True,
+        "role": "master",
+        "lag_ms": 0,
+        "sync_by_time": True,
+        "lag_bytes": 0,
+        "sync_by_bytes": True,
+        "lsn": "0/3000060",
+        "timeline": 1,
+        "since": "2026-03-01T12:00:00+00:00",
+        "error": None,
+    }
+    assert (second["lag_ms"], second["sync_by_time"], second["sync_by_bytes"]) == (6193, False, True)
+    assert (third["alive"], third["lag_ms"], third["lag_bytes"], third["lsn"]) == (False, None, None, None)
+    assert third["error"] == "no answer"
+
+
+async def test_hosts_follows_the_status() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        before = (await client.get("/hosts")).json()
+        monitor.status = cluster(dead("n1"), master("n2"), master="n2")
+        after = (await client.get("/hosts")).json()
+    assert [each["master"] for each in before] == [True, False]
+    assert [each["master"] for each in after] == [False, True]
+
+
+async def test_status_tells_of_one_host() -> None:
+    app, _ = told_app(master("n1"), replica("n2"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        found = await client.get("/status", params={"host": "n2"})
+        unknown = await client.get("/status", params={"host": "n9"})
+        unnamed = await client.get("/status")
+    assert (found.status_code, found.json()["master"], found.json()["lag_ms"]) == (200, False, 5)
+    assert unknown.status_code == 404
+    assert (unnamed.status_code, unnamed.json()) == (400, {"error_text": "Get parameter 'host' wasn't passed"})
+
+
+async def test_before_the_hosts_were_asked_nothing_is_told_of_them() -> None:
+    app = SidecarApp(History())
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        for path in [*HOST_PATHS, "/hosts", "/status", "/replicas_info", "/health", "/ready", "/replica?lag_ms=x"]:
+            response = await client.get(path)
+            assert (response.status_code, response.json()) == (503, {"error_text": "pg_monitor is not ready"}), path
+        for path in ["/live", "/version", "/metrics", "/"]:
+            assert (await client.get(path)).status_code == 200, path
+
+
+async def test_it_is_ready_also_without_a_master() -> None:
+    app, _ = told_app(dead("n1"), master=None)
+    response = await ask(app, "/ready")
+    assert (response.status_code, response.text) == (200, "OK")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "the_master", "code", "state"),
+    [
+        ([master("n1"), replica("n2")], "n1", 200, "ok"),
+        ([master("n1"), dead("n2")], "n1", 200, "degraded"),
+        ([dead("n1"), replica("n2")], None, 503, "down"),
+    ],
+)
+async def test_health_tells_whether_the_cluster_takes_writes(
+    hosts: list[object], the_master: str | None, code: int, state: str
+) -> None:
+    app, _ = told_app(*hosts, master=the_master)  # type: ignore[arg-type]  # pytest's parameters are of any type
+    response = await ask(app, "/health")
+    assert (response.status_code, response.json()["status"]) == (code, state)
+
+
+async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        assert (await client.get("/master")).text == "n1"
+        assert (monitor.confirmations, monitor.polls) == (0, 0)
+        assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n1"
+        assert (monitor.confirmations, monitor.polls) == (1, 0)
+        monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
+        assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n2"
+
+
+async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
+    response = await ask(app, "/hosts", {"cache-control": "no-cache"})
+    assert [each["master"] for each in response.json()] == [False, True]
+
+
+async def test_head_answers_as_get_does_without_the_body() -> None:
+    app, _ = told_app(master("n1"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        for path in ["/master", "/hosts", "/", "/metrics", "/live"]:
+            response = await client.head(path)
+            assert (response.status_code, response.content) == (200, b""), path
+            assert int(response.headers["content-length"]) == len((await client.get(path)).content), path
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+async def test_other_methods_are_not_allowed(method: str) -> None:
+    app, _ = told_app(master("n1"))
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        response = await client.request(method, "/master")
+        elsewhere = await client.request(method, "/nowhere")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+    assert elsewhere.status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/master/", "/favicon.ico", "/%00"])
+async def test_an_unknown_path_is_not_found(path: str) -> None:
+    app, _ = told_app(master("n1"))
+    assert (await ask(app, path)).status_code == 404
+
+
+async def test_near_replicas_are_preferred() -> None:
+    locality = Locality(
+        {"n1": "x", "n2": "x", "n3": "y", "n4": "z"}, {"n1": "e", "n2": "e", "n3": "e", "n4": "w"}, "x", "e"
+    )
+    app, monitor = told_app(master("n1"), replica("n2"), replica("n3"), replica("n4"), locality=locality)
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        assert {(await client.get("/replica")).text for _ in range(4)} == {"n2"}
+        monitor.status = cluster(master("n1"), dead("n2"), replica("n3"), replica("n4"))
+        assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
+        monitor.status = cluster(master("n1"), dead("n2"), dead("n3"), replica("n4"))
+        assert {(await client.get("/replica")).text for _ in range(4)} == {"n4"}
+
+
+async def test_names_that_are_not_ascii_arrive_whole() -> None:
+    app, _ = told_app(master("größe"), master="größe")
+    async with serve(app, http="httptools") as url, http_client(url) as client:
+        assert (await client.get("/master")).text == "größe"
+        assert json.loads((await client.get("/master", headers=JSON)).content) == {"host": "größe"}
+        assert (await client.get("/status", params={"host": "größe"})).status_code == 200

@@ -1,0 +1,226 @@
+"""The command `ctxdb-pgstatus`, in a process of its own, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import make_url
+from tests.support.database import eventually
+from tests.support.server import http_client
+
+from ctxdb_demo.embedded_postgres import EmbeddedPostgres
+from ctxdb_pgstatus import PgStatusClient
+
+PASSWORD = "hunter2-and-more"
+
+
+@dataclass
+class Process:
+    """A sidecar that runs, and what it has logged."""
+
+    process: asyncio.subprocess.Process
+    lines: list[str] = field(default_factory=list)
+
+    async def read(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            self.lines.append(line.decode().rstrip("\n"))
+
+    def logged(self, message: str) -> dict[str, object] | None:
+        for line in self.lines:
+            content: dict[str, object] = json.loads(line)
+            if content["message"] == message:
+                return content
+        return None
+
+    async def url(self) -> str:
+        await eventually(lambda: self.logged("server started") is not None, lambda: "\n".join(self.lines))
+        started = self.logged("server started")
+        assert started is not None
+        return f"http://{started['address']}:{started['port']}"
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+COMMANDS = {
+    "script": [str(Path(sys.executable).with_name("ctxdb-pgstatus"))],
+    "module": [sys.executable, "-m", "ctxdb_pgstatus"],
+}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("pg_status__")}
+    return inherited | {f"pg_status__{name}": value for name, value in variables.items()}
+
+
+@asynccontextmanager
+async def running(command: str = "module", **variables: str) -> AsyncIterator[Process]:
+    variables = {"http_port": "0", "log_format": "json"} | variables
+    process = await asyncio.create_subprocess_exec(
+        *COMMANDS[command],
+        env=environment(**variables),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    sidecar = Process(process)
+    reading = asyncio.create_task(sidecar.read())
+    try:
+        yield sidecar
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reading
+
+
+async def fails(**variables: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *COMMANDS["module"], env=environment(**variables), stderr=asyncio.subprocess.PIPE
+    )
+    _, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, error.decode()
+
+
+@pytest.fixture
+def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
+    url = make_url(postgres_server.url())
+    return {
+        "hosts": f"{url.host}:{url.port}",
+        "pg_user": url.username or "",
+        "pg_password": url.password or "",
+        "pg_database": url.database or "",
+        "sleep_ms": "100",
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_it_answers_for_a_real_server_until_it_is_told_to_stop(server: dict[str, str], command: str) -> None:
+    async with running(command, **server) as sidecar:
+        url = await sidecar.url()
+        async with http_client(url) as client, PgStatusClient(url) as followed:
+            assert (await client.get("/live")).text == "OK"
+            while (await client.get("/ready")).status_code == 503:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/master")).text == server["hosts"]
+            (host,) = (await client.get("/hosts")).json()
+            assert (host["master"], host["alive"], host["error"], host["lag_ms"]) == (True, True, None, 0)
+            assert host["timeline"] == 1
+            assert server["hosts"] in (await client.get("/")).text
+            assert "ctxdb_pgstatus_host_up" in (await client.get("/metrics")).text
+            assert await followed.confirm_master(server["hosts"])
+            assert await followed.replica() == server["hosts"]
+        assert await sidecar.stop() == 0
+    assert sidecar.logged("server stopped") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_it_stops_gracefully_beside_an_open_connection(server: dict[str, str], number: int) -> None:
+    async with running(**server) as sidecar:
+        url = await sidecar.url()
+        async with http_client(url) as client:
+            # The connection is kept alive, and must not be waited for.
+            assert (await client.get("/live")).text == "OK"
+            assert await sidecar.stop(number) == 0
+    assert not any('"exception"' in line for line in sidecar.lines), sidecar.lines
+
+
+async def test_a_host_that_cannot_be_reached_is_told_of_and_not_fatal() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with running(hosts=host, sleep_ms="100", max_fails="1", pg_password=PASSWORD) as sidecar:
+            async with http_client(await sidecar.url()) as client:
+                while (await client.get("/ready")).status_code == 503:
+                    await asyncio.sleep(0.01)
+                assert (await client.get("/master")).status_code == 404
+                (described,) = (await client.get("/hosts")).json()
+                assert (described["alive"], described["master"]) == (False, False)
+                assert described["error"]
+                assert (await client.get("/health")).json()["status"] == "down"
+            assert await sidecar.stop() == 0
+
+
+async def test_a_password_is_never_shown(server: dict[str, str]) -> None:
+    async with running(**server | {"pg_password": PASSWORD, "log_level": "debug", "max_fails": "1"}) as sidecar:
+        async with http_client(await sidecar.url()) as client:
+            while (await client.get("/ready")).status_code == 503:
+                await asyncio.sleep(0.01)
+            shown = [(await client.get(path)).text for path in ("/", "/hosts", "/metrics", "/health")]
+            (described,) = (await client.get("/hosts")).json()
+        assert await sidecar.stop() == 0
+    # It was really used: the server does not take it.
+    assert "password" in described["error"].lower()
+    assert PASSWORD not in "\n".join([*shown, *sidecar.lines])
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, "pg_status__hosts"),
+        ({"hosts": "n1", "sleep_ms": "0"}, "pg_status__sleep_ms"),
+        ({"hosts": "me:hunter2@n1:x"}, "pg_status__hosts"),
+        ({"hosts": "n1", "http_listen_address": "localhost"}, "pg_status__http_listen_address"),
+    ],
+)
+async def test_wrong_settings_are_told_on_one_line_and_end_with_2(variables: dict[str, str], named: str) -> None:
+    code, error = await fails(**variables)
+    assert code == 2
+    assert error.startswith(f"ctxdb-pgstatus: {named}")
+    assert error.count("\n") == 1
+    assert "hunter2" not in error
+
+
+async def test_a_port_in_use_is_told_of() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, error = await fails(hosts="n1", http_port=str(taken.getsockname()[1]))
+    assert code == 1
+    assert "pg_status__http_port" in error
+    assert "Traceback" not in error
+
+
+async def test_it_explains_its_variables() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *COMMANDS["script"], "--help", env=environment(), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    assert b"sync_max_lag_ms" in output
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"), [("127.0.0.1", "127.0.0.1"), ("*", "127.0.0.1"), ("::1", "[::1]"), ("*", "[::1]")]
+)
+async def test_it_listens_where_it_is_told_to(server: dict[str, str], address: str, reached: str) -> None:
+    if ":" in reached and not _has_ipv6():
+        pytest.skip("there is no IPv6 here")
+    async with running(**server | {"http_listen_address": address}) as sidecar:
+        await sidecar.url()
+        started = sidecar.logged("server started")
+        assert started is not None
+        async with http_client(f"http://{reached}:{started['port']}") as client:
+            assert (await client.get("/live")).text == "OK"
+        assert await sidecar.stop() == 0
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,53 @@
+"""The lines that the sidecar logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from ctxdb_pgstatus.sidecar.logs import JSONFormatter, TextFormatter
+
+
+def record(message: str, *args: object, name: str = "ctxdb_pgstatus", **extra: object) -> logging.LogRecord:
+    made = logging.getLogger(name).makeRecord(name, logging.WARNING, __file__, 1, message, args, None, extra=extra)
+    made.created = 1_771_763_701.245
+    return made
+
+
+def test_a_line_of_text_has_the_time_the_component_and_the_fields() -> None:
+    assert TextFormatter().format(record("the host is %s", "dead", host="n2", error="no answer", lag=None)) == (
+        '2026-02-22T12:35:01.245Z WARNING monitor: the host is dead host=n2 error="no answer" lag=None'
+    )
+
+
+def test_a_json_line_has_the_names_of_pg_status_and_a_member_for_each_field() -> None:
+    assert json.loads(JSONFormatter().format(record("the host is %s", "dead", host="n2", lag=5))) == {
+        "@timestamp": "2026-02-22T12:35:01.245Z",
+        "levelStr": "WARNING",
+        "component": "monitor",
+        "message": "the host is dead",
+        "host": "n2",
+        "lag": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [("ctxdb_pgstatus.sidecar", "sidecar"), ("uvicorn.error", "http"), ("asyncpg", "asyncpg")],
+)
+def test_the_component_is_who_logs(name: str, component: str) -> None:
+    assert json.loads(JSONFormatter().format(record("x", name=name)))["component"] == component
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JSONFormatter()])
+def test_a_record_is_one_line_with_its_exception(formatter: logging.Formatter) -> None:
+    made = record("two\nlines", host="a\nb")
+    try:
+        raise ValueError("what happened")
+    except ValueError as exc:
+        made.exc_info = (ValueError, exc, exc.__traceback__)
+    line = formatter.format(made)
+    assert "\n" not in line
+    assert "what happened" in line

@@ -1,0 +1,65 @@
+"""What Prometheus reads."""
+
+from __future__ import annotations
+
+import re
+
+from tests.support.sidecar import cluster, dead, master, replica
+
+from ctxdb_pgstatus.sidecar.metrics import render
+
+LINE = re.compile(r'(?P<name>[a-z_]+)(?:\{(?P<labels>(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>[-+0-9.e]+)')
+
+
+def read(text: str) -> dict[tuple[str, str], float]:
+    """Read the text format, as strictly as Prometheus does."""
+    found: dict[tuple[str, str], float] = {}
+    described: dict[str, set[str]] = {}
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        if line.startswith("# "):
+            _, kind, name, _ = line.split(" ", 3)
+            assert kind in {"HELP", "TYPE"}
+            assert kind not in described.setdefault(name, set()), f"{line!r} is there twice"
+            described[name].add(kind)
+            continue
+        match = LINE.fullmatch(line)
+        assert match is not None, line
+        assert described.get(match["name"]) == {"HELP", "TYPE"}, line
+        key = (match["name"].removeprefix("ctxdb_pgstatus_"), match["labels"] or "")
+        assert key not in found, line
+        found[key] = float(match["value"])
+    return found
+
+
+def test_each_host_has_its_figures() -> None:
+    found = read(render(cluster(master("n1"), replica("n2", by_time=False), dead("n3")), changes=4))
+    assert found["ready", ""] == 1
+    assert found["master_known", ""] == 1
+    assert found["changes_total", ""] == 4
+    assert [found["host_up", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 1, 0]
+    assert [found["host_master", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 0, 0]
+    assert found["host_lag_seconds", 'host="n2"'] == 6.193
+    assert found["host_lag_bytes", 'host="n2"'] == 96
+    assert found["host_in_sync_by_time", 'host="n2"'] == 0
+    assert found["host_in_sync_by_bytes", 'host="n2"'] == 1
+    assert found["host_wal_position_bytes", 'host="n1"'] == 0x3000060
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    found = read(render(cluster(dead("n1"), replica("n2", lag_ms=None), master=None), changes=0))
+    assert found["master_known", ""] == 0
+    assert ("host_lag_seconds", 'host="n1"') not in found
+    assert ("host_lag_seconds", 'host="n2"') not in found
+    assert ("host_lag_bytes", 'host="n2"') in found
+
+
+def test_before_anything_is_known_it_is_not_ready() -> None:
+    found = read(render(None, changes=0))
+    assert found["ready", ""] == 0
+    assert not any(name.startswith("host_") for name, _ in found)
+
+
+def test_labels_are_escaped() -> None:
+    found = read(render(cluster(replica('a"b\\c\nd'), master=None), changes=0))
+    assert found["host_up", 'host="a\\"b\\\\c\\nd"'] == 1

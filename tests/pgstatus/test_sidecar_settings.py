@@ -1,0 +1,155 @@
+"""The environment variables of the sidecar."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from ctxdb_pgstatus import HostAddress, OptionError
+from ctxdb_pgstatus.sidecar.settings import Settings
+
+
+def read(**variables: str) -> Settings:
+    return Settings.from_environment(
+        {f"pg_status__{name}": value for name, value in ({"hosts": "n1,n2"} | variables).items()}
+    )
+
+
+def test_only_the_hosts_have_to_be_named() -> None:
+    settings = read()
+    assert settings.hosts == (HostAddress("n1", "n1", 5432), HostAddress("n2", "n2", 5432))
+    assert (settings.user, settings.password, settings.database) == ("postgres", "postgres", "postgres")
+    assert (settings.poll_interval, settings.connect_timeout, settings.max_fails) == (1.0, 2.0, 3)
+    assert (settings.sync_max_lag_ms, settings.sync_max_lag_bytes) == (1000, 1_000_000)
+    assert (settings.listen_address, settings.listen_port) == ("127.0.0.1", 8000)
+    assert (settings.log_level, settings.log_format) == (logging.INFO, "text")
+    assert settings.warnings == ()
+
+
+def test_every_variable_counts() -> None:
+    settings = read(
+        hosts="n1; [::1] ;n3:6000",
+        delimiter=";",
+        pg_user="monitor",
+        pg_password=" secret ",
+        pg_database="shop",
+        pg_port="5433;5434;5435",
+        connect_timeout="0.5",
+        max_fails="2",
+        sleep="7",
+        sync_max_lag_ms="0",
+        sync_max_lag_bytes="5",
+        http_listen_address="::1",
+        http_port="9000",
+        log_level="WARN",
+        log_format="json",
+    )
+    assert settings.hosts == (
+        HostAddress("n1", "n1", 5433),
+        HostAddress("[::1]", "::1", 5434),
+        HostAddress("n3:6000", "n3", 6000),
+    )
+    assert (settings.user, settings.password, settings.database) == ("monitor", " secret ", "shop")
+    assert (settings.poll_interval, settings.connect_timeout, settings.max_fails) == (7.0, 0.5, 2)
+    assert (settings.sync_max_lag_ms, settings.sync_max_lag_bytes) == (0, 5)
+    assert (settings.listen_address, settings.listen_port) == ("::1", 9000)
+    assert (settings.log_level, settings.log_format) == (logging.WARNING, "json")
+
+
+def test_a_host_is_called_what_it_is_called_whatever_its_port() -> None:
+    assert [host.name for host in read(pg_port="5433,5434").hosts] == ["n1", "n2"]
+
+
+def test_hosts_that_differ_in_their_ports_only_are_told_apart() -> None:
+    settings = read(hosts="localhost,localhost,::1", pg_port="5433,5434,5435")
+    assert [host.name for host in settings.hosts] == ["localhost:5433", "localhost:5434", "[::1]:5435"]
+    assert [host.port for host in settings.hosts] == [5433, 5434, 5435]
+
+
+def test_milliseconds_go_before_the_older_seconds() -> None:
+    settings = read(sleep="5", sleep_ms="250", connect_timeout="5", query_timeout_ms="750")
+    assert (settings.poll_interval, settings.connect_timeout) == (0.25, 0.75)
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    assert read(pg_user="", sleep_ms="", http_port=" ", hosts="n1,n2").poll_interval == 1.0
+    # But a password may be empty.
+    assert read(pg_password="").password == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hosts", ""),
+        ("hosts", " , "),
+        ("hosts", "n1,n 2"),
+        ("hosts", "n1,n1"),
+        ("hosts", "n1,n1:5432"),
+        ("hosts", "n1:0"),
+        ("pg_port", "x"),
+        ("pg_port", "0"),
+        ("pg_port", "65536"),
+        ("pg_port", "1,2,3"),
+        ("connect_timeout", "0"),
+        ("connect_timeout", "soon"),
+        ("query_timeout_ms", "0"),
+        ("query_timeout_ms", "1.5"),
+        ("max_fails", "0"),
+        ("max_fails", "-1"),
+        ("sleep", "nan"),
+        ("sleep", "inf"),
+        ("sleep_ms", "0"),
+        ("sleep_ms", "1e3"),
+        ("sync_max_lag_ms", "-1"),
+        ("sync_max_lag_bytes", "1MB"),
+        ("http_listen_address", "everywhere"),
+        ("http_port", "65536"),
+        ("http_port", "²"),
+        ("log_level", "loud"),
+        ("log_format", "xml"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_its_variable(name: str, value: str) -> None:
+    with pytest.raises(OptionError, match=f"^pg_status__{name}\\b"):
+        read(**{name: value})
+
+
+def test_a_password_is_never_shown() -> None:
+    assert "hunter2" not in repr(read(pg_password="hunter2"))
+    with pytest.raises(OptionError) as info:
+        read(hosts="postgresql://me:hunter2@n1/x")
+    assert "hunter2" not in str(info.value)
+
+
+def test_a_variable_that_means_nothing_is_warned_of() -> None:
+    settings = read(host="n1", conn_max_age_ms="5")
+    assert settings.warnings == (
+        "pg_status__conn_max_age_ms has no effect: a connection is kept for as long as it works",
+        "pg_status__host is not known, and has no effect",
+    )
+
+
+def test_where_the_hosts_are() -> None:
+    settings = Settings.from_environment(
+        {
+            "pg_status__hosts": "n1,n2,n3",
+            "pg_status__hosts_dc": "a,b,c",
+            "pg_status__hosts_geo": "e,e,w",
+            "pg_status__current_dc": "a",
+            "pg_status__current_geo_env": "REGION",
+            "REGION": "e",
+        }
+    )
+    assert [settings.locality.distance(name) for name in ("n1", "n2", "n3")] == [0, 1, 2]
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"hosts_dc": "a,b"}, {"current_dc": "a"}, {"hosts_dc": "a", "current_dc": "a"}, {"hosts_dc": "a,"}]
+)
+def test_what_is_only_partly_said_of_where_the_hosts_are_does_not_count(variables: dict[str, str]) -> None:
+    settings = read(**variables)
+    assert len(settings.warnings) == 1
+    assert "by their dc" in settings.warnings[0]
+    assert {settings.locality.distance(name) for name in ("n1", "n2")} == {2}

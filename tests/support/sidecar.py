@@ -1,0 +1,183 @@
+"""A cluster that is only told of, and the sidecar that tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qs
+
+from ctxdb_pgstatus import ClusterStatus, HostStatus, SyncCondition
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
+
+START = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+def master(name: str, **values: Any) -> HostStatus:
+    host = HostStatus(
+        name,
+        alive=True,
+        role="master",
+        since=START,
+        timeline=1,
+        position=0x3000060,
+        lag_ms=0,
+        lag_bytes=0,
+        in_sync_by_time=True,
+        in_sync_by_bytes=True,
+    )
+    return replace(host, **values)
+
+
+def replica(name: str, *, by_time: bool = True, by_bytes: bool = True, **values: Any) -> HostStatus:
+    host = HostStatus(
+        name,
+        alive=True,
+        role="replica",
+        since=START,
+        timeline=1,
+        position=0x3000000 if by_bytes else 0x2000000,
+        lag_ms=5 if by_time else 6193,
+        lag_bytes=0x60 if by_bytes else 0x1000060,
+        in_sync_by_time=by_time,
+        in_sync_by_bytes=by_bytes,
+    )
+    return replace(host, **values)
+
+
+def dead(name: str, error: str = "connection refused") -> HostStatus:
+    return HostStatus(name, alive=False, role=None, since=START, error=error)
+
+
+def cluster(*hosts: HostStatus, master: str | None = "n1", at: datetime = START) -> ClusterStatus:
+    return ClusterStatus(hosts, master, at)
+
+
+@dataclass
+class ToldMonitor:
+    """A monitor that knows what it is told. At a poll it comes to know what `next` holds."""
+
+    status: ClusterStatus
+    next: list[ClusterStatus] = field(default_factory=list)
+    polls: int = 0
+    confirmations: int = 0
+    waited_for: list[tuple[SyncCondition | None, int | None, float]] = field(default_factory=list)
+
+    async def poll(self) -> None:
+        self.polls += 1
+        if self.next:
+            self.status = self.next.pop(0)
+
+    async def confirm_master(self, host: str) -> bool:
+        self.confirmations += 1
+        if self.next:
+            self.status = self.next.pop(0)
+        return self.status.master == host
+
+    async def find_replica(
+        self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        self.waited_for.append((sync, min_position, max_wait))
+        await self.poll()
+        return None
+
+
+def told_app(*hosts: HostStatus, master: str | None = "n1", **options: Any) -> tuple[SidecarApp, ToldMonitor]:
+    app = SidecarApp(History(), **options)
+    app.monitor = monitor = ToldMonitor(cluster(*hosts, master=master))
+    return app, monitor
+
+
+def lagging_history(*names: str, minutes: int = 5, lag_ms: int = 20) -> History:
+    """Return a history in which the lag of each of `names` rises and falls, and is not known for a while."""
+    history = History()
+    for second in range(minutes * 60):
+        unknown = 100 <= second < 120
+        lag = None if unknown else lag_ms * (1 + second % 60)
+        hosts = [replica(name, lag_ms=lag) for name in names]
+        history.add(cluster(*hosts, at=START + timedelta(seconds=second)))
+    return history
+
+
+@dataclass
+class Asked:
+    """One request that reached an `OriginalSidecar`."""
+
+    path: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]
+
+
+class OriginalSidecar:
+    """A server that answers with the fields that pg-status documents, and no more; or with what a test sets."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+        self.master: str | None = "n1"
+        self.hosts: Sequence[dict[str, Any]] = (
+            self.entry("n1", master=True),
+            self.entry("n2"),
+            self.entry("n3"),
+            self.entry("n4", alive=False),
+        )
+        self.replayed: str | None = "n2"
+        self.status = 200
+        self.raw: bytes | None = None
+        self.open = asyncio.Event()
+        """Requests are answered only while this is set."""
+        self.open.set()
+        self.arrived = asyncio.Event()
+
+    @staticmethod
+    def entry(name: str, *, master: bool = False, alive: bool = True, **values: Any) -> dict[str, Any]:
+        return {
+            "host": name,
+            "dc": None,
+            "geo": None,
+            "master": master,
+            "alive": alive,
+            "lag_ms": 0 if alive else None,
+            "sync_by_time": alive,
+            "lag_bytes": 0 if alive else None,
+            "sync_by_bytes": alive,
+            "lsn": "0/3000060" if alive else None,
+        } | values
+
+    def paths(self) -> list[str]:
+        return [each.path for each in self.asked]
+
+    async def __call__(self, scope: Any, _receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        asked = Asked(scope["path"], parse_qs(scope["query_string"].decode()), headers)
+        self.asked.append(asked)
+        self.arrived.set()
+        await self.open.wait()
+        status = self.status
+        content: Any
+        if asked.path == "/hosts":
+            content = list(self.hosts)
+        elif asked.path == "/master":
+            content = {"host": self.master}
+        else:
+            content = {"host": self.replayed}
+        if status == 200 and content == {"host": None}:
+            status = 404
+        body = json.dumps(content).encode() if self.raw is None else self.raw
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def nobody_listens() -> AsyncIterator[str]:
+    """Yield a URL at which nobody listens, nor will."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
