@@ -22,6 +22,8 @@ _DISTRIBUTIONS = (
     "litestar",
     "aiohttp",
     "uvicorn",
+    "httptools",
+    "uvloop",
     "context-async-sqlalchemy",
     "fastapi-async-sqlalchemy",
     "advanced-alchemy",

@@ -6,12 +6,13 @@ from benchmarks.questions.idle import Idle
 from benchmarks.questions.lookup import SessionLookup
 from benchmarks.questions.monitor import MonitorLookup
 from benchmarks.questions.requests import Requests
+from benchmarks.questions.sidecar import SidecarRequests
 from benchmarks.questions.slow_readers import SlowReaders
 from benchmarks.questions.testing import Tests
 
 QUESTIONS: dict[str, type[Question]] = {
     question.name: question
-    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, Tests, MonitorLookup)
+    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, MonitorLookup, SidecarRequests, Tests)
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]

@@ -325,7 +325,7 @@ def test_an_address_that_is_none_is_refused(base_url: str) -> None:
 @pytest.mark.parametrize("options", [{"max_age": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}])
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=f"`{next(iter(options))}`"):
-        PgStatusClient("http://127.0.0.1:8000", **options)  # type: ignore[arg-type]
+        PgStatusClient("http://127.0.0.1:8000", **options)
 
 
 async def test_it_may_be_used_after_it_was_closed(url: str) -> None:

@@ -20,6 +20,7 @@ from tests.support.server import http_client
 
 from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 from ctxdb_pgstatus import PgStatusClient
+from ctxdb_pgstatus.testing import PostgresCluster
 
 PASSWORD = "hunter2-and-more"
 
@@ -155,14 +156,16 @@ async def test_a_host_that_cannot_be_reached_is_told_of_and_not_fatal() -> None:
             assert await sidecar.stop() == 0
 
 
-async def test_a_password_is_never_shown(server: dict[str, str]) -> None:
-    async with running(**server | {"pg_password": PASSWORD, "log_level": "debug", "max_fails": "1"}) as sidecar:
-        async with http_client(await sidecar.url()) as client:
-            while (await client.get("/ready")).status_code == 503:
-                await asyncio.sleep(0.01)
-            shown = [(await client.get(path)).text for path in ("/", "/hosts", "/metrics", "/health")]
-            (described,) = (await client.get("/hosts")).json()
-        assert await sidecar.stop() == 0
+async def test_a_password_is_never_shown() -> None:
+    async with PostgresCluster(standbys=0, password="another") as cluster:
+        host = f"{cluster.primary.host}:{cluster.primary.port}"
+        async with running(hosts=host, pg_password=PASSWORD, log_level="debug", max_fails="1") as sidecar:
+            async with http_client(await sidecar.url()) as client:
+                while (await client.get("/ready")).status_code == 503:
+                    await asyncio.sleep(0.01)
+                shown = [(await client.get(path)).text for path in ("/", "/hosts", "/metrics", "/health")]
+                (described,) = (await client.get("/hosts")).json()
+            assert await sidecar.stop() == 0
     # It was really used: the server does not take it.
     assert "password" in described["error"].lower()
     assert PASSWORD not in "\n".join([*shown, *sidecar.lines])

@@ -87,6 +87,9 @@ class ToldMonitor:
         await self.poll()
         return None
 
+    def replayed(self, position: int) -> set[str]:
+        return {host.host for host in self.status.hosts if host.position is not None and host.position >= position}
+
 
 def told_app(*hosts: HostStatus, master: str | None = "n1", **options: Any) -> tuple[SidecarApp, ToldMonitor]:
     app = SidecarApp(History(), **options)

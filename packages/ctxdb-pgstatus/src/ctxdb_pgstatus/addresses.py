@@ -57,15 +57,17 @@ class HostAddress:
         return cls(name, host, port)
 
 
-def parse_hosts(hosts: Iterable[str], default_port: int = 5432) -> tuple[HostAddress, ...]:
-    """Read the hosts of a cluster, in their order.
+def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) -> tuple[HostAddress, ...]:
+    """Read the hosts of a cluster, in their order. What has been read already stays as it is.
 
     Raises:
         HostListError: there is none, one cannot be read, or two lead to the same place.
     """
     if isinstance(hosts, str):
         raise HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
-    addresses = tuple(HostAddress.parse(host, default_port) for host in hosts)
+    addresses = tuple(
+        host if isinstance(host, HostAddress) else HostAddress.parse(host, default_port) for host in hosts
+    )
     if not addresses:
         raise HostListError("There are no hosts: name at least one.")
     names: dict[tuple[str, int], str] = {}

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from ctxdb_pgstatus._lag import Lag, Sample
 from ctxdb_pgstatus._probe import Account
 from ctxdb_pgstatus._watch import Pace, Watch
-from ctxdb_pgstatus.addresses import parse_hosts
+from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
 from ctxdb_pgstatus.errors import OptionError, PgStatusError
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
@@ -53,7 +53,8 @@ class HostMonitor:
     attempts, which take no longer than one `poll_interval` altogether; until then its last answer stands.
 
     Args:
-        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address.
+        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
+            `HostAddress`, whose name then is what answers call it.
         port: the port of a host that names none.
         user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` (or
             ``pg_read_all_stats``) replicas tell at once which timeline they follow after a failover, and else only
@@ -77,7 +78,7 @@ class HostMonitor:
 
     def __init__(
         self,
-        hosts: Iterable[str],
+        hosts: Iterable[str | HostAddress],
         *,
         port: int = 5432,
         user: str,
@@ -148,6 +149,10 @@ class HostMonitor:
     def hosts(self) -> tuple[HostStatus, ...]:
         """Return what is known of each host, in the order in which they were named."""
         return self.status.hosts
+
+    def replayed(self, position: int) -> frozenset[str]:
+        """Return the names of the living replicas that are known to have replayed a WAL position in bytes."""
+        return frozenset(replica.host for replica in self._replayed(None, position))
 
     def _choose(self, condition: SyncCondition | None) -> str | None:
         status = self.status
@@ -387,16 +392,19 @@ class HostMonitor:
         return None
 
     def _choose_replayed(self, sync: SyncCondition | None, position: int) -> str | None:
+        replicas = self._replayed(sync, position)
+        return replicas[next(self._turns[sync]) % len(replicas)].host if replicas else None
+
+    def _replayed(self, sync: SyncCondition | None, position: int) -> list[HostStatus]:
         sample = self._sample
-        replicas = [
-            replica.host
+        return [
+            replica
             for replica in self.status.replicas(sync)
             # Positions of different timelines do not compare.
             if sample is not None
             and replica.timeline == sample.timeline
             and (self._members[replica.host].watch.position or 0) >= position
         ]
-        return replicas[next(self._turns[sync]) % len(replicas)] if replicas else None
 
     async def _wait_for_change(self, timeout: float | None, since: ClusterStatus) -> ClusterStatus:
         async with asyncio.timeout(timeout):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, MutableMapping
 from importlib.metadata import version
 from typing import Any, Protocol
 from urllib.parse import parse_qs
@@ -37,7 +37,7 @@ class Monitor(Protocol):
     def status(self) -> ClusterStatus:
         """The cluster, as it is known now."""
 
-    async def poll(self) -> None:
+    async def poll(self) -> object:
         """Ask all hosts now."""
 
     async def confirm_master(self, host: str) -> bool:
@@ -47,6 +47,9 @@ class Monitor(Protocol):
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
     ) -> str | None:
         """Return a replica, after having waited for one that has replayed `min_position`."""
+
+    def replayed(self, position: int) -> Container[str]:
+        """Return the replicas that are known to have replayed a WAL position."""
 
 
 class _Response:
@@ -169,12 +172,12 @@ class SidecarApp:
         limits = None
         if query:
             parameters = _parameters(query)
-            limits = Limits(
-                _number(parameters, "lag_ms"), _number(parameters, "lag_bytes"), _position(parameters, "min_lsn")
-            )
+            lag_ms, lag_bytes = _number(parameters, "lag_ms"), _number(parameters, "lag_bytes")
+            position = _position(parameters, "min_lsn")
             wait = min((_number(parameters, "wait_ms") or 0) / 1000, _LONGEST_WAIT_SECONDS)
-            if wait and limits.min_position is not None and path in _CONDITIONS:
-                await monitor.find_replica(_CONDITIONS[path], min_position=limits.min_position, max_wait=wait)
+            if wait and position is not None and path in _CONDITIONS:
+                await monitor.find_replica(_CONDITIONS[path], min_position=position, max_wait=wait)
+            limits = Limits(lag_ms, lag_bytes, None if position is None else monitor.replayed(position))
         if path in _CONDITIONS:
             return self._choice.replica(monitor.status, _CONDITIONS[path], limits)
         return self._choice.most_in_sync(monitor.status, limits or Limits())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -18,16 +18,16 @@ class Limits:
     Attributes:
         lag_ms: the highest lag in milliseconds; ``None`` for the monitor's own limit.
         lag_bytes: the highest lag in bytes; ``None`` for the monitor's own limit.
-        min_position: the WAL position in bytes that it must have replayed.
+        among: the replicas to choose from; ``None`` for all.
     """
 
     lag_ms: int | None = None
     lag_bytes: int | None = None
-    min_position: int | None = None
+    among: Container[str] | None = None
 
     def admit(self, host: HostStatus, condition: SyncCondition | None) -> bool:
         """Return whether `host` will do; without a condition, a limit that is not given does not count."""
-        if self.min_position is not None and (host.position is None or host.position < self.min_position):
+        if self.among is not None and host.host not in self.among:
             return False
         match condition:
             case None:

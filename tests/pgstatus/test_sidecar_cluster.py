@@ -1,0 +1,69 @@
+"""The sidecar and its client on a real cluster."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.support.database import eventually
+from tests.support.server import http_client, serve
+
+from ctxdb_pgstatus import HostMonitor, PgStatusClient
+from ctxdb_pgstatus.positions import format_position
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.testing import PostgresCluster
+
+
+@asynccontextmanager
+async def sidecar(cluster: PostgresCluster) -> AsyncIterator[tuple[str, HostMonitor]]:
+    """Serve a cluster's status, and yield the URL."""
+    monitor = HostMonitor(cluster.hosts, port=cluster.primary.port, user="postgres", poll_interval=0.2)
+    async with monitor:
+        history = History()
+        app = SidecarApp(history)
+        app.monitor = monitor
+        monitor.on_change(history.note)
+        async with serve(app, http="httptools") as url:
+            yield url, monitor
+
+
+async def test_a_failover_is_answered_to_clients(cluster: PostgresCluster) -> None:
+    first, second, third = cluster.hosts
+    async with sidecar(cluster) as (url, monitor), http_client(url) as http, PgStatusClient(url, max_age=0) as client:
+        assert (await http.get("/master")).text == first
+        assert await client.find_replicas() == {second, third}
+        assert await client.confirm_master(first)
+        assert {await client.sync_by_time_and_bytes() for _ in range(4)} == {second, third}
+
+        await cluster.primary.kill()
+        await eventually(lambda: monitor.status.master is None, "the master is not missed")
+        assert (await http.get("/master")).status_code == 404
+        assert (await http.get("/health")).status_code == 503
+        assert await client.master() is None
+        assert not await client.confirm_master(first)
+
+        await cluster.standbys[0].promote()
+        # A request that is not to be answered from memory need not wait for the next poll.
+        assert (await http.get("/master", headers={"cache-control": "no-cache"})).text == second
+        assert await client.master() == second
+        assert await client.confirm_master(second)
+        assert [each["role"] for each in (await http.get("/hosts")).json()] == [None, "master", "replica"]
+        page = (await http.get("/")).text
+    assert f"{second} is the master" in page
+    assert f"{first} does not answer" in page
+
+
+async def test_what_was_written_is_read_where_it_has_been_replayed(cluster: PostgresCluster) -> None:
+    first, second, third = cluster.hosts
+    async with sidecar(cluster) as (url, _), http_client(url) as http, PgStatusClient(url) as client:
+        for standby in cluster.standbys:
+            await standby.pause_replay()
+        position = await cluster.primary.write_wal(100_000)
+        assert await client.find_replica(min_position=position) == first
+        assert (await http.get("/replica", params={"min_lsn": format_position(position)})).text == first
+        # One goes on: it is waited for.
+        await cluster.standbys[1].resume_replay()
+        assert await client.find_replica(min_position=position, max_wait=20) == third
+        assert await client.find_replica(min_position=position) == third
+        assert second in await client.find_replicas()
