@@ -18,9 +18,8 @@ from sqlalchemy.engine import make_url
 from tests.support.database import eventually
 from tests.support.server import http_client
 
-from ctxdb_demo.embedded_postgres import EmbeddedPostgres
 from ctxdb_pgstatus import PgStatusClient
-from ctxdb_pgstatus.testing import PostgresCluster
+from ctxdb_pgstatus.testing import EmbeddedPostgres, PostgresCluster
 
 PASSWORD = "hunter2-and-more"
 
