@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import os
+import signal
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,9 +16,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
-from tests.support.database import Database, eventually
+from tests.support.database import Database, eventually, insert
 
 from ctxdb_core import DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 SELECT_PID = text("SELECT pg_backend_pid()")
@@ -359,3 +364,224 @@ async def test_a_creator_may_return_one_engine_for_ever(database: Database) -> N
         await db.close()
         assert connections == database.connections
     assert database.connections == 2
+
+
+async def _pids(db: DBConnect, count: int) -> set[int]:
+    """Use `count` connections at once, and return their server processes."""
+    sessions = [await db.create_session() for _ in range(count)]
+    pids: set[int] = {await session.scalar(SELECT_PID) for session in sessions}
+    for session in sessions:
+        await session.close()
+    return pids
+
+
+async def test_a_host_that_is_kept_gets_its_connections_back_when_it_returns(
+    switching: DBConnect, hosts: Hosts
+) -> None:
+    engine = await switching.engine()
+    pids = await _pids(switching, 3)
+    await switching.change_host("new", keep=["old"])
+    assert await _host(switching) == "new"
+    assert hosts.connections("old") == 3
+    await switching.change_host("old", keep=["new"])
+    assert await switching.engine() is engine
+    assert await _pids(switching, 3) == pids
+    assert hosts.created == ["old", "new"]
+    assert hosts.connections("new") == 1
+
+
+async def test_hosts_that_take_turns_need_one_engine_each(hosts: Hosts) -> None:
+    replicas = frozenset({"r1", "r2", "r3"})
+    turns = itertools.cycle(sorted(replicas))
+
+    async def take_turns(db: DBConnect) -> None:
+        await db.change_host(next(turns), keep=replicas)
+
+    async with DBConnect(hosts, before_create_session_handler=take_turns) as db:
+        served = [await _host(db) for _ in range(30)]
+        assert served == ["r1", "r2", "r3"] * 10
+        assert hosts.database.connections == 3
+        tasks = [asyncio.create_task(_host(db)) for _ in range(60)]
+        assert Counter(await asyncio.gather(*tasks)) == {"r1": 20, "r2": 20, "r3": 20}
+    assert hosts.created == ["r1", "r2", "r3"]
+    await eventually(lambda: not hosts.database.backends("true"), "closing has left connections to kept hosts")
+
+
+async def test_hosts_that_are_not_kept_any_more_are_left(switching: DBConnect, hosts: Hosts) -> None:
+    await _host(switching)
+    await switching.change_host("new", keep=["old", "never used"])
+    await _host(switching)
+    assert hosts.connections("old") == 1
+    # Also where new sessions go to that host already.
+    await switching.change_host("new")
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
+    assert hosts.connections("new") == 1
+    await switching.change_host("old", keep=["new"])
+    await switching.change_host("third", keep=["new"])
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
+    assert hosts.connections("new") == 1
+    assert hosts.created == ["old", "new", "old", "third"]
+
+
+async def test_a_session_on_a_host_that_stops_being_kept_goes_on_to_its_end(switching: DBConnect, hosts: Hosts) -> None:
+    session = await switching.create_session()
+    pid = await session.scalar(SELECT_PID)
+    await switching.change_host("new", keep=["old"])
+    await switching.change_host("new")
+    assert await session.scalar(SELECT_PID) == pid
+    await session.close()
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
+
+
+async def test_an_engine_that_cannot_be_made_leaves_the_kept_ones_as_they_were(
+    switching: DBConnect, hosts: Hosts
+) -> None:
+    pids = await _pids(switching, 2)
+    await switching.change_host("new", keep=["old"])
+    hosts.fail_for.add("third")
+    with pytest.raises(LookupError):
+        await switching.change_host("third")
+    assert await _host(switching) == "new"
+    await switching.change_host("old", keep=["new"])
+    assert await _pids(switching, 2) == pids
+
+
+async def test_what_is_kept_is_a_collection_of_hosts(switching: DBConnect) -> None:
+    with pytest.raises(TypeError, match=r"keep=\['r1'\]"):
+        await switching.change_host("new", keep="r1")
+    assert switching.host == "old"
+
+
+async def test_events_name_the_host_of_each_session(hosts: Hosts) -> None:
+    turns = itertools.cycle(["r1", "r2"])
+
+    async def take_turns(db: DBConnect) -> None:
+        await db.change_host(next(turns), keep=["r1", "r2"])
+
+    async with DBConnect(hosts, before_create_session_handler=take_turns) as db:
+        told: list[tuple[str, str]] = []
+        db.on_event(lambda event: told.append((type(event).__name__, event.host)))
+        for _ in range(2):
+            async with new_db_ctx():
+                session = await db_session(db)
+                # The next one has taken its turn before this one has begun.
+                async with new_non_ctx_session(db):
+                    await session.scalar(SELECT_PID)
+    of_first = ["SessionOpened", "TransactionBegun", "TransactionCommitted", "SessionClosed"]
+    assert [name for name, host in told if host == "r1"] == of_first * 2
+    assert [name for name, host in told if host == "r2"] == ["SessionOpened", "SessionClosed"] * 2
+
+
+async def test_kept_engines_of_several_loops_are_reused_by_each_of_them(hosts: Hosts) -> None:
+    async with DBConnect(hosts, host="r1") as db:
+        keep = ["r1", "r2"]
+        step = threading.Barrier(2)
+        first: list[set[int]] = []
+
+        async def use_all() -> dict[str, set[int]]:
+            return {host: await _pids_on(host) for host in keep}
+
+        async def _pids_on(host: str) -> set[int]:
+            await db.change_host(host, keep)
+            return await _pids(db, 2)
+
+        async def in_another_loop() -> None:
+            await asyncio.to_thread(step.wait)
+            first.extend((await use_all()).values())
+            await asyncio.to_thread(step.wait)
+            await asyncio.to_thread(step.wait)
+            assert [*(await use_all()).values()] == first
+            await asyncio.to_thread(step.wait)
+            # Left by the other loop, it is closed on this one as well.
+            await asyncio.to_thread(step.wait)
+            await eventually(lambda: hosts.connections("r1") == 0, "r1 still has connections")
+
+        other = asyncio.create_task(asyncio.to_thread(asyncio.run, in_another_loop()))
+        mine = await use_all()
+        for _ in range(2):
+            await asyncio.to_thread(step.wait)
+        assert await use_all() == mine
+        assert not {pid for pids in first for pid in pids} & {pid for pids in mine.values() for pid in pids}
+        for _ in range(2):
+            await asyncio.to_thread(step.wait)
+        assert hosts.connections("r1") == 4
+        await db.change_host("r2")
+        await asyncio.to_thread(step.wait)
+        await other
+        assert Counter(hosts.created) == {"r1": 2, "r2": 2}
+
+
+async def test_hosts_take_turns_under_many_sessions_while_one_of_them_comes_and_goes(hosts: Hosts) -> None:
+    turns = itertools.count()
+    alive = ["r1", "r2", "r3"]
+
+    async def take_turns(db: DBConnect) -> None:
+        await db.change_host(alive[next(turns) % len(alive)], keep=frozenset(alive))
+
+    served: Counter[str] = Counter()
+    stop = False
+
+    async with DBConnect(hosts, before_create_session_handler=take_turns) as db:
+
+        async def work() -> None:
+            while not stop:
+                served[await _host(db)] += 1
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(work())
+            for _ in range(3):
+                await eventually(lambda: served["r3"] > 3, "no session on r3")
+                alive.remove("r3")
+                await eventually(lambda: hosts.connections("r3") == 0, "r3 still has connections")
+                served.clear()
+                alive.append("r3")
+            await eventually(lambda: served["r3"] > 3, "no session on r3")
+            stop = True
+        assert Counter(hosts.created) == {"r1": 1, "r2": 1, "r3": 4}
+
+
+async def test_a_dbconnect_that_is_thrown_away_closes_the_connections_to_kept_hosts(hosts: Hosts) -> None:
+    db = DBConnect(hosts, host="thrown")
+    await _host(db)
+    await db.change_host("other", keep=["thrown"])
+    await _host(db)
+    assert hosts.connections("thrown") == 1
+    hosts.database.engines.clear()
+    del db
+    gc.collect()
+    await eventually(lambda: not hosts.database.backends("true"), "its connections are still open")
+
+
+async def test_a_shared_transaction_holds_for_kept_hosts_too(hosts: Hosts, database: Database) -> None:
+    async with DBConnect(hosts, host="r1") as db:
+        await _host(db)
+        await db.change_host("r2", keep=["r1"])
+        async with shared_transaction(db):
+            for host in ("r1", "r2", "r3"):
+                await db.change_host(host, keep=["r1", "r2"])
+                async with new_db_ctx():
+                    await insert(db, host)
+            assert await database.names() == []
+        assert db.host == "r2"
+        assert await _host(db) == "r2"
+        await db.change_host("r1", keep=["r2"])
+        assert await _host(db) == "r1"
+        assert hosts.connections("r1") == 1
+    assert await database.names() == []
+
+
+async def test_idle_connections_to_a_frozen_server_are_not_waited_for(
+    switching: DBConnect, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxdb_core._engine.CLOSE_SECONDS", 0.1)
+    pids = await _pids(switching, 3)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        await switching.change_host("new")
+        assert await _host(switching) == "new"
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")

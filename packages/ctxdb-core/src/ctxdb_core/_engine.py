@@ -43,6 +43,27 @@ class _Drain:
 _drains: WeakKeyDictionary[Engine, _Drain] = WeakKeyDictionary()
 
 
+CLOSE_SECONDS = 2.0
+"""How long an engine's idle connections have to be closed, before they are thrown away."""
+
+# A pool that makes no progress is not waited for, either.
+_MOST_ATTEMPTS = 100
+
+
+async def _dispose_in_time(engine: AsyncEngine) -> None:
+    """Close the idle connections, also if their server does not answer: a frozen one would never let go of them."""
+    seconds = CLOSE_SECONDS
+    for _ in range(_MOST_ATTEMPTS):
+        try:
+            async with asyncio.timeout(seconds):
+                await engine.dispose()
+        except TimeoutError:
+            # The one that it was waiting for has been thrown away: the drivers do so when they are interrupted.
+            seconds = CLOSE_SECONDS / 20
+        else:
+            return
+
+
 class LoopEngine:
     """An engine and its session maker, bound to the event loop that was running when they were made.
 
@@ -95,7 +116,7 @@ class LoopEngine:
             event.listen(self.engine.pool, "checkin", drain.close_returned)
         drain.active = True
         try:
-            await self.engine.dispose()
+            await _dispose_in_time(self.engine)
         finally:
             _live.discard(self)
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -20,6 +20,22 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetE
 from ctxdb_core.events import EventListener
 
 __all__ = ["DBConnect", "close_all", "default_session_maker"]
+
+LoopEngines: TypeAlias = dict[asyncio.AbstractEventLoop, LoopEngine]
+"""The engines of one host."""
+
+
+class HostEngines(NamedTuple):
+    """The engines of a `DBConnect`: those of its host, and those that are kept of others."""
+
+    host: str | None
+    current: LoopEngines
+    kept: dict[str, LoopEngines]
+
+    @property
+    def all(self) -> list[LoopEngine]:
+        """Each of them."""
+        return [engine for engines in (self.current, *self.kept.values()) for engine in engines.values()]
 
 
 def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
@@ -67,8 +83,9 @@ class DBConnect:
         self._session_maker_creator = session_maker_creator
         self._host = host
         self._before_create_session = before_create_session_handler
-        self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
-        # Guards `_host` and `_engines` together: another thread's event loop may use the same object.
+        self._engines: LoopEngines = {}
+        self._kept: dict[str, LoopEngines] = {}
+        # Guards `_host`, `_engines` and `_kept` together: another thread's event loop may use the same object.
         self._lock = threading.Lock()
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
 
@@ -115,23 +132,50 @@ class DBConnect:
         await self.change_host(host)
         self._loop_engine()
 
-    async def change_host(self, host: str) -> None:
+    async def change_host(self, host: str, keep: Collection[str] = ()) -> None:
         """Send new sessions to `host` from now on; does nothing if they go there already.
 
-        Sessions that exist stay on the old host. Its idle connections are closed now, the others when their sessions
-        give them back. If the new engine cannot be made, everything stays as it was.
+        Sessions that exist stay on the host that they were made for. The idle connections to a host that is left are
+        closed now, the others when their sessions give them back. If the new engine cannot be made, everything stays as
+        it was.
+
+        Args:
+            host: where new sessions go.
+            keep: other hosts that are not left for good, such as the replicas that take turns: their engines and
+                connections are kept, and used again by a change back to them. Those of all others are closed, also if
+                an earlier call has kept them.
 
         Raises:
             HostNotSetError: `host` is empty (a ``ValueError``, too).
+            ArgumentTypeError: `keep` is a string, not a collection of them (a ``TypeError``, too).
         """
         _check_host(host)
+        if host == self._host and (not self._kept or self._kept.keys() <= set(keep)):
+            return
+        if left := self._switch(host, keep):
+            await _attempt_all([engine.retire for engine in left])
+
+    def _switch(self, host: str, keep: Collection[str]) -> list[LoopEngine]:
+        """Change the host, and return the engines that have to retire for it."""
+        if isinstance(keep, str):
+            raise ArgumentTypeError(
+                f"keep={keep!r} is one string: give a collection of hosts, as in `keep=[{keep!r}]`."
+            )
         with self._lock:
-            if host == self._host:
-                return
-            engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
-            old, self._engines = self._engines, {engine.loop: engine}
-            self._host = host
-        await _attempt_all([engine.retire for engine in old.values()])
+            # Not changed in place, as it is read without the lock.
+            kept = dict(self._kept)
+            if host != self._host:
+                engines = kept.pop(host, {})
+                loop = asyncio.get_running_loop()
+                if loop not in engines:
+                    engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
+                    engines = {**_without_ended(engines), loop: engine}
+                if self._host is not None:
+                    kept[self._host] = self._engines
+                self._host, self._engines = host, engines
+            left = [kept.pop(other) for other in [*kept] if other not in keep]
+            self._kept = kept
+        return [engine for engines in left for engine in engines.values()]
 
     async def session_maker(self) -> async_sessionmaker[AsyncSession]:
         """Return the session maker of the current host and event loop.
@@ -203,8 +247,9 @@ class DBConnect:
         The object can be used again afterwards: it makes a new engine.
         """
         with self._lock:
-            old, self._engines = self._engines, {}
-        await _attempt_all([engine.retire for engine in old.values()])
+            old = self._host_engines()
+            self._engines, self._kept = {}, {}
+        await _attempt_all([engine.retire for engine in old.all])
 
     async def __aenter__(self) -> Self:
         return self
@@ -215,20 +260,25 @@ class DBConnect:
         await self.close()
 
     def __del__(self) -> None:
-        for engine in getattr(self, "_engines", {}).values():
-            engine.abandon()
+        if hasattr(self, "_kept"):
+            for engine in self._host_engines().all:
+                engine.abandon()
 
     def __repr__(self) -> str:
         host = "None" if self._host is None else repr(without_secrets(self._host))
         return f"<{type(self).__name__} host={host}>"
 
+    def _host_engines(self) -> HostEngines:
+        return HostEngines(self._host, self._engines, self._kept)
+
     def _replace_engines(
-        self, engine_creator: EngineCreator, engines: dict[asyncio.AbstractEventLoop, LoopEngine], host: str | None
-    ) -> tuple[EngineCreator, dict[asyncio.AbstractEventLoop, LoopEngine], str | None]:
+        self, engine_creator: EngineCreator, engines: HostEngines
+    ) -> tuple[EngineCreator, HostEngines]:
         """Go on with what is given, and return what there was: for the testing tools, which put it back."""
         with self._lock:
-            replaced = self._engine_creator, self._engines, self._host
-            self._engine_creator, self._engines, self._host = engine_creator, engines, host
+            replaced = self._engine_creator, self._host_engines()
+            self._engine_creator = engine_creator
+            self._host, self._engines, self._kept = engines
         return replaced
 
     def _loop_engine(self) -> LoopEngine:
@@ -245,9 +295,7 @@ class DBConnect:
             engine = self._engines.get(loop)
             if engine is None:
                 engine = LoopEngine(self._host, self._engine_creator, self._session_maker_creator)
-                # Engines of loops that have ended went with them.
-                self._engines = {other: kept for other, kept in self._engines.items() if not other.is_closed()}
-                self._engines[loop] = engine
+                self._engines = {**_without_ended(self._engines), loop: engine}
             return engine
 
 
@@ -272,6 +320,11 @@ _INSTEAD = {
     "engine, host='...')`.",
     "TransactionContext": " A TransactionContext has blocks of its own: `async with context.transaction():`.",
 }
+
+
+def _without_ended(engines: LoopEngines) -> LoopEngines:
+    """Leave out the engines of loops that have ended, as they went with them."""
+    return {loop: engine for loop, engine in engines.items() if not loop.is_closed()}
 
 
 def _check_host(host: str) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from ctxdb_core import _session_end
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core.connect import DBConnect, HostEngines, check_database
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection
@@ -84,8 +84,8 @@ class SharedTransaction:
                 event.remove(engine, name, listener)
         while self._replaced:
             db, replaced = self._replaced.pop()
-            _, loop_engines, _ = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
-            for loop_engine in loop_engines.values():
+            _, shared = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
+            for loop_engine in shared.all:
                 loop_engine.abandon()
             _active.discard(db)
         if self._shared.problems:
@@ -97,10 +97,10 @@ class SharedTransaction:
         def create(host: str) -> AsyncEngine:
             return create_shared_engine(original, self._shared, lenient=False)
 
-        replaced = db._replace_engines(create, {}, db.host)  # noqa: SLF001 - the core's own
+        replaced = db._replace_engines(create, HostEngines(db.host, {}, {}))  # noqa: SLF001 - the core's own
         self._replaced.append((db, replaced))
         _active.add(db)
-        for loop_engine in replaced[1].values():
+        for loop_engine in replaced[1].all:
             engine = loop_engine.engine.sync_engine
             if engine not in self._guarded:
                 self._guarded.append(engine)
