@@ -106,6 +106,10 @@ class Database:
         """Return the last queries of this database's server processes that fulfil `condition`."""
         return [row[0] for row in self._select_backends("query", condition)]
 
+    def backend_pids(self, condition: str) -> list[int]:
+        """Return this database's server processes that fulfil `condition`."""
+        return [row[0] for row in self._select_backends("pid", condition)]
+
     def terminate_backends(self, condition: str = "true") -> int:
         """Kill this database's server processes that fulfil `condition`, and return how many these were."""
         return len(self._select_backends("pg_terminate_backend(pid, 5000)", condition))

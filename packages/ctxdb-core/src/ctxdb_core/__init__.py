@@ -1,6 +1,6 @@
 """SQLAlchemy sessions from the context: one unit of work per request, ended before its response leaves."""
 
-from ctxdb_core.connect import DBConnect, close_all, default_session_maker
+from ctxdb_core.connect import DBConnect, EngineListener, close_all, default_session_maker
 from ctxdb_core.errors import (
     AbandonedWorkError,
     ArgumentTypeError,
@@ -29,7 +29,7 @@ from ctxdb_core.events import (
     TransactionCommitted,
     TransactionRolledBack,
 )
-from ctxdb_core.isolation import IsolationLevel
+from ctxdb_core.isolation import IsolationLevel, is_autocommit, is_read_only
 from ctxdb_core.lifecycle import (
     begin,
     finalize,
@@ -69,6 +69,7 @@ __all__ = [
     "DBConnect",
     "DBEvent",
     "DeadlineExceededError",
+    "EngineListener",
     "EventListener",
     "HostNotSetError",
     "IsolationLevel",
@@ -102,8 +103,10 @@ __all__ = [
     "default_session_maker",
     "finalize",
     "gather_in_new_ctx",
+    "is_autocommit",
     "is_conflict",
     "is_context_initiated",
+    "is_read_only",
     "new_db_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",

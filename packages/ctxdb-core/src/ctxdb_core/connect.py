@@ -19,7 +19,10 @@ from ctxdb_core._url import create_engine, host_of, without_secrets
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
-__all__ = ["DBConnect", "close_all", "default_session_maker"]
+__all__ = ["DBConnect", "EngineListener", "close_all", "default_session_maker"]
+
+EngineListener: TypeAlias = Callable[[str, AsyncEngine], object]
+"""Called with a host and the engine that was made for it."""
 
 LoopEngines: TypeAlias = dict[asyncio.AbstractEventLoop, LoopEngine]
 """The engines of one host."""
@@ -88,6 +91,7 @@ class DBConnect:
         # Guards `_host`, `_engines` and `_kept` together: another thread's event loop may use the same object.
         self._lock = threading.Lock()
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
+        self._engine_listeners: tuple[EngineListener, ...] = ()
 
     @classmethod
     def from_url(
@@ -168,8 +172,7 @@ class DBConnect:
                 engines = kept.pop(host, {})
                 loop = asyncio.get_running_loop()
                 if loop not in engines:
-                    engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
-                    engines = {**_without_ended(engines), loop: engine}
+                    engines = {**_without_ended(engines), loop: self._make_engine(host)}
                 if self._host is not None:
                     kept[self._host] = self._engines
                 self._host, self._engines = host, engines
@@ -241,6 +244,17 @@ class DBConnect:
                 self._observer = Observer(None)
         return self._observer.add(listener)
 
+    def on_engine(self, listener: EngineListener) -> None:
+        """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.
+
+        It is called before the engine is used, on the event loop that the engine is for, or else now. It must not use
+        this object.
+        """
+        with self._lock:
+            self._engine_listeners = (*self._engine_listeners, listener)
+            for engine in self._host_engines().all:
+                listener(engine.host, engine.engine)
+
     async def close(self) -> None:
         """Close every connection: the idle ones now, the others when their sessions give them back.
 
@@ -281,6 +295,12 @@ class DBConnect:
             self._host, self._engines, self._kept = engines
         return replaced
 
+    def _make_engine(self, host: str) -> LoopEngine:
+        engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
+        for listener in self._engine_listeners:
+            listener(host, engine.engine)
+        return engine
+
     def _loop_engine(self) -> LoopEngine:
         loop = asyncio.get_running_loop()
         engine = self._engines.get(loop)
@@ -294,7 +314,7 @@ class DBConnect:
                 )
             engine = self._engines.get(loop)
             if engine is None:
-                engine = LoopEngine(self._host, self._engine_creator, self._session_maker_creator)
+                engine = self._make_engine(self._host)
                 self._engines = {**_without_ended(self._engines), loop: engine}
             return engine
 

@@ -11,12 +11,14 @@ from ctxdb_pgstatus.errors import (
     PgStatusError,
     SidecarError,
 )
+from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
 from ctxdb_pgstatus.monitor import HostMonitor
 from ctxdb_pgstatus.source import HostSource
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
 __all__ = [
     "ClusterStatus",
+    "FollowHandler",
     "HostAddress",
     "HostListError",
     "HostMonitor",
@@ -31,4 +33,6 @@ __all__ = [
     "Role",
     "SidecarError",
     "SyncCondition",
+    "follow_master",
+    "follow_replica",
 ]

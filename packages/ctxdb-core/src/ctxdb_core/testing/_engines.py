@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -94,11 +95,15 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
         # SQLAlchemy asks each dialect class for this by itself.
         own = {"supports_statement_cache": kind.supports_statement_cache}
         shared_kind: type[Dialect] = type(f"Shared{kind.__name__}", (_SharedDialect, kind), own)
-        # What the original has learnt of the server, but not how it stops cancelled queries there.
+        # What the original has learnt of the server, but not what its methods were replaced by, which is about its own
+        # connections: how cancelled queries are stopped, for instance.
         dialect = shared_kind.__new__(shared_kind)
-        vars(dialect).update(
-            {name: value for name, value in vars(sync_engine.dialect).items() if name != "do_terminate"}
-        )
+        learnt = {
+            name: value
+            for name, value in vars(sync_engine.dialect).items()
+            if not inspect.isfunction(getattr(kind, name, None))
+        }
+        vars(dialect).update(learnt)
         _dialects[sync_engine] = dialect
     autocommit = is_autocommit(original)
     read_only = bool(sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))

@@ -1,0 +1,59 @@
+"""What is asked of a driver's connection itself, past SQLAlchemy: asyncpg's, psycopg's, or another one's."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
+
+__all__ = ["abort", "in_recovery", "is_open", "read_position"]
+
+# As a number: the drivers disagree about what a WAL position is.
+_POSITION = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::text"
+
+
+def is_open(connection: Any) -> bool:
+    """Return whether the connection is open, as far as its driver knows."""
+    if hasattr(connection, "is_closed"):
+        return not connection.is_closed()
+    return not getattr(connection, "closed", False)
+
+
+def abort(connection: Any) -> None:
+    """Cut the connection off without a word to its server: what waits for an answer fails at once."""
+    if hasattr(connection, "terminate"):
+        connection.terminate()
+    elif hasattr(connection, "pgconn"):
+        # psycopg would wait on for a socket that is closed under it; one that is shut down tells it.
+        with suppress(OSError, Exception), socket.socket(fileno=os.dup(connection.pgconn.socket)) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def in_recovery(connection: Any) -> bool:
+    """Return whether the server has said on this connection that it is a standby: PostgreSQL 14 and newer say so."""
+    if hasattr(connection, "get_settings"):
+        return getattr(connection.get_settings(), "in_hot_standby", None) == "on"
+    if hasattr(connection, "pgconn"):
+        return bool(connection.pgconn.parameter_status(b"in_hot_standby") == b"on")
+    return False
+
+
+def read_position(connection: PoolProxiedConnection) -> int:
+    """Return up to where the server has written its WAL, in bytes; the connection is in no transaction."""
+    adapted: Any = connection.dbapi_connection
+    driver_connection = adapted.driver_connection
+    if hasattr(driver_connection, "fetchval"):
+        # asyncpg: outside of the transaction that SQLAlchemy's cursor would begin.
+        return int(await_only(driver_connection.fetchval(_POSITION)))
+    cursor = adapted.cursor()
+    try:
+        cursor.execute(_POSITION)
+        (position,) = cursor.fetchone()
+    finally:
+        cursor.close()
+        adapted.rollback()
+    return int(position)

@@ -1,0 +1,295 @@
+"""`FollowedEngine`: an engine on one host of a cluster, which lets go of the host when the cluster does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+from weakref import WeakSet, ref
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from ctxdb_core import DBConnect
+from ctxdb_pgstatus import _driver
+from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
+from ctxdb_pgstatus._positions import Positions, current_positions
+from ctxdb_pgstatus.errors import PgStatusError
+
+__all__ = ["FollowedEngine", "Follower"]
+
+logger = logging.getLogger("ctxdb_pgstatus")
+
+WATCH_SECONDS = 0.1
+"""How often the cluster is looked at while connections are in use."""
+
+_READ_ONLY_SQL_TRANSACTION = "25006"
+
+
+class Follower(Protocol):
+    """Who decides on which host an engine is used."""
+
+    guard: CommitGuard | None
+    connect_timeout: float
+
+    async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
+        """Return the engine that sessions of `db` are to use now; ``None`` if it is not a host's, but a test's."""
+
+    def is_fit(self, host: str, positions: Positions) -> bool:
+        """Return whether `host` has what the running code has to see."""
+
+    async def review(self) -> None:
+        """Leave the hosts that the cluster has left."""
+
+    def report_failure(self, host: str) -> None:
+        """Have a host looked at."""
+
+
+class _HostLeftError(PgStatusError):
+    """The host was left while a connection to it was waited for: to be chosen again."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"{host!r} was left, as it does not answer, or is not the master any more: open a new session."
+        )
+
+
+class _Wait:
+    """A task that waits for a connection."""
+
+    __slots__ = ("cancelling", "interrupted", "task")
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.cancelling = task.cancelling()
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        """Let the task stop waiting."""
+        if not self.interrupted:
+            self.interrupted = True
+            self.task.cancel()
+
+    def end(self) -> bool:
+        """Return whether the task was cancelled by `interrupt` alone."""
+        return self.interrupted and self.task.uncancel() <= self.cancelling
+
+
+class FollowedEngine:
+    """Stands in for ``Engine.raw_connection``, which every transaction takes its connection from.
+
+    Each time, the host is checked: if it was left meanwhile, or has not replayed what the running code has written, the
+    connection is one to another host instead. So a session that has no transaction open moves along, and a request that
+    waits in the pool of a host that was left waits no longer.
+
+    Args:
+        engine: the engine.
+        host: where it leads to.
+        db: whose engine it is.
+        follower: who decides.
+    """
+
+    def __init__(self, engine: AsyncEngine, host: str, db: ref[DBConnect], follower: Follower) -> None:
+        self.host = host
+        self.is_left = False
+        """Whether nobody may use the host any more."""
+        self._sync_engine = sync_engine = engine.sync_engine
+        self._db = db
+        self._follower = follower
+        self._waits: set[_Wait] = set()
+        self._connections: WeakSet[Any] = WeakSet()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_watching = False
+        self._review: asyncio.Task[None] | None = None
+        event.listen(sync_engine, "connect", self._connected)
+        event.listen(sync_engine, "handle_error", self._handle_error)
+        self._take_from_pool = sync_engine.raw_connection
+        sync_engine.raw_connection = self.raw_connection  # type: ignore[method-assign]  # there is no event for it
+        dialect: Any = sync_engine.dialect
+        self._connect: Callable[..., Any] = dialect.connect
+        dialect.connect = self._connect_in_time
+        if follower.guard is not None:
+            follower.guard.attach(sync_engine)
+
+    @classmethod
+    def of(cls, engine: Engine) -> FollowedEngine | None:
+        """Return what stands in for `engine`, if something does."""
+        followed = getattr(vars(engine).get("raw_connection"), "__self__", None)
+        return followed if isinstance(followed, cls) else None
+
+    # --- taking connections -------------------------------------------------------------------------------------------
+
+    def raw_connection(self) -> PoolProxiedConnection:
+        """Return a connection from the pool: to this host, or to another one if this is not the right one any more.
+
+        Raises:
+            NoMasterError, NoReplicaError: there is no right one.
+        """
+        positions = current_positions.get()
+        followed = self
+        while True:
+            if followed.is_left or (positions is not None and not self._follower.is_fit(followed.host, positions)):
+                chosen = await_only(self._choose(positions))
+                if chosen is None:
+                    return self._take_from_pool()
+                followed = chosen
+            try:
+                return followed._take(positions)  # noqa: SLF001 - its own
+            except _HostLeftError:
+                # It was left; the loop finds out what there is instead.
+                continue
+
+    async def _choose(self, positions: Positions | None) -> FollowedEngine | None:
+        db = self._db()
+        if db is None:
+            raise PgStatusError(
+                f"This session was made for {self.host!r}, which the cluster has left, by a DBConnect that is gone: "
+                "there is nobody to ask for another host. Keep the DBConnect as long as its sessions."
+            )
+        return await self._follower.choose(db, positions)
+
+    def _take(self, positions: Positions | None) -> PoolProxiedConnection:
+        self._watch()
+        wait = _Wait()
+        self._waits.add(wait)
+        try:
+            connection = self._take_from_pool()
+        except asyncio.CancelledError:
+            if wait.end():
+                raise _HostLeftError(self.host) from None
+            raise
+        except Exception as exc:
+            if wait.interrupted:
+                wait.end()
+                raise _HostLeftError(self.host) from exc
+            raise
+        finally:
+            self._waits.discard(wait)
+        if wait.interrupted:
+            # The connection had been on its way already; so may have been a cancellation by somebody else.
+            wait.end()
+            connection.close()
+            raise _HostLeftError(self.host)
+        guard = self._follower.guard
+        if guard is not None and (state := state_of(connection)) is not None:
+            guard.begin(connection, state, positions)
+        return connection
+
+    def _connect_in_time(self, *args: Any, **options: Any) -> Any:
+        """Stand in for ``Dialect.connect``."""
+        if self.is_left:
+            raise _HostLeftError(self.host)
+        try:
+            return await_only(self._connect_within_limit(*args, **options))
+        except Exception:
+            self._follower.report_failure(self.host)
+            raise
+
+    async def _connect_within_limit(self, *args: Any, **options: Any) -> Any:
+        seconds = self._follower.connect_timeout
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await greenlet_spawn(self._connect, *args, **options)
+        except TimeoutError as exc:
+            if limit.expired():
+                raise TimeoutError(f"{self.host!r} has not accepted a connection within {seconds:g} seconds.") from exc
+            raise
+
+    def _connected(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        ConnectionState(self, self.host).keep(record.info)
+        self._connections.add(dbapi_connection.driver_connection)
+
+    def _handle_error(self, context: ExceptionContext) -> None:
+        connection = context.connection
+        error = context.original_exception
+        if connection is None or connection.closed or connection.invalidated:
+            return
+        if not isinstance(error, context.dialect.loaded_dbapi.Error):
+            return
+        state = state_of(connection)
+        if state is None:
+            return
+        adapted: Any = connection.connection.dbapi_connection
+        if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
+            # A transaction that the user has made read-only is refused with the same code.
+            if not _driver.in_recovery(adapted.driver_connection):
+                return
+            context.is_disconnect = True
+        if context.is_disconnect:
+            self._follower.report_failure(state.host)
+            if state.engine is self and self.is_left and isinstance(context.sqlalchemy_exception, StatementError):
+                context.sqlalchemy_exception.add_detail(
+                    f"ctxdb: {state.host!r} was left while it was in use, as it does not answer, or is not the master "
+                    "any more"
+                )
+
+    # --- leaving the host ---------------------------------------------------------------------------------------------
+
+    def leave(self, *, abort: bool) -> None:
+        """Let nobody use the host any more, until it is returned to. May be called on any event loop.
+
+        Args:
+            abort: whether to cut off the connections in use: the host is dead, or not to be believed.
+        """
+        self.is_left = True
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        if loop is asyncio.get_running_loop():
+            self._leave(abort)
+        else:
+            loop.call_soon_threadsafe(self._leave, abort)
+
+    def _leave(self, abort: bool) -> None:  # noqa: FBT001 - passed on by `call_soon_threadsafe`
+        for wait in list(self._waits):
+            wait.interrupt()
+        if abort and any(map(_driver.is_open, self._connections)):
+            for connection in list(self._connections):
+                _driver.abort(connection)
+            # What is left of them must not be handed out, should the host be returned to.
+            self._sync_engine.dispose(close=False)
+
+    def return_to_host(self) -> None:
+        """Let the host be used again."""
+        self.is_left = False
+
+    def _watch(self) -> None:
+        """Look at the cluster now and then, while there may be somebody who waits for an answer of this host."""
+        if not self._is_watching:
+            self._is_watching = True
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_later(WATCH_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._is_watching = False
+        if self._is_in_use:
+            self._watch()
+            if self._review is None or self._review.done():
+                assert self._loop is not None
+                self._review = self._loop.create_task(_logged(self._follower.review()))
+
+    @property
+    def _is_in_use(self) -> bool:
+        if self._waits:
+            return True
+        pool = self._sync_engine.pool
+        if isinstance(pool, QueuePool) and not self.is_left and pool.checkedout():
+            return True
+        # Another pool cannot tell; and of a host that was left, nothing idle is left.
+        return (self.is_left or not isinstance(pool, QueuePool)) and any(map(_driver.is_open, self._connections))
+
+
+async def _logged(review: Awaitable[None]) -> None:
+    try:
+        await review
+    except Exception:
+        logger.warning("The cluster could not be looked at", exc_info=True)

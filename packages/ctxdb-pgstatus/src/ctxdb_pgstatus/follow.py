@@ -1,0 +1,248 @@
+"""`follow_master` and `follow_replica`: `DBConnect`s that go where the master is, or a replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeAlias
+from weakref import WeakSet, ref
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ctxdb_core import DBConnect
+from ctxdb_pgstatus._commit_guard import CommitGuard
+from ctxdb_pgstatus._followed_engine import FollowedEngine
+from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
+from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError
+from ctxdb_pgstatus.source import HostSource
+from ctxdb_pgstatus.status import SyncCondition
+
+__all__ = ["FollowHandler", "follow_master", "follow_replica"]
+
+FollowHandler: TypeAlias = Callable[[DBConnect], Awaitable[None]]
+"""A ``before_create_session_handler`` of `DBConnect`."""
+
+# How long the connections to a master are kept that has answered in the place of a replica.
+_FALLBACK_SECONDS = 30.0
+
+
+def follow_master(
+    source: HostSource,
+    *,
+    confirm_commits: bool = True,
+    confirm_timeout: float = 5.0,
+    connect_timeout: float = 5.0,
+) -> FollowHandler:
+    """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to the master.
+
+    Without a master they fail at once, also those that are waiting for a connection. When the master changes, sessions
+    that have no transaction open move along; connections to a host that has died, or that says wrongly that it is the
+    master, are cut off.
+
+    Args:
+        source: who knows the master, such as a ``HostMonitor``.
+        confirm_commits: ask after each commit that may have written something whether its host is still the master. All
+            that are waiting for the answer share the question.
+        confirm_timeout: how many seconds the answer may take.
+        connect_timeout: how many seconds a connection may take to be opened.
+
+    Raises:
+        OptionError: a number of seconds is not positive.
+    """
+    _check_seconds("confirm_timeout", confirm_timeout)
+    _check_seconds("connect_timeout", connect_timeout)
+    guard = CommitGuard(source, confirm=confirm_commits, timeout=confirm_timeout)
+    return _MasterFollower(source, guard, connect_timeout)
+
+
+def follow_replica(
+    source: HostSource,
+    sync: SyncCondition | None = None,
+    *,
+    wait: float = 0.1,
+    connect_timeout: float = 5.0,
+) -> FollowHandler:
+    """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to replicas, in turn.
+
+    The connections to all living replicas are kept. Where no replica will do, the master answers, and a replica again
+    as soon as one does. Code that has written through a `follow_master` on the same source reads what it has written.
+
+    Args:
+        source: who knows the replicas, such as a ``HostMonitor``.
+        sync: by which lag a replica has to be in sync; by default, all that live are good enough.
+        wait: how many seconds to wait for a replica that has what the running code has written, before the master is
+            asked instead.
+        connect_timeout: how many seconds a connection may take to be opened.
+
+    Raises:
+        OptionError: `sync` is no such condition, `wait` is negative, or `connect_timeout` is not positive.
+    """
+    if sync not in (None, "time", "bytes", "time_or_bytes", "time_and_bytes"):
+        raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
+    if not wait >= 0:
+        raise OptionError(f"wait={wait}: give seconds, 0 or more.")
+    _check_seconds("connect_timeout", connect_timeout)
+    want_positions(source)
+    return _ReplicaFollower(source, sync, wait, connect_timeout)
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise OptionError(f"{name}={seconds}: give seconds, more than 0.")
+
+
+class _Follower:
+    """What following the master and following replicas have in common."""
+
+    def __init__(self, source: HostSource, guard: CommitGuard | None, connect_timeout: float) -> None:
+        self.source = source
+        self.guard = guard
+        self.connect_timeout = connect_timeout
+        self._dbs: WeakSet[DBConnect] = WeakSet()
+        self._engines: WeakSet[FollowedEngine] = WeakSet()
+
+    async def __call__(self, db: DBConnect) -> None:
+        """Have the next session of `db` go where it should."""
+        await self.choose(db, None)
+
+    async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
+        """Change the host of `db` to the right one; return its engine on this loop, unless that is a test's.
+
+        Args:
+            db: whose host to change.
+            positions: of the running code, if they are known.
+
+        Raises:
+            NoMasterError, NoReplicaError: there is none.
+        """
+        raise NotImplementedError
+
+    def is_fit(self, host: str, positions: Positions) -> bool:
+        """Return whether `host` has what the running code has to see."""
+        raise NotImplementedError
+
+    async def review(self) -> None:
+        """Leave the hosts that the cluster has left, and return to those that it has returned to."""
+        in_use, alive = await self._hosts()
+        for engine in list(self._engines):
+            if engine.host in in_use:
+                engine.return_to_host()
+            else:
+                engine.leave(abort=engine.host not in alive)
+
+    def report_failure(self, host: str) -> None:
+        """Have a host looked at."""
+        self.source.report_failure(host)
+
+    async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the hosts that may be used, and those that are in order."""
+        raise NotImplementedError
+
+    def _accompany(self, db: DBConnect) -> None:
+        """Follow the engines of `db`, those that there are and those to come."""
+        if db not in self._dbs:
+            self._dbs.add(db)
+            db.on_engine(partial(self._follow, ref(db)))
+
+    def _follow(self, db: ref[DBConnect], host: str, engine: AsyncEngine) -> None:
+        # Of a test's shared transaction, nothing is to be followed: all of it is on one connection.
+        if engine.dialect.driver != "shared" and FollowedEngine.of(engine.sync_engine) is None:
+            self._engines.add(FollowedEngine(engine, host, db, self))
+
+
+class _MasterFollower(_Follower):
+    async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
+        self._accompany(db)
+        while True:
+            host = await self.source.find_master()
+            if host is None:
+                # Whoever waits for a connection need not wait any longer.
+                await self.review()
+                raise NoMasterError(
+                    "The cluster has no master at the moment. Answer 503 and let the client try again: the next "
+                    "session after an election goes to the new master."
+                )
+            if host != db.host:
+                # Before the idle connections to the old host are closed: a dead one would not answer.
+                await self.review()
+                await db.change_host(host)
+            engine = FollowedEngine.of((await db.engine()).sync_engine)
+            if engine is None or engine.host == host:
+                break
+        if engine is not None:
+            engine.return_to_host()
+            if positions is None and positions_wanted(self.source):
+                Positions.of_task()
+        return engine
+
+    def is_fit(self, host: str, positions: Positions) -> bool:
+        return True
+
+    async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
+        master = await self.source.find_master()
+        masters = frozenset(() if master is None else (master,))
+        return masters, masters | await self.source.find_replicas()
+
+
+class _ReplicaFollower(_Follower):
+    def __init__(self, source: HostSource, sync: SyncCondition | None, wait: float, connect_timeout: float) -> None:
+        super().__init__(source, None, connect_timeout)
+        self._sync = sync
+        self._wait = wait
+        self._fallback: str | None = None
+        self._fallback_until = 0.0
+
+    async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
+        self._accompany(db)
+        if positions is None:
+            positions = Positions.of_task()
+        while True:
+            position = positions.required(self.source)
+            host = await self._find(position, self._wait if positions.wait is None else positions.wait)
+            if host is None:
+                await self.review()
+                raise NoReplicaError(
+                    "No host of the cluster answers at the moment. Answer 503 and let the client try again."
+                )
+            replicas = await self.source.find_replicas()
+            keep = replicas
+            if self._fallback is not None or (host not in replicas and replicas):
+                keep = self._with_fallback(host, replicas)
+            if db.host is not None and db.host != host and db.host not in keep:
+                await self.review()
+            await db.change_host(host, keep)
+            engine = FollowedEngine.of((await db.engine()).sync_engine)
+            if engine is None or engine.host == host:
+                break
+        if engine is not None:
+            engine.return_to_host()
+            if position is not None:
+                positions.see_on(self.source, host, position)
+        return engine
+
+    async def _find(self, position: int | None, wait: float) -> str | None:
+        if position is None:
+            return await self.source.find_replica(self._sync)
+        if position == UNKNOWN_POSITION:
+            wait = 0.0
+        return await self.source.find_replica(self._sync, min_position=position, max_wait=wait)
+
+    def _with_fallback(self, host: str, replicas: frozenset[str]) -> frozenset[str]:
+        """Return the hosts to keep, and the master among them as long as replicas that lag need it now and then."""
+        now = asyncio.get_running_loop().time()
+        if host not in replicas and replicas:
+            self._fallback, self._fallback_until = host, now + _FALLBACK_SECONDS
+        elif now > self._fallback_until:
+            self._fallback = None
+        return replicas if self._fallback is None else replicas | {self._fallback}
+
+    def is_fit(self, host: str, positions: Positions) -> bool:
+        return positions.is_seen_on(self.source, host)
+
+    async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
+        master = await self.source.find_master()
+        alive = await self.source.find_replicas()
+        if master is not None:
+            alive |= {master}
+        return alive, alive

@@ -1,0 +1,425 @@
+"""`follow_master` and `follow_replica`, with a source that says what a test wants it to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
+from tests.support.database import Database, eventually, insert
+from tests.support.hosts import HOST, FakeSource, Hosts, host_of
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core.testing import shared_transaction
+from ctxdb_pgstatus import NoMasterError, NoReplicaError, OptionError, follow_master, follow_replica
+from ctxdb_pgstatus._followed_engine import FollowedEngine
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    return FakeSource()
+
+
+@pytest.fixture
+def hosts(database: Database) -> Hosts:
+    return Hosts(database)
+
+
+@pytest.fixture
+async def master(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
+    async with DBConnect(hosts, before_create_session_handler=follow_master(source)) as db:
+        yield db
+
+
+@pytest.fixture
+async def replica(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
+    async with DBConnect(hosts, before_create_session_handler=follow_replica(source)) as db:
+        yield db
+
+
+@contextmanager
+def frozen(hosts: Hosts, host: str) -> Iterator[None]:
+    """Stop the server processes that serve `host`."""
+    pids = hosts.pids(host)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def _all_waiting(hosts: Hosts, host: str, count: int) -> None:
+    await eventually(
+        lambda: len(hosts.database.backends(f"application_name = '{host}' AND query ~ 'pg_sleep'")) == count,
+        f"not {count} queries on {host}",
+    )
+
+
+# --- the master -------------------------------------------------------------------------------------------------------
+
+
+async def test_sessions_go_to_the_master(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+    assert await host_of(master) == "n1"
+    source.master, source.replicas = "n2", ("n1", "n3")
+    assert await host_of(master) == "n2"
+    async with new_db_ctx():
+        assert await (await db_session(master)).scalar(HOST) == "n2"
+    await eventually(lambda: not hosts.pids("n1"), "connections are left on the old master")
+
+
+async def test_without_a_master_sessions_fail_at_once(master: DBConnect, source: FakeSource) -> None:
+    source.master = None
+    with pytest.raises(NoMasterError, match="503"):
+        await host_of(master)
+    source.master = "n1"
+    assert await host_of(master) == "n1"
+
+
+async def test_requests_that_wait_in_the_pool_fail_when_the_master_has_gone(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            session = await stack.enter_async_context(new_non_ctx_session(master))
+            await session.scalar(HOST)
+        waiting = [asyncio.create_task(host_of(master)) for _ in range(20)]
+        await asyncio.sleep(0)
+        source.master, source.replicas = None, ("n1", "n2", "n3")
+        # The pool's time-out is a minute; and the two connections in use are alive, and left alone.
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(result) for result in results} == {NoMasterError}
+        assert await session.scalar(HOST) == "n1"
+        source.master = "n1"
+    assert await host_of(master) == "n1"
+
+
+async def test_requests_that_wait_in_the_pool_move_to_the_new_master(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            session = await stack.enter_async_context(new_non_ctx_session(master))
+            await session.scalar(HOST)
+        waiting = [asyncio.create_task(host_of(master)) for _ in range(20)]
+        await asyncio.sleep(0)
+        source.master, source.replicas = "n2", ("n1", "n3")
+        async with asyncio.timeout(10):
+            assert set(await asyncio.gather(*waiting)) == {"n2"}
+        assert await session.scalar(HOST) == "n1"
+    await eventually(lambda: not hosts.pids("n1"), "connections are left on the old master")
+
+
+async def test_requests_stuck_on_a_frozen_host_fail_when_it_is_known_to_be_dead(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async def sleep() -> None:
+        async with new_non_ctx_session(master) as session:
+            await session.execute(text("SELECT pg_sleep(1000)"))
+
+    stuck = [asyncio.create_task(sleep()) for _ in range(2)]
+    await _all_waiting(hosts, "n1", 2)
+    waiting = [asyncio.create_task(host_of(master)) for _ in range(5)]
+    with frozen(hosts, "n1"):
+        source.master, source.replicas = None, ("n2", "n3")
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*stuck, return_exceptions=True)
+            waited = await asyncio.gather(*waiting, return_exceptions=True)
+        for result in results:
+            assert isinstance(result, DBAPIError)
+            assert result.connection_invalidated
+            assert "'n1' was left while it was in use" in str(result)
+        assert {type(result) for result in waited} == {NoMasterError}
+        source.master, source.replicas = "n2", ("n3",)
+        async with asyncio.timeout(10):
+            assert await host_of(master) == "n2"
+    # Thawed, the server goes on with its queries: it has not noticed that their clients have gone.
+    hosts.database.terminate_backends("query ~ 'pg_sleep'")
+    await eventually(lambda: not hosts.pids("n1"), "connections are left on the frozen host")
+
+
+async def test_a_frozen_host_with_idle_connections_is_left_at_once(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    await asyncio.gather(*(host_of(master) for _ in range(2)))
+    with frozen(hosts, "n1"):
+        source.master, source.replicas = "n2", ("n3",)
+        before = asyncio.get_running_loop().time()
+        assert await host_of(master) == "n2"
+        # It would have two seconds to close them.
+        assert asyncio.get_running_loop().time() - before < 1
+    await eventually(lambda: not hosts.pids("n1"), "connections are left on the frozen host")
+
+
+async def test_a_host_that_becomes_the_master_again_works_at_once(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with new_non_ctx_session(master) as session:
+        await session.scalar(HOST)
+        source.master, source.replicas = None, ("n2", "n3")
+        with pytest.raises(NoMasterError):
+            await host_of(master)
+        # It was cut off.
+        with pytest.raises(DBAPIError):
+            await session.scalar(HOST)
+    source.master = "n1"
+    for _ in range(3):
+        assert await host_of(master) == "n1"
+
+
+async def test_a_session_between_transactions_moves_with_the_master(
+    master: DBConnect, source: FakeSource, database: Database
+) -> None:
+    async with new_non_ctx_session(master) as session:
+        assert await session.scalar(HOST) == "n1"
+        await session.commit()
+        source.master, source.replicas = "n2", ("n1", "n3")
+        assert await host_of(master) == "n2"
+        assert await session.scalar(HOST) == "n2"
+        await session.execute(text("INSERT INTO item VALUES ('a')"))
+        await session.commit()
+        assert source.confirmed[-1] == "n2"
+    assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize("first", ["left", "cancelled"])
+async def test_a_request_that_is_cancelled_while_its_host_is_left_is_cancelled(
+    master: DBConnect, source: FakeSource, first: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            session = await stack.enter_async_context(new_non_ctx_session(master))
+            await session.scalar(HOST)
+        engine = FollowedEngine.of((await master.engine()).sync_engine)
+        assert engine is not None
+        waiting = asyncio.create_task(host_of(master))
+        await eventually(lambda: bool(engine._waits), "nobody waits")
+        if first == "cancelled":
+            waiting.cancel()
+        engine.leave(abort=False)
+        if first == "left":
+            waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not engine._waits
+
+
+async def test_a_request_that_gets_its_connection_when_its_host_is_left_gives_it_back(
+    master: DBConnect, source: FakeSource, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await host_of(master)
+    engine = FollowedEngine.of((await master.engine()).sync_engine)
+    assert engine is not None
+    take_from_pool = engine._take_from_pool
+
+    def take_too_late() -> PoolProxiedConnection:
+        connection = take_from_pool()
+        source.master, source.replicas = "n2", ("n1", "n3")
+        asyncio.get_running_loop().call_soon(partial(engine.leave, abort=False))
+        # As `asyncio.wait_for` does on Python 3.11 where the result is there already.
+        with suppress(asyncio.CancelledError):
+            await_only(asyncio.sleep(60))
+        return connection
+
+    monkeypatch.setattr(engine, "_take_from_pool", take_too_late)
+    task = asyncio.create_task(host_of(master))
+    assert await task == "n2"
+    assert task.cancelling() == 0
+
+
+async def test_a_host_that_accepts_no_connection_is_not_waited_for(database: Database, source: FakeSource) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    handler = follow_master(source, connect_timeout=0.05)
+    url = database.url.replace(f":{database.server.port}/", f":{port}/")  # type: ignore[union-attr]  # on PostgreSQL
+    async with server, DBConnect.from_url(url) as other:
+        engine = await other.engine()
+        async with DBConnect(lambda host: engine, before_create_session_handler=handler) as db:
+            with pytest.raises(TimeoutError, match=r"'n1' has not accepted a connection within 0.05 seconds"):
+                await host_of(db)
+    assert source.failures == ["n1"]
+
+
+async def test_a_refused_connection_is_reported(database: Database, source: FakeSource) -> None:
+    url = database.url.replace("127.0.0.1", "127.0.0.9")
+    async with DBConnect.from_url(url) as other:
+        engine = await other.engine()
+        async with DBConnect(lambda host: engine, before_create_session_handler=follow_master(source)) as db:
+            with pytest.raises(ConnectionRefusedError):
+                await host_of(db)
+    assert source.failures == ["n1"]
+
+
+async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+    async with new_non_ctx_session(master) as session:
+        await session.scalar(HOST)
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(DBAPIError):
+            await session.scalar(HOST)
+    assert source.failures == ["n1"]
+
+
+async def test_an_error_of_a_statement_is_not_reported(master: DBConnect, source: FakeSource) -> None:
+    async with new_non_ctx_session(master) as session:
+        with pytest.raises(DBAPIError):
+            await session.execute(text("SELECT 1 / 0"))
+    assert source.failures == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_users_own_read_only_transaction_drops_no_pool(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    await host_of(master)
+    pids = hosts.pids("n1")
+    async with new_non_ctx_session(master) as session:
+        await session.execute(text("SET TRANSACTION READ ONLY"))
+        with pytest.raises(DBAPIError, match="read-only") as raised:
+            await session.execute(text("INSERT INTO item VALUES ('a')"))
+        assert not raised.value.connection_invalidated
+    assert source.failures == []
+    assert hosts.pids("n1") == pids
+
+
+async def test_engines_are_followed_on_every_loop(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+    used, moved = threading.Event(), threading.Event()
+    served: list[str] = []
+
+    async def use() -> None:
+        served.append(await host_of(master))
+        async with new_non_ctx_session(master) as session:
+            served.append(await session.scalar(HOST))
+            used.set()
+            await asyncio.to_thread(moved.wait)
+            # It was cut off, by the other loop's change.
+            with pytest.raises(DBAPIError):
+                await eventually_fails(session)
+        served.append(await host_of(master))
+
+    async def eventually_fails(session: object) -> None:
+        while True:
+            await session.scalar(HOST)  # type: ignore[attr-defined]
+
+    other = asyncio.create_task(asyncio.to_thread(asyncio.run, use()))
+    await asyncio.to_thread(used.wait)
+    source.master, source.replicas = "n2", ("n3",)
+    assert await host_of(master) == "n2"
+    moved.set()
+    await other
+    assert served == ["n1", "n1", "n2"]
+    assert hosts.created == {"n1": 1, "n2": 2}
+
+
+async def test_an_engine_that_there_is_already_is_followed(hosts: Hosts, source: FakeSource) -> None:
+    async with DBConnect(hosts, host="n1", before_create_session_handler=follow_master(source)) as db:
+        engine = await db.engine()
+        await host_of(db)
+        async with engine.begin() as connection:
+            await connection.execute(text("INSERT INTO item VALUES ('a')"))
+    assert source.confirmed == ["n1"]
+
+
+async def test_a_shared_transaction_asks_nobody(
+    master: DBConnect, replica: DBConnect, source: FakeSource, database: Database
+) -> None:
+    await host_of(master)
+    await host_of(replica)
+    source.confirms = False
+    async with shared_transaction(master, replica):
+        async with new_db_ctx():
+            await insert(master, "a")
+        source.master, source.replicas = "n2", ("n1", "n3")
+        async with new_db_ctx():
+            await insert(master, "b")
+        for _ in range(3):
+            async with new_db_ctx():
+                session = await db_session(replica)
+                assert (await session.scalars(text("SELECT name FROM item ORDER BY name"))).all() == ["a", "b"]
+    assert source.confirmed == []
+    assert await database.names() == []
+    assert await host_of(master) == "n2"
+
+
+@pytest.mark.parametrize(
+    "options", [{"confirm_timeout": 0}, {"connect_timeout": -1}, {"connect_timeout": float("inf")}], ids=str
+)
+def test_seconds_are_positive(options: dict[str, float], source: FakeSource) -> None:
+    with pytest.raises(OptionError, match=next(iter(options))):
+        follow_master(source, **options)  # type: ignore[arg-type]  # of floats
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+async def test_replicas_take_turns_with_few_connections(replica: DBConnect, hosts: Hosts) -> None:
+    served: Counter[str] = Counter()
+
+    async def read() -> None:
+        for _ in range(50):
+            served[await host_of(replica)] += 1
+
+    await asyncio.gather(*(read() for _ in range(20)))
+    assert served == {"n2": 500, "n3": 500}
+    # The pools have two connections each.
+    assert hosts.database.connections == 4
+    assert hosts.created == {"n2": 1, "n3": 1}
+
+
+async def test_the_master_answers_where_no_replica_is_left_and_gives_way_again(
+    replica: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
+    source.replicas = ()
+    assert {await host_of(replica) for _ in range(4)} == {"n1"}
+    await eventually(lambda: not hosts.pids("n2") and not hosts.pids("n3"), "connections are left on dead replicas")
+    source.replicas = ("n3",)
+    assert {await host_of(replica) for _ in range(4)} == {"n3"}
+    await eventually(lambda: not hosts.pids("n1"), "connections are left on the master")
+
+
+async def test_without_any_host_reads_fail_at_once(replica: DBConnect, source: FakeSource) -> None:
+    source.master, source.replicas = None, ()
+    with pytest.raises(NoReplicaError, match="503"):
+        await host_of(replica)
+
+
+async def test_a_frozen_replica_is_left_and_returns(replica: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+    assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            session = await stack.enter_async_context(new_non_ctx_session(replica))
+            await session.scalar(HOST)
+        # All connections of both are in use: half of these wait for n2's, half for n3's.
+        waiting = [asyncio.create_task(host_of(replica)) for _ in range(10)]
+        await asyncio.sleep(0)
+        with frozen(hosts, "n2"):
+            source.replicas = ("n3",)
+            await stack.aclose()
+            async with asyncio.timeout(10):
+                assert set(await asyncio.gather(*waiting)) == {"n3"}
+            assert {await host_of(replica) for _ in range(4)} == {"n3"}
+    await eventually(lambda: not hosts.pids("n2"), "connections are left on the frozen replica")
+    source.replicas = ("n2", "n3")
+    assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
+
+
+@pytest.mark.parametrize(("sync", "options"), [("often", {}), (None, {"wait": -1.0}), (None, {"connect_timeout": 0})])
+def test_what_cannot_be_followed_is_refused(sync: str | None, options: dict[str, float], source: FakeSource) -> None:
+    with pytest.raises(OptionError):
+        follow_replica(source, sync, **options)  # type: ignore[arg-type]  # the mistake
