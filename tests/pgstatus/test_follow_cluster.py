@@ -1,0 +1,271 @@
+"""`follow_master` and `follow_replica` on a real cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, insert, select, text
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from tests.support.followers import SERVER, Engines, following, monitoring, server_of, until
+from tests.support.hosts import FakeSource
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_pgstatus import HostMonitor, MasterChangedError, NoMasterError, follow_master, follow_replica
+from ctxdb_pgstatus.testing import PostgresCluster
+from ctxdb_starlette import DBSessionMiddleware
+
+numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+
+
+@pytest.fixture(autouse=True)
+async def table(cluster: PostgresCluster) -> None:
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+
+
+@pytest.fixture
+async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
+    async with monitoring(cluster) as monitor:
+        yield monitor
+
+
+@pytest.fixture
+async def forgetful(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
+    """A monitor that asks so seldom that it knows what has happened only if it is asked to look."""
+    async with monitoring(cluster, poll_interval=600, connect_timeout=5) as monitor:
+        yield monitor
+
+
+@pytest.fixture
+def engines(cluster: PostgresCluster) -> Engines:
+    return Engines(cluster)
+
+
+async def _write(db: DBConnect, number: int) -> None:
+    async with new_db_ctx():
+        await (await db_session(db)).execute(insert(numbers).values(number=number))
+
+
+async def _numbers(cluster: PostgresCluster) -> list[int]:
+    return [row[0] for row in await cluster.primary.execute("SELECT number FROM number ORDER BY number")]
+
+
+async def test_a_host_that_has_been_demoted_loses_its_pool_and_is_looked_at(
+    cluster: PostgresCluster, engines: Engines
+) -> None:
+    demoted = cluster.standbys[0]
+    source = FakeSource(master=demoted.host, replicas=())
+    async with following(engines, follow_master(source)) as db:
+        assert await server_of(db) == demoted.host
+        assert engines.connections[demoted.host] == 1
+        with pytest.raises(DBAPIError, match="read-only") as raised:
+            await _write(db, 1)
+        assert raised.value.connection_invalidated
+        assert source.failures == [demoted.host]
+        assert await server_of(db) == demoted.host
+        assert engines.connections[demoted.host] == 2
+
+
+async def test_a_commit_on_a_host_that_another_one_was_promoted_over_is_answered_as_an_error(
+    cluster: PostgresCluster, engines: Engines, forgetful: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    async with following(engines, follow_master(forgetful)) as db:
+
+        async def write(request: Request) -> Response:
+            session = await db_session(db)
+            await session.execute(insert(numbers).values(number=int(request.query_params["number"])))
+            return Response(status_code=201)
+
+        app = Starlette(routes=[Route("/", write, methods=["POST"])])
+        app.add_middleware(DBSessionMiddleware)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.post("/?number=1")).status_code == 201
+            await cluster.wait_for_replay()
+            await new.promote()
+            assert forgetful.master() == old.host
+            assert (await client.post("/?number=2")).status_code == 500
+            assert forgetful.master() == new.host
+            assert (await client.post("/?number=3")).status_code == 201
+        assert await _numbers(cluster) == [1, 3]
+        await until(lambda: _none_left(engines, old.host, cluster))
+
+
+async def _none_left(engines: Engines, host: str, cluster: PostgresCluster) -> bool:
+    (node,) = [node for node in cluster.nodes if node.host == host]
+    return await engines.left_on(node) == 0
+
+
+async def test_a_commit_on_a_host_that_was_frozen_and_thawed_raises(
+    cluster: PostgresCluster, engines: Engines, forgetful: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    async with following(engines, follow_master(forgetful)) as db, new_non_ctx_session(db) as session:
+        await session.execute(insert(numbers).values(number=1))
+        await old.freeze()
+        commit = asyncio.create_task(session.commit())
+        await new.promote()
+        await old.thaw()
+        with pytest.raises(MasterChangedError, match=old.host):
+            await commit
+        await _write(db, 2)
+    assert await _numbers(cluster) == [2]
+
+
+async def test_an_old_master_that_returns_as_one_gets_no_write(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    async with following(engines, follow_master(monitor)) as db:
+        await _write(db, 1)
+        await cluster.wait_for_replay()
+        await old.kill()
+        with pytest.raises((OSError, DBAPIError, NoMasterError)):
+            await _write(db, 2)
+        await new.promote()
+        await until(lambda: monitor.master() == new.host)
+        await _write(db, 3)
+        await old.start()
+        await monitor.poll()
+        for number in range(4, 10):
+            await _write(db, number)
+        assert await _numbers(cluster) == [1, 3, *range(4, 10)]
+        assert [row[0] for row in await old.execute("SELECT number FROM number")] == [1]
+
+
+async def test_requests_stuck_on_a_frozen_master_fail_when_the_monitor_has_noticed(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    async with following(engines, follow_master(monitor)) as db:
+        await asyncio.gather(*(server_of(db) for _ in range(2)))
+        await old.freeze()
+        # Two on the connections that there are, the others in the pool's queue.
+        stuck = [asyncio.create_task(server_of(db)) for _ in range(10)]
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*stuck, return_exceptions=True)
+        assert Counter(type(result) for result in results) == {DBAPIError: 2, NoMasterError: 8}
+        with pytest.raises(NoMasterError):
+            await server_of(db)
+        await new.promote()
+        await until(lambda: monitor.master() == new.host)
+        assert await server_of(db) == new.host
+        await _write(db, 1)
+        await old.thaw()
+        await until(lambda: _none_left(engines, old.host, cluster))
+    assert await _numbers(cluster) == [1]
+
+
+async def test_reading_on_the_master_needs_no_confirmation(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    async with following(engines, follow_master(monitor)) as db, new_non_ctx_session(db) as session:
+        await session.execute(select(numbers))
+        await new.promote()
+        await session.commit()
+        assert old.host != new.host
+
+
+async def test_replicas_are_balanced_over_few_connections(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    served: Counter[str] = Counter()
+
+    async with following(engines, follow_replica(monitor, "bytes")) as db:
+
+        async def read() -> None:
+            for _ in range(50):
+                served[await server_of(db)] += 1
+
+        await asyncio.gather(*(read() for _ in range(20)))
+    assert served == {node.host: 500 for node in cluster.standbys}
+    assert engines.connections.total() <= 5
+
+
+async def test_without_replicas_the_master_answers_until_one_returns(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    async with following(engines, follow_replica(monitor)) as db:
+        standbys = {node.host for node in cluster.standbys}
+        assert {await server_of(db) for _ in range(4)} == standbys
+        for node in cluster.standbys:
+            await node.kill()
+        await until(lambda: not monitor.status.replicas())
+        assert {await server_of(db) for _ in range(4)} == {cluster.primary.host}
+        first, second = cluster.standbys
+        await first.start()
+        await until(lambda: len(monitor.status.replicas()) == 1)
+        assert {await server_of(db) for _ in range(4)} == {first.host}
+        assert await engines.left_on(cluster.primary) == 0
+        await second.start()
+        await until(lambda: len(monitor.status.replicas()) == 2)
+        assert {await server_of(db) for _ in range(4)} == standbys
+
+
+async def test_a_replica_that_is_promoted_is_left_by_its_readers(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    new, other = cluster.standbys
+    async with following(engines, follow_replica(monitor)) as db:
+        assert {await server_of(db) for _ in range(4)} == {new.host, other.host}
+        # One of two that follow each other is on each of them.
+        async with new_non_ctx_session(db) as one, new_non_ctx_session(db) as another:
+            session = one if await one.scalar(SERVER) == new.host else another
+            await new.promote()
+            await other.follow(new)
+            await until(lambda: monitor.master() == new.host)
+            await until(lambda: [each.host for each in monitor.status.replicas()] == [other.host])
+            # A reader that is at work is not disturbed.
+            assert await session.scalar(SERVER) == new.host
+        assert {await server_of(db) for _ in range(4)} == {other.host}
+        await until(lambda: _none_left(engines, new.host, cluster))
+
+
+async def test_a_second_event_loop_follows_the_same_monitor(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    new = cluster.standbys[0]
+    async with (
+        following(engines, follow_master(monitor)) as master,
+        following(Engines(cluster, "readers"), follow_replica(monitor)) as replica,
+    ):
+
+        async def work(number: int) -> str:
+            await _write(master, number)
+            async with new_non_ctx_session(replica) as session:
+                assert number in (await session.scalars(select(numbers.c.number))).all()
+            return await server_of(master)
+
+        def in_thread(number: int) -> str:
+            return asyncio.run(work(number))
+
+        assert await asyncio.gather(work(1), asyncio.to_thread(in_thread, 2)) == [cluster.primary.host] * 2
+        await cluster.wait_for_replay()
+        await new.promote()
+        await cluster.standbys[1].follow(new)
+        await until(lambda: monitor.master() == new.host)
+        assert await asyncio.gather(work(3), asyncio.to_thread(in_thread, 4)) == [new.host] * 2
+    assert await _numbers(cluster) == [1, 2, 3, 4]
+
+
+async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_pool(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    async with following(engines, follow_master(monitor)) as db:
+        async with new_non_ctx_session(db) as session:
+            await session.execute(text("SET TRANSACTION READ ONLY"))
+            with pytest.raises(DBAPIError, match="read-only"):
+                await session.execute(insert(numbers).values(number=1))
+        await _write(db, 2)
+        assert engines.connections.total() == 1

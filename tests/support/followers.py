@@ -1,0 +1,77 @@
+"""`DBConnect`s that follow a real cluster, and what is seen of them on its hosts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from ctxdb_core import DBConnect, new_non_ctx_session
+from ctxdb_pgstatus import FollowHandler, HostMonitor
+from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
+
+SERVER = text("SELECT host(inet_server_addr())")
+
+
+class Engines:
+    """Makes the engines of a `DBConnect` on the hosts of a cluster, and counts their connections."""
+
+    def __init__(self, cluster: PostgresCluster, name: str = "followers", **options: Any) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 60, **options}
+        self.connections: Counter[str] = Counter()
+        self.statements: Counter[str] = Counter()
+
+    def __call__(self, host: str) -> AsyncEngine:
+        engine = create_async_engine(
+            f"postgresql+asyncpg://postgres@{host}:{self.cluster.port}/postgres",
+            connect_args={"server_settings": {"application_name": self.name}},
+            **self.options,
+        )
+        event.listen(engine.sync_engine, "connect", lambda *args: self.connections.update([host]))
+        return engine
+
+    async def left_on(self, node: PostgresNode) -> int:
+        """Return how many of these connections are open on a host."""
+        count: int = await node.fetch_value(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", self.name
+        )
+        return count
+
+
+@asynccontextmanager
+async def monitoring(cluster: PostgresCluster, **options: Any) -> AsyncIterator[HostMonitor]:
+    """Monitor a cluster, and know all of its hosts."""
+    options = {"poll_interval": 0.4, "connect_timeout": 1.0, **options}
+    async with HostMonitor(cluster.hosts, port=cluster.port, user="postgres", **options) as monitor:
+        await until(lambda: len(monitor.status.replicas()) == len(cluster.standbys) and monitor.master() is not None)
+        yield monitor
+
+
+@asynccontextmanager
+async def following(engines: Engines, handler: FollowHandler) -> AsyncIterator[DBConnect]:
+    async with DBConnect(engines, before_create_session_handler=handler) as db:
+        yield db
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 30.0) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(seconds):
+        while True:
+            result = condition()
+            if result is True or (not isinstance(result, bool) and await result):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def server_of(db: DBConnect) -> str:
+    """Return the address of the server that a new session is served by."""
+    async with new_non_ctx_session(db) as session:
+        address: str = await session.scalar(SERVER)
+        return address
