@@ -19,7 +19,7 @@ from tests.support.litestar_app import Ask, Injected, litestar_app
 from tests.support.server import http_client, serve
 
 from ctxdb_core import ContextClosedError, ContextNotInitiatedError, DBConnect, commit_2xx, db_session, new_db_ctx
-from ctxdb_litestar import CtxDBPlugin
+from ctxdb_litestar import CtxDBPlugin, EnclosingPlugin
 
 # --- in the application -----------------------------------------------------------------------------------------------
 
@@ -54,6 +54,32 @@ async def test_routes_that_are_registered_later_are_inside(db: DBConnect, databa
     app.register(Router("/later", route_handlers=[write]))
     assert (await (await ask(app)).post("/later")).status_code == 201
     assert await database.names() == ["one"]
+
+
+async def test_an_enclosing_middleware_is_around_everything_and_sees_a_response_after_its_commit(
+    db: DBConnect, database: Database, ask: Ask
+) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    def note(app: Any) -> Any:
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            async def note_start(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    seen.append((scope["path"], await database.names()))
+                await send(message)
+
+            await app(scope, receive, note_start)
+
+        return noting
+
+    @post("/")
+    async def write() -> None:
+        await insert(db, "one")
+
+    client = await ask(Litestar([write], plugins=[CtxDBPlugin(db), EnclosingPlugin(note)], logging_config=None))
+    assert (await client.post("/")).status_code == 201
+    assert (await client.get("/nowhere")).status_code == 404
+    assert seen == [("/", ["one"]), ("/nowhere", ["one"])]
 
 
 async def test_an_init_hook_can_add_the_plugins_work_as_well(db: DBConnect, database: Database, ask: Ask) -> None:

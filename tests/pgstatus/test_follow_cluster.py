@@ -250,12 +250,12 @@ async def test_a_second_event_loop_follows_the_same_monitor(
         def in_thread(number: int) -> str:
             return asyncio.run(work(number))
 
-        assert await asyncio.gather(work(1), asyncio.to_thread(in_thread, 2)) == [cluster.primary.host] * 2
+        assert {*await asyncio.gather(work(1), asyncio.to_thread(in_thread, 2))} == {cluster.primary.host}
         await cluster.wait_for_replay()
         await new.promote()
         await cluster.standbys[1].follow(new)
         await until(lambda: monitor.master() == new.host)
-        assert await asyncio.gather(work(3), asyncio.to_thread(in_thread, 4)) == [new.host] * 2
+        assert {*await asyncio.gather(work(3), asyncio.to_thread(in_thread, 4))} == {new.host}
     assert await _numbers(cluster) == [1, 2, 3, 4]
 
 

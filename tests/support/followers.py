@@ -26,7 +26,6 @@ class Engines:
         self.name = name
         self.options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 60, **options}
         self.connections: Counter[str] = Counter()
-        self.statements: Counter[str] = Counter()
 
     def __call__(self, host: str) -> AsyncEngine:
         engine = create_async_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,6 +57,8 @@ class Exchange:
     """A response that was not let through."""
     failure: BaseException
     """Why it was not."""
+    replaced: Mapping[str, Any] | None = None
+    """What the writer's methods were replaced by before, if they are replaced now."""
 
     def __init__(self, unit: UnitOfWork, commit_policy: CommitPolicy, request: web.Request) -> None:
         self.unit = unit
@@ -194,7 +197,10 @@ class Exchange:
         self._watch_writer()
 
     def _watch_writer(self) -> None:
-        if "write_headers" not in vars(self.writer):
+        if self.replaced is None:
+            # Middlewares further out may watch it, too.
+            methods = vars(self.writer)
+            self.replaced = {name: methods[name] for name in ("write_headers", "write_eof") if name in methods}
             self.forward_head, self.forward_eof = self.writer.write_headers, self.writer.write_eof
             self.writer.write_headers, self.writer.write_eof = self.write_headers, self.end_body
 
@@ -265,9 +271,12 @@ class Exchange:
             raise ConnectionResetError("The response was replaced by a 500.") from error
 
     def _leave(self) -> None:
-        methods = vars(self.writer)
-        methods.pop("write_headers", None)
-        methods.pop("write_eof", None)
+        replaced, self.replaced = self.replaced, None
+        if replaced is not None:
+            methods = vars(self.writer)
+            methods.pop("write_headers", None)
+            methods.pop("write_eof", None)
+            methods.update(replaced)
         if self.task is not None:
             # It may serve many more requests.
             self.task.remove_done_callback(self._clean_up)

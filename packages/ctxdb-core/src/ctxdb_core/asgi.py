@@ -25,6 +25,7 @@ __all__ = [
     "Send",
     "answer_commit_error",
     "commit_error",
+    "has_unit_of_work",
 ]
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -149,6 +150,14 @@ class ASGIHTTPDBSessionMiddleware:
             raise exchange.failure
         if not exchange.finish_idle():
             await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
+
+
+def has_unit_of_work(scope: Scope) -> bool:
+    """Return whether the request has come through an `ASGIHTTPDBSessionMiddleware` that has not ended its unit of work.
+
+    For middlewares that have to be outside of it.
+    """
+    return REQUEST_KEY in scope
 
 
 def commit_error(scope: Scope) -> Exception | None:

@@ -1,5 +1,5 @@
 """ctxdb for Litestar: the request's SQLAlchemy transaction, ended before its response leaves."""
 
-from ctxdb_litestar.plugin import CtxDBPlugin
+from ctxdb_litestar.plugin import CtxDBPlugin, EnclosingPlugin
 
-__all__ = ["CtxDBPlugin"]
+__all__ = ["CtxDBPlugin", "EnclosingPlugin"]

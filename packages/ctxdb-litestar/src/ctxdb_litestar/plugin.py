@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from litestar.config.app import AppConfig
+from litestar.exceptions import ImproperlyConfiguredException
 from litestar.handlers import BaseRouteHandler
 from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
@@ -23,7 +24,7 @@ from ctxdb_litestar.dependency import check_name, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
 from ctxdb_litestar.middleware import CommitErrorMiddleware
 
-__all__ = ["CtxDBPlugin"]
+__all__ = ["CtxDBPlugin", "EnclosingPlugin"]
 
 
 class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
@@ -110,6 +111,38 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
 
     async def _close(self) -> None:
         await close_all(*self._dbs)
+
+
+class EnclosingPlugin(InitPlugin, ReceiveRoutePlugin):
+    """Puts an ASGI middleware around the whole of a Litestar application, outside of its unit of work.
+
+    Litestar's own middlewares are inside of it: they see a response before its transactions have been committed. The
+    plugin comes after `CtxDBPlugin`: ``plugins=[CtxDBPlugin(db), EnclosingPlugin(middleware)]``.
+
+    Args:
+        middleware: called with an ASGI application, and returns another one.
+    """
+
+    def __init__(self, middleware: Callable[[ASGIApp], ASGIApp]) -> None:
+        self._middleware = middleware
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Check the place among the plugins.
+
+        Raises:
+            ImproperlyConfiguredException: `CtxDBPlugin` comes later.
+        """
+        later = app_config.plugins[app_config.plugins.index(self) :]
+        if any(isinstance(each, CtxDBPlugin) for each in later):
+            raise ImproperlyConfiguredException(
+                "EnclosingPlugin comes before CtxDBPlugin, and would be inside of the unit of work: list it after "
+                "that, `plugins=[CtxDBPlugin(db), EnclosingPlugin(middleware)]`."
+            )
+        return app_config
+
+    def receive_route(self, route: BaseRoute) -> None:
+        """Put the middleware around the application that a route was registered on."""
+        enclose(_handlers(route)[0].app, self._middleware, key=self)
 
 
 def _handlers(route: BaseRoute) -> Sequence[BaseRouteHandler]:

@@ -5,6 +5,7 @@ from ctxdb_pgstatus.client import PgStatusClient
 from ctxdb_pgstatus.errors import (
     HostListError,
     MasterChangedError,
+    MiddlewareOrderError,
     NoMasterError,
     NoReplicaError,
     OptionError,
@@ -13,6 +14,7 @@ from ctxdb_pgstatus.errors import (
 )
 from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
 from ctxdb_pgstatus.monitor import HostMonitor
+from ctxdb_pgstatus.read_your_writes import ReadYourWrites
 from ctxdb_pgstatus.source import HostSource
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
@@ -25,11 +27,13 @@ __all__ = [
     "HostSource",
     "HostStatus",
     "MasterChangedError",
+    "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
     "PgStatusClient",
     "PgStatusError",
+    "ReadYourWrites",
     "Role",
     "SidecarError",
     "SyncCondition",

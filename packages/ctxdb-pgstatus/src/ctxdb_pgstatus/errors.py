@@ -7,6 +7,7 @@ CtxDBError
     ├── NoMasterError        a session on the master was asked for while the cluster has none
     ├── NoReplicaError       a session for reading was asked for while no host of the cluster answers
     ├── MasterChangedError   a commit returned from a host that is not the master any more
+    ├── MiddlewareOrderError `ReadYourWrites` was put inside of the unit of work
     └── SidecarError         the sidecar could not be asked, and no answer of before is recent enough
 """
 
@@ -17,6 +18,7 @@ from ctxdb_core import CtxDBError
 __all__ = [
     "HostListError",
     "MasterChangedError",
+    "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
@@ -65,6 +67,20 @@ class MasterChangedError(PgStatusError):
     is likely to be lost there. The way out: answer an error; what is tried again goes to the master of then. Look first
     whether the write is there, as after any commit whose outcome is unknown.
     """
+
+
+class MiddlewareOrderError(PgStatusError):
+    """`ReadYourWrites` was put inside of the unit of work.
+
+    Raised at each request: from there, no commit is seen before the response starts. The way out is in the message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ReadYourWrites is inside of the unit of work, where nothing has been committed yet when a response "
+            "starts. On Starlette and FastAPI, call `app.add_middleware` for it after the one for DBSessionMiddleware, "
+            "as what is added later is further out; on Litestar, list its plugin after CtxDBPlugin."
+        )
 
 
 class SidecarError(PgStatusError):

@@ -1,0 +1,195 @@
+"""`ReadYourWrites`: a client that has written reads from a replica that has replayed it, or from the master."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+from weakref import WeakMethod
+
+from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send, has_unit_of_work
+from ctxdb_pgstatus._positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
+from ctxdb_pgstatus._token import TokenSigner
+from ctxdb_pgstatus.errors import MiddlewareOrderError, OptionError
+from ctxdb_pgstatus.source import HostSource
+
+__all__ = ["ReadYourWrites"]
+
+_SHORTEST_SECRET = 16
+# A token of RFC 9110, which names of cookies and of header fields both are.
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+class ReadYourWrites:
+    """Lets each client read what it has written, wherever it reads.
+
+    After a committed write, the response carries the WAL position after the commit in a signed cookie, or in a header
+    field. A request that brings it along reads from a replica that has replayed that position, after a short wait if
+    need be, and else from the master. Clients that have written nothing are not concerned.
+
+    It is added in one line, around the unit of work::
+
+        app.add_middleware(DBSessionMiddleware)  # Starlette and FastAPI: what is added later is further out
+        app.add_middleware(ReadYourWrites(monitor, secret=...))
+
+        Litestar(plugins=[CtxDBPlugin(db), EnclosingPlugin(ReadYourWrites(monitor, secret=...))])
+
+        ReadYourWrites(monitor, secret=...).setup(app)  # aiohttp
+
+    Writes are those through a `follow_master` on the same source, reads those through a `follow_replica`. What a
+    streamed body or a background task writes after the response has begun comes too late to be told to the client.
+
+    Args:
+        source: who knows the cluster.
+        secret: what the positions are signed with, at least 16 bytes; the same for all processes of the application.
+        max_age: for how many seconds a client's last write is remembered. It has to be longer than replicas may lag.
+        cookie: the name of the cookie. Two clusters behind one site need different ones.
+        header: the name of a header field of responses and requests, for clients without cookies; the cookie is not
+            used then.
+        wait: how many seconds to wait for a replica that has replayed a position, before the master is asked.
+        secure: whether the cookie is for HTTPS only; by default, if the request has come by HTTPS. Behind a proxy which
+            does not tell, say ``True``.
+
+    Raises:
+        OptionError: an option has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        source: HostSource,
+        *,
+        secret: str | bytes,
+        max_age: float = DEFAULT_MAX_AGE,
+        cookie: str = "ctxdb_position",
+        header: str | None = None,
+        wait: float = 0.1,
+        secure: bool | None = None,
+    ) -> None:
+        key = secret.encode() if isinstance(secret, str) else secret
+        if len(key) < _SHORTEST_SECRET:
+            raise OptionError(
+                f"`secret` has {len(key)} bytes: give at least {_SHORTEST_SECRET}, from `secrets.token_bytes(32)` for "
+                "instance."
+            )
+        if not 0 < max_age < float("inf"):
+            raise OptionError(f"max_age={max_age}: give seconds, more than 0.")
+        if not 0 <= wait < float("inf"):
+            raise OptionError(f"wait={wait}: give seconds, 0 or more.")
+        name = cookie if header is None else header
+        if _NAME.fullmatch(name) is None:
+            raise OptionError(f"{name!r} cannot be the name of a {'cookie' if header is None else 'header field'}.")
+        self.source = source
+        self._max_age = max_age
+        self._wait = wait
+        self._secure = secure
+        self._cookie = cookie if header is None else None
+        self._field = "set-cookie" if header is None else header.lower()
+        self._asked_field = b"cookie" if header is None else header.lower().encode()
+        self._signer = TokenSigner(key, name, max_age)
+        want_positions(source)
+
+    def __call__(self, app: ASGIApp) -> ASGIApp:
+        """Return an ASGI application that does what `app` does, and lets its clients read what they have written."""
+        return _ReadYourWritesMiddleware(app, self)
+
+    def setup(self, app: Any) -> None:
+        """Add it to an ``aiohttp.web.Application``, before or after `ctxdb_aiohttp.setup`."""
+
+        async def read_your_writes(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+            positions = self.begin(value.encode() for value in request.headers.getall(self._asked_field.decode(), ()))
+            # Each request has a context of its own, which lasts until its body is sent.
+            current_positions.set(positions)
+            writer = request.writer
+            # By weak reference, as what the writer has must not know it.
+            write_headers = WeakMethod(writer.write_headers)
+            is_https = request.scheme == "https"
+
+            async def write_headers_with_position(status_line: str, headers: Any) -> None:
+                # Here it is certain what was committed; the hook `on_response_prepare` comes before that.
+                if (value := self.value_for(positions, is_https=is_https)) is not None:
+                    headers.add(self._field, value)
+                forward = write_headers()
+                assert forward is not None, "it was called by way of the writer"
+                await forward(status_line, headers)
+
+            writer.write_headers = write_headers_with_position
+            return await handler(request)
+
+        # What `aiohttp.web.middleware` does, without an import of aiohttp.
+        read_your_writes.__middleware_version__ = 1  # type: ignore[attr-defined]
+        app.middlewares.insert(0, read_your_writes)
+
+    def begin(self, values: Iterable[bytes]) -> Positions:
+        """Return the positions of a request.
+
+        Args:
+            values: of the header field that it may bring a token in.
+        """
+        positions = Positions(self._max_age, self._wait)
+        for value in values:
+            # Of several, which were set for several paths, all are to be seen.
+            for token in self._tokens(value.decode("latin-1")):
+                position = self._signer.read(token)
+                if position is not None and position > (positions.required(self.source) or 0):
+                    positions.bring(self.source, position)
+        return positions
+
+    def _tokens(self, value: str) -> list[str]:
+        if self._cookie is None:
+            return [value.strip()]
+        pairs = (pair.partition("=") for pair in value.split(";") if self._cookie in pair)
+        return [token.strip().strip('"') for name, _, token in pairs if name.strip() == self._cookie]
+
+    @property
+    def asked_field(self) -> bytes:
+        """The name of the header field that requests bring tokens in."""
+        return self._asked_field
+
+    @property
+    def field(self) -> str:
+        """The name of the header field that responses carry tokens in."""
+        return self._field
+
+    def value_for(self, positions: Positions, *, is_https: bool) -> str | None:
+        """Return the value of a response's header field; ``None`` if nothing was written."""
+        position = positions.written_by(self.source)
+        if position is None:
+            return None
+        token = self._signer.sign(position)
+        if self._cookie is None:
+            return token
+        secure = "; Secure" if (is_https if self._secure is None else self._secure) else ""
+        return f"{self._cookie}={token}; Path=/; Max-Age={int(self._max_age)}; HttpOnly; SameSite=Lax{secure}"
+
+
+class _ReadYourWritesMiddleware:
+    """The ASGI middleware that `ReadYourWrites` makes of itself."""
+
+    def __init__(self, app: ASGIApp, options: ReadYourWrites) -> None:
+        self.app = app
+        self._options = options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        if has_unit_of_work(scope):
+            raise MiddlewareOrderError
+        options = self._options
+        asked_field = options.asked_field
+        positions = options.begin(value for name, value in scope["headers"] if name == asked_field)
+        token = current_positions.set(positions)
+
+        def send_with_position(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                value = options.value_for(positions, is_https=scope.get("scheme") == "https")
+                if value is not None:
+                    headers = [*message.get("headers", ()), (options.field.encode(), value.encode())]
+                    message = {**message, "headers": headers}
+            return send(message)
+
+        try:
+            await self.app(scope, receive, send_with_position if kind == "http" else send)
+        finally:
+            current_positions.reset(token)

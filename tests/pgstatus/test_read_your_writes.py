@@ -1,0 +1,589 @@
+"""`ReadYourWrites` on a real cluster whose replicas do not replay."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import httpx
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from fastapi import FastAPI
+from litestar import Litestar, get, post
+from litestar import Request as LitestarRequest
+from litestar.exceptions import ImproperlyConfiguredException
+from sqlalchemy import Column, Integer, MetaData, Table, insert, select
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket
+from tests.support.followers import SERVER, Engines, following, monitoring, server_of
+from tests.support.hosts import FakeSource
+
+import ctxdb_aiohttp
+from ctxdb_core import DBConnect, commit_db_session, db_session, new_db_ctx, run_in_new_ctx
+from ctxdb_litestar import CtxDBPlugin, EnclosingPlugin
+from ctxdb_pgstatus import HostMonitor, MiddlewareOrderError, OptionError, ReadYourWrites, follow_master, follow_replica
+from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions
+from ctxdb_pgstatus._token import TokenSigner
+from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
+from ctxdb_starlette import DBSessionMiddleware
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+
+
+@pytest.fixture
+async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+    async with monitoring(cluster) as monitor:
+        yield monitor
+
+
+@pytest.fixture
+def engines(cluster: PostgresCluster) -> Engines:
+    return Engines(cluster, "writers")
+
+
+@pytest.fixture
+async def master(engines: Engines, monitor: HostMonitor) -> AsyncIterator[DBConnect]:
+    async with following(engines, follow_master(monitor)) as db:
+        yield db
+
+
+@pytest.fixture
+def readers(cluster: PostgresCluster) -> Engines:
+    return Engines(cluster, "readers")
+
+
+@pytest.fixture
+async def replica(readers: Engines, monitor: HostMonitor) -> AsyncIterator[DBConnect]:
+    async with following(readers, follow_replica(monitor, wait=0.05)) as db:
+        yield db
+
+
+@pytest.fixture
+def ryw(monitor: HostMonitor) -> ReadYourWrites:
+    return ReadYourWrites(monitor, secret=SECRET, wait=0.05)
+
+
+@asynccontextmanager
+async def paused(cluster: PostgresCluster) -> AsyncIterator[None]:
+    """Have no standby replay anything."""
+    for node in cluster.standbys:
+        await node.pause_replay()
+    try:
+        yield
+    finally:
+        for node in cluster.standbys:
+            await node.resume_replay()
+
+
+class Shop:
+    """What the applications of all frameworks do."""
+
+    def __init__(self, master: DBConnect, replica: DBConnect) -> None:
+        self.master = master
+        self.replica = replica
+
+    async def write(self, number: int) -> None:
+        await (await db_session(self.master)).execute(insert(numbers).values(number=number))
+
+    async def read(self) -> dict[str, Any]:
+        session = await db_session(self.replica)
+        found = (await session.scalars(select(numbers.c.number).order_by(numbers.c.number))).all()
+        return {"numbers": list(found), "server": await session.scalar(SERVER)}
+
+
+Client: TypeAlias = httpx.AsyncClient
+App: TypeAlias = Callable[[Shop, ReadYourWrites], AbstractAsyncContextManager[Callable[[], Client]]]
+
+
+@asynccontextmanager
+async def _asgi(app: Any) -> AsyncIterator[Callable[[], Client]]:
+    def client() -> Client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    yield client
+
+
+def starlette(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    async def write(request: Request) -> Response:
+        await shop.write(int(request.query_params["number"]))
+        return PlainTextResponse("written", status_code=201)
+
+    async def read(request: Request) -> Response:
+        return JSONResponse(await shop.read())
+
+    app = Starlette(routes=[Route("/", write, methods=["POST"]), Route("/", read)])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    return _asgi(app)
+
+
+def fastapi(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    app = FastAPI()
+
+    @app.post("/", status_code=201)
+    async def write(number: int) -> str:
+        await shop.write(number)
+        return "written"
+
+    @app.get("/")
+    async def read() -> dict[str, Any]:
+        return await shop.read()
+
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    return _asgi(app)
+
+
+def litestar(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    @post("/")
+    async def write(request: LitestarRequest[Any, Any, Any]) -> str:
+        await shop.write(int(request.query_params["number"]))
+        return "written"
+
+    @get("/")
+    async def read() -> dict[str, Any]:
+        return await shop.read()
+
+    return _asgi(Litestar([write, read], plugins=[CtxDBPlugin(), EnclosingPlugin(ryw)]))
+
+
+def _aiohttp(shop: Shop, ryw: ReadYourWrites, *, first: bool, streamed: bool) -> web.Application:
+    async def write(request: web.Request) -> web.StreamResponse:
+        await shop.write(int(request.query["number"]))
+        if not streamed:
+            return web.Response(text="written", status=201)
+        response = web.StreamResponse(status=201)
+        await response.prepare(request)
+        await response.write(b"written")
+        return response
+
+    async def read(request: web.Request) -> web.Response:
+        return web.json_response(await shop.read())
+
+    app = web.Application()
+    app.router.add_post("/", write)
+    app.router.add_get("/", read)
+    if first:
+        ryw.setup(app)
+    ctxdb_aiohttp.setup(app)
+    if not first:
+        ryw.setup(app)
+    return app
+
+
+@asynccontextmanager
+async def _served(app: web.Application) -> AsyncIterator[Callable[[], Client]]:
+    async with TestServer(app) as server:
+        yield lambda: httpx.AsyncClient(base_url=str(server.make_url("/")))
+
+
+def aiohttp(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    return _served(_aiohttp(shop, ryw, first=False, streamed=False))
+
+
+def aiohttp_in_another_order(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    return _served(_aiohttp(shop, ryw, first=True, streamed=False))
+
+
+def aiohttp_streaming(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+    return _served(_aiohttp(shop, ryw, first=False, streamed=True))
+
+
+each_framework = pytest.mark.parametrize(
+    "framework",
+    [starlette, fastapi, litestar, aiohttp, aiohttp_in_another_order, aiohttp_streaming],
+    ids=lambda each: each.__name__,
+)
+
+
+@each_framework
+async def test_a_client_reads_what_it_has_written_and_others_are_not_concerned(
+    framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    standbys = {node.host for node in cluster.standbys}
+    async with framework(Shop(master, replica), ryw) as make_client, make_client() as writer, make_client() as other:
+        assert (await writer.get("/")).json()["server"] in standbys
+        assert not writer.cookies
+        async with paused(cluster):
+            for number in range(3):
+                response = await writer.post("/", params={"number": number})
+                assert response.status_code == 201
+                assert response.text.strip('"') == "written"
+                assert (await writer.get("/")).json() == {
+                    "numbers": list(range(number + 1)),
+                    "server": cluster.primary.host,
+                }
+                answer = (await other.get("/")).json()
+                assert answer["numbers"] == []
+                assert answer["server"] in standbys
+            # One replica will do.
+            await cluster.standbys[0].resume_replay()
+            await cluster.standbys[0].wait_for_replay(await cluster.primary.position())
+            for _ in range(3):
+                assert (await writer.get("/")).json() == {"numbers": [0, 1, 2], "server": cluster.standbys[0].host}
+
+
+@each_framework
+async def test_the_cookie_is_kept_from_scripts_and_other_sites(
+    framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    async with framework(Shop(master, replica), ryw) as make_client, make_client() as client:
+        response = await client.post("/", params={"number": 1})
+        (cookie,) = response.headers.get_list("set-cookie")
+        name, *attributes = cookie.split("; ")
+        assert name.startswith("ctxdb_position=")
+        assert attributes == ["Path=/", "Max-Age=300", "HttpOnly", "SameSite=Lax"]
+        assert "set-cookie" not in (await client.get("/")).headers
+
+
+@each_framework
+async def test_a_header_serves_clients_without_cookies(
+    framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
+) -> None:
+    ryw = ReadYourWrites(monitor, secret=SECRET, header="X-Position", wait=0)
+    async with framework(Shop(master, replica), ryw) as make_client, make_client() as client, paused(cluster):
+        response = await client.post("/", params={"number": 1})
+        assert "set-cookie" not in response.headers
+        headers = {"X-Position": response.headers["x-position"]}
+        assert (await client.get("/", headers=headers)).json()["numbers"] == [1]
+        assert (await client.get("/")).json()["numbers"] == []
+
+
+async def test_a_position_is_one_after_the_commit_record(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
+) -> None:
+    positions = Positions.of_task()
+    for number in range(20):
+        async with new_db_ctx():
+            await (await db_session(master)).execute(insert(numbers).values(number=number))
+            before = await cluster.primary.position()
+        position = positions.required(monitor)
+        assert position is not None
+        assert before < position <= await cluster.primary.position()
+        for node in cluster.standbys:
+            await node.wait_for_replay(position)
+            assert await node.fetch_value("SELECT count(*) FROM number WHERE number = $1", number) == 1
+
+
+async def test_no_read_is_stale_while_replicas_lag(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    served: Counter[str] = Counter()
+
+    async def work(make_client: Callable[[], Client], first: int) -> None:
+        async with make_client() as client:
+            for number in range(first, first + 20):
+                assert (await client.post("/", params={"number": number})).status_code == 201
+                answer = (await client.get("/")).json()
+                assert number in answer["numbers"]
+                served[answer["server"]] += 1
+
+    await cluster.standbys[0].set_apply_delay(0.02)
+    await cluster.standbys[1].set_apply_delay(0.2)
+    async with starlette(Shop(master, replica), ryw) as make_client:
+        await asyncio.gather(*(work(make_client, 100 * client) for client in range(5)))
+    assert served.total() == 100
+
+
+async def _statements(node: PostgresNode, name: str, work: Callable[[], Awaitable[object]]) -> list[str]:
+    """Return the first word of each statement that the connections of an application send to a server meanwhile."""
+    mark = f"from here on {uuid4()}"
+    await node.execute(f"SELECT '{mark}'")
+    await work()
+    lines = (await node.log()).rpartition(mark)[2].splitlines()
+    sent = [line.split(": ", 2)[2] for line in lines if line.startswith(f"<{name}> LOG:")]
+    return [statement.split()[0].rstrip(";") for statement in sent]
+
+
+async def test_a_reader_that_never_wrote_costs_no_round_trip(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    async with starlette(Shop(master, replica), ryw) as make_client, make_client() as client:
+        for number in range(4):
+            await client.post("/", params={"number": number})
+            client.cookies.clear()
+            await client.get("/")
+        for node in cluster.nodes:
+            await node.set("log_line_prefix", "<%a> ")
+            await node.set("log_statement", "all")
+
+        async def read() -> None:
+            for _ in range(2):
+                assert "set-cookie" not in (await client.get("/")).headers
+
+        for node in cluster.standbys:
+            assert await _statements(node, "readers", read) == ["BEGIN", "SELECT", "SELECT", "COMMIT"]
+        assert await _statements(cluster.primary, "readers", read) == []
+
+        async def write() -> None:
+            await client.post("/", params={"number": 5})
+
+        # One for the position, beside what the monitor is asked for the confirmation.
+        assert await _statements(cluster.primary, "writers", write) == ["BEGIN", "INSERT", "COMMIT", "SELECT"]
+
+
+async def test_other_clients_are_not_slowed_by_one_that_waits(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
+) -> None:
+    ryw = ReadYourWrites(monitor, secret=SECRET, wait=30)
+    async with (
+        starlette(Shop(master, replica), ryw) as make_client,
+        make_client() as writer,
+        make_client() as other,
+    ):
+        async with paused(cluster):
+            await writer.post("/", params={"number": 1})
+            waiting = asyncio.create_task(writer.get("/"))
+            for _ in range(20):
+                assert (await other.get("/")).json()["numbers"] == []
+            assert not waiting.done()
+        answer = (await waiting).json()
+        assert answer["numbers"] == [1]
+        assert answer["server"] in {node.host for node in cluster.standbys}
+
+
+async def test_tokens_that_are_not_ours_are_ignored(
+    cluster: PostgresCluster,
+    master: DBConnect,
+    replica: DBConnect,
+    ryw: ReadYourWrites,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with starlette(Shop(master, replica), ryw) as make_client, make_client() as writer, paused(cluster):
+        await writer.post("/", params={"number": 1})
+        token = writer.cookies["ctxdb_position"]
+        position, expires, signature = token.split(".")
+        later = f"{int(expires, 16) + 1000:x}"
+        foreign = TokenSigner(b"x" * 32, "ctxdb_position", 300).sign(int(position, 16))
+        of_another_cookie = TokenSigner(SECRET, "other", 300).sign(int(position, 16))
+        tokens = [
+            *(f"{position[:-1]}0.{expires}.{signature}", f"{position}.{later}.{signature}", foreign, of_another_cookie),
+            *(f"{position}.{expires}.", f"{position}.{expires}", "", ".", "..", "é", "x" * 5000, f" {token}x"),
+        ]
+        for forged in tokens:
+            async with make_client() as client:
+                response = await client.get("/", headers={b"cookie": f"ctxdb_position={forged}".encode("latin-1")})
+                assert response.json()["numbers"] == [], forged
+        # It is found among others.
+        async with make_client() as client:
+            cookies = f'a=b; xctxdb_position=1; ctxdb_position="{token}"; c=d'
+            assert (await client.get("/", headers={"cookie": cookies})).json()["numbers"] == [1]
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 301)
+        assert (await writer.get("/")).json()["numbers"] == []
+
+
+async def test_an_early_commit_is_told_of_although_the_request_fails(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    shop = Shop(master, replica)
+
+    async def write(request: Request) -> Response:
+        await shop.write(1)
+        await commit_db_session(master)
+        return PlainTextResponse("no", status_code=409)
+
+    async def in_a_unit_of_its_own(request: Request) -> Response:
+        await run_in_new_ctx(shop.write, 2)
+        return PlainTextResponse("yes")
+
+    app = Starlette(
+        routes=[Route("/conflict", write, methods=["POST"]), Route("/own", in_a_unit_of_its_own, methods=["POST"])]
+    )
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    async with _asgi(app) as make_client, make_client() as client:
+        assert "set-cookie" in (await client.post("/conflict")).headers
+        assert "set-cookie" in (await client.post("/own")).headers
+
+
+async def test_streams_and_background_tasks_work_as_ever(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    shop = Shop(master, replica)
+
+    async def stream(request: Request) -> Response:
+        await shop.write(1)
+
+        async def body() -> AsyncIterator[str]:
+            # The unit's own reader, after its write was committed.
+            yield str((await shop.read())["numbers"])
+
+        async def afterwards() -> None:
+            await shop.write(2)
+
+        return StreamingResponse(body(), background=BackgroundTask(afterwards))
+
+    app = Starlette(routes=[Route("/", stream, methods=["POST"])])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    async with _asgi(app) as make_client, make_client() as client, paused(cluster):
+        response = await client.post("/")
+        assert response.text == "[1]"
+        assert "set-cookie" in response.headers
+    assert [row[0] for row in await cluster.primary.execute("SELECT number FROM number ORDER BY 1")] == [1, 2]
+
+
+def test_websockets_pass_through() -> None:
+    source = FakeSource()
+    seen: list[int | None] = []
+    ryw = ReadYourWrites(source, secret=SECRET)
+
+    async def echo(websocket: WebSocket) -> None:
+        seen.append(Positions.of_task().required(source))
+        await websocket.accept()
+        await websocket.send_text(await websocket.receive_text())
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/", echo)])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    token = TokenSigner(SECRET, "ctxdb_position", 300).sign(4711)
+    with TestClient(app, cookies={"ctxdb_position": token}) as client, client.websocket_connect("/") as websocket:
+        websocket.send_text("hello")
+        assert websocket.receive_text() == "hello"
+    assert seen == [4711]
+
+
+# --- in process -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_unit_of_work_reads_what_it_has_committed_with_a_reader_that_it_had_before(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect
+) -> None:
+    shop = Shop(master, replica)
+    async with paused(cluster), new_db_ctx():
+        assert (await shop.read())["numbers"] == []
+        await commit_db_session(replica)
+        await shop.write(1)
+        await commit_db_session(master)
+        assert await shop.read() == {"numbers": [1], "server": cluster.primary.host}
+        await commit_db_session(replica)
+        for node in cluster.standbys:
+            await node.resume_replay()
+            await node.wait_for_replay(await cluster.primary.position())
+        assert (await shop.read())["server"] in {node.host for node in cluster.standbys}
+
+
+async def test_units_of_work_read_what_earlier_ones_have_written(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect
+) -> None:
+    shop = Shop(master, replica)
+    async with paused(cluster):
+        await run_in_new_ctx(shop.write, 1)
+        assert (await run_in_new_ctx(shop.read))["numbers"] == [1]
+        # Tasks that this one starts know of it; what they write, this one has to see as well.
+        assert (await asyncio.create_task(run_in_new_ctx(shop.read)))["numbers"] == [1]
+        await asyncio.create_task(run_in_new_ctx(shop.write, 2))
+        assert (await run_in_new_ctx(shop.read))["numbers"] == [1, 2]
+
+
+async def test_tasks_have_nothing_to_do_with_what_their_brothers_write(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect
+) -> None:
+    shop = Shop(master, replica)
+    # As a server's first task may have used the database before it serves.
+    await run_in_new_ctx(shop.read)
+    async with paused(cluster):
+        await asyncio.create_task(run_in_new_ctx(shop.write, 1))
+        answer = await asyncio.create_task(run_in_new_ctx(shop.read))
+        assert answer["server"] in {node.host for node in cluster.standbys}
+
+
+async def test_readers_go_back_to_replicas_without_new_connections(
+    cluster: PostgresCluster, readers: Engines, master: DBConnect, replica: DBConnect
+) -> None:
+    async def write_and_read(number: int) -> None:
+        async with new_db_ctx():
+            await (await db_session(master)).execute(insert(numbers).values(number=number))
+        assert await server_of(replica) == cluster.primary.host
+
+    async with paused(cluster):
+        for number in range(20):
+            await asyncio.create_task(write_and_read(number))
+            assert await asyncio.create_task(server_of(replica)) != cluster.primary.host
+    assert readers.connections.total() <= 5
+
+
+async def test_where_the_position_is_not_known_the_master_is_asked() -> None:
+    source = FakeSource()
+    positions = Positions(wait=10)
+    positions.note(source, "n1", UNKNOWN_POSITION)
+    positions.note(source, "n1", 5)
+    assert positions.required(source) == UNKNOWN_POSITION
+    # On another master, positions are others.
+    positions.note(source, "n2", 7)
+    assert positions.required(source) == 7
+    positions.note(source, "n2", 6)
+    assert positions.required(source) == 7
+
+
+async def test_what_a_client_has_brought_along_is_older_than_what_it_writes() -> None:
+    source = FakeSource()
+    positions = Positions()
+    positions.bring(source, 1000)
+    assert positions.required(source) == 1000
+    assert positions.written_by(source) is None
+    positions.note(source, "n1", 10)
+    assert positions.required(source) == positions.written_by(source) == 10
+    assert positions.required(FakeSource()) is None
+
+
+async def test_writes_are_forgotten_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FakeSource()
+    positions = Positions(max_age=60)
+    positions.note(source, "n1", 10)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert positions.required(source) is None
+    assert positions.is_seen_on(source, "n2")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_inside_of_the_unit_of_work_it_says_what_is_wrong() -> None:
+    app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("ok"))])
+    app.add_middleware(ReadYourWrites(FakeSource(), secret=SECRET))
+    app.add_middleware(DBSessionMiddleware)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        with pytest.raises(MiddlewareOrderError, match="after the one for DBSessionMiddleware"):
+            await client.get("/")
+
+
+def test_a_litestar_plugin_in_the_wrong_place_says_so() -> None:
+    ryw = ReadYourWrites(FakeSource(), secret=SECRET)
+    with pytest.raises(ImproperlyConfiguredException, match="list it after that"):
+        Litestar(plugins=[EnclosingPlugin(ryw), CtxDBPlugin()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"secret": "short"}, "16"),
+        ({"max_age": 0}, "max_age"),
+        ({"wait": -1}, "wait"),
+        ({"cookie": "a b"}, "cookie"),
+        ({"header": "a:b"}, "header"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_had_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ReadYourWrites(FakeSource(), **{"secret": SECRET, **options})
