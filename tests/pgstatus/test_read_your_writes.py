@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from litestar import Litestar, get, post
 from litestar import Request as LitestarRequest
 from litestar.exceptions import ImproperlyConfiguredException
-from sqlalchemy import Column, Integer, MetaData, Table, insert, select
+from sqlalchemy import Column, Integer, MetaData, Table, insert, select, text
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -30,9 +30,17 @@ from tests.support.followers import SERVER, Engines, following, monitoring, serv
 from tests.support.hosts import FakeSource
 
 import ctxdb_aiohttp
-from ctxdb_core import DBConnect, commit_db_session, db_session, new_db_ctx, run_in_new_ctx
+from ctxdb_core import DBConnect, atomic_db_session, commit_db_session, db_session, new_db_ctx, run_in_new_ctx
 from ctxdb_litestar import CtxDBPlugin, EnclosingPlugin
-from ctxdb_pgstatus import HostMonitor, MiddlewareOrderError, OptionError, ReadYourWrites, follow_master, follow_replica
+from ctxdb_pgstatus import (
+    HostMonitor,
+    MiddlewareOrderError,
+    OptionError,
+    ReadYourWrites,
+    StaleReaderError,
+    follow_master,
+    follow_replica,
+)
 from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
@@ -479,6 +487,61 @@ async def test_a_unit_of_work_reads_what_it_has_committed_with_a_reader_that_it_
             await node.resume_replay()
             await node.wait_for_replay(await cluster.primary.position())
         assert (await shop.read())["server"] in {node.host for node in cluster.standbys}
+
+
+async def test_a_reader_in_the_middle_of_a_transaction_goes_on_where_the_write_is(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, readers: Engines
+) -> None:
+    shop = Shop(master, replica)
+    standbys = {node.host for node in cluster.standbys}
+    async with paused(cluster), new_db_ctx(statement_timeout=12.5):
+        session = await db_session(replica)
+        for number in range(3):
+            assert (await session.scalars(select(numbers.c.number))).all() == list(range(number))
+            assert (await session.scalar(SERVER) in standbys) == (number == 0)
+            assert await session.scalar(text("SHOW statement_timeout")) == "12500ms"
+            await shop.write(number)
+            await commit_db_session(master)
+    # What was taken was given back.
+    assert await asyncio.gather(*(asyncio.create_task(server_of(replica)) for _ in range(4)))
+    assert readers.connections.total() <= 5
+
+
+async def test_a_reader_that_has_its_own_snapshot_keeps_it(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect
+) -> None:
+    shop = Shop(master, replica)
+    async with paused(cluster), new_db_ctx():
+        async with atomic_db_session(replica, isolation_level="REPEATABLE READ") as session:
+            await session.scalars(select(numbers))
+            await shop.write(1)
+            await commit_db_session(master)
+            assert (await session.scalars(select(numbers))).all() == []
+        assert (await shop.read())["numbers"] == [1]
+
+
+@pytest.mark.parametrize("bound_by", ["savepoint", "options", "setting", "stream"])
+async def test_a_reader_that_cannot_go_on_elsewhere_says_so(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, bound_by: str
+) -> None:
+    shop = Shop(master, replica)
+    async with paused(cluster), new_db_ctx():
+        async with AsyncExitStack() as stack:
+            options = {"read_only": True} if bound_by == "options" else {}
+            session = await stack.enter_async_context(atomic_db_session(replica, **options))  # type: ignore[arg-type]
+            await session.scalars(select(numbers))
+            if bound_by == "savepoint":
+                await stack.enter_async_context(session.begin_nested())
+                await session.scalars(select(numbers))
+            elif bound_by == "setting":
+                await (await session.connection()).exec_driver_sql("SET work_mem = '1MB'")
+            elif bound_by == "stream":
+                await session.stream(select(numbers))
+            await shop.write(1)
+            await commit_db_session(master)
+            with pytest.raises(StaleReaderError, match="commit_db_session"):
+                await session.scalars(select(numbers))
+        assert (await shop.read())["numbers"] == [1]
 
 
 async def test_units_of_work_read_what_earlier_ones_have_written(

@@ -17,8 +17,10 @@ def undo_on_return(connection: Connection, statement: str) -> None:
 
     If it fails, the pool closes the connection.
     """
-    connection.connection.info.setdefault(_UNDO, set()).add(statement)
-    pool = connection.engine.pool
+    pooled = connection.connection
+    pooled.info.setdefault(_UNDO, set()).add(statement)
+    # It may be of another pool than the engine's own (`ctxdb_pgstatus` does that); there is no public name for it.
+    pool = getattr(pooled, "_pool", connection.engine.pool)
     if not event.contains(pool, "reset", _undo):
         event.listen(pool, "reset", _undo)
 

@@ -11,6 +11,7 @@ from ctxdb_pgstatus.errors import (
     OptionError,
     PgStatusError,
     SidecarError,
+    StaleReaderError,
 )
 from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
 from ctxdb_pgstatus.monitor import HostMonitor
@@ -36,6 +37,7 @@ __all__ = [
     "ReadYourWrites",
     "Role",
     "SidecarError",
+    "StaleReaderError",
     "SyncCondition",
     "follow_master",
     "follow_replica",

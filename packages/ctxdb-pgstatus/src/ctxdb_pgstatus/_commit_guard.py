@@ -30,16 +30,24 @@ class ConnectionState:
         engine: whose pool it is from.
         host: where it leads to.
         wrote: whether its transaction may have written something.
+        settings: what its transaction has set for itself.
+        is_bound: whether its transaction has something on this connection that another one would not have.
         positions: where its commit leaves its position, beside those of the code that commits.
     """
 
-    __slots__ = ("engine", "host", "positions", "wrote")
+    __slots__ = ("engine", "host", "is_bound", "positions", "settings", "wrote")
 
     def __init__(self, engine: object, host: str) -> None:
         self.engine = engine
         self.host = host
+        self.begin(None)
+
+    def begin(self, positions: Positions | None) -> None:
+        """Forget what was done before: somebody takes the connection from the pool now."""
         self.wrote = False
-        self.positions: Positions | None = None
+        self.settings: list[str] = []
+        self.is_bound = False
+        self.positions = positions
 
     def keep(self, info: dict[Any, Any]) -> None:
         """Be the state of the connection with this ``info``."""
@@ -98,10 +106,8 @@ class CommitGuard:
         dialect.do_commit_twophase = do_commit_twophase_and_check
         dialect.get_driver_connection = hand_out_driver_connection
 
-    def begin(self, connection: PoolProxiedConnection, state: ConnectionState, positions: Positions | None) -> None:
-        """Forget what was done on a connection that somebody takes from the pool now."""
-        state.wrote = False
-        state.positions = positions
+    def begin(self, connection: PoolProxiedConnection) -> None:
+        """Forget who has had a connection that somebody takes from the pool now."""
         if self._handed_out:
             self._handed_out.discard(_driver_connection(connection))
 

@@ -8,18 +8,20 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ctxdb_core import DBConnect
 from ctxdb_pgstatus import _driver
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
 from ctxdb_pgstatus._positions import Positions, current_positions
-from ctxdb_pgstatus.errors import PgStatusError
+from ctxdb_pgstatus._statements import is_local_setting, is_setting
+from ctxdb_pgstatus.errors import PgStatusError, StaleReaderError
 
 __all__ = ["FollowedEngine", "Follower"]
 
@@ -117,6 +119,9 @@ class FollowedEngine:
         dialect.connect = self._connect_in_time
         if follower.guard is not None:
             follower.guard.attach(sync_engine)
+        else:
+            event.listen(sync_engine, "before_execute", self._before_execute)
+            event.listen(sync_engine, "before_cursor_execute", self._before_cursor_execute)
 
     @classmethod
     def of(cls, engine: Engine) -> FollowedEngine | None:
@@ -177,9 +182,10 @@ class FollowedEngine:
             wait.end()
             connection.close()
             raise _HostLeftError(self.host)
-        guard = self._follower.guard
-        if guard is not None and (state := state_of(connection)) is not None:
-            guard.begin(connection, state, positions)
+        if (state := state_of(connection)) is not None:
+            state.begin(positions)
+        if self._follower.guard is not None:
+            self._follower.guard.begin(connection)
         return connection
 
     def _connect_in_time(self, *args: Any, **options: Any) -> Any:
@@ -206,6 +212,56 @@ class FollowedEngine:
     def _connected(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         ConnectionState(self, self.host).keep(record.info)
         self._connections.add(dbapi_connection.driver_connection)
+
+    # --- readers in the middle of a transaction -----------------------------------------------------------------------
+
+    def _before_execute(
+        self, connection: Connection, element: object, multiparams: object, params: object, options: object
+    ) -> None:
+        """Let a reader go on elsewhere if its code has committed something that this replica does not have."""
+        positions = current_positions.get()
+        if positions is None or positions.are_empty or isinstance(element, _ENDS_OF_SAVEPOINTS):
+            return
+        state = state_of(connection)
+        if state is None or self._follower.is_fit(state.host, positions):
+            return
+        chosen = await_only(self._choose(positions))
+        if chosen is None or chosen.host == state.host or connection.get_isolation_level() in _SNAPSHOTS:
+            return
+        if state.is_bound or connection.in_nested_transaction() or _has_options(connection):
+            raise StaleReaderError(
+                f"The transaction that is open on {state.host!r} began before something was committed on the master "
+                "that it would have to see, and cannot go on elsewhere: it has a savepoint, options of its own, or a "
+                "streamed result. End it first, by `commit_db_session`, or read by another session."
+            )
+        # There is no public way to it. A transaction that only reads, and sees at each statement what is committed, has
+        # nothing on its connection that another one would not have.
+        old, connection._dbapi_connection = connection.connection, None  # noqa: SLF001 - see above
+        old.close()
+        connection._dbapi_connection = self.raw_connection()  # noqa: SLF001 - see above
+        for setting in state.settings:
+            connection.exec_driver_sql(setting)
+
+    def _before_cursor_execute(
+        self,
+        connection: Connection,
+        cursor: object,
+        statement: str,
+        parameters: object,
+        context: Any,
+        executemany: object,
+    ) -> None:
+        if context is None or (context.compiled is not None and not context.execution_options.get("stream_results")):
+            return
+        state = state_of(connection)
+        if state is None:
+            return
+        if context.compiled is not None:
+            state.is_bound = True
+        elif is_local_setting(statement):
+            state.settings.append(statement)
+        elif is_setting(statement):
+            state.is_bound = True
 
     def _handle_error(self, context: ExceptionContext) -> None:
         connection = context.connection
@@ -286,6 +342,19 @@ class FollowedEngine:
             return True
         # Another pool cannot tell; and of a host that was left, nothing idle is left.
         return (self.is_left or not isinstance(pool, QueuePool)) and any(map(_driver.is_open, self._connections))
+
+
+_ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)
+
+_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE")
+
+
+def _has_options(connection: Connection) -> bool:
+    own, common = connection.get_execution_options(), connection.engine.get_execution_options()
+    return any(own.get(name) != common.get(name) for name in _OPTIONS)
+
+
+_OPTIONS = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
 
 
 async def _logged(review: Awaitable[None]) -> None:

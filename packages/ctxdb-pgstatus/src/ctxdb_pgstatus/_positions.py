@@ -103,11 +103,14 @@ class Positions:
         written = self._written(source)
         return None if written is None else written.position
 
+    @property
+    def are_empty(self) -> bool:
+        """Whether nothing was written, wherever that might have been."""
+        return not self._own and not self._of_others
+
     def is_seen_on(self, source: HostSource, host: str) -> bool:
         """Return whether nothing is required of `host`, or `see_on` has said that it has it."""
-        if not self._own and not self._of_others:
-            return True
-        written = self._written(source)
+        written = None if self.are_empty else self._written(source)
         return written is None or written.replayed.get(host, -1) >= written.position
 
     def see_on(self, source: HostSource, host: str, position: int) -> None:

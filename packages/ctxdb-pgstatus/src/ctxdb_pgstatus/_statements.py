@@ -9,12 +9,14 @@ from sqlalchemy import CompoundSelect, Select
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause, SavepointClause
 
-__all__ = ["may_write"]
+__all__ = ["is_local_setting", "is_setting", "may_write"]
 
 _SAVEPOINTS = (SavepointClause, ReleaseSavepointClause, RollbackToSavepointClause)
 
 # What a transaction is told about itself, a statement timeout for instance.
 _SETTING = re.compile(r"(?:RE)?SET\s[^;]*", re.IGNORECASE)
+
+_LOCAL_SETTING = re.compile(r"SET\s+LOCAL\s[^;]*", re.IGNORECASE)
 
 _STRING = re.compile(r"'(?:[^']|'')*'")
 _QUOTED_NAME = re.compile(r'"(?:[^"]|"")*"')
@@ -52,11 +54,21 @@ def may_write(statement: str, context: ExecutionContext | None) -> bool:
     """
     compiled = None if context is None else context.compiled
     if compiled is None:
-        return _SETTING.fullmatch(statement) is None
+        return not is_setting(statement)
     construct = compiled.statement
     if isinstance(construct, (Select, CompoundSelect)):
         return not _only_reads(statement)
     return not isinstance(construct, _SAVEPOINTS)
+
+
+def is_setting(statement: str) -> bool:
+    """Return whether a statement changes a setting, and nothing else."""
+    return _SETTING.fullmatch(statement) is not None
+
+
+def is_local_setting(statement: str) -> bool:
+    """Return whether a statement changes a setting until the end of its transaction."""
+    return _LOCAL_SETTING.fullmatch(statement) is not None
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ CtxDBError
     ├── NoReplicaError       a session for reading was asked for while no host of the cluster answers
     ├── MasterChangedError   a commit returned from a host that is not the master any more
     ├── MiddlewareOrderError `ReadYourWrites` was put inside of the unit of work
+    ├── StaleReaderError     a reader's transaction cannot see what the same code has committed on the master
     └── SidecarError         the sidecar could not be asked, and no answer of before is recent enough
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "OptionError",
     "PgStatusError",
     "SidecarError",
+    "StaleReaderError",
 ]
 
 
@@ -81,6 +83,14 @@ class MiddlewareOrderError(PgStatusError):
             "starts. On Starlette and FastAPI, call `app.add_middleware` for it after the one for DBSessionMiddleware, "
             "as what is added later is further out; on Litestar, list its plugin after CtxDBPlugin."
         )
+
+
+class StaleReaderError(PgStatusError):
+    """A reader's transaction cannot see what the same code has committed on the master since it began.
+
+    Raised by a statement on a replica that has not replayed that commit, where the transaction cannot go on elsewhere:
+    it has savepoints, options of its own or a streamed result. The way out: end it first, by ``commit_db_session``.
+    """
 
 
 class SidecarError(PgStatusError):
