@@ -495,6 +495,7 @@ async def test_kept_engines_of_several_loops_are_reused_by_each_of_them(hosts: H
             # Left by the other loop, it is closed on this one as well.
             await asyncio.to_thread(step.wait)
             await eventually(lambda: hosts.connections("r1") == 0, "r1 still has connections")
+            await eventually(lambda: len(asyncio.all_tasks()) == 1, "the engine has not been retired")
 
         other = asyncio.create_task(asyncio.to_thread(asyncio.run, in_another_loop()))
         mine = await use_all()

@@ -24,6 +24,8 @@ from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus import NoMasterError, NoReplicaError, OptionError, follow_master, follow_replica
 from ctxdb_pgstatus._followed_engine import FollowedEngine
 
+both_drivers = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+
 
 @pytest.fixture
 def source() -> FakeSource:
@@ -122,6 +124,7 @@ async def test_requests_that_wait_in_the_pool_move_to_the_new_master(
     await eventually(lambda: not hosts.pids("n1"), "connections are left on the old master")
 
 
+@both_drivers
 async def test_requests_stuck_on_a_frozen_host_fail_when_it_is_known_to_be_dead(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
@@ -282,7 +285,7 @@ async def test_an_error_of_a_statement_is_not_reported(master: DBConnect, source
     assert source.failures == []
 
 
-@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+@both_drivers
 async def test_a_users_own_read_only_transaction_drops_no_pool(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:

@@ -37,8 +37,10 @@ def follow_master(
     """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to the master.
 
     Without a master they fail at once, also those that are waiting for a connection. When the master changes, sessions
-    that have no transaction open move along; connections to a host that has died, or that says wrongly that it is the
-    master, are cut off.
+    that have no transaction open move along (events go on naming the host that they were made for); connections to a
+    host that has died, or that says wrongly that it is the master, are cut off.
+
+    What is done past SQLAlchemy's connections, by a DBAPI connection's own ``commit`` for instance, is not confirmed.
 
     Args:
         source: who knows the master, such as a ``HostMonitor``.
@@ -66,7 +68,9 @@ def follow_replica(
     """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to replicas, in turn.
 
     The connections to all living replicas are kept. Where no replica will do, the master answers, and a replica again
-    as soon as one does. Code that has written through a `follow_master` on the same source reads what it has written.
+    as soon as one does. Code that has written through a `follow_master` on the same source reads what it has written,
+    also by a session that is in the middle of a transaction, which goes on elsewhere then, or else raises
+    `StaleReaderError`. A transaction with a snapshot of its own ("REPEATABLE READ") keeps it.
 
     Args:
         source: who knows the replicas, such as a ``HostMonitor``.
