@@ -16,9 +16,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from tests.support.followers import SERVER, Engines, following, monitoring, server_of, until
 from tests.support.hosts import FakeSource
+from tests.support.server import serve
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
-from ctxdb_pgstatus import HostMonitor, MasterChangedError, NoMasterError, follow_master, follow_replica
+from ctxdb_pgstatus import HostMonitor, MasterChangedError, NoMasterError, PgStatusClient, follow_master, follow_replica
+from ctxdb_pgstatus._commit_guard import CommitGuard
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -269,3 +273,47 @@ async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_
                 await session.execute(insert(numbers).values(number=1))
         await _write(db, 2)
         assert engines.connections.total() == 1
+
+
+async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    old, new = cluster.primary, cluster.standbys[0]
+    app = SidecarApp(History())
+    app.monitor = monitor
+    async with (
+        serve(app, http="httptools") as url,
+        PgStatusClient(url, max_age=0.05) as client,
+        following(engines, follow_master(client)) as master,
+        following(Engines(cluster, "readers"), follow_replica(client)) as replica,
+    ):
+
+        async def write_and_read(number: int) -> None:
+            await _write(master, number)
+            async with new_non_ctx_session(replica) as session:
+                assert number in (await session.scalars(select(numbers.c.number))).all()
+
+        await write_and_read(1)
+        await cluster.wait_for_replay()
+        async with new_non_ctx_session(master) as session:
+            await session.execute(insert(numbers).values(number=2))
+            await old.freeze()
+            # It waits for an answer until the sidecar says that the host is dead.
+            with pytest.raises(DBAPIError, match="was left while it was in use"):
+                await session.scalars(select(numbers))
+        with pytest.raises(NoMasterError):
+            await write_and_read(3)
+        await new.promote()
+        await until(lambda: monitor.master() == new.host)
+        await until(lambda: _follows(client, new.host))
+        await write_and_read(4)
+        await old.thaw()
+        with pytest.raises(MasterChangedError):
+            # As if it had been frozen in the middle of a commit.
+            await CommitGuard(client, confirm=True, timeout=5)._confirm(old.host)
+        await until(lambda: _none_left(engines, old.host, cluster))
+    assert await _numbers(cluster) == [1, 4]
+
+
+async def _follows(client: PgStatusClient, host: str) -> bool:
+    return await client.find_master() == host

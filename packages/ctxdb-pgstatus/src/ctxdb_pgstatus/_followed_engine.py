@@ -361,4 +361,5 @@ async def _logged(review: Awaitable[None]) -> None:
     try:
         await review
     except Exception:
-        logger.warning("The cluster could not be looked at", exc_info=True)
+        # As often as it is looked at; who asks for a session gets the error.
+        logger.debug("The cluster could not be looked at", exc_info=True)
