@@ -37,9 +37,14 @@ class Engines:
         return engine
 
     async def left_on(self, node: PostgresNode) -> int:
-        """Return how many of these connections are open on a host."""
+        """Return how many of these connections are open on a host.
+
+        A server process whose COMMIT waits for a standby does not notice that its client has gone.
+        """
         count: int = await node.fetch_value(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", self.name
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE application_name = $1 AND wait_event IS DISTINCT FROM 'SyncRep'",
+            self.name,
         )
         return count
 

@@ -440,8 +440,8 @@ class PostgresCluster:
             node._upstream = self.nodes[0] if node is not self.nodes[0] else None  # noqa: SLF001 - its own
         self.primary = self.nodes[0]
         self._has_promoted = False
-        await asyncio.gather(*(self._reset_node(node) for node in self.nodes))
-        await asyncio.gather(*(node.wait_for_stream() for node in self.standbys))
+        await _for_all(*(self._reset_node(node) for node in self.nodes))
+        await _for_all(*(node.wait_for_stream() for node in self.standbys))
 
     async def restore(self) -> None:
         """Put every node back into its first role and settings, in a fraction of the time that `reset` takes.
@@ -468,7 +468,7 @@ class PostgresCluster:
         """Wait until every running standby has replayed what the primary has inserted."""
         position = await self.primary.position()
         running = [node for node in self.standbys if await node._is_running()]  # noqa: SLF001 - its own
-        await asyncio.gather(*(node.wait_for_replay(position) for node in running))
+        await _for_all(*(node.wait_for_replay(position) for node in running))
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -493,11 +493,11 @@ class PostgresCluster:
 
     async def _restore(self) -> None:
         first, *others = self.nodes
-        await asyncio.gather(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own
+        await _for_all(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own
         if first._upstream is not None:  # noqa: SLF001 - its own
             await first.promote()
         self.primary = first
-        await asyncio.gather(*(self._restore_standby(node) for node in others))
+        await _for_all(*(self._restore_standby(node) for node in others))
         self._has_promoted = False
         await self.wait_for_replay()
 
@@ -522,6 +522,13 @@ class PostgresCluster:
         if self._launcher is None:
             raise EmbeddedPostgresError("The cluster is not running: start it, or enter it with `async with`.")
         return await asyncio.wrap_future(self._launcher.order(order, **arguments))
+
+
+async def _for_all(*work: Awaitable[object]) -> None:
+    """Wait until all of it is done, whatever becomes of the others; raise the first error."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _escaped(text: str, *characters: str) -> str:
