@@ -506,3 +506,23 @@ def test_the_domain_imports_no_framework() -> None:
         "sys.exit(bool({'aiohttp', 'fastapi', 'litestar', 'starlette'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@needs_postgres
+def test_a_failover_is_shown_and_loses_nothing() -> None:
+    result = run("--cluster")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split(" s  ", 1)[1] for line in result.stdout.splitlines()]
+    assert "n1 is killed (SIGKILL)" in lines
+    assert any(line.startswith("the first payment is acknowledged") for line in lines)
+    assert "... 0 payments followed it" in " ".join(lines)
+    assert any(line.startswith("lost 0;") for line in lines)
+    assert any(line.endswith(", stale 0") for line in lines)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--serve"], ["--framework", "litestar"], ["--database-url", "sqlite://"]])
+def test_a_failover_is_not_shown_on_what_is_not_its_own(option: list[str]) -> None:
+    result = run("--cluster", *option)
+    assert result.returncode == 2
+    assert "--cluster brings its own databases" in result.stderr

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctxdb_demo.demo import Options
+    from ctxdb_demo.options import Options
 
 BROKEN_PROMISE = 1
 CANNOT_RUN = 2
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
     # Imported here, as this takes a moment in which a Ctrl-C must already be no traceback.
+    from ctxdb_demo.cluster_demo import run_cluster  # noqa: PLC0415
     from ctxdb_demo.demo import run  # noqa: PLC0415
     from ctxdb_demo.errors import DemoError  # noqa: PLC0415
 
@@ -65,7 +66,7 @@ def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
             loop.call_soon_threadsafe(task.cancel)
 
         signals.react = cancel
-        return await run(options)
+        return await (run_cluster(options) if options.cluster else run(options))
 
     try:
         kept = asyncio.run(run_until_signal())
@@ -76,8 +77,8 @@ def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> Options:
-    from ctxdb_demo.demo import Options  # noqa: PLC0415 - as in `_run`
     from ctxdb_demo.frameworks import DEFAULT, FRAMEWORKS  # noqa: PLC0415 - as in `_run`
+    from ctxdb_demo.options import Options  # noqa: PLC0415 - as in `_run`
 
     parser = argparse.ArgumentParser(
         prog="ctxdb-demo",
@@ -97,8 +98,19 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--port", type=_port, help="the application's port on 127.0.0.1 (by default, a free one)")
     parser.add_argument("--serve", action="store_true", help="leave the application running afterwards, until Ctrl-C")
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="another show: a primary with two replicas, clients that write and read, a failover (on FastAPI, with "
+        "its own servers)",
+    )
     parsed = parser.parse_args(arguments)
-    return Options(FRAMEWORKS[parsed.framework], parsed.database_url, parsed.port, parsed.serve)
+    if parsed.cluster and (parsed.database_url is not None or parsed.serve or parsed.framework != DEFAULT):
+        parser.error(
+            f"--cluster brings its own databases, runs on {DEFAULT}, and ends: give none of --framework, "
+            "--database-url and --serve with it"
+        )
+    return Options(FRAMEWORKS[parsed.framework], parsed.database_url, parsed.port, parsed.serve, parsed.cluster)
 
 
 def _port(text: str) -> int:

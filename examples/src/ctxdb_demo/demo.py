@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,24 +15,15 @@ from ctxdb_demo.cleanup import see_through
 from ctxdb_demo.database import POOL_SIZE, db
 from ctxdb_demo.demo_database import DemoDatabase, open_database
 from ctxdb_demo.errors import DemoError
-from ctxdb_demo.frameworks import Framework
+from ctxdb_demo.kept_log import keep_log
+from ctxdb_demo.options import Options
 from ctxdb_demo.probe import watch_pool
 from ctxdb_demo.progress import Progress
 from ctxdb_demo.report import print_report
 from ctxdb_demo.scenarios import SCENARIOS, SEED, Outcome, connect, play
 from ctxdb_demo.server import HOST, listen
 
-__all__ = ["Options", "run"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for on the command line."""
-
-    framework: Framework
-    database_url: str | None = None
-    port: int | None = None
-    serve: bool = False
+__all__ = ["run"]
 
 
 async def run(options: Options) -> bool:
@@ -49,7 +37,7 @@ async def run(options: Options) -> bool:
     """
     progress = Progress()
     framework = options.framework
-    with listen(options.port) as listener, _keep_log() as log:
+    with listen(options.port) as listener, keep_log() as log:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         async with (
             open_database(options.database_url, progress) as database,
@@ -115,39 +103,3 @@ def _print_invitation(url: str) -> None:
         f"  curl --limit-rate 500k {url}/accounts/alice/statement -o /dev/null",
         flush=True,
     )
-
-
-class _KeptLog(logging.Handler):
-    """Keeps warnings and errors to itself: servers log the error that nobody handles at length, and it is expected."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        self.lines: list[str] = []
-        self.keeping = True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.keeping:
-            self.lines.append(self.format(record))
-        else:
-            print(self.format(record), file=sys.stderr)
-
-    def show(self) -> None:
-        """Print what was kept."""
-        for line in self.lines:
-            print(line, file=sys.stderr)
-        self.lines.clear()
-
-    def show_from_now_on(self) -> None:
-        """Print what comes instead of keeping it."""
-        self.keeping = False
-
-
-@contextmanager
-def _keep_log() -> Iterator[_KeptLog]:
-    log = _KeptLog()
-    logging.getLogger().addHandler(log)
-    try:
-        yield log
-    finally:
-        logging.getLogger().removeHandler(log)
