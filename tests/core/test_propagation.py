@@ -18,6 +18,7 @@ from ctxdb_core import (
     DBConnect,
     DeadlineExceededError,
     Propagation,
+    SessionAlreadyActiveError,
     TransactionAlreadyActiveError,
     TransactionContext,
     TransactionOptionsError,
@@ -371,6 +372,70 @@ async def test_a_savepoint_is_not_released_after_an_error_of_a_block_that_joined
                         raise LookupError
         await insert(db, "after")
     assert await database.names() == ["after", "outer"]
+
+
+@KINDS
+async def test_savepoints_of_two_tasks_do_not_meet(db: DBConnect, database: Database) -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    @transactional(db, "nested")
+    async def first() -> None:
+        await insert(db, "half")
+        entered.set()
+        await leave.wait()
+        raise LookupError
+
+    @transactional(db, "nested")
+    async def second() -> None:
+        await insert(db, "second")
+
+    async def other() -> None:
+        await entered.wait()
+        try:
+            await second()
+        finally:
+            leave.set()
+
+    async with new_db_ctx():
+        results = await asyncio.gather(first(), other(), return_exceptions=True)
+        assert [type(result) for result in results] == [LookupError, SessionAlreadyActiveError]
+        assert "requires_new" in str(results[1])
+        # One after the other is fine.
+        await other()
+    assert await database.names() == ["second"]
+
+
+async def test_an_error_of_a_joined_block_is_not_contained_by_the_savepoint_of_another_task(
+    db: DBConnect, database: Database
+) -> None:
+    joined, nested, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @transactional(db)
+    async def join() -> None:
+        await insert(db, "half")
+        joined.set()
+        await nested.wait()
+        raise LookupError
+
+    @transactional(db, "nested")
+    async def nest() -> None:
+        nested.set()
+        await failed.wait()
+        raise LookupError
+
+    async def other() -> None:
+        await joined.wait()
+        await nest()
+
+    with pytest.raises(UnexpectedRollbackError):
+        async with new_db_ctx():
+            task = asyncio.create_task(other())
+            with pytest.raises(LookupError):
+                await join()
+            failed.set()
+            with pytest.raises(LookupError):
+                await task
+    assert await database.names() == []
 
 
 async def test_of_several_databases_none_is_committed(db: DBConnect, second_db: DBConnect, database: Database) -> None:

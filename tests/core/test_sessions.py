@@ -19,6 +19,7 @@ from ctxdb_core import (
     ContextNotInitiatedError,
     CurrentTransaction,
     DBConnect,
+    SessionAlreadyActiveError,
     SessionClosedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
@@ -720,6 +721,52 @@ async def test_a_savepoint_without_an_open_transaction_is_a_transaction(db: DBCo
         async with atomic_db_session(db, "savepoint"):
             await insert(db, "one")
         assert await database.names() == ["one"]
+
+
+@KINDS
+@pytest.mark.parametrize("mode", ["commit", "rollback", "append", "savepoint"])
+async def test_blocks_of_two_tasks_do_not_share_the_transaction_of_a_unit(
+    db: DBConnect, database: Database, mode: CurrentTransaction
+) -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def first() -> None:
+        async with atomic_db_session(db, mode):
+            await insert(db, "half")
+            entered.set()
+            await leave.wait()
+            raise LookupError
+
+    async def second() -> None:
+        await entered.wait()
+        try:
+            async with atomic_db_session(db, mode):
+                await insert(db, "second")
+        finally:
+            leave.set()
+
+    async with new_db_ctx():
+        await db_session(db)
+        results = await asyncio.gather(first(), second(), return_exceptions=True)
+        assert [type(result) for result in results] == [LookupError, SessionAlreadyActiveError]
+        assert "run_in_new_ctx" in str(results[1])
+        # One after the other is fine.
+        await asyncio.create_task(second())
+    assert await database.names() == ["second"]
+
+
+async def test_a_task_that_a_block_waits_for_takes_part_in_it(db: DBConnect, database: Database) -> None:
+    async def part() -> None:
+        async with atomic_db_session(db, "savepoint"):
+            await insert(db, "part")
+
+    async with new_db_ctx():
+        with pytest.raises(LookupError):
+            async with atomic_db_session(db):
+                await insert(db, "whole")
+                await asyncio.create_task(part())
+                raise LookupError
+    assert await database.names() == []
 
 
 async def test_an_unknown_mode_is_refused(db: DBConnect) -> None:

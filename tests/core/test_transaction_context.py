@@ -570,6 +570,15 @@ async def test_blocks_in_a_unit_must_say_that_they_are_nested(context: Transacti
             pass
 
 
+async def test_a_block_in_an_atomic_block_of_a_unit_need_not_say_so(
+    context: TransactionContext, db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx(), atomic_db_session(db) as session, context.session() as shared:
+        assert shared is session
+        await insert_item(db, "one")
+    assert await database.names() == ["one"]
+
+
 async def test_tasks_of_a_unit_share_its_session(context: TransactionContext, db: DBConnect) -> None:
     async def ask() -> AsyncSession:
         async with context.session() as session:

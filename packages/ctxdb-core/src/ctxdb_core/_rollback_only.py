@@ -12,16 +12,23 @@ __all__ = ["refuse_if_rollback_only", "set_rollback_only"]
 _DOOMED = "ctxdb.rollback_only"
 
 
-def set_rollback_only(session: Session, why: str, cause: BaseException | None = None, *, whole: bool = False) -> None:
+def set_rollback_only(
+    session: Session, why: str, cause: BaseException | None = None, *, joined: SessionTransaction | None = None
+) -> None:
     """Have each commit of the current transaction fail, the release of a savepoint in it included.
 
     Args:
         session: whose transaction; where none has begun yet, the next one is.
         why: the message of the error.
         cause: what it is raised from.
-        whole: whether a savepoint that is open does not contain it.
+        joined: the savepoint that contains it, if that is still open; without one, none does.
     """
-    transaction = session.get_transaction() if whole else innermost(session)
+    transaction = innermost(session) if joined is not None else session.get_transaction()
+    each = transaction
+    while each is not None:
+        if each is joined:
+            transaction = joined
+        each = each.parent
     if transaction is None:
         transaction = session.begin()
     if _DOOMED not in session.info:

@@ -178,7 +178,7 @@ class _Interrupter:
             return
         # SQLite rolls the transaction of an interrupted write back by itself. If the error is swallowed, what follows
         # would be committed without what came before.
-        set_rollback_only(self.session, _INTERRUPTED, whole=True)
+        set_rollback_only(self.session, _INTERRUPTED)
         driver_connection: Any = self.connection.connection.driver_connection
         with suppress(StopIteration):
             # A coroutine that waits for nothing: run to its end here, it hits this statement and no later one.

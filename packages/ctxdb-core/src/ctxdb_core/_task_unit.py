@@ -154,9 +154,15 @@ async def open_task_unit(db: DBConnect, create: CreateSession | None, *, commits
 
 
 class Visit:
-    """A block that shares the session of a unit of work; a task can be in several of them, one inside the other.
+    """A block that shares the session of a unit of work, or sets a savepoint; a task can be in several, nested.
 
     So can the tasks that it starts inside of one, and waits for. Two other tasks cannot be in it at the same time.
+
+    Args:
+        unit: whose session.
+        db: on which database.
+        nested: whether it may be inside of another one of this task.
+        by_context: whether it is a `TransactionContext`'s: those that may not be nested look for these alone.
 
     Raises:
         SessionAlreadyActiveError: another task is in such a block; or this one is, and it is not to be `nested`.
@@ -167,18 +173,21 @@ class Visit:
     _around: ClassVar[ContextVar[tuple[Visit, ...]]] = ContextVar("ctxdb_visits", default=())
     """The blocks that the running code is in: inherited by the tasks that it starts."""
 
-    def __init__(self, unit: UnitOfWork, db: DBConnect, *, nested: bool) -> None:
+    def __init__(self, unit: UnitOfWork, db: DBConnect, *, nested: bool, by_context: bool = False) -> None:
         self._db = db
+        self.by_context = by_context
         self._task = _running_task()
         self._outer = self._around.get()
         self._here = self._visits.setdefault(unit, [])
-        if not nested and (isinstance(unit, TaskUnit) or any(visit.is_by(self) for visit in self._here)):
+        around = [visit for visit in self._here if visit.by_context and visit.is_by(self)]
+        if not nested and (isinstance(unit, TaskUnit) or around):
             raise SessionAlreadyActiveError
         if any(visit.is_beside(self) for visit in self._here):
             raise SessionAlreadyActiveError(
                 "Another task is inside of a block that shares the session of this unit of work, and a session serves "
-                "one task at a time. Open another session by `new_transaction()` or `new_session()`, give the task a "
-                "unit of work of its own by `run_in_new_ctx(fn, ...)`, or let one block end before the other begins."
+                "one task at a time. Give the task a unit of work of its own by `run_in_new_ctx(fn, ...)`, another "
+                "session by `transactional(db, 'requires_new')` or a context's `new_transaction()` or `new_session()`, "
+                "or let one block end before the other begins."
             )
 
     def __enter__(self) -> None:

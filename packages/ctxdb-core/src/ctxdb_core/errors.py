@@ -113,9 +113,10 @@ class SessionAlreadyActiveError(CtxDBError):
     """A session was to be opened inside of a block that has opened one already.
 
     Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
-    of the same task; and by both in a unit of work while another of its tasks is inside of such a block. The way out:
-    ``reuse_if_exists=True`` to share the session of the same task, ``new_session()`` or ``new_transaction()`` for
-    another one.
+    of the same task; and, in a unit of work, while another of its tasks is inside of a block: by both, by
+    ``atomic_db_session`` and by ``transactional(db, "nested")``. The way out: ``reuse_if_exists=True`` to share the
+    session of the same task; for another one ``new_session()`` or ``new_transaction()``, ``run_in_new_ctx(fn)`` or
+    ``transactional(db, "requires_new")``.
     """
 
     def __init__(self, message: str | None = None) -> None:

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._rollback_only import set_rollback_only
-from ctxdb_core._task_unit import CommitDebt, TaskUnit
+from ctxdb_core._rollback_only import innermost, set_rollback_only
+from ctxdb_core._task_unit import CommitDebt, TaskUnit, Visit
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import (
     ArgumentTypeError,
@@ -216,16 +216,19 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
         session = await unit.open_session(self._db)
         await self._apply_options(session)
         if savepoint:
-            async with session.begin_nested():
-                yield session
+            with Visit(unit, self._db, nested=True):
+                async with session.begin_nested():
+                    yield session
             return
+        # A savepoint that another task sets meanwhile contains nothing of this block.
+        joined = innermost(session.sync_session)
         try:
             yield session
         except BaseException as exc:
             if not unit.autocommit and self._db in unit.sessions:
                 # A session that cannot begin a transaction any more commits nothing either.
                 with suppress(InvalidRequestError):
-                    set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc)
+                    set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc, joined=joined)
             raise
 
     async def _apply_options(self, session: AsyncSession) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core import _session_end
 from ctxdb_core._session_end import in_transaction
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._task_unit import CommitDebt
+from ctxdb_core._task_unit import CommitDebt, Visit
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import (
     ArgumentValueError,
@@ -91,6 +91,8 @@ async def atomic_db_session(
             no transaction with one (`DBConnect.from_url(..., read_only=True)`).
         TransactionAlreadyActiveError: a transaction is open, and ``"raise"`` was asked for; or this is inside of a
             block of the session (``async with session.begin_nested():``) that would be ended with it.
+        SessionAlreadyActiveError: another task of the unit of work is inside of such a block, and does not wait for
+            this one.
         TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised, or the error of a commit.
@@ -102,38 +104,39 @@ async def atomic_db_session(
     unit = _unit(db)
     require_transactions(unit)
     session = await db_session(db)
-    if options:
-        options.check(session, db)
-    if in_transaction(session):
-        if current_transaction in _ENDS_TRANSACTION:
-            _check_no_block(session, db, savepoints_only=current_transaction == "append")
-        if current_transaction in ("append", "savepoint"):
-            # If the block cannot go on in this transaction, that one stays as it is.
-            await options.apply(session, db)
-        if current_transaction == "savepoint":
-            async with session.begin_nested():
+    with Visit(unit, db, nested=True):
+        if options:
+            options.check(session, db)
+        if in_transaction(session):
+            if current_transaction in _ENDS_TRANSACTION:
+                _check_no_block(session, db, savepoints_only=current_transaction == "append")
+            if current_transaction in ("append", "savepoint"):
+                # If the block cannot go on in this transaction, that one stays as it is.
+                await options.apply(session, db)
+            if current_transaction == "savepoint":
+                async with session.begin_nested():
+                    yield session
+                return
+            if current_transaction == "raise":
+                raise TransactionAlreadyActiveError(
+                    f"A transaction is open on {db!r} already: commit it with `await commit_db_session(db)`, or choose "
+                    "another `current_transaction`."
+                )
+            if current_transaction == "commit":
+                await unit.commit([db])
+            elif current_transaction == "rollback":
+                await unit.roll_back(None, [db])
+        try:
+            if options and not in_transaction(session):
+                await options.apply(session, db)
+            with CommitDebt(unit, session):
                 yield session
-            return
-        if current_transaction == "raise":
-            raise TransactionAlreadyActiveError(
-                f"A transaction is open on {db!r} already: commit it with `await commit_db_session(db)`, or choose "
-                "another `current_transaction`."
-            )
-        if current_transaction == "commit":
-            await unit.commit([db])
-        elif current_transaction == "rollback":
-            await unit.roll_back(None, [db])
-    try:
-        if options and not in_transaction(session):
-            await options.apply(session, db)
-        with CommitDebt(unit, session):
-            yield session
-    except BaseException as exc:
-        await unit.roll_back(exc, [db])
-        raise
-    # If the unit has ended under the block, so has its transaction.
-    unit.check_usable()
-    await unit.commit([db])
+        except BaseException as exc:
+            await unit.roll_back(exc, [db])
+            raise
+        # If the unit has ended under the block, so has its transaction.
+        unit.check_usable()
+        await unit.commit([db])
 
 
 async def commit_db_session(db: DBConnect) -> None:
@@ -156,6 +159,9 @@ async def commit_db_session(db: DBConnect) -> None:
 
 async def rollback_db_session(db: DBConnect) -> None:
     """Roll back what the current unit of work has done on `db` since its last commit; the session stays usable.
+
+    Inside of a savepoint's block, this is true of the transaction around it, too. The session is usable again when the
+    block has been left: SQLAlchemy refuses further statements in it (``InvalidRequestError``).
 
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.

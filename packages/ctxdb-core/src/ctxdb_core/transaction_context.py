@@ -97,7 +97,7 @@ class TransactionContext:
             async with self._open(session_maker, commits=False) as session:
                 yield session
             return
-        with Visit(unit, self._db, nested=reuse_if_exists):
+        with Visit(unit, self._db, nested=reuse_if_exists, by_context=True):
             yield await self._share(unit, session_maker)
 
     @asynccontextmanager
@@ -132,7 +132,7 @@ class TransactionContext:
             async with self._open(session_maker, commits=True) as session:
                 yield session
             return
-        with Visit(unit, self._db, nested=reuse_if_exists):
+        with Visit(unit, self._db, nested=reuse_if_exists, by_context=True):
             session = await self._share(unit, session_maker)
             if in_transaction(session) and not allow_nested_transactions:
                 raise TransactionAlreadyActiveError(
