@@ -368,6 +368,17 @@ async def test_streams_of_rows_work(db: DBConnect) -> None:
         assert [name async for (name,) in result] == ["a", "b", "c"]
 
 
+async def test_a_stream_of_rows_leaves_no_cursor_open(db: DBConnect, postgresql: None) -> None:
+    async with shared_transaction(db):
+        async with new_db_ctx():
+            await insert(db, "one")
+            result = await (await db_session(db)).stream(select(Item.name))
+            assert [name async for (name,) in result] == ["one"]
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("TRUNCATE item"))
+        assert await names(db) == []
+
+
 async def test_a_test_that_is_cancelled_while_it_begins_leaves_nothing(db: DBConnect, database: Database) -> None:
     async def test() -> None:
         async with shared_transaction(db):

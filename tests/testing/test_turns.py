@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import select, text
@@ -148,6 +149,66 @@ async def test_the_tests_session_stands_in_nobodys_way(db: DBConnect) -> None:
         assert await task == ["prepared"]
         await session.rollback()
         assert await names(db) == ["prepared"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_tests_session_stands_in_nobodys_way_after_a_savepoint(db: DBConnect, *, fails: bool) -> None:
+    async with shared_transaction(db, timeout=0.05) as session:
+        session.add(Item(name="prepared"))
+        with suppress(LookupError):
+            async with session.begin_nested():
+                session.add(Item(name="behind"))
+                await session.flush()
+                if fails:
+                    raise LookupError
+        await asyncio.create_task(run_in_new_ctx(insert, db, "application"))
+        await session.rollback()
+        assert await names(db) == ["application", *(() if fails else ("behind",)), "prepared"]
+
+
+async def test_a_savepoint_that_is_open_keeps_others_waiting(db: DBConnect) -> None:
+    may_write = asyncio.Event()
+
+    async def write() -> None:
+        await may_write.wait()
+        await insert(db, "two")
+
+    async with shared_transaction(db, timeout=0.05) as session:
+        task = asyncio.create_task(run_in_new_ctx(write))
+        async with session.begin_nested():
+            async with session.begin_nested():
+                session.add(Item(name="one"))
+            may_write.set()
+            with pytest.raises(SharedTransactionError, match="commit or roll back that one first"):
+                await task
+        await asyncio.create_task(run_in_new_ctx(insert, db, "three"))
+        assert await names(db) == ["one", "three"]
+
+
+@pytest.mark.parametrize("lock", ["SELECT name FROM item FOR UPDATE", "SELECT pg_advisory_xact_lock(1)"])
+async def test_what_takes_a_lock_keeps_others_out(db: DBConnect, postgresql: None, lock: str) -> None:
+    async def count_up() -> None:
+        session = await db_session(db)
+        await session.execute(text(lock))
+        number = await session.scalar(text("SELECT name FROM item"))
+        await asyncio.sleep(0)
+        await session.execute(text("UPDATE item SET name = :name"), {"name": str(int(number) + 1)})
+
+    async with shared_transaction(db) as session:
+        session.add(Item(name="0"))
+        await session.flush()
+        await gather_in_new_ctx(*[count_up] * 5)
+        assert await names(db) == ["5"]
+
+
+async def test_a_roll_back_of_what_has_only_taken_a_lock_undoes_nothing(db: DBConnect, postgresql: None) -> None:
+    async with shared_transaction(db):
+        with pytest.raises(LookupError):
+            async with new_db_ctx():
+                await (await db_session(db)).execute(select(Item).with_for_update())
+                await run_in_new_ctx(insert, db, "stands")
+                raise LookupError
+        assert await names(db) == ["stands"]
 
 
 async def test_the_tests_session_can_be_rolled_back(db: DBConnect) -> None:

@@ -155,7 +155,8 @@ class Connection(AdaptedConnection):
         return await_only(self._shared.thread.run(self._shared.use_driver, fn))
 
     def cursor(self, *arguments: Any, **options: Any) -> Cursor:
-        """Return a cursor."""
+        """Return a cursor. All of its rows are fetched at once: on the server, it would last to the end of the test."""
+        options.pop("server_side", None)
         return Cursor(self, arguments, options)
 
     def execute(self, statement: Statement) -> Result:

@@ -14,7 +14,7 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core.testing._driver import Driver, check_driver, driver_of
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._settings import Settings, assignment, names_set_by, query
-from ctxdb_core.testing._statement import Kind, Result, Statement
+from ctxdb_core.testing._statement import Kind, Result, Statement, open_savepoints
 from ctxdb_core.testing._thread import LoopThread
 from ctxdb_core.testing._transaction import Transaction
 
@@ -98,7 +98,7 @@ class SharedConnection:
             transaction.task = task
             transaction.last = str(statement.arguments[0])[:80]
             transaction.wrote |= not _only_reads(transaction, statement.kind)
-            transaction.has_savepoints |= statement.kind is Kind.SAVEPOINT
+            transaction.locked |= statement.kind is Kind.LOCK
             if statement.kind is Kind.DDL:
                 self._saw_ddl = True
                 self.driver.forget_schema()
@@ -117,6 +117,8 @@ class SharedConnection:
                 transaction.interrupted = False
             # In an aborted transaction, nothing but a roll-back to a savepoint succeeds.
             transaction.failed = False
+            if statement.kind is Kind.SAVEPOINT:
+                transaction.savepoints = open_savepoints(transaction.savepoints, str(statement.arguments[0]))
             self._check_outer_transaction()
             await run_to_completion(self._note_settings(transaction, statement, names, is_local=is_local))
             if transaction.autocommit:
@@ -207,7 +209,7 @@ class SharedConnection:
                 return True
             reason = (
                 f"a session needs the shared connection while another one has an open transaction on it ({top}) that "
-                "has written: commit or roll back that one first"
+                "has written, or taken a lock: commit or roll back that one first"
             )
         else:
             reason = (
@@ -389,7 +391,8 @@ class SharedConnection:
             if transaction.wrote:
                 self._open[-1].within.append(str(transaction))
         transaction.within = []
-        transaction.failed = transaction.has_savepoints = False
+        transaction.savepoints = []
+        transaction.failed = transaction.locked = False
 
     def _complain(self, outer: Transaction, undone: list[str]) -> None:
         self.problems.append(
@@ -415,7 +418,7 @@ class SharedConnection:
 
 def _only_reads(transaction: Transaction, kind: Kind) -> bool:
     """Return whether a statement leaves nothing that could be undone."""
-    return kind in (Kind.READ, Kind.SET_LOCAL) or (transaction.autocommit and kind is Kind.SET)
+    return kind in (Kind.READ, Kind.LOCK, Kind.SET_LOCAL) or (transaction.autocommit and kind is Kind.SET)
 
 
 def _refusal(reason: str, waited: float) -> SharedTransactionError:

@@ -14,6 +14,7 @@ class Kind(Enum):
     """What a statement does to the transaction that it is in."""
 
     READ = auto()
+    LOCK = auto()
     WRITE = auto()
     DDL = auto()
     SET = auto()
@@ -25,11 +26,14 @@ class Kind(Enum):
 
 
 _COMMENTS = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*", re.DOTALL)
+_LOCK = r"FOR\s+(?:NO\s+KEY\s+)?UPDATE|FOR\s+(?:KEY\s+)?SHARE|pg_(?:try_)?advisory_xact_lock(?:_shared)?"
 _PATTERNS = (
     (Kind.SAVEPOINT, r"SAVEPOINT\b|RELEASE\b|ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\b"),
     (Kind.BEGIN, r"BEGIN\b|START\s+TRANSACTION\b"),
     (Kind.COMMIT, r"(?:COMMIT|END)(?:\s+(?:WORK|TRANSACTION))?\s*;?\s*$"),
     (Kind.ROLL_BACK, r"(?:ROLLBACK|ABORT)(?:\s+(?:WORK|TRANSACTION))?\s*;?\s*$"),
+    # Whoever comes to it must wait before it is sent: on one connection, there is no lock to wait for.
+    (Kind.LOCK, rf"SELECT\b(?!.*\bINTO\b)(?=.*\b(?:{_LOCK})\b)"),
     (Kind.READ, r"(?:SELECT|VALUES|TABLE)\b(?!.*\bINTO\b)|SHOW\b|EXPLAIN\b(?!.*\bANALY[SZ]E\b)|PRAGMA\b"),
     (Kind.READ, r"WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE|INTO)\b)"),
     (Kind.DDL, r"(?:CREATE|ALTER|DROP)\b"),
@@ -38,6 +42,11 @@ _PATTERNS = (
     (Kind.SET, r"SET\s+(?!LOCAL\b|TRANSACTION\b|CONSTRAINTS\b|SESSION\s+CHARACTERISTICS\b)|RESET\b"),
 )
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for kind, pattern in _PATTERNS)
+_SAVEPOINT = re.compile(
+    r"(?P<verb>SAVEPOINT|RELEASE|ROLLBACK)\s+(?:(?:WORK|TRANSACTION)\s+)?(?:TO\s+)?(?:SAVEPOINT\s+)?"
+    r"(?P<name>\"[^\"]+\"|[^\s;]+)",
+    re.IGNORECASE,
+)
 _CONTROL = r"(?:COMMIT|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO)|END|ABORT|PREPARE\s+TRANSACTION)\b"
 _LEFT_CONTROL = re.compile(_CONTROL, re.IGNORECASE)
 # In the body of a function, END and COMMIT mean something else.
@@ -65,6 +74,23 @@ def kind_of(sql: str) -> Kind:
             "`ROLLBACK` in a statement of its own; or test this with real commits (the fixture `ctxdb_clean_tables`)."
         )
     return Kind.WRITE
+
+
+def open_savepoints(names: list[str], sql: str) -> list[str]:
+    """Return the savepoints that are open after a statement of `Kind.SAVEPOINT`, where `names` were open before it."""
+    match = _SAVEPOINT.match(sql, start_of(sql))
+    if match is None:
+        return names
+    verb, name = match["verb"].upper(), match["name"]
+    name = name if name.startswith('"') else name.lower()
+    if verb == "SAVEPOINT":
+        return [*names, name]
+    if name not in names:
+        return names
+    # The last one of its name, and all that were set after it. SQLAlchemy never comes back to one of its own.
+    index = len(names) - 1 - names[::-1].index(name)
+    stays = verb == "ROLLBACK" and not name.startswith("sa_savepoint_")
+    return names[: index + stays]
 
 
 def start_of(sql: str) -> int:

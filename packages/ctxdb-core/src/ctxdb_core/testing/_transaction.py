@@ -32,8 +32,10 @@ class Transaction:
         self.wrote = False
         self.failed = False
         """Whether a statement has failed, so that PostgreSQL refuses all others."""
-        self.has_savepoints = False
-        """Whether the session has set savepoints of its own."""
+        self.savepoints: list[str] = []
+        """The savepoints of the session's own that are open."""
+        self.locked = False
+        """Whether it has taken locks, which keep others out until it ends."""
         self.within: list[str] = []
         """What others have committed inside of it: a roll-back to its savepoint would undo that."""
         self.committed = False
@@ -49,7 +51,7 @@ class Transaction:
     @property
     def gives_way(self) -> bool:
         """Whether its savepoint can be released for others: there is nothing that it could still want to undo."""
-        return not self.has_savepoints and (self.failed or self.lenient or not self.wrote)
+        return not self.savepoints and (self.failed or self.lenient or not (self.wrote or self.locked))
 
     def __str__(self) -> str:
         return f"the one of {self.last!r}"
