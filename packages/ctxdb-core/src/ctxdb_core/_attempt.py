@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from contextvars import ContextVar
+from weakref import WeakSet
 
-from sqlalchemy import Connection, event
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
 
+from ctxdb_core._url import without_secrets
 from ctxdb_core.isolation import is_autocommit, is_read_only
 
-__all__ = ["Attempt", "current_attempt"]
+__all__ = ["Attempt", "current_attempt", "watch_engines"]
 
 
 class Attempt:
@@ -22,41 +25,83 @@ class Attempt:
 
     def __init__(self, outer: Attempt | None) -> None:
         self.outer = outer
-        self.committed: list[str] = []
-        """The names of the databases on which something was committed."""
+        self._commits: Counter[str] = Counter()
+        self._last: WeakSet[Connection] = WeakSet()
+        """The connections on which a COMMIT was the last thing to be sent: it may yet be refused."""
 
-    def watch(self, session: AsyncSession, db: object) -> None:
-        """Take note of what is committed through a session that was made for this attempt."""
-        writable = False
+    @property
+    def committed(self) -> list[str]:
+        """The addresses of the databases on which something was committed."""
+        return [address for address, number in self._commits.items() if number]
 
-        @event.listens_for(session.sync_session, "after_begin")
-        def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-            nonlocal writable
-            # What can only read leaves nothing behind that a second attempt would find.
-            if not transaction.nested and not is_read_only(connection):
-                writable = True
-                if is_autocommit(connection):
-                    self._note(db)
+    def note(self, connection: Connection) -> None:
+        """Take note of a COMMIT that is about to be sent, or of a statement that is committed by itself."""
+        if connection not in self._last:
+            self._last.add(connection)
+            self._commits[_address(connection)] += 1
 
-        @event.listens_for(session.sync_session, "after_commit")
-        def committed(session: Session) -> None:
-            if writable and not session.in_nested_transaction():
-                self._note(db)
+    def forget(self, connection: Connection) -> None:
+        """Take the COMMIT that was sent last for one that was refused."""
+        if connection in self._last:
+            self._last.remove(connection)
+            self._commits[_address(connection)] -= 1
 
-        @event.listens_for(session.sync_session, "after_transaction_end")
-        def ended(session: Session, transaction: SessionTransaction) -> None:
-            nonlocal writable
-            if transaction.parent is None:
-                writable = False
-
-    def _note(self, db: object) -> None:
-        name = repr(db)
-        attempt: Attempt | None = self
-        while attempt is not None:
-            if name not in attempt.committed:
-                attempt.committed.append(name)
-            attempt = attempt.outer
+    def go_on(self, connection: Connection) -> None:
+        """Take what was sent last for done: another transaction begins."""
+        self._last.discard(connection)
 
 
 current_attempt: ContextVar[Attempt | None] = ContextVar("ctxdb_attempt", default=None)
 """The attempt of the running code. Tasks inherit it: what they commit meanwhile counts."""
+
+_lock = threading.Lock()
+
+
+def watch_engines() -> None:
+    """Listen to SQLAlchemy's engines, once and for all: whoever commits, by a session or without one, is seen.
+
+    A transaction of those that make no attempt pays for the look at a context variable, twice.
+    """
+    with _lock:
+        if not event.contains(Engine, "commit", _commit):
+            event.listen(Engine, "begin", _begin)
+            event.listen(Engine, "handle_error", _handle_error)
+            event.listen(Engine, "commit_twophase", _commit_twophase)
+            event.listen(Engine, "commit", _commit)
+
+
+def _begin(connection: Connection) -> None:
+    attempt = current_attempt.get()
+    while attempt is not None:
+        attempt.go_on(connection)
+        if is_autocommit(connection) and not is_read_only(connection):
+            attempt.note(connection)
+        attempt = attempt.outer
+
+
+def _commit(connection: Connection) -> None:
+    attempt = current_attempt.get()
+    # What can only read leaves nothing behind that a second attempt would find.
+    if attempt is None or is_read_only(connection):
+        return
+    while attempt is not None:
+        attempt.note(connection)
+        attempt = attempt.outer
+
+
+def _commit_twophase(connection: Connection, xid: object, is_prepared: bool) -> None:  # noqa: FBT001 - as it is called
+    _commit(connection)
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    # There is no event for a COMMIT that has succeeded, only for one that is about to be sent.
+    attempt, connection = current_attempt.get(), context.connection
+    if connection is None or context.statement is not None or is_autocommit(connection):
+        return
+    while attempt is not None:
+        attempt.forget(connection)
+        attempt = attempt.outer
+
+
+def _address(connection: Connection) -> str:
+    return without_secrets(connection.engine.url.render_as_string())

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from ctxdb_core._attempt import current_attempt
 from ctxdb_core._engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._observer import Observer
 from ctxdb_core._url import create_engine, host_of, without_secrets
@@ -215,12 +214,9 @@ class DBConnect:
         return session
 
     def _follow(self, session: AsyncSession, host: str) -> None:
-        """Tell listeners, and the attempt that may be repeated, of what happens in `session`, whoever has made it."""
+        """Tell listeners of what happens in `session`, whoever has made it."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
-        attempt = current_attempt.get()
-        if attempt is not None:
-            attempt.watch(session, self)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ctxdb_core._attempt import Attempt, current_attempt
+from ctxdb_core._attempt import Attempt, current_attempt, watch_engines
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
 from ctxdb_core.lifecycle import opened
 from ctxdb_core.unit import UnitOfWork, current_unit, inherited_before_commit
@@ -60,8 +60,8 @@ def retry_on_conflict(
     transaction; nor may it wait for locks that these hold.
 
     It is not run again once anything of the attempt was committed: early, on one of several databases, or in
-    transactions of its own (``run_in_new_ctx``, ``transactional(db, "requires_new")``). Then the error surfaces with a
-    note that says so. What an attempt commits past ctxdb, on an engine's own connection for instance, is not seen.
+    transactions of its own (``run_in_new_ctx``, ``transactional(db, "requires_new")``, a connection of an engine). Then
+    the error surfaces with a note that says so. What is committed past SQLAlchemy is not seen.
 
     A cancelled task makes no further attempt.
 
@@ -95,6 +95,7 @@ def retry_on_conflict(
             raise ArgumentValueError(f"wait={wait}: give seconds, 0 or more.")
         wait = tenacity.wait_random_exponential(multiplier=wait, max=max(wait, _LONGEST_WAIT_SECONDS))
     stop, backoff = attempts, wait
+    watch_engines()
 
     def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         if not inspect.iscoroutinefunction(fn):
