@@ -50,6 +50,26 @@ async def test_a_roll_back_for_the_response_leaves_what_follows(db: DBConnect, d
     assert await database.names() == ["background"]
 
 
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("block", ["begin", "begin_nested"])
+async def test_what_follows_the_response_in_a_block_that_it_has_started_in_is_committed_with_the_rest(
+    db: DBConnect, database: Database, block: str, *, commit: bool
+) -> None:
+    unit = begin()
+    assert unit is not None
+    # As a dependency of FastAPI does, which ends after the background tasks.
+    async with getattr(await db_session(db), block)():
+        await insert(db, "response")
+        await finalize(unit, commit=commit, last=False)
+        await insert(db, "task")
+        async with (await db_session(db)).begin_nested():
+            await insert(db, "task, too")
+    await insert(db, "then")
+    await finalize(unit, commit=True)
+    assert await database.names() == [*(["response"] if commit else []), "task", "task, too", "then"]
+
+
 async def test_finalizing_again_does_nothing(db: DBConnect, database: Database) -> None:
     unit = begun()
     await insert(db, "one")

@@ -60,6 +60,17 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
         await _discard(session)
 
 
+def leave_blocks(session: AsyncSession) -> None:
+    """Let the code in a block of `session` go on with it, although the block's transaction was ended from outside.
+
+    SQLAlchemy refuses further statements then, inside of ``async with session.begin():`` and of a savepoint's block.
+    Their ends do nothing any more.
+    """
+    sync_session = session.sync_session
+    if sync_session._trans_context_manager is not None and not sync_session.in_transaction():  # noqa: SLF001 - as below
+        sync_session._trans_context_manager = None  # noqa: SLF001 - there is no public name for it
+
+
 def closes_without_io(session: AsyncSession) -> bool:
     """Return whether the session can be closed by a plain call: nothing of it needs the database, or is overridden."""
     sync_session = session.sync_session

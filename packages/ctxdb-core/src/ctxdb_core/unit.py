@@ -286,9 +286,12 @@ class UnitOfWork:
                 if in_transaction(session):
                     await wait_for_statements((session,))
                     await run_to_completion(_commit_alone(session))
+                    _session_end.leave_blocks(session)
             else:
                 await self._prepare(dbs)
                 await run_to_completion(self._commit(self.sessions, dbs))
+                if dbs is None:
+                    self._leave_blocks()
                 await self._wait_for_callbacks()
         except BaseException as exc:
             await self.roll_back(exc, dbs)
@@ -302,7 +305,14 @@ class UnitOfWork:
             dbs: where to roll back; everywhere by default.
         """
         await run_to_completion(self._roll_back(self.sessions, error, dbs))
+        if dbs is None:
+            self._leave_blocks()
         await self._wait_for_callbacks()
+
+    def _leave_blocks(self) -> None:
+        # The response starts inside of a dependency's block, for instance, and a background task works on in it.
+        for session in self.sessions.values():
+            _session_end.leave_blocks(session)
 
     async def close_session(
         self, db: DBConnect, refuse: Callable[..., NoReturn] = _session_end.refuse_after_close
