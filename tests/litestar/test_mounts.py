@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from litestar import Litestar, Request, Response, asgi, get
+from litestar.config.compression import CompressionConfig
+from litestar.middleware import ASGIMiddleware
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, insert, insert_orphan
 from tests.support.litestar_app import Ask, answering, litestar_app
@@ -19,18 +21,28 @@ both_copy_scopes = pytest.mark.parametrize("copy_scope", [True, False])
 """A mounted application gets a copy of the scope, or writes into that of the application around it."""
 
 
+class PassOn(ASGIMiddleware):
+    async def handle(self, scope: Any, receive: Any, send: Any, next_app: Any) -> None:
+        await next_app(scope, receive, send)
+
+
 def mounting(inner: Any, *, copy_scope: bool, **options: Any) -> Litestar:
     return litestar_app(asgi("/inner", is_mount=True, copy_scope=copy_scope)(inner), **options)
 
 
-async def test_a_mounted_asgi_application_is_inside(db: DBConnect, database: Database, ask: Ask) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"middleware": [PassOn()]}, {"compression_config": CompressionConfig("gzip", minimum_size=1)}]
+)
+async def test_a_mounted_asgi_application_is_inside(
+    db: DBConnect, database: Database, ask: Ask, options: dict[str, Any]
+) -> None:
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
         status = int(scope["query_string"])
         await insert(db, str(status))
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
 
-    client = await ask(mounting(mounted, copy_scope=True, db=db))
+    client = await ask(mounting(mounted, copy_scope=True, db=db, **options))
     assert (await client.get("/inner/anything?409")).status_code == 409
     assert (await client.get("/inner/anything?202")).status_code == 202
     assert await database.names() == ["202"]

@@ -40,5 +40,8 @@ def _add_boundary(app: Any) -> Any:
 
 def _is_cached(scope: Any, start: Message) -> bool:
     # As Litestar's cache asks: it keeps a response before that has passed the middlewares further out.
-    config = scope["litestar_app"].response_cache_config
-    return bool(scope["route_handler"].cache) and config.cache_response_filter(scope, start["status"])
+    # The handler of a mounted application has no cache.
+    if not getattr(scope["route_handler"], "cache", False):
+        return False
+    is_kept: bool = scope["litestar_app"].response_cache_config.cache_response_filter(scope, start["status"])
+    return is_kept
