@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -13,7 +14,7 @@ from tests.support.database import Database, insert, insert_orphan
 from tests.support.wire import ask
 
 from ctxdb_aiohttp import setup
-from ctxdb_core import DBConnect
+from ctxdb_core import ContextClosedError, DBConnect, db_session
 
 
 def application(handler: Handler) -> web.Application:
@@ -113,3 +114,42 @@ async def test_a_middleware_outside_of_all_can_try_again_after_a_response(db: DB
     app = web.Application(middlewares=[try_again])
     app.add_subapp("/inner", inner)
     assert (await ask(await serve(app), "/inner/")).summary == (409, "handled")
+
+
+@pytest.mark.parametrize("writes", [True, False])
+async def test_an_attempt_may_succeed_while_one_that_was_given_up_goes_on(
+    db: DBConnect, database: Database, serve: Serve, writes: bool
+) -> None:
+    entered, answered = asyncio.Event(), asyncio.Event()
+    first: list[asyncio.Task[web.StreamResponse]] = []
+    errors: list[BaseException] = []
+
+    @web.middleware
+    async def try_again(request: web.Request, handler: Handler) -> web.StreamResponse:
+        first.append(asyncio.ensure_future(handler(request)))
+        await entered.wait()
+        response = await handler(request)
+        try:
+            await db_session(db)
+        except ContextClosedError as exc:
+            errors.append(exc)
+        return response
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if not entered.is_set():
+            entered.set()
+            await answered.wait()
+            await insert(db, "too late")
+        if writes:
+            await insert(db, "second")
+        return web.Response()
+
+    app = application(handler)
+    app.middlewares.append(try_again)
+    setup(app)
+    assert (await ask(await serve(app))).status == 200
+    answered.set()
+    with pytest.raises(ContextClosedError):
+        await first[0]
+    assert await database.names() == (["second"] if writes else [])
+    assert len(errors) == writes

@@ -96,23 +96,21 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
         BaseException: the error of a commit, or of `before_commit`. Everything that could be was rolled back, and the
             success that was about to be sent must not be sent.
     """
-    if unit.closed:
-        return
-    if unit.pending and unit.is_given_up():
-        try:
+    try:
+        if unit.closed:
+            return
+        if unit.pending and unit.is_given_up():
             await unit.finish_abandoned(commit=commit, error=error)
-        finally:
-            unit.leave()
-    elif last:
-        try:
+        elif last:
             if not unit.finish_idle():
                 await unit.finish(commit=commit, error=error)
-        finally:
+        elif commit:
+            await unit.commit()
+        else:
+            await unit.roll_back(error)
+    finally:
+        if last:
             unit.leave()
-    elif commit:
-        await unit.commit()
-    else:
-        await unit.roll_back(error)
 
 
 def is_context_initiated() -> bool:
