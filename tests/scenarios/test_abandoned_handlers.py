@@ -155,6 +155,25 @@ async def test_what_the_middleware_has_committed_stands(world: World) -> None:
     assert await world.names() == ["middleware"]
 
 
+@pytest.mark.parametrize("committed_by", ["unit", "session"])
+@pytest.mark.parametrize("begun_by", ["object", "begin"])
+async def test_a_transaction_of_the_handlers_own_is_its_own(world: World, committed_by: str, begun_by: str) -> None:
+    async def write_and_commit() -> None:
+        session = await insert(world.db, "middleware")
+        await (session.commit() if committed_by == "session" else commit_db_session(world.db))
+
+    async def begin_and_write() -> None:
+        session = await db_session(world.db)
+        if begun_by == "begin":
+            await session.begin()
+        session.add(Item(name="handler"))
+        await session.flush()
+
+    response = await give_up(world, before=write_and_commit, handler=begin_and_write)
+    assert (response.status_code, response.text) == (200, "instead")
+    assert await world.names() == ["middleware"]
+
+
 @pytest.mark.postgresql
 async def test_what_the_middleware_writes_in_another_unit_of_work_stands(world: World) -> None:
     response = await give_up(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -48,10 +49,21 @@ def note_author(session: Session, clause: Any, call: Call | None) -> None:
             nobody's work. A ``SELECT`` counts as reading, although it may call a function that writes.
         call: the one that the running code is a part of, if it is part of any.
     """
-    if not session.in_transaction():
-        session.info.pop(_WRITERS, None)
-    if not _reads(clause):
-        session.info.setdefault(_WRITERS, set()).add(call)
+    if _reads(clause):
+        return
+    # The statement is about to do so; the transaction tells its writers from those of one that has ended.
+    session._autobegin_t()  # noqa: SLF001 - there is no public name for it
+    writers = _writers(session)
+    if writers is None:
+        writers = set()
+        session.info[_WRITERS] = (ref(session.get_transaction()), writers)
+    writers.add(call)
+
+
+def _writers(session: Session) -> set[Call | None] | None:
+    """Return who has written in the open transaction; ``None`` if nobody has, or none is open."""
+    transaction, writers = session.info.get(_WRITERS, (None, None))
+    return writers if transaction is not None and transaction() is session.get_transaction() else None
 
 
 def find_authors(sessions: Iterable[AsyncSession]) -> tuple[bool, bool]:
@@ -68,7 +80,7 @@ def find_authors(sessions: Iterable[AsyncSession]) -> tuple[bool, bool]:
             return True, True
         # What is under way cannot be committed before it has ended, which nobody waits for.
         of_pending |= is_busy(session)
-        for call in sync_session.info.get(_WRITERS, ()):
+        for call in _writers(sync_session) or ():
             if call is not None and call.pending:
                 of_pending = True
             else:
