@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, eventually, insert, insert_orphan
 
 from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx, on_commit
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Message, Receive, Scope, Send
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 BODY: Message = {"type": "http.response.body", "body": b"body"}
@@ -145,6 +145,33 @@ async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_can
         await request
     assert database.checked_out == 0
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("writes_before", [True, False])
+async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
+    db: DBConnect, database: Database, writes_before: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if writes_before:
+            await insert(db, "response")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with pytest.raises(ContextClosedError):
+            await insert(db, "body")
+        await send({"type": "http.response.body", "body": b"body"})
+
+    boundary = ASGIStreamBoundary(app)
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        async def replace(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send({"type": "http.response.start", "status": 503, "headers": []})
+                await send({"type": "http.response.body", "body": b"refused"})
+
+        await boundary(scope, receive, replace)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(refuse))
+    assert [message.get("status", message.get("body")) for message in connection.sent] == [503, b"refused"]
+    assert await database.names() == (["response"] if writes_before else [])
 
 
 async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from tests.support.database import Database, eventually, insert, insert_orphan
-from tests.support.server import http_client, serve
+from tests.support.server import RawClient, http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
 from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session
@@ -232,3 +233,74 @@ async def test_a_handler_that_a_middleware_has_given_up_on_changes_nothing(
     if not in_a_statement:
         assert [type(error) for error in errors] == [ContextClosedError]
     assert await database.names() == []
+
+
+@AHEAD
+async def test_a_body_that_fails_is_rolled_back_although_its_end_is_sent(
+    db: DBConnect, database: Database, framework: type[Starlette], stack: list[Any]
+) -> None:
+    """Starlette's `BaseHTTPMiddleware` ends the body before it raises its error."""
+    read = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(db, "body")
+        yield "x" * 65536
+        await read.wait()
+        raise ValueError
+
+    async with (
+        serve(application(framework, {"/": write_and_stream(db, chunks)}, *stack)) as url,
+        RawClient.connect(url) as client,
+    ):
+        await client.send("/")
+        assert await client.read_head() == 200
+        read.set()
+        await client.reader.read()
+    assert await database.names() == ["response"]
+
+
+@AHEAD
+@pytest.mark.parametrize("has_background", [False, True])
+async def test_a_body_whose_client_has_left_is_rolled_back(
+    db: DBConnect, database: Database, framework: type[Starlette], stack: list[Any], has_background: bool
+) -> None:
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(db, "body")
+        while True:
+            yield "x" * 65536
+            await asyncio.sleep(0)
+
+    async def stream(request: Request) -> Response:
+        await insert(db, "response")
+        background = BackgroundTask(insert, db, "background") if has_background else None
+        return StreamingResponse(chunks(), background=background)
+
+    async with serve(application(framework, {"/": stream}, *stack)) as url, RawClient.connect(url) as client:
+        await client.send("/")
+        assert await client.read_head() == 200
+        client.abort()
+    assert await database.names() == (["background", "response"] if has_background else ["response"])
+
+
+async def test_a_body_is_rolled_back_in_whose_place_a_middleware_answers_an_error(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask
+) -> None:
+    begun = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        await insert(db, "body")
+        begun.set()
+        while True:
+            yield "body"
+
+    class Refuse(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            await call_next(request)
+            await begun.wait()
+            return PlainTextResponse("refused", 503)
+
+    client = await ask(application(framework, {"/": write_and_stream(db, chunks)}, Refuse, DBSessionMiddleware))
+    response = await client.get("/")
+    assert (response.status_code, response.text) == (503, "refused")
+    await eventually(lambda: not database.checked_out, "a connection is not back")
+    assert await database.names() == ["response"]

@@ -20,6 +20,7 @@ from ctxdb_core._session_end import in_transaction, report
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._waiting import WaitingCallback
 from ctxdb_core.connect import DBConnect
+from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.policy import CommitPolicy
 from ctxdb_core.unit import BeforeCommit, CreateSession, UnitOfWork
 
@@ -138,8 +139,8 @@ class Exchange(UnitOfWork):
 class HTTPExchange(Exchange):
     """The unit of work of an HTTP request.
 
-    What is done after the start belongs to whoever made the statements: the streamed body, or what follows it. So the
-    tasks that make them are noted from then on, and those that send the body.
+    What is open when a task is cancelled that sends the body, and has not sent the last of it, is the body's, which was
+    cut off. What comes after that belongs to others.
     """
 
     source: Receive
@@ -148,11 +149,17 @@ class HTTPExchange(Exchange):
     """The request's body as far as the application has received it; empty once it is too large to be kept."""
     body_is_ahead = False
     """Whether the body has used a session while the start of the response was on its way to us."""
+    stream_status: int | None = None
+    """The status that a streamed response has beneath the middlewares that may hold its start back."""
+    is_replaced = False
+    """Whether these have made an error of a streamed response that was a success."""
+    is_watched = False
+    """Whether it is noted who sends the body, as sessions may be in use."""
+    is_used = False
+    """Whether one was, since the transactions of the response were ended."""
     # By weak reference: a task's context knows the exchange, and its error the frames of a body that is to be closed.
-    users: set[ref[Any]] | None = None
-    """The tasks that have used a session since the transactions of the response were ended."""
     senders: frozenset[ref[Any]] = frozenset()
-    """The tasks that have sent something of the response, while it was in use."""
+    """The tasks that have sent something of the response, while it was watched."""
     body_sent = False
     """Whether the last of the body was sent."""
     parked_callbacks: Mapping[DBConnect, list[WaitingCallback]] = MappingProxyType({})
@@ -179,10 +186,11 @@ class HTTPExchange(Exchange):
         # A plain function: most messages cost no coroutine of their own.
         if message["type"] == "http.response.start":
             self.responded = True
-            if self.sessions or self.callbacks or self.pending:
+            if self.sessions or self.callbacks or self.pending or self.stream_status:
                 return self.respond(message)
-        elif self.users is not None:
-            self.note_progress(message)
+        elif self.is_watched:
+            if self.stream_status is None:
+                self.note_progress(message)
             if self.body_sent and any(map(in_transaction, self.sessions.values())):
                 return self.end_body(message)
         return self.forward(message)
@@ -194,13 +202,24 @@ class HTTPExchange(Exchange):
             except Exception as exc:
                 self.refuse_messages(exc)
                 raise
+        elif self.failure is None and self.is_replaced_by(message["status"]):
+            self.is_replaced = True
+            await wait_for_statements(self.sessions.values())
+            await self.roll_back()
         # Where the body is ahead, what is open now is the body's, and none of the response's.
         elif not self.body_is_ahead:
             if self.failure is None:
                 await self.settle(message["status"])
             self.watch_statements()
-        self.senders = frozenset([_current_task()])
+        if self.stream_status is None:
+            self.senders = frozenset([_current_task()])
         await self.forward(message)
+
+    def is_replaced_by(self, status: int) -> bool:
+        """Return whether a middleware sends an error of its own, with `status`, in the place of a streamed success."""
+        return (
+            self.stream_status is not None and self.commit_policy(self.stream_status) and not self.commit_policy(status)
+        )
 
     async def end_body(self, message: Message) -> None:
         """Commit what the body has done before the last of it is sent: if that fails, the client sees it break off."""
@@ -211,46 +230,57 @@ class HTTPExchange(Exchange):
             raise
         await self.forward(message)
 
-    async def stream_begins(self, status: int) -> None:
-        """End the transactions before a body begins whose start has a way to go before it is sent."""
+    async def stream_begins(self, status: int) -> bool:
+        """End the transactions before a body begins whose start has a way to go before it is sent.
+
+        Returns:
+            Whether the one who asks is to `note_progress`.
+        """
         # Of several boundaries, the innermost one has done it: what is open at the others is the body's.
-        if self.failure is None and not self.responded and self.users is None:
+        if self.failure is None and not self.responded and not self.is_watched:
             if self.sessions or self.callbacks:
                 await self.settle(status)
+            self.stream_status = status
+            self.senders = frozenset([_current_task()])
             self.watch_statements()
+            return True
+        return False
 
     def watch_statements(self) -> None:
-        """Note from now on which tasks use a session."""
-        self.users = set()
+        """Note from now on what is done for the body."""
+        self.is_watched = True
         observe_statements(self.sessions.values(), self.note_statement)
 
     def statement_observer(self) -> StatementObserver | None:
-        return self.note_statement if self.follows_calls or self.responded or self.users is not None else None
+        return self.note_statement if self.follows_calls or self.responded or self.is_watched else None
 
     def note_statement(self, session: Session, clause: Any) -> None:
         """Note that the current task uses a session."""
-        if self.users is None and (self.is_abandoned or not self.responded):
+        if not self.is_watched and (self.is_abandoned or not self.responded):
             self.note_author(session, clause)
             return
+        if self.running_call() is not None:
+            if self.is_replaced:
+                raise ContextClosedError
+            self.body_is_ahead = self.body_is_ahead or not self.responded
         # In the middle of a flush, the objects of both are in the session already.
         if self.parked and not session._flushing:  # noqa: SLF001 - there is no public name for it
             await_only(self.recover())
-        if self.users is None:
-            self.users = set()
-        task = asyncio.current_task()
-        if task is not None and (user := ref(task)) not in self.users:
-            self.users.add(user)
+        if not self.is_used:
+            self.is_watched = self.is_used = True
+            # Where nothing has been sent since it was watched, the body may be what begins here.
+            for sender in self.senders or [_current_task()]:
+                self.await_end(sender())
+
+    def await_end(self, sender: asyncio.Task[Any] | None) -> None:
+        """Be told when `sender` ends."""
+        if sender is not None and not sender.done():
             # A task may live much longer than the request.
-            task.add_done_callback(partial(_park, ref(self)))
-        if not self.responded and self.running_call() is not None:
-            self.body_is_ahead = True
+            sender.add_done_callback(partial(_note_end, ref(self)))
 
     def park(self) -> None:
-        """Put what a body has left open out of the way, if it ended in the middle: others shall not commit it."""
-        users = self.users
-        if self.closed or not users or self.body_sent or self.recovering or not users <= self.senders:
-            return
-        if any((user := each()) is not None and not user.done() for each in users):
+        """Put what a body has left open out of the way, as it ended in the middle: others shall not commit it."""
+        if self.closed or self.body_sent or self.recovering:
             return
         left = [db for db, session in self.sessions.items() if in_transaction(session)]
         if left:
@@ -274,7 +304,6 @@ class HTTPExchange(Exchange):
             open_gates(parked.values(), token)
             self.sessions.update(parked)
             self.parked = self.recovering = None
-            self.users = set()
 
     async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
         if self.parked:
@@ -288,6 +317,11 @@ class HTTPExchange(Exchange):
             await self._roll_back_parked()
         await super()._finish(commit=commit, error=error)
 
+    async def body_failed(self, error: BaseException) -> None:
+        """Roll back for an error of a body, which middlewares may hide: they end the body as if it were complete."""
+        if self.stream_status is not None and not self.body_sent:
+            await self.roll_back(error)
+
     def note_progress(self, message: Message) -> None:
         """Note who sends the body, and its end."""
         if self.parked and self.recovering is None:
@@ -298,26 +332,26 @@ class HTTPExchange(Exchange):
                 self.callbacks = self.callbacks or {}
                 self.callbacks[db] = [*callbacks, *self.callbacks.get(db, [])]
         if message.get("more_body", False):
-            self.senders |= {_current_task()}
+            sender = _current_task()
+            if sender not in self.senders:
+                self.senders |= {sender}
+                if self.is_used:
+                    self.await_end(sender())
         elif message["type"] in _BODY_MESSAGES:
             self.body_sent = True
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the body ended in the middle, and with it whatever has used a session since the start.
-
-        A framework stops a stream whose client has left without an error, and goes on with background tasks.
-        """
-        users = self.users
-        if not users or self.body_sent or self.parked:
+        """Whether the body has not come to its end, and another task was to send the rest."""
+        if not self.is_used or self.body_sent:
             return False
-        # What the request's own task did has come to its end: a background task, for instance.
-        return users <= self.senders and _current_task() not in users
+        tasks = [sender() for sender in self.senders]
+        return any(task is not None and not task.done() and task is not asyncio.current_task() for task in tasks)
 
     def start_over(self, forward: Send) -> None:
         super().start_over(forward)
-        self.body_is_ahead = self.body_sent = False
-        self.users = None
+        self.body_is_ahead = self.body_sent = self.is_watched = self.is_used = self.is_replaced = False
+        self.stream_status = None
 
 
 class WebSocketExchange(Exchange):
@@ -365,9 +399,9 @@ class WebSocketExchange(Exchange):
         await self.forward(message)
 
 
-def _park(exchange: ref[HTTPExchange], task: asyncio.Task[Any]) -> None:
-    """Be told of the end of a task that has used a session since the response began."""
-    if (left := exchange()) is not None:
+def _note_end(exchange: ref[HTTPExchange], task: asyncio.Task[Any]) -> None:
+    """Be told of the end of a task that has sent something of a body, or may have been about to."""
+    if task.cancelled() and (left := exchange()) is not None:
         left.park()
 
 

@@ -212,12 +212,15 @@ class ASGIStreamBoundary:
         if not isinstance(exchange, HTTPExchange):
             await self.app(scope, receive, send)
             return
-        streamed = False
+        streamed = is_innermost = False
         call = exchange.begin_call()
 
         async def pass_on(message: Message) -> None:
+            nonlocal is_innermost
             if message["type"] == "http.response.start":
-                await exchange.stream_begins(message["status"])
+                is_innermost = await exchange.stream_begins(message["status"])
+            elif is_innermost:
+                exchange.note_progress(message)
             # What the middlewares in between do with the message is not the body's doing.
             token = current_call.set(None)
             try:
@@ -235,10 +238,18 @@ class ASGIStreamBoundary:
                     # A middleware has given up on it, and it was rolled back since.
                     raise ContextClosedError
                 streamed = is_kept or _is_streamed(message)
-            return pass_on(message) if streamed and not exchange.responded else send(message)
+            if streamed and not exchange.responded:
+                return pass_on(message)
+            if is_innermost:
+                exchange.note_progress(message)
+            return send(message)
 
         try:
             await self.app(scope, receive, send_streamed)
+        except BaseException as exc:
+            if is_innermost:
+                await exchange.body_failed(exc)
+            raise
         finally:
             exchange.end_call(call)
 
