@@ -14,11 +14,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ctxdb_core import _session_end
-from ctxdb_core._gate import StatementObserver, close_gates, observe_statements, open_gates, wait_for_statements
-from ctxdb_core._session_end import in_transaction, report
+from ctxdb_core._sessions import end as session_end
+from ctxdb_core._sessions.end import in_transaction, report
+from ctxdb_core._sessions.gate import (
+    StatementObserver,
+    close_gates,
+    observe_statements,
+    open_gates,
+    wait_for_statements,
+)
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._waiting import WaitingCallback
+from ctxdb_core._transactions.waiting import WaitingCallback
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.policy import CommitPolicy
@@ -299,7 +305,7 @@ class HTTPExchange(Exchange):
         token = close_gates(parked.values())
         try:
             for db, session in parked.items():
-                await _session_end.roll_back(session, None, db)
+                await session_end.roll_back(session, None, db)
         finally:
             open_gates(parked.values(), token)
             self.sessions.update(parked)

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from ctxdb_core._authorship import current_call
 from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange
-from ctxdb_core._statement_timeout import StatementTimeout
+from ctxdb_core._transactions.authorship import current_call
+from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core.policy import CommitPolicy, commit_below_400

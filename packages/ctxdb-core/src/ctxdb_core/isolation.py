@@ -9,8 +9,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from ctxdb_core._undo import undo_on_return
-from ctxdb_core._url import READ_ONLY_OPTION
+from ctxdb_core._engines.url import READ_ONLY_OPTION
+from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, TransactionOptionsError
 
 __all__ = [

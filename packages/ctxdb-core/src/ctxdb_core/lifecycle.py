@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from ctxdb_core._session_end import report
+from ctxdb_core._sessions.end import report
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._statement_timeout import StatementTimeout
+from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
 

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._rollback_only import innermost, set_rollback_only
-from ctxdb_core._task_unit import CommitDebt, TaskUnit, Visit
+from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
+from ctxdb_core._transactions.task_unit import CommitDebt, TaskUnit, Visit
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import (
     ArgumentTypeError,

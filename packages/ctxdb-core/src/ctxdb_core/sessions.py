@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core import _session_end
-from ctxdb_core._session_end import in_transaction
+from ctxdb_core._sessions import end as session_end
+from ctxdb_core._sessions.end import in_transaction
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._task_unit import CommitDebt, Visit
+from ctxdb_core._transactions.task_unit import CommitDebt, Visit
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import (
     ArgumentValueError,
@@ -210,9 +210,9 @@ async def new_non_ctx_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
     try:
         yield session
     except BaseException as exc:
-        await run_to_completion(_session_end.close(session, exc, db))
+        await run_to_completion(session_end.close(session, exc, db))
         raise
-    await run_to_completion(_session_end.close(session, None, db))
+    await run_to_completion(session_end.close(session, None, db))
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctxdb_core._statement_timeout import StatementTimeout
+from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core.errors import ContextNotInitiatedError
 from ctxdb_core.unit import current_unit
 

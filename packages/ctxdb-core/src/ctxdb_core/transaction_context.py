@@ -14,9 +14,9 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import EMPTY_DICT
 
-from ctxdb_core._borrowed import BorrowedEngine
-from ctxdb_core._session_end import in_transaction
-from ctxdb_core._task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
+from ctxdb_core._engines.borrowed import BorrowedEngine
+from ctxdb_core._sessions.end import in_transaction
+from ctxdb_core._transactions.task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError, TransactionAlreadyActiveError
 from ctxdb_core.sessions import atomic_db_session, commit_db_session, require_transactions

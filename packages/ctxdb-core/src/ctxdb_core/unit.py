@@ -15,16 +15,16 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core import _session_end
-from ctxdb_core._authorship import Call, current_call, find_authors, note_author
-from ctxdb_core._connection_context import hide_from_connections
-from ctxdb_core._gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
-from ctxdb_core._leak import LeakGuard
-from ctxdb_core._rollback_only import refuse_if_rollback_only
-from ctxdb_core._session_end import in_transaction
+from ctxdb_core._engines.connection_context import hide_from_connections
+from ctxdb_core._sessions import end as session_end
+from ctxdb_core._sessions.end import in_transaction
+from ctxdb_core._sessions.gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
+from ctxdb_core._sessions.leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
-from ctxdb_core._waiting import WaitingCallback, drop_undone, hand_up
+from ctxdb_core._transactions.authorship import Call, current_call, find_authors, note_author
+from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
+from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
+from ctxdb_core._transactions.waiting import WaitingCallback, drop_undone, hand_up
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError, ContextNotInitiatedError
 
@@ -131,7 +131,7 @@ class UnitOfWork:
         session = await (create or db.create_session)()
         if self.sessions is _CLOSED or db in self.sessions:
             # Meanwhile, the unit has ended, or another of its tasks has made the session.
-            await _session_end.close(session, None, db)
+            await session_end.close(session, None, db)
             return await self.open_session(db)
         return self.adopt_session(db, session)
 
@@ -286,7 +286,7 @@ class UnitOfWork:
                 if in_transaction(session):
                     await wait_for_statements((session,))
                     await run_to_completion(_commit_alone(session))
-                    _session_end.leave_blocks(session)
+                    session_end.leave_blocks(session)
             else:
                 await self._prepare(dbs)
                 await run_to_completion(self._commit(self.sessions, dbs))
@@ -312,10 +312,10 @@ class UnitOfWork:
     def _leave_blocks(self) -> None:
         # The response starts inside of a dependency's block, for instance, and a background task works on in it.
         for session in self.sessions.values():
-            _session_end.leave_blocks(session)
+            session_end.leave_blocks(session)
 
     async def close_session(
-        self, db: DBConnect, refuse: Callable[..., NoReturn] = _session_end.refuse_after_close
+        self, db: DBConnect, refuse: Callable[..., NoReturn] = session_end.refuse_after_close
     ) -> None:
         """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
 
@@ -327,8 +327,8 @@ class UnitOfWork:
         session = self.sessions.pop(db, None)
         self._take_callbacks([db])
         if session is not None:
-            _session_end.refuse_further_use(session, refuse)
-            await run_to_completion(_session_end.close(session, None, db))
+            session_end.refuse_further_use(session, refuse)
+            await run_to_completion(session_end.close(session, None, db))
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
@@ -338,12 +338,12 @@ class UnitOfWork:
             self.sessions = _CLOSED
             return True
         for session in self.sessions.values():
-            if not _session_end.closes_without_io(session):
+            if not session_end.closes_without_io(session):
                 return False
         sessions, self.sessions = self.sessions, _CLOSED
         for session in sessions.values():
             session.sync_session.close()
-            _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
+            session_end.refuse_further_use(session, session_end.refuse_after_unit)
         if self.leak_guard is not None:
             self.leak_guard.disarm()
         return True
@@ -409,8 +409,8 @@ class UnitOfWork:
             raise
         finally:
             for db, session in sessions.items():
-                _session_end.refuse_further_use(session, _session_end.refuse_after_unit)
-                await _session_end.close(session, error, db)
+                session_end.refuse_further_use(session, session_end.refuse_after_unit)
+                await session_end.close(session, error, db)
             if self.leak_guard is not None:
                 self.leak_guard.disarm()
 
@@ -470,7 +470,7 @@ class UnitOfWork:
         token = close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
-                await _session_end.roll_back(sessions[db], error, db)
+                await session_end.roll_back(sessions[db], error, db)
         finally:
             open_gates(sessions.values(), token)
             # Of what was committed before.

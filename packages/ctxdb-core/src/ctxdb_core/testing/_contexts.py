@@ -10,8 +10,8 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core import _session_end
-from ctxdb_core._leak import LeakGuard
+from ctxdb_core._sessions import end as session_end
+from ctxdb_core._sessions.leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
@@ -57,7 +57,7 @@ async def _begin(connection: AsyncConnection) -> None:
 
 
 async def _end(session: AsyncSession, connection: AsyncConnection, error: BaseException | None) -> None:
-    await _session_end.close(session, error, "a rollback_session")
+    await session_end.close(session, error, "a rollback_session")
     await connection.rollback()
 
 
@@ -86,7 +86,7 @@ class _TestUnit(UnitOfWork):
     def leave_sessions(self) -> None:
         """End the unit, and leave its sessions to the test, which has to end their transactions."""
         for db, session in self.sessions.items():
-            if _session_end.in_transaction(session):
+            if session_end.in_transaction(session):
                 guard = LeakGuard([db], _LEFT)
                 # Kept by the session, and by nothing else.
                 session.sync_session.info[_GUARD] = guard

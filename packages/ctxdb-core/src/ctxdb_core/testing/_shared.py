@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from ctxdb_core import _session_end
+from ctxdb_core._sessions import end as session_end
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect, HostEngines, check_database
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
@@ -73,7 +73,7 @@ class SharedTransaction:
         if self.session is None:
             return
         try:
-            await _session_end.close(self.session, None, "the shared transaction")
+            await session_end.close(self.session, None, "the shared transaction")
         finally:
             await self._shared.end()
 

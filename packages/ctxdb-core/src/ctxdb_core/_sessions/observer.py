@@ -15,8 +15,8 @@ from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._hold import Hold
-from ctxdb_core._url import without_secrets
+from ctxdb_core._engines.url import without_secrets
+from ctxdb_core._sessions.hold import Hold
 from ctxdb_core.events import (
     DBEvent,
     EventListener,

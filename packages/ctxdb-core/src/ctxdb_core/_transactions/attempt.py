@@ -10,7 +10,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
-from ctxdb_core._url import without_secrets
+from ctxdb_core._engines.url import without_secrets
 from ctxdb_core.isolation import is_autocommit, is_read_only
 
 __all__ = ["Attempt", "current_attempt", "watch_engines"]

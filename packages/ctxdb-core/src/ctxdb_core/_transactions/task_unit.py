@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, ref
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransactionOrigin
 
-from ctxdb_core._session_end import refuse_after_unit
+from ctxdb_core._sessions.end import refuse_after_unit
 from ctxdb_core._shield import LentTask
 from ctxdb_core.connect import DBConnect
 from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError

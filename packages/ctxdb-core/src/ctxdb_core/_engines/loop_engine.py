@@ -11,8 +11,8 @@ from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core._connection_context import connect_without_hidden_variables
-from ctxdb_core._guards import (
+from ctxdb_core._engines.connection_context import connect_without_hidden_variables
+from ctxdb_core._engines.guards import (
     begin_before_savepoints,
     keep_cancellation_at_pool,
     stop_cancelled_queries,

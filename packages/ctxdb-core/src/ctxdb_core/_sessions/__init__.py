@@ -1,0 +1,1 @@
+"""A session on its way: its statements, who watches it, and how it ends."""

@@ -1,0 +1,1 @@
+"""What holds for a transaction beyond SQLAlchemy: limits, propagation, repetition, callbacks."""
