@@ -379,6 +379,24 @@ async def test_an_old_primary_is_refused_by_what_a_replica_receives(cluster: Pos
         assert monitor.master() is None
 
 
+async def test_an_old_primary_is_refused_by_what_a_replica_has_received(cluster: PostgresCluster) -> None:
+    old, new, replica = cluster.nodes
+    await old.execute("CREATE ROLE watcher LOGIN IN ROLE pg_monitor")
+    # So that nothing but its files tells what the replica has received.
+    await replica.execute("CHECKPOINT")
+    await cluster.wait_for_replay()
+    await old.kill()
+    await new.promote()
+    await replica.follow(new)
+    await new.kill()
+    await old.start()
+    for user in ("postgres", "watcher"):
+        async with monitor_of(cluster, user=user) as monitor:
+            assert status_of(monitor, old).role == "master"
+            assert status_of(monitor, replica).role == "replica"
+            assert monitor.master() is None
+
+
 async def test_two_masters_on_one_timeline_are_warned_of_once(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

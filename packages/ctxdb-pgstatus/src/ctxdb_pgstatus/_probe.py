@@ -30,8 +30,14 @@ SELECT
 FROM (SELECT pg_is_in_recovery() AS in_recovery) AS host
 """
 _CONTROL_QUERY = """
-SELECT greatest(checkpoint.timeline_id, recovery.min_recovery_end_timeline)
+SELECT
+    greatest(checkpoint.timeline_id, recovery.min_recovery_end_timeline) AS timeline,
+    has_function_privilege('pg_ls_waldir()', 'EXECUTE') AS may_list_files
 FROM pg_control_checkpoint() AS checkpoint, pg_control_recovery() AS recovery
+"""
+# Files of a timeline are there as soon as something of it is received, and its history even before.
+_FILES_QUERY = """
+SELECT max(('x' || left(name, 8))::bit(32)::int) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{8}([0-9A-F]{16}|[.]history)$'
 """
 
 
@@ -58,6 +64,7 @@ class Answer:
         position: the WAL position that it has inserted, or replayed; ``None`` if it has replayed nothing.
         replay_age_ms: how long ago, by the clocks of the servers, the commit was made that a replica replayed last.
         asked_at: when it was asked, by the event loop's clock.
+        heard_of: the highest timeline that it has files of, though it may not replay it; ``None`` if not looked for.
     """
 
     in_recovery: bool
@@ -65,6 +72,7 @@ class Answer:
     position: int | None
     replay_age_ms: float | None
     asked_at: float
+    heard_of: int | None = None
 
 
 class Probe:
@@ -109,9 +117,12 @@ class Probe:
         asked_at = loop.time()
         try:
             row = await connection.fetchrow(_QUERY)
-            timeline = row["timeline"]
+            timeline, heard_of = row["timeline"], None
             if timeline is None and row["in_recovery"]:
-                timeline = max(await connection.fetchval(_CONTROL_QUERY), self._received or 0)
+                control = await connection.fetchrow(_CONTROL_QUERY)
+                timeline = max(control["timeline"], self._received or 0)
+                if control["may_list_files"]:
+                    heard_of = await connection.fetchval(_FILES_QUERY)
             elif row["in_recovery"]:
                 self._received = timeline
         except BaseException as exc:
@@ -121,7 +132,7 @@ class Probe:
             raise
         finally:
             limit.cancel()
-        return Answer(row["in_recovery"], timeline, row["position"], row["replay_age_ms"], asked_at)
+        return Answer(row["in_recovery"], timeline, row["position"], row["replay_age_ms"], asked_at, heard_of)
 
     def close(self) -> None:
         """Drop the connection, without waiting for anything."""

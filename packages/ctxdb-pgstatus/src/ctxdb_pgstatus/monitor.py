@@ -56,9 +56,10 @@ class HostMonitor:
         hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
             `HostAddress`, whose name then is what answers call it.
         port: the port of a host that names none.
-        user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` (or
-            ``pg_read_all_stats``) replicas tell at once which timeline they follow after a failover, and else only
-            after their next restartpoint, until when they do not count as in sync.
+        user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` replicas tell at
+            once which timeline they follow after a failover, and else only after their next restartpoint, until when
+            they do not count as in sync. They then also warn a monitor that has just been started of an old primary,
+            while the new one is away.
         password: its password; without one, libpq's ``PGPASSWORD`` and password file are used.
         database: the database to connect to.
         poll_interval: how often each host is asked, in seconds.
@@ -437,8 +438,8 @@ class HostMonitor:
         answers = {
             name: member.watch.answer for name, member in self._members.items() if member.watch.answer is not None
         }
-        timelines = [answer.timeline or 0 for answer in answers.values()]
-        self._highest_timeline = max(self._highest_timeline, *timelines) if timelines else self._highest_timeline
+        for answer in answers.values():
+            self._highest_timeline = max(self._highest_timeline, answer.timeline or 0, answer.heard_of or 0)
         claims = [Claim(name, answer.timeline or 0) for name, answer in answers.items() if not answer.in_recovery]
         before = self._election
         election = elect(claims, current=before.master, highest_timeline=self._highest_timeline)
