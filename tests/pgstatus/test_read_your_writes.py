@@ -273,6 +273,48 @@ async def test_a_header_serves_clients_without_cookies(
         assert (await client.get("/")).json()["numbers"] == []
 
 
+class _Several(ReadYourWrites):
+    """Those of several clusters, or in several ways, around one application: the last one is the outermost."""
+
+    def __init__(self, *each: ReadYourWrites) -> None:
+        self._each = each
+
+    def __call__(self, app: Any) -> Any:
+        for ryw in self._each:
+            app = ryw(app)
+        return app
+
+    def setup(self, app: web.Application) -> None:
+        for ryw in self._each:
+            ryw.setup(app)
+
+
+@each_framework
+async def test_several_clusters_do_not_hide_each_other(
+    framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
+) -> None:
+    by_cookie = ReadYourWrites(monitor, secret=SECRET, wait=0)
+    by_header = ReadYourWrites(monitor, secret=SECRET, header="X-Position", wait=0)
+    elsewhere = ReadYourWrites(FakeSource(), secret=SECRET, cookie="elsewhere", wait=10)
+    ryw = _Several(elsewhere, by_cookie, by_header, elsewhere)
+    async with framework(Shop(master, replica), ryw) as make_client, make_client() as client, paused(cluster):
+        response = await client.post("/", params={"number": 1})
+        assert dict(client.cookies).keys() == {"ctxdb_position"}
+        assert (await client.get("/")).json()["numbers"] == [1]
+        client.cookies.clear()
+        assert (await client.get("/")).json()["numbers"] == []
+        headers = {"X-Position": response.headers["x-position"]}
+        assert (await client.get("/", headers=headers)).json()["numbers"] == [1]
+
+
+@each_framework
+async def test_cookies_in_any_encoding_are_no_error(framework: App, master: DBConnect, replica: DBConnect) -> None:
+    ryw = ReadYourWrites(FakeSource(), secret=SECRET)
+    async with framework(Shop(master, replica), ryw) as make_client, make_client() as client:
+        for value in (b"ctxdb_position=caf\xe9", "ctxdb_position=café".encode()):
+            assert (await client.get("/", headers={b"cookie": value})).status_code == 200
+
+
 async def test_a_position_is_one_after_the_commit_record(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
 ) -> None:
@@ -586,7 +628,7 @@ async def test_readers_go_back_to_replicas_without_new_connections(
 
 async def test_where_the_position_is_not_known_the_master_is_asked() -> None:
     source = FakeSource()
-    positions = Positions(wait=10)
+    positions = Positions()
     positions.note(source, "n1", UNKNOWN_POSITION)
     positions.note(source, "n1", 5)
     assert positions.required(source) == UNKNOWN_POSITION
@@ -610,7 +652,8 @@ async def test_what_a_client_has_brought_along_is_older_than_what_it_writes() ->
 
 async def test_writes_are_forgotten_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
     source = FakeSource()
-    positions = Positions(max_age=60)
+    positions = Positions()
+    positions.limit(source, max_age=60, wait=0)
     positions.note(source, "n1", 10)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)

@@ -42,19 +42,13 @@ class _Written:
 
 
 class Positions:
-    """What the code of one request has written, or of one task that serves none.
+    """What the code of one request has written, or of one task that serves none."""
 
-    Args:
-        max_age: for how many seconds a write is remembered.
-        wait: for how many seconds to wait for a replica that has replayed it; ``None`` to leave it to the reader.
-    """
+    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task")
 
-    __slots__ = ("__weakref__", "_max_age", "_of_others", "_own", "_parent", "_task", "wait")
-
-    def __init__(self, max_age: float = DEFAULT_MAX_AGE, wait: float | None = None) -> None:
-        self._max_age = max_age
-        self.wait = wait
-        # Of clusters by their identity: there is hardly ever more than one.
+    def __init__(self) -> None:
+        # All of clusters by their identity: there is hardly ever more than one.
+        self._limits: dict[int, tuple[float, float]] = {}
         self._own: dict[int, _Written] = {}
         self._of_others: dict[int, _Written] = {}
         self._task: Callable[[], object] | None = None
@@ -79,6 +73,21 @@ class Positions:
             positions._parent = ref(found)
         current_positions.set(positions)
         return positions
+
+    def limit(self, source: HostSource, *, max_age: float, wait: float) -> None:
+        """Set how long the writes on one cluster count.
+
+        Args:
+            source: the cluster.
+            max_age: for how many seconds a write is remembered.
+            wait: for how many seconds to wait for a replica that has replayed it.
+        """
+        self._limits[id(source)] = max_age, wait
+
+    def wait_for(self, source: HostSource) -> float | None:
+        """Return for how many seconds to wait for a replica; ``None`` if that is left to the reader."""
+        limits = self._limits.get(id(source))
+        return None if limits is None else limits[1]
 
     def bring(self, source: HostSource, position: int) -> None:
         """Take up a position that the client of a request has brought along."""
@@ -137,7 +146,8 @@ class Positions:
         if not known:
             return None
         written = known.get(id(source))
-        if written is not None and time.monotonic() - written.at > self._max_age:
+        max_age = self._limits[id(source)][0] if id(source) in self._limits else DEFAULT_MAX_AGE
+        if written is not None and time.monotonic() - written.at > max_age:
             known.pop(id(source), None)
             return None
         return written

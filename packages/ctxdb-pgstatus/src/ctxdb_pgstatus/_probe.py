@@ -37,7 +37,9 @@ FROM pg_control_checkpoint() AS checkpoint, pg_control_recovery() AS recovery
 """
 # Files of a timeline are there as soon as something of it is received, and its history even before.
 _FILES_QUERY = """
-SELECT max(('x' || left(name, 8))::bit(32)::int) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{8}([0-9A-F]{16}|[.]history)$'
+SELECT max(('x' || left(name, 8))::bit(32)::int)
+FROM pg_ls_waldir()
+WHERE name ~ '^[0-9A-F]{8}([0-9A-F]{16}|[.]history)$'
 """
 
 

@@ -203,7 +203,8 @@ class _ReplicaFollower(_Follower):
             positions = Positions.of_task()
         while True:
             position = positions.required(self.source)
-            host = await self._find(position, self._wait if positions.wait is None else positions.wait)
+            wait = positions.wait_for(self.source)
+            host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
                 raise NoReplicaError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from inspect import ismethod
 from typing import Any
 from weakref import WeakMethod
 
@@ -18,6 +19,8 @@ __all__ = ["ReadYourWrites"]
 _SHORTEST_SECRET = 16
 # A token of RFC 9110, which names of cookies and of header fields both are.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+_KEY = "ctxdb_pgstatus.positions"
 
 
 class ReadYourWrites:
@@ -43,7 +46,8 @@ class ReadYourWrites:
         source: who knows the cluster.
         secret: what the positions are signed with, at least 16 bytes; the same for all processes of the application.
         max_age: for how many seconds a client's last write is remembered. It has to be longer than replicas may lag.
-        cookie: the name of the cookie. Two clusters behind one site need different ones.
+        cookie: the name of the cookie. Two clusters behind one site need different ones; an application that uses both
+            has one `ReadYourWrites` around another.
         header: the name of a header field of responses and requests, for clients without cookies; the cookie is not
             used then.
         wait: how many seconds to wait for a replica that has replayed a position, before the master is asked.
@@ -96,20 +100,18 @@ class ReadYourWrites:
         """Add it to an ``aiohttp.web.Application``, before or after `ctxdb_aiohttp.setup`."""
 
         async def read_your_writes(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
-            positions = self.begin(value.encode() for value in request.headers.getall(self._asked_field.decode(), ()))
+            writer = request.writer
+            values = request.headers.getall(self._asked_field.decode(), ())
+            positions = self.begin(vars(writer), (value.encode("utf-8", "surrogateescape") for value in values))
             # Each request has a context of its own, which lasts until its body is sent.
             current_positions.set(positions)
-            writer = request.writer
-            # By weak reference, as what the writer has must not know it.
-            write_headers = WeakMethod(writer.write_headers)
+            forward = _by_weak_reference(writer.write_headers)
             is_https = request.scheme == "https"
 
             async def write_headers_with_position(status_line: str, headers: Any) -> None:
                 # Here it is certain what was committed; the hook `on_response_prepare` comes before that.
                 if (value := self.value_for(positions, is_https=is_https)) is not None:
                     headers.add(self._field, value)
-                forward = write_headers()
-                assert forward is not None, "it was called by way of the writer"
                 await forward(status_line, headers)
 
             writer.write_headers = write_headers_with_position
@@ -119,13 +121,17 @@ class ReadYourWrites:
         read_your_writes.__middleware_version__ = 1  # type: ignore[attr-defined]
         app.middlewares.insert(0, read_your_writes)
 
-    def begin(self, values: Iterable[bytes]) -> Positions:
-        """Return the positions of a request.
+    def begin(self, kept: MutableMapping[str, Any], values: Iterable[bytes]) -> Positions:
+        """Return the positions of a request: the same for all that are around one application.
 
         Args:
+            kept: what keeps them for another one further in: the ASGI scope, or the attributes of aiohttp's writer.
             values: of the header field that it may bring a token in.
         """
-        positions = Positions(self._max_age, self._wait)
+        positions: Positions | None = kept.get(_KEY)
+        if positions is None:
+            positions = kept[_KEY] = Positions()
+        positions.limit(self.source, max_age=self._max_age, wait=self._wait)
         for value in values:
             # Of several, which were set for several paths, all are to be seen.
             for token in self._tokens(value.decode("latin-1")):
@@ -178,7 +184,7 @@ class _ReadYourWritesMiddleware:
             raise MiddlewareOrderError
         options = self._options
         asked_field = options.asked_field
-        positions = options.begin(value for name, value in scope["headers"] if name == asked_field)
+        positions = options.begin(scope, (value for name, value in scope["headers"] if name == asked_field))
         token = current_positions.set(positions)
 
         def send_with_position(message: Message) -> Awaitable[None]:
@@ -193,3 +199,18 @@ class _ReadYourWritesMiddleware:
             await self.app(scope, receive, send_with_position if kind == "http" else send)
         finally:
             current_positions.reset(token)
+
+
+def _by_weak_reference(method: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Return what calls a method of aiohttp's writer without keeping the writer, which will keep this."""
+    if not ismethod(method):
+        # It stands in for the method already.
+        return method
+    found = WeakMethod(method)
+
+    async def forward(*args: Any) -> None:
+        original = found()
+        assert original is not None, "it was called by way of the writer"
+        await original(*args)
+
+    return forward
