@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -313,6 +314,17 @@ async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
         await client.aclose()
     assert "hunter2" not in str(info.value) + caplog.text
     assert info.value.__context__ is None
+
+
+async def test_a_password_in_the_address_is_sent_and_logged_by_nobody(
+    url: str, sidecar: OriginalSidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with PgStatusClient(url.replace("://", "://us%40er:hunt%40er2@")) as client:
+            await client.master()
+    authorization = "Basic " + b64encode(b"us@er:hunt@er2").decode()
+    assert [request.headers["authorization"] for request in sidecar.asked] == [authorization]
+    assert "hunt" not in caplog.text
 
 
 @pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ftp://n1", "http://", "http://user:hunter2@n1:port"])

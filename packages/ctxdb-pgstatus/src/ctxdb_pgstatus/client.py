@@ -385,7 +385,14 @@ class _OnLoop:
     def __init__(self, url: httpx.URL) -> None:
         # The sidecar is near: no proxy stands between. Reading certificates takes longer than all else here.
         secure = url.scheme == "https"
-        self.http = httpx.AsyncClient(base_url=url, timeout=None, trust_env=secure, verify=secure)  # noqa: S113 - each request has a time limit as a whole
+        self.http = httpx.AsyncClient(
+            # httpx logs each URL as it is.
+            base_url=url.copy_with(username=None, password=None),
+            auth=httpx.BasicAuth(url.username, url.password) if url.userinfo else None,
+            timeout=None,  # noqa: S113 - each request has a time limit as a whole
+            trust_env=secure,
+            verify=secure,
+        )
         self._flights: dict[_Question[Any], _Flights[Any]] = {}
         self._once: dict[str, asyncio.Task[str | None]] = {}
 
