@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -30,7 +31,15 @@ from tests.support.followers import SERVER, Engines, following, monitoring, serv
 from tests.support.hosts import FakeSource
 
 import ctxdb_aiohttp
-from ctxdb_core import DBConnect, atomic_db_session, commit_db_session, db_session, new_db_ctx, run_in_new_ctx
+from ctxdb_core import (
+    DBConnect,
+    atomic_db_session,
+    commit_db_session,
+    db_session,
+    gather_in_new_ctx,
+    new_db_ctx,
+    run_in_new_ctx,
+)
 from ctxdb_litestar import CtxDBPlugin, EnclosingPlugin
 from ctxdb_pgstatus import (
     HostMonitor,
@@ -597,6 +606,21 @@ async def test_units_of_work_read_what_earlier_ones_have_written(
         assert (await asyncio.create_task(run_in_new_ctx(shop.read)))["numbers"] == [1]
         await asyncio.create_task(run_in_new_ctx(shop.write, 2))
         assert (await run_in_new_ctx(shop.read))["numbers"] == [1, 2]
+
+
+async def test_what_gathered_units_of_work_have_written_is_read(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect
+) -> None:
+    shop = Shop(master, replica)
+
+    async def write_and_read() -> list[int]:
+        # The first thing that this task does by a database.
+        await gather_in_new_ctx(*(partial(shop.write, number) for number in range(3)))
+        numbers: list[int] = (await shop.read())["numbers"]
+        return numbers
+
+    async with paused(cluster):
+        assert await asyncio.create_task(run_in_new_ctx(write_and_read)) == [0, 1, 2]
 
 
 async def test_tasks_have_nothing_to_do_with_what_their_brothers_write(

@@ -31,6 +31,7 @@ from ctxdb_core.events import (
 )
 from ctxdb_core.isolation import IsolationLevel, is_autocommit, is_read_only
 from ctxdb_core.lifecycle import (
+    before_gather,
     begin,
     finalize,
     gather_in_new_ctx,
@@ -92,6 +93,7 @@ __all__ = [
     "UnexpectedRollbackError",
     "UnitOfWork",
     "atomic_db_session",
+    "before_gather",
     "begin",
     "close_all",
     "close_db_session",

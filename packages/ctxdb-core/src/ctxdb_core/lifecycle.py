@@ -16,6 +16,7 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = [
+    "before_gather",
     "begin",
     "finalize",
     "gather_in_new_ctx",
@@ -180,6 +181,18 @@ async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs:
         return await fn(*args, **kwargs)
 
 
+_before_gather: list[Callable[[], object]] = []
+
+
+def before_gather(callback: Callable[[], object]) -> None:
+    """Have `callback` called in each `gather_in_new_ctx`, by its caller's context, before its tasks are started.
+
+    What it sets in a context variable is inherited by the tasks: so they can leave something there for the caller. It
+    is for packages that build on this one, is never taken back, and must not raise.
+    """
+    _before_gather.append(callback)
+
+
 async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurrent: int | None = None) -> list[T]:
     """Await all `callables` concurrently, each in a unit of work of its own.
 
@@ -205,6 +218,8 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
         async with slots:
             return await run_in_new_ctx(fn)
 
+    for callback in _before_gather:
+        callback()
     tasks = [asyncio.create_task(run(fn)) for fn in callables]
     try:
         return await asyncio.gather(*tasks)

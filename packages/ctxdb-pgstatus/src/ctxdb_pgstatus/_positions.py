@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
+from ctxdb_core import before_gather
 from ctxdb_pgstatus.source import HostSource
 
 __all__ = [
@@ -187,6 +188,15 @@ def want_positions(source: HostSource) -> None:
         _wanted.append(ref(source))
     except TypeError:
         _wanted.append(lambda: source)
+
+
+def _begin_before_gather() -> None:
+    """Have what gathered tasks write reach the code that waits for them, whatever that has done before."""
+    if _wanted:
+        Positions.of_task()
+
+
+before_gather(_begin_before_gather)
 
 
 def positions_wanted(source: HostSource) -> bool:
