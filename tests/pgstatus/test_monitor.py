@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Self
 
@@ -252,6 +254,33 @@ async def test_a_host_that_hangs_delays_no_other(cluster: PostgresCluster) -> No
             assert await monitor.find_replica(min_position=position, max_wait=HOUR) == other.host
         await other.kill()
         await until(monitor, lambda: not status_of(monitor, other).alive)
+
+
+async def test_a_name_that_is_not_resolved_takes_one_thread(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookups: list[str] = []
+    answered = threading.Event()
+    resolve = socket.getaddrinfo
+
+    def hang(host: str, *args: Any, **options: Any) -> Any:
+        if host != "hanging":
+            return resolve(host, *args, **options)
+        lookups.append(host)
+        answered.wait(PATIENCE)
+        return resolve(cluster.primary.host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    try:
+        async with monitor_of(cluster, hosts=["hanging"], connect_timeout=0.2, max_fails=1) as monitor:
+            for _ in range(3):
+                await monitor.poll()
+            assert not monitor.hosts()[0].alive
+            assert lookups == ["hanging"]
+            answered.set()
+            await until(monitor, lambda: monitor.master() == "hanging")
+    finally:
+        answered.set()
 
 
 async def test_failures_below_the_limit_change_nothing(cluster: PostgresCluster) -> None:

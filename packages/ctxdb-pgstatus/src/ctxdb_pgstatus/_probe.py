@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from ssl import SSLContext
 from typing import Any
 
@@ -91,6 +93,8 @@ class Probe:
         self._account = account
         self._lost = lost
         self._connection: Any = None
+        self._is_address = _is_address(address.host)
+        self._lookup: asyncio.Future[Any] | None = None
         # The last one that was received over this connection, for the moments in which nothing is.
         self._received: int | None = None
 
@@ -112,7 +116,9 @@ class Probe:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         if not self.is_connected:
-            await self._connect(timeout)
+            async with asyncio.timeout_at(deadline):
+                await self._look_up()
+            await self._connect(max(deadline - loop.time(), 0.001))
         connection = self._connection
         # Instead of the driver's own timeout, or a cancelled query: either would ask a frozen server to cancel.
         limit = loop.call_at(deadline, connection.terminate)
@@ -143,6 +149,21 @@ class Probe:
             connection.remove_termination_listener(self._terminated)
             connection.terminate()
 
+    async def _look_up(self) -> None:
+        """Wait for the host's name to be resolved.
+
+        The driver would begin anew at each attempt; and of each lookup that hangs, a thread is left of the few that all
+        of the application shares. So it is told to connect only where a lookup has just succeeded.
+        """
+        if self._is_address:
+            return
+        if self._lookup is None or self._lookup.done():
+            loop = asyncio.get_running_loop()
+            self._lookup = loop.run_in_executor(None, socket.getaddrinfo, self._address.host, self._address.port)
+            # Nobody may be waiting any more when it fails.
+            self._lookup.add_done_callback(lambda lookup: lookup.cancelled() or lookup.exception())
+        await asyncio.shield(self._lookup)
+
     async def _connect(self, timeout: float) -> None:
         self.close()
         self._received = None
@@ -161,6 +182,14 @@ class Probe:
     def _terminated(self, connection: Any) -> None:
         if connection is self._connection:
             self._lost()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_refusal(exc: BaseException) -> bool:
