@@ -50,7 +50,8 @@ class HostMonitor:
     event loop.
 
     A host that ends is noticed by its broken connection at once. One that hangs counts as dead after `max_fails`
-    attempts, which take no longer than one `poll_interval` altogether; until then its last answer stands.
+    attempts, which take no longer than one `poll_interval` altogether, as long as that leaves 0.2 seconds to each of
+    them; until then its last answer stands.
 
     Args:
         hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
