@@ -37,11 +37,12 @@ SELECT
     has_function_privilege('pg_ls_waldir()', 'EXECUTE') AS may_list_files
 FROM pg_control_checkpoint() AS checkpoint, pg_control_recovery() AS recovery
 """
-# Files of a timeline are there as soon as something of it is received, and its history even before.
+# The history of a timeline is there before anything else of it is received. Of segments, pg_rewind leaves some on a
+# host that has gone back to a timeline before; with a history of a later one, PostgreSQL itself would not follow that.
 _FILES_QUERY = """
 SELECT max(('x' || left(name, 8))::bit(32)::int)
 FROM pg_ls_waldir()
-WHERE name ~ '^[0-9A-F]{8}([0-9A-F]{16}|[.]history)$'
+WHERE name ~ '^[0-9A-F]{8}[.]history$'
 """
 
 
@@ -68,7 +69,7 @@ class Answer:
         position: the WAL position that it has inserted, or replayed; ``None`` if it has replayed nothing.
         replay_age_ms: how long ago, by the clocks of the servers, the commit was made that a replica replayed last.
         asked_at: when it was asked, by the event loop's clock.
-        heard_of: the highest timeline that it has files of, though it may not replay it; ``None`` if not looked for.
+        heard_of: the highest timeline whose history it has, though it may not replay it; ``None`` if not looked for.
     """
 
     in_recovery: bool
