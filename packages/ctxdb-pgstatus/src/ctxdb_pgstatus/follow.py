@@ -207,8 +207,9 @@ class _ReplicaFollower(_Follower):
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
+                missing = "answers" if position is None else "that has what was written before can be read from"
                 raise NoReplicaError(
-                    "No host of the cluster answers at the moment. Answer 503 and let the client try again."
+                    f"No host of the cluster {missing} at the moment. Answer 503 and let the client try again."
                 )
             replicas = await self.source.find_replicas()
             keep = replicas
