@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,9 @@ def writing_once(db: DBConnect, **options: Any) -> Litestar:
     ],
     ids=["behind_a_middleware", "behind_both", "behind_the_compression", "alone"],
 )
+# Litestar leaves the file unfinished that it compresses a refused response into: on Python 3.13, that is said where the
+# file is collected.
+@pytest.mark.filterwarnings("ignore:.*gzip:pytest.PytestUnraisableExceptionWarning")
 async def test_a_success_that_was_refused_is_not_kept(
     db: DBConnect, database: Database, ask: Ask, options: dict[str, Any]
 ) -> None:
@@ -74,6 +78,8 @@ async def test_a_success_that_was_refused_is_not_kept(
         (200, "success"),
     ]
     assert await database.names() == ["write 2"]
+    # Here, and not in another test.
+    gc.collect()
 
 
 async def test_what_is_not_kept_is_ended_by_the_status_that_middlewares_make_of_it(
