@@ -9,7 +9,7 @@ from tests.support.database import eventually
 from tests.support.server import http_client, serve
 
 from ctxdb_pgstatus import HostMonitor, PgStatusClient
-from ctxdb_pgstatus.positions import format_position
+from ctxdb_pgstatus.lsn import format_lsn
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
@@ -61,7 +61,7 @@ async def test_what_was_written_is_read_where_it_has_been_replayed(cluster: Post
             await standby.pause_replay()
         position = await cluster.primary.write_wal(100_000)
         assert await client.find_replica(min_position=position) == first
-        assert (await http.get("/replica", params={"min_lsn": format_position(position)})).text == first
+        assert (await http.get("/replica", params={"min_lsn": format_lsn(position)})).text == first
         # One goes on: it is waited for.
         await cluster.standbys[1].resume_replay()
         assert await client.find_replica(min_position=position, max_wait=20) == third

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import httpx
 
 from ctxdb_pgstatus.errors import OptionError, SidecarError
-from ctxdb_pgstatus.positions import format_position, parse_position
+from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
 __all__ = ["PgStatusClient"]
@@ -191,7 +191,7 @@ class PgStatusClient:
         self._doubts += 1
 
     async def _find_replayed(self, sync: SyncCondition | None, min_position: int, max_wait: float) -> str | None:
-        parameters = {"min_lsn": format_position(min_position)}
+        parameters = {"min_lsn": format_lsn(min_position)}
         if max_wait > 0:
             parameters["wait_ms"] = str(math.ceil(max_wait * 1000))
         path = f"{_PATHS[sync]}?{urlencode(parameters)}"
@@ -478,7 +478,7 @@ class _ClusterReader:
             role,
             since,
             timeline=entry.get("timeline"),
-            position=parse_position(entry["lsn"]) if entry.get("lsn") else None,
+            position=parse_lsn(entry["lsn"]) if entry.get("lsn") else None,
             lag_ms=entry.get("lag_ms"),
             lag_bytes=entry.get("lag_bytes"),
             error=entry.get("error"),

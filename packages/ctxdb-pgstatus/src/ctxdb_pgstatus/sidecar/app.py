@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
-from ctxdb_pgstatus.positions import format_position, parse_position
+from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.sidecar import metrics, page
 from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -245,7 +245,7 @@ class SidecarApp:
             "sync_by_time": host.in_sync_by_time,
             "lag_bytes": host.lag_bytes if host.alive else None,
             "sync_by_bytes": host.in_sync_by_bytes,
-            "lsn": format_position(host.position) if known and host.position is not None else None,
+            "lsn": format_lsn(host.position) if known and host.position is not None else None,
             "timeline": host.timeline,
             "since": host.since.isoformat(),
             "error": host.error,
@@ -281,6 +281,6 @@ def _position(parameters: Mapping[str, str], name: str) -> int | None:
     if text is None:
         return None
     try:
-        return parse_position(text)
+        return parse_lsn(text)
     except ValueError:
         raise _InvalidParameterError(name) from None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from html import escape
 from importlib.metadata import version
 
-from ctxdb_pgstatus.positions import format_position
+from ctxdb_pgstatus.lsn import format_lsn
 from ctxdb_pgstatus.sidecar.history import Change, History, Sample
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus
 
@@ -163,7 +163,7 @@ def _row(host: HostStatus, status: ClusterStatus, history: History, limit_ms: in
     position = ""
     if host.alive and host.position is not None:
         timeline = "" if host.timeline is None else f'<div class="quiet">timeline {host.timeline}</div>'
-        position = format_position(host.position) + timeline
+        position = format_lsn(host.position) + timeline
     return (
         f'<tr data-host="{escape(host.host)}"><th scope="row">{escape(host.host)}{error}</th>'
         f'<td><span class="badge {kind}">{role}</span></td>'

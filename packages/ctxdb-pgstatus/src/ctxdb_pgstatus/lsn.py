@@ -1,20 +1,20 @@
-"""WAL positions as PostgreSQL writes them: ``0/3000060``."""
+"""Log sequence numbers, the WAL positions, as PostgreSQL writes them: ``0/3000060``."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_position", "parse_position"]
+__all__ = ["format_lsn", "parse_lsn"]
 
 _POSITION = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})", re.ASCII)
 
 
-def format_position(position: int) -> str:
+def format_lsn(position: int) -> str:
     """Return a position in bytes as PostgreSQL writes it."""
     return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
 
 
-def parse_position(text: str) -> int:
+def parse_lsn(text: str) -> int:
     """Return the position in bytes.
 
     Raises:

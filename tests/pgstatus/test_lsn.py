@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from ctxdb_pgstatus.positions import format_position, parse_position
+from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 
 
 @pytest.mark.parametrize(
     ("text", "position"), [("0/0", 0), ("0/3000060", 0x3000060), ("1/0", 2**32), ("FFFFFFFF/FFFFFFFF", 2**64 - 1)]
 )
 def test_positions_are_read_and_written(text: str, position: int) -> None:
-    assert parse_position(text) == position
-    assert format_position(position) == text
+    assert parse_lsn(text) == position
+    assert format_lsn(position) == text
 
 
 def test_small_letters_are_read_too() -> None:
-    assert parse_position("a/ff") == 0xA_0000_00FF
+    assert parse_lsn("a/ff") == 0xA_0000_00FF
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ def test_small_letters_are_read_too() -> None:
 )
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no WAL position"):
-        parse_position(text)
+        parse_lsn(text)
