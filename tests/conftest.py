@@ -11,7 +11,7 @@ import pytest
 from tests.support.database import Database, close_observers, eventually, fresh_database
 
 from ctxdb_core import DBConnect
-from ctxdb_core.unit import current_unit
+from ctxdb_core._units.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 

@@ -575,7 +575,7 @@ async def test_a_shared_transaction_holds_for_kept_hosts_too(hosts: Hosts, datab
 async def test_idle_connections_to_a_frozen_server_are_not_waited_for(
     switching: DBConnect, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctxdb_core._engines.loop_engine.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("ctxdb_core._databases.loop_engine.CLOSE_SECONDS", 0.1)
     pids = await _pids(switching, 3)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

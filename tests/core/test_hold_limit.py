@@ -22,7 +22,7 @@ from ctxdb_core import (
     new_non_ctx_session,
     run_in_new_ctx,
 )
-from ctxdb_core._sessions.hold import Hold
+from ctxdb_core._databases.hold import Hold
 
 AN_HOUR = 3600.0
 TAKEN = re.compile(r"taken at (?P<file>.+):(?P<line>\d+) in (?P<function>[\w.<>]+)\(\)")
@@ -183,7 +183,7 @@ async def test_without_a_limit_nothing_is_timed(
     def unwanted(*args: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("ctxdb_core._sessions.observer.Hold", unwanted)
+    monkeypatch.setattr("ctxdb_core._databases.observer.Hold", unwanted)
     db.on_event(lambda event: None)
     await run_in_new_ctx(insert, db, "one")
 

@@ -42,8 +42,8 @@ from ctxdb_core import (
     set_statement_timeout,
     transactional,
 )
+from ctxdb_core._units.lifecycle import begin
 from ctxdb_core.events import SessionClosed, SessionOpened, TransactionBegun, TransactionCommitted
-from ctxdb_core.lifecycle import begin
 from ctxdb_core.testing import set_test_context
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)

@@ -1,6 +1,32 @@
 """SQLAlchemy sessions from the context: one unit of work per request, ended before its response leaves."""
 
-from ctxdb_core.connect import DBConnect, EngineListener, close_all, default_session_maker
+from ctxdb_core._blocks.atomic import CurrentTransaction, atomic_db_session
+from ctxdb_core._blocks.retry import is_conflict, retry_on_conflict
+from ctxdb_core._blocks.transaction_context import TransactionContext
+from ctxdb_core._blocks.transactional import Propagation, transactional
+from ctxdb_core._databases.connect import DBConnect, EngineListener, close_all, default_session_maker
+from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._transactions.isolation import IsolationLevel
+from ctxdb_core._units.lifecycle import (
+    before_gather,
+    begin,
+    finalize,
+    gather_in_new_ctx,
+    is_context_initiated,
+    new_db_ctx,
+    run_in_new_ctx,
+)
+from ctxdb_core._units.sessions import (
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    on_commit,
+    rollback_db_session,
+)
+from ctxdb_core._units.timeout import set_statement_timeout
+from ctxdb_core._units.unit import BeforeCommit, OnCommit, UnitOfWork
 from ctxdb_core.errors import (
     AbandonedWorkError,
     ArgumentTypeError,
@@ -29,33 +55,7 @@ from ctxdb_core.events import (
     TransactionCommitted,
     TransactionRolledBack,
 )
-from ctxdb_core.isolation import IsolationLevel, is_autocommit, is_read_only
-from ctxdb_core.lifecycle import (
-    before_gather,
-    begin,
-    finalize,
-    gather_in_new_ctx,
-    is_context_initiated,
-    new_db_ctx,
-    run_in_new_ctx,
-)
 from ctxdb_core.policy import CommitPolicy, commit_2xx, commit_below_400, commit_policy
-from ctxdb_core.propagation import Propagation, transactional
-from ctxdb_core.retry import is_conflict, retry_on_conflict
-from ctxdb_core.sessions import (
-    CurrentTransaction,
-    atomic_db_session,
-    close_db_session,
-    commit_db_session,
-    db_session,
-    new_non_ctx_atomic_session,
-    new_non_ctx_session,
-    on_commit,
-    rollback_db_session,
-)
-from ctxdb_core.timeout import set_statement_timeout
-from ctxdb_core.transaction_context import TransactionContext
-from ctxdb_core.unit import BeforeCommit, OnCommit, UnitOfWork
 
 __all__ = [
     "AbandonedWorkError",

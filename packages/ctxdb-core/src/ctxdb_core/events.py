@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from ctxdb_core.connect import DBConnect
+    from ctxdb_core._databases.connect import DBConnect
 
 __all__ = [
     "DBEvent",

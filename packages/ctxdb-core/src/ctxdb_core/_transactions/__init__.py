@@ -1,1 +1,1 @@
-"""What holds for a transaction beyond SQLAlchemy: limits, propagation, repetition, callbacks."""
+"""What one transaction is given beyond SQLAlchemy: a limit, an isolation level, an end that can only be a roll-back."""

@@ -13,11 +13,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._sessions.gate import check_statements, wait_for_statements
+from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
+from ctxdb_core._sqlalchemy.gate import check_statements, wait_for_statements
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError
-from ctxdb_core.isolation import begun_connections, is_autocommit, is_bound_to_connection
 
 __all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core.testing._driver import check_driver, driver_of
 from ctxdb_core.testing._errors import CleanUpError
 from ctxdb_core.testing._postgres_tables import PostgresTables

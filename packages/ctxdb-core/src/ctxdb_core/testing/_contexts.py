@@ -10,13 +10,13 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._sessions import end as session_end
-from ctxdb_core._sessions.leak import LeakGuard
+from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core._units import ending as session_end
+from ctxdb_core._units.leak import LeakGuard
+from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
 from ctxdb_core.testing._engines import is_autocommit
-from ctxdb_core.unit import UnitOfWork, current_unit
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
-from ctxdb_core._engines.url import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 

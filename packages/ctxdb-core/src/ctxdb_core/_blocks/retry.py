@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ctxdb_core._transactions.attempt import Attempt, current_attempt, watch_engines
+from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
+from ctxdb_core._units.lifecycle import opened
+from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
-from ctxdb_core.lifecycle import opened
-from ctxdb_core.unit import UnitOfWork, current_unit, inherited_before_commit
 
 if TYPE_CHECKING:
     from tenacity.stop import StopBaseT

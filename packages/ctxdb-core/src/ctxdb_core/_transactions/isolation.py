@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from ctxdb_core._engines.url import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.binds import (
+    READ_ONLY_OPTION,
+    begun_connections,
+    is_autocommit,
+    is_bound_to_connection,
+    is_read_only,
+    isolation_level_of,
+)
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, TransactionOptionsError
 
-__all__ = [
-    "NO_OPTIONS",
-    "IsolationLevel",
-    "TransactionOptions",
-    "begun_connections",
-    "is_autocommit",
-    "is_bound_to_connection",
-    "is_read_only",
-]
+__all__ = ["NO_OPTIONS", "IsolationLevel", "TransactionOptions"]
 
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """What one transaction sees of others; which of them there are depends on the database."""
@@ -109,7 +107,9 @@ class TransactionOptions:
         # Also for those who want to know what was committed.
         options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
         # On SQLite this is what transactions are, and setting it would change how the driver begins them.
-        is_default = bind.dialect.name == "sqlite" and self.isolation_level == (_level_of(bind) or "SERIALIZABLE")
+        is_default = bind.dialect.name == "sqlite" and self.isolation_level == (
+            isolation_level_of(bind) or "SERIALIZABLE"
+        )
         if self.isolation_level is not None and not is_default:
             options["isolation_level"] = self.isolation_level
         # "shared" is what stands in for each driver in a test's shared transaction (`ctxdb_core.testing`), where the
@@ -151,32 +151,6 @@ _WAY_OUT = (
 )
 
 
-def is_bound_to_connection(session: AsyncSession) -> bool:
-    """Return whether `session` takes part in a transaction that somebody else began."""
-    try:
-        return isinstance(session.sync_session.get_bind(), Connection)
-    except UnboundExecutionError:
-        # It has an engine for each class.
-        return False
-
-
-def is_autocommit(bind: Engine | Connection) -> bool:
-    """Return whether each statement on `bind` is committed by itself."""
-    return _level_of(bind) == "AUTOCOMMIT"
-
-
-def _level_of(bind: Engine | Connection) -> str | None:
-    """Return the level that `bind` was given; ``None`` where it is the database's own default."""
-    default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
-    level: str | None = bind.get_execution_options().get("isolation_level", default)
-    return level
-
-
-def is_read_only(bind: Engine | Connection) -> bool:
-    """Return whether nothing can be written on `bind`, as far as ctxdb has seen to it."""
-    return bool(bind.get_execution_options().get(READ_ONLY_OPTION))
-
-
 async def _answers_read_only(connection: AsyncConnection) -> bool:
     assert connection.sync_connection is not None
     if is_read_only(connection.sync_connection):
@@ -190,11 +164,3 @@ def _levels(bind: Engine | Connection) -> list[str]:
         return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # none that we know asks it
     except NotImplementedError:
         return []
-
-
-def begun_connections(session: AsyncSession) -> set[Connection]:
-    """Return the connections of the open transaction: none if what was only added has not reached the database yet."""
-    transaction = session.sync_session.get_transaction()
-    if transaction is None:
-        return set()
-    return {each[0] for each in transaction._connections.values()}  # noqa: SLF001 - there is no public name for it

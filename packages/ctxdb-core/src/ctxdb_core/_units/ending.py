@@ -11,7 +11,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sessions.observer import note_error
+from ctxdb_core._databases.observer import note_error
 from ctxdb_core.errors import ContextClosedError, SessionClosedError
 
 logger = logging.getLogger("ctxdb")

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from ctxdb_core._exchange import Exchange, HTTPExchange, Message, Receive, Send, WebSocketExchange
-from ctxdb_core._transactions.authorship import current_call
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
-from ctxdb_core.errors import ContextClosedError
-from ctxdb_core.lifecycle import REQUEST_KEY, outer_unit
+from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
+from ctxdb_core._units.unit import BeforeCommit, UnitOfWork, current_unit
+from ctxdb_core.asgi.exchange import Exchange, HTTPExchange, WebSocketExchange
+from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 from ctxdb_core.policy import CommitPolicy, commit_below_400
-from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit
 
-__all__ = [
-    "ASGIApp",
-    "ASGIHTTPDBSessionMiddleware",
-    "ASGIStreamBoundary",
-    "Deadline",
-    "Message",
-    "Receive",
-    "Scope",
-    "Send",
-    "answer_commit_error",
-    "commit_error",
-    "has_unit_of_work",
-]
+__all__ = ["ASGIHTTPDBSessionMiddleware", "Deadline", "answer_commit_error", "commit_error", "has_unit_of_work"]
 
-Scope: TypeAlias = MutableMapping[str, Any]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Deadline: TypeAlias = Callable[[Scope], float | None]
 """Given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock."""
 
@@ -184,76 +169,6 @@ def answer_commit_error(scope: Scope, raised: Exception | None = None) -> None:
     scope[REQUEST_KEY].answer_failure(raised)
 
 
-class ASGIStreamBoundary:
-    """Ends the transactions of a streamed response where it is made, for middlewares that hold its start back.
-
-    Beneath a middleware that passes messages on through a queue (Starlette's ``BaseHTTPMiddleware``), or that waits for
-    the body before it sends the start (its ``GZipMiddleware``), a streamed body runs ahead of its own
-    ``http.response.start``: the body's work would be taken for the response's. So this goes beneath such a middleware,
-    and `ASGIHTTPDBSessionMiddleware` above it. A response with a ``content-length`` is not streamed, and left to the
-    latter.
-
-    Args:
-        app: the ASGI application.
-        is_kept: given the ASGI scope of a request and the ``http.response.start`` of a response that is not streamed:
-            whether a middleware above, such as a cache, is going to keep it. Then its transactions end here, too: what
-            is kept has been committed.
-    """
-
-    def __init__(self, app: ASGIApp, is_kept: Callable[[Scope, Message], bool] | None = None) -> None:
-        self.app = app
-        self.is_kept = is_kept
-        # From now on, all of them in this process.
-        HTTPExchange.follows_calls = True
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application."""
-        exchange = scope.get(REQUEST_KEY)
-        if not isinstance(exchange, HTTPExchange):
-            await self.app(scope, receive, send)
-            return
-        streamed = is_innermost = False
-        call = exchange.begin_call()
-
-        async def pass_on(message: Message) -> None:
-            nonlocal is_innermost
-            if message["type"] == "http.response.start":
-                is_innermost = await exchange.stream_begins(message["status"])
-            elif is_innermost:
-                exchange.note_progress(message)
-            # What the middlewares in between do with the message is not the body's doing.
-            token = current_call.set(None)
-            try:
-                await send(message)
-            finally:
-                current_call.reset(token)
-
-        def send_streamed(message: Message) -> Awaitable[None]:
-            nonlocal streamed
-            if message["type"] == "http.response.start":
-                exchange.pending -= call.pending
-                call.pending = False
-                is_kept = self.is_kept is not None and self.is_kept(scope, message)
-                if is_kept and exchange.is_undone:
-                    # A middleware has given up on it, and it was rolled back since.
-                    raise ContextClosedError
-                streamed = is_kept or _is_streamed(message)
-            if streamed and not exchange.responded:
-                return pass_on(message)
-            if is_innermost:
-                exchange.note_progress(message)
-            return send(message)
-
-        try:
-            await self.app(scope, receive, send_streamed)
-        except BaseException as exc:
-            if is_innermost:
-                await exchange.body_failed(exc)
-            raise
-        finally:
-            exchange.end_call(call)
-
-
 class _LimitingStatements:
     """Limits the statements of each request. An application of its own: requests without a limit do not pay for it."""
 
@@ -268,9 +183,3 @@ class _LimitingStatements:
             deadline = None if self._deadline is None else self._deadline(scope)
             exchange.statement_timeout = self._limit if deadline is None else replace(self._limit, deadline=deadline)
         await self.app(scope, receive, send)
-
-
-def _is_streamed(start: Message) -> bool:
-    return start["status"] not in (204, 304) and not any(
-        name.lower() == b"content-length" for name, _ in start.get("headers", ())
-    )

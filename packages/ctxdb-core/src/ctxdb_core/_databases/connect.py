@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from ctxdb_core._engines.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
-from ctxdb_core._engines.url import create_engine, host_of, without_secrets
-from ctxdb_core._sessions.observer import Observer
+from ctxdb_core._databases.factory import create_engine
+from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
+from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 

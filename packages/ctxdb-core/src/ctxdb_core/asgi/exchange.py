@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from threading import get_ident
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ctxdb_core._sessions import end as session_end
-from ctxdb_core._sessions.end import in_transaction, report
-from ctxdb_core._sessions.gate import (
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.gate import (
     StatementObserver,
     close_gates,
     observe_statements,
     open_gates,
     wait_for_statements,
 )
-from ctxdb_core._shield import run_to_completion
-from ctxdb_core._transactions.waiting import WaitingCallback
-from ctxdb_core.connect import DBConnect
+from ctxdb_core._units import ending as session_end
+from ctxdb_core._units.callbacks import WaitingCallback
+from ctxdb_core._units.ending import in_transaction, report
+from ctxdb_core._units.unit import BeforeCommit, CreateSession, UnitOfWork
+from ctxdb_core.asgi.types import Message, Receive, Send
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.policy import CommitPolicy
-from ctxdb_core.unit import BeforeCommit, CreateSession, UnitOfWork
 
-__all__ = ["Exchange", "HTTPExchange", "Message", "Receive", "Send", "WebSocketExchange"]
-
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
+__all__ = ["Exchange", "HTTPExchange", "WebSocketExchange"]
 
 # How much of a request's body is kept in case that a handler of errors reads it.
 _KEPT_BYTES = 1 << 20

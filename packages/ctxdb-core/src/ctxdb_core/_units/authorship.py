@@ -11,7 +11,7 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sessions.gate import is_busy
+from ctxdb_core._sqlalchemy.gate import is_busy
 
 __all__ = ["Call", "current_call", "find_authors", "note_author"]
 

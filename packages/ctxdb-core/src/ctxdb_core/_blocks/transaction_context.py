@@ -14,13 +14,14 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import EMPTY_DICT
 
-from ctxdb_core._engines.borrowed import BorrowedEngine
-from ctxdb_core._sessions.end import in_transaction
-from ctxdb_core._transactions.task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
-from ctxdb_core.connect import DBConnect
+from ctxdb_core._blocks.atomic import atomic_db_session, require_transactions
+from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
+from ctxdb_core._databases.borrowed import BorrowedEngine
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._units.ending import in_transaction
+from ctxdb_core._units.sessions import commit_db_session
+from ctxdb_core._units.unit import CreateSession, UnitOfWork, current_unit
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError, TransactionAlreadyActiveError
-from ctxdb_core.sessions import atomic_db_session, commit_db_session, require_transactions
-from ctxdb_core.unit import CreateSession, UnitOfWork, current_unit
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams

@@ -11,14 +11,14 @@ from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core._engines.connection_context import connect_without_hidden_variables
-from ctxdb_core._engines.guards import (
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
+from ctxdb_core._sqlalchemy.guards import (
     begin_before_savepoints,
     keep_cancellation_at_pool,
     stop_cancelled_queries,
     trust_no_failed_transaction,
 )
-from ctxdb_core._shield import run_to_completion
 from ctxdb_core.errors import ArgumentTypeError
 
 EngineCreator = Callable[[str], AsyncEngine]

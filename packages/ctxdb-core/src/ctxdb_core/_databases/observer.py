@@ -15,8 +15,8 @@ from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._engines.url import without_secrets
-from ctxdb_core._sessions.hold import Hold
+from ctxdb_core._databases.hold import Hold
+from ctxdb_core._databases.url import without_secrets
 from ctxdb_core.events import (
     DBEvent,
     EventListener,
@@ -28,7 +28,7 @@ from ctxdb_core.events import (
 )
 
 if TYPE_CHECKING:
-    from ctxdb_core.connect import DBConnect
+    from ctxdb_core._databases.connect import DBConnect
 
 __all__ = ["Observer", "note_error"]
 

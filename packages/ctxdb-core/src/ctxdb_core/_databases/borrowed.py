@@ -7,9 +7,9 @@ from weakref import WeakValueDictionary
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from ctxdb_core._engines.guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
-from ctxdb_core._engines.url import host_of, without_secrets
-from ctxdb_core.connect import DBConnect, default_session_maker
+from ctxdb_core._databases.connect import DBConnect, default_session_maker
+from ctxdb_core._databases.url import host_of, without_secrets
+from ctxdb_core._sqlalchemy.guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
 
 __all__ = ["BorrowedEngine"]
 

@@ -10,8 +10,8 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
-from ctxdb_core._engines.url import without_secrets
-from ctxdb_core.isolation import is_autocommit, is_read_only
+from ctxdb_core._databases.url import without_secrets
+from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 
 __all__ = ["Attempt", "current_attempt", "watch_engines"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
+from ctxdb_core._units.unit import current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
-from ctxdb_core.unit import current_unit
 
 __all__ = ["set_statement_timeout"]
 

@@ -1,28 +1,17 @@
-"""Engines from a URL, read-only ones among them."""
+"""Makes the engine of a URL, which may be read-only."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from sqlalchemy import URL, event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from ctxdb_core._databases.url import host_of
+from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
 from ctxdb_core.errors import ArgumentValueError
 
-READ_ONLY_OPTION = "ctxdb_read_only"
-"""The execution option of engines on which nothing can be written."""
-
-_PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
-
-
-def host_of(url: URL) -> str:
-    """Return what `url` calls its server; a file's name where there is no server."""
-    query_host = url.query.get("host")
-    if isinstance(query_host, tuple):
-        query_host = ",".join(query_host)
-    return url.host or query_host or url.database or ":memory:"
+__all__ = ["create_engine"]
 
 
 def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bool) -> AsyncEngine:
@@ -71,14 +60,3 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
         cursor.close()
 
     return engine
-
-
-def without_secrets(host: str) -> str:
-    """Return `host` as it may be logged: an engine creator may be given a whole URL or DSN by that name."""
-    if "://" in host:
-        try:
-            url = make_url(host)
-        except (ArgumentError, ValueError):
-            return "***"
-        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
-    return host if _PLAIN_HOST.fullmatch(host) else "***"

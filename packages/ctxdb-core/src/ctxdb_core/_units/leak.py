@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctxdb_core.connect import DBConnect
+    from ctxdb_core._databases.connect import DBConnect
 
 __all__ = ["LeakGuard"]
 

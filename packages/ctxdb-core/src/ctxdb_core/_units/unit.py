@@ -15,17 +15,17 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._engines.connection_context import hide_from_connections
-from ctxdb_core._sessions import end as session_end
-from ctxdb_core._sessions.end import in_transaction
-from ctxdb_core._sessions.gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
-from ctxdb_core._sessions.leak import LeakGuard
+from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._transactions.authorship import Call, current_call, find_authors, note_author
+from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
+from ctxdb_core._sqlalchemy.gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
-from ctxdb_core._transactions.waiting import WaitingCallback, drop_undone, hand_up
-from ctxdb_core.connect import DBConnect
+from ctxdb_core._units import ending as session_end
+from ctxdb_core._units.authorship import Call, current_call, find_authors, note_author
+from ctxdb_core._units.callbacks import WaitingCallback, drop_undone, hand_up
+from ctxdb_core._units.ending import in_transaction
+from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError, ContextNotInitiatedError
 
 __all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit", "inherited_before_commit"]

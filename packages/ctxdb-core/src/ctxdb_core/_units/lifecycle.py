@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from ctxdb_core._sessions.end import report
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
+from ctxdb_core._units.ending import report
+from ctxdb_core._units.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
-from ctxdb_core.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = [
     "before_gather",

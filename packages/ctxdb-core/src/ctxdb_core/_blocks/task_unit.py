@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary, ref
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransactionOrigin
 
-from ctxdb_core._sessions.end import refuse_after_unit
+from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import LentTask
-from ctxdb_core.connect import DBConnect
+from ctxdb_core._units.ending import refuse_after_unit
+from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
-from ctxdb_core.unit import _CLOSED, CreateSession, UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = ["CommitDebt", "TaskUnit", "TaskUnitBlock", "Visit", "open_task_unit"]
 

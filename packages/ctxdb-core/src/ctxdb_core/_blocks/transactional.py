@@ -14,19 +14,21 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._blocks.atomic import atomic_db_session
+from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, Visit
+from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._sqlalchemy.binds import is_autocommit
+from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
-from ctxdb_core._transactions.task_unit import CommitDebt, TaskUnit, Visit
-from ctxdb_core.connect import DBConnect, check_database
+from ctxdb_core._units.lifecycle import opened
+from ctxdb_core._units.sessions import commit_db_session
+from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     TransactionAlreadyActiveError,
     TransactionRequiredError,
 )
-from ctxdb_core.isolation import IsolationLevel, TransactionOptions, is_autocommit
-from ctxdb_core.lifecycle import opened
-from ctxdb_core.sessions import atomic_db_session, commit_db_session
-from ctxdb_core.unit import UnitOfWork, current_unit, inherited_before_commit
 
 __all__ = ["Propagation", "transactional"]
 

@@ -1,0 +1,1 @@
+"""Blocks with a transaction of their own: each joins the one that it finds, nests in it, or begins another."""

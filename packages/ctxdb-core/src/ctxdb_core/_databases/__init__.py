@@ -1,0 +1,1 @@
+"""Databases as the application knows them: `DBConnect`, its engines by host and event loop, what it tells."""

@@ -1,0 +1,31 @@
+"""What a database's URL says: its host, and how it may be shown."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+__all__ = ["host_of", "without_secrets"]
+
+_PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
+
+
+def host_of(url: URL) -> str:
+    """Return what `url` calls its server; a file's name where there is no server."""
+    query_host = url.query.get("host")
+    if isinstance(query_host, tuple):
+        query_host = ",".join(query_host)
+    return url.host or query_host or url.database or ":memory:"
+
+
+def without_secrets(host: str) -> str:
+    """Return `host` as it may be logged: an engine creator may be given a whole URL or DSN by that name."""
+    if "://" in host:
+        try:
+            url = make_url(host)
+        except (ArgumentError, ValueError):
+            return "***"
+        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+    return host if _PLAIN_HOST.fullmatch(host) else "***"

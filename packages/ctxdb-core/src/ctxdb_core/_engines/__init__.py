@@ -1,1 +1,0 @@
-"""An engine on one host and event loop: how it is made, and what it is taught."""

@@ -1,1 +1,0 @@
-"""A session on its way: its statements, who watches it, and how it ends."""

@@ -1,0 +1,53 @@
+"""What an engine, a connection or a session says of the transactions that are made on it."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = [
+    "READ_ONLY_OPTION",
+    "begun_connections",
+    "is_autocommit",
+    "is_bound_to_connection",
+    "is_read_only",
+    "isolation_level_of",
+]
+
+READ_ONLY_OPTION = "ctxdb_read_only"
+"""The execution option of engines on which nothing can be written."""
+
+
+def is_bound_to_connection(session: AsyncSession) -> bool:
+    """Return whether `session` takes part in a transaction that somebody else began."""
+    try:
+        return isinstance(session.sync_session.get_bind(), Connection)
+    except UnboundExecutionError:
+        # It has an engine for each class.
+        return False
+
+
+def is_autocommit(bind: Engine | Connection) -> bool:
+    """Return whether each statement on `bind` is committed by itself."""
+    return isolation_level_of(bind) == "AUTOCOMMIT"
+
+
+def isolation_level_of(bind: Engine | Connection) -> str | None:
+    """Return the level that `bind` was given; ``None`` where it is the database's own default."""
+    default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
+    level: str | None = bind.get_execution_options().get("isolation_level", default)
+    return level
+
+
+def is_read_only(bind: Engine | Connection) -> bool:
+    """Return whether nothing can be written on `bind`, as far as ctxdb has seen to it."""
+    return bool(bind.get_execution_options().get(READ_ONLY_OPTION))
+
+
+def begun_connections(session: AsyncSession) -> set[Connection]:
+    """Return the connections of the open transaction: none if what was only added has not reached the database yet."""
+    transaction = session.sync_session.get_transaction()
+    if transaction is None:
+        return set()
+    return {each[0] for each in transaction._connections.values()}  # noqa: SLF001 - there is no public name for it
