@@ -18,6 +18,7 @@ from ctxdb_core._blocks.atomic import atomic_db_session
 from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, Visit
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.lifecycle import opened
@@ -263,12 +264,9 @@ class _AutocommitUnit(UnitOfWork):
     autocommit = True
 
     def prepare_session(self, session: AsyncSession) -> None:
-        sync_session = session.sync_session
-        get_bind = sync_session.get_bind
         engines: dict[Engine, Engine] = {}
 
-        def get_autocommit_bind(*args: Any, **kwargs: Any) -> Engine | Connection:
-            bind = get_bind(*args, **kwargs)
+        def in_autocommit(bind: Engine | Connection) -> Engine | Connection:
             # A connection is somebody else's, as in a test, and so is what becomes of its transaction.
             if isinstance(bind, Connection) or is_autocommit(bind):
                 return bind
@@ -276,5 +274,5 @@ class _AutocommitUnit(UnitOfWork):
                 engines[bind] = bind.execution_options(isolation_level="AUTOCOMMIT")
             return engines[bind]
 
-        sync_session.get_bind = get_autocommit_bind  # type: ignore[method-assign]  # on this one object only
+        guard_of(session).translate_bind = in_autocommit
         super().prepare_session(session)

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ctxdb_core._sqlalchemy.gate import is_busy
+from ctxdb_core._sqlalchemy.private import begin_without_statement
 
 __all__ = ["Call", "current_call", "find_authors", "note_author"]
 
@@ -52,7 +53,7 @@ def note_author(session: Session, clause: Any, call: Call | None) -> None:
     if _reads(clause):
         return
     # The statement is about to do so; the transaction tells its writers from those of one that has ended.
-    session._autobegin_t()  # noqa: SLF001 - there is no public name for it
+    begin_without_statement(session)
     writers = _writers(session)
     if writers is None:
         writers = set()

@@ -1,27 +1,30 @@
-"""How one session ends: commit, roll back, close; and what is done when that fails, too."""
+"""How one session ends: its roll-back, its closing, and what is done where these fail, too."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NoReturn
 
-from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from ctxdb_core._databases.observer import note_error
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.private import forget_block
+from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession, door_of
 from ctxdb_core.errors import ContextClosedError, SessionClosedError
 
 logger = logging.getLogger("ctxdb")
 
-RETRY_SECONDS = 0.02
-
 # How long a roll-back may take before its connection is thrown away: a server may have stopped answering.
 ROLL_BACK_SECONDS = 5.0
 
-# Sessions that another task was using when they had to end, each with the task that waits for it.
+# How long the end of a unit of work waits for a call that it has interrupted. A driver gives its connection up sooner.
+INTERRUPTION_SECONDS = 8.0
+
+# Sessions with a call that did not end when it was interrupted, each with the task that waits for it.
 _stragglers: set[asyncio.Task[None]] = set()
 
 
@@ -35,29 +38,72 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
 
     The failure is attached to `error`, the one that made the roll-back necessary; it is logged where there is none.
     """
-    if not in_transaction(session):
-        return
-    note_error(session, error)
-    try:
-        async with asyncio.timeout(ROLL_BACK_SECONDS):
-            await session.rollback()
-    except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
-        report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
-        await _discard(session)
+    async with _turn(session):
+        if not in_transaction(session):
+            return
+        note_error(session, error)
+        try:
+            async with asyncio.timeout(ROLL_BACK_SECONDS):
+                await session.rollback()
+        except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
+            report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
+            await _discard(session)
 
 
 async def close(session: AsyncSession, error: BaseException | None, name: object) -> None:
     """Close, or throw the connection away if that fails; a failure is reported as by `roll_back`."""
-    if closes_without_io(session):
-        session.sync_session.close()
+    async with _turn(session):
+        if not in_transaction(session) and _closes_plainly(session):
+            session.sync_session.close()
+            return
+        note_error(session, error)
+        try:
+            async with asyncio.timeout(ROLL_BACK_SECONDS):
+                await session.close()
+        except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
+            report(exc, error, f"closing the session on {name} failed, and its connection was thrown away")
+            await _discard(session)
+
+
+@asynccontextmanager
+async def last_turn(
+    session: AsyncSession, refuse: Callable[[], NoReturn], *, interrupt: bool, error: BaseException | None = None
+) -> AsyncIterator[bool]:
+    """End a session for everyone else, and take its turn for ending its transaction and closing it.
+
+    Args:
+        session: which one.
+        refuse: raises the error that every other use of it gets from now on.
+        interrupt: whether a call that is under way is stopped, as its work is undone anyway; else it may end.
+        error: why its work is undone: the call that is stopped gets to see that.
+
+    Returns:
+        Whether the turn was had. A driver may not return from a call that was interrupted: then the session's
+        connection is thrown away once it does, and nothing else is left to do with it.
+    """
+    door = door_of(session)
+    if door is None:
+        yield True
         return
-    note_error(session, error)
+    if not interrupt:
+        async with door.last_turn(refuse):
+            yield True
+        return
+    door.interrupt(_because_of(error, refuse))
+    turn = door.last_turn(refuse)
     try:
-        async with asyncio.timeout(ROLL_BACK_SECONDS):
-            await session.close()
-    except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
-        report(exc, error, f"closing the session on {name} failed, and its connection was thrown away")
-        await _discard(session)
+        async with asyncio.timeout(INTERRUPTION_SECONDS):
+            await turn.__aenter__()
+    except TimeoutError:
+        straggler = asyncio.create_task(_discard_when_free(session, door, refuse))
+        _stragglers.add(straggler)
+        straggler.add_done_callback(_stragglers.discard)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        await turn.__aexit__(None, None, None)
 
 
 def leave_blocks(session: AsyncSession) -> None:
@@ -66,67 +112,74 @@ def leave_blocks(session: AsyncSession) -> None:
     SQLAlchemy refuses further statements then, inside of ``async with session.begin():`` and of a savepoint's block.
     Their ends do nothing any more.
     """
-    sync_session = session.sync_session
-    if sync_session._trans_context_manager is not None and not sync_session.in_transaction():  # noqa: SLF001 - as below
-        sync_session._trans_context_manager = None  # noqa: SLF001 - there is no public name for it
+    forget_block(session.sync_session)
 
 
-def closes_without_io(session: AsyncSession) -> bool:
+def end_at_once(session: AsyncSession, refuse: Callable[[], NoReturn]) -> None:
+    """Close a session for which `ends_without_io` is true; every use of it from now on raises the error of `refuse`."""
+    session.sync_session.close()
+    door = door_of(session)
+    if door is not None:
+        door.end(refuse)
+
+
+def ends_without_io(session: AsyncSession) -> bool:
     """Return whether the session can be closed by a plain call: nothing of it needs the database, or is overridden."""
     sync_session = session.sync_session
     return (
         not sync_session.in_transaction()
-        and type(session).close is AsyncSession.close
-        and type(sync_session).close is Session.close
+        and isinstance(sync_session, GuardedSession)
+        and (sync_session.door is None or not sync_session.door.is_busy)
+        and _closes_plainly(session)
+    )
+
+
+def _closes_plainly(session: AsyncSession) -> bool:
+    sync_session = session.sync_session
+    return (
+        isinstance(sync_session, GuardedSession)
+        and sync_session.closes_plainly
+        and isinstance(session, DoorSession)
+        and session.closes_plainly
     )
 
 
 def refuse_after_unit(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for ``Session.get_bind`` once the unit of work has ended."""
+    """Refuse what is done with a session whose unit of work has ended."""
     raise ContextClosedError
 
 
 def refuse_after_close(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for ``Session.get_bind`` once `close_db_session` has ended the session."""
+    """Refuse what is done with a session that `close_db_session` has ended."""
     raise SessionClosedError
 
 
-def refuse_further_use(session: AsyncSession, refuse: Callable[..., NoReturn]) -> None:
-    """Make every later statement of `session` fail by `refuse`.
+def _because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> Callable[[], NoReturn]:
+    def refuse_because_of_error() -> NoReturn:
+        try:
+            refuse()
+        except Exception as exc:
+            raise exc from error
 
-    A closed SQLAlchemy session begins anew when it is used, outside of whoever tracked it: a connection taken so would
-    never be given back, and what is written would never be committed. ``Session.get_bind`` is asked before each
-    connection is taken (SQLAlchemy, "Custom Vertical Partitioning").
-    """
-    sync_session = session.sync_session
-    sync_session.get_bind = refuse  # type: ignore[method-assign]  # on this one object only
-    # What is only added would be lost without a statement; and a statement may name its engine itself.
-    sync_session._autobegin_t = refuse  # type: ignore[method-assign]  # noqa: SLF001 - there is no public name for it
+    return refuse_because_of_error
+
+
+def _turn(session: AsyncSession) -> AbstractAsyncContextManager[None]:
+    door = door_of(session)
+    return nullcontext() if door is None else door.turn()
 
 
 async def _discard(session: AsyncSession) -> None:
-    """Give the session's connections up: they are closed, not returned."""
+    """Give the session's connections up: they are closed, not returned. No call may be under way on them."""
     try:
         await session.invalidate()
-    except IllegalStateChangeError:
-        # Another task is in the middle of taking a connection for this very session; it cannot be stopped there.
-        straggler = asyncio.create_task(_invalidate_when_free(session))
-        _stragglers.add(straggler)
-        straggler.add_done_callback(_stragglers.discard)
     except Exception:
         logger.exception("A session could not be invalidated")
 
 
-async def _invalidate_when_free(session: AsyncSession) -> None:
-    while True:
-        await asyncio.sleep(RETRY_SECONDS)
-        try:
-            await session.invalidate()
-        except IllegalStateChangeError:
-            continue
-        except Exception:
-            logger.exception("A session could not be invalidated")
-        return
+async def _discard_when_free(session: AsyncSession, door: Door, refuse: Callable[[], NoReturn]) -> None:
+    async with door.last_turn(refuse):
+        await _discard(session)
 
 
 def report(exc: BaseException, error: BaseException | None, what: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import Any, NoReturn, TypeAlias
@@ -18,7 +19,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
-from ctxdb_core._sqlalchemy.gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
+from ctxdb_core._sqlalchemy.door import Door, StatementObserver
+from ctxdb_core._sqlalchemy.gate import wait_for_statements
+from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import ending as session_end
@@ -163,7 +166,7 @@ class UnitOfWork:
 
     def prepare_session(self, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
-        StatementGate(session, self.statement_observer())
+        guard_of(guarded(session)).door = Door(self.statement_observer())
         if self.statement_timeout:
             limit_statements(session, self.current_statement_timeout)
 
@@ -285,7 +288,7 @@ class UnitOfWork:
                 (session,) = self.sessions.values()
                 if in_transaction(session):
                     await wait_for_statements((session,))
-                    await run_to_completion(_commit_alone(session))
+                    await run_to_completion(session.commit())
                     session_end.leave_blocks(session)
             else:
                 await self._prepare(dbs)
@@ -327,8 +330,7 @@ class UnitOfWork:
         session = self.sessions.pop(db, None)
         self._take_callbacks([db])
         if session is not None:
-            session_end.refuse_further_use(session, refuse)
-            await run_to_completion(session_end.close(session, None, db))
+            await run_to_completion(_end(db, session, refuse))
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
@@ -338,12 +340,11 @@ class UnitOfWork:
             self.sessions = _CLOSED
             return True
         for session in self.sessions.values():
-            if not session_end.closes_without_io(session):
+            if not session_end.ends_without_io(session):
                 return False
         sessions, self.sessions = self.sessions, _CLOSED
         for session in sessions.values():
-            session.sync_session.close()
-            session_end.refuse_further_use(session, session_end.refuse_after_unit)
+            session_end.end_at_once(session, session_end.refuse_after_unit)
         if self.leak_guard is not None:
             self.leak_guard.disarm()
         return True
@@ -399,20 +400,26 @@ class UnitOfWork:
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         sessions, self.sessions = self.sessions, _CLOSED
-        try:
-            if commit:
-                await self._commit(sessions, None)
-            else:
-                await self._roll_back(sessions, error, None)
-        except BaseException as exc:
-            error = exc
-            raise
-        finally:
-            for db, session in sessions.items():
-                session_end.refuse_further_use(session, session_end.refuse_after_unit)
-                await session_end.close(session, error, db)
-            if self.leak_guard is not None:
-                self.leak_guard.disarm()
+        async with AsyncExitStack() as turns:
+            for db, session in list(sessions.items()):
+                last_turn = session_end.last_turn(
+                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
+                )
+                if not await turns.enter_async_context(last_turn):
+                    del sessions[db]
+            try:
+                if commit:
+                    await self._commit(sessions, None)
+                else:
+                    await self._roll_back(sessions, error, None)
+            except BaseException as exc:
+                error = exc
+                raise
+            finally:
+                for db, session in sessions.items():
+                    await session_end.close(session, error, db)
+                if self.leak_guard is not None:
+                    self.leak_guard.disarm()
 
     async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
         """Do all that may take its time, fail or be cancelled while nothing has been committed yet."""
@@ -440,7 +447,6 @@ class UnitOfWork:
 
     async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
         committed: list[DBConnect] = []
-        token = close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
                 session = sessions[db]
@@ -457,7 +463,6 @@ class UnitOfWork:
                 # Where there was nothing to commit, the commit has succeeded as well.
                 self.due = [*self.due, *self._take_callbacks(dbs)]
         finally:
-            open_gates(sessions.values(), token)
             self._start_callbacks()
 
     async def _roll_back(
@@ -467,12 +472,10 @@ class UnitOfWork:
         dbs: Collection[DBConnect] | None,
     ) -> None:
         self._take_callbacks(dbs)
-        token = close_gates(sessions.values())
         try:
             for db in _affected(sessions, dbs):
                 await session_end.roll_back(sessions[db], error, db)
         finally:
-            open_gates(sessions.values(), token)
             # Of what was committed before.
             self._start_callbacks()
 
@@ -533,12 +536,9 @@ def inherited_before_commit() -> BeforeCommit | None:
     return None if unit is None or _in_before_commit.get() else unit.before_commit
 
 
-async def _commit_alone(session: AsyncSession) -> None:
-    token = close_gates((session,))
-    try:
-        await session.commit()
-    finally:
-        open_gates((session,), token)
+async def _end(db: DBConnect, session: AsyncSession, refuse: Callable[..., NoReturn]) -> None:
+    async with session_end.last_turn(session, refuse, interrupt=False):
+        await session_end.close(session, None, db)
 
 
 def _affected(sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> list[DBConnect]:

@@ -12,15 +12,13 @@ from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.gate import (
     StatementObserver,
-    close_gates,
     observe_statements,
-    open_gates,
+    prepare_next_call,
     wait_for_statements,
 )
 from ctxdb_core._units import ending as session_end
@@ -266,9 +264,6 @@ class HTTPExchange(Exchange):
             if self.is_replaced:
                 raise ContextClosedError
             self.body_is_ahead = self.body_is_ahead or not self.responded
-        # In the middle of a flush, the objects of both are in the session already.
-        if self.parked and not session._flushing:  # noqa: SLF001 - there is no public name for it
-            await_only(self.recover())
         if not self.is_used:
             self.is_watched = self.is_used = True
             # Where nothing has been sent since it was watched, the body may be what begins here.
@@ -290,6 +285,7 @@ class HTTPExchange(Exchange):
             callbacks = self.callbacks or {}
             self.parked_callbacks = {db: callbacks.pop(db) for db in left if db in callbacks}
             self.parked = {**(self.parked or {}), **{db: self.sessions.pop(db) for db in left}}
+            prepare_next_call(self.parked.values(), self.recover)
 
     async def recover(self) -> None:
         """Roll back what a body has left open, and let its sessions be used again."""
@@ -299,12 +295,11 @@ class HTTPExchange(Exchange):
 
     async def _roll_back_parked(self) -> None:
         parked = self.parked or {}
-        token = close_gates(parked.values())
+        prepare_next_call(parked.values(), None)
         try:
             for db, session in parked.items():
                 await session_end.roll_back(session, None, db)
         finally:
-            open_gates(parked.values(), token)
             self.sessions.update(parked)
             self.parked = self.recovering = None
 
@@ -330,6 +325,7 @@ class HTTPExchange(Exchange):
         if self.parked and self.recovering is None:
             # It goes on after all: another task sends the rest.
             self.sessions.update(self.parked)
+            prepare_next_call(self.parked.values(), None)
             self.parked = None
             for db, callbacks in self.parked_callbacks.items():
                 self.callbacks = self.callbacks or {}
