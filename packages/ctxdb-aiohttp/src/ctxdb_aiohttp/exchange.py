@@ -211,7 +211,8 @@ class Exchange:
             BaseException: why they could not be ended; the response is not sent.
         """
         response = self.response
-        self.unit.note_answer()
+        if self.unit.calls is not None:
+            self.unit.calls.note_running_response()
         if self.handed_over:
             self.re_enter()
             task = asyncio.current_task()

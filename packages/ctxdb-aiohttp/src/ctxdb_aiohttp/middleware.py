@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from ctxdb_aiohttp.exchange import Exchange, current_exchange
 from ctxdb_core import BeforeCommit, CommitPolicy, begin
+from ctxdb_core.adapters import follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
 
@@ -49,7 +50,7 @@ def unit_of_work(
         )
         if unit is None:
             return await handler(request)
-        unit.follows_calls = True
+        follow_calls(unit)
         exchange = Exchange(unit, commit_policy, request)
         try:
             try:
@@ -82,13 +83,14 @@ def _commit_point() -> Middleware:
             return await handler(request)
         if exchange.attempted:
             await exchange.begin_attempt()
-        call = exchange.unit.begin_call()
+        calls = follow_calls(exchange.unit)
+        call = calls.begin()
         try:
             try:
                 try:
                     response = await handler(request)
                 finally:
-                    exchange.unit.end_call(call)
+                    calls.end(call)
             except web.HTTPException as exc:
                 await exchange.commit_success(request, exc)
                 raise

@@ -5,6 +5,7 @@ Applications need none of this; theirs is `ctxdb_core` itself.
 
 from ctxdb_core._databases.connect import EngineListener, close_all, default_session_maker
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -12,7 +13,9 @@ from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Ph
 __all__ = [
     "FINISHING",
     "TRANSITIONS",
+    "Call",
     "EngineListener",
+    "HandlerCalls",
     "IllegalTransitionError",
     "Phase",
     "UnitOfWork",
@@ -22,6 +25,7 @@ __all__ = [
     "close_all",
     "default_session_maker",
     "finalize",
+    "follow_calls",
     "is_autocommit",
     "is_read_only",
 ]

@@ -92,16 +92,16 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
         error: the exception that the adapter is about to raise; further errors are attached to it.
 
     Raises:
-        AbandonedWorkError: a handler goes on that a middleware has given up on (see `UnitOfWork.begin_call`), and what
-            was to be committed cannot be told from its work. It was rolled back, and the unit has ended.
+        AbandonedWorkError: a handler goes on that a middleware has given up on (see `follow_calls`), and what was to be
+            committed cannot be told from its work. It was rolled back, and the unit has ended.
         BaseException: the error of a commit, or of `before_commit`. Everything that could be was rolled back, and the
             success that was about to be sent must not be sent.
     """
     try:
         if unit.closed:
             return
-        if unit.pending and unit.is_given_up():
-            await unit.finish_abandoned(commit=commit, error=error)
+        if unit.calls is not None and unit.calls.are_given_up():
+            await unit.calls.finish(unit, commit=commit, error=error)
         elif last:
             if not unit.finish_idle():
                 await unit.finish(commit=commit, error=error)

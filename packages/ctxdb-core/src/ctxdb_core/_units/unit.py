@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from threading import get_ident
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from sqlalchemy import event
 from sqlalchemy.exc import StatementError
@@ -25,11 +25,13 @@ from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import ending as session_end
-from ctxdb_core._units.authorship import Call, current_call, find_authors, note_author
 from ctxdb_core._units.callbacks import WaitingCallback, drop_undone, hand_up
 from ctxdb_core._units.ending import in_transaction
 from ctxdb_core._units.leak import LeakGuard
-from ctxdb_core.errors import AbandonedWorkError, ContextClosedError, ContextNotInitiatedError
+from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
+
+if TYPE_CHECKING:
+    from ctxdb_core._units.abandonment import HandlerCalls
 
 __all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
@@ -65,16 +67,8 @@ class UnitOfWork:
     autocommit = False
     """Whether its sessions have no transactions: each statement is committed by itself."""
 
-    follows_calls = False
-    """Whether there may be calls of handlers that are given up on: then it is noted who has written what."""
-    pending = 0
-    """How many handlers are at work on a response of which they have sent nothing."""
-    is_abandoned = False
-    """Whether the response has come from a middleware, in the place of such a handler."""
-    parked: dict[DBConnect, AsyncSession] | None = None
-    """Sessions that are to be rolled back before anything else uses them."""
-    is_undone = False
-    """Whether the work of that handler was rolled back."""
+    calls: HandlerCalls | None = None
+    """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
     statement_timeout: StatementTimeout | None = None
     callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
     due: Sequence[OnCommit] = ()
@@ -189,51 +183,7 @@ class UnitOfWork:
 
     def statement_observer(self) -> StatementObserver | None:
         """Return what is called before each statement of a session that is opened now."""
-        return self.note_author if self.follows_calls else None
-
-    def note_author(self, session: Session, clause: Any) -> None:
-        """Note whose work `session` is going to hold."""
-        call = self.running_call()
-        if self.is_abandoned and call is not None and call.pending:
-            # A hook that is awaited before the commit of others' work is no time to add to it.
-            raise ContextClosedError
-        note_author(session, clause, call)
-
-    def begin_call(self) -> Call:
-        """Begin the call of a handler in the running context; `end_call` ends it.
-
-        If a middleware gives up on the handler and answers in its place, the unit ends without what that has written.
-        """
-        self.pending += 1
-        call = Call(self)
-        call.token = current_call.set(call)
-        return call
-
-    def end_call(self, call: Call) -> None:
-        """End `call`: the handler has returned."""
-        self.pending -= call.pending
-        call.pending = False
-        current_call.reset(call.token)
-
-    def note_answer(self) -> None:
-        """Note that a response begins in the running call: nobody can answer in its place any more."""
-        call = self.running_call()
-        while call is not None and call.unit is self:
-            self.pending -= call.pending
-            call.pending = False
-            call = call.outer
-
-    def running_call(self) -> Call | None:
-        """Return the call of this unit that the running code is a part of, if it is part of any."""
-        call = current_call.get()
-        return call if call is not None and call.unit is self else None
-
-    def is_given_up(self) -> bool:
-        """Return whether the running code ends the unit in the place of a handler that goes on."""
-        if not self.pending:
-            return False
-        call = self.running_call()
-        return call is None or not call.pending
+        return None if self.calls is None else self.calls.observe
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
@@ -334,7 +284,7 @@ class UnitOfWork:
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks or self.due or self.parked:
+        if self.callbacks or self.due:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
@@ -375,28 +325,6 @@ class UnitOfWork:
             await run_to_completion(self._finish(commit=commit, error=error))
         finally:
             await self._wait_for_callbacks()
-
-    async def finish_abandoned(self, *, commit: bool, error: BaseException | None = None) -> None:
-        """End the unit for a response in the place of a handler that a middleware has given up on.
-
-        The handler goes on: what it has done is not whole, and nobody is told of what it will do. So its work is not
-        committed; that of others is, if it can be told apart.
-
-        Args:
-            commit: whether the response calls for a commit.
-            error: as for `finish`.
-
-        Raises:
-            AbandonedWorkError: it does, and the work of others was rolled back with that of the handler.
-            BaseException: as `finish`.
-        """
-        self.is_abandoned = True
-        of_handler, of_others = find_authors(self.sessions.values())
-        self.is_undone = of_handler
-        refused = AbandonedWorkError() if commit and of_handler and of_others else None
-        await self.finish(commit=commit and of_others and not of_handler, error=refused or error)
-        if refused is not None:
-            raise refused
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         sessions, self.sessions = self.sessions, _CLOSED

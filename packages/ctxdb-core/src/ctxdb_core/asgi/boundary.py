@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ctxdb_core._units.authorship import current_call
+from ctxdb_core._units.abandonment import current_call, follow_calls
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core.asgi.exchange import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,8 +32,6 @@ class ASGIStreamBoundary:
     def __init__(self, app: ASGIApp, is_kept: Callable[[Scope, Message], bool] | None = None) -> None:
         self.app = app
         self.is_kept = is_kept
-        # From now on, all of them in this process.
-        HTTPExchange.follows_calls = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -42,7 +40,8 @@ class ASGIStreamBoundary:
             await self.app(scope, receive, send)
             return
         streamed = is_innermost = False
-        call = exchange.begin_call()
+        calls = follow_calls(exchange)
+        call = calls.begin()
 
         async def pass_on(message: Message) -> None:
             nonlocal is_innermost
@@ -60,10 +59,9 @@ class ASGIStreamBoundary:
         def send_streamed(message: Message) -> Awaitable[None]:
             nonlocal streamed
             if message["type"] == "http.response.start":
-                exchange.pending -= call.pending
-                call.pending = False
+                calls.note_response(call)
                 is_kept = self.is_kept is not None and self.is_kept(scope, message)
-                if is_kept and exchange.is_undone:
+                if is_kept and calls.left_open is not None and calls.left_open.handlers:
                     # A middleware has given up on it, and it was rolled back since.
                     raise ContextClosedError
                 streamed = is_kept or _is_streamed(message)
@@ -80,7 +78,7 @@ class ASGIStreamBoundary:
                 await exchange.body_failed(exc)
             raise
         finally:
-            exchange.end_call(call)
+            calls.end(call)
 
 
 def _is_streamed(start: Message) -> bool:

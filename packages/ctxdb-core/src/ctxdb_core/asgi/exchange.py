@@ -22,6 +22,7 @@ from ctxdb_core._sqlalchemy.gate import (
     wait_for_statements,
 )
 from ctxdb_core._units import ending as session_end
+from ctxdb_core._units.abandonment import follow_calls
 from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.ending import in_transaction, report
 from ctxdb_core._units.unit import BeforeCommit, CreateSession, UnitOfWork
@@ -54,6 +55,8 @@ class Exchange(UnitOfWork):
     """Why the response that the application began was not sent."""
     refused: Send
     """Where that response would have gone to."""
+    may_be_abandoned = True
+    """Whether an `ASGIStreamBoundary` may be beneath, which tells of calls that a middleware gives up on."""
 
     def __init__(self, before_commit: BeforeCommit | None, commit_policy: CommitPolicy, forward: Send) -> None:
         # UnitOfWork.__init__ is spelled out here: on a request without database use, the call would be felt.
@@ -163,6 +166,8 @@ class HTTPExchange(Exchange):
     """The tasks that have sent something of the response, while it was watched."""
     body_sent = False
     """Whether the last of the body was sent."""
+    parked: dict[DBConnect, AsyncSession] | None = None
+    """Sessions that are to be rolled back before anything else uses them."""
     parked_callbacks: Mapping[DBConnect, list[WaitingCallback]] = MappingProxyType({})
     """What waits for the commits of sessions that were put out of the way."""
     recovering: asyncio.Future[None] | None = None
@@ -187,7 +192,7 @@ class HTTPExchange(Exchange):
         # A plain function: most messages cost no coroutine of their own.
         if message["type"] == "http.response.start":
             self.responded = True
-            if self.sessions or self.callbacks or self.pending or self.stream_status:
+            if self.sessions or self.callbacks or self.stream_status or (self.calls is not None and self.calls.at_work):
                 return self.respond(message)
         elif self.is_watched:
             if self.stream_status is None:
@@ -197,9 +202,9 @@ class HTTPExchange(Exchange):
         return self.forward(message)
 
     async def respond(self, message: Message) -> None:
-        if self.pending and self.failure is None:
+        if self.calls is not None and self.calls.at_work and self.failure is None:
             try:
-                await self.finish_abandoned(commit=self.commit_policy(message["status"]))
+                await self.calls.finish(self, commit=self.commit_policy(message["status"]))
             except Exception as exc:
                 self.refuse_messages(exc)
                 raise
@@ -253,14 +258,19 @@ class HTTPExchange(Exchange):
         observe_statements(self.sessions.values(), self.note_statement)
 
     def statement_observer(self) -> StatementObserver | None:
-        return self.note_statement if self.follows_calls or self.responded or self.is_watched else None
+        # What a middleware does before it comes to a boundary is noted, too.
+        if self.calls is None and self.may_be_abandoned and not self.responded:
+            follow_calls(self)
+        return self.note_statement if self.calls is not None or self.responded or self.is_watched else None
 
     def note_statement(self, session: Session, clause: Any) -> None:
         """Note that the current task uses a session."""
-        if not self.is_watched and (self.is_abandoned or not self.responded):
-            self.note_author(session, clause)
+        calls = self.calls
+        if not self.is_watched and not (self.responded and (calls is None or calls.left_open is None)):
+            if calls is not None:
+                calls.observe(session, clause)
             return
-        if self.running_call() is not None:
+        if calls is not None and calls.running() is not None:
             if self.is_replaced:
                 raise ContextClosedError
             self.body_is_ahead = self.body_is_ahead or not self.responded
@@ -302,6 +312,9 @@ class HTTPExchange(Exchange):
         finally:
             self.sessions.update(parked)
             self.parked = self.recovering = None
+
+    def finish_idle(self) -> bool:
+        return not self.parked and super().finish_idle()
 
     async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
         if self.parked:

@@ -1,0 +1,135 @@
+"""`HandlerCalls`: which handlers a unit of work waits for, and what becomes of it when a middleware gives up on one.
+
+A middleware may answer in the place of a handler that goes on, as one does around a call that took too long. What such
+a handler has written is not whole, so it is not committed, while the work of the middleware itself may be. To tell them
+apart, each statement is noted with the call of the handler that it was made in, which costs something. So this is an
+object of its own, which `follow_calls` installs in a unit of work where handlers may be given up on: in any other unit,
+`UnitOfWork.calls` is ``None``.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from ctxdb_core._sqlalchemy.gate import observe_statements
+from ctxdb_core._units.authorship import Authors, find_authors, note_author, note_unseen_author
+from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core.errors import AbandonedWorkError, ContextClosedError
+
+__all__ = ["Call", "HandlerCalls", "current_call", "follow_calls"]
+
+
+class Call:
+    """The call of a handler, which a middleware may give up on while it goes on.
+
+    Args:
+        calls: those of the unit of work that it is made in. Tasks and servers inherit the call through contextvars,
+            whichever unit of work they have then.
+    """
+
+    __slots__ = ("calls", "outer", "token")
+
+    token: Token[Call | None]
+
+    def __init__(self, calls: HandlerCalls) -> None:
+        self.calls = calls
+        self.outer = current_call.get()
+
+
+current_call: ContextVar[Call | None] = ContextVar("ctxdb_call", default=None)
+"""The innermost call that the running code is a part of, as far as an adapter can tell."""
+
+
+class HandlerCalls:
+    """The calls of handlers that are made in one unit of work."""
+
+    __slots__ = ("at_work", "left_open")
+
+    def __init__(self) -> None:
+        self.at_work: set[Call] = set()
+        """The calls that have not returned, and of whose response nothing has been sent: each may be given up on."""
+        self.left_open: Authors | None = None
+        """Whose work was open when a response came in the place of a handler; ``None`` while no such response did."""
+
+    def begin(self) -> Call:
+        """Begin the call of a handler in the running context; `end` ends it there."""
+        call = Call(self)
+        self.at_work.add(call)
+        call.token = current_call.set(call)
+        return call
+
+    def end(self, call: Call) -> None:
+        """End `call`: the handler has returned or raised."""
+        self.at_work.discard(call)
+        current_call.reset(call.token)
+
+    def note_response(self, call: Call) -> None:
+        """Note that a response begins in `call`: no other one can come in its place any more."""
+        self.at_work.discard(call)
+
+    def note_running_response(self) -> None:
+        """Note that a response begins in the running call, and so in each call around it."""
+        call = self.running()
+        while call is not None and call.calls is self:
+            self.note_response(call)
+            call = call.outer
+
+    def running(self) -> Call | None:
+        """Return the innermost call of this unit that the running code is a part of; ``None`` outside of any."""
+        call = current_call.get()
+        return call if call is not None and call.calls is self else None
+
+    def are_given_up(self) -> bool:
+        """Return whether the running code, which is about to end the unit, does so in the place of a handler."""
+        return bool(self.at_work) and self.running() not in self.at_work
+
+    def observe(self, session: Session, clause: Any) -> None:
+        """Note whose work `session` is going to hold: a `StatementObserver`.
+
+        Raises:
+            ContextClosedError: the statement is one of a handler that was given up on.
+        """
+        call = self.running()
+        if self.left_open is not None and call in self.at_work:
+            # `before_commit` is running for the middleware's work: the abandoned handler must not add to it.
+            raise ContextClosedError
+        note_author(session, clause, call)
+
+    async def finish(self, unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
+        """End `unit` for a response in the place of a handler that goes on.
+
+        What the handler has written is rolled back: it is not whole, and the handler is not told of the answer. What
+        others have written is committed, if it can be told from that of the handler.
+
+        Args:
+            unit: the unit of work of these calls.
+            commit: whether the response calls for a commit.
+            error: as for `UnitOfWork.finish`.
+
+        Raises:
+            AbandonedWorkError: it does, and the work of others was rolled back with that of the handler.
+            BaseException: as `UnitOfWork.finish`.
+        """
+        authors = self.left_open = find_authors(unit.sessions.values(), self.at_work)
+        refused = AbandonedWorkError() if commit and authors.handlers and authors.others else None
+        await unit.finish(commit=commit and authors.others and not authors.handlers, error=refused or error)
+        if refused is not None:
+            raise refused
+
+
+def follow_calls(unit: UnitOfWork) -> HandlerCalls:
+    """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
+
+    An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
+    what a transaction holds already counts as written by the middlewares.
+    """
+    calls = unit.calls
+    if calls is None:
+        calls = unit.calls = HandlerCalls()
+        for session in unit.sessions.values():
+            note_unseen_author(session.sync_session)
+        observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
+    return calls
