@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._blocks.task_unit import CommitDebt, Visit
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._transactions.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
-from ctxdb_core._units.ending import in_transaction
+from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.sessions import check_no_block, db_session, unit_for
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import ArgumentValueError, TransactionAlreadyActiveError, TransactionRequiredError

@@ -15,7 +15,7 @@ from sqlalchemy.orm import SessionTransactionOrigin
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import LentTask
-from ctxdb_core._units.ending import refuse_after_unit
+from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
 

@@ -18,7 +18,7 @@ from ctxdb_core._blocks.atomic import atomic_db_session, require_transactions
 from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
 from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._units.ending import in_transaction
+from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.sessions import commit_db_session
 from ctxdb_core._units.unit import CreateSession, UnitOfWork, current_unit
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError, TransactionAlreadyActiveError

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sqlalchemy.gate import observe_statements
+from ctxdb_core._sqlalchemy.doors import observe_statements
 from ctxdb_core._units.authorship import Authors, find_authors, note_author, note_unseen_author
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError

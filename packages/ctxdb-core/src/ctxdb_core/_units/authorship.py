@@ -10,7 +10,7 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sqlalchemy.gate import is_busy
+from ctxdb_core._sqlalchemy.doors import is_busy
 from ctxdb_core._sqlalchemy.private import begin_without_statement
 
 __all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]

@@ -10,8 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
-from ctxdb_core._units import ending as session_end
-from ctxdb_core._units.unit import OnCommit, UnitOfWork, current_unit
+from ctxdb_core._units import session_end
+from ctxdb_core._units.callbacks import OnCommit, Outcome
+from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
     ContextNotInitiatedError,
     TransactionAlreadyActiveError,
@@ -107,7 +108,7 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    unit_for(db).on_commit(db, callback)
+    unit_for(db).on_outcome(db, Outcome.COMMITTED, callback)
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
 from types import MappingProxyType
@@ -15,17 +15,18 @@ from sqlalchemy.orm import Session
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.gate import (
-    StatementObserver,
+from ctxdb_core._sqlalchemy.door import StatementObserver
+from ctxdb_core._sqlalchemy.doors import (
     observe_statements,
     prepare_next_call,
-    wait_for_statements,
+    wait_for_calls,
 )
-from ctxdb_core._units import ending as session_end
+from ctxdb_core._units import session_end
 from ctxdb_core._units.abandonment import follow_calls
 from ctxdb_core._units.callbacks import WaitingCallback
-from ctxdb_core._units.ending import in_transaction, report
-from ctxdb_core._units.unit import BeforeCommit, CreateSession, UnitOfWork
+from ctxdb_core._units.commit import BeforeCommit
+from ctxdb_core._units.session_end import in_transaction, report
+from ctxdb_core._units.unit import CreateSession, UnitOfWork
 from ctxdb_core.asgi.types import Message, Receive, Send
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.policy import CommitPolicy
@@ -116,7 +117,7 @@ class Exchange(UnitOfWork):
                 await self.commit()
             else:
                 # A body that is made already may be using the session: it shall not be interrupted.
-                await wait_for_statements(self.sessions.values())
+                await wait_for_calls(self.sessions.values())
                 await self.roll_back()
         except Exception as exc:
             await self.refuse_response(exc)
@@ -168,7 +169,7 @@ class HTTPExchange(Exchange):
     """Whether the last of the body was sent."""
     parked: dict[DBConnect, AsyncSession] | None = None
     """Sessions that are to be rolled back before anything else uses them."""
-    parked_callbacks: Mapping[DBConnect, list[WaitingCallback]] = MappingProxyType({})
+    parked_callbacks: Mapping[DBConnect, Sequence[WaitingCallback]] = MappingProxyType({})
     """What waits for the commits of sessions that were put out of the way."""
     recovering: asyncio.Future[None] | None = None
     """The roll-back of what a body has left open."""
@@ -210,7 +211,7 @@ class HTTPExchange(Exchange):
                 raise
         elif self.failure is None and self.is_replaced_by(message["status"]):
             self.is_replaced = True
-            await wait_for_statements(self.sessions.values())
+            await wait_for_calls(self.sessions.values())
             await self.roll_back()
         # Where the body is ahead, what is open now is the body's, and none of the response's.
         elif not self.body_is_ahead:
@@ -292,8 +293,8 @@ class HTTPExchange(Exchange):
             return
         left = [db for db, session in self.sessions.items() if in_transaction(session)]
         if left:
-            callbacks = self.callbacks or {}
-            self.parked_callbacks = {db: callbacks.pop(db) for db in left if db in callbacks}
+            if self.callbacks is not None:
+                self.parked_callbacks = self.callbacks.set_aside(left)
             self.parked = {**(self.parked or {}), **{db: self.sessions.pop(db) for db in left}}
             prepare_next_call(self.parked.values(), self.recover)
 
@@ -340,9 +341,8 @@ class HTTPExchange(Exchange):
             self.sessions.update(self.parked)
             prepare_next_call(self.parked.values(), None)
             self.parked = None
-            for db, callbacks in self.parked_callbacks.items():
-                self.callbacks = self.callbacks or {}
-                self.callbacks[db] = [*callbacks, *self.callbacks.get(db, [])]
+            if self.callbacks is not None:
+                self.callbacks.take_back(self.parked_callbacks)
         if message.get("more_body", False):
             sender = _current_task()
             if sender not in self.senders:

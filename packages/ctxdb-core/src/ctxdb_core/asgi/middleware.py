@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
+from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
-from ctxdb_core._units.unit import BeforeCommit, UnitOfWork, current_unit
+from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.asgi.exchange import Exchange, HTTPExchange, WebSocketExchange
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 from ctxdb_core.policy import CommitPolicy, commit_below_400

@@ -106,6 +106,12 @@ async def last_turn(
         await turn.__aexit__(None, None, None)
 
 
+async def end(session: AsyncSession, error: BaseException | None, name: object, refuse: Callable[[], NoReturn]) -> None:
+    """Close a session after the call that is under way; every use of it from now on raises the error of `refuse`."""
+    async with last_turn(session, refuse, interrupt=False):
+        await close(session, error, name)
+
+
 def leave_blocks(session: AsyncSession) -> None:
     """Let the code in a block of `session` go on with it, although the block's transaction was ended from outside.
 
