@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar, Token
 from threading import get_ident
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from sqlalchemy import event
 from sqlalchemy.exc import StatementError
@@ -22,13 +22,11 @@ from ctxdb_core._sqlalchemy.gate import StatementGate, StatementObserver, close_
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import ending as session_end
+from ctxdb_core._units.abandonment import HandlerCalls
 from ctxdb_core._units.callbacks import WaitingCallback, drop_undone, hand_up
 from ctxdb_core._units.ending import in_transaction
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
-
-if TYPE_CHECKING:
-    from ctxdb_core._units.abandonment import HandlerCalls
 
 __all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
