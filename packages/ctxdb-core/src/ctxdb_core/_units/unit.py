@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from threading import get_ident
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -18,6 +18,7 @@ from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
+from ctxdb_core._units.abandonment import HandlerCalls
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
 from ctxdb_core._units.commit import (
     BeforeCommit,
@@ -30,9 +31,6 @@ from ctxdb_core._units.commit import (
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
-
-if TYPE_CHECKING:
-    from ctxdb_core._units.abandonment import HandlerCalls
 
 __all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
