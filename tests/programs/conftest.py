@@ -9,15 +9,23 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from tests.support.adapters import ADAPTERS, Adapter
+from tests.support.adapters import ADAPTERS
 from tests.support.database import Database
 from tests.support.world import Setting, World
 
 
-@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.name)
-def setting(request: pytest.FixtureRequest) -> Setting:
-    adapter: Adapter = request.param
-    return Setting(adapter, "asyncpg", over_sockets=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" not in metafunc.fixturenames:
+        return
+    adapters = list(ADAPTERS)
+    if metafunc.definition.get_closest_marker("background"):
+        adapters = [adapter for adapter in adapters if adapter.has_background]
+    if metafunc.definition.get_closest_marker("exception_handlers"):
+        adapters = [adapter for adapter in adapters if adapter.has_exception_handlers]
+    if metafunc.definition.get_closest_marker("middlewares"):
+        adapters = [adapter for adapter in adapters if adapter.has_middlewares]
+    settings = [Setting(adapter, "asyncpg", over_sockets=True) for adapter in adapters]
+    metafunc.parametrize("setting", settings, ids=lambda setting: setting.adapter.name)
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ place, which step it takes; `decide` returns that step as data, and the block ca
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
+from types import FrameType
 from typing import Literal, TypeAlias
 
 from ctxdb_core._blocks.shared_session import is_in_block_of
@@ -168,15 +170,15 @@ def _why_not(unit: UnitOfWork) -> Found | None:
 
 
 def _is_inherited() -> bool:
-    """Return whether the running code has the current unit from the context that its task was given a copy of.
-
-    A token is good for the very context in which it was made (Python docs, "ContextVar.reset"), so it tells a unit that
-    was entered here from one that was inherited.
-    """
+    """Return whether the running code has the current unit from the context that its task was given a copy of."""
     unit = current_unit.get()
     token = getattr(unit, "token", None)
     if token is None:
-        return True
+        # That of an ASGI request. A job that has made it calls an application by itself, whose middleware is then
+        # among the callers of the running code.
+        return "ctxdb_core.asgi" not in _packages_of_callers()
+    # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"): this tells a unit that
+    # was entered here from one that was inherited.
     try:
         current_unit.reset(token)
     except (ValueError, RuntimeError):
@@ -184,6 +186,15 @@ def _is_inherited() -> bool:
         return True
     unit.enter()
     return False
+
+
+def _packages_of_callers() -> set[str]:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and named so for its use to be noticed
+    packages: set[str] = set()
+    while frame is not None:
+        packages.add(frame.f_globals.get("__name__", "").rpartition(".")[0])
+        frame = frame.f_back
+    return packages
 
 
 def _is_given_up(unit: UnitOfWork) -> bool:
