@@ -88,6 +88,10 @@ class HandlerCalls:
         """Return whether the running code, which is about to end the unit, does so in the place of a handler."""
         return bool(self.at_work) and self.running() not in self.at_work
 
+    def is_running_given_up(self) -> bool:
+        """Return whether the running code is part of a handler in whose place a response has come."""
+        return self.left_open is not None and self.running() in self.at_work
+
     def observe(self, session: Session, clause: Any) -> None:
         """Note whose work `session` is going to hold: a `StatementObserver`.
 
@@ -95,7 +99,7 @@ class HandlerCalls:
             ContextClosedError: the statement is one of a handler that was given up on.
         """
         call = self.running()
-        if self.left_open is not None and call in self.at_work:
+        if self.is_running_given_up():
             # `before_commit` is running for the middleware's work: the abandoned handler must not add to it.
             raise ContextClosedError
         note_author(session, clause, call)
