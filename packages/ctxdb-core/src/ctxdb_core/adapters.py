@@ -9,6 +9,7 @@ from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
+from ctxdb_core.policy import RequestPolicy, with_request
 
 __all__ = [
     "FINISHING",
@@ -18,6 +19,7 @@ __all__ = [
     "HandlerCalls",
     "IllegalTransitionError",
     "Phase",
+    "RequestPolicy",
     "UnitOfWork",
     "before_gather",
     "begin",
@@ -28,4 +30,5 @@ __all__ = [
     "follow_calls",
     "is_autocommit",
     "is_read_only",
+    "with_request",
 ]
