@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from aiohttp import web
 
@@ -11,15 +10,16 @@ from ctxdb_aiohttp.response import status_of
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter
 from ctxdb_core.adapters import Phase, RequestPolicy, UnitOfWork, check_transition, finalize
 
-__all__ = ["UNSTARTED", "Exchange", "Refusal", "current_exchange"]
-
-current_exchange: ContextVar[Exchange] = ContextVar("ctxdb_aiohttp_exchange")
-"""The exchange of the running code. Tasks and servers inherit it: ask it whether it serves the request at hand."""
+__all__ = ["UNSTARTED", "Exchange", "Opened", "Refusal", "exchange_of"]
 
 UNSTARTED = frozenset({Phase.HANDLING, Phase.REFUSED})
 """The phases in which nothing of a response has left, so that another one can still come in its place."""
 
 _SWITCHING_PROTOCOLS = 101
+
+
+Opened: TypeAlias = tuple[UnitOfWork, RequestPolicy]
+"""What an `Exchange` is made of. Most requests need no exchange: their writers lead to this."""
 
 
 class Refusal(NamedTuple):
@@ -49,7 +49,8 @@ class Exchange:
     Args:
         unit: what `ctxdb_core.adapters.begin` has returned.
         commits: given the status of a response and the request: whether to commit.
-        request: the request, as the outermost middleware got it; others may work with copies.
+        writer: the request's, which is one for all copies of the request, and for this request alone. So it is where
+            the exchange is found: no task and no server inherits it. It is untyped, as no type knows of that.
     """
 
     # Defaults are the class's: a request that needs none of these pays for none of them.
@@ -61,11 +62,11 @@ class Exchange:
     attempts = 0
     """How many calls of the handler have come to their end. The next call is a new attempt: it undoes their work."""
 
-    def __init__(self, unit: UnitOfWork, commits: RequestPolicy, request: web.Request) -> None:
+    def __init__(self, unit: UnitOfWork, commits: RequestPolicy, writer: Any) -> None:
         self.unit = unit
         self.commits = commits
-        self.request = request
-        self.token = current_exchange.set(self)
+        self.writer = writer
+        writer.ctxdb_exchange = self
 
     def enter(self, phase: Phase) -> None:
         """Go on to `phase`.
@@ -75,10 +76,6 @@ class Exchange:
         """
         check_transition(self.phase, phase)
         self.phase = phase
-
-    def serves(self, request: web.BaseRequest) -> bool:
-        """Return whether `request` is the one of this exchange, or a copy of it: both have one writer."""
-        return self.request.writer is request.writer
 
     @property
     def has_work(self) -> bool:
@@ -173,20 +170,17 @@ class Exchange:
     def watch(self, delivery: Delivery) -> None:
         """Have `delivery` told of what is about to be written for the request."""
         if self.watched is None:
-            self.watched = WatchedWriter(self.request.writer, delivery)
+            self.watched = WatchedWriter(self.writer, delivery)
         else:
             self.watched.delivery = delivery
 
     def leave(self) -> None:
-        """Leave the request to aiohttp: neither its context nor its writer leads here any more."""
+        """Leave the request to aiohttp: its writer does not lead here any more, which also ends a reference cycle."""
         if self.watched is not None:
             self.watched.restore()
-        # Left in the context, the exchange would be in a reference cycle, as its unit of work knows the context.
-        try:  # noqa: SIM105 - `suppress` costs an idle request too much
-            current_exchange.reset(self.token)
-        except (ValueError, RuntimeError):
-            # It was entered in the context of another task, which went with it; or it was left before.
-            pass
+        # Not by `vars(writer).pop`: the writer's attributes would move into a dict, where each later look-up is dearer.
+        if getattr(self.writer, "ctxdb_exchange", None) is self:
+            del self.writer.ctxdb_exchange
 
     def _take(self, response: object) -> None:
         """Take `response` for the one that is going to be sent.
@@ -218,3 +212,10 @@ class Exchange:
             await self.end(commit=commit)
         else:
             await finalize(self.unit, commit=commit, last=False)
+
+
+def exchange_of(request: web.BaseRequest) -> Exchange | None:
+    """Return the exchange of `request`, made now if need be; ``None`` if the request is in no unit of work."""
+    writer: Any = request.writer
+    found: Exchange | Opened | None = getattr(writer, "ctxdb_exchange", None)
+    return Exchange(*found, writer) if isinstance(found, tuple) else found

@@ -8,10 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
-from ctxdb_aiohttp.exchange import Exchange, current_exchange
+from ctxdb_aiohttp.exchange import Exchange
 from ctxdb_aiohttp.response import take_back
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter, start_over, status_in, write_server_error
-from ctxdb_core.adapters import FINISHING, Phase, finalize
+from ctxdb_core.adapters import FINISHING, Phase, finalize, is_inside
 
 __all__ = ["LateResponse"]
 
@@ -24,22 +24,23 @@ _cleaning_up: set[asyncio.Task[None]] = set()
 class LateResponse(Delivery):
     """A response that is sent when the middlewares have returned: its unit of work lives until then.
 
-    Its body may still have to be made, or there are handlers for ``on_response_prepare``. The transactions of the handler
-    have ended before. What is done from then on is committed before the head is written, and before the body ends.
+    Its body may still have to be made, or there are handlers for ``on_response_prepare``. The transactions of the
+    handler have ended before. What is done since is committed before the head is written, and before the body ends.
 
     Args:
         exchange: that of the request.
+        request: the request.
     """
 
     response: web.StreamResponse | None = None
     """What is about to be sent, once aiohttp prepares it: it answers an exception by a response of its own."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, request: web.Request) -> None:
         self.exchange = exchange
-        self.request = exchange.request
+        self.request = request
         # The task of the connection, which serves many requests. The running one may be a middleware's, and end before
         # anything is sent.
-        self.task = exchange.request.task
+        self.task = request.task
         self.task.add_done_callback(self._clean_up)
 
     def expect(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -50,8 +51,8 @@ class LateResponse(Delivery):
     async def start(self, watched: WatchedWriter, status_line: str, headers: Any) -> None:
         """Write the head, once the transactions are ended as its status demands.
 
-        If they cannot be ended, a 500 is written instead. No middleware is left to see the error, and aiohttp would hang
-        up, which makes its own client ask again.
+        If they cannot be ended, a 500 is written instead. No middleware is left to see the error, and aiohttp would
+        hang up, which makes its own client ask again.
 
         Raises:
             ConnectionResetError: the 500 was written.
@@ -101,10 +102,8 @@ class LateResponse(Delivery):
 
         A middleware outside of this application may have called it in a task of its own.
         """
-        exchange = self.exchange
-        if current_exchange.get(None) is not exchange:
-            exchange.token = current_exchange.set(exchange)
-            exchange.unit.enter()
+        if not is_inside(self.exchange.unit):
+            self.exchange.unit.enter()
 
     def _clean_up(self, task: asyncio.Task[Any]) -> None:
         """End the unit of work of a response that did not come to its end."""

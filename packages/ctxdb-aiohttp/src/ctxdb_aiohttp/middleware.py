@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ctxdb_aiohttp.exchange import UNSTARTED, Exchange, current_exchange
+from ctxdb_aiohttp.exchange import UNSTARTED, Exchange, Opened, exchange_of
 from ctxdb_aiohttp.handler_response import HandlerResponse
 from ctxdb_aiohttp.late_response import LateResponse
 from ctxdb_aiohttp.response import is_complete
@@ -16,10 +16,9 @@ from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
 from ctxdb_core import BeforeCommit
-from ctxdb_core.adapters import Phase, RequestPolicy, begin, follow_calls
+from ctxdb_core.adapters import RequestPolicy, begin, follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
-
 
 Deadline: TypeAlias = Callable[[web.Request], float | None]
 """Given a request: when its last statement has to be done, on the event loop's clock."""
@@ -42,12 +41,14 @@ def unit_of_work(
 
     @web.middleware
     async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
-        outer = current_exchange.get(None)
-        if outer is not None and outer.serves(request):
-            if not outer.unit.closed and not _is_left_to_aiohttp(outer):
+        writer: Any = request.writer
+        if hasattr(writer, "ctxdb_exchange"):
+            outer = exchange_of(request)
+            if outer is not None and not outer.unit.closed and not _is_left_to_aiohttp(outer):
                 return await handler(request)
             # A middleware outside of this one tries again.
-            await outer.end(commit=False)
+            if outer is not None:
+                await outer.end(commit=False)
         unit = begin(
             before_commit=before_commit,
             statement_timeout=statement_timeout,
@@ -55,7 +56,8 @@ def unit_of_work(
         )
         if unit is None:
             return await handler(request)
-        exchange = Exchange(unit, commits, request)
+        opened: Opened = (unit, commits)
+        writer.ctxdb_exchange = opened
         try:
             try:
                 route: Route = handler.ctxdb_route  # type: ignore[attr-defined]  # `find_route` has put it there
@@ -65,20 +67,26 @@ def unit_of_work(
                 follow_calls(unit)
             response = await route.call(request)
         except web.HTTPException as exc:
+            exchange = exchange_of(request) or Exchange(unit, commits, writer)
             # A response like any other, unless one has begun.
             if exchange.phase in UNSTARTED:
                 await _end(exchange, request, exc, route)
             else:
-                await _fail(exchange, exc, route)
+                await _fail(exchange, request, exc, route)
             raise
         except BaseException as exc:
-            await _fail(exchange, exc, route)
+            await _fail(exchange_of(request) or Exchange(unit, commits, writer), request, exc, route)
             raise
-        if exchange.phase is Phase.HANDLING and route.is_quiet and is_complete(response) and unit.finish_idle():
-            exchange.leave()
+        if (
+            getattr(writer, "ctxdb_exchange", None) is opened  # otherwise, more was done than to handle the request
+            and route.is_quiet
+            and is_complete(response)
+            and unit.finish_idle()
+        ):
+            del writer.ctxdb_exchange
             unit.leave()
         else:
-            await _end(exchange, request, response, route)
+            await _end(exchange_of(request) or Exchange(unit, commits, writer), request, response, route)
         return response
 
     return open_unit
@@ -99,28 +107,28 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
             is_last = route.is_quiet and is_complete(response)
             await exchange.settle(request, response, last=is_last)
             if not is_last:
-                exchange.watch(LateResponse(exchange))
+                exchange.watch(LateResponse(exchange, request))
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
             await exchange.watched.delivery.finish()
         else:
             await exchange.end(commit=False)
     except BaseException as exc:
-        await _fail(exchange, exc, route)
+        await _fail(exchange, request, exc, route)
         raise
 
 
-async def _fail(exchange: Exchange, error: BaseException, route: Route) -> None:
+async def _fail(exchange: Exchange, request: web.Request, error: BaseException, route: Route) -> None:
     """Roll back for an error that no middleware has answered."""
     if exchange.unit.closed:
         exchange.leave()
         return
     if exchange.phase in UNSTARTED:
         # It may have been raised while a response was being prepared.
-        start_over(exchange.request.writer)
+        start_over(exchange.writer)
         if isinstance(error, Exception) and not route.is_quiet:
             await exchange.roll_back(error)
             # aiohttp will answer it, and the application's signal handlers may use the database then.
-            exchange.watch(LateResponse(exchange))
+            exchange.watch(LateResponse(exchange, request))
             return
     await exchange.end(commit=False, error=error)
 
@@ -128,8 +136,8 @@ async def _fail(exchange: Exchange, error: BaseException, route: Route) -> None:
 def _commit_point() -> Middleware:
     @web.middleware
     async def commit_success(request: web.Request, handler: Handler) -> web.StreamResponse:
-        exchange = current_exchange.get(None)
-        if exchange is None or not exchange.serves(request):
+        exchange = exchange_of(request)
+        if exchange is None:
             return await handler(request)
         if exchange.attempts:
             await exchange.begin_attempt()

@@ -6,10 +6,10 @@ from typing import Any
 
 from aiohttp import WSCloseCode, web
 
-from ctxdb_aiohttp.exchange import Exchange, current_exchange
+from ctxdb_aiohttp.exchange import Exchange
 from ctxdb_aiohttp.handler_response import HandlerResponse
 from ctxdb_aiohttp.writer import WatchedWriter
-from ctxdb_core.adapters import Phase, finalize
+from ctxdb_core.adapters import Phase, finalize, is_inside
 
 __all__ = ["WebSocket"]
 
@@ -53,7 +53,7 @@ class WebSocket(HandlerResponse):
                 exchange.phase is Phase.BODY
                 and socket.close_code is None
                 and not socket.closed
-                and current_exchange.get(None) is exchange
+                and is_inside(exchange.unit)
             ):
                 try:
                     commit = options.get("code", WSCloseCode.OK) in _NORMAL_CLOSES

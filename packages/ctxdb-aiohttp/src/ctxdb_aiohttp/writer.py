@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-__all__ = ["Delivery", "WatchedWriter", "start_over", "watched_writer", "write_server_error"]
+__all__ = ["Delivery", "WatchedWriter", "start_over", "status_in", "write_server_error"]
 
 _METHODS = ("write_headers", "write_eof")
 
@@ -64,12 +64,6 @@ class WatchedWriter:
             methods.pop(name, None)
         methods.update(self._replaced)
         self.delivery.release()
-
-
-def watched_writer(writer: object) -> WatchedWriter | None:
-    """Return the `WatchedWriter` that stands before `writer`, if there is one."""
-    watched = getattr(vars(writer).get("write_eof"), "__self__", None)
-    return watched if isinstance(watched, WatchedWriter) else None
 
 
 def status_in(status_line: str) -> int:
