@@ -68,14 +68,15 @@ class Exchange:
         self.writer = writer
         writer.ctxdb_exchange = self
 
-    def enter(self, phase: Phase) -> None:
-        """Go on to `phase`.
+    def move_to(self, phase: Phase) -> None:
+        """Go over to `phase`; nothing happens if that is the current one.
 
         Raises:
-            IllegalTransitionError: it cannot follow the phase that the request is in.
+            IllegalTransitionError: it cannot follow the current one.
         """
-        check_transition(self.phase, phase)
-        self.phase = phase
+        if phase is not self.phase:
+            check_transition(self.phase, phase)
+            self.phase = phase
 
     @property
     def has_work(self) -> bool:
@@ -85,8 +86,7 @@ class Exchange:
     async def begin_attempt(self) -> None:
         """Roll back what earlier calls of the handler have left: a middleware tries again."""
         self.attempts = 0
-        if self.has_work:
-            await finalize(self.unit, commit=False, last=False)
+        await self.roll_back()
 
     async def commit_success(self, request: web.Request, response: object) -> None:
         """Commit if `response`, which the handler has returned or raised, calls for it.
@@ -102,7 +102,7 @@ class Exchange:
                 if self.has_work and await self._calls_for_commit(request, response):
                     await self._end_transactions(commit=True)
             except BaseException as exc:
-                self.refuse(response, exc)
+                self._note_refusal(response, exc)
                 raise
 
     async def settle(
@@ -124,7 +124,7 @@ class Exchange:
             commit = self.has_work and await self._calls_for_commit(request, response, status)
             await self._end_transactions(commit=commit, last=last)
         except BaseException as exc:
-            self.refuse(response, exc)
+            self._note_refusal(response, exc)
             raise
 
     async def roll_back(self, error: BaseException | None = None) -> None:
@@ -151,21 +151,26 @@ class Exchange:
         Raises:
             BaseException: as `settle`.
         """
+        self._take(response)
+        if self.phase is Phase.BROKEN:
+            # A head in the middle of a body would make the client take that for longer than it is.
+            assert self.refusal is not None
+            raise self.refusal.error
         if self.phase in UNSTARTED:
             await self.settle(request, response, status=status)
             if self.phase is Phase.HANDLING:
                 # It is not if the response comes in the place of an abandoned handler: the unit of work has ended then.
-                self.enter(Phase.BODY)
+                self.move_to(Phase.BODY)
 
     def refuse(self, response: object, error: BaseException) -> None:
         """Let nothing of `response` through: its transactions could not be ended."""
-        self.enter(Phase.REFUSED)
         self.refusal = Refusal(response, error)
+        self.move_to(Phase.REFUSED)
 
     def break_off(self, response: object, error: BaseException) -> None:
         """Let the rest of `response` not through: what its body has done could not be committed."""
-        self.enter(Phase.BROKEN)
         self.refusal = Refusal(response, error)
+        self.move_to(Phase.BROKEN)
 
     def watch(self, delivery: Delivery) -> None:
         """Have `delivery` told of what is about to be written for the request."""
@@ -182,6 +187,13 @@ class Exchange:
         if getattr(self.writer, "ctxdb_exchange", None) is self:
             del self.writer.ctxdb_exchange
 
+    def _note_refusal(self, response: object, error: BaseException) -> None:
+        if self.phase in UNSTARTED or self.phase is Phase.ABANDONED:
+            self.refuse(response, error)
+        else:
+            # Of two responses that were prepared at once, the other one is being sent: this error does not touch it.
+            self.refusal = Refusal(response, error)
+
     def _take(self, response: object) -> None:
         """Take `response` for the one that is going to be sent.
 
@@ -191,7 +203,7 @@ class Exchange:
         if self.refusal is not None and response is self.refusal.response:
             raise self.refusal.error
         if self.phase is Phase.REFUSED:
-            self.enter(Phase.HANDLING)
+            self.move_to(Phase.HANDLING)
 
     async def _calls_for_commit(self, request: web.Request, response: object, status: int | None = None) -> bool:
         if status == _SWITCHING_PROTOCOLS:
@@ -207,7 +219,7 @@ class Exchange:
     async def _end_transactions(self, *, commit: bool, last: bool = False) -> None:
         calls = self.unit.calls
         if calls is not None and calls.are_given_up() and self.phase is Phase.HANDLING:
-            self.enter(Phase.ABANDONED)
+            self.move_to(Phase.ABANDONED)
         if last:
             await self.end(commit=commit)
         else:

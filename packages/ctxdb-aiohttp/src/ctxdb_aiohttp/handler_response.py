@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ctxdb_aiohttp.exchange import Exchange
+from ctxdb_aiohttp.exchange import UNSTARTED, Exchange
 from ctxdb_aiohttp.response import take_back
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter, start_over, status_in
 from ctxdb_core.adapters import FINISHING, Phase, finalize
@@ -41,7 +41,8 @@ class HandlerResponse(Delivery):
             await exchange.settle_start(self.request, self.response, status_in(status_line))
         except BaseException as exc:
             await exchange.roll_back(exc)
-            start_over(watched.writer)
+            if exchange.phase in UNSTARTED:
+                start_over(watched.writer)
             take_back(self.response)
             raise
         await watched.forward_head(status_line, headers)
@@ -59,7 +60,7 @@ class HandlerResponse(Delivery):
             except Exception as exc:
                 await self.break_off(exc)
                 raise
-            exchange.enter(Phase.AFTER)
+            exchange.move_to(Phase.AFTER)
         elif exchange.phase is Phase.BROKEN:
             assert exchange.refusal is not None
             raise exchange.refusal.error

@@ -91,7 +91,7 @@ class LateResponse(Delivery):
             exchange.break_off(self.response, exc)
             raise
         if exchange.phase is Phase.BODY:
-            exchange.enter(Phase.AFTER)
+            exchange.move_to(Phase.AFTER)
         await watched.forward_eof(chunk)
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
 from ctxdb_core import BeforeCommit
-from ctxdb_core.adapters import RequestPolicy, begin, follow_calls
+from ctxdb_core.adapters import FINISHING, RequestPolicy, begin, follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
 
@@ -111,7 +111,7 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
             await exchange.watched.delivery.finish()
         else:
-            await exchange.end(commit=False)
+            await exchange.end(commit=exchange.phase in FINISHING)
     except BaseException as exc:
         await _fail(exchange, request, exc, route)
         raise
@@ -119,18 +119,16 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
 
 async def _fail(exchange: Exchange, request: web.Request, error: BaseException, route: Route) -> None:
     """Roll back for an error that no middleware has answered."""
-    if exchange.unit.closed:
-        exchange.leave()
-        return
-    if exchange.phase in UNSTARTED:
-        # It may have been raised while a response was being prepared.
+    if exchange.phase in UNSTARTED or not exchange.writer.output_size:
+        # A response may have been prepared, of which nothing has left aiohttp's buffer.
         start_over(exchange.writer)
-        if isinstance(error, Exception) and not route.is_quiet:
-            await exchange.roll_back(error)
-            # aiohttp will answer it, and the application's signal handlers may use the database then.
-            exchange.watch(LateResponse(exchange, request))
-            return
-    await exchange.end(commit=False, error=error)
+    is_answered = isinstance(error, Exception) and exchange.phase in UNSTARTED
+    if is_answered and not route.is_quiet and not exchange.unit.closed:
+        await exchange.roll_back(error)
+        # aiohttp answers the error, and the application's signal handlers may use the database then.
+        exchange.watch(LateResponse(exchange, request))
+    else:
+        await exchange.end(commit=False, error=error)
 
 
 def _commit_point() -> Middleware:

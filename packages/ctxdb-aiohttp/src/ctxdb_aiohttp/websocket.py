@@ -62,7 +62,7 @@ class WebSocket(HandlerResponse):
                     exchange.refuse(socket, exc)
                     await close(code=WSCloseCode.INTERNAL_ERROR)
                     raise
-                exchange.enter(Phase.AFTER)
+                exchange.move_to(Phase.AFTER)
             return await close(**options)
 
         socket.close = end_and_close  # type: ignore[method-assign]  # on this one object only
