@@ -198,3 +198,32 @@ async def test_a_request_that_uses_no_database_leaves_nothing_on_its_writer(serv
     setup(app)
     assert (await ask(await serve(app))).status == 200
     assert not {"write_headers", "write_eof"} & set(vars(writers[0]))
+
+
+async def test_a_policy_may_take_the_request(db: DBConnect, database: Database, serve: Serve) -> None:
+    def policy(status: int, request: web.Request) -> bool:
+        return status < 400 and request.method == "POST"
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, f"{request.method} {request.path}")
+        response = web.Response() if request.path == "/plain" else web.StreamResponse()
+        if request.path == "/prepared":
+            await response.prepare(request)
+        return response
+
+    app = web.Application()
+    app.router.add_route("*", "/{path}", handler)
+    setup(app, commit_policy=policy)
+    base_url = await serve(app)
+    for path in ("/plain", "/prepared"):
+        for method in ("GET", "POST"):
+            assert (await ask(base_url, path, method)).status == 200
+    assert await database.names() == ["POST /plain", "POST /prepared"]
+
+
+@pytest.mark.parametrize("wrong", [lambda: True, lambda status, request, more: True, 200, None])
+def test_what_is_no_policy_is_refused(wrong: Any) -> None:
+    app = web.Application()
+    with pytest.raises(TypeError, match="commit policy"):
+        setup(app, commit_policy=wrong)
+    assert len(app.middlewares) == 0

@@ -20,6 +20,7 @@ from ctxdb_core import (
     is_context_initiated,
     new_db_ctx,
 )
+from ctxdb_core.adapters import is_inside
 
 
 def begun(request: MutableMapping[str, Any] | None = None) -> UnitOfWork:
@@ -168,3 +169,28 @@ async def test_it_can_be_finalized_in_another_task(db: DBConnect, database: Data
     with pytest.raises(ContextClosedError):
         await db_session(db)
     unit.leave()
+
+
+async def test_code_is_inside_of_a_unit_of_work_also_in_tasks_and_in_units_within_it() -> None:
+    async def look() -> bool:
+        return is_inside(unit)
+
+    unit = begun()
+    assert is_inside(unit)
+    assert await asyncio.create_task(look())
+    async with new_db_ctx(), new_db_ctx():
+        assert is_inside(unit)
+        assert await asyncio.create_task(look())
+    await finalize(unit, commit=True)
+    assert not is_inside(unit)
+
+
+async def test_code_around_or_beside_a_unit_of_work_is_not_inside_of_it() -> None:
+    async def begin_beside() -> UnitOfWork:
+        return begun()
+
+    beside = await asyncio.create_task(begin_beside())
+    assert not is_inside(beside)
+    async with new_db_ctx():
+        assert not is_inside(beside)
+    await finalize(beside, commit=True)

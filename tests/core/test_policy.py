@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 
-from ctxdb_core import commit_2xx, commit_below_400, commit_policy
+from ctxdb_core import ArgumentTypeError, commit_2xx, commit_below_400, commit_policy
+from ctxdb_core.adapters import RequestPolicy, with_request
 
 
 def test_the_default_commits_below_400() -> None:
@@ -31,3 +36,63 @@ def test_exceptions_to_another_policy() -> None:
 def test_a_status_named_both_ways_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[409\]"):
         commit_policy(commit={409, 404}, roll_back={409})
+
+
+# --- policies that take the request -----------------------------------------------------------------------------------
+
+
+def commit_reads(status: int, request: Any) -> bool:
+    return status < 400 and request == "a read"
+
+
+class OfRequest:
+    def __call__(self, status: int, request: Any) -> bool:
+        return commit_reads(status, request)
+
+    def method(self, status: int, request: Any) -> bool:
+        return commit_reads(status, request)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [commit_reads, OfRequest(), OfRequest().method, partial(commit_reads)],
+    ids=["function", "object", "method", "partial"],
+)
+def test_a_policy_of_two_arguments_is_given_the_request(policy: RequestPolicy) -> None:
+    decide = with_request(policy)
+    assert [decide(status, asked) for status in (200, 404) for asked in ("a read", "a write")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [commit_2xx, lambda status, limit=300: status < limit, lambda *arguments: arguments == (200,), {200}.__contains__],
+    ids=["function", "default", "variadic", "built_in"],
+)
+def test_a_policy_that_can_do_with_the_status_is_given_that_alone(policy: Callable[[int], bool]) -> None:
+    decide = with_request(policy)
+    assert [decide(status, "a request") for status in (200, 404)] == [True, False]
+
+
+async def commit_asynchronously(status: int) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda: True, lambda *, status: True, lambda status, request, more: True, 200, None, commit_asynchronously],
+)
+def test_what_is_no_policy_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="commit policy"):
+        with_request(wrong)
+
+
+def test_exceptions_to_a_policy_that_takes_the_request() -> None:
+    policy = commit_policy(commit_reads, commit=[404], roll_back=[202])
+    assert [policy(status, "a read") for status in (200, 202, 404)] == [True, False, True]
+    assert [policy(status, "a write") for status in (200, 202, 404)] == [False, False, True]
+    assert with_request(policy) is policy

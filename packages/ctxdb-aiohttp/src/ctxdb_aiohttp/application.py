@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from ctxdb_aiohttp.errors import ApplicationFrozenError
-from ctxdb_aiohttp.exchange import note_response
 from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
+from ctxdb_aiohttp.signal import note_response
 from ctxdb_core import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -18,6 +18,7 @@ from ctxdb_core import (
     close_all,
     commit_below_400,
 )
+from ctxdb_core.adapters import RequestPolicy, with_request
 
 __all__ = ["DATABASES", "setup"]
 
@@ -29,7 +30,7 @@ def setup(
     app: web.Application,
     *dbs: DBConnect,
     before_commit: BeforeCommit | None = None,
-    commit_policy: CommitPolicy = commit_below_400,
+    commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
     position: int | None = None,
     statement_timeout: float | None = None,
     deadline: Deadline | None = None,
@@ -54,7 +55,7 @@ def setup(
             sub-applications); every one is, also if closing another one fails. A unit of work takes whatever
             `DBConnect` its code asks for: they need not be named here.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commit_policy: given the status of the response, and the request if it takes two arguments: whether to commit.
         position: the inner middleware's place among those of `app`; by default next to the handler. With 0, all
             middlewares have had their say before anything is committed, and none learns of a commit that fails.
         statement_timeout: how many seconds each statement of a request may take; see
@@ -64,7 +65,7 @@ def setup(
 
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
-        TypeError: `app` is no application, or one of `dbs` is no `DBConnect`.
+        TypeError: `app` is no application, one of `dbs` is no `DBConnect`, or `commit_policy` is no policy.
         ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
@@ -85,7 +86,7 @@ def setup(
         )
     if app.on_startup.frozen:
         raise ApplicationFrozenError
-    outer = unit_of_work(before_commit, commit_policy, statement_timeout, deadline)
+    outer = unit_of_work(before_commit, with_request(commit_policy), statement_timeout, deadline)
     inner = commit_point if position is None else placed_commit_point
 
     async def close_databases(app: web.Application) -> None:

@@ -1,137 +1,136 @@
-"""`Exchange`: a request and its response as one unit of work, ended by what the request's writer is told."""
+"""`Exchange`: the phase of a request, and the unit of work that is ended as the phases say."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Mapping
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-from aiohttp import WSCloseCode, web
+from aiohttp import web
 
-from ctxdb_aiohttp.response import is_complete, start_over, status_of, take_back, write_server_error
-from ctxdb_core import CommitPolicy, UnitOfWork, finalize
+from ctxdb_aiohttp.response import status_of
+from ctxdb_aiohttp.writer import Delivery, WatchedWriter
+from ctxdb_core.adapters import Phase, RequestPolicy, UnitOfWork, check_transition, finalize
 
-__all__ = ["Exchange", "current_exchange", "note_response"]
+__all__ = ["UNSTARTED", "Exchange", "Opened", "Refusal", "exchange_of"]
 
-logger = logging.getLogger("ctxdb")
-
-current_exchange: ContextVar[Exchange] = ContextVar("ctxdb_aiohttp_exchange")
-"""The exchange of the running code. Tasks and servers inherit it: compare its writer with the one of the request."""
+UNSTARTED = frozenset({Phase.HANDLING, Phase.REFUSED})
+"""The phases in which nothing of a response has left, so that another one can still come in its place."""
 
 _SWITCHING_PROTOCOLS = 101
 
-# WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
-_NORMAL_CLOSES = (WSCloseCode.OK, WSCloseCode.GOING_AWAY)
+
+Opened: TypeAlias = tuple[UnitOfWork, RequestPolicy]
+"""What an `Exchange` is made of. Most requests need no exchange: their writers lead to this."""
 
 
-# Units of responses that were cut off, each with the task that ends it.
-_cleaning_up: set[asyncio.Task[None]] = set()
+class Refusal(NamedTuple):
+    """A response that no client may take for a success."""
+
+    response: object
+    """What was not let through, or broke off."""
+    error: BaseException
+    """Why."""
 
 
 class Exchange:
     """The unit of work of one request, from the first middleware to the last byte of the response.
 
-    Whatever is sent for a request goes through its writer, whoever prepares it and with whichever copy of the request.
-    So that is where transactions end: before the head of a response is written, and before the end of its body is.
+    Its phases are those of `ctxdb_core.phases`, of which aiohttp tells by calls and returns:
+
+    - ``HANDLING``: the handler and the middlewares are at work. Most requests never leave it: if the middlewares return
+      a response with all of its body, the unit of work ends there, and aiohttp sends the response afterwards.
+    - ``BODY`` and ``AFTER``: the head of a response, or the end of its body, was let through to the request's writer
+      while the unit of work was open, as is the case for a response that the handler has prepared.
+    - ``REFUSED``: a commit has failed before the head. The error goes through the middlewares. If one of them answers
+      by another response, the request is in ``HANDLING`` again. A websocket is refused by its close frame.
+    - ``BROKEN``: a commit has failed behind the head. The body has no end, so that the client sees it break off.
+    - ``ABANDONED``: a middleware has answered in the place of a handler that it gave up on; the unit of work has ended.
+    - ``AHEAD`` and ``OVERRULED`` are never entered: no middleware of aiohttp can hold the start of a response back.
 
     Args:
-        unit: what `ctxdb_core.begin` returned.
-        commit_policy: given the status of the response: whether to commit.
-        request: the request.
+        unit: what `ctxdb_core.adapters.begin` has returned.
+        commits: given the status of a response and the request: whether to commit.
+        writer: the request's, which is one for all copies of the request, and for this request alone. So it is where
+            the exchange is found: no task and no server inherits it. It is untyped, as no type knows of that.
     """
 
-    # Defaults are the class's: a request that uses no database pays for what it sets.
-    attempted = False
-    """Whether a handler has come to its end."""
-    response: web.StreamResponse | None = None
-    """The response that is being prepared, or was."""
-    started = False
-    """Whether the head of a response has been written."""
-    handed_over = False
-    """Whether the middlewares have returned, and what is sent from now on is sent by aiohttp."""
-    task: asyncio.Task[None] | None = None
-    """The one after which nothing will be sent, once that is aiohttp's to do."""
-    refused: web.StreamResponse | None = None
-    """A response that was not let through."""
-    failure: BaseException
-    """Why it was not."""
-    replaced: Mapping[str, Any] | None = None
-    """What the writer's methods were replaced by before, if they are replaced now."""
+    # Defaults are the class's: a request that needs none of these pays for none of them.
+    phase = Phase.HANDLING
+    watched: WatchedWriter | None = None
+    """The request's writer, once a response is written while code of the application may run; see `Delivery`."""
+    refusal: Refusal | None = None
+    """The last response that was refused or broke off. It stays so, also if a middleware returns it after all."""
+    attempts = 0
+    """How many calls of the handler have come to their end. The next call is a new attempt: it undoes their work."""
 
-    def __init__(self, unit: UnitOfWork, commit_policy: CommitPolicy, request: web.Request) -> None:
+    def __init__(self, unit: UnitOfWork, commits: RequestPolicy, writer: Any) -> None:
         self.unit = unit
-        self.commit_policy = commit_policy
-        self.request = request
-        # Of any type, as methods are replaced: on this one object, which serves this one request.
-        self.writer: Any = request.writer
-        self.token = current_exchange.set(self)
+        self.commits = commits
+        self.writer = writer
+        writer.ctxdb_exchange = self
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the middlewares have nothing more to do with it."""
-        return self.handed_over or self.unit.closed
+    def move_to(self, phase: Phase) -> None:
+        """Go over to `phase`; nothing happens if that is the current one.
+
+        Raises:
+            IllegalTransitionError: it cannot follow the current one.
+        """
+        if phase is not self.phase:
+            check_transition(self.phase, phase)
+            self.phase = phase
 
     @property
     def has_work(self) -> bool:
-        """Whether there may be something to commit or to roll back, or a response that was refused for it."""
-        return bool(self.unit.sessions or self.unit.callbacks or self.refused)
-
-    # --- what handlers and middlewares do -----------------------------------------------------------------------------
+        """Whether there may be something to commit or to roll back."""
+        return bool(self.unit.sessions or self.unit.callbacks)
 
     async def begin_attempt(self) -> None:
-        """Roll back what an earlier call of the handler has left: a middleware tries again."""
-        self.attempted = False
-        await self._end_transactions(commit=False)
+        """Roll back what earlier calls of the handler have left: a middleware tries again."""
+        self.attempts = 0
+        await self.roll_back()
 
     async def commit_success(self, request: web.Request, response: object) -> None:
-        """Commit if the handler's response calls for it; one that does not may still become another one.
+        """Commit if `response`, which the handler has returned or raised, calls for it.
+
+        A response that does not may still become another one.
 
         Raises:
-            BaseException: the error of the commit, or the one that kept this very response from being prepared.
+            BaseException: as `settle`.
         """
-        if not self.started and await self._calls_for_commit(request, response):
-            await finalize(self.unit, commit=True, last=False)
+        if self.phase in UNSTARTED:
+            self._take(response)
+            try:
+                if self.has_work and await self._calls_for_commit(request, response):
+                    await self._end_transactions(commit=True)
+            except BaseException as exc:
+                self._note_refusal(response, exc)
+                raise
 
-    def end_idle(self, response: object) -> bool:
-        """End the unit without waiting for anything, if nothing was done in it and nobody can use it any more.
+    async def settle(
+        self, request: web.Request, response: object, *, status: int | None = None, last: bool = False
+    ) -> None:
+        """End the transactions as `response` demands, nothing of which has been written.
 
-        Returns:
-            Whether it was ended so.
-        """
-        if self.started or self.has_work or not is_complete(response) or self._has_signal_handlers():
-            return False
-        self._leave()
-        self.unit.finish_idle()
-        self.unit.leave()
-        return True
-
-    async def respond(self, request: web.Request, response: object) -> None:
-        """End the transactions as the response demands that the middlewares have made of it all.
+        Args:
+            request: what is answered.
+            response: the answer.
+            status: its status, if that is known to be final.
+            last: whether the unit of work ends with its transactions.
 
         Raises:
-            BaseException: as `commit_success`.
+            BaseException: why they could not be ended, or why this very response was refused before. It is refused.
         """
-        if self.started:
-            await self._end_started()
-            return
-        commit = self.has_work and await self._calls_for_commit(request, response)
-        if is_complete(response) and not self._has_signal_handlers():
-            await self.end(commit=commit)
-        else:
-            await self._hand_over(commit=commit)
+        self._take(response)
+        try:
+            commit = self.has_work and await self._calls_for_commit(request, response, status)
+            await self._end_transactions(commit=commit, last=last)
+        except BaseException as exc:
+            self._note_refusal(response, exc)
+            raise
 
-    async def fail(self, error: BaseException) -> None:
-        """Roll back for an error that no middleware has answered."""
-        if not self.started:
-            # It may have been raised while a response was being prepared.
-            start_over(self.writer)
-            if isinstance(error, Exception) and self._has_signal_handlers():
-                # aiohttp will answer it.
-                await self._hand_over(commit=False, error=error)
-                return
-        await self.end(commit=False, error=error)
+    async def roll_back(self, error: BaseException | None = None) -> None:
+        """Roll back what is open, because of `error`; the unit of work goes on."""
+        if self.has_work:
+            await finalize(self.unit, commit=False, last=False, error=error)
 
     async def end(self, *, commit: bool, error: BaseException | None = None) -> None:
         """End the unit of work.
@@ -139,197 +138,96 @@ class Exchange:
         Args:
             commit: whether to commit what is open.
             error: what made the end necessary.
+
+        Raises:
+            BaseException: the error of a commit.
         """
-        self._leave()
+        self.leave()
         await finalize(self.unit, commit=commit, error=error)
 
-    async def _calls_for_commit(self, request: web.Request, response: object) -> bool:
-        if self.refused is not None and response is self.refused:
-            raise self.failure
-        # Anything else than a response ends in a 500, or becomes one in a middleware.
-        return isinstance(response, (web.StreamResponse, web.HTTPException)) and self.commit_policy(
-            await status_of(response, request)
-        )
-
-    async def _end_started(self) -> None:
-        try:
-            await self.end(commit=True)
-        except Exception:
-            if isinstance(self.response, web.WebSocketResponse):
-                await self.response.close(code=WSCloseCode.INTERNAL_ERROR)
-            raise
-
-    async def _hand_over(self, *, commit: bool, error: BaseException | None = None) -> None:
-        """End the transactions, and let the unit live until aiohttp has sent the response: its body may use it."""
-        await self._end_transactions(commit=commit, error=error)
-        self.handed_over = True
-        self._watch_writer()
-        self.writer.write_eof = self.write_eof
-        # Of the connection: the running one may be a middleware's, and end before anything is sent.
-        self.task = self.request.task
-        self.task.add_done_callback(self._clean_up)
-
-    def re_enter(self) -> None:
-        """Make the unit of work the current one of the task that sends the response, if it was handed over by another.
-
-        A middleware outside of this application may have called it in a task of its own.
-        """
-        if current_exchange.get(None) is not self:
-            self.token = current_exchange.set(self)
-            self.unit.enter()
-
-    async def _end_transactions(self, *, commit: bool, error: BaseException | None = None) -> None:
-        if self.has_work:
-            await finalize(self.unit, commit=commit, last=False, error=error)
-
-    def _has_signal_handlers(self) -> bool:
-        for app in self.request.match_info.apps:
-            for handler in app.on_response_prepare:
-                if handler is not note_response:
-                    return True
-        return False
-
-    # --- what the writer is told --------------------------------------------------------------------------------------
-
-    def watch(self, response: web.StreamResponse) -> None:
-        """Wait for the start of `response`, which is being prepared."""
-        self.response = response
-        self._watch_writer()
-
-    def _watch_writer(self) -> None:
-        if self.replaced is None:
-            # Middlewares further out may watch it, too.
-            methods = vars(self.writer)
-            self.replaced = {name: methods[name] for name in ("write_headers", "write_eof") if name in methods}
-            self.forward_head, self.forward_eof = self.writer.write_headers, self.writer.write_eof
-            self.writer.write_headers, self.writer.write_eof = self.write_headers, self.end_body
-
-    async def write_headers(self, status_line: str, headers: Any) -> None:
-        """Stand in for ``AbstractStreamWriter.write_headers``: end the transactions before a response starts.
+    async def settle_start(self, request: web.Request, response: web.StreamResponse | None, status: int) -> None:
+        """End the transactions before the head of `response` is written, and let it through.
 
         Raises:
-            BaseException: why they could not be ended; the response is not sent.
+            BaseException: as `settle`.
         """
-        response = self.response
-        if self.unit.calls is not None:
-            self.unit.calls.note_running_response()
-        if self.handed_over:
-            self.re_enter()
-            task = asyncio.current_task()
-            assert task is not None
-            task.add_done_callback(self._clean_up)
-        try:
-            await self._begin_response(response, status_line)
-        except BaseException as exc:
-            await self._refuse(exc)
-            raise
-        await self.forward_head(status_line, headers)
-        self.started = True
-        if isinstance(response, web.WebSocketResponse):
-            self._end_before_close(response)
+        self._take(response)
+        if self.phase is Phase.BROKEN:
+            # A head in the middle of a body would make the client take that for longer than it is.
+            assert self.refusal is not None
+            raise self.refusal.error
+        if self.phase in UNSTARTED:
+            await self.settle(request, response, status=status)
+            if self.phase is Phase.HANDLING:
+                # It is not if the response comes in the place of an abandoned handler: the unit of work has ended then.
+                self.move_to(Phase.BODY)
 
-    async def end_body(self, chunk: bytes = b"") -> None:
-        """Stand in for ``AbstractStreamWriter.write_eof`` where a handler sends the response: commit before it ends.
+    def refuse(self, response: object, error: BaseException) -> None:
+        """Let nothing of `response` through: its transactions could not be ended."""
+        self.refusal = Refusal(response, error)
+        self.move_to(Phase.REFUSED)
+
+    def break_off(self, response: object, error: BaseException) -> None:
+        """Let the rest of `response` not through: what its body has done could not be committed."""
+        self.refusal = Refusal(response, error)
+        self.move_to(Phase.BROKEN)
+
+    def watch(self, delivery: Delivery) -> None:
+        """Have `delivery` told of what is about to be written for the request."""
+        if self.watched is None:
+            self.watched = WatchedWriter(self.writer, delivery)
+        else:
+            self.watched.delivery = delivery
+
+    def leave(self) -> None:
+        """Leave the request to aiohttp: its writer does not lead here any more, which also ends a reference cycle."""
+        if self.watched is not None:
+            self.watched.restore()
+        # Not by `vars(writer).pop`: the writer's attributes would move into a dict, where each later look-up is dearer.
+        if getattr(self.writer, "ctxdb_exchange", None) is self:
+            del self.writer.ctxdb_exchange
+
+    def _note_refusal(self, response: object, error: BaseException) -> None:
+        if self.phase in UNSTARTED or self.phase is Phase.ABANDONED:
+            self.refuse(response, error)
+        else:
+            # Of two responses that were prepared at once, the other one is being sent: this error does not touch it.
+            self.refusal = Refusal(response, error)
+
+    def _take(self, response: object) -> None:
+        """Take `response` for the one that is going to be sent.
 
         Raises:
-            BaseException: the error of a commit; the body breaks off, which says that it is not complete.
+            BaseException: why it was refused, if it was.
         """
-        if self.started:
-            await self._end_transactions(commit=True)
-        await self.forward_eof(chunk)
+        if self.refusal is not None and response is self.refusal.response:
+            raise self.refusal.error
+        if self.phase is Phase.REFUSED:
+            self.move_to(Phase.HANDLING)
 
-    async def write_eof(self, chunk: bytes = b"") -> None:
-        """Stand in for ``AbstractStreamWriter.write_eof`` once aiohttp sends the response: end the unit before it ends.
+    async def _calls_for_commit(self, request: web.Request, response: object, status: int | None = None) -> bool:
+        if status == _SWITCHING_PROTOCOLS:
+            # A policy is about what requests ask for, and is not asked about websockets.
+            return True
+        if status is None:
+            if not isinstance(response, (web.StreamResponse, web.HTTPException)):
+                # aiohttp makes a 500 of anything else, unless a middleware makes a response of it.
+                return False
+            status = await status_of(response, request)
+        return self.commits(status, request)
 
-        Raises:
-            BaseException: the error of a commit; the body breaks off, which says that it is not complete.
-        """
-        await self.end(commit=True)
-        await self.forward_eof(chunk)
-
-    async def _begin_response(self, response: web.StreamResponse | None, status_line: str) -> None:
-        if self.refused is not None and response is self.refused:
-            raise self.failure
-        if self.has_work:
-            status = int(status_line.split(" ", 2)[1])
-            # A policy is about what requests ask for: the switch to a websocket is none of its business.
-            commit = status == _SWITCHING_PROTOCOLS or self.commit_policy(status)
+    async def _end_transactions(self, *, commit: bool, last: bool = False) -> None:
+        calls = self.unit.calls
+        if calls is not None and calls.are_given_up() and self.phase is Phase.HANDLING:
+            self.move_to(Phase.ABANDONED)
+        if last:
+            await self.end(commit=commit)
+        else:
             await finalize(self.unit, commit=commit, last=False)
 
-    async def _refuse(self, error: BaseException) -> None:
-        """Make it as if the response had never been prepared: the error's own comes instead."""
-        await self._end_transactions(commit=False, error=error)
-        start_over(self.writer)
-        if self.response is not None:
-            self.refused, self.failure = self.response, error
-            take_back(self.response)
-        if self.handed_over and isinstance(error, Exception):
-            # No middleware is left to see it, and aiohttp would hang up: its own client would then ask again.
-            logger.error("A response was replaced by a 500, as its transactions could not be ended", exc_info=error)
-            if self.response is not None:
-                self.response.set_status(500)  # for the access log
-            await write_server_error(self.request, self.forward_head, self.forward_eof)
-            raise ConnectionResetError("The response was replaced by a 500.") from error
 
-    def _leave(self) -> None:
-        replaced, self.replaced = self.replaced, None
-        if replaced is not None:
-            methods = vars(self.writer)
-            methods.pop("write_headers", None)
-            methods.pop("write_eof", None)
-            methods.update(replaced)
-        if self.task is not None:
-            # It may serve many more requests.
-            self.task.remove_done_callback(self._clean_up)
-            self.task = None
-        # Left in it, the exchange would be in a reference cycle, as its unit knows the context.
-        try:  # noqa: SIM105 - `suppress` costs an idle request too much
-            current_exchange.reset(self.token)
-        except ValueError:
-            # The request was passed on in a task of its own, which went with its context.
-            pass
-
-    def _clean_up(self, task: asyncio.Task[Any]) -> None:
-        """End the unit of a response that did not come to its end."""
-        if self.unit.closed:
-            return
-        self._leave()
-        if not self.unit.finish_idle():
-            error = None if task.cancelled() else task.exception()
-            cleaning_up = asyncio.create_task(finalize(self.unit, commit=False, error=error))
-            _cleaning_up.add(cleaning_up)
-            cleaning_up.add_done_callback(_cleaning_up.discard)
-
-    def _end_before_close(self, socket: web.WebSocketResponse) -> None:
-        """End the transactions before the close frame, where the handler closes the connection."""
-        close = socket.close
-
-        async def end_and_close(**options: Any) -> bool:
-            # Not where the client closes, as the handler has not been told yet; nor where others do, as the shutdown.
-            if socket.close_code is None and not socket.closed and current_exchange.get(None) is self:
-                try:
-                    commit = options.get("code", WSCloseCode.OK) in _NORMAL_CLOSES
-                    await finalize(self.unit, commit=commit, last=False)
-                except Exception:
-                    await close(code=WSCloseCode.INTERNAL_ERROR)
-                    raise
-            return await close(**options)
-
-        socket.close = end_and_close  # type: ignore[method-assign]  # on this one object only
-
-
-async def note_response(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """Note which response is about to be sent, to be able to take it back: a handler for ``on_response_prepare``."""
-    exchange = current_exchange.get(None)
-    if exchange is None or exchange.writer is not request.writer:
-        exchange = _handed_over_with(request.writer)
-        if exchange is None:
-            return
-        exchange.re_enter()
-    exchange.watch(response)
-
-
-def _handed_over_with(writer: object) -> Exchange | None:
-    write_eof = vars(writer).get("write_eof")
-    exchange = getattr(write_eof, "__self__", None)
-    return exchange if isinstance(exchange, Exchange) and exchange.handed_over else None
+def exchange_of(request: web.BaseRequest) -> Exchange | None:
+    """Return the exchange of `request`, made now if need be; ``None`` if the request is in no unit of work."""
+    writer: Any = request.writer
+    found: Exchange | Opened | None = getattr(writer, "ctxdb_exchange", None)
+    return Exchange(*found, writer) if isinstance(found, tuple) else found

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, update_wrapper
 from typing import Any, TypeAlias
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ctxdb_aiohttp.exchange import Exchange, current_exchange
-from ctxdb_core import BeforeCommit, CommitPolicy, begin
-from ctxdb_core.adapters import follow_calls
+from ctxdb_aiohttp.exchange import UNSTARTED, Exchange, Opened, exchange_of
+from ctxdb_aiohttp.handler_response import HandlerResponse
+from ctxdb_aiohttp.late_response import LateResponse
+from ctxdb_aiohttp.response import is_complete
+from ctxdb_aiohttp.route import Route, find_route
+from ctxdb_aiohttp.signal import note_response
+from ctxdb_aiohttp.writer import start_over
+from ctxdb_core import BeforeCommit
+from ctxdb_core.adapters import FINISHING, RequestPolicy, begin, follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
-
 
 Deadline: TypeAlias = Callable[[web.Request], float | None]
 """Given a request: when its last statement has to be done, on the event loop's clock."""
@@ -22,7 +26,7 @@ Deadline: TypeAlias = Callable[[web.Request], float | None]
 
 def unit_of_work(
     before_commit: BeforeCommit | None,
-    commit_policy: CommitPolicy,
+    commits: RequestPolicy,
     statement_timeout: float | None,
     deadline: Deadline | None,
 ) -> Middleware:
@@ -30,19 +34,21 @@ def unit_of_work(
 
     Args:
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commits: given the status of the response and the request: whether to commit.
         statement_timeout: how many seconds each statement of a request may take.
         deadline: when its last one has to be done.
     """
 
     @web.middleware
     async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
-        outer = current_exchange.get(None)
-        if outer is not None and outer.writer is request.writer:
-            if not outer.is_over:
+        writer: Any = request.writer
+        if hasattr(writer, "ctxdb_exchange"):
+            outer = exchange_of(request)
+            if outer is not None and not outer.unit.closed and not _is_left_to_aiohttp(outer):
                 return await handler(request)
             # A middleware outside of this one tries again.
-            await outer.end(commit=False)
+            if outer is not None:
+                await outer.end(commit=False)
         unit = begin(
             before_commit=before_commit,
             statement_timeout=statement_timeout,
@@ -50,38 +56,88 @@ def unit_of_work(
         )
         if unit is None:
             return await handler(request)
-        follow_calls(unit)
-        exchange = Exchange(unit, commit_policy, request)
+        opened: Opened = (unit, commits)
+        writer.ctxdb_exchange = opened
         try:
             try:
-                # aiohttp makes these once for each route.
-                inner = handler.ctxdb_inner  # type: ignore[attr-defined]
+                route: Route = handler.ctxdb_route  # type: ignore[attr-defined]  # `find_route` has put it there
             except AttributeError:
-                inner = _note_inner(handler, request)
-            try:
-                response = await (inner or handler)(request)
-            except web.HTTPException as exc:
-                if not exchange.started:
-                    await exchange.respond(request, exc)
-                raise
-            if not exchange.end_idle(response):
-                await exchange.respond(request, response)
-        except BaseException as exc:
-            if not exchange.is_over:
-                await exchange.fail(exc)
+                route = find_route(handler, request, note_response, (commit_point, placed_commit_point))
+            if not route.is_alone:
+                follow_calls(unit)
+            response = await route.call(request)
+        except web.HTTPException as exc:
+            exchange = exchange_of(request) or Exchange(unit, commits, writer)
+            # A response like any other, unless one has begun.
+            if exchange.phase in UNSTARTED:
+                await _end(exchange, request, exc, route)
+            else:
+                await _fail(exchange, request, exc, route)
             raise
+        except BaseException as exc:
+            await _fail(exchange_of(request) or Exchange(unit, commits, writer), request, exc, route)
+            raise
+        if (
+            getattr(writer, "ctxdb_exchange", None) is opened  # otherwise, more was done than to handle the request
+            and route.is_quiet
+            and is_complete(response)
+            and unit.finish_idle()
+        ):
+            del writer.ctxdb_exchange
+            unit.leave()
+        else:
+            await _end(exchange_of(request) or Exchange(unit, commits, writer), request, response, route)
         return response
 
     return open_unit
 
 
+def _is_left_to_aiohttp(exchange: Exchange) -> bool:
+    return exchange.watched is not None and isinstance(exchange.watched.delivery, LateResponse)
+
+
+async def _end(exchange: Exchange, request: web.Request, response: object, route: Route) -> None:
+    """End the transactions as `response` demands, which the middlewares have made of it all.
+
+    Raises:
+        BaseException: why they could not be ended; the response must not be sent.
+    """
+    try:
+        if exchange.phase in UNSTARTED:
+            is_last = route.is_quiet and is_complete(response)
+            await exchange.settle(request, response, last=is_last)
+            if not is_last:
+                exchange.watch(LateResponse(exchange, request))
+        elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
+            await exchange.watched.delivery.finish()
+        else:
+            await exchange.end(commit=exchange.phase in FINISHING)
+    except BaseException as exc:
+        await _fail(exchange, request, exc, route)
+        raise
+
+
+async def _fail(exchange: Exchange, request: web.Request, error: BaseException, route: Route) -> None:
+    """Roll back for an error that no middleware has answered."""
+    if exchange.phase in UNSTARTED or not exchange.writer.output_size:
+        # A response may have been prepared, of which nothing has left aiohttp's buffer.
+        start_over(exchange.writer)
+    is_answered = isinstance(error, Exception) and exchange.phase in UNSTARTED
+    if is_answered and not route.is_quiet and not exchange.unit.closed:
+        await exchange.roll_back(error)
+        # aiohttp answers the error, and the application's signal handlers may use the database then.
+        exchange.watch(LateResponse(exchange, request))
+    else:
+        await exchange.end(commit=False, error=error)
+
+
 def _commit_point() -> Middleware:
     @web.middleware
     async def commit_success(request: web.Request, handler: Handler) -> web.StreamResponse:
-        exchange = current_exchange.get(None)
-        if exchange is None or exchange.writer is not request.writer:
+        exchange = exchange_of(request)
+        if exchange is None:
             return await handler(request)
-        if exchange.attempted:
+        if exchange.attempts:
             await exchange.begin_attempt()
         calls = follow_calls(exchange.unit)
         call = calls.begin()
@@ -94,10 +150,9 @@ def _commit_point() -> Middleware:
             except web.HTTPException as exc:
                 await exchange.commit_success(request, exc)
                 raise
-            if exchange.has_work:
-                await exchange.commit_success(request, response)
+            await exchange.commit_success(request, response)
         finally:
-            exchange.attempted = True
+            exchange.attempts += 1
         return response
 
     return commit_success
@@ -108,42 +163,3 @@ commit_point = _commit_point()
 
 placed_commit_point = _commit_point()
 """The same at a place that the user has chosen: it stays there."""
-
-
-def _note_inner(handler: Any, request: web.Request) -> Handler | None:
-    """Return what to call instead of `handler`, if anything, and remember that beside it."""
-    # The one for an unknown path is made anew each time, and its error commits nothing.
-    if type(handler) is not partial or request.match_info.http_exception is not None:
-        return None
-    handler.ctxdb_inner = inner = _with_commit_point(handler, request.match_info.handler)  # type: ignore[attr-defined]
-    return inner
-
-
-def _with_commit_point(handler: Handler, route_handler: Handler) -> Handler | None:
-    """Return `handler` with one more commit point next to the handler of the route.
-
-    Middlewares of a sub-application are further in than all of those that the application around it has, and it has a
-    list of its own, which is frozen. So are those that were added to ours when it had taken its places.
-
-    Args:
-        handler: the handler of the route in its middlewares, as aiohttp wraps one into the other.
-        route_handler: the handler of the route.
-
-    Returns:
-        ``None`` where there is one already, where the user has chosen a place, or if `handler` is made otherwise: old
-        middlewares cannot be seen through.
-    """
-    middlewares: list[Middleware] = []
-    each: Any = handler
-    while each != route_handler:
-        if type(each) is not partial or each.args or each.keywords.keys() != {"handler"}:
-            return None
-        middlewares.append(each.func)
-        each = each.keywords["handler"]
-    points = [middleware for middleware in middlewares if middleware in (commit_point, placed_commit_point)]
-    if points[-1:] != [commit_point] or middlewares[-1] is commit_point:
-        return None
-    inner = route_handler
-    for middleware in (commit_point, *reversed(middlewares)):
-        inner = update_wrapper(partial(middleware, handler=inner), inner)
-    return inner

@@ -1,24 +1,27 @@
-"""What becomes of a response: the status that it will have, how it is taken back, and the one that replaces it."""
+"""What becomes of a response: whether it is whole, the status that it will have, and how it is taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import NoneType
 from typing import Any, NoReturn
 
 from aiohttp import web
 
-__all__ = ["is_complete", "start_over", "status_of", "take_back", "write_server_error"]
+__all__ = ["is_complete", "status_of", "take_back"]
+
+_WHOLE_BODIES = (bytes, bytearray, NoneType)
 
 
 def is_complete(response: object) -> bool:
     """Return whether `response` has all of its body: no code of the application runs while it is sent."""
     kind: Any = type(response)
+    if kind is web.Response:
+        return isinstance(response.body, _WHOLE_BODIES)  # type: ignore[attr-defined]  # `kind` says so
     return (
         getattr(kind, "write_eof", None) is web.Response.write_eof
         and kind.prepare is web.Response.prepare
-        and isinstance(getattr(response, "body", None), (bytes, bytearray, NoneType))
+        and isinstance(getattr(response, "body", None), _WHOLE_BODIES)
     )
 
 
@@ -57,27 +60,3 @@ def take_back(response: web.StreamResponse) -> None:
     """
     response._payload_writer = None  # noqa: SLF001
     response._req = None  # noqa: SLF001
-
-
-def start_over(writer: Any) -> None:
-    """Make `writer` forget a response of which nothing has been written.
-
-    It would send the next one as that one was to be sent: in chunks, cut off at its length, or compressed. There is no
-    public name for the last.
-    """
-    writer.chunked = False
-    writer.length = None
-    writer._compress = None  # noqa: SLF001
-
-
-async def write_server_error(
-    request: web.Request, write_headers: Callable[[str, Any], Awaitable[None]], write_eof: Callable[[bytes], Any]
-) -> None:
-    """Write a 500 by the methods of a request's writer, and past those who watch it; its connection ends then."""
-    response = web.Response(status=500, text="500 Internal Server Error\n\nServer got itself in trouble")
-    assert isinstance(response.body, bytes)
-    response.headers["Content-Length"] = str(len(response.body))
-    response.headers["Connection"] = "close"
-    major, minor = request.version
-    await write_headers(f"HTTP/{major}.{minor} {response.status} {response.reason}", response.headers)
-    await write_eof(b"" if request.method == "HEAD" else response.body)

@@ -6,9 +6,10 @@ Applications need none of this; theirs is `ctxdb_core` itself.
 from ctxdb_core._databases.connect import EngineListener, close_all, default_session_maker
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
-from ctxdb_core._units.lifecycle import before_gather, begin, finalize
+from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
+from ctxdb_core.policy import RequestPolicy, with_request
 
 __all__ = [
     "FINISHING",
@@ -18,6 +19,7 @@ __all__ = [
     "HandlerCalls",
     "IllegalTransitionError",
     "Phase",
+    "RequestPolicy",
     "UnitOfWork",
     "before_gather",
     "begin",
@@ -27,5 +29,7 @@ __all__ = [
     "finalize",
     "follow_calls",
     "is_autocommit",
+    "is_inside",
     "is_read_only",
+    "with_request",
 ]

@@ -1,16 +1,23 @@
-"""Commit policies: which response statuses commit. A policy is a plain callable, ``policy(status) -> bool``."""
+"""Commit policies: which responses commit. A policy is a plain callable, ``policy(status) -> bool``.
+
+A policy that has to know more than the status takes the request, too: ``policy(status, request) -> bool``.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast, overload
 
-from ctxdb_core.errors import ArgumentValueError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["CommitPolicy", "commit_2xx", "commit_below_400", "commit_policy"]
+__all__ = ["CommitPolicy", "RequestPolicy", "commit_2xx", "commit_below_400", "commit_policy", "with_request"]
 
 CommitPolicy: TypeAlias = Callable[[int], bool]
 """Given the status of the response that is about to be sent: whether to commit. An exception always rolls back."""
+
+RequestPolicy: TypeAlias = Callable[[int, Any], bool]
+"""A commit policy that is given the request as well: what the framework has for it, an ``aiohttp.web.Request``, say."""
 
 
 def commit_below_400(status: int) -> bool:
@@ -23,9 +30,24 @@ def commit_2xx(status: int) -> bool:
     return 200 <= status < 300
 
 
+@overload
 def commit_policy(
-    base: CommitPolicy = commit_below_400, *, commit: Collection[int] = (), roll_back: Collection[int] = ()
-) -> CommitPolicy:
+    base: CommitPolicy = ..., *, commit: Collection[int] = ..., roll_back: Collection[int] = ...
+) -> CommitPolicy: ...
+
+
+@overload
+def commit_policy(
+    base: RequestPolicy, *, commit: Collection[int] = ..., roll_back: Collection[int] = ...
+) -> RequestPolicy: ...
+
+
+def commit_policy(
+    base: CommitPolicy | RequestPolicy = commit_below_400,
+    *,
+    commit: Collection[int] = (),
+    roll_back: Collection[int] = (),
+) -> CommitPolicy | RequestPolicy:
     """Return `base` with exceptions either way.
 
     Args:
@@ -33,7 +55,11 @@ def commit_policy(
         commit: statuses that commit, whatever `base` says of them.
         roll_back: statuses that roll back, whatever `base` says of them.
 
+    Returns:
+        A policy that takes the request as well, if `base` does.
+
     Raises:
+        TypeError: `base` takes neither a status nor a status and a request.
         ValueError: a status is named in both collections.
     """
     committing, rolling_back = frozenset(commit), frozenset(roll_back)
@@ -42,9 +68,61 @@ def commit_policy(
             f"Statuses {sorted(both)} are named in both `commit` and `roll_back`: name each in one."
         )
 
-    def policy(status: int) -> bool:
+    def policy_by_request(status: int, request: Any) -> bool:
         if status in committing:
             return True
-        return status not in rolling_back and base(status)
+        return status not in rolling_back and decide(status, request)
 
-    return policy
+    def policy(status: int) -> bool:
+        return policy_by_request(status, None)
+
+    decide = with_request(base)
+    return policy_by_request if decide is base else policy
+
+
+def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
+    """Return `policy` as a function of the status and the request, whichever of the two kinds it is.
+
+    An adapter calls it once, when it is set up. `policy` is asked for its signature only then: if it can be called with
+    a status alone, it is; so a second argument that has a default is none for the request.
+
+    Raises:
+        TypeError: it can be called neither with a status nor with a status and a request, or it is asynchronous.
+    """
+    if inspect.iscoroutinefunction(policy):
+        raise _refused(policy)
+    try:
+        signature = inspect.signature(policy)
+    except TypeError:
+        # It cannot be called at all.
+        raise _refused(policy) from None
+    except ValueError:
+        # Some functions that are written in C have none.
+        return _ignoring_request(cast("CommitPolicy", policy))
+    if _takes(signature, 200):
+        return _ignoring_request(cast("CommitPolicy", policy))
+    if _takes(signature, 200, None):
+        return cast("RequestPolicy", policy)
+    raise _refused(policy)
+
+
+def _takes(signature: inspect.Signature, *arguments: object) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _ignoring_request(policy: CommitPolicy) -> RequestPolicy:
+    def policy_by_status(status: int, request: Any) -> bool:
+        return policy(status)
+
+    return policy_by_status
+
+
+def _refused(policy: object) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"{policy!r} is no commit policy: pass a plain function of the response's status, `policy(status) -> bool`, or "
+        "of the status and the request, `policy(status, request) -> bool`."
+    )

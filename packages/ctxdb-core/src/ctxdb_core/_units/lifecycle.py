@@ -23,6 +23,7 @@ __all__ = [
     "finalize",
     "gather_in_new_ctx",
     "is_context_initiated",
+    "is_inside",
     "new_db_ctx",
     "run_in_new_ctx",
 ]
@@ -57,7 +58,8 @@ def begin(
         The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then
         just call the application. A unit that was merely inherited through contextvars is never joined.
     """
-    if outer_unit(request) is not None:
+    # Most requests find nothing at all: these two looks spare them the closer one.
+    if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
     unit = UnitOfWork(before_commit)
     if statement_timeout is not None or deadline is not None:
@@ -114,6 +116,15 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
     finally:
         if last:
             unit.leave()
+
+
+def is_inside(unit: UnitOfWork) -> bool:
+    """Return whether the running code is a part of `unit`, or of a unit of work that was opened inside of it."""
+    current: object = current_unit.get(None)
+    while isinstance(current, UnitOfWork) and current is not unit:
+        token = getattr(current, "token", None)
+        current = None if token is None else token.old_value
+    return current is unit
 
 
 def is_context_initiated() -> bool:
