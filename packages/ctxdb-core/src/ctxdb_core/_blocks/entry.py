@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from threading import get_ident
 from types import FrameType
 from typing import Literal, TypeAlias
 
@@ -162,7 +161,7 @@ def _why_not(unit: UnitOfWork) -> Found | None:
     ended = unit.over if isinstance(unit, TaskUnit) else unit.closed
     if ended:
         return Found.CUT_SHORT if is_in_block_of(unit) or _is_given_up(unit) else Found.ENDED
-    if unit.thread != get_ident():
+    if not unit.is_on_its_loop():
         return Found.TEST_ON_OTHER_LOOP if unit.shared else Found.OTHER_LOOP
     if isinstance(unit, TaskUnit) and not unit.is_owned():
         return Found.OTHER_TASK

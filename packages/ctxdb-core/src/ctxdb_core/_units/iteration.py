@@ -118,7 +118,7 @@ class IteratedUnit(UnitOfWork):
     def __init__(self, unit: UnitOfWork, generator: FrameType, *, shares: DBConnect | None = None) -> None:
         # Without `UnitOfWork.__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
         self.sessions = {}
-        self.thread = unit.thread
+        self.loop = unit.loop
         self._unit = unit
         self._around = current_unit.get(None)
         self._generator: FrameType | None = generator

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
-from threading import get_ident
 from typing import TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -74,8 +74,8 @@ class UnitOfWork:
         """Those that are open, in the order in which they were opened."""
         self.before_commit = before_commit
         """Awaited with each session that is about to be committed."""
-        self.thread = get_ident()
-        """The thread whose event loop the unit belongs to."""
+        self.loop = _get_running_loop()
+        """The event loop that the unit belongs to, as its connections serve that one alone."""
 
     @classmethod
     def ended(cls) -> UnitOfWork:
@@ -180,11 +180,15 @@ class UnitOfWork:
         """Return what is called before each statement of a session that is opened now."""
         return None if self.calls is None else self.calls.observe
 
+    def is_on_its_loop(self) -> bool:
+        """Return whether the running code is on the event loop, and so on the thread, that the unit belongs to."""
+        return self.loop is _get_running_loop()
+
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
         if self.sessions is _CLOSED:
             raise ContextClosedError
-        if self.thread != get_ident():
+        if not self.is_on_its_loop():
             if self.shared:
                 raise ContextNotInitiatedError(
                     "The unit of work found here is a test's, on another thread's event loop, and its connection "
@@ -192,9 +196,9 @@ class UnitOfWork:
                     "`ctxdb_core.testing.shared_transaction`, which serves every loop."
                 )
             raise ContextNotInitiatedError(
-                "The unit of work found here belongs to another thread's event loop, and a connection serves the loop "
-                "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on "
-                "the first loop (`anyio.from_thread.run`)."
+                "The unit of work found here belongs to another event loop, that of another thread for instance, and a "
+                "connection serves the loop that opened it. Wrap the code that runs here in `async with "
+                "new_db_ctx():`, or run it on the first loop (`anyio.from_thread.run`)."
             )
 
     def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import get_ident
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from typing import Any
 
 from ctxdb_core._units.commit import BeforeCommit
@@ -80,7 +80,7 @@ class ASGIHTTPDBSessionMiddleware:
         # As in `UnitOfWork.__init__`, which is not called: on a request without database use, that would be felt.
         exchange.sessions = {}
         exchange.before_commit = self.before_commit
-        exchange.thread = get_ident()
+        exchange.loop = _get_running_loop()
         exchange.options = self
         exchange.forward = exchange.answer_route = send
         root_app = scope.get("app")
