@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import ForeignKey, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 from ctxdb_core import (
@@ -21,13 +22,17 @@ from ctxdb_core import (
     DBConnect,
     SessionAlreadyActiveError,
     SessionClosedError,
+    SessionOwnedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
     TransactionContext,
+    UnexpectedRollbackError,
     atomic_db_session,
+    begin,
     close_db_session,
     commit_db_session,
     db_session,
+    finalize,
     gather_in_new_ctx,
     new_db_ctx,
     new_non_ctx_atomic_session,
@@ -333,13 +338,160 @@ async def test_an_error_before_the_server_does_not_hinder_the_commit(db: DBConne
     assert await database.names() == ["one"]
 
 
-async def test_a_user_who_closes_the_session_can_go_on_with_it(db: DBConnect, database: Database) -> None:
+CLOSES = pytest.mark.parametrize("close", ["close", "reset", "async with"])
+
+
+async def close_by(session: AsyncSession, close: str) -> None:
+    if close == "async with":
+        async with session:
+            pass
+    else:
+        await getattr(session, close)()
+
+
+@KINDS
+@CLOSES
+async def test_closing_the_units_session_is_refused_while_it_holds_work(
+    db: DBConnect, database: Database, close: str
+) -> None:
     async with new_db_ctx():
-        async with await db_session(db):
-            await insert(db, "closed")
-        await insert(db, "two")
-    assert await database.names() == ["two"]
-    assert database.checked_out == 0
+        session = await insert(db, "one")
+        with pytest.raises(SessionOwnedError, match=r"flush\(\).*close_db_session"):
+            await close_by(session, close)
+        session.add(Item(name="two"))
+        with pytest.raises(SessionOwnedError):
+            await close_by(session, close)
+    assert await database.names() == ["one", "two"]
+
+
+@KINDS
+@CLOSES
+async def test_a_session_that_has_only_read_may_be_closed_and_used_again(
+    db: DBConnect, database: Database, close: str
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        await close_by(session, close)
+        assert database.checked_out == 0
+        await insert(db, "one")
+    assert await database.names() == ["one"]
+
+
+async def test_a_session_may_be_closed_after_a_commit_of_the_users(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        await session.commit()
+        await session.close()
+    assert await database.names() == ["one"]
+
+
+async def test_an_exception_that_leaves_a_block_of_the_session_dooms_its_work(
+    db: DBConnect, database: Database
+) -> None:
+    async def unit() -> None:
+        async with new_db_ctx():
+            with pytest.raises(LookupError):
+                async with await db_session(db):
+                    await insert(db, "half")
+                    raise LookupError
+
+    with pytest.raises(UnexpectedRollbackError) as refused:
+        await unit()
+    assert isinstance(refused.value.__cause__, LookupError)
+    assert await database.names() == []
+
+
+async def test_a_session_may_be_closed_again_after_its_unit_has_ended(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+    await session.close()
+    async with session:
+        pass
+
+
+# --- what was read stays readable -------------------------------------------------------------------------------------
+
+
+class Shelf(DeclarativeBase):
+    pass
+
+
+class Author(Shelf):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    books: Mapped[list[Book]] = relationship(back_populates="author", lazy="selectin")
+
+
+class Book(Shelf):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
+
+
+@pytest.fixture
+async def shelf(db: DBConnect) -> AsyncIterator[DBConnect]:
+    async with (await db.engine()).begin() as connection:
+        await connection.run_sync(Shelf.metadata.create_all)
+    async with new_db_ctx():
+        (await db_session(db)).add(Author(id=1, name="Ada", books=[Book(title="Notes"), Book(title="Letters")]))
+    yield db
+    async with (await db.engine()).begin() as connection:
+        await connection.run_sync(Shelf.metadata.drop_all)
+
+
+@KINDS
+@pytest.mark.parametrize("ends", ["unit", "response"])
+async def test_loaded_objects_are_readable_after_a_roll_back(shelf: DBConnect, ends: str) -> None:
+    unit = begin()
+    assert unit is not None
+    author = await (await db_session(shelf)).get_one(Author, 1)
+    await finalize(unit, commit=False, last=ends == "unit")
+    assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    await finalize(unit, commit=False)
+    assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+
+
+@KINDS
+async def test_changed_objects_show_what_was_loaded_after_a_roll_back(shelf: DBConnect) -> None:
+    unit = begin()
+    assert unit is not None
+    session = await db_session(shelf)
+    author = await session.get_one(Author, 1)
+    author.name = "Grace"
+    await session.flush()
+    author.name = "Mary"
+    author.books.append(Book(title="Undone"))
+    removed = author.books[0]
+    await session.delete(removed)
+    await session.flush()
+    await finalize(unit, commit=False)
+    assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    assert removed.title == "Notes"
+
+
+async def test_committed_changes_are_not_taken_back_by_a_later_roll_back(shelf: DBConnect) -> None:
+    unit = begin()
+    assert unit is not None
+    author = await (await db_session(shelf)).get_one(Author, 1)
+    author.name = "Grace"
+    await commit_db_session(shelf)
+    await (await db_session(shelf)).execute(text("SELECT 1"))
+    await finalize(unit, commit=False)
+    assert author.name == "Grace"
+
+
+async def test_objects_of_a_session_that_expires_are_readable_after_the_units_commit(database: Database) -> None:
+    db = DBConnect(lambda host: database.watch_new(), async_sessionmaker, host="a")
+    async with db:
+        async with new_db_ctx():
+            session = await db_session(db)
+            item = Item(name="one")
+            session.add(item)
+        assert item.name == "one"
 
 
 # --- several databases ------------------------------------------------------------------------------------------------
@@ -900,13 +1052,12 @@ async def test_a_coroutine_instead_of_a_function_is_refused() -> None:
 # --- transactions that the user ends without asking the unit of work --------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["rollback", "close"])
-async def test_callbacks_do_not_run_for_what_the_user_undid(db: DBConnect, database: Database, end: str) -> None:
+async def test_callbacks_do_not_run_for_what_the_user_undid(db: DBConnect, database: Database) -> None:
     seen: list[str] = []
     async with new_db_ctx():
         session = await insert(db, "one")
         on_commit(db, lambda: seen.append("undone"))
-        await getattr(session, end)()
+        await session.rollback()
     assert (await database.names(), seen) == ([], [])
 
 

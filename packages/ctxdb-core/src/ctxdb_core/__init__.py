@@ -1,6 +1,7 @@
 """SQLAlchemy sessions from the context: one unit of work per request, ended before its response leaves."""
 
 from ctxdb_core._blocks.atomic import CurrentTransaction, atomic_db_session
+from ctxdb_core._blocks.joining import joining_session
 from ctxdb_core._blocks.retry import is_conflict, retry_on_conflict
 from ctxdb_core._blocks.transaction_context import TransactionContext
 from ctxdb_core._blocks.transactional import Propagation, transactional
@@ -9,6 +10,7 @@ from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
+from ctxdb_core._units.hooks import OnBegin, on_begin, on_commit, on_rollback, set_rollback_only
 from ctxdb_core._units.lifecycle import (
     before_gather,
     begin,
@@ -17,6 +19,7 @@ from ctxdb_core._units.lifecycle import (
     is_context_initiated,
     new_db_ctx,
     run_in_new_ctx,
+    unit_of_work,
 )
 from ctxdb_core._units.sessions import (
     close_db_session,
@@ -24,7 +27,6 @@ from ctxdb_core._units.sessions import (
     db_session,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
-    on_commit,
     rollback_db_session,
 )
 from ctxdb_core._units.timeout import set_statement_timeout
@@ -42,6 +44,7 @@ from ctxdb_core.errors import (
     NoSessionError,
     SessionAlreadyActiveError,
     SessionClosedError,
+    SessionOwnedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
     TransactionOptionsError,
@@ -78,12 +81,14 @@ __all__ = [
     "IsolationLevel",
     "MissingExtraError",
     "NoSessionError",
+    "OnBegin",
     "OnCommit",
     "Propagation",
     "SessionAlreadyActiveError",
     "SessionClosed",
     "SessionClosedError",
     "SessionOpened",
+    "SessionOwnedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
     "TransactionBegun",
@@ -111,13 +116,18 @@ __all__ = [
     "is_conflict",
     "is_context_initiated",
     "is_read_only",
+    "joining_session",
     "new_db_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
+    "on_begin",
     "on_commit",
+    "on_rollback",
     "retry_on_conflict",
     "rollback_db_session",
     "run_in_new_ctx",
+    "set_rollback_only",
     "set_statement_timeout",
     "transactional",
+    "unit_of_work",
 ]

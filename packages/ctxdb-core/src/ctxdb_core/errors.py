@@ -4,6 +4,7 @@ CtxDBError
 ├── ContextNotInitiatedError     a session was asked for outside of any unit of work
 ├── ContextClosedError           a session was asked for, or used, after its unit of work had ended
 ├── SessionClosedError           a session was used after ``close_db_session``
+├── SessionOwnedError            code of the application's was to close a unit of work's session, and lose its work
 ├── NoSessionError               a ``TransactionContext`` was asked for its session where no block has opened one
 ├── SessionAlreadyActiveError    ``TransactionContext.session()`` was entered inside of another block
 ├── TransactionAlreadyActiveError    a transaction was open where the call said that none may be
@@ -36,6 +37,7 @@ __all__ = [
     "NoSessionError",
     "SessionAlreadyActiveError",
     "SessionClosedError",
+    "SessionOwnedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
     "TransactionOptionsError",
@@ -90,6 +92,23 @@ class SessionClosedError(CtxDBError):
     def __init__(self) -> None:
         super().__init__(
             "This session was closed by `close_db_session`. Call `await db_session(db)` again: it returns a new one."
+        )
+
+
+class SessionOwnedError(CtxDBError, InvalidRequestError):
+    """The session of a unit of work was to be closed while its transaction held work, which would have been lost.
+
+    Raised by ``session.close()``, ``session.reset()`` and at the end of ``async with session:``; nothing has been
+    closed. The way out: leave the close to the unit of work, and call ``await session.flush()`` where statements are to
+    be sent now; or end the session early by ``commit_db_session`` or ``close_db_session``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This session belongs to the unit of work, which commits and closes it: closing it would undo what was "
+            "written, also by other code. Leave out `async with session:` and `session.close()`; `await "
+            "session.flush()` sends what is to be sent now, `await commit_db_session(db)` commits it, and `await "
+            "close_db_session(db)` throws it away and gives the connection back."
         )
 
 

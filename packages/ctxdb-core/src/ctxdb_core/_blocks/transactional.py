@@ -230,7 +230,7 @@ class _AutocommitUnit(UnitOfWork):
 
     autocommit = True
 
-    def prepare_session(self, session: AsyncSession) -> None:
+    def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         engines: dict[Engine, Engine] = {}
 
         def in_autocommit(bind: Engine | Connection) -> Engine | Connection:
@@ -242,4 +242,4 @@ class _AutocommitUnit(UnitOfWork):
             return engines[bind]
 
         guard_of(session).translate_bind = in_autocommit
-        super().prepare_session(session)
+        super().prepare_session(db, session)

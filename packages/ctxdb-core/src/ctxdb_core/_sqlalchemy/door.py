@@ -50,7 +50,17 @@ _turns: ContextVar[tuple[Door, ...]] = ContextVar("ctxdb_turns", default=())
 class Door:
     """The door of one session. It is made on the event loop that the session belongs to."""
 
-    __slots__ = ("_holder", "_interrupted", "_loop", "_nested", "_prepare", "_refuse", "_waiting", "check", "observer")
+    __slots__ = (
+        "_holder",
+        "_interrupted",
+        "_loop",
+        "_nested",
+        "_prepare",
+        "_refuse",
+        "_waiting",
+        "check",
+        "observer",
+    )
 
     def __init__(self, observer: StatementObserver | None = None) -> None:
         self.observer = observer
@@ -198,6 +208,10 @@ class Door:
             self.leave()
 
     # --- what the unit of work asks for -------------------------------------------------------------------------------
+
+    def is_held(self) -> bool:
+        """Return whether the running code has taken the turn by `turn` or `last_turn`."""
+        return self._holder is not None and self in _turns.get()
 
     @property
     def is_busy(self) -> bool:

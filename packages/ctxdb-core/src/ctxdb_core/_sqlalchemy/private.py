@@ -6,16 +6,18 @@ of them; it is run on the lowest version that is supported and on the newest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 __all__ = [
     "begin_without_statement",
+    "commit_values",
     "connections_of",
+    "deleted_in",
     "forget_block",
     "innermost_block",
     "is_flushing",
@@ -71,6 +73,21 @@ def seed_dispatch(session: Session) -> None:
     """
     dispatch: Any = session.dispatch
     vars(dispatch).update(dispatch._empty_listeners)  # noqa: SLF001 - see the module
+
+
+# --- objects of the ORM -----------------------------------------------------------------------------------------------
+
+
+def deleted_in(session: Session) -> list[InstanceState[Any]]:
+    """Return the states of the objects that the open transaction has deleted, which a roll-back brings back."""
+    transaction = session.get_transaction()
+    return [] if transaction is None else list(transaction._deleted)  # noqa: SLF001 - see the module
+
+
+def commit_values(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
+    """Give an object `values` as if they had just been loaded."""
+    state.dict.update(values)
+    state._commit(state.dict, values)  # noqa: SLF001 - see the module
 
 
 # --- engines, dialects, pools -----------------------------------------------------------------------------------------

@@ -11,20 +11,34 @@ overrides stays in effect, and ``isinstance`` holds.
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
-from ctxdb_core._sqlalchemy.private import seed_dispatch
+from ctxdb_core._sqlalchemy.loaded import note_originals
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.statements import only_reads
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
+
+
+OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
+"""Awaited with the session at the beginning of a transaction."""
+
+BeforeClose: TypeAlias = Callable[["DoorSession", BaseException | None], bool]
+"""Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
+
+_ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 
 class GuardedSession(Session):
@@ -32,17 +46,29 @@ class GuardedSession(Session):
 
     door: Door | None = None
     """What each statement passes, once a unit of work has taken the session."""
+    on_begin: OnBegin | None = None
+    """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
+    before_close: BeforeClose | None = None
+    """Asked before code of the user's closes the session."""
     on_end: Callable[[], None] | None = None
     """Called when the session was closed or invalidated."""
     translate_bind: Callable[[Engine | Connection], Engine | Connection] | None = None
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    _written: ref[SessionTransaction] | None = None
+    """The transaction in which something was written last."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         door = self.door
         if door is not None:
-            door.look(self, kwargs.get("clause"))
+            clause = kwargs.get("clause")
+            door.look(self, clause)
+            if not getattr(clause, "is_select", False) and not only_reads(clause):
+                self._note_write()
+            if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
+                # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
+                await_only(_begin(self, self.on_begin))
         bind = super().get_bind(*args, **kwargs)
         return bind if self.translate_bind is None else self.translate_bind(bind)
 
@@ -52,6 +78,35 @@ class GuardedSession(Session):
         if self.door is not None:
             self.door.refuse_if_ended()
         return super()._autobegin_t(begin)
+
+    def flush(self, objects: Any = None) -> None:
+        # An object of the identity map has been changed: `session.dirty` would look at each of them.
+        if self.door is not None and self.identity_map.check_modified():
+            note_originals(self)
+        super().flush(objects)
+
+    def has_written(self) -> bool:
+        """Return whether the open transaction holds work, as far as its statements tell.
+
+        A ``SELECT`` counts as reading, although it may call a function that writes.
+        """
+        return bool(self.new or self.dirty or self.deleted) or self._has_noted_write()
+
+    def _note_write(self) -> None:
+        # The statement is about to begin the transaction, if none is open.
+        begin_without_statement(self)
+        if not self._has_noted_write():
+            transaction = self.get_transaction()
+            self._written = None if transaction is None else ref(transaction)
+
+    def _has_noted_write(self) -> bool:
+        return self._written is not None and self._written() is self.get_transaction()
+
+    @property
+    def begins_with_next_call(self) -> bool:
+        """Whether no statement has been made in the open transaction, or none is open."""
+        transaction = self.get_transaction()
+        return transaction is None or not connections_of(transaction)
 
     def close(self) -> None:
         try:
@@ -75,11 +130,16 @@ class GuardedSession(Session):
 
 async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
-    return await _pass(cast(Any, fn).__self__.door, fn, args, kwargs)
+    session: GuardedSession = cast(Any, fn).__self__
+    if session.on_begin is not None:
+        return await _call_with_hook(session, fn, args, kwargs)
+    return await _pass(session.door, fn, args, kwargs)
 
 
 async def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
+    if session.on_begin is not None:
+        return await _call_with_hook(session, fn, (session, *args), kwargs)
     return await _pass(session.door, fn, (session, *args), kwargs)
 
 
@@ -102,6 +162,52 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
         raise
     finally:
         door.leave()
+
+
+async def _call_with_hook(
+    session: GuardedSession, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make a call of a session that has an `on_begin`, which comes before the first statement of a transaction."""
+    door, on_begin = session.door, session.on_begin
+    assert door is not None and on_begin is not None  # noqa: PT018 - one thing
+    name = getattr(fn, "__name__", "")
+    # What is only added is flushed by a commit; other ends of a transaction make no statement.
+    makes_statements = name not in _ENDS or (name == "commit" and bool(session.new or session.dirty or session.deleted))
+    # Options of the connection are those of its transaction, which must not have begun then.
+    comes_first = "execution_options" in kwargs and name == "connection"
+    async with door.turn():
+        if makes_statements and not comes_first:
+            await _begin(session, on_begin)
+        if not comes_first or not session.begins_with_next_call:
+            return await _pass(door, fn, args, kwargs)
+        session.on_begin = None
+        try:
+            result = await _pass(door, fn, args, kwargs)
+        finally:
+            session.on_begin = on_begin
+        await _begin(session, on_begin, has_connection=True)
+        return result
+
+
+async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: bool = False) -> None:
+    if not has_connection and not session.begins_with_next_call:
+        return
+    # The hook's own statements are the first ones of the transaction.
+    session.on_begin = None
+    try:
+        await on_begin(_async_session_of(session))
+    except BaseException:
+        # Without what the hook was to set, a role for instance, no statement may be made in this transaction.
+        await call_in_greenlet(session.rollback)
+        raise
+    finally:
+        session.on_begin = on_begin
+
+
+def _async_session_of(session: GuardedSession) -> AsyncSession:
+    found = async_session(session)
+    assert found is not None, "the asynchronous session is making this call"
+    return found
 
 
 def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
@@ -139,6 +245,29 @@ class DoorSession(AsyncSession):
     closes_plainly = True
     """Whether the user's class leaves closing to SQLAlchemy."""
 
+    async def __aexit__(  # as `AsyncSession` has it
+        self, type_: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        if _may_close(self, value):
+            await super().__aexit__(type_, value, traceback)
+
+
+def _may_close(session: DoorSession, exc: BaseException | None) -> bool:
+    """Return whether the running code may close the session; a unit of work that ends its own session may."""
+    guard = guard_of(session)
+    if guard.door is None or guard.before_close is None or guard.door.is_held():
+        return True
+    return not guard.door.has_ended and guard.before_close(session, exc)
+
+
+def _unless_owned(close: Any) -> Any:
+    @functools.wraps(close)
+    async def close_unless_owned(self: DoorSession) -> None:
+        if _may_close(self, None):
+            await close(self)
+
+    return close_unless_owned
+
 
 for _cls, _library_cls, _spawn in (
     (DoorTransaction, AsyncSessionTransaction, _call_of_transaction),
@@ -148,6 +277,8 @@ for _cls, _library_cls, _spawn in (
         _library_cls, {"greenlet_spawn": _spawn, "AsyncSessionTransaction": DoorTransaction}
     ).items():
         setattr(_cls, _name, _method)
+for _name in ("close", "reset", "invalidate"):
+    setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
 DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 from weakref import ref
 
-from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ctxdb_core._sqlalchemy.doors import is_busy
 from ctxdb_core._sqlalchemy.private import begin_without_statement
+from ctxdb_core._sqlalchemy.statements import only_reads
 
 __all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]
 
@@ -36,7 +36,7 @@ def note_author(session: Session, clause: Any, author: object) -> None:
             nobody's work. A ``SELECT`` counts as reading, although it may call a function that writes.
         author: the call of a handler that the running code is a part of; ``None`` if it is not part of any.
     """
-    if _reads(clause):
+    if only_reads(clause):
         return
     # The statement is about to do so; the transaction tells its writers from those of one that has ended.
     begin_without_statement(session)
@@ -84,9 +84,3 @@ def find_authors(sessions: Iterable[AsyncSession], at_work: Collection[object]) 
             else:
                 of_others = True
     return Authors(of_handlers, of_others)
-
-
-def _reads(clause: Any) -> bool:
-    if isinstance(clause, TextClause):
-        return clause.text.lstrip()[:6].upper() == "SELECT"
-    return getattr(clause, "is_select", False)

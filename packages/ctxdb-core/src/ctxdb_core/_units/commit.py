@@ -84,7 +84,8 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
         if not in_transaction(session):
             continue
         try:
-            await session.commit()
+            # Objects expire where the user asks for a commit; not for the one that ends a request.
+            await (session_end.commit(session) if dbs is None else session.commit())
         except BaseException as exc:
             _name_committed(exc, db, committed)
             await roll_back(sessions, dbs, exc)

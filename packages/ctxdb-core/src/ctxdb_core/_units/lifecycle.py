@@ -26,6 +26,7 @@ __all__ = [
     "is_inside",
     "new_db_ctx",
     "run_in_new_ctx",
+    "unit_of_work",
 ]
 
 T = TypeVar("T")
@@ -160,6 +161,10 @@ async def new_db_ctx(
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
     async with opened(unit):
         yield
+
+
+unit_of_work = new_db_ctx
+"""The same: the name by which the documentation calls it."""
 
 
 class opened:  # noqa: N801 - used like a function, in `async with`

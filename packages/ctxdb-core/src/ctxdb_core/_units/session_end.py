@@ -11,10 +11,13 @@ from typing import Any, NoReturn
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.observer import note_error
+from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import forget_block
-from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession, door_of
-from ctxdb_core.errors import ContextClosedError, SessionClosedError
+from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession, door_of, guard_of
+from ctxdb_core._transactions.rollback_only import set_rollback_only
+from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
 
 logger = logging.getLogger("ctxdb")
 
@@ -33,6 +36,23 @@ def in_transaction(session: AsyncSession) -> bool:
     return session.sync_session.in_transaction()
 
 
+async def commit(session: AsyncSession) -> None:
+    """Commit, and let the objects of the session keep what they have loaded, whatever its ``expire_on_commit`` says.
+
+    Raises:
+        BaseException: the error of the commit.
+    """
+    sync_session = session.sync_session
+    if not sync_session.expire_on_commit:
+        await session.commit()
+        return
+    sync_session.expire_on_commit = False
+    try:
+        await session.commit()
+    finally:
+        sync_session.expire_on_commit = True
+
+
 async def roll_back(session: AsyncSession, error: BaseException | None, name: object) -> None:
     """Roll back, or throw the connection away if that fails.
 
@@ -42,9 +62,11 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
         if not in_transaction(session):
             return
         note_error(session, error)
+        loaded = LoadedValues(session.sync_session)
         try:
             async with asyncio.timeout(ROLL_BACK_SECONDS):
                 await session.rollback()
+            loaded.restore()
         except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
             report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
             await _discard(session)
@@ -148,6 +170,36 @@ def _closes_plainly(session: AsyncSession) -> bool:
         and isinstance(session, DoorSession)
         and session.closes_plainly
     )
+
+
+def may_be_closed(session: AsyncSession, exc: BaseException | None) -> bool:
+    """Return whether code of the user's may close a session that its unit of work has to end.
+
+    Args:
+        session: which one.
+        exc: the exception that leaves an ``async with`` block of the session: the work in it is not whole then, and
+            the transaction can only be rolled back, also if the exception is caught further out.
+
+    Raises:
+        SessionOwnedError: its transaction holds work, which would be lost.
+    """
+    sync_session = guard_of(session)
+    if not sync_session.in_transaction() or not sync_session.has_written():
+        return True
+    if all(is_autocommit(connection) for connection in begun_connections(session)) and begun_connections(session):
+        # Each statement has been committed by itself.
+        return True
+    if exc is None:
+        raise SessionOwnedError
+    set_rollback_only(sync_session, _LEFT_BLOCK, exc)
+    return False
+
+
+_LEFT_BLOCK = (
+    "An exception left an `async with` block of this unit of work's session, and was caught further out: half of the "
+    "block's work must not be committed. Let the exception propagate; or run the block behind a savepoint, `async with "
+    "session.begin_nested():`."
+)
 
 
 def refuse_after_unit(*args: Any, **kwargs: Any) -> NoReturn:

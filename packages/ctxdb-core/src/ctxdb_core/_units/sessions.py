@@ -11,7 +11,6 @@ from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
 from ctxdb_core._units import session_end
-from ctxdb_core._units.callbacks import OnCommit, Outcome
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
     ContextNotInitiatedError,
@@ -25,7 +24,6 @@ __all__ = [
     "db_session",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
-    "on_commit",
     "rollback_db_session",
     "unit_for",
 ]
@@ -60,10 +58,12 @@ async def commit_db_session(db: DBConnect) -> None:
     Raises:
         TransactionAlreadyActiveError: this is inside of the block of a savepoint, such as ``async with
             session.begin_nested():``, which would be ended with the transaction; nothing has been committed.
+        UnexpectedRollbackError: `set_rollback_only` was called.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: the error of the commit; the transaction has been rolled back then.
     """
     unit = _usable_unit(db)
+    unit.check_may_commit(db)
     session = unit.sessions.get(db)
     if session is not None:
         check_no_block(session, db, savepoints_only=True)
@@ -92,23 +92,6 @@ async def close_db_session(db: DBConnect) -> None:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
     await _usable_unit(db).close_session(db)
-
-
-def on_commit(db: DBConnect, callback: OnCommit) -> None:
-    """Call `callback` once this unit's commit on `db` has succeeded, and never if it is rolled back.
-
-    Nor is one called that was registered inside of a savepoint which is rolled back. It runs before the response
-    leaves, in a unit of work of its own. The commit stands whatever becomes of it: its errors are logged, and the
-    response is a success all the same.
-
-    Args:
-        db: whose commit to wait for.
-        callback: called without arguments; may be async.
-
-    Raises:
-        ContextNotInitiatedError, ContextClosedError: as `db_session`.
-    """
-    unit_for(db).on_outcome(db, Outcome.COMMITTED, callback)
 
 
 @asynccontextmanager
@@ -157,6 +140,12 @@ def check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: boo
 
 
 def unit_for(db: DBConnect) -> UnitOfWork:
+    """Return the unit of work that answers for `db` in the running code.
+
+    Raises:
+        ContextNotInitiatedError: there is none.
+        ArgumentTypeError: `db` is no `DBConnect`.
+    """
     check_database(db)
     unit = _get_current_unit(None)
     if unit is None:

@@ -6,6 +6,7 @@ from asyncio import _get_running_loop  # for implementers of event loops, and wh
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
+from functools import partial
 from typing import TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,12 +31,21 @@ from ctxdb_core._units.commit import (
 )
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
+from ctxdb_core.errors import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    TransactionAlreadyActiveError,
+    TransactionRequiredError,
+    UnexpectedRollbackError,
+)
 
 __all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
+
+BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
+"""Awaited with the session at the beginning of each of its transactions."""
 
 CreateSession: TypeAlias = Callable[[], Awaitable[AsyncSession]]
 """Makes a session, where it is not the `DBConnect` that does."""
@@ -64,6 +74,10 @@ class UnitOfWork:
     """How long its statements may take, and when the last of them has to be done; ``None`` without a limit."""
     callbacks: Callbacks | None = None
     """What is to be called when its transactions have ended; ``None`` as long as nothing was asked for."""
+    begin_hooks: dict[DBConnect, list[BeginHook]] | None = None
+    """What is to be awaited at the beginning of each transaction; ``None`` as long as nothing was asked for."""
+    rollback_only: frozenset[DBConnect | None] = frozenset()
+    """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
     token: Token[UnitOfWork]
@@ -147,15 +161,19 @@ class UnitOfWork:
             return self.sessions[db]
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
-        self.prepare_session(session)
+        self.prepare_session(db, session)
         self.sessions[db] = session
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
         return session
 
-    def prepare_session(self, session: AsyncSession) -> None:
+    def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
-        guard_of(guarded(session)).door = Door(self.statement_observer())
+        guard = guard_of(guarded(session))
+        guard.door = Door(self.statement_observer())
+        guard.before_close = session_end.may_be_closed
+        if self.begin_hooks is not None and db in self.begin_hooks:
+            guard.on_begin = partial(_run_begin_hooks, self.begin_hooks[db])
         if self.statement_timeout:
             limit_statements(session, self.current_statement_timeout)
 
@@ -211,6 +229,71 @@ class UnitOfWork:
             self.callbacks = Callbacks(self._run_in_unit)
         self.callbacks.add(db, self.sessions.get(db), outcome, callback)
 
+    def add_begin_hook(self, db: DBConnect, hook: BeginHook) -> None:
+        """Await `hook` with the session on `db` at the beginning of each further transaction.
+
+        Raises:
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made.
+        """
+        self.check_usable()
+        session = self.sessions.get(db)
+        guard = None if session is None else guard_of(session)
+        if guard is not None and not guard.begins_with_next_call:
+            raise TransactionAlreadyActiveError(
+                f"A statement has been made on {db!r} in the open transaction, without what `on_begin` is to set for "
+                "it. Call `on_begin` before the first statement, in a dependency or middleware for instance, or end "
+                "the transaction first (`await commit_db_session(db)`)."
+            )
+        if self.begin_hooks is None:
+            self.begin_hooks = {}
+        hooks = self.begin_hooks.setdefault(db, [])
+        hooks.append(hook)
+        if guard is not None:
+            guard.on_begin = partial(_run_begin_hooks, hooks)
+
+    def set_rollback_only(self, db: DBConnect | None) -> None:
+        """Roll back what is open on `db`, or everywhere, where it would be committed.
+
+        Raises:
+            TransactionRequiredError: there are no transactions here.
+        """
+        self.check_usable()
+        if self.autocommit:
+            raise TransactionRequiredError(
+                "This block runs without a transaction, so there is nothing that could be rolled back at its end. Use "
+                "`transactional(db)`, which begins one."
+            )
+        self.rollback_only |= {db}
+
+    def check_may_commit(self, db: DBConnect) -> None:
+        """Raise an error if what is open on `db` is to be rolled back.
+
+        Raises:
+            UnexpectedRollbackError: it is, as `set_rollback_only` was called.
+        """
+        if self._is_rollback_only(db):
+            raise UnexpectedRollbackError(
+                f"`set_rollback_only` was called, so what is open on {db!r} is going to be rolled back: nothing was "
+                "committed. Do not commit after it, or commit in a unit of work of its own (`run_in_new_ctx`)."
+            )
+
+    def _is_rollback_only(self, db: DBConnect) -> bool:
+        return db in self.rollback_only or None in self.rollback_only
+
+    async def _roll_back_marked(self, dbs: Collection[DBConnect] | None) -> Collection[DBConnect] | None:
+        """Roll back what `set_rollback_only` has named out of `dbs`; return where there may be something to commit."""
+        if None in self.rollback_only and dbs is None:
+            await self.roll_back(None, None)
+            self.rollback_only = frozenset()
+            return []
+        named = [db for db in (self.rollback_only if dbs is None else dbs) if db and self._is_rollback_only(db)]
+        await self.roll_back(None, named)
+        if dbs is None:
+            self.rollback_only = frozenset()
+            return [db for db in self.sessions if db not in named]
+        self.rollback_only -= set(named)
+        return [db for db in dbs if db not in named]
+
     async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
 
@@ -222,12 +305,14 @@ class UnitOfWork:
                 rolled back, and the error names what was.
         """
         try:
+            if self.rollback_only:
+                dbs = await self._roll_back_marked(dbs)
             if len(self.sessions) == 1 and self.before_commit is None and dbs is None and self.callbacks is None:
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
                     await wait_for_calls((session,))
-                    await run_to_completion(session.commit())
+                    await run_to_completion(session_end.commit(session))
                     session_end.leave_blocks(session)
             else:
                 await prepare(self.sessions, dbs, self._hook())
@@ -302,6 +387,8 @@ class UnitOfWork:
         """
         if commit:
             try:
+                if self.rollback_only:
+                    await self._roll_back_marked(None)
                 await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
@@ -378,6 +465,11 @@ class UnitOfWork:
     def _disarm(self) -> None:
         if self.leak_guard is not None:
             self.leak_guard.disarm()
+
+
+async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
+    for hook in hooks:
+        await hook(session)
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())

@@ -202,7 +202,7 @@ class HTTPExchange(Exchange):
         self.body = body
         observe_statements(self.sessions.values(), self.note_statement)
 
-    def prepare_session(self, session: AsyncSession) -> None:
+    def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         self.is_idle = False
         if self.phase is Phase.HANDLING:
             if self.options.has_boundary:
@@ -210,7 +210,7 @@ class HTTPExchange(Exchange):
                 follow_calls(self)
         elif self.phase in _STARTED and self.body is None:
             self.body = Body()
-        super().prepare_session(session)
+        super().prepare_session(db, session)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement

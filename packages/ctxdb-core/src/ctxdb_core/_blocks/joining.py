@@ -1,0 +1,65 @@
+"""`joining_session`: a session that may commit without ending the transaction of the unit of work that it joins."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._blocks.shared_session import SharedSessionBlock
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.sessions import door_of, guard_of, guarded
+from ctxdb_core._units import session_end
+from ctxdb_core._units.sessions import db_session, unit_for
+from ctxdb_core.errors import TransactionRequiredError
+
+__all__ = ["joining_session"]
+
+
+@asynccontextmanager
+async def joining_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+    """Open a session on the connection of the current unit of work, whose own ``commit()`` releases a savepoint.
+
+    For libraries that commit the session which they are given (fastapi-users, advanced-alchemy's `auto_commit`): what
+    they have committed is committed with the rest, by the unit of work, and rolled back with the rest. Their
+    ``rollback()`` goes back to their last commit. What is open at the end of the block is committed in the same way,
+    and undone if an exception leaves the block.
+
+    ``async with joining_session(db) as session: await SQLAlchemyUserDatabase(session, User).create(...)``
+
+    Raises:
+        SessionAlreadyActiveError: another task of the unit of work is inside of a block that shares its session.
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+        BaseException: what the block raised.
+    """
+    unit = unit_for(db)
+    if unit.autocommit:
+        raise TransactionRequiredError(
+            "This block runs without a transaction, so there is none that a session could join. Use "
+            "`transactional(db)`, which begins one."
+        )
+    session = await db_session(db)
+    with SharedSessionBlock(unit, db, may_nest=True):
+        # What is only added to the unit's session would not be seen.
+        await session.flush()
+        joined = await _create(db, session)
+        try:
+            yield joined
+        except BaseException as exc:
+            await run_to_completion(session_end.close(joined, exc, db))
+            raise
+        try:
+            await joined.commit()
+        finally:
+            await run_to_completion(session_end.close(joined, None, db))
+
+
+async def _create(db: DBConnect, session: AsyncSession) -> AsyncSession:
+    maker = await db.session_maker()
+    joined = guarded(maker(bind=await session.connection(), join_transaction_mode="create_savepoint"))
+    # Calls of both take turns: they have one connection.
+    guard_of(joined).door = door_of(session)
+    return joined

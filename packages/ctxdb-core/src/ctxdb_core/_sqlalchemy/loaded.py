@@ -1,0 +1,66 @@
+"""What the objects of a session have loaded, kept over a roll-back of the unit of work.
+
+SQLAlchemy expires each object of a session when its transaction is rolled back, and asyncio code cannot load an expired
+attribute by reading it: an access log that reads the user's name behind a 404 would fail. So the values that had been
+loaded are put back. Where the code has changed an attribute since, the attribute shows again what had been loaded: what
+the code has set is not in the database. An attribute that was set without having been loaded stays expired.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session
+from sqlalchemy.orm.attributes import set_committed_value
+
+from ctxdb_core._sqlalchemy.private import begin_without_statement, commit_values, deleted_in
+
+__all__ = ["LoadedValues", "note_originals"]
+
+_ORIGINALS = "ctxdb.originals"
+
+
+def note_originals(session: Session) -> None:
+    """Remember what changed objects had loaded, before a flush makes SQLAlchemy forget it."""
+    begin_without_statement(session)
+    originals = _originals_of(session)
+    if originals is None:
+        originals = {}
+        session.info[_ORIGINALS] = (ref(session.get_transaction()), originals)
+    for each in session.dirty:
+        state: InstanceState[Any] = inspect(each)
+        # The first change of a transaction is the one of what was loaded.
+        originals[state] = {**state.committed_state, **originals.get(state, {})}
+
+
+def _originals_of(session: Session) -> dict[InstanceState[Any], dict[str, Any]] | None:
+    """Return what was remembered in the open transaction: earlier ones have been committed, or rolled back."""
+    transaction, originals = session.info.get(_ORIGINALS, (None, None))
+    return originals if transaction is not None and transaction() is session.get_transaction() else None
+
+
+class LoadedValues:
+    """What the objects that are in `session` now have loaded."""
+
+    __slots__ = ("_objects",)
+
+    def __init__(self, session: Session) -> None:
+        originals = _originals_of(session) or {}
+        states: list[InstanceState[Any]] = [*session.identity_map.all_states(), *deleted_in(session)]
+        self._objects = [
+            (state, dict(state.dict), {**state.committed_state, **originals.get(state, {})}) for state in states
+        ]
+
+    def restore(self) -> None:
+        """Give the objects back what they have lost by the roll-back."""
+        for state, values, originals in self._objects:
+            instance = state.obj()
+            if instance is None or state.transient:
+                # An object that was inserted and rolled back keeps what it has.
+                continue
+            commit_values(state, {name: value for name, value in values.items() if name not in originals})
+            for name, value in originals.items():
+                if not isinstance(value, LoaderCallableStatus):
+                    set_committed_value(instance, name, value)

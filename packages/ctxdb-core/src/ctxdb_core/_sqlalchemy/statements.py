@@ -1,0 +1,23 @@
+"""What a statement does, as far as can be told before it is sent."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sqlalchemy import TextClause
+
+__all__ = ["only_reads"]
+
+_READING = re.compile(r"\s*(?:SELECT|SHOW|VALUES|TABLE|PRAGMA\s+\w+\s*(?:;|\(|$)|EXPLAIN(?!\s+ANALY))\b", re.IGNORECASE)
+_WITH = re.compile(r"\s*WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b)", re.IGNORECASE | re.DOTALL)
+
+
+def only_reads(clause: Any) -> bool:
+    """Return whether `clause` writes nothing; ``None``, as in a flush, may write anything.
+
+    A ``SELECT`` counts as reading, although it may call a function that writes.
+    """
+    if isinstance(clause, TextClause):
+        return _READING.match(clause.text) is not None or _WITH.match(clause.text) is not None
+    return getattr(clause, "is_select", False)

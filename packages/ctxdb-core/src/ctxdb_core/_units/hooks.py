@@ -1,0 +1,97 @@
+"""What code asks of its unit of work: to be called at the begin or the end of transactions, and to roll back."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
+from ctxdb_core._units.iteration import innermost_unit
+from ctxdb_core._units.sessions import unit_for
+from ctxdb_core.errors import ContextNotInitiatedError
+
+__all__ = ["OnBegin", "on_begin", "on_commit", "on_rollback", "set_rollback_only"]
+
+OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
+"""Awaited with the session at the beginning of each of its transactions."""
+
+
+def on_commit(db: DBConnect, callback: OnCommit) -> None:
+    """Call `callback` once this unit's commit on `db` has succeeded, and never if it is rolled back.
+
+    Nor is a callback called that was registered inside of a savepoint which is rolled back. It runs before the response
+    leaves, in a unit of work of its own. The commit stands whatever becomes of it: its errors are logged, and the
+    response is a success all the same.
+
+    Args:
+        db: whose commit to wait for.
+        callback: called without arguments; may be async.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    unit_for(db).on_outcome(db, Outcome.COMMITTED, callback)
+
+
+def on_rollback(db: DBConnect, callback: Callback) -> None:
+    """Call `callback` once what this unit has done on `db` was rolled back, and never if it is committed.
+
+    So is a callback called that was registered inside of a savepoint which is rolled back. It runs as one of
+    `on_commit` does: before the response leaves, in a unit of work of its own, and its errors are logged.
+
+    Args:
+        db: whose roll-back to wait for.
+        callback: called without arguments; may be async.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    unit_for(db).on_outcome(db, Outcome.ROLLED_BACK, callback)
+
+
+def on_begin(db: DBConnect, callback: OnBegin) -> None:
+    """Await ``callback(session)`` at the beginning of each further transaction of this unit of work on `db`.
+
+    For what lasts as long as a transaction, as ``SET LOCAL ROLE`` and ``set_config(..., true)`` do for row-level
+    security: the unit has one transaction for its response, and others for a streamed body and for background tasks.
+    The callback comes before the first statement, also before that of a flush. If it raises, so does that statement,
+    and the transaction is rolled back: no statement is made without what the callback sets.
+
+    Units of work that are opened inside of this one (``run_in_new_ctx``, ``transactional(db, "requires_new")``) do not
+    inherit it.
+
+    Args:
+        db: whose transactions.
+        callback: given the session; its own statements are the first of the transaction.
+
+    Raises:
+        TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback.
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+    """
+    unit_for(db).add_begin_hook(db, callback)
+
+
+def set_rollback_only(db: DBConnect | None = None) -> None:
+    """Have what this unit of work has done rolled back at its end, whatever the response: it is sent as it is.
+
+    For protocols that answer an error by a 200, as GraphQL, JSON-RPC and MCP do. It holds for what is open when the
+    response starts, or when the block of the unit of work ends; what a streamed body and a background task do
+    afterwards is theirs to decide. `commit_db_session` is refused meanwhile.
+
+    Args:
+        db: where; on all databases by default.
+
+    Raises:
+        ContextNotInitiatedError, ContextClosedError: as `db_session`.
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
+    """
+    if db is not None:
+        unit_for(db).set_rollback_only(db)
+        return
+    unit = innermost_unit()
+    if unit is None:
+        raise ContextNotInitiatedError
+    unit.set_rollback_only(None)

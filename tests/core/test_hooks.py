@@ -1,0 +1,284 @@
+"""What code asks of its unit of work: hooks at the begin and the end of transactions, and `set_rollback_only`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.database import Database, Item, insert
+
+from ctxdb_core import (
+    ContextNotInitiatedError,
+    DBConnect,
+    TransactionAlreadyActiveError,
+    TransactionRequiredError,
+    UnexpectedRollbackError,
+    atomic_db_session,
+    commit_db_session,
+    db_session,
+    joining_session,
+    new_db_ctx,
+    on_begin,
+    on_commit,
+    on_rollback,
+    rollback_db_session,
+    run_in_new_ctx,
+    set_rollback_only,
+    transactional,
+    unit_of_work,
+)
+
+KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+
+
+@pytest.fixture
+async def second_db(database: Database) -> AsyncIterator[DBConnect]:
+    async with database.connect() as db:
+        yield db
+
+
+# --- set_rollback_only ------------------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_a_unit_marked_rollback_only_is_rolled_back_without_an_error(db: DBConnect, database: Database) -> None:
+    async with unit_of_work():
+        await insert(db, "one")
+        set_rollback_only()
+    assert await database.names() == []
+
+
+async def test_only_the_named_database_is_rolled_back(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "kept")
+        await insert(second_db, "undone")
+        set_rollback_only(second_db)
+    assert await database.names() == ["kept"]
+
+
+async def test_a_mark_for_rollback_holds_for_sessions_that_are_opened_later(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        set_rollback_only()
+        await insert(db, "one")
+    assert await database.names() == []
+
+
+async def test_an_explicit_commit_is_refused_after_a_mark_for_rollback(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        set_rollback_only(db)
+        with pytest.raises(UnexpectedRollbackError, match="set_rollback_only"):
+            await commit_db_session(db)
+    assert await database.names() == []
+
+
+async def test_a_block_inside_of_a_marked_unit_is_rolled_back_with_it(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with atomic_db_session(db):
+            await insert(db, "one")
+            set_rollback_only(db)
+        await insert(db, "two")
+    assert await database.names() == ["two"]
+
+
+async def test_a_unit_of_work_beside_the_marked_one_is_committed(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        set_rollback_only()
+        await run_in_new_ctx(insert, db, "beside")
+    assert await database.names() == ["beside"]
+
+
+async def test_nothing_can_be_marked_where_there_is_no_transaction(db: DBConnect) -> None:
+    with pytest.raises(ContextNotInitiatedError):
+        set_rollback_only()
+    with pytest.raises(ContextNotInitiatedError):
+        set_rollback_only(db)
+    async with transactional(db, "not_supported"):
+        with pytest.raises(TransactionRequiredError):
+            set_rollback_only(db)
+
+
+# --- on_rollback ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_rollback_callback_runs_for_what_was_rolled_back_alone(db: DBConnect) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        await insert(db, "kept")
+        on_rollback(db, lambda: seen.append("committed"))
+    async with new_db_ctx():
+        await insert(db, "undone")
+        on_commit(db, lambda: seen.append("committed"))
+        on_rollback(db, lambda: seen.append("rolled back"))
+        set_rollback_only()
+    assert seen == ["rolled back"]
+
+
+async def test_a_rollback_callback_runs_where_an_exception_ends_the_unit(db: DBConnect, database: Database) -> None:
+    async def note() -> None:
+        await insert(db, "note")
+
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            await insert(db, "one")
+            on_rollback(db, note)
+            raise LookupError
+    assert await database.names() == ["note"]
+
+
+async def test_a_rollback_callback_goes_with_its_savepoint(db: DBConnect, database: Database) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        session = await insert(db, "one")
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                await insert(db, "two")
+                on_rollback(db, lambda: seen.append("savepoint"))
+                raise LookupError
+        async with session.begin_nested():
+            on_rollback(db, lambda: seen.append("released"))
+    assert (await database.names(), seen) == (["one"], ["savepoint"])
+
+
+async def test_a_rollback_callback_runs_after_a_failing_commit(db: DBConnect) -> None:
+    seen: list[str] = []
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("INSERT INTO child VALUES ('orphan')"))
+            on_rollback(db, lambda: seen.append("rolled back"))
+    assert seen == ["rolled back"]
+
+
+# --- on_begin ---------------------------------------------------------------------------------------------------------
+
+
+async def setting(db: DBConnect) -> str:
+    value: str = await (await db_session(db)).scalar(text("SELECT current_setting('shop.tenant', true)"))
+    return value
+
+
+async def set_tenant(session: AsyncSession) -> None:
+    await session.execute(text("SELECT set_config('shop.tenant', 'ada', true)"))
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_each_transaction_of_a_unit_begins_with_the_hook(db: DBConnect) -> None:
+    async with new_db_ctx():
+        on_begin(db, set_tenant)
+        for end in (commit_db_session, rollback_db_session):
+            assert await setting(db) == "ada"
+            await end(db)
+        assert await setting(db) == "ada"
+    async with new_db_ctx():
+        assert not await setting(db)
+
+
+async def test_the_hook_comes_before_the_first_flush(db: DBConnect, database: Database) -> None:
+    found: list[list[str]] = []
+
+    async def note(session: AsyncSession) -> None:
+        found.append(list((await session.scalars(select(Item.name).execution_options(autoflush=False))).all()))
+
+    async with new_db_ctx():
+        on_begin(db, note)
+        session = await db_session(db)
+        session.add(Item(name="one"))
+        await session.commit()
+        session.add(Item(name="two"))
+    assert found == [[], ["one"]]
+    assert await database.names() == ["one", "two"]
+
+
+async def test_the_hook_comes_after_the_options_of_the_transaction(db: DBConnect) -> None:
+    async with new_db_ctx():
+        on_begin(db, set_tenant)
+        async with atomic_db_session(db, isolation_level="SERIALIZABLE") as session:
+            assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
+            assert await setting(db) == "ada"
+
+
+async def test_no_statement_is_made_in_a_transaction_whose_hook_has_failed(db: DBConnect) -> None:
+    attempts: list[int] = []
+
+    async def fail_once(session: AsyncSession) -> None:
+        attempts.append(1)
+        await session.execute(text("SELECT 1"))
+        if len(attempts) == 1:
+            raise LookupError
+        await set_tenant(session)
+
+    async with new_db_ctx():
+        on_begin(db, fail_once)
+        with pytest.raises(LookupError):
+            await setting(db)
+        assert await setting(db) == "ada"
+
+
+async def test_a_hook_is_refused_where_a_statement_has_been_made(db: DBConnect) -> None:
+    async with new_db_ctx():
+        await setting(db)
+        with pytest.raises(TransactionAlreadyActiveError, match="on_begin"):
+            on_begin(db, set_tenant)
+        await commit_db_session(db)
+        on_begin(db, set_tenant)
+        assert await setting(db) == "ada"
+
+
+async def test_tasks_at_once_find_what_the_hook_has_set(db: DBConnect) -> None:
+    async with new_db_ctx():
+        on_begin(db, set_tenant)
+        assert await asyncio.gather(*(setting(db) for _ in range(4))) == ["ada"] * 4
+
+
+# --- joining_session --------------------------------------------------------------------------------------------------
+
+
+@KINDS
+async def test_what_a_joining_session_commits_is_committed_with_the_unit(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        async with joining_session(db) as session:
+            session.add(Item(name="two"))
+            await session.commit()
+            assert await database.names() == []
+            session.add(Item(name="undone"))
+            await session.flush()
+            await session.rollback()
+            session.add(Item(name="three"))
+        await insert(db, "four")
+        assert await database.names() == []
+    assert sorted(await database.names()) == ["four", "one", "three", "two"]
+
+
+@KINDS
+async def test_what_a_joining_session_commits_is_rolled_back_with_the_unit(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            async with joining_session(db) as session:
+                session.add(Item(name="one"))
+                await session.commit()
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_a_joining_session_sees_what_was_only_added(db: DBConnect) -> None:
+    async with new_db_ctx():
+        (await db_session(db)).add(Item(name="one"))
+        async with joining_session(db) as session:
+            assert (await session.scalars(select(Item.name))).all() == ["one"]
+
+
+async def test_an_exception_undoes_what_a_joining_session_has_not_committed(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        with pytest.raises(LookupError):
+            async with joining_session(db) as session:
+                session.add(Item(name="kept"))
+                await session.commit()
+                session.add(Item(name="undone"))
+                await session.flush()
+                raise LookupError
+    assert await database.names() == ["kept"]
