@@ -5,45 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 import anyio
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
+from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_orphan
 
 from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx, on_commit
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
-
-START: Message = {"type": "http.response.start", "status": 200, "headers": []}
-BODY: Message = {"type": "http.response.body", "body": b"body"}
-
-
-class Connection:
-    """A server's side of one request: what it sends, and what it receives."""
-
-    def __init__(self, kind: str = "http", incoming: list[Message] | None = None, **scope: Any) -> None:
-        self.scope: Scope = {"type": kind, **scope}
-        self.sent: list[Message] = []
-        self._incoming = incoming or []
-
-    async def receive(self) -> Message:
-        if self._incoming:
-            return self._incoming.pop(0)
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(self, message: Message) -> None:
-        self.sent.append(message)
-
-    async def run(self, app: ASGIApp) -> Connection:
-        await app(self.scope, self.receive, self.send)
-        return self
-
-    @property
-    def types(self) -> list[str]:
-        return [message["type"] for message in self.sent]
 
 
 def replying(work: Callable[[], Awaitable[object]]) -> ASGIApp:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import assert_type
 
@@ -603,36 +603,80 @@ def test_only_async_functions_can_be_decorated(database_url_less_db: DBConnect) 
 # --- after the end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("propagation", ["required", "nested", "mandatory", "supports", "never"])
-async def test_a_task_that_outlives_its_unit_of_work_is_told_so(db: DBConnect, propagation: Propagation) -> None:
+async def after_its_unit(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` in a task that was started in a unit of work, when that has ended."""
     release = asyncio.Event()
 
     async def late() -> None:
         await release.wait()
-        async with transactional(db, propagation):
-            pytest.fail("the block was entered")
-
-    async with new_db_ctx():
-        task = asyncio.create_task(late())
-        await asyncio.sleep(0)
-    release.set()
-    with pytest.raises(ContextClosedError):
-        await task
-
-
-async def test_a_task_that_outlives_its_unit_of_work_can_have_a_new_transaction(
-    db: DBConnect, database: Database
-) -> None:
-    release = asyncio.Event()
-
-    async def late() -> None:
-        await release.wait()
-        async with transactional(db, "requires_new"):
-            await insert(db, "late")
+        await work()
 
     async with new_db_ctx():
         task = asyncio.create_task(late())
         await asyncio.sleep(0)
     release.set()
     await task
+
+
+@KINDS
+@pytest.mark.parametrize("propagation", BEGINNING)
+async def test_a_block_that_finds_a_unit_which_has_ended_begins_a_transaction_of_its_own(
+    db: DBConnect, database: Database, propagation: Propagation
+) -> None:
+    async def late() -> None:
+        with pytest.raises(LookupError):
+            async with transactional(db, propagation):
+                await insert(db, "undone")
+                raise LookupError
+        async with transactional(db, propagation) as session:
+            assert await insert(db, "late") is session
+            assert await database.names() == []
+
+    await after_its_unit(late)
     assert await database.names() == ["late"]
+
+
+@pytest.mark.parametrize("propagation", WITHOUT)
+async def test_a_block_that_finds_a_unit_which_has_ended_can_run_without_a_transaction(
+    db: DBConnect, database: Database, propagation: Propagation
+) -> None:
+    async def late() -> None:
+        async with transactional(db, propagation):
+            await insert(db, "late")
+            assert await database.names() == ["late"]
+
+    await after_its_unit(late)
+
+
+async def test_a_block_that_must_join_is_told_that_the_unit_has_ended(db: DBConnect) -> None:
+    async def late() -> None:
+        async with transactional(db, "mandatory"):
+            pytest.fail("the block was entered")
+
+    with pytest.raises(ContextClosedError):
+        await after_its_unit(late)
+
+
+@pytest.mark.parametrize("propagation", [*JOINING, "nested", "never"])
+async def test_half_of_a_block_is_not_committed_when_its_unit_has_ended_in_the_middle(
+    db: DBConnect, database: Database, propagation: Propagation
+) -> None:
+    joined, ended = asyncio.Event(), asyncio.Event()
+
+    @transactional(db)
+    async def work() -> None:
+        await insert(db, "first half")
+        joined.set()
+        await ended.wait()
+        async with transactional(db, propagation):
+            await insert(db, "second half")
+
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            task = asyncio.create_task(work())
+            await joined.wait()
+            raise LookupError
+    ended.set()
+    with pytest.raises(ContextClosedError):
+        await task
+    assert await database.names() == []

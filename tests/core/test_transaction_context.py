@@ -651,26 +651,91 @@ async def _enter(stack: AsyncExitStack, context: TransactionContext) -> None:
     await stack.enter_async_context(context.transaction())
 
 
-async def test_a_task_that_outlives_its_unit_is_told_so(context: TransactionContext) -> None:
+async def after_its_unit(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run `work` in a task that was started in a unit of work, when that has ended."""
     release = asyncio.Event()
 
     async def late() -> None:
         await release.wait()
-        for block in (context.session(), context.transaction()):
-            with pytest.raises(ContextClosedError, match="run_in_new_ctx"):
-                await block.__aenter__()
-        with pytest.raises(ContextClosedError):
-            await context.execute(select(Item))
-        for strict in (True, False):
-            with pytest.raises(ContextClosedError):
-                context.get_session(strict)
-        async with context.new_transaction():
-            await context.execute(add("own"))
+        await work()
 
     async with new_db_ctx():
         task = asyncio.create_task(late())
     release.set()
     await task
+
+
+@pytest.mark.parametrize("block", ["transaction", "new_transaction"])
+async def test_a_transaction_that_finds_a_unit_which_has_ended_is_its_own(
+    context: TransactionContext, db: DBConnect, database: Database, block: str
+) -> None:
+    async def late() -> None:
+        with pytest.raises(LookupError):
+            async with getattr(context, block)():
+                await context.execute(add("undone"))
+                raise LookupError
+        async with getattr(context, block)() as session:
+            assert await insert_item(db, "own") is session
+            assert await database.names() == []
+        # And afterwards nothing is open, as before.
+        with pytest.raises(ContextClosedError):
+            await db_session(db)
+
+    await after_its_unit(late)
+    assert await database.names() == ["own"]
+
+
+async def test_a_session_that_finds_a_unit_which_has_ended_is_its_own(
+    context: TransactionContext, database: Database
+) -> None:
+    async def late() -> None:
+        async with context.session() as session:
+            await context.execute(add("own"))
+            await session.commit()
+            await context.execute(add("left"))
+
+    await after_its_unit(late)
+    assert await database.names() == ["own"]
+
+
+async def test_a_statement_that_finds_a_unit_which_has_ended_gets_a_session_of_its_own_where_that_is_asked_for(
+    context: TransactionContext, auto: TransactionContext, database: Database
+) -> None:
+    async def late() -> None:
+        await auto.execute(add("own"))
+        with pytest.raises(ContextClosedError, match="run_in_new_ctx"):
+            await context.execute(select(Item))
+        with pytest.raises(ContextClosedError):
+            context.get_session()
+        assert context.get_session(strict=False) is None
+
+    await after_its_unit(late)
+    assert await database.names() == ["own"]
+
+
+@pytest.mark.parametrize("inner", ["transaction", "session"])
+async def test_half_of_a_transaction_is_not_committed_when_its_unit_has_ended_in_the_middle(
+    context: TransactionContext, database: Database, inner: str
+) -> None:
+    entered, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        async with context.transaction():
+            await context.execute(add("first half"))
+            entered.set()
+            await ended.wait()
+            async with getattr(context, inner)(reuse_if_exists=True):
+                await context.execute(add("second half"))
+
+    with pytest.raises(KeyError):
+        async with new_db_ctx():
+            task = asyncio.create_task(work())
+            await entered.wait()
+            raise KeyError
+    ended.set()
+    with pytest.raises(ContextClosedError):
+        await task
+    assert await database.names() == []
 
 
 async def test_functions_that_ask_for_the_session_take_part_in_a_block(
@@ -820,7 +885,8 @@ async def test_tasks_with_blocks_of_their_own_do_not_meet(context: TransactionCo
         return session
 
     results = await asyncio.gather(*map(work, range(4)), return_exceptions=True)
-    assert [type(result) for result in results] == [AsyncSession, LookupError] * 2
+    assert [isinstance(result, AsyncSession) for result in results] == [True, False] * 2
+    assert [type(result) for result in results[1::2]] == [LookupError] * 2
     assert await database.names() == ["0", "2"]
 
 
@@ -1019,17 +1085,17 @@ async def test_session_makers_make_the_sessions(
         context = TransactionContext(target, default_session_maker=default)
         for block in (context.session(), context.new_session(), context.transaction(), context.new_transaction()):
             async with block as session:
-                assert type(session) is OwnSession
+                assert isinstance(session, OwnSession)
                 await session.execute(select(Item))
         async with context.new_session(session_maker=other) as session:
-            assert type(session) is OtherSession
+            assert isinstance(session, OtherSession)
             await session.execute(select(Item))
         async with new_db_ctx():
             session = context.get_session()
-            assert type(session) is OwnSession
+            assert isinstance(session, OwnSession)
             await session.execute(select(Item))
         async with new_db_ctx(), context.transaction(session_maker=other) as session:
-            assert type(session) is OtherSession
+            assert isinstance(session, OtherSession)
             assert context.get_session() is session
 
 

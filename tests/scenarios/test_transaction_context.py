@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from sqlalchemy import text
 from tests.support.application import Reply
 from tests.support.database import insert
@@ -46,23 +47,29 @@ async def test_a_new_transaction_stands_whatever_becomes_of_its_request(world: W
     assert await world.names() == ["audit"]
 
 
-async def test_a_task_that_outlives_its_request_is_told_so(world: World) -> None:
+@pytest.mark.parametrize("how", ["transaction", "single statement"])
+async def test_what_a_task_does_behind_its_request_in_a_transaction_is_committed(world: World, how: str) -> None:
     context = TransactionContext(world.db, auto_context_on_execute=True)
     answered = asyncio.Event()
     late: list[asyncio.Task[None]] = []
 
     async def write() -> None:
         await answered.wait()
-        await context.execute(text("INSERT INTO item VALUES ('late')"))
+        with pytest.raises(ContextClosedError):
+            await db_session(world.db)
+        if how == "single statement":
+            await context.execute(text("INSERT INTO item VALUES ('late')"))
+            return
+        async with context.transaction():
+            await insert(world.db, "late")
 
     async def handler() -> Reply:
-        await context.execute(text("INSERT INTO item VALUES ('request')"))
+        await insert(world.db, "request")
         late.append(asyncio.create_task(write()))
         return Reply()
 
     assert (await world.get(handler)).status_code == 200
     await world.stop()
     answered.set()
-    (result,) = await asyncio.gather(*late, return_exceptions=True)
-    assert isinstance(result, ContextClosedError)
-    assert await world.names() == ["request"]
+    await asyncio.gather(*late)
+    assert await world.names() == ["late", "request"]

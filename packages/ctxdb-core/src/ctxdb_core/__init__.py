@@ -7,6 +7,8 @@ from ctxdb_core._blocks.transactional import Propagation, transactional
 from ctxdb_core._databases.connect import DBConnect, EngineListener, close_all, default_session_maker
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._transactions.isolation import IsolationLevel
+from ctxdb_core._units.callbacks import OnCommit
+from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import (
     before_gather,
     begin,
@@ -26,7 +28,7 @@ from ctxdb_core._units.sessions import (
     rollback_db_session,
 )
 from ctxdb_core._units.timeout import set_statement_timeout
-from ctxdb_core._units.unit import BeforeCommit, OnCommit, UnitOfWork
+from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import (
     AbandonedWorkError,
     ArgumentTypeError,

@@ -8,15 +8,17 @@ from typing import Literal, TypeAlias, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._blocks.task_unit import CommitDebt, Visit
-from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._blocks.entry import Begin, Block, Nest, Refuse, decide, find
+from ctxdb_core._blocks.shared_session import SharedSessionBlock
+from ctxdb_core._blocks.task_unit import OuterCommit
+from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._transactions.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
-from ctxdb_core._units.ending import in_transaction
-from ctxdb_core._units.sessions import check_no_block, db_session, unit_for
+from ctxdb_core._units.session_end import in_transaction
+from ctxdb_core._units.sessions import check_no_block, commit_db_session
 from ctxdb_core._units.unit import UnitOfWork
-from ctxdb_core.errors import ArgumentValueError, TransactionAlreadyActiveError, TransactionRequiredError
+from ctxdb_core.errors import ArgumentValueError
 
-__all__ = ["CurrentTransaction", "atomic_db_session", "require_transactions"]
+__all__ = ["CurrentTransaction", "atomic_db_session", "transaction_on_session"]
 
 CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
 """What `atomic_db_session` does with a transaction that is open already."""
@@ -64,35 +66,38 @@ async def atomic_db_session(
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
         raise ArgumentValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
     options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
-    unit = unit_for(db)
-    require_transactions(unit)
-    session = await db_session(db)
-    with Visit(unit, db, nested=True):
+    check_database(db)
+    block, place = Block(current_transaction), find(db)
+    answer = decide(place, block)
+    if isinstance(answer, Refuse):
+        raise answer.error
+    unit = place.usable_unit
+    session = await unit.open_session(db)
+    with SharedSessionBlock(unit, db):
         if options:
             options.check(session, db)
-        if in_transaction(session):
-            if current_transaction in _ENDS_TRANSACTION:
-                check_no_block(session, db, savepoints_only=current_transaction == "append")
-            if current_transaction in ("append", "savepoint"):
-                # If the block cannot go on in this transaction, that one stays as it is.
+        # Another task may have begun a transaction meanwhile.
+        match decide(place, block):
+            case Refuse(error):
+                raise error
+            case Nest():
                 await options.apply(session, db)
-            if current_transaction == "savepoint":
                 async with session.begin_nested():
                     yield session
                 return
-            if current_transaction == "raise":
-                raise TransactionAlreadyActiveError(
-                    f"A transaction is open on {db!r} already: commit it with `await commit_db_session(db)`, or choose "
-                    "another `current_transaction`."
-                )
-            if current_transaction == "commit":
-                await unit.commit([db])
-            elif current_transaction == "rollback":
-                await unit.roll_back(None, [db])
+            case Begin(first=first) if in_transaction(session):
+                check_no_block(session, db, savepoints_only=first is None)
+                if first == "commit":
+                    await unit.commit([db])
+                elif first == "rollback":
+                    await unit.roll_back(None, [db])
+                else:
+                    # If the block cannot go on in this transaction, that one stays as it is.
+                    await options.apply(session, db)
         try:
             if options and not in_transaction(session):
                 await options.apply(session, db)
-            with CommitDebt(unit, session):
+            with OuterCommit(unit, session):
                 yield session
         except BaseException as exc:
             await unit.roll_back(exc, [db])
@@ -102,13 +107,27 @@ async def atomic_db_session(
         await unit.commit([db])
 
 
-def require_transactions(unit: UnitOfWork) -> None:
-    """Raise the error that says so if the sessions of `unit` have no transactions."""
-    if unit.autocommit:
-        raise TransactionRequiredError(
-            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
-            "`transactional(db)`, which begins one."
-        )
+@asynccontextmanager
+async def transaction_on_session(
+    unit: UnitOfWork, session: AsyncSession, db: DBConnect, options: TransactionOptions = NO_OPTIONS
+) -> AsyncIterator[None]:
+    """Run a block in a transaction on a mere session: what its statements have begun already is committed with it.
 
+    Args:
+        unit: the unit of work of the session.
+        session: the session, which has no transaction that somebody commits.
+        db: where it is.
+        options: what the transaction is to be begun with, or must have.
 
-_ENDS_TRANSACTION = ("commit", "rollback", "append")
+    Raises:
+        BaseException: as `atomic_db_session`.
+    """
+    with OuterCommit(unit, session) as owes_commit:
+        async with atomic_db_session(
+            db, "savepoint", isolation_level=options.isolation_level, read_only=options.read_only
+        ):
+            if not in_transaction(session):
+                await session.begin()
+            yield
+        if owes_commit:
+            await commit_db_session(db)

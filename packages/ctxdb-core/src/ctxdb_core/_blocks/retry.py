@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
+from ctxdb_core._blocks.entry import beside
 from ctxdb_core._units.lifecycle import opened
-from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
+from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def retry_on_conflict(
                 try:
                     with _watched() as may_be_repeated:
                         unit = UnitOfWork(inherited_before_commit())
-                        unit.share_statement_timeout(current_unit.get(None))
+                        unit.share_statement_timeout(beside().around)
                         async with opened(unit):
                             return await fn(*args, **kwargs)
                 except Exception as exc:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from contextvars import ContextVar
-from threading import get_ident
-from typing import Any, ClassVar, TypeAlias
-from weakref import WeakKeyDictionary, ref
+from typing import Any, TypeAlias
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransactionOrigin
 
+from ctxdb_core._blocks.tasks import running_task
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._shield import LentTask
-from ctxdb_core._units.ending import refuse_after_unit
-from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, current_unit, inherited_before_commit
-from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
+from ctxdb_core._units.iteration import seat
+from ctxdb_core._units.session_end import refuse_after_unit
+from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, inherited_before_commit
+from ctxdb_core.errors import ContextNotInitiatedError
 
-__all__ = ["CommitDebt", "TaskUnit", "TaskUnitBlock", "Visit", "open_task_unit"]
+__all__ = ["OuterCommit", "TaskUnit", "TaskUnitBlock", "open_task_unit"]
 
 TaskUnitBlock: TypeAlias = AbstractAsyncContextManager[AsyncSession]
-
-
-def _running_task() -> asyncio.Task[Any] | None:
-    """Return the task that the running code belongs to; ``None`` in a callback, and in a thread without a loop."""
-    try:
-        task: Any = asyncio.current_task()
-    except RuntimeError:
-        return None
-    return task.host if isinstance(task, LentTask) else task
 
 
 class TaskUnit(UnitOfWork):
@@ -38,18 +28,23 @@ class TaskUnit(UnitOfWork):
 
     Other databases are those of the unit of work around it. Where there is none they are this one's, and are committed
     at its end. Tasks that inherit it are refused: a session serves the task that opened it.
+
+    Args:
+        db: the database.
+        commits: whether the block commits what is open on it.
+        outer: the unit of work around the block, which waits for it; ``None`` where there is none.
     """
 
-    def __init__(self, db: DBConnect, *, commits: bool) -> None:
+    def __init__(self, db: DBConnect, *, commits: bool, outer: UnitOfWork | None) -> None:
         self._owner: ref[asyncio.Task[Any]] | None = None
         self.take_over()
         super().__init__(inherited_before_commit())
         self.db = db
         self.commits = commits
         """Whether somebody commits what is open on `db`: the block itself, or one inside of it that is running."""
-        self.outer = _usable(current_unit.get(None))
-        # The unit around it waits for the block, and with it for its statements.
-        self.share_statement_timeout(self.outer)
+        self.outer = outer
+        # The unit around the block waits for its statements, too.
+        self.share_statement_timeout(outer)
 
     def is_transaction(self) -> bool:
         """Return whether what is open on `db` is somebody's to commit or undo: a block's, or by ``session.begin()``."""
@@ -61,7 +56,9 @@ class TaskUnit(UnitOfWork):
             transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
         )
 
-    # `db_session` looks here, and calls `open_session` for what it does not find.
+    # `db_session` takes a session from here without another question, as in any unit of work, and asks `open_session`
+    # for what it does not find. So the question whose session it is has to be answered here: a task that is not the
+    # owner finds none, and is told why by `check_usable`, which `open_session` calls.
     @property
     def sessions(self) -> dict[DBConnect, AsyncSession]:
         """The sessions by database, for the task that may use them."""
@@ -92,17 +89,17 @@ class TaskUnit(UnitOfWork):
     def is_owned(self) -> bool:
         """Return whether this is the task that opened the block.
 
-        A test's fixture opens it in one task and closes it in another, and the first has ended long before: then the
-        session is whose who asks first.
+        A test's fixture opens it in one task and closes it in another, and the first has ended long before. A block
+        whose task has ended is therefore taken over by the first task that asks for its session.
         """
         owner = None if self._owner is None else self._owner()
         if owner is None or owner.done():
             return self.take_over()
-        return owner is _running_task()
+        return owner is running_task()
 
     def take_over(self) -> bool:
         """Make the session that of the running task; return whether there is one."""
-        task = _running_task()
+        task = running_task()
         if task is not None:
             self._owner = ref(task)
         return task is not None
@@ -119,19 +116,23 @@ class TaskUnit(UnitOfWork):
 
 
 @asynccontextmanager
-async def open_task_unit(db: DBConnect, create: CreateSession | None, *, commits: bool) -> AsyncIterator[AsyncSession]:
+async def open_task_unit(
+    db: DBConnect, create: CreateSession | None, *, commits: bool, outer: UnitOfWork | None
+) -> AsyncIterator[AsyncSession]:
     """Open a session on `db` for a block and the running task, in a unit of work of its own.
 
     Args:
         db: where.
         create: makes the session, if not `db` itself.
         commits: whether it is committed at the end of the block; else it is just closed.
+        outer: the unit of work that waits for the block, if there is one.
 
     Raises:
         BaseException: what the block raised, or the error of a commit.
     """
-    unit = TaskUnit(db, commits=commits)
-    unit.enter()
+    unit = TaskUnit(db, commits=commits, outer=outer)
+    current = seat(unit)
+    current.enter()
     try:
         try:
             session = await unit.open_session(db, create)
@@ -150,76 +151,24 @@ async def open_task_unit(db: DBConnect, create: CreateSession | None, *, commits
         if not unit.finish_idle():
             await unit.finish(commit=True)
     finally:
-        unit.leave()
+        current.leave()
 
 
-class Visit:
-    """A block that shares the session of a unit of work, or sets a savepoint; a task can be in several, nested.
+class OuterCommit:
+    """Marks that an enclosing block will commit, so inner blocks must not.
 
-    So can the tasks that it starts inside of one, and waits for. Two other tasks cannot be in it at the same time.
+    Only a mere session of a `TransactionContext` needs it: elsewhere the unit of work says so by itself. Entered, it
+    tells whether the transaction that is open, if any, has been begun by a statement, so that nobody else commits it.
 
     Args:
-        unit: whose session.
-        db: on which database.
-        nested: whether it may be inside of another one of this task.
-        by_context: whether it is a `TransactionContext`'s: those that may not be nested look for these alone.
-
-    Raises:
-        SessionAlreadyActiveError: another task is in such a block; or this one is, and it is not to be `nested`.
+        unit: of the enclosing block.
+        session: the one that the enclosing block commits.
     """
-
-    # Kept beside the units: only these blocks ask for it.
-    _visits: ClassVar[WeakKeyDictionary[UnitOfWork, list[Visit]]] = WeakKeyDictionary()
-    _around: ClassVar[ContextVar[tuple[Visit, ...]]] = ContextVar("ctxdb_visits", default=())
-    """The blocks that the running code is in: inherited by the tasks that it starts."""
-
-    def __init__(self, unit: UnitOfWork, db: DBConnect, *, nested: bool, by_context: bool = False) -> None:
-        self._db = db
-        self.by_context = by_context
-        self._task = _running_task()
-        self._outer = self._around.get()
-        self._here = self._visits.setdefault(unit, [])
-        around = [visit for visit in self._here if visit.by_context and visit.is_by(self)]
-        if not nested and (isinstance(unit, TaskUnit) or around):
-            raise SessionAlreadyActiveError
-        if any(visit.is_beside(self) for visit in self._here):
-            raise SessionAlreadyActiveError(
-                "Another task is inside of a block that shares the session of this unit of work, and a session serves "
-                "one task at a time. Give the task a unit of work of its own by `run_in_new_ctx(fn, ...)`, another "
-                "session by `transactional(db, 'requires_new')` or a context's `new_transaction()` or `new_session()`, "
-                "or let one block end before the other begins."
-            )
-
-    def __enter__(self) -> None:
-        self._here.append(self)
-        self._around.set((*self._outer, self))
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._here.remove(self)
-        # Not by a token: the block may be left in another context.
-        self._around.set(self._outer)
-        # Contexts that have inherited the block may last.
-        self._task, self._outer = None, ()
-
-    def is_by(self, other: Visit) -> bool:
-        """Return whether this is a block of the same task on the same database."""
-        return self._db is other._db and self._task is other._task
-
-    def is_beside(self, other: Visit) -> bool:
-        """Return whether this is the block of another task, which goes on while `other` does."""
-        if self._db is not other._db or self._task is other._task or self in other._outer:
-            return False
-        # A framework enters what a handler depends on in tasks that end before the handler begins.
-        return self._task is not None and not self._task.done()
-
-
-class CommitDebt:
-    """While a transaction block runs, those inside of it leave the commit to it."""
 
     def __init__(self, unit: UnitOfWork, session: AsyncSession) -> None:
         self._unit = unit if isinstance(unit, TaskUnit) and not unit.commits else None
         transaction = session.sync_session.get_transaction()
-        # Whoever calls `session.begin()` says by it that he will commit; statements begin a transaction by themselves.
+        # By calling `session.begin()`, the user takes on the commit; statements begin a transaction by themselves.
         self._owes_commit = (
             self._unit is not None
             and transaction is not None
@@ -235,12 +184,3 @@ class CommitDebt:
     def __exit__(self, *exc_info: object) -> None:
         if self._unit is not None:
             self._unit.commits = False
-
-
-def _usable(unit: UnitOfWork | None) -> UnitOfWork | None:
-    """Return the innermost unit, from `unit` outwards, that the running code can use."""
-    while isinstance(unit, TaskUnit) and not unit.serves():
-        unit = unit.outer
-    if unit is None or unit.closed or unit.thread != get_ident():
-        return None
-    return unit

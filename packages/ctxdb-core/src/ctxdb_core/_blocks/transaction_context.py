@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple, overload
 
 from sqlalchemy import CompoundSelect, CursorResult, Executable, Result, Select, UpdateBase
@@ -14,14 +13,14 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import EMPTY_DICT
 
-from ctxdb_core._blocks.atomic import atomic_db_session, require_transactions
-from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, TaskUnitBlock, Visit, open_task_unit
+from ctxdb_core._blocks.atomic import transaction_on_session
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Found, Join, Place, Refuse, decide, find
+from ctxdb_core._blocks.shared_session import SharedSessionBlock
+from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
 from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._units.ending import in_transaction
-from ctxdb_core._units.sessions import commit_db_session
-from ctxdb_core._units.unit import CreateSession, UnitOfWork, current_unit
-from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError, TransactionAlreadyActiveError
+from ctxdb_core._units.unit import CreateSession, UnitOfWork
+from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import _CoreAnyExecuteParams
@@ -93,13 +92,15 @@ class TransactionContext:
             ContextClosedError: the unit of work that this code was started in has ended.
             BaseException: what the block raised.
         """
-        unit = self._unit()
-        if unit is None:
-            async with self._open(session_maker, commits=False) as session:
-                yield session
-            return
-        with Visit(unit, self._db, nested=reuse_if_exists, by_context=True):
-            yield await self._share(unit, session_maker)
+        match decide(find(self._db, about_it_alone=True), Block.SESSION):
+            case Join(unit):
+                with SharedSessionBlock(unit, self._db, may_nest=reuse_if_exists, by_context=True, ends_work=False):
+                    yield await self._share(unit, session_maker)
+            case BeginBeside(around):
+                async with self._open(around, session_maker, commits=False) as session:
+                    yield session
+            case Refuse(error):
+                raise error
 
     @asynccontextmanager
     async def transaction(
@@ -128,31 +129,29 @@ class TransactionContext:
             ContextClosedError: the unit of work that this code was started in has ended.
             BaseException: what the block raised, or the error of the commit.
         """
-        unit = self._unit()
-        if unit is None:
-            async with self._open(session_maker, commits=True) as session:
-                yield session
-            return
-        with Visit(unit, self._db, nested=reuse_if_exists, by_context=True):
-            session = await self._share(unit, session_maker)
-            if in_transaction(session) and not allow_nested_transactions:
-                raise TransactionAlreadyActiveError(
-                    f"A transaction is open on {self._db!r} already: commit it first, leave out "
-                    "`allow_nested_transactions=False` for a savepoint in it, or use `new_transaction()`."
-                )
-            if not isinstance(unit, TaskUnit) or unit.is_transaction():
-                # The unit of work, or the block around this one, is the transaction, begun or not, and commits it.
-                require_transactions(unit)
-                async with session.begin_nested():
+        block = Block.TRANSACTION if allow_nested_transactions else Block.NOT_NESTED
+        place = find(self._db, about_it_alone=True)
+        match decide(place, block):
+            case BeginBeside(around):
+                async with self._open(around, session_maker, commits=True) as session:
                     yield session
                 return
-            with CommitDebt(unit, session) as owes_commit:
-                async with atomic_db_session(self._db, current_transaction="savepoint"):
-                    if not in_transaction(session):
-                        await session.begin()
-                    yield session
-                if owes_commit:
-                    await commit_db_session(self._db)
+            case Refuse(error):
+                raise error
+        unit = place.usable_unit
+        with SharedSessionBlock(unit, self._db, may_nest=reuse_if_exists, by_context=True):
+            session = await self._share(unit, session_maker)
+            # Another task may have begun a transaction meanwhile.
+            match decide(place, block):
+                case Begin():
+                    async with transaction_on_session(unit, session, self._db):
+                        yield session
+                case Refuse(error):
+                    raise error
+                case _:
+                    # The unit of work, or the block around this one, is the transaction, begun or not, and commits it.
+                    async with session.begin_nested():
+                        yield session
 
     @asynccontextmanager
     async def new_session(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[AsyncSession]:
@@ -164,7 +163,7 @@ class TransactionContext:
         Raises:
             BaseException: what the block raised.
         """
-        async with self._open(session_maker, commits=False) as session:
+        async with self._open_new(session_maker, commits=False) as session:
             yield session
 
     @asynccontextmanager
@@ -177,7 +176,7 @@ class TransactionContext:
         Raises:
             BaseException: what the block raised, or the error of the commit.
         """
-        async with self._open(session_maker, commits=True) as session:
+        async with self._open_new(session_maker, commits=True) as session:
             yield session
 
     @overload
@@ -196,12 +195,15 @@ class TransactionContext:
             NoSessionError: there is none.
             ContextClosedError: the block or unit of work that this code was started in has ended.
         """
-        unit = self._unit()
-        if unit is None:
-            if strict:
-                raise self._why_no_session()
-            return None
-        unit.check_usable()
+        place = find(self._db, about_it_alone=True)
+        match decide(place, Block.SESSION):
+            case Refuse(error):
+                raise error
+            case BeginBeside():
+                if strict:
+                    raise _why_no_session(place)
+                return None
+        unit = place.usable_unit
         session = unit.sessions.get(self._db)
         if session is None:
             session = unit.create_session_at_once(self._db, self._create_at_once)
@@ -286,56 +288,37 @@ class TransactionContext:
             ContextClosedError: the block or unit of work that this code was started in has ended.
             BaseException: the error of the statement, or of the commit.
         """
-        unit = self._unit()
-        if unit is not None:
-            session = await self._share(unit)
-            return await session.execute(
-                statement, params, execution_options=execution_options, bind_arguments=bind_arguments
-            )
-        if not self._auto_context_on_execute:
-            raise self._why_no_session()
+        place = find(self._db, about_it_alone=True)
+        match decide(place, Block.SESSION):
+            case Join(unit):
+                session = await self._share(unit)
+                return await session.execute(
+                    statement, params, execution_options=execution_options, bind_arguments=bind_arguments
+                )
+            case BeginBeside(around) if self._auto_context_on_execute:
+                pass
+            case Refuse(error):
+                raise error
+            case _:
+                raise _why_no_session(place)
         if force_transaction is None:
             force_transaction = self._auto_context_force_transaction
-        async with self._open(commits=force_transaction or _may_write(statement)) as session:
+        async with self._open(around, commits=force_transaction or _may_write(statement)) as session:
             # What is returned is read after the commit.
             session.sync_session.expire_on_commit = False
             return await session.execute(
                 statement, params, execution_options=execution_options, bind_arguments=bind_arguments
             )
 
-    def _unit(self) -> UnitOfWork | None:
-        """Return the unit of work whose session the running code shares, if any: a block of its task, or a request's.
+    def _open_new(self, session_maker: SessionMaker | None, *, commits: bool) -> TaskUnitBlock:
+        answer = decide(find(self._db, about_it_alone=True), Block.NEW)
+        assert isinstance(answer, BeginBeside)
+        return self._open(answer.around, session_maker, commits=commits)
 
-        One that has ended is returned as well, unless it is a block's: it raises the error that says so.
-        """
-        unit = self._innermost()
-        if isinstance(unit, TaskUnit):
-            return unit if unit.serves() else None
-        if unit is None or unit.thread == get_ident() or unit.shared:
-            # A test's says that it cannot be used here: what was done past it would not be undone with it.
-            return unit
-        return None
-
-    def _innermost(self) -> UnitOfWork | None:
-        unit = current_unit.get(None)
-        while isinstance(unit, TaskUnit) and unit.db is not self._db:
-            unit = unit.outer
-        return unit
-
-    def _why_no_session(self) -> Exception:
-        unit = self._innermost()
-        if unit is None:
-            return NoSessionError()
-        if isinstance(unit, TaskUnit) and unit.over:
-            return ContextClosedError()
-        return NoSessionError(
-            "There is no session here: the one that was found belongs to another task or thread, and a session serves "
-            "the task that opened it. Wrap what this task does in `async with context.transaction():` or "
-            "`async with context.session():`."
-        )
-
-    def _open(self, session_maker: SessionMaker | None = None, *, commits: bool) -> TaskUnitBlock:
-        return open_task_unit(self._db, self._creator(session_maker), commits=commits)
+    def _open(
+        self, around: UnitOfWork | None, session_maker: SessionMaker | None = None, *, commits: bool
+    ) -> TaskUnitBlock:
+        return open_task_unit(self._db, self._creator(session_maker), commits=commits, outer=around)
 
     async def _share(self, unit: UnitOfWork, session_maker: SessionMaker | None = None) -> AsyncSession:
         return await unit.open_session(self._db, self._creator(session_maker))
@@ -365,6 +348,20 @@ class TransactionContext:
         # What the database has made itself is followed already.
         self._db._follow(session, self._db.host or "")  # noqa: SLF001 - the core's own
         return session
+
+
+def _why_no_session(place: Place) -> Exception:
+    match place.found:
+        case Found.NOTHING:
+            return NoSessionError()
+        case Found.ENDED:
+            return ContextClosedError()
+        case _:
+            return NoSessionError(
+                "There is no session here: the one that was found belongs to another task or thread, and a session "
+                "serves the task that opened it. Wrap what this task does in `async with context.transaction():` or "
+                "`async with context.session():`."
+            )
 
 
 def _is_bound(maker: SessionMaker) -> bool:

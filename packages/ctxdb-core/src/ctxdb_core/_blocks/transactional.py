@@ -14,21 +14,17 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._blocks.atomic import atomic_db_session
-from ctxdb_core._blocks.task_unit import CommitDebt, TaskUnit, Visit
+from ctxdb_core._blocks.atomic import transaction_on_session
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Nest, Refuse, decide, find
+from ctxdb_core._blocks.shared_session import JoinedBlock, SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.lifecycle import opened
-from ctxdb_core._units.sessions import commit_db_session
-from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
-from ctxdb_core.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    TransactionAlreadyActiveError,
-    TransactionRequiredError,
-)
+from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["Propagation", "transactional"]
 
@@ -153,85 +149,57 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             raise kept
 
     def _scope(self) -> AbstractAsyncContextManager[AsyncSession]:
-        outer = current_unit.get(None)
-        if outer is not None:
-            # A TransactionContext's block is about one database alone.
-            outer = outer.of(self._db)
-        if self._propagation == "requires_new":
-            return self._in_unit(UnitOfWork(inherited_before_commit()), outer)
-        if outer is not None and (self._propagation != "not_supported" or outer.autocommit):
-            # A task that has outlived its unit of work is told so: it expects a transaction that nobody would commit.
-            outer.check_usable()
-        if isinstance(outer, TaskUnit) and outer.db is self._db and not outer.is_transaction():
-            if self._propagation in ("required", "nested"):
-                return self._begun(outer)
-            if self._propagation == "mandatory":
-                raise TransactionRequiredError(
-                    "propagation='mandatory' was asked for in a mere session of a TransactionContext, where nobody "
-                    "would commit. Call this code in its `transaction()`, or in `async with transactional(db):`."
-                )
-        if outer is not None and not outer.autocommit:
-            if self._propagation == "never":
-                raise TransactionAlreadyActiveError(
-                    "propagation='never' was asked for inside of a unit of work, which is a transaction. Call it "
-                    "outside of one, or suspend it: `transactional(db, 'not_supported')`."
-                )
-            if self._propagation == "not_supported":
-                return self._in_unit(_AutocommitUnit(inherited_before_commit()), outer)
-            return self._joined(outer, savepoint=self._propagation == "nested")
-        if self._propagation == "mandatory":
-            raise TransactionRequiredError(
-                "propagation='mandatory' was asked for, and there is no transaction here. Call this code in a unit of "
-                "work (a request, `async with new_db_ctx():`), or in `async with transactional(db):`."
-            )
-        if self._propagation not in _WITHOUT_TRANSACTION:
-            return self._in_unit(UnitOfWork(inherited_before_commit()), outer)
-        if outer is None:
-            return self._in_unit(_AutocommitUnit(), None)
-        return self._joined(outer, savepoint=False)
+        match decide(find(self._db), Block(self._propagation)):
+            case Join(unit):
+                return self._joined(unit)
+            case Nest(unit):
+                return self._nested(unit)
+            case Begin(unit):
+                return self._begun(unit)
+            case BeginBeside(around, autocommit):
+                before_commit = inherited_before_commit()
+                unit = _AutocommitUnit(before_commit) if autocommit else UnitOfWork(before_commit)
+                return self._in_unit(unit, around)
+            case Refuse(error):
+                raise error
 
     @asynccontextmanager
-    async def _in_unit(self, unit: UnitOfWork, outer: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
-        unit.share_statement_timeout(outer)
+    async def _in_unit(self, unit: UnitOfWork, around: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
+        unit.share_statement_timeout(around)
         async with opened(unit):
             session = await unit.open_session(self._db)
             await self._apply_options(session)
             yield session
 
     @asynccontextmanager
-    async def _begun(self, unit: TaskUnit) -> AsyncIterator[AsyncSession]:
-        """Run in a transaction on a session that has none: what its statements have begun is committed with it."""
+    async def _begun(self, unit: UnitOfWork) -> AsyncIterator[AsyncSession]:
         session = await unit.open_session(self._db)
-        options = self._options
-        with CommitDebt(unit, session) as owes_commit:
-            async with atomic_db_session(
-                self._db, "savepoint", isolation_level=options.isolation_level, read_only=options.read_only
-            ):
-                if not session.in_transaction():
-                    await session.begin()
-                yield session
-            if owes_commit:
-                await commit_db_session(self._db)
+        async with transaction_on_session(unit, session, self._db, self._options):
+            yield session
 
     @asynccontextmanager
-    async def _joined(self, unit: UnitOfWork, *, savepoint: bool) -> AsyncIterator[AsyncSession]:
+    async def _nested(self, unit: UnitOfWork) -> AsyncIterator[AsyncSession]:
         session = await unit.open_session(self._db)
         await self._apply_options(session)
-        if savepoint:
-            with Visit(unit, self._db, nested=True):
-                async with session.begin_nested():
-                    yield session
-            return
+        with SharedSessionBlock(unit, self._db):
+            async with session.begin_nested():
+                yield session
+
+    @asynccontextmanager
+    async def _joined(self, unit: UnitOfWork) -> AsyncIterator[AsyncSession]:
+        session = await unit.open_session(self._db)
+        await self._apply_options(session)
         # A savepoint that another task sets meanwhile contains nothing of this block.
         joined = innermost(session.sync_session)
-        try:
-            yield session
-        except BaseException as exc:
-            if not unit.autocommit and self._db in unit.sessions:
-                # A session that cannot begin a transaction any more commits nothing either.
-                with suppress(InvalidRequestError):
-                    set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc, joined=joined)
-            raise
+        with JoinedBlock(unit, self._db):
+            try:
+                yield session
+            except BaseException as exc:
+                if not unit.autocommit and self._db in unit.sessions:
+                    # A session that cannot begin a transaction any more commits nothing either.
+                    with suppress(InvalidRequestError):
+                        set_rollback_only(unit.sessions[self._db].sync_session, _why(exc), exc, joined=joined)
+                raise
 
     async def _apply_options(self, session: AsyncSession) -> None:
         if self._options:
@@ -263,12 +231,9 @@ class _AutocommitUnit(UnitOfWork):
     autocommit = True
 
     def prepare_session(self, session: AsyncSession) -> None:
-        sync_session = session.sync_session
-        get_bind = sync_session.get_bind
         engines: dict[Engine, Engine] = {}
 
-        def get_autocommit_bind(*args: Any, **kwargs: Any) -> Engine | Connection:
-            bind = get_bind(*args, **kwargs)
+        def in_autocommit(bind: Engine | Connection) -> Engine | Connection:
             # A connection is somebody else's, as in a test, and so is what becomes of its transaction.
             if isinstance(bind, Connection) or is_autocommit(bind):
                 return bind
@@ -276,5 +241,5 @@ class _AutocommitUnit(UnitOfWork):
                 engines[bind] = bind.execution_options(isolation_level="AUTOCOMMIT")
             return engines[bind]
 
-        sync_session.get_bind = get_autocommit_bind  # type: ignore[method-assign]  # on this one object only
+        guard_of(session).translate_bind = in_autocommit
         super().prepare_session(session)

@@ -210,7 +210,7 @@ class DBConnect:
 
     def _new_session(self) -> AsyncSession:
         engine = self._loop_engine()
-        session = engine.session_maker()
+        session = engine.new_session()
         self._follow(session, engine.host)
         return session
 

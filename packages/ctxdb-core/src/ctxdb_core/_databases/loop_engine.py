@@ -19,6 +19,7 @@ from ctxdb_core._sqlalchemy.guards import (
     stop_cancelled_queries,
     trust_no_failed_transaction,
 )
+from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
 EngineCreator = Callable[[str], AsyncEngine]
@@ -82,6 +83,7 @@ class LoopEngine:
             )
         self.engine = engine
         self.session_maker = session_maker_creator(engine)
+        self.new_session = SessionFactory(self.session_maker)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False

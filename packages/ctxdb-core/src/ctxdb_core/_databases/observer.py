@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.hold import Hold
 from ctxdb_core._databases.url import without_secrets
+from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core.events import (
     DBEvent,
     EventListener,
@@ -68,10 +69,11 @@ class Observer:
         if not self._registrations and self.limit is None:
             return
         record = _Record(db, without_secrets(host), self._registrations, self.limit)
-        session.sync_session.info[_RECORD] = record
+        sync_session = guard_of(guarded(session))
+        sync_session.info[_RECORD] = record
         if self._registrations:
             record.open()
-            _follow_end(session.sync_session)
+            sync_session.on_end = record.close
 
 
 class _Registration:
@@ -215,28 +217,6 @@ def note_error(session: AsyncSession, error: BaseException | None) -> None:
     """Remember why the transaction of `session` is going to be rolled back."""
     if error is not None and (record := _record_of(session.sync_session)) is not None:
         record.error = error
-
-
-def _follow_end(session: Session) -> None:
-    """Have the session tell of its end: SQLAlchemy has no event for that."""
-    # By weak reference, as a session that knows itself is left to the garbage collector.
-    known = ref(session)
-    # On this one object only.
-    session.close = _telling(type(session).close, known)  # type: ignore[method-assign]
-    session.invalidate = _telling(type(session).invalidate, known)  # type: ignore[method-assign]
-
-
-def _telling(end: Callable[[Session], None], known: ref[Session]) -> Callable[[], None]:
-    def end_and_tell() -> None:
-        session = known()
-        assert session is not None, "it was called by way of the session"
-        try:
-            end(session)
-        finally:
-            if not session.in_transaction() and (record := _record_of(session)) is not None:
-                record.close()
-
-    return end_and_tell
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:

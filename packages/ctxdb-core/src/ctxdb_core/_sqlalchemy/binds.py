@@ -6,6 +6,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._sqlalchemy.private import connections_of, isolation_level_on_connect
+
 __all__ = [
     "READ_ONLY_OPTION",
     "begun_connections",
@@ -35,7 +37,7 @@ def is_autocommit(bind: Engine | Connection) -> bool:
 
 def isolation_level_of(bind: Engine | Connection) -> str | None:
     """Return the level that `bind` was given; ``None`` where it is the database's own default."""
-    default = bind.dialect._on_connect_isolation_level  # noqa: SLF001 - nothing else tells
+    default = isolation_level_on_connect(bind.dialect)
     level: str | None = bind.get_execution_options().get("isolation_level", default)
     return level
 
@@ -50,4 +52,4 @@ def begun_connections(session: AsyncSession) -> set[Connection]:
     transaction = session.sync_session.get_transaction()
     if transaction is None:
         return set()
-    return {each[0] for each in transaction._connections.values()}  # noqa: SLF001 - there is no public name for it
+    return connections_of(transaction)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ctxdb_core._sqlalchemy.private import replace_connect
 
 __all__ = ["connect_without_hidden_variables", "hide_from_connections"]
 
@@ -26,15 +29,11 @@ def connect_without_hidden_variables(engine: AsyncEngine) -> None:
     The event loop keeps a copy of the context in which a driver began to listen to a socket, for as long as it does:
     each connection of the pool would keep the unit of work alive that it was opened in, and what that unit knows.
     """
-    dialect = engine.dialect
-    if "connect" in vars(dialect):
-        return
-    connect = dialect.connect
+    replace_connect(engine.dialect, _connect_out_of_sight)
 
-    def connect_out_of_sight(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for variable, shown in _hidden.items():
-                stack.callback(variable.reset, variable.set(shown))
-            return connect(*args, **kwargs)
 
-    dialect.connect = connect_out_of_sight  # type: ignore[method-assign]  # `do_connect` has one listener that connects
+def _connect_out_of_sight(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with ExitStack() as stack:
+        for variable, shown in _hidden.items():
+            stack.callback(variable.reset, variable.set(shown))
+        return connect(*args, **kwargs)

@@ -18,6 +18,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
 from ctxdb_core.errors import TransactionAbortedError
 
 logger = logging.getLogger("ctxdb")
@@ -44,12 +45,8 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
 
 def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
     """Let no cancellation interrupt ``Dialect.do_terminate``, by which SQLAlchemy gives up a connection."""
-    dialect = engine.dialect
-    if "do_terminate" in vars(dialect):
-        return
-    do_terminate = dialect.do_terminate
 
-    def do_terminate_to_completion(dbapi_connection: Any) -> None:
+    def terminate_to_completion(do_terminate: Callable[[Any], None], dbapi_connection: Any) -> None:
         if not in_greenlet():
             # Garbage collection: nothing can be waited for.
             do_terminate(dbapi_connection)
@@ -64,7 +61,7 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Corouti
         except Exception:  # noqa: BLE001 - a dead connection cannot be closed gracefully
             do_terminate(dbapi_connection)
 
-    dialect.do_terminate = do_terminate_to_completion  # type: ignore[method-assign]  # there is no event for it
+    replace_terminate(engine.dialect, terminate_to_completion)
 
 
 async def _close_asyncpg(connection: Any) -> None:
@@ -135,21 +132,17 @@ def keep_cancellation_at_pool(engine: AsyncEngine) -> None:
     """
     if sys.version_info >= (3, 12) or not sqlalchemy.__version__.startswith("2.0."):
         return
-    sync_engine = engine.sync_engine
-    if "raw_connection" in vars(sync_engine):
-        return
-    take_connection = sync_engine.raw_connection
+    replace_raw_connection(engine.sync_engine, _take_connection_unless_cancelled)
 
-    def take_connection_unless_cancelled() -> PoolProxiedConnection:
-        task = asyncio.current_task() if in_greenlet() else None
-        requests = task.cancelling() if task is not None else 0
-        connection = take_connection()
-        if task is not None and task.cancelling() > requests:
-            connection.close()
-            raise asyncio.CancelledError
-        return connection
 
-    sync_engine.raw_connection = take_connection_unless_cancelled  # type: ignore[method-assign]  # there is no event
+def _take_connection_unless_cancelled(take_connection: Callable[[], PoolProxiedConnection]) -> PoolProxiedConnection:
+    task = asyncio.current_task() if in_greenlet() else None
+    requests = task.cancelling() if task is not None else 0
+    connection = take_connection()
+    if task is not None and task.cancelling() > requests:
+        connection.close()
+        raise asyncio.CancelledError
+    return connection
 
 
 def begin_before_savepoints(engine: AsyncEngine) -> None:

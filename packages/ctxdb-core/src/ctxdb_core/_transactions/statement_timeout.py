@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
-from ctxdb_core._sqlalchemy.gate import check_statements, wait_for_statements
+from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.sessions import door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError
@@ -97,7 +98,8 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
         if timeout := current():
             timeout.left()
 
-    check_statements(session, check)
+    if (door := door_of(session)) is not None:
+        door.check = check
     if is_bound_to_connection(session):
         # A transaction that somebody else began goes on after this unit: its limit is not ours to set.
         return
@@ -113,7 +115,7 @@ async def limit_open_transaction(session: AsyncSession, current: CurrentTimeout)
     """Have the transaction that is open keep to the limit that is `current`, if the database knows of it already."""
     connections = begun_connections(session)
     if connections and not is_bound_to_connection(session):
-        await wait_for_statements((session,))
+        await wait_for_calls((session,))
         timeout = current() or StatementTimeout()
 
         def limit(session: Session) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import Connection, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
+from ctxdb_core._sqlalchemy.private import pool_of
+
 __all__ = ["undo_on_return"]
 
 _UNDO = "ctxdb.undo"
@@ -19,8 +21,8 @@ def undo_on_return(connection: Connection, statement: str) -> None:
     """
     pooled = connection.connection
     pooled.info.setdefault(_UNDO, set()).add(statement)
-    # It may be of another pool than the engine's own (`ctxdb_pgstatus` does that); there is no public name for it.
-    pool = getattr(pooled, "_pool", connection.engine.pool)
+    # `ctxdb_pgstatus` lets engines take connections of other pools than their own.
+    pool = pool_of(pooled, connection.engine.pool)
     if not event.contains(pool, "reset", _undo):
         event.listen(pool, "reset", _undo)
 

@@ -9,14 +9,16 @@ object of its own, which `follow_calls` installs in a unit of work where handler
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, Protocol
 
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sqlalchemy.gate import observe_statements
+from ctxdb_core._sqlalchemy.door import StatementObserver
+from ctxdb_core._sqlalchemy.doors import observe_statements
 from ctxdb_core._units.authorship import Authors, find_authors, note_author, note_unseen_author
-from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError
 
 __all__ = ["Call", "HandlerCalls", "current_call", "follow_calls"]
@@ -86,6 +88,10 @@ class HandlerCalls:
         """Return whether the running code, which is about to end the unit, does so in the place of a handler."""
         return bool(self.at_work) and self.running() not in self.at_work
 
+    def is_running_given_up(self) -> bool:
+        """Return whether the running code is part of a handler in whose place a response has come."""
+        return self.left_open is not None and self.running() in self.at_work
+
     def observe(self, session: Session, clause: Any) -> None:
         """Note whose work `session` is going to hold: a `StatementObserver`.
 
@@ -93,12 +99,12 @@ class HandlerCalls:
             ContextClosedError: the statement is one of a handler that was given up on.
         """
         call = self.running()
-        if self.left_open is not None and call in self.at_work:
+        if self.is_running_given_up():
             # `before_commit` is running for the middleware's work: the abandoned handler must not add to it.
             raise ContextClosedError
         note_author(session, clause, call)
 
-    async def finish(self, unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
+    async def finish(self, unit: FollowedUnit, *, commit: bool, error: BaseException | None = None) -> None:
         """End `unit` for a response in the place of a handler that goes on.
 
         What the handler has written is rolled back: it is not whole, and the handler is not told of the answer. What
@@ -120,7 +126,7 @@ class HandlerCalls:
             raise refused
 
 
-def follow_calls(unit: UnitOfWork) -> HandlerCalls:
+def follow_calls(unit: FollowedUnit) -> HandlerCalls:
     """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
 
     An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
@@ -133,3 +139,16 @@ def follow_calls(unit: UnitOfWork) -> HandlerCalls:
             note_unseen_author(session.sync_session)
         observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
     return calls
+
+
+class FollowedUnit(Protocol):
+    """What is asked here of a `UnitOfWork`, whose module imports this one."""
+
+    calls: HandlerCalls | None
+
+    @property
+    def sessions(self) -> Mapping[Any, AsyncSession]: ...
+
+    def statement_observer(self) -> StatementObserver | None: ...
+
+    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None: ...

@@ -10,7 +10,8 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sqlalchemy.gate import is_busy
+from ctxdb_core._sqlalchemy.doors import is_busy
+from ctxdb_core._sqlalchemy.private import begin_without_statement
 
 __all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]
 
@@ -38,7 +39,7 @@ def note_author(session: Session, clause: Any, author: object) -> None:
     if _reads(clause):
         return
     # The statement is about to do so; the transaction tells its writers from those of one that has ended.
-    session._autobegin_t()  # noqa: SLF001 - there is no public name for it
+    begin_without_statement(session)
     writers = _writers(session)
     if writers is None:
         writers = set()

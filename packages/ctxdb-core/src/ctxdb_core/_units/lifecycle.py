@@ -11,8 +11,10 @@ from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
-from ctxdb_core._units.ending import report
-from ctxdb_core._units.unit import BeforeCommit, UnitOfWork, current_unit, inherited_before_commit
+from ctxdb_core._units.commit import BeforeCommit
+from ctxdb_core._units.iteration import seat
+from ctxdb_core._units.session_end import report
+from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -161,15 +163,20 @@ async def new_db_ctx(
 
 
 class opened:  # noqa: N801 - used like a function, in `async with`
-    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception."""
+    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception.
 
-    __slots__ = ("_unit",)
+    Around the yields of an async generator that is iterated over, it is not the current one of the generator's
+    consumer.
+    """
+
+    __slots__ = ("_current", "_unit")
 
     def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
 
     async def __aenter__(self) -> None:
-        self._unit.enter()
+        self._current = seat(self._unit)
+        self._current.enter()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -177,7 +184,7 @@ class opened:  # noqa: N801 - used like a function, in `async with`
         try:
             await self._unit.finish(commit=exc is None, error=exc)
         finally:
-            self._unit.leave()
+            self._current.leave()
 
 
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

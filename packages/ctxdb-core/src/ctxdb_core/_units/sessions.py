@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._units import ending as session_end
-from ctxdb_core._units.unit import OnCommit, UnitOfWork, current_unit
+from ctxdb_core._sqlalchemy.private import innermost_block
+from ctxdb_core._units import session_end
+from ctxdb_core._units.callbacks import OnCommit, Outcome
+from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
     ContextNotInitiatedError,
     TransactionAlreadyActiveError,
@@ -107,7 +108,7 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    unit_for(db).on_commit(db, callback)
+    unit_for(db).on_outcome(db, Outcome.COMMITTED, callback)
 
 
 @asynccontextmanager
@@ -144,8 +145,7 @@ def check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: boo
 
     SQLAlchemy refuses all that follows in such a block, when the transaction has ended already.
     """
-    # Of those that are open, it is the innermost.
-    block: Any = session.sync_session._trans_context_manager  # noqa: SLF001 - there is no public name for it
+    block = innermost_block(session.sync_session)
     if block is None or (savepoints_only and not block.nested):
         return
     name = "savepoint (`session.begin_nested()`, or 'savepoint' and 'nested')" if block.nested else "`session.begin()`"

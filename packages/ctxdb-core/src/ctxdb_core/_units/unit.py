@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
-from threading import get_ident
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TypeAlias
 
-from sqlalchemy import event
-from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
-from ctxdb_core._sqlalchemy.gate import StatementGate, StatementObserver, close_gates, open_gates, wait_for_statements
-from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
+from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
+from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
-from ctxdb_core._units import ending as session_end
-from ctxdb_core._units.callbacks import WaitingCallback, drop_undone, hand_up
-from ctxdb_core._units.ending import in_transaction
+from ctxdb_core._units import session_end
+from ctxdb_core._units.abandonment import HandlerCalls
+from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
+from ctxdb_core._units.commit import (
+    BeforeCommit,
+    Sessions,
+    commit_in_order,
+    is_in_before_commit,
+    prepare,
+    roll_back,
+)
 from ctxdb_core._units.leak import LeakGuard
+from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
-if TYPE_CHECKING:
-    from ctxdb_core._units.abandonment import HandlerCalls
-
-__all__ = ["BeforeCommit", "CreateSession", "OnCommit", "UnitOfWork", "current_unit", "inherited_before_commit"]
-
-logger = logging.getLogger("ctxdb")
-
-BeforeCommit: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with each session that is about to be committed; an error of it rolls the unit of work back."""
-
-OnCommit: TypeAlias = Callable[[], object]
-"""Called after a commit; what it returns is awaited if it can be."""
+__all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit"]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
@@ -67,17 +61,21 @@ class UnitOfWork:
     calls: HandlerCalls | None = None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
     statement_timeout: StatementTimeout | None = None
-    callbacks: dict[DBConnect, list[WaitingCallback]] | None = None
-    due: Sequence[OnCommit] = ()
-    """Callbacks whose commit has succeeded."""
-    running_callbacks: asyncio.Task[None] | None = None
+    """How long its statements may take, and when the last of them has to be done; ``None`` without a limit."""
+    callbacks: Callbacks | None = None
+    """What is to be called when its transactions have ended; ``None`` as long as nothing was asked for."""
     leak_guard: LeakGuard | None = None
+    """Warns if the unit is thrown away with open sessions; made together with the first of them."""
     token: Token[UnitOfWork]
+    """What `leave` makes current again."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions: dict[DBConnect, AsyncSession] = {}
+        """Those that are open, in the order in which they were opened."""
         self.before_commit = before_commit
-        self.thread = get_ident()
+        """Awaited with each session that is about to be committed."""
+        self.loop = _get_running_loop()
+        """The event loop that the unit belongs to, as its connections serve that one alone."""
 
     @classmethod
     def ended(cls) -> UnitOfWork:
@@ -151,13 +149,13 @@ class UnitOfWork:
             self.leak_guard = LeakGuard(self.sessions)
         self.prepare_session(session)
         self.sessions[db] = session
-        if self.callbacks and db in self.callbacks:
-            self._watch(db, session)
+        if self.callbacks is not None:
+            self.callbacks.watch_new(db, session)
         return session
 
     def prepare_session(self, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
-        StatementGate(session, self.statement_observer())
+        guard_of(guarded(session)).door = Door(self.statement_observer())
         if self.statement_timeout:
             limit_statements(session, self.current_statement_timeout)
 
@@ -182,11 +180,15 @@ class UnitOfWork:
         """Return what is called before each statement of a session that is opened now."""
         return None if self.calls is None else self.calls.observe
 
+    def is_on_its_loop(self) -> bool:
+        """Return whether the running code is on the event loop, and so on the thread, that the unit belongs to."""
+        return self.loop is _get_running_loop()
+
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
         if self.sessions is _CLOSED:
             raise ContextClosedError
-        if self.thread != get_ident():
+        if not self.is_on_its_loop():
             if self.shared:
                 raise ContextNotInitiatedError(
                     "The unit of work found here is a test's, on another thread's event loop, and its connection "
@@ -194,25 +196,20 @@ class UnitOfWork:
                     "`ctxdb_core.testing.shared_transaction`, which serves every loop."
                 )
             raise ContextNotInitiatedError(
-                "The unit of work found here belongs to another thread's event loop, and a connection serves the loop "
-                "that opened it. Wrap the code that runs in this thread in `async with new_db_ctx():`, or run it on "
-                "the first loop (`anyio.from_thread.run`)."
+                "The unit of work found here belongs to another event loop, that of another thread for instance, and a "
+                "connection serves the loop that opened it. Wrap the code that runs here in `async with "
+                "new_db_ctx():`, or run it on the first loop (`anyio.from_thread.run`)."
             )
 
-    def on_commit(self, db: DBConnect, callback: OnCommit) -> None:
-        """Run `callback` once the next commit on `db` has succeeded; forget it if there is a roll-back instead.
+    def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:
+        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`; forget it otherwise.
 
         The roll-back of a savepoint counts for what was registered since that savepoint.
         """
         self.check_usable()
         if self.callbacks is None:
-            self.callbacks = {}
-        savepoint = None
-        if db in self.sessions:
-            session = self.sessions[db]
-            savepoint = session.sync_session.get_nested_transaction()
-            self._watch(db, session)
-        self.callbacks.setdefault(db, []).append(WaitingCallback(callback, savepoint))
+            self.callbacks = Callbacks(self._run_in_unit)
+        self.callbacks.add(db, self.sessions.get(db), outcome, callback)
 
     async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
@@ -225,23 +222,17 @@ class UnitOfWork:
                 rolled back, and the error names what was.
         """
         try:
-            if (
-                len(self.sessions) == 1
-                and self.before_commit is None
-                and dbs is None
-                and not (self.callbacks or self.due)
-            ):
+            if len(self.sessions) == 1 and self.before_commit is None and dbs is None and self.callbacks is None:
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
-                    await wait_for_statements((session,))
-                    await run_to_completion(_commit_alone(session))
+                    await wait_for_calls((session,))
+                    await run_to_completion(session.commit())
                     session_end.leave_blocks(session)
             else:
-                await self._prepare(dbs)
+                await prepare(self.sessions, dbs, self._hook())
                 await run_to_completion(self._commit(self.sessions, dbs))
-                if dbs is None:
-                    self._leave_blocks()
+                self._leave_blocks(dbs)
                 await self._wait_for_callbacks()
         except BaseException as exc:
             await self.roll_back(exc, dbs)
@@ -255,18 +246,16 @@ class UnitOfWork:
             dbs: where to roll back; everywhere by default.
         """
         await run_to_completion(self._roll_back(self.sessions, error, dbs))
-        if dbs is None:
-            self._leave_blocks()
+        self._leave_blocks(dbs)
         await self._wait_for_callbacks()
 
-    def _leave_blocks(self) -> None:
-        # The response starts inside of a dependency's block, for instance, and a background task works on in it.
-        for session in self.sessions.values():
-            session_end.leave_blocks(session)
+    def _leave_blocks(self, dbs: Collection[DBConnect] | None) -> None:
+        if dbs is None:
+            # The response starts inside of a dependency's block, for instance, and a background task works on in it.
+            for session in self.sessions.values():
+                session_end.leave_blocks(session)
 
-    async def close_session(
-        self, db: DBConnect, refuse: Callable[..., NoReturn] = session_end.refuse_after_close
-    ) -> None:
+    async def close_session(self, db: DBConnect, refuse: Refuse = session_end.refuse_after_close) -> None:
         """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
 
         Args:
@@ -275,34 +264,31 @@ class UnitOfWork:
         """
         self.check_usable()
         session = self.sessions.pop(db, None)
-        self._take_callbacks([db])
+        if self.callbacks is not None:
+            self.callbacks.settle([db], Outcome.ROLLED_BACK)
         if session is not None:
-            session_end.refuse_further_use(session, refuse)
-            await run_to_completion(session_end.close(session, None, db))
+            await run_to_completion(session_end.end(session, None, db, refuse))
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks or self.due:
+        if self.callbacks:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
             return True
         for session in self.sessions.values():
-            if not session_end.closes_without_io(session):
+            if not session_end.ends_without_io(session):
                 return False
         sessions, self.sessions = self.sessions, _CLOSED
         for session in sessions.values():
-            session.sync_session.close()
-            session_end.refuse_further_use(session, session_end.refuse_after_unit)
-        if self.leak_guard is not None:
-            self.leak_guard.disarm()
+            session_end.end_at_once(session, session_end.refuse_after_unit)
+        self._disarm()
         return True
 
     def hand_over_sessions(self) -> None:
-        """End the unit and leave its sessions, as they are, to whoever has them."""
+        """End the unit and leave its sessions, as they are, to the code that has them."""
         self.sessions = _CLOSED
-        if self.leak_guard is not None:
-            self.leak_guard.disarm()
+        self._disarm()
 
     async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
         """Commit or roll back what is open, close every session, and hand out none from now on.
@@ -316,7 +302,7 @@ class UnitOfWork:
         """
         if commit:
             try:
-                await self._prepare(None)
+                await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
                 raise
@@ -327,129 +313,74 @@ class UnitOfWork:
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         sessions, self.sessions = self.sessions, _CLOSED
+        # The turns of all sessions are kept to the end: no call of another task comes between a commit and the end.
+        async with AsyncExitStack() as turns:
+            for db, session in list(sessions.items()):
+                last_turn = session_end.last_turn(
+                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
+                )
+                if not await turns.enter_async_context(last_turn):
+                    del sessions[db]
+            try:
+                if commit:
+                    await self._commit(sessions, None)
+                else:
+                    await self._roll_back(sessions, error, None)
+            except BaseException as exc:
+                error = exc
+                raise
+            finally:
+                for db, session in sessions.items():
+                    await session_end.close(session, error, db)
+                self._disarm()
+
+    async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
         try:
-            if commit:
-                await self._commit(sessions, None)
-            else:
-                await self._roll_back(sessions, error, None)
-        except BaseException as exc:
-            error = exc
+            await commit_in_order(sessions, dbs)
+        except BaseException:
+            self._settle(dbs, Outcome.ROLLED_BACK)
             raise
-        finally:
-            for db, session in sessions.items():
-                session_end.refuse_further_use(session, session_end.refuse_after_unit)
-                await session_end.close(session, error, db)
-            if self.leak_guard is not None:
-                self.leak_guard.disarm()
-
-    async def _prepare(self, dbs: Collection[DBConnect] | None) -> None:
-        """Do all that may take its time, fail or be cancelled while nothing has been committed yet."""
-        await wait_for_statements(self.sessions.values())
-        if self.before_commit is None and len(self.sessions) < 2:
-            return
-        prepared: set[DBConnect] = set()
-        # The hook may open sessions of its own, or write on others.
-        while pending := [
-            db for db in _affected(self.sessions, dbs) if db not in prepared and in_transaction(self.sessions[db])
-        ]:
-            for db in pending:
-                prepared.add(db)
-                session = self.sessions[db]
-                if self.before_commit is not None and not self.autocommit:
-                    token = _in_before_commit.set(True)
-                    try:
-                        await self.before_commit(session)
-                    finally:
-                        _in_before_commit.reset(token)
-                if len(self.sessions) > 1:
-                    # What can be refused at once is refused before the first commit.
-                    refuse_if_rollback_only(session.sync_session)
-                    await session.flush()
-
-    async def _commit(self, sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> None:
-        committed: list[DBConnect] = []
-        token = close_gates(sessions.values())
-        try:
-            for db in _affected(sessions, dbs):
-                session = sessions[db]
-                if not in_transaction(session):
-                    continue
-                try:
-                    await session.commit()
-                except BaseException as exc:
-                    _name_committed(exc, db, committed)
-                    await self._roll_back(sessions, exc, dbs)
-                    raise
-                committed.append(db)
-            if self.callbacks:
-                # Where there was nothing to commit, the commit has succeeded as well.
-                self.due = [*self.due, *self._take_callbacks(dbs)]
-        finally:
-            open_gates(sessions.values(), token)
-            self._start_callbacks()
+        # Where there was nothing to commit, the commit has succeeded as well.
+        self._settle(dbs, Outcome.COMMITTED)
 
     async def _roll_back(
-        self,
-        sessions: Mapping[DBConnect, AsyncSession],
-        error: BaseException | None,
-        dbs: Collection[DBConnect] | None,
+        self, sessions: Sessions, error: BaseException | None, dbs: Collection[DBConnect] | None
     ) -> None:
-        self._take_callbacks(dbs)
-        token = close_gates(sessions.values())
         try:
-            for db in _affected(sessions, dbs):
-                await session_end.roll_back(sessions[db], error, db)
+            await roll_back(sessions, dbs, error)
         finally:
-            open_gates(sessions.values(), token)
-            # Of what was committed before.
-            self._start_callbacks()
+            self._settle(dbs, Outcome.ROLLED_BACK)
 
-    def _watch(self, db: DBConnect, session: AsyncSession) -> None:
-        """Follow the transactions of `session`, as the user may end them without asking the unit of work."""
-        sync_session = session.sync_session
-        if _WATCHED in sync_session.info:
-            return
-        sync_session.info[_WATCHED] = True
-
-        @event.listens_for(sync_session, "after_commit")
-        def committed(session: Session) -> None:
-            savepoint = session.get_nested_transaction()
-            if savepoint is None:
-                self.due = [*self.due, *self._take_callbacks([db])]
-            elif self.callbacks:
-                hand_up(self.callbacks.get(db, []), savepoint)
-
-        @event.listens_for(sync_session, "after_transaction_end")
-        def ended(session: Session, transaction: SessionTransaction) -> None:
-            if transaction.parent is None:
-                self._take_callbacks([db])
-            elif transaction.nested and self.callbacks:
-                drop_undone(self.callbacks.get(db, []), transaction)
-
-    def _start_callbacks(self) -> None:
-        if self.due:
-            # In a task, as the callbacks are the user's code: they get a context of their own, and whoever is cancelled
-            # while they run need not wait for them.
-            due, self.due = self.due, ()
-            self.running_callbacks = asyncio.create_task(_run_callbacks(due, self.before_commit))
-            _running_callbacks.add(self.running_callbacks)
-            self.running_callbacks.add_done_callback(_running_callbacks.discard)
+    def _settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
+        if self.callbacks is not None:
+            self.callbacks.settle(dbs, outcome)
+            self.callbacks.start()
 
     async def _wait_for_callbacks(self) -> None:
-        running, self.running_callbacks = self.running_callbacks, None
-        if running is not None:
-            await asyncio.shield(running)
+        if self.callbacks is not None:
+            await self.callbacks.wait()
 
-    def _take_callbacks(self, dbs: Collection[DBConnect] | None) -> list[OnCommit]:
-        if self.callbacks is None:
-            return []
-        taken = [self.callbacks.pop(db, []) for db in (list(self.callbacks) if dbs is None else dbs)]
-        return [waiting.callback for callbacks in taken for waiting in callbacks]
+    async def _run_in_unit(self, fn: Callable[[], Awaitable[None]]) -> None:
+        """Await `fn` in a unit of work of its own, with the same `before_commit`: what a callback runs in."""
+        unit = UnitOfWork(self.before_commit)
+        unit.enter()
+        try:
+            await fn()
+        except BaseException as exc:
+            await unit.finish(commit=False, error=exc)
+            raise
+        await unit.finish(commit=True)
+
+    def _hook(self) -> BeforeCommit | None:
+        # A statement that was committed by itself is nobody's to prepare.
+        return None if self.autocommit else self.before_commit
+
+    def _disarm(self) -> None:
+        if self.leak_guard is not None:
+            self.leak_guard.disarm()
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())
-
-_in_before_commit: ContextVar[bool] = ContextVar("ctxdb_in_before_commit", default=False)
 
 
 def inherited_before_commit() -> BeforeCommit | None:
@@ -458,51 +389,4 @@ def inherited_before_commit() -> BeforeCommit | None:
     One that `before_commit` itself opens asks nothing: it would never come to an end.
     """
     unit = current_unit.get(None)
-    return None if unit is None or _in_before_commit.get() else unit.before_commit
-
-
-async def _commit_alone(session: AsyncSession) -> None:
-    token = close_gates((session,))
-    try:
-        await session.commit()
-    finally:
-        open_gates((session,), token)
-
-
-def _affected(sessions: Mapping[DBConnect, AsyncSession], dbs: Collection[DBConnect] | None) -> list[DBConnect]:
-    return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
-
-
-_WATCHED = "ctxdb.watched"
-
-_running_callbacks: set[asyncio.Task[None]] = set()
-
-
-async def _run_callbacks(callbacks: Sequence[OnCommit], before_commit: BeforeCommit | None) -> None:
-    """Run each callback in a unit of work of its own. The commit stands whatever becomes of them: errors are logged."""
-    for callback in callbacks:
-        unit = UnitOfWork(before_commit)
-        unit.enter()
-        try:
-            try:
-                result = callback()
-                if inspect.isawaitable(result):
-                    await result
-            except BaseException as exc:
-                await unit.finish(commit=False, error=exc)
-                raise
-            await unit.finish(commit=True)
-        except (Exception, asyncio.CancelledError):
-            # Also of a cancelled task that the callback waited for; this task itself nobody cancels.
-            logger.exception("The on_commit callback %r failed; the commit that it was waiting for stands", callback)
-
-
-def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect]) -> None:
-    if not committed:
-        return
-    names = ", ".join(map(repr, committed))
-    message = f"ctxdb: the commit on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
-    error.add_note(message)
-    if isinstance(error, StatementError):
-        # SQLAlchemy's own errors show this in their text, too.
-        error.add_detail(message)
+    return None if unit is None or is_in_before_commit() else unit.before_commit

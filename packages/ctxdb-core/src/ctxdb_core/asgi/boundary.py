@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ctxdb_core._units.abandonment import current_call, follow_calls
+from ctxdb_core._units.abandonment import current_call
 from ctxdb_core._units.lifecycle import REQUEST_KEY
-from ctxdb_core.asgi.exchange import HTTPExchange
+from ctxdb_core.asgi.body import StreamedBody
+from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.errors import ContextClosedError
+from ctxdb_core.phases import Phase
 
 __all__ = ["ASGIStreamBoundary"]
 
@@ -39,16 +41,17 @@ class ASGIStreamBoundary:
         if not isinstance(exchange, HTTPExchange):
             await self.app(scope, receive, send)
             return
-        streamed = is_innermost = False
-        calls = follow_calls(exchange)
+        streamed = False
+        body: StreamedBody | None = None
+        calls = exchange.follow_calls()
         call = calls.begin()
 
         async def pass_on(message: Message) -> None:
-            nonlocal is_innermost
+            nonlocal body
             if message["type"] == "http.response.start":
-                is_innermost = await exchange.stream_begins(message["status"])
-            elif is_innermost:
-                exchange.note_progress(message)
+                body = await exchange.begin_stream(message["status"])
+            elif body is not None:
+                body.note_progress(message, exchange)
             # What the middlewares in between do with the message is not the body's doing.
             token = current_call.set(None)
             try:
@@ -62,20 +65,20 @@ class ASGIStreamBoundary:
                 calls.note_response(call)
                 is_kept = self.is_kept is not None and self.is_kept(scope, message)
                 if is_kept and calls.left_open is not None and calls.left_open.handlers:
-                    # A middleware has given up on it, and it was rolled back since.
+                    # A middleware has given up on the handler since, and what the response tells was rolled back.
                     raise ContextClosedError
                 streamed = is_kept or _is_streamed(message)
-            if streamed and not exchange.responded:
+            if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
                 return pass_on(message)
-            if is_innermost:
-                exchange.note_progress(message)
+            if body is not None:
+                body.note_progress(message, exchange)
             return send(message)
 
         try:
             await self.app(scope, receive, send_streamed)
         except BaseException as exc:
-            if is_innermost:
-                await exchange.body_failed(exc)
+            if body is not None:
+                await exchange.fail_stream(body, exc)
             raise
         finally:
             calls.end(call)

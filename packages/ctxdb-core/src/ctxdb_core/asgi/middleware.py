@@ -1,22 +1,21 @@
-"""The unit of work of an ASGI request: a middleware for any ASGI application, which imports no framework."""
+"""`ASGIHTTPDBSessionMiddleware`: the unit of work of each request of an ASGI application."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, TypeAlias
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
+from typing import Any
 
-from ctxdb_core._transactions.statement_timeout import StatementTimeout
+from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
-from ctxdb_core._units.unit import BeforeCommit, UnitOfWork, current_unit
-from ctxdb_core.asgi.exchange import Exchange, HTTPExchange, WebSocketExchange
+from ctxdb_core._units.unit import _CLOSED, UnitOfWork, current_unit
+from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
+from ctxdb_core.asgi.websocket import WebSocketExchange
 from ctxdb_core.policy import CommitPolicy, commit_below_400
 
-__all__ = ["ASGIHTTPDBSessionMiddleware", "Deadline", "answer_commit_error", "commit_error", "has_unit_of_work"]
-
-Deadline: TypeAlias = Callable[[Scope], float | None]
-"""Given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock."""
+__all__ = ["ASGIHTTPDBSessionMiddleware"]
 
 # Bound once: looking a method up at each request is felt where the request uses no database.
 _get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
@@ -40,6 +39,13 @@ class ASGIHTTPDBSessionMiddleware:
             ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
     """
 
+    has_boundary = True
+    """Whether an `ASGIStreamBoundary` may be beneath.
+
+    Then it is noted from a request's first statement on who has written what, as a middleware may give up on a handler.
+    A subclass that looks for the places of boundaries itself says here whether there are any.
+    """
+
     def __init__(
         self,
         app: ASGIApp,
@@ -51,7 +57,7 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         self.app = app
         if statement_timeout is not None or deadline is not None:
-            self.app = _LimitingStatements(app, statement_timeout, deadline)
+            self.app = LimitingStatements(app, statement_timeout, deadline)
         self.before_commit = before_commit
         self.commit_policy = commit_policy
 
@@ -59,26 +65,24 @@ class ASGIHTTPDBSessionMiddleware:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
         exchange: Exchange
         if scope["type"] == "http":
-            exchange = http_exchange = HTTPExchange(self.before_commit, self.commit_policy, send)
+            exchange = http_exchange = _new(HTTPExchange)
+            http_exchange.is_idle = True
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
-            exchange = WebSocketExchange(self.before_commit, self.commit_policy, send)
+            exchange = _new(WebSocketExchange)
         else:
-            # A lifespan, for instance: it lasts longer than any unit of work that its server was started in.
-            inherited = _get_current_unit(None)
-            if inherited is None or inherited.shared:
-                await self.app(scope, receive, send)
-                return
-            token = _set_current_unit(UnitOfWork.ended())
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                _reset_current_unit(token)
+            await self._pass_on(scope, receive, send)
             return
         # Most requests find nothing at all: these two look-ups spare them the closer look.
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
+        # As in `UnitOfWork.__init__`, which is not called: on a request without database use, that would be felt.
+        exchange.sessions = {}
+        exchange.before_commit = self.before_commit
+        exchange.loop = _get_running_loop()
+        exchange.options = self
+        exchange.forward = exchange.answer_route = send
         root_app = scope.get("app")
         scope[REQUEST_KEY] = exchange
         token = _set_current_unit(exchange)
@@ -86,13 +90,14 @@ class ASGIHTTPDBSessionMiddleware:
             try:
                 await self.app(scope, receive, exchange.send)
             except BaseException as exc:
-                if await exchange.app_raised(exc):
+                if await exchange.fail(exc):
                     raise
-            if exchange.failure is not None:
-                await self._answer_failure(exchange, scope, receive, send, root_app)
-            elif not exchange.finish_idle():
-                # Where no response was begun, there is no success that would have to be true.
-                await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
+            if exchange.is_idle:
+                exchange.sessions = _CLOSED
+                return
+            if exchange.error_to_answer is not None:
+                await self._answer(exchange, scope, receive, root_app)
+            await exchange.conclude()
         finally:
             _reset_current_unit(token)
             # The server's `send` may know the scope: left in it, the exchange would be in a reference cycle.
@@ -115,71 +120,27 @@ class ASGIHTTPDBSessionMiddleware:
         """
         raise error
 
-    async def _answer_failure(
-        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, root_app: Any | None
-    ) -> None:
-        error = exchange.failure
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, root_app: Any | None) -> None:
+        error = exchange.error_to_answer
         assert error is not None
-        if not exchange.can_answer:
-            await exchange.finish(commit=False, error=error)
-            raise error
-        exchange.start_over(send)
+        exchange.begin_answer()
         try:
-            await self.answer_error(error, scope, exchange.receive_again or receive, exchange.send, root_app)
+            await self.answer_error(error, scope, exchange.request_again(receive), exchange.send, root_app)
         except BaseException as exc:
-            if await exchange.app_raised(exc):
+            if await exchange.fail(exc):
                 raise
-        if exchange.failure is not None:
-            # The error's response could not be committed either: there is no third attempt.
-            await exchange.finish(commit=False, error=exchange.failure)
-            raise exchange.failure
-        if not exchange.finish_idle():
-            await exchange.finish(commit=exchange.responded and not exchange.is_cut_off)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for a lifespan, say, which lasts longer than any unit of work around its server."""
+        inherited = _get_current_unit(None)
+        if inherited is None or inherited.shared:
+            await self.app(scope, receive, send)
+            return
+        token = _set_current_unit(UnitOfWork.ended())
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _reset_current_unit(token)
 
 
-def has_unit_of_work(scope: Scope) -> bool:
-    """Return whether the request has come through an `ASGIHTTPDBSessionMiddleware` that has not ended its unit of work.
-
-    For middlewares that have to be outside of it.
-    """
-    return REQUEST_KEY in scope
-
-
-def commit_error(scope: Scope) -> Exception | None:
-    """Return the error that kept the response to a request from being sent, if another response can be sent for it.
-
-    For frameworks whose exception handlers are called only for what is raised further in than the middleware. There,
-    once the application has returned or raised, an adapter asks for the error, calls `answer_commit_error`, and raises
-    it anew.
-
-    Args:
-        scope: the request's ASGI scope.
-    """
-    exchange = scope.get(REQUEST_KEY)
-    return exchange.failure if isinstance(exchange, Exchange) and exchange.can_answer else None
-
-
-def answer_commit_error(scope: Scope, raised: Exception | None = None) -> None:
-    """Let one more response be sent, for the error that `commit_error` has returned.
-
-    Args:
-        scope: the request's ASGI scope.
-        raised: what the application has raised meanwhile; if that has another cause, it is attached to the error.
-    """
-    scope[REQUEST_KEY].answer_failure(raised)
-
-
-class _LimitingStatements:
-    """Limits the statements of each request. An application of its own: requests without a limit do not pay for it."""
-
-    def __init__(self, app: ASGIApp, seconds: float | None, deadline: Deadline | None) -> None:
-        self.app = app
-        self._limit = StatementTimeout(seconds)
-        self._deadline = deadline
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = scope.get(REQUEST_KEY)
-        if isinstance(exchange, Exchange):
-            deadline = None if self._deadline is None else self._deadline(scope)
-            exchange.statement_timeout = self._limit if deadline is None else replace(self._limit, deadline=deadline)
-        await self.app(scope, receive, send)
+_new = object.__new__

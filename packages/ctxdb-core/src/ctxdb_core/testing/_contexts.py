@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._units import ending as session_end
+from ctxdb_core._units import session_end
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError

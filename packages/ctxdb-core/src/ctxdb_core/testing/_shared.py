@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, HostEngines, check_database
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._units import ending as session_end
+from ctxdb_core._units import session_end
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection

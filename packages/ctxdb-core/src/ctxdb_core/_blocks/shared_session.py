@@ -1,0 +1,135 @@
+"""Which blocks the running code is in, on the session of a unit of work that it shares with others."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+from ctxdb_core._blocks.task_unit import TaskUnit
+from ctxdb_core._blocks.tasks import running_task
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._units.iteration import IteratedUnit, is_at_yield, iterated_generator
+from ctxdb_core._units.unit import UnitOfWork, current_unit
+from ctxdb_core.errors import SessionAlreadyActiveError
+
+__all__ = ["JoinedBlock", "SharedSessionBlock", "is_in_block_of"]
+
+
+class JoinedBlock:
+    """A block that takes part in the transaction of a unit of work, and changes nothing of it.
+
+    Args:
+        unit: whose transaction.
+        db: on which database.
+    """
+
+    _around: ClassVar[ContextVar[tuple[JoinedBlock, ...]]] = ContextVar("ctxdb_blocks", default=())
+    """The blocks that the running code is in: inherited by the tasks that it starts."""
+
+    def __init__(self, unit: UnitOfWork, db: DBConnect) -> None:
+        self._unit: UnitOfWork | None = unit
+        self._db = db
+        self._outer = self._around.get()
+
+    def __enter__(self) -> None:
+        self._around.set((*self._outer, self))
+
+    def __exit__(self, *exc_info: object) -> None:
+        # Not by a token: the block may be left in another context than it was entered in, as a fixture's is.
+        self._around.set(self._outer)
+        # Contexts that have inherited the block may last.
+        self._unit, self._outer = None, ()
+
+    @classmethod
+    def around(cls) -> tuple[JoinedBlock, ...]:
+        """Return the blocks that the running code is in, those included that have ended since its task was started."""
+        return cls._around.get()
+
+    def is_of(self, unit: UnitOfWork) -> bool:
+        """Return whether the block goes on, and is one of `unit`."""
+        return self._unit is unit
+
+
+def is_in_block_of(unit: UnitOfWork) -> bool:
+    """Return whether the running code is inside of a block that goes on, and has joined a transaction of `unit`."""
+    return any(block.is_of(unit) for block in JoinedBlock.around())
+
+
+class SharedSessionBlock(JoinedBlock):
+    """A block that a task has to itself on the session of a unit of work: it sets a savepoint there, for instance.
+
+    A task can be in several, nested, and so can the tasks that it starts inside of one and waits for. Two other tasks
+    cannot be in one at the same time: their savepoints would undo each other's work.
+
+    Args:
+        unit: whose session.
+        db: on which database.
+        may_nest: whether the block may be inside of another one of a `TransactionContext` in this task.
+        by_context: whether it is a `TransactionContext`'s own.
+        ends_work: whether the block's end undoes, or commits, what was done on the session meanwhile. Around the yields
+            of an async generator, the consumer's use of the session is refused then.
+
+    Raises:
+        SessionAlreadyActiveError: another task is in such a block; or this one is, and it may not be nested.
+    """
+
+    # Kept beside the units: only these blocks ask for it.
+    _running: ClassVar[WeakKeyDictionary[UnitOfWork, list[SharedSessionBlock]]] = WeakKeyDictionary()
+
+    def __init__(
+        self,
+        unit: UnitOfWork,
+        db: DBConnect,
+        *,
+        may_nest: bool = True,
+        by_context: bool = False,
+        ends_work: bool = True,
+    ) -> None:
+        super().__init__(unit, db)
+        self.by_context = by_context
+        self._task = running_task()
+        self._here = self._running.setdefault(unit, [])
+        self._ends_work = ends_work
+        self._generator = iterated_generator()
+        self._current: IteratedUnit | None = None
+        around = [block for block in self._here if block.by_context and block.is_by(self) and block.is_around()]
+        # A context's own unit is a block around this one, too.
+        if not may_nest and (around or isinstance(unit, TaskUnit)):
+            raise SessionAlreadyActiveError
+        if any(block.is_beside(self) for block in self._here):
+            raise SessionAlreadyActiveError(
+                "Another task is inside of a block that shares the session of this unit of work, and a session serves "
+                "one task at a time. Give the task a unit of work of its own by `run_in_new_ctx(fn, ...)`, another "
+                "session by `transactional(db, 'requires_new')` or a context's `new_transaction()` or `new_session()`, "
+                "or let one block end before the other begins."
+            )
+
+    def __enter__(self) -> None:
+        self._here.append(self)
+        if self._generator is not None and self._ends_work:
+            self._current = IteratedUnit(current_unit.get(), self._generator, shares=self._db)
+            self._current.enter()
+        super().__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._here.remove(self)
+        if self._current is not None:
+            self._current.leave()
+        super().__exit__(*exc_info)
+        self._task = self._generator = None
+
+    def is_by(self, other: SharedSessionBlock) -> bool:
+        """Return whether this is a block of the same task on the same database."""
+        return self._db is other._db and self._task is other._task
+
+    def is_around(self) -> bool:
+        """Return whether this block of the running task is around its code, and not around a generator's ``yield``."""
+        return self._generator is None or not is_at_yield(self._generator)
+
+    def is_beside(self, other: SharedSessionBlock) -> bool:
+        """Return whether this is the block of another task, which goes on while `other` does."""
+        if self._db is not other._db or self._task is other._task or self in other._outer:
+            return False
+        # A framework enters what a handler depends on in tasks that end before the handler begins.
+        return self._task is not None and not self._task.done()

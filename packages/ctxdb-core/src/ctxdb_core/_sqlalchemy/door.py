@@ -1,0 +1,297 @@
+"""`Door`: the one place that each call of a session passes on its way from asyncio code into SQLAlchemy.
+
+Everything that a session of a unit of work does asks here, once for each call:
+
+- Is this the event loop, and with it the thread, that the session belongs to? Is its unit of work still open?
+- Whose turn is it? A session serves one task at a time. Tasks that use it at once are served one after the other, in
+  the order in which they came, each call whole: with its autoflush, its statement and its result.
+- Who wants to know? An observer is told of each statement before a connection is taken for it.
+
+A session that no unit of work has taken has no door, and pays for none of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop, current_task  # the first is for implementers of event loops, and costs the least
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+from weakref import ref
+
+from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from ctxdb_core._shield import LentTask
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
+from ctxdb_core.errors import ContextNotInitiatedError
+
+__all__ = ["Door", "Refuse", "StatementObserver"]
+
+StatementObserver: TypeAlias = Callable[[Session, Any], None]
+"""Called with the session and the statement, if that is known: a flush does not tell."""
+
+Refuse: TypeAlias = Callable[[], NoReturn]
+"""Raises the error that says why a session cannot be used any more."""
+
+_FOREIGN_LOOP = (
+    "The session found here belongs to another event loop, and a connection serves the loop that opened it: nothing "
+    "was sent. Wrap the code that runs on this loop in `async with new_db_ctx():` for a session of its own, or run it "
+    "on the first loop (`anyio.from_thread.run`, `await` instead of `asyncio.run`)."
+)
+
+_turns: ContextVar[tuple[Door, ...]] = ContextVar("ctxdb_turns", default=())
+"""The doors whose turn the running code has taken by `Door.turn`: inherited by the tasks that it starts."""
+
+
+class Door:
+    """The door of one session. It is made on the event loop that the session belongs to."""
+
+    __slots__ = ("_holder", "_interrupted", "_loop", "_nested", "_prepare", "_refuse", "_waiting", "check", "observer")
+
+    def __init__(self, observer: StatementObserver | None = None) -> None:
+        self.observer = observer
+        """Told of each statement before a connection is taken for it, in the task that makes it."""
+        self.check: Callable[[], None] | None = None
+        """Called before each statement; it may refuse the statement by an error."""
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
+        self._refuse: Refuse | None = None
+        self._holder: Any = None
+        """The task whose turn it is, or a greenlet's that has not come through the door; ``None`` where it is free."""
+        self._nested = 0
+        """How many calls of the holder are made inside of its first one, by an event listener for instance."""
+        self._waiting: deque[tuple[asyncio.Future[None], Any]] | None = None
+        """The tasks that wait for their turn, in the order in which they came."""
+        self._prepare: Callable[[], Awaitable[object]] | None = None
+        """Awaited by the next call, before it takes its turn."""
+        self._interrupted: Refuse | None = None
+        """Raises the error that the running call ends by, as it was interrupted."""
+
+    # --- calls that pass the door -------------------------------------------------------------------------------------
+
+    def enter(self) -> bool:
+        """Take the turn for a call of the running task, if that takes no waiting; `leave` gives it back.
+
+        Returns:
+            Whether it was taken; if not, `wait` for it.
+
+        Raises:
+            ContextNotInitiatedError: the session belongs to another event loop.
+            ContextClosedError: it has ended.
+        """
+        loop = _get_running_loop()
+        if loop is self._loop and self._holder is None and self._prepare is None:
+            self._holder = current_task(loop)
+            return True
+        if self._is_within(current_task(loop)):
+            self._nested += 1
+            return True
+        if loop is not self._loop:
+            self._refuse_call()
+        return False
+
+    async def wait(self) -> None:
+        """Wait for the turn, and take it.
+
+        Raises:
+            ContextClosedError: the session has ended meanwhile.
+        """
+        while self._prepare is not None:
+            await self._prepare()
+        task = current_task()
+        if self._holder is None:
+            self._holder = task
+        else:
+            if self._waiting is None:
+                self._waiting = deque()
+            await self._wait_in(self._waiting, task)
+
+    async def _wait_in(self, waiting: deque[tuple[asyncio.Future[None], Any]], task: Any) -> None:
+        handed_over = asyncio.get_running_loop().create_future()
+        place = (handed_over, task)
+        waiting.append(place)
+        try:
+            await handed_over
+        except BaseException:
+            if handed_over.cancelled():
+                waiting.remove(place)
+            elif handed_over.exception() is None:
+                # The turn came in the same moment as the cancellation: the next task gets it.
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give the turn back: to the task that has waited for the longest time."""
+        if self._nested:
+            self._nested -= 1
+            return
+        while self._waiting:
+            handed_over, task = self._waiting.popleft()
+            if not handed_over.done():
+                # Handed over at once, so that no other call can come in between.
+                self._holder = task
+                handed_over.set_result(None)
+                return
+        self._holder = None
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Take the turn for several calls, which may also be made by tasks that these start and wait for.
+
+        A session class of the user's may commit or close in a task of its own, for instance.
+        """
+        if not self.enter():
+            await self.wait()
+        token = _turns.set((*_turns.get(), self))
+        try:
+            yield
+        finally:
+            _turns.reset(token)
+            self.leave()
+
+    def _is_within(self, task: Any) -> bool:
+        """Return whether `task` has the turn, or was started by the code that has it."""
+        if self._holder is None:
+            return False
+        return (task is not None and _real(self._holder) is _real(task)) or self in _turns.get()
+
+    # --- statements, as far as they come another way ------------------------------------------------------------------
+
+    def look(self, session: Session, clause: Any) -> None:
+        """Look once more before a connection is taken for a statement: called by ``Session.get_bind``.
+
+        Lazy loading of ``AsyncAttrs``, for instance, starts a greenlet of SQLAlchemy's own, and has not come through
+        the door. It takes the turn here, and keeps it until its greenlet has ended.
+        """
+        self.refuse_if_ended()
+        current = getcurrent()
+        if getattr(current, "entered", None) is not self:
+            if not getattr(current, "__sqlalchemy_greenlet_provider__", False):
+                # A plain call, outside of SQLAlchemy's greenlets, takes no connection.
+                return
+            self._enter_unannounced(current)
+        if self.check is not None:
+            self.check()
+        if self.observer is not None:
+            self.observer(session, clause)
+
+    def _enter_unannounced(self, current: greenlet) -> None:
+        nested = self._nested
+        if not self.enter():
+            await_only(self.wait())
+        elif self._nested > nested:
+            # The running task has the turn already, and keeps it for longer than this statement takes.
+            self._nested = nested
+            return
+        if isinstance(current, CallGreenlet):
+            # It has come through the door of another session, and never dies: the end of that call ends this turn.
+            current.also_entered = (*current.also_entered, self)
+        else:
+            self._holder = _GreenletTurn(self._holder, ref(current, self._leave_with_greenlet))
+
+    def _leave_with_greenlet(self, dead: ref[greenlet]) -> None:
+        if isinstance(self._holder, _GreenletTurn) and self._holder.greenlet is dead:
+            self.leave()
+
+    # --- what the unit of work asks for -------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._holder is not None
+
+    def prepare_next_call(self, prepare: Callable[[], Awaitable[object]] | None) -> None:
+        """Have the next call await `prepare` before it takes its turn; ``None`` takes that back.
+
+        `prepare` takes itself back when it is done.
+        """
+        self._prepare = prepare
+
+    def interrupt(self, refuse: Refuse) -> None:
+        """Cancel the call that another task has under way: it ends by the error that `refuse` raises.
+
+        The driver stops the query on the server, as for a cancelled task; the task itself goes on.
+        """
+        holder = self._holder
+        if holder is None or isinstance(holder, _GreenletTurn) or self._is_within(current_task()):
+            return
+        self._interrupted = refuse
+        holder.cancel()
+
+    def answer_interruption(self) -> None:
+        """Raise the error of a call that was interrupted, in the place of its cancellation; else do nothing."""
+        refuse, self._interrupted = self._interrupted, None
+        task = current_task()
+        if refuse is not None and task is not None and not task.uncancel():
+            refuse()
+
+    def end(self, refuse: Refuse) -> None:
+        """Have each call from now on raise the error of `refuse`, and those that wait for their turn at once."""
+        self._refuse = refuse
+        self._loop = None
+        waiting, self._waiting = self._waiting, None
+        for handed_over, _ in waiting or ():
+            if not handed_over.done():
+                handed_over.set_exception(_error_of(refuse))
+
+    @asynccontextmanager
+    async def last_turn(self, refuse: Refuse) -> AsyncIterator[None]:
+        """End the session for everyone else, as by `end`, and take the turn after the call that is under way.
+
+        What ends the session's transaction and closes it goes on inside of the block, also in tasks that are started
+        there: see `turn`.
+        """
+        self.end(refuse)
+        task = current_task()
+        if self._is_within(task):
+            self._nested += 1
+        elif self._holder is None:
+            self._holder = task
+        else:
+            self._waiting = deque()
+            await self._wait_in(self._waiting, task)
+        token = _turns.set((*_turns.get(), self))
+        try:
+            yield
+        finally:
+            _turns.reset(token)
+            self.leave()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the session refuses all calls."""
+        return self._refuse is not None
+
+    def refuse_if_ended(self) -> None:
+        """Raise the error that says why the running code cannot use the session any more, if it cannot."""
+        if self._refuse is not None and not self._is_within(None):
+            self._refuse()
+
+    def _refuse_call(self) -> NoReturn:
+        if self._refuse is not None:
+            self._refuse()
+        raise ContextNotInitiatedError(_FOREIGN_LOOP)
+
+
+class _GreenletTurn(NamedTuple):
+    """The turn of a greenlet that has not come through the door; it ends with the greenlet."""
+
+    task: Any
+    greenlet: ref[greenlet]
+
+
+def _error_of(refuse: Refuse) -> BaseException:
+    try:
+        refuse()
+    except Exception as exc:  # noqa: BLE001 - raised by the task that waits
+        return exc
+
+
+def _real(holder: Any) -> Any:
+    """Return the task that has a turn: the real one, where a stand-in of it runs something to completion."""
+    task = holder.task if isinstance(holder, _GreenletTurn) else holder
+    return task.host if isinstance(task, LentTask) else task

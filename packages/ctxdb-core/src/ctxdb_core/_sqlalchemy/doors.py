@@ -1,0 +1,42 @@
+"""What is asked of the doors of several sessions at once; sessions that have none are passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._sqlalchemy.door import Door, StatementObserver
+from ctxdb_core._sqlalchemy.sessions import door_of
+
+__all__ = ["is_busy", "observe_statements", "prepare_next_call", "wait_for_calls"]
+
+
+def is_busy(session: AsyncSession) -> bool:
+    """Return whether a call of `session` is under way."""
+    door = door_of(session)
+    return door is not None and door.is_busy
+
+
+async def wait_for_calls(sessions: Iterable[AsyncSession]) -> None:
+    """Wait until the calls of `sessions` that are under way, or wait for their turn, have ended."""
+    for door in _doors(sessions):
+        if door.is_busy:
+            async with door.turn():
+                pass
+
+
+def observe_statements(sessions: Iterable[AsyncSession], observer: StatementObserver) -> None:
+    """Have `observer` called before each further statement of `sessions`."""
+    for door in _doors(sessions):
+        door.observer = observer
+
+
+def prepare_next_call(sessions: Iterable[AsyncSession], prepare: Callable[[], Awaitable[object]] | None) -> None:
+    """Have the next call of each of `sessions` await `prepare` first; ``None`` takes that back."""
+    for door in _doors(sessions):
+        door.prepare_next_call(prepare)
+
+
+def _doors(sessions: Iterable[AsyncSession]) -> Iterator[Door]:
+    return (door for session in sessions if (door := door_of(session)) is not None)

@@ -1,0 +1,248 @@
+"""The classes of the sessions that a `DBConnect` hands out, derived from the user's own ones.
+
+`derive_async` and `derive_sync` put a class of this module into the bases of the user's class. What the user's class
+overrides stays in effect, and ``isinstance`` holds.
+
+- `GuardedSession` comes before the user's synchronous class: it looks at each statement, whatever the user's
+  ``get_bind`` does (SQLAlchemy, "Custom Vertical Partitioning"), and tells of the session's end.
+- `DoorSession` comes after the user's asynchronous class, in the place of ``AsyncSession``: that is where every call
+  passes to the synchronous session, through its `Door` and in a greenlet that is used again.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.private import seed_dispatch
+
+__all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
+
+
+class GuardedSession(Session):
+    """A synchronous session that may have a door."""
+
+    door: Door | None = None
+    """What each statement passes, once a unit of work has taken the session."""
+    on_end: Callable[[], None] | None = None
+    """Called when the session was closed or invalidated."""
+    translate_bind: Callable[[Engine | Connection], Engine | Connection] | None = None
+    """Given what a statement is to be executed on, returns what it is executed on instead."""
+    closes_plainly = True
+    """Whether the user's classes leave closing to SQLAlchemy."""
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        door = self.door
+        if door is not None:
+            door.look(self, kwargs.get("clause"))
+        bind = super().get_bind(*args, **kwargs)
+        return bind if self.translate_bind is None else self.translate_bind(bind)
+
+    def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it
+        # An object that is only added to a session which has ended would be lost without a statement; and a statement
+        # may name its engine itself, so that `get_bind` is not asked.
+        if self.door is not None:
+            self.door.refuse_if_ended()
+        return super()._autobegin_t(begin)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._tell_end()
+
+    def invalidate(self) -> None:
+        try:
+            super().invalidate()
+        finally:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        if self.on_end is not None and not self.in_transaction():
+            self.on_end()
+
+
+# --- the asynchronous session -----------------------------------------------------------------------------------------
+
+
+async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
+    return await _pass(cast(Any, fn).__self__.door, fn, args, kwargs)
+
+
+async def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
+    return await _pass(session.door, fn, (session, *args), kwargs)
+
+
+async def _call_of_transaction(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for ``greenlet_spawn`` where `fn` is a method of a transaction, or begins one."""
+    owner: Any = cast(Any, fn).__self__
+    session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
+    return await _pass(session.door, fn, args, kwargs)
+
+
+async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if door is None:
+        return await call_in_greenlet(fn, *args, **kwargs)
+    if not door.enter():
+        await door.wait()
+    try:
+        return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+    except BaseException:
+        door.answer_interruption()
+        raise
+    finally:
+        door.leave()
+
+
+def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
+    """Return a method of SQLAlchemy's with other names in the place of some that its module has.
+
+    So SQLAlchemy's own code runs, in whichever version is installed, and no object of SQLAlchemy is changed.
+    """
+    copy = types.FunctionType(
+        method.__code__, {**method.__globals__, **stand_ins}, method.__name__, method.__defaults__, method.__closure__
+    )
+    copy.__kwdefaults__ = method.__kwdefaults__
+    copy.__qualname__ = method.__qualname__
+    copy.__doc__ = method.__doc__
+    copy.__annotations__ = method.__annotations__
+    return copy
+
+
+def _methods_through_the_door(cls: type, stand_ins: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _through_the_door(method, stand_ins)
+        for name, method in vars(cls).items()
+        if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names)
+    }
+
+
+class DoorTransaction(AsyncSessionTransaction):
+    """What ``session.begin()`` and ``session.begin_nested()`` return."""
+
+    __slots__ = ()
+
+
+class DoorSession(AsyncSession):
+    """An asynchronous session whose calls pass the door of its synchronous session."""
+
+    closes_plainly = True
+    """Whether the user's class leaves closing to SQLAlchemy."""
+
+
+for _cls, _library_cls, _spawn in (
+    (DoorTransaction, AsyncSessionTransaction, _call_of_transaction),
+    (DoorSession, AsyncSession, _call),
+):
+    for _name, _method in _methods_through_the_door(
+        _library_cls, {"greenlet_spawn": _spawn, "AsyncSessionTransaction": DoorTransaction}
+    ).items():
+        setattr(_cls, _name, _method)
+DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of our own class
+    AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
+)
+
+
+# --- deriving ---------------------------------------------------------------------------------------------------------
+
+_derived: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
+
+
+def derive_sync(cls: type[Session]) -> type[GuardedSession]:
+    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
+    if cls is Session:
+        return GuardedSession
+    if issubclass(cls, GuardedSession):
+        return cls
+    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), closes_plainly=cls.close is Session.close)
+    return derived
+
+
+def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
+    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
+    if cls is AsyncSession:
+        return DoorSession
+    if issubclass(cls, DoorSession):
+        return cls
+    derived: type[DoorSession] = _derive(cls, (cls, DoorSession), closes_plainly=cls.close is AsyncSession.close)
+    return derived
+
+
+def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
+    derived = _derived.get(cls)
+    if derived is None:
+        namespace = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "closes_plainly": closes_plainly,
+        }
+        derived = _derived[cls] = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
+    return derived
+
+
+class SessionFactory:
+    """Makes sessions as a session maker does, of the derived classes.
+
+    Args:
+        maker: the user's session maker. What ``maker.configure()`` changes later is seen.
+    """
+
+    __slots__ = ("_async_class", "_class", "_sync_class", "_sync_given", "maker")
+
+    def __init__(self, maker: async_sessionmaker[Any]) -> None:
+        self.maker = maker
+        self._class: Any = None
+        self._sync_given: Any = None
+
+    def __call__(self, **options: Any) -> AsyncSession:
+        """Return a new session, with `options` in the place of those of the session maker."""
+        maker = self.maker
+        if type(maker) is not async_sessionmaker:
+            # Its class may make sessions in a way of its own.
+            return guarded(maker(**options))
+        settings = {**maker.kw, **options} if options else maker.kw.copy()
+        sync_given = settings.get("sync_session_class") or maker.class_.sync_session_class
+        if not isinstance(sync_given, type) or not isinstance(maker.class_, type):
+            # Any callable may make sessions: their class is known when they are there.
+            return guarded(maker(**options))
+        if maker.class_ is not self._class or sync_given is not self._sync_given:
+            self._async_class, self._sync_class = derive_async(maker.class_), derive_sync(sync_given)
+            self._class, self._sync_given = maker.class_, sync_given
+        if "info" in options and "info" in maker.kw:
+            settings["info"] = {**maker.kw["info"], **options["info"]}
+        settings["sync_session_class"] = self._sync_class
+        session = self._async_class(**settings)
+        seed_dispatch(session.sync_session)
+        return session
+
+
+def guarded(session: AsyncSession) -> AsyncSession:
+    """Return a session that was made elsewhere, with its classes replaced by those that are derived from them."""
+    sync_session = session.sync_session
+    if not isinstance(sync_session, GuardedSession):
+        sync_session.__class__ = derive_sync(type(sync_session))
+    if not isinstance(session, DoorSession):
+        session.__class__ = derive_async(type(session))
+    return session
+
+
+def guard_of(session: AsyncSession) -> GuardedSession:
+    """Return the synchronous session of one that is known to be guarded."""
+    return cast(GuardedSession, session.sync_session)
+
+
+def door_of(session: AsyncSession) -> Door | None:
+    """Return the door of a session; ``None`` where no unit of work has taken it."""
+    sync_session = session.sync_session
+    return sync_session.door if isinstance(sync_session, GuardedSession) else None

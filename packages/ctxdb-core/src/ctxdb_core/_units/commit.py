@@ -1,0 +1,120 @@
+"""How the transactions of several sessions end together: prepared, then committed one after the other, or rolled back.
+
+What can fail before anything stands is done first, in `prepare`: the user's `before_commit`, and the flush of each
+session. A commit that fails afterwards has the sessions that come after it rolled back, and its error names the
+databases that had been committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextvars import ContextVar
+from typing import TypeAlias
+
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
+from ctxdb_core._units import session_end
+from ctxdb_core._units.session_end import in_transaction
+
+__all__ = ["BeforeCommit", "Sessions", "commit_in_order", "is_in_before_commit", "prepare", "roll_back"]
+
+BeforeCommit: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
+"""Awaited with each session that is about to be committed; an error of it rolls the unit of work back."""
+
+Sessions: TypeAlias = Mapping[DBConnect, AsyncSession]
+"""The sessions of a unit of work, in the order in which they were opened."""
+
+_in_before_commit: ContextVar[bool] = ContextVar("ctxdb_in_before_commit", default=False)
+
+
+def is_in_before_commit() -> bool:
+    """Return whether the running code is part of a `before_commit`: what it commits itself is not prepared so again."""
+    return _in_before_commit.get()
+
+
+async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_commit: BeforeCommit | None) -> None:
+    """Do all that may take its time, fail or be cancelled while nothing has been committed yet.
+
+    Args:
+        sessions: those of the unit of work; `before_commit` may open more of them.
+        dbs: where a commit is to come; everywhere by default.
+        before_commit: the user's hook; ``None`` if there is none, or nothing to be asked about.
+
+    Raises:
+        BaseException: why nothing can be committed.
+    """
+    await wait_for_calls(sessions.values())
+    if before_commit is None and len(sessions) < 2:
+        return
+    prepared: set[DBConnect] = set()
+    # The hook may open sessions of its own, or write on others.
+    while pending := [db for db in affected(sessions, dbs) if db not in prepared and in_transaction(sessions[db])]:
+        for db in pending:
+            prepared.add(db)
+            session = sessions[db]
+            if before_commit is not None:
+                token = _in_before_commit.set(True)
+                try:
+                    await before_commit(session)
+                finally:
+                    _in_before_commit.reset(token)
+            if len(sessions) > 1:
+                # What can be refused at once is refused before the first commit.
+                refuse_if_rollback_only(session.sync_session)
+                await session.flush()
+
+
+async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
+    """Commit what is open, in the order in which the sessions were opened.
+
+    Args:
+        sessions: those of the unit of work.
+        dbs: where; everywhere by default.
+
+    Raises:
+        BaseException: the first error of a commit; everything that was not committed has been rolled back.
+    """
+    committed: list[DBConnect] = []
+    for db in affected(sessions, dbs):
+        session = sessions[db]
+        if not in_transaction(session):
+            continue
+        try:
+            await session.commit()
+        except BaseException as exc:
+            _name_committed(exc, db, committed)
+            await roll_back(sessions, dbs, exc)
+            raise
+        committed.append(db)
+
+
+async def roll_back(sessions: Sessions, dbs: Collection[DBConnect] | None, error: BaseException | None) -> None:
+    """Roll back what is open.
+
+    Args:
+        sessions: those of the unit of work.
+        dbs: where; everywhere by default.
+        error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
+    """
+    for db in affected(sessions, dbs):
+        await session_end.roll_back(sessions[db], error, db)
+
+
+def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[DBConnect]:
+    """Return the databases out of `dbs` on which there is a session; all of these if `dbs` is ``None``."""
+    return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
+
+
+def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect]) -> None:
+    if not committed:
+        return
+    names = ", ".join(map(repr, committed))
+    message = f"ctxdb: the commit on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
+    error.add_note(message)
+    if isinstance(error, StatementError):
+        # SQLAlchemy's own errors show this in their text, too.
+        error.add_detail(message)

@@ -1,0 +1,223 @@
+"""Blocks around the yields of an async generator: they are the generator's, and not its consumer's.
+
+An async generator has no context of its own: what it sets in a context variable before a ``yield`` is seen by the code
+that iterates over it (PEP 568, which would have changed that, was never accepted). So the unit of work that a block
+makes current inside of a generator is put behind an `IteratedUnit`, which answers by it to the generator's code alone,
+and by the unit around it to the consumer. Which of the two is asking can be seen from the generator's frame: while that
+is suspended at a ``yield``, the consumer runs.
+
+Some generators are context managers: a function under ``@asynccontextmanager``, a dependency, a fixture. What they make
+current is meant for the code that runs during their ``yield``, and is left alone.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from asyncio import Handle
+from functools import lru_cache
+from itertools import pairwise
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, NamedTuple
+
+from ctxdb_core._units.unit import UnitOfWork, current_unit
+from ctxdb_core.errors import ContextNotInitiatedError
+
+if TYPE_CHECKING:
+    from ctxdb_core._databases.connect import DBConnect
+    from ctxdb_core._transactions.statement_timeout import StatementTimeout
+    from ctxdb_core._units.commit import BeforeCommit
+
+__all__ = ["IteratedUnit", "innermost_unit", "is_at_yield", "iterated_generator", "seat"]
+
+# Packages that step through generators to use them as context managers, however many yields those may have.
+_MANAGERS = frozenset({"contextlib", "pytest_asyncio", "anyio"})
+
+
+class _Yields(NamedTuple):
+    """Where a generator's code is suspended by its yields."""
+
+    offsets: frozenset[int]
+    """What ``f_lasti`` is then: the ``YIELD_VALUE``, or the ``RESUME`` after it (Python 3.13)."""
+    are_steps: bool
+    """Whether there are several of them, or one in a loop."""
+
+
+@lru_cache(maxsize=256)
+def _yields_of(code: CodeType) -> _Yields:
+    instructions = list(dis.get_instructions(code))
+    offsets: set[int] = set()
+    # An `await` is a YIELD_VALUE as well. What comes after tells them apart: RESUME 1 follows a yield expression, and
+    # RESUME 3 an `await` (Python docs, "dis"). Higher bits of its argument have other meanings.
+    yields = 0
+    for before, resume in pairwise(instructions):
+        if resume.opname == "RESUME" and (resume.arg or 0) & 3 == 1:
+            offsets |= {before.offset, resume.offset}
+            yields += 1
+    loops = [
+        (each.argval, each.offset) for each in instructions if each.opcode in dis.hasjrel and each.argval < each.offset
+    ]
+    in_loop = any(start <= offset <= end for offset in offsets for start, end in loops)
+    return _Yields(frozenset(offsets), yields > 1 or in_loop)
+
+
+@lru_cache(maxsize=256)
+def _iterations_of(code: CodeType) -> tuple[tuple[int, int], ...]:
+    """Return where ``async for`` waits for the next item: from each GET_ANEXT to the end of its waiting loop."""
+    found: list[tuple[int, int]] = []
+    start: int | None = None
+    for each in dis.get_instructions(code):
+        if each.opname == "GET_ANEXT":
+            start = each.offset
+        elif start is not None and each.opname == "JUMP_BACKWARD_NO_INTERRUPT":
+            found.append((start, each.offset))
+            start = None
+    return tuple(found)
+
+
+def iterated_generator() -> FrameType | None:
+    """Return the frame of the innermost async generator that the running code is a part of, if that is iterated over.
+
+    ``None`` where there is none, and where each one serves as a context manager. Iterated over is what ``async for``
+    asks for its next item; and what is asked by ``anext()``, if it has several yields, or one in a loop.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and named so for its use to be noticed
+    while frame is not None and frame.f_code is not Handle._run.__code__:  # noqa: SLF001 - the event loop: no task's
+        if frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR and _is_iterated(frame):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _is_iterated(generator: FrameType) -> bool:
+    consumer = generator.f_back
+    if consumer is None:
+        return False
+    if any(start <= consumer.f_lasti <= end for start, end in _iterations_of(consumer.f_code)):
+        return True
+    package = consumer.f_globals.get("__name__", "").partition(".")[0]
+    return package not in _MANAGERS and _yields_of(generator.f_code).are_steps
+
+
+def is_at_yield(generator: FrameType) -> bool:
+    """Return whether the generator with this frame is suspended at a ``yield``, so that its consumer runs."""
+    return generator.f_lasti in _yields_of(generator.f_code).offsets
+
+
+class IteratedUnit(UnitOfWork):
+    """What is current inside of an iterated generator's block: `unit` to the generator, what is around to its consumer.
+
+    Args:
+        unit: the unit of work that is the generator's.
+        generator: the generator's frame.
+        shares: the database on which the block has the consumer's own session, and will undo or commit what is done on
+            it: the consumer is refused there.
+    """
+
+    def __init__(self, unit: UnitOfWork, generator: FrameType, *, shares: DBConnect | None = None) -> None:
+        # Without `UnitOfWork.__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
+        self.sessions = {}
+        self.loop = unit.loop
+        self._unit = unit
+        self._around = current_unit.get(None)
+        self._generator: FrameType | None = generator
+        """``None`` once the block is over."""
+        self._shares = shares
+
+    def leave(self) -> None:
+        """Make the unit current again that was so before; not if the consumer has made another one current since."""
+        self._generator = None
+        if current_unit.get(None) is self:
+            super().leave()
+
+    def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
+        """Return the unit that the running code finds here, if any.
+
+        Args:
+            db: the database that it asks about.
+
+        Raises:
+            ContextNotInitiatedError: the consumer asks, and the block is on its own session on `db`.
+        """
+        if self._generator is None:
+            return self._around
+        if not is_at_yield(self._generator):
+            return self._unit
+        if db is not None and db is self._shares:
+            raise ContextNotInitiatedError(
+                f"The async generator {self._name}() is inside of a block of a transaction on the session of this unit "
+                f"of work: what its consumer does on it meanwhile would be committed or undone with that. {_WAY_OUT}"
+            )
+        return self._around
+
+    @property
+    def before_commit(self) -> BeforeCommit | None:
+        """What units of work ask that are opened here."""
+        unit = self.answering()
+        return None if unit is None else unit.before_commit
+
+    @before_commit.setter
+    def before_commit(self, before_commit: BeforeCommit | None) -> None:
+        raise AttributeError("It belongs to the unit of work behind this one.")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the running code gets no session here."""
+        unit = self.answering()
+        return unit is None or unit.closed
+
+    def of(self, db: DBConnect) -> UnitOfWork:
+        """Return the unit that answers for `db`."""
+        return self._found(db).of(db)
+
+    def check_usable(self) -> None:
+        """Raise the error that says why the running code cannot use the unit, if it cannot."""
+        self._found().check_usable()
+
+    async def limit_statements(self, timeout: StatementTimeout | None) -> None:
+        """Let the statements of the unit take no longer than `timeout` from now on."""
+        await self._found().limit_statements(timeout)
+
+    def _found(self, db: DBConnect | None = None) -> UnitOfWork:
+        unit = self.answering(db)
+        if unit is not None:
+            return unit
+        if self._generator is None:
+            raise ContextNotInitiatedError
+        raise ContextNotInitiatedError(
+            f"The unit of work that is open here is that of the async generator {self._name}(), and not its "
+            f"consumer's. {_WAY_OUT}"
+        )
+
+    @property
+    def _name(self) -> str:
+        return "" if self._generator is None else self._generator.f_code.co_qualname
+
+
+_WAY_OUT = (
+    "Read what it yields into a list first (`[row async for row in ...]`), let it end its block before it yields, or "
+    "give what uses the session here a unit of work of its own: `await run_in_new_ctx(fn, ...)`, or `async with "
+    "new_db_ctx():`."
+)
+
+
+def innermost_unit(db: DBConnect | None = None) -> UnitOfWork | None:
+    """Return the unit of work of the running code, if any.
+
+    Args:
+        db: the database that it is going to be asked about.
+
+    Raises:
+        ContextNotInitiatedError: as `IteratedUnit.answering`.
+    """
+    unit = current_unit.get(None)
+    while isinstance(unit, IteratedUnit):
+        unit = unit.answering(db)
+    return unit
+
+
+def seat(unit: UnitOfWork) -> UnitOfWork:
+    """Return what a block has to `enter` and `leave` for `unit` to be the current one: `unit`, or an `IteratedUnit`."""
+    generator = iterated_generator()
+    return unit if generator is None else IteratedUnit(unit, generator)

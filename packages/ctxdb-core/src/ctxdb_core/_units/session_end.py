@@ -1,0 +1,196 @@
+"""How one session ends: its roll-back, its closing, and what is done where these fail, too."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any, NoReturn
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._databases.observer import note_error
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.private import forget_block
+from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession, door_of
+from ctxdb_core.errors import ContextClosedError, SessionClosedError
+
+logger = logging.getLogger("ctxdb")
+
+# How long a roll-back may take before its connection is thrown away: a server may have stopped answering.
+ROLL_BACK_SECONDS = 5.0
+
+# How long the end of a unit of work waits for a call that it has interrupted. A driver gives its connection up sooner.
+INTERRUPTION_SECONDS = 8.0
+
+# Sessions with a call that did not end when it was interrupted, each with the task that waits for it.
+_stragglers: set[asyncio.Task[None]] = set()
+
+
+def in_transaction(session: AsyncSession) -> bool:
+    """Return whether `session` has begun a transaction: only then can it hold a connection."""
+    return session.sync_session.in_transaction()
+
+
+async def roll_back(session: AsyncSession, error: BaseException | None, name: object) -> None:
+    """Roll back, or throw the connection away if that fails.
+
+    The failure is attached to `error`, the one that made the roll-back necessary; it is logged where there is none.
+    """
+    async with _turn(session):
+        if not in_transaction(session):
+            return
+        note_error(session, error)
+        try:
+            async with asyncio.timeout(ROLL_BACK_SECONDS):
+                await session.rollback()
+        except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
+            report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
+            await _discard(session)
+
+
+async def close(session: AsyncSession, error: BaseException | None, name: object) -> None:
+    """Close, or throw the connection away if that fails; a failure is reported as by `roll_back`."""
+    async with _turn(session):
+        if not in_transaction(session) and _closes_plainly(session):
+            session.sync_session.close()
+            return
+        note_error(session, error)
+        try:
+            async with asyncio.timeout(ROLL_BACK_SECONDS):
+                await session.close()
+        except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
+            report(exc, error, f"closing the session on {name} failed, and its connection was thrown away")
+            await _discard(session)
+
+
+@asynccontextmanager
+async def last_turn(
+    session: AsyncSession, refuse: Callable[[], NoReturn], *, interrupt: bool, error: BaseException | None = None
+) -> AsyncIterator[bool]:
+    """End a session for everyone else, and take its turn for ending its transaction and closing it.
+
+    Args:
+        session: which one.
+        refuse: raises the error that every other use of it gets from now on.
+        interrupt: whether a call that is under way is stopped, as its work is undone anyway; else it may end.
+        error: why its work is undone: the call that is stopped gets to see that.
+
+    Returns:
+        Whether the turn was had. A driver may not return from a call that was interrupted: then the session's
+        connection is thrown away once it does, and nothing else is left to do with it.
+    """
+    door = door_of(session)
+    if door is None:
+        yield True
+        return
+    if not interrupt:
+        async with door.last_turn(refuse):
+            yield True
+        return
+    door.interrupt(_because_of(error, refuse))
+    turn = door.last_turn(refuse)
+    try:
+        async with asyncio.timeout(INTERRUPTION_SECONDS):
+            await turn.__aenter__()
+    except TimeoutError:
+        straggler = asyncio.create_task(_discard_when_free(session, door, refuse))
+        _stragglers.add(straggler)
+        straggler.add_done_callback(_stragglers.discard)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        await turn.__aexit__(None, None, None)
+
+
+async def end(session: AsyncSession, error: BaseException | None, name: object, refuse: Callable[[], NoReturn]) -> None:
+    """Close a session after the call that is under way; every use of it from now on raises the error of `refuse`."""
+    async with last_turn(session, refuse, interrupt=False):
+        await close(session, error, name)
+
+
+def leave_blocks(session: AsyncSession) -> None:
+    """Let the code in a block of `session` go on with it, although the block's transaction was ended from outside.
+
+    SQLAlchemy refuses further statements then, inside of ``async with session.begin():`` and of a savepoint's block.
+    Their ends do nothing any more.
+    """
+    forget_block(session.sync_session)
+
+
+def end_at_once(session: AsyncSession, refuse: Callable[[], NoReturn]) -> None:
+    """Close a session for which `ends_without_io` is true; every use of it from now on raises the error of `refuse`."""
+    session.sync_session.close()
+    door = door_of(session)
+    if door is not None:
+        door.end(refuse)
+
+
+def ends_without_io(session: AsyncSession) -> bool:
+    """Return whether the session can be closed by a plain call: nothing of it needs the database, or is overridden."""
+    sync_session = session.sync_session
+    return (
+        not sync_session.in_transaction()
+        and isinstance(sync_session, GuardedSession)
+        and (sync_session.door is None or not sync_session.door.is_busy)
+        and _closes_plainly(session)
+    )
+
+
+def _closes_plainly(session: AsyncSession) -> bool:
+    sync_session = session.sync_session
+    return (
+        isinstance(sync_session, GuardedSession)
+        and sync_session.closes_plainly
+        and isinstance(session, DoorSession)
+        and session.closes_plainly
+    )
+
+
+def refuse_after_unit(*args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse what is done with a session whose unit of work has ended."""
+    raise ContextClosedError
+
+
+def refuse_after_close(*args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse what is done with a session that `close_db_session` has ended."""
+    raise SessionClosedError
+
+
+def _because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> Callable[[], NoReturn]:
+    def refuse_because_of_error() -> NoReturn:
+        try:
+            refuse()
+        except Exception as exc:
+            raise exc from error
+
+    return refuse_because_of_error
+
+
+def _turn(session: AsyncSession) -> AbstractAsyncContextManager[None]:
+    door = door_of(session)
+    return nullcontext() if door is None else door.turn()
+
+
+async def _discard(session: AsyncSession) -> None:
+    """Give the session's connections up: they are closed, not returned. No call may be under way on them."""
+    try:
+        await session.invalidate()
+    except Exception:
+        logger.exception("A session could not be invalidated")
+
+
+async def _discard_when_free(session: AsyncSession, door: Door, refuse: Callable[[], NoReturn]) -> None:
+    async with door.last_turn(refuse):
+        await _discard(session)
+
+
+def report(exc: BaseException, error: BaseException | None, what: str) -> None:
+    """Attach `exc` to `error`, the one that surfaces; log it where there is none."""
+    if error is None:
+        logger.warning("While a unit of work ended, %s", what, exc_info=exc)
+    elif exc is not error:
+        error.add_note(f"ctxdb: {what}: {type(exc).__name__}: {exc}")

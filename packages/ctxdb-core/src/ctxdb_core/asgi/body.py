@@ -1,0 +1,193 @@
+"""`Body`: the body of a response as somebody's work, which may be cut off or run ahead of its own start.
+
+A request whose sessions are in use when its response starts has one, and so has a request that a streamed response was
+seen in by an `ASGIStreamBoundary`. What the body does with a session is committed when its last chunk leaves, or rolled
+back if that never comes. No event says that it will not come: when a client leaves, a framework cancels the task that
+sends the chunks, swallows the cancellation, and goes on with background work, which is to be committed. So it is noted
+which tasks have sent chunks. If one of them is cancelled in the middle of the body, the open transactions are *parked*:
+out of reach for the background work, they wait for one of three things. Another task sends the next chunk: the body
+goes on after all, and has its transactions back. The background work asks for a session: they are rolled back before
+it gets one. The request ends: they are rolled back, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.doors import prepare_next_call
+from ctxdb_core._units import session_end
+from ctxdb_core._units.callbacks import WaitingCallback
+from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core.asgi.types import Message
+
+__all__ = ["Body", "StreamedBody", "running_task"]
+
+# What a body is sent in (ASGI, "Response Body", "Path Send" and "Zero Copy Send").
+_BODY_MESSAGES = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+
+class Body:
+    """The body of a response whose start is let through when it is made.
+
+    The body is told of its unit of work each time. If it knew the unit, the two would be a reference cycle.
+
+    Args:
+        *senders: the tasks that have sent something of the response, if that is known.
+    """
+
+    # By weak reference: the context of a task knows the exchange, and its error the frames of a body to be closed.
+    __slots__ = ("__weakref__", "has_used_a_session", "is_complete", "parked", "senders")
+
+    def __init__(self, *senders: ref[Any]) -> None:
+        self.senders = frozenset(senders)
+        """The tasks that have sent something of the response, and may be about to send more of it."""
+        self.has_used_a_session = False
+        """Whether a session was used since the transactions of the response were ended."""
+        self.is_complete = False
+        """Whether the last of the body was sent, or nothing more of it is going to be."""
+        self.parked: ParkedSessions | None = None
+        """The transactions that the body had open when it was cut off."""
+
+    def note_sent(self, message: Message, unit: UnitOfWork) -> None:
+        """Note what is about to be forwarded to the server."""
+        self.note_progress(message, unit)
+
+    def note_progress(self, message: Message, unit: UnitOfWork) -> None:
+        """Note which task sends the body, and the end of the body."""
+        if self.parked is not None and self.parked.recovering is None:
+            # The body goes on after all, in another task.
+            self.parked.put_back(unit)
+            self.parked = None
+        if message.get("more_body", False):
+            sender = running_task()
+            if sender not in self.senders:
+                self.senders |= {sender}
+                if self.has_used_a_session:
+                    self._await_end(sender, unit)
+        elif message["type"] in _BODY_MESSAGES:
+            self.is_complete = True
+
+    def note_use(self, unit: UnitOfWork) -> None:
+        """Note that a session is used: from now on, the end of a sender matters."""
+        if not self.has_used_a_session:
+            self.has_used_a_session = True
+            # If no sender is known, as no session was open when the response started, the running task may be one.
+            for sender in self.senders or (running_task(),):
+                self._await_end(sender, unit)
+
+    def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
+        task: asyncio.Task[Any] | None = sender()
+        if task is not None and not task.done():
+            # A task may live much longer than the request, and must not keep it.
+            task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
+
+    def park(self, unit: UnitOfWork) -> None:
+        """Put the open transactions out of reach, as the body has ended in the middle."""
+        if unit.closed or self.is_complete or (self.parked is not None and self.parked.recovering is not None):
+            return
+        dbs = [db for db, session in unit.sessions.items() if session_end.in_transaction(session)]
+        if dbs:
+            if self.parked is None:
+                self.parked = ParkedSessions()
+            self.parked.take(dbs, unit)
+            # In the middle of the call itself, the session would hold the objects of the body and of what follows it.
+            prepare_next_call(self.parked.sessions.values(), partial(self.recover, unit))
+
+    async def recover(self, unit: UnitOfWork) -> None:
+        """Roll back what is parked, and put its sessions back to be used again."""
+        parked = self.parked
+        if parked is None:
+            return
+        if parked.recovering is None:
+            # A task of its own, as the one that asks for a session may be cancelled meanwhile.
+            parked.recovering = asyncio.ensure_future(run_to_completion(self._roll_back(parked, unit)))
+        await asyncio.shield(parked.recovering)
+
+    async def _roll_back(self, parked: ParkedSessions, unit: UnitOfWork) -> None:
+        try:
+            await parked.roll_back(unit)
+        finally:
+            self.parked = None
+
+    def is_cut_off(self) -> bool:
+        """Return whether the body is not complete, and another task than the running one was to send the rest."""
+        if not self.has_used_a_session or self.is_complete:
+            return False
+        tasks = [sender() for sender in self.senders]
+        return any(task is not None and not task.done() and task is not asyncio.current_task() for task in tasks)
+
+
+class StreamedBody(Body):
+    """A body whose start is still on its way through middlewares when it begins.
+
+    The boundary beneath these middlewares tells of its progress: what they make of it later is not the body's doing.
+
+    Args:
+        status: the status of its start at the boundary.
+        sender: the task that has sent it.
+    """
+
+    __slots__ = ("status",)
+
+    def __init__(self, status: int, sender: ref[Any]) -> None:
+        super().__init__(sender)
+        self.status = status
+
+    def note_sent(self, message: Message, unit: UnitOfWork) -> None:
+        """Leave it to the boundary to tell of the progress."""
+
+
+class ParkedSessions:
+    """Sessions in the middle of a transaction that nobody is to go on with, taken out of their unit of work."""
+
+    __slots__ = ("callbacks", "recovering", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: dict[DBConnect, AsyncSession] = {}
+        self.callbacks: dict[DBConnect, Sequence[WaitingCallback]] = {}
+        """The callbacks that wait for the commits of these transactions."""
+        self.recovering: asyncio.Future[None] | None = None
+        """The roll-back of these transactions, once it has begun."""
+
+    def take(self, dbs: list[DBConnect], unit: UnitOfWork) -> None:
+        """Take the sessions on `dbs` out of `unit`."""
+        self.sessions.update({db: unit.sessions.pop(db) for db in dbs})
+        if unit.callbacks is not None:
+            self.callbacks.update(unit.callbacks.set_aside(dbs))
+
+    def put_back(self, unit: UnitOfWork) -> None:
+        """Let `unit` go on with the transactions."""
+        prepare_next_call(self.sessions.values(), None)
+        unit.sessions.update(self.sessions)
+        if unit.callbacks is not None:
+            unit.callbacks.take_back(self.callbacks)
+
+    async def roll_back(self, unit: UnitOfWork) -> None:
+        """Roll the transactions back, and let `unit` use the sessions again."""
+        prepare_next_call(self.sessions.values(), None)
+        try:
+            for db, session in self.sessions.items():
+                await session_end.roll_back(session, None, db)
+        finally:
+            unit.sessions.update(self.sessions)
+
+
+def running_task() -> ref[Any]:
+    """Return the running task, by a weak reference."""
+    return ref(asyncio.current_task())
+
+
+def _note_end(body_ref: ref[Body], unit_ref: ref[UnitOfWork], task: asyncio.Task[Any]) -> None:
+    """Park what a body has open if one of its senders was cancelled: a callback for the end of that task."""
+    if task.cancelled():
+        body, unit = body_ref(), unit_ref()
+        if body is not None and unit is not None:
+            body.park(unit)

@@ -1,0 +1,272 @@
+"""`HTTPExchange`: an HTTP request as a unit of work, ended by what the application sends."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Collection
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.door import StatementObserver
+from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
+from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
+from ctxdb_core._units.callbacks import Callback, Outcome
+from ctxdb_core._units.session_end import in_transaction
+from ctxdb_core._units.unit import CreateSession
+from ctxdb_core.asgi.body import Body, StreamedBody, running_task
+from ctxdb_core.asgi.exchange import Exchange, discard
+from ctxdb_core.asgi.request import KeptRequest
+from ctxdb_core.asgi.types import Message, Receive
+from ctxdb_core.errors import ContextClosedError
+from ctxdb_core.phases import Phase
+
+__all__ = ["HTTPExchange"]
+
+_NOT_STARTED = (Phase.HANDLING, Phase.AHEAD)
+_STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
+
+# A request without database use makes this one transition. It is looked up once for all.
+_BODY = Phase.BODY
+
+
+class HTTPExchange(Exchange):
+    """The unit of work of an HTTP request.
+
+    Two strategies are installed in it where something asks for them: `calls`, beneath a middleware that may give up on
+    a handler, and `body`, once a response is sent while sessions are in use.
+    """
+
+    source: Receive
+    """Where the request comes from."""
+    kept: KeptRequest | None = None
+    """What the application has received of the request's body."""
+    body: Body | None = None
+    """The body of the response, as far as it has to be followed."""
+
+    # --- the request --------------------------------------------------------------------------------------------------
+
+    async def receive(self) -> Message:
+        """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
+        message = await self.source()
+        if message["type"] == "http.request":
+            if self.kept is None:
+                self.kept = KeptRequest()
+            self.kept.keep(message)
+        return message
+
+    def request_again(self, receive: Receive) -> Receive:
+        """Return where a handler of errors receives the request from: from its beginning, if that was kept."""
+        kept = self.kept
+
+        async def receive_again() -> Message:
+            message = None if kept is None else kept.take()
+            return await self.source() if message is None else message
+
+        return receive_again
+
+    # --- what the application sends -----------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> Awaitable[None]:
+        # A plain function: most messages cost no coroutine of their own.
+        if self.is_idle:
+            if message["type"] == "http.response.start":
+                self.phase = _BODY
+            return self.forward(message)
+        if message["type"] == "http.response.start":
+            return self._start(message)
+        if self.body is not None and self.phase in _STARTED:
+            return self._go_on(self.body, message)
+        return self.forward(message)
+
+    async def _start(self, message: Message) -> None:
+        """Forward the start of a response, once the transactions have ended that it stands for."""
+        # A second start is the server's to refuse.
+        if self.phase in _NOT_STARTED:
+            await self._end_transactions(message["status"])
+        await self.forward(message)
+
+    async def _end_transactions(self, status: int) -> None:
+        calls, body = self.calls, self.body
+        if calls is not None and calls.at_work and not self.closed:
+            await self._abandon(calls, status)
+        elif isinstance(body, StreamedBody) and self._overrules(status, body):
+            await self._overrule(body)
+        elif body is not None and body.has_used_a_session:
+            # What is open now is the work of the body, which runs ahead of its start.
+            self.move_to(Phase.BODY)
+        else:
+            await self._settle_and_start(status)
+
+    async def _settle_and_start(self, status: int) -> None:
+        """End the transactions for the start of a response, and begin its body."""
+        try:
+            await self.settle(status)
+        finally:
+            # Also if the task is cancelled, as it is when the client has gone. The framework swallows that, and goes on
+            # with background work, which is committed like that of any response.
+            if self.phase in _NOT_STARTED:
+                self.move_to(Phase.BODY)
+        if self.body is None:
+            self._follow(Body(running_task()))
+
+    async def _abandon(self, calls: HandlerCalls, status: int) -> None:
+        """End the unit for a response in the place of a handler that goes on."""
+        self.move_to(Phase.ABANDONED)
+        try:
+            await calls.finish(self, commit=self.options.commit_policy(status))
+        except Exception as exc:
+            self.refuse(exc)
+            raise
+
+    def _overrules(self, status: int, body: StreamedBody) -> bool:
+        """Return whether a response with `status` is a middleware's error in the place of a streamed success."""
+        policy = self.options.commit_policy
+        return policy(body.status) and not policy(status)
+
+    async def _overrule(self, body: StreamedBody) -> None:
+        """Undo what the streamed body has done since its transactions ended, and refuse its further statements."""
+        self.move_to(Phase.OVERRULED)
+        # The body of the error is another one.
+        body.is_complete = True
+        self.body = Body(running_task())
+        await wait_for_calls(self.sessions.values())
+        await self.roll_back()
+
+    def _go_on(self, body: Body, message: Message) -> Awaitable[None]:
+        """Forward a part of a body, and commit before the last one."""
+        body.note_sent(message, self)
+        if body.is_complete:
+            if any(map(in_transaction, self.sessions.values())):
+                return self._end_body(message)
+            self._complete()
+        return self.forward(message)
+
+    async def _end_body(self, message: Message) -> None:
+        """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
+        try:
+            await self.commit()
+        except Exception:
+            self.move_to(Phase.BROKEN)
+            self.forward = discard
+            raise
+        self._complete()
+        await self.forward(message)
+
+    def _complete(self) -> None:
+        if self.phase is Phase.BODY:
+            self.move_to(Phase.AFTER)
+
+    # --- what a boundary beneath middlewares tells --------------------------------------------------------------------
+
+    def follow_calls(self) -> HandlerCalls:
+        """Follow the calls of handlers from now on, as a middleware may give up on one."""
+        self.is_idle = False
+        return follow_calls(self)
+
+    async def begin_stream(self, status: int) -> StreamedBody | None:
+        """End the transactions before a body begins whose start has a way to go before it is sent.
+
+        Returns:
+            The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several
+            boundaries, the innermost one has begun the body, and what is open at the others is its work.
+
+        Raises:
+            Exception: as `settle`.
+        """
+        if not self._is_handling():
+            return None
+        if self.sessions or self.callbacks:
+            await self.settle(status)
+            if not self._is_handling():
+                # Meanwhile, a middleware has begun a response of its own.
+                return None
+        self.move_to(Phase.AHEAD)
+        body = StreamedBody(status, running_task())
+        self._follow(body)
+        return body
+
+    def _is_handling(self) -> bool:
+        return self.phase is Phase.HANDLING
+
+    async def fail_stream(self, body: StreamedBody, error: BaseException) -> None:
+        """Roll back for an `error` of a streamed body, which middlewares may hide by a proper end of it."""
+        if not body.is_complete:
+            await self.roll_back(error)
+
+    # --- what is done in the unit -------------------------------------------------------------------------------------
+
+    def _follow(self, body: Body) -> None:
+        """Install `body` as the strategy for what is done from now on."""
+        self.body = body
+        observe_statements(self.sessions.values(), self.note_statement)
+
+    def prepare_session(self, session: AsyncSession) -> None:
+        self.is_idle = False
+        if self.phase is Phase.HANDLING:
+            if self.options.has_boundary:
+                # What middlewares do on the way to the boundary is noted, too.
+                follow_calls(self)
+        elif self.phase in _STARTED and self.body is None:
+            self.body = Body()
+        super().prepare_session(session)
+
+    def statement_observer(self) -> StatementObserver | None:
+        return None if self.calls is None and self.body is None else self.note_statement
+
+    def note_statement(self, session: Session, clause: Any) -> None:
+        """Tell the strategies of a statement that is about to be made on `session`: a `StatementObserver`.
+
+        Raises:
+            ContextClosedError: the statement is one of a handler that was given up on, or of an overruled body.
+        """
+        calls, body = self.calls, self.body
+        if body is None or self.phase is Phase.ABANDONED:
+            if calls is not None:
+                calls.observe(session, clause)
+            return
+        is_of_handler = calls is not None and calls.running() is not None
+        if self.phase is Phase.OVERRULED and is_of_handler:
+            raise ContextClosedError
+        if self.phase is Phase.AHEAD:
+            assert calls is not None
+            calls.observe(session, clause)
+            if not is_of_handler:
+                # It is the work of a middleware, and is committed with the start.
+                return
+        body.note_use(self)
+
+    def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:
+        self.is_idle = False
+        super().on_outcome(db, outcome, callback)
+
+    async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
+        if self.body is not None and self.body.parked is not None:
+            await self.body.recover(self)
+        return await super().open_session(db, create)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
+        if self.body is not None and self.body.parked is not None:
+            await self.body.recover(self)
+        await super().roll_back(error, dbs)
+
+    def begin_answer(self, raised: Exception | None = None) -> None:
+        super().begin_answer(raised)
+        if self.body is not None:
+            self.body.is_complete = True
+            self.body = None
+
+    def finish_idle(self) -> bool:
+        return (self.body is None or self.body.parked is None) and super().finish_idle()
+
+    async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
+        if self.body is not None:
+            await self.body.recover(self)
+        await super()._finish(commit=commit, error=error)
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self.body is not None and self.body.is_cut_off()

@@ -1,0 +1,88 @@
+"""`WebSocketExchange`: a websocket connection as a unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+
+from ctxdb_core.asgi.exchange import Exchange, discard
+from ctxdb_core.asgi.types import Message
+from ctxdb_core.phases import Phase
+
+__all__ = ["WebSocketExchange"]
+
+# WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
+_NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
+
+
+class WebSocketExchange(Exchange):
+    """The unit of work of a websocket connection.
+
+    The handshake starts its response, which ends with the close frame; what is between the two is its body.
+    """
+
+    is_idle = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        kind = message["type"]
+        if kind == "websocket.accept":
+            return self._accept(message)
+        if kind == "websocket.close":
+            return self._close(message)
+        if kind == "websocket.http.response.start":
+            return self._deny(message)
+        return self.forward(message)
+
+    async def _accept(self, message: Message) -> None:
+        """Accept the connection, once what was done before is committed."""
+        if self.phase is Phase.HANDLING:
+            # The upgrade is a success like any other; a policy is about what requests ask for, and is not asked.
+            try:
+                await self.commit()
+            except Exception as exc:
+                self.refuse(exc)
+                await self.roll_back(exc)
+                raise
+            self.move_to(Phase.BODY)
+            # An error can be told from now on by a close frame alone.
+            self.answer_route = None
+        await self.forward(message)
+
+    async def _deny(self, message: Message) -> None:
+        """Answer the handshake by an HTTP response (ASGI, "WebSocket Denial Response")."""
+        if self.phase is Phase.HANDLING:
+            await self.settle(message["status"])
+            self.move_to(Phase.BODY)
+        await self.forward(message)
+
+    async def _close(self, message: Message) -> None:
+        """Close the connection, once its transactions have ended as the close code demands."""
+        # A close before the handshake is over refuses it: the client gets a 403.
+        is_normal = self.phase is not Phase.HANDLING and message.get("code", _NORMAL_CLOSURE) in (
+            _NORMAL_CLOSURE,
+            _GOING_AWAY,
+        )
+        if self.phase is not Phase.REFUSED:
+            try:
+                if is_normal:
+                    await self.commit()
+                else:
+                    await self.roll_back()
+            except Exception as exc:
+                await self._close_as_failed(exc)
+                raise
+        if self.phase is Phase.BODY:
+            self.move_to(Phase.AFTER)
+        await self.forward(message)
+
+    async def _close_as_failed(self, error: Exception) -> None:
+        """Tell the client that the connection did not end well, as `error` has kept its work from being committed."""
+        if self.phase not in (Phase.HANDLING, Phase.BODY):
+            # The connection is closed already.
+            self.move_to(Phase.BROKEN)
+            self.forward = discard
+            return
+        forward = self.forward
+        self.refuse(error)
+        self.answer_route = None
+        await self.roll_back(error)
+        await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})

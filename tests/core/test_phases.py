@@ -1,0 +1,597 @@
+"""The phases of a request: each transition of the table, and each end, through the ASGI middleware."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from tests.support.connection import BODY, START, Connection
+from tests.support.database import Database, insert, insert_orphan
+
+from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
+from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
+from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
+
+CHUNK: Message = {**BODY, "more_body": True}
+ERROR: Message = {**START, "status": 503}
+TRAILERS: Message = {"type": "http.response.trailers", "headers": []}
+
+ROWS = [(current, following) for current in Phase for following in Phase if following in TRANSITIONS[current]]
+
+Test = Callable[..., Awaitable[None]]
+
+_shown: set[tuple[Phase, Phase]] = set()
+
+
+def shows(current: Phase, following: Phase) -> Callable[[Test], Test]:
+    """Mark the test of one row of the table."""
+
+    def mark(test: Test) -> Test:
+        _shown.add((current, following))
+        return test
+
+    return mark
+
+
+class Trace:
+    """The phases that an exchange passes through, as far as its application can see them."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self.exchange: Any = None
+
+    def note(self, scope: Scope | None = None) -> None:
+        if scope is not None:
+            self.exchange = scope["ctxdb.unit_of_work"]
+        if not self.phases or self.phases[-1] is not self.exchange.phase:
+            self.phases.append(self.exchange.phase)
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """Return `app`, with a look at the phase whenever it begins, sends something, or ends."""
+
+        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+            async def noting(message: Message) -> None:
+                self.note()
+                try:
+                    await send(message)
+                finally:
+                    self.note()
+
+            self.note(scope)
+            try:
+                await app(scope, receive, noting)
+            finally:
+                self.note()
+
+        return traced
+
+
+class Answering(ASGIHTTPDBSessionMiddleware):
+    """Answers a refused response by a 409."""
+
+    async def answer_error(
+        self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: object
+    ) -> None:
+        await send({**START, "status": 409})
+        await send(BODY)
+
+
+def told(connection: Connection) -> list[object]:
+    """Return the statuses and bodies that were sent."""
+    return [message.get("status", message.get("body", message["type"])) for message in connection.sent]
+
+
+def holding_back(app: ASGIApp, instead: Callable[[Message, Send], Awaitable[None]]) -> ASGIApp:
+    """Return `app` beneath a boundary and a middleware that does something else with its messages."""
+    boundary = ASGIStreamBoundary(app)
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def replace(message: Message) -> None:
+            await instead(message, send)
+
+        await boundary(scope, receive, replace)
+
+    return middleware
+
+
+# --- the rows of the table --------------------------------------------------------------------------------------------
+
+
+@shows(Phase.HANDLING, Phase.BODY)
+async def test_a_response_that_is_let_through_is_in_its_body(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+        assert await database.names() == ["response"]
+
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY]
+    assert told(connection) == [200]
+
+
+@shows(Phase.BODY, Phase.AFTER)
+async def test_the_last_chunk_of_a_body_commits_its_work(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await insert(db, "body")
+        await send(CHUNK)
+        assert await database.names() == []
+        await send(BODY)
+        assert await database.names() == ["body"]
+
+    trace = Trace()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.AFTER]
+
+
+@shows(Phase.HANDLING, Phase.REFUSED)
+async def test_a_response_whose_commit_fails_is_refused(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        await send(START)
+
+    trace = Trace()
+    connection = Connection()
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.REFUSED]
+    assert connection.sent == []
+
+
+@shows(Phase.REFUSED, Phase.HANDLING)
+async def test_the_error_of_a_refused_response_is_answered(db: DBConnect, database: Database) -> None:
+    class Tracing(Answering):
+        async def answer_error(
+            self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: object
+        ) -> None:
+            trace.note()
+            await insert(db, "lost with the 409")
+            await super().answer_error(error, scope, receive, send, root_app)
+            trace.note()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        await send(START)
+
+    trace = Trace()
+    connection = await Connection().run(Tracing(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.REFUSED, Phase.HANDLING, Phase.AFTER]
+    assert told(connection) == [409, b"body"]
+    assert await database.names() == []
+
+
+async def test_an_answer_that_is_refused_as_well_has_no_answer(db: DBConnect) -> None:
+    class Failing(Answering):
+        async def answer_error(
+            self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: object
+        ) -> None:
+            answers.append(error)
+            await insert_orphan(db)
+            await send(START)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_orphan(db)
+        await send(START)
+
+    answers: list[Exception] = []
+    connection = Connection()
+    with pytest.raises(IntegrityError) as caught:
+        await connection.run(Failing(app))
+    assert connection.sent == []
+    assert len(answers) == 1
+    assert caught.value is not answers[0]
+
+
+@shows(Phase.HANDLING, Phase.ABANDONED)
+async def test_a_handler_in_whose_place_a_middleware_answers_is_abandoned(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        at_work.set()
+        await answered.wait()
+        with pytest.raises(ContextClosedError):
+            await insert(db, "handler")
+
+    async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
+        call = asyncio.create_task(boundary(scope, receive, send))
+        await at_work.wait()
+        await insert(db, "middleware")
+        await send(START)
+        assert await database.names() == ["middleware"]
+        answered.set()
+        await call
+
+    at_work, answered = asyncio.Event(), asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(give_up)))
+    assert trace.phases == [Phase.HANDLING, Phase.ABANDONED]
+    assert told(connection) == [200]
+
+
+@shows(Phase.ABANDONED, Phase.REFUSED)
+@pytest.mark.parametrize("reason", ["the commit fails", "the work of both cannot be told apart"])
+async def test_an_answer_in_the_place_of_a_handler_is_refused_like_any_other(
+    db: DBConnect, database: Database, reason: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if reason != "the commit fails":
+            await insert(db, "handler")
+        at_work.set()
+        await asyncio.Event().wait()
+
+    async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
+        call = asyncio.create_task(boundary(scope, receive, send))
+        await at_work.wait()
+        await insert_orphan(db)
+        trace.note(scope)
+        try:
+            await send(START)
+        finally:
+            trace.note()
+            call.cancel()
+            with suppress(asyncio.CancelledError):
+                await call
+
+    async def before_commit(session: object) -> None:
+        trace.note()
+
+    at_work = asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    trace = Trace()
+    connection = Connection()
+    expected = IntegrityError if reason == "the commit fails" else AbandonedWorkError
+    with pytest.raises(expected):
+        await connection.run(ASGIHTTPDBSessionMiddleware(give_up, before_commit))
+    # Work that cannot be told apart is not even tried to be committed: nothing is asked while it is rolled back.
+    assert trace.phases[-1] is Phase.REFUSED
+    if reason == "the commit fails":
+        assert trace.phases == [Phase.HANDLING, Phase.ABANDONED, Phase.REFUSED]
+    assert connection.sent == []
+    assert await database.names() == []
+
+
+@shows(Phase.HANDLING, Phase.AHEAD)
+@shows(Phase.AHEAD, Phase.BODY)
+@pytest.mark.parametrize("body_is_quick", [False, True])
+async def test_a_streamed_body_may_run_ahead_of_its_start(
+    db: DBConnect, database: Database, body_is_quick: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+        if body_is_quick:
+            await insert(db, "body")
+        await send(CHUNK)
+        await send(BODY)
+
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        trace.note()
+        held.append(message)
+        if len(held) == 1:
+            assert await database.names() == ["response"]
+        elif len(held) == 2:
+            if not body_is_quick:
+                await insert(db, "middleware")
+            await send(held[0])
+            # What the body has open is not committed with its start; what a middleware has done meanwhile is.
+            assert await database.names() == (["response"] if body_is_quick else ["middleware", "response"])
+            await send(held[1])
+        else:
+            await send(message)
+
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(holding_back(app, hold))))
+    assert trace.phases == [Phase.HANDLING, Phase.AHEAD, Phase.BODY, Phase.AFTER]
+    assert told(connection) == [200, b"body", b"body"]
+    assert await database.names() == (["body", "response"] if body_is_quick else ["middleware", "response"])
+
+
+@shows(Phase.AHEAD, Phase.REFUSED)
+async def test_a_start_for_which_a_middlewares_work_cannot_be_committed_is_refused(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+
+    async def audit(message: Message, send: Send) -> None:
+        trace.note()
+        await insert_orphan(db)
+        await send(message)
+
+    trace = Trace()
+    connection = await Connection().run(Answering(trace.around(holding_back(app, audit))))
+    assert trace.phases == [Phase.HANDLING, Phase.AHEAD, Phase.REFUSED]
+    assert told(connection) == [409, b"body"]
+    # The response's own work was committed where its body began.
+    assert await database.names() == ["response"]
+
+
+@shows(Phase.AHEAD, Phase.ABANDONED)
+@pytest.mark.parametrize("handler_writes", [False, True])
+async def test_a_middleware_may_give_up_on_a_second_call_after_a_stream_that_it_has_dropped(
+    db: DBConnect, database: Database, handler_writes: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            await send({**START, "status": 500})
+            await send(BODY)
+            return
+        if handler_writes:
+            await insert(db, "handler")
+        at_work.set()
+        await asyncio.Event().wait()
+
+    async def retry(scope: Scope, receive: Receive, send: Send) -> None:
+        async def drop(message: Message) -> None:
+            trace.note()
+
+        trace.note(scope)
+        await boundary(scope, receive, drop)
+        call = asyncio.create_task(boundary(scope, receive, drop))
+        await at_work.wait()
+        if not handler_writes:
+            await insert(db, "middleware")
+        await send(START)
+        await send(BODY)
+        call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+
+    attempts: list[int] = []
+    at_work = asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(retry)))
+    assert trace.phases == [Phase.HANDLING, Phase.AHEAD, Phase.ABANDONED]
+    assert told(connection) == [200, b"body"]
+    assert await database.names() == ([] if handler_writes else ["middleware"])
+
+
+@shows(Phase.AHEAD, Phase.OVERRULED)
+async def test_an_error_in_the_place_of_a_streamed_success_overrules_its_body(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+        await insert(db, "body")
+        await send(CHUNK)
+        with pytest.raises(ContextClosedError):
+            await insert(db, "rest of the body")
+
+    async def overrule(message: Message, send: Send) -> None:
+        trace.note()
+        if message is CHUNK:
+            await send(ERROR)
+            await insert(db, "middleware")
+            await send(BODY)
+
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(holding_back(app, overrule))))
+    assert trace.phases == [Phase.HANDLING, Phase.AHEAD, Phase.OVERRULED]
+    assert told(connection) == [503, b"body"]
+    assert await database.names() == ["middleware", "response"]
+
+
+@shows(Phase.OVERRULED, Phase.BROKEN)
+async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cannot_be_committed(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+
+    async def overrule(message: Message, send: Send) -> None:
+        await send(ERROR)
+        await insert_orphan(db)
+        await send(CHUNK)
+        trace.note()
+        await send(BODY)
+
+    trace = Trace()
+    connection = Connection()
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(holding_back(app, overrule))))
+    assert trace.phases[-2:] == [Phase.OVERRULED, Phase.BROKEN]
+    assert told(connection) == [503, b"body"]
+
+
+@shows(Phase.BODY, Phase.BROKEN)
+async def test_a_body_whose_work_cannot_be_committed_breaks_off(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await insert_orphan(db)
+        await send(CHUNK)
+        with suppress(IntegrityError):
+            await send(BODY)
+        await send(TRAILERS)
+
+    trace = Trace()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.BROKEN]
+    assert told(connection) == [200, b"body"]
+
+
+@shows(Phase.AFTER, Phase.BROKEN)
+async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send({**START, "trailers": True})
+        await send(BODY)
+        await insert_orphan(db)
+        await send(TRAILERS)
+
+    trace = Trace()
+    connection = Connection()
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.AFTER, Phase.BROKEN]
+    assert told(connection) == [200, b"body"]
+
+
+@shows(Phase.BODY, Phase.REFUSED)
+async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+        await insert_orphan(db)
+        with suppress(IntegrityError):
+            await send({"type": "websocket.close"})
+        await send({"type": "websocket.send", "text": "too late"})
+
+    trace = Trace()
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.REFUSED]
+    assert connection.types == ["websocket.accept", "websocket.close"]
+    assert connection.sent[-1]["code"] == 1011
+
+
+def test_each_row_of_the_table_has_a_test() -> None:
+    assert sorted(_shown, key=str) == sorted(ROWS, key=str)
+
+
+# --- the end of a request in each phase -------------------------------------------------------------------------------
+
+InPhase = Callable[[Send], Awaitable[None]]
+
+
+def application_in(phase: Phase, db: DBConnect, act: InPhase) -> ASGIApp:
+    """Return an application that brings its request into `phase`, and then awaits `act` with its `send`."""
+    at_work, finished = asyncio.Event(), asyncio.Event()
+
+    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
+        if phase is Phase.REFUSED:
+            await insert_orphan(db)
+        with suppress(IntegrityError):
+            if phase is not Phase.HANDLING:
+                await send(START)
+            if phase is Phase.AFTER:
+                await insert(db, "body")
+                await send(BODY)
+            if phase is Phase.BROKEN:
+                await insert_orphan(db)
+                await send(BODY)
+        await act(send)
+
+    async def ahead(message: Message, send: Send) -> None:
+        if phase is Phase.OVERRULED:
+            await send(ERROR)
+        await act(send)
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        at_work.set()
+        await finished.wait()
+
+    async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
+        call = asyncio.create_task(boundary(scope, receive, send))
+        await at_work.wait()
+        await send(START)
+        try:
+            await act(send)
+        finally:
+            finished.set()
+            await call
+
+    if phase in (Phase.AHEAD, Phase.OVERRULED):
+        return holding_back(stream, ahead)
+    boundary = ASGIStreamBoundary(work)
+    return give_up if phase is Phase.ABANDONED else plain
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ABANDONED])
+async def test_what_is_open_when_the_application_returns_is_committed_if_a_response_has_begun(
+    db: DBConnect, database: Database, phase: Phase
+) -> None:
+    async def write(send: Send) -> None:
+        assert trace.exchange.phase is phase
+        await insert(db, "late")
+
+    trace = Trace()
+    with suppress(IntegrityError):
+        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, write))))
+    assert ("late" in await database.names()) is (phase in FINISHING)
+    assert database.checked_out == 0
+
+
+async def test_nothing_can_be_open_any_more_when_a_middleware_has_answered_for_a_handler(db: DBConnect) -> None:
+    async def write(send: Send) -> None:
+        assert trace.exchange.phase is Phase.ABANDONED
+        with pytest.raises(ContextClosedError):
+            await insert(db, "late")
+
+    trace = Trace()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(Phase.ABANDONED, db, write))))
+
+
+@pytest.mark.parametrize("phase", Phase)
+async def test_an_exception_rolls_back_in_each_phase(db: DBConnect, database: Database, phase: Phase) -> None:
+    async def fail(send: Send) -> None:
+        assert trace.exchange.phase is phase
+        with suppress(ContextClosedError):
+            await insert(db, "late")
+        raise LookupError
+
+    trace = Trace()
+    # The error of a commit counts more than what the application makes of it.
+    expected = IntegrityError if phase is Phase.REFUSED else LookupError
+    with pytest.raises(expected):
+        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, fail))))
+    assert "late" not in await database.names()
+    assert database.checked_out == 0
+
+
+# --- what is no transition --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("message", [START, ERROR, CHUNK, BODY, TRAILERS], ids=lambda each: str(told_by(each)))
+@pytest.mark.parametrize("phase", Phase)
+async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
+    db: DBConnect, database: Database, phase: Phase, message: Message, commits: bool
+) -> None:
+    """A server refuses what comes at the wrong time: the exchange passes it on, or drops it with its response."""
+
+    async def send_it(send: Send) -> None:
+        assert trace.exchange.phase is phase
+        with suppress(ContextClosedError):
+            await (insert(db, "late") if commits else insert_orphan(db))
+        await send(message)
+
+    trace = Trace()
+    try:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, send_it))))
+    except IntegrityError:
+        assert not commits or phase is Phase.REFUSED
+    assert database.checked_out == 0
+
+
+def told_by(message: Message) -> object:
+    return message.get("status", message["type"].rpartition(".")[2] + "+" * message.get("more_body", False))
+
+
+@pytest.mark.parametrize(
+    ("current", "following"), [(a, b) for a in Phase for b in Phase if (a, b) not in ROWS and a is not b]
+)
+async def test_a_transition_that_the_table_has_not_is_refused(current: Phase, following: Phase) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Any = scope["ctxdb.unit_of_work"]
+        exchange.phase = current
+        with pytest.raises(IllegalTransitionError, match=f"{current.value} cannot become {following.value}"):
+            exchange.move_to(following)
+        assert exchange.phase is current
+        exchange.phase = Phase.HANDLING
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    with pytest.raises(IllegalTransitionError):
+        check_transition(current, following)

@@ -1,0 +1,191 @@
+"""Tasks of one unit of work that use its session at once are served one after the other, each call whole."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import literal, select, text
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from tests.support.database import Database, Item, eventually, insert
+
+from ctxdb_core import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    DBConnect,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    rollback_db_session,
+)
+
+KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+
+
+async def read(db: DBConnect, number: int) -> int:
+    return (await (await db_session(db)).execute(select(literal(number)))).scalar_one()
+
+
+@KINDS
+async def test_gathered_tasks_read_on_a_cold_pool_of_one_connection(database: Database) -> None:
+    async with database.connect(pool_size=1, max_overflow=0) as db, new_db_ctx():
+        assert await asyncio.gather(*(read(db, number) for number in range(8))) == list(range(8))
+
+
+async def test_calls_are_served_in_the_order_in_which_they_came(db: DBConnect) -> None:
+    served: list[int] = []
+
+    async def note(number: int) -> None:
+        await read(db, number)
+        served.append(number)
+
+    async with new_db_ctx():
+        await asyncio.gather(*(note(number) for number in range(6)))
+    assert served == list(range(6))
+
+
+@KINDS
+async def test_a_call_is_whole_with_its_autoflush(db: DBConnect) -> None:
+    async def count() -> int:
+        return len((await (await db_session(db)).scalars(select(Item.name))).all())
+
+    async with new_db_ctx():
+        session = await db_session(db)
+        session.add_all(Item(name=str(number)) for number in range(5))
+        assert await asyncio.gather(*(count() for _ in range(4))) == [5] * 4
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_holds_nobody_up(db: DBConnect) -> None:
+    async with new_db_ctx():
+        first = asyncio.create_task(_sleep(db, 0.2))
+        await asyncio.sleep(0)
+        second, third = asyncio.create_task(read(db, 2)), asyncio.create_task(read(db, 3))
+        await asyncio.sleep(0)
+        second.cancel()
+        assert await third == 3
+        await first
+    assert second.cancelled()
+
+
+async def test_a_commit_waits_for_the_statement_that_is_under_way(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        sleeping = asyncio.create_task(_sleep(db, 0.2))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        await commit_db_session(db)
+        assert sleeping.done()
+        assert await database.names() == ["one"]
+
+
+async def test_a_roll_back_waits_for_the_statement_that_is_under_way(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        sleeping = asyncio.create_task(_sleep(db, 0.2))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        await rollback_db_session(db)
+        await sleeping
+        assert await read(db, 1) == 1
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_the_failure_of_one_task_stops_the_statements_of_its_siblings(db: DBConnect, database: Database) -> None:
+    async def fail() -> None:
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        raise LookupError("the one that failed")
+
+    sleeping: asyncio.Task[None] | None = None
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            sleeping, waiting = asyncio.create_task(_sleep(db, 300)), asyncio.create_task(_after(db, 300))
+            await fail()
+    assert sleeping is not None
+    results = await asyncio.gather(sleeping, waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [ContextClosedError, ContextClosedError]
+    assert isinstance(results[0].__cause__, LookupError)  # type: ignore[union-attr]  # it is an error, as just seen
+    await eventually(lambda: not database.backends("query ~ 'pg_sleep' AND state = 'active'"), "a query runs on")
+
+
+async def test_an_event_listener_may_use_the_session_inside_of_a_call(db: DBConnect) -> None:
+    from sqlalchemy.util import await_only
+
+    async with new_db_ctx():
+        session = await db_session(db)
+
+        def nested(sync_session: Session) -> object:
+            return await_only(session.scalar(text("SELECT 5")))
+
+        assert await session.run_sync(nested) == 5
+
+
+async def test_lazy_loading_takes_its_turn(database: Database) -> None:
+    async with database.connect(pool_size=1, max_overflow=0) as db, new_db_ctx():
+        session = await db_session(db)
+        session.add(Item(name="one"))
+        await session.flush()
+        item = (await session.scalars(select(Item))).one()
+        session.expire(item)
+        # As `awaitable_attrs` does it, in a greenlet of SQLAlchemy's own.
+        name: Any = AsyncAttrs._AsyncAttrGetitem(item)
+        results = await asyncio.gather(name.name, read(db, 1), read(db, 2))
+        assert list(results) == ["one", 1, 2]
+
+
+async def test_a_session_class_may_commit_in_a_task_of_its_own(database: Database) -> None:
+    class Shielded(AsyncSession):
+        async def commit(self) -> None:
+            await asyncio.shield(asyncio.create_task(super().commit()))
+
+        async def close(self) -> None:
+            await asyncio.shield(asyncio.create_task(super().close()))
+
+    db = DBConnect(
+        lambda host: database.watch_new(), lambda engine: async_sessionmaker(engine, class_=Shielded), host="a"
+    )
+    async with db, new_db_ctx():
+        session = await db_session(db)
+        assert isinstance(session, Shielded)
+        session.add(Item(name="one"))
+    assert await database.names() == ["one"]
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_a_session_is_refused_on_the_event_loop_of_another_thread(db: DBConnect) -> None:
+    async def statement(session: AsyncSession) -> None:
+        await session.execute(text("SELECT 1"))
+
+    async def commit(session: AsyncSession) -> None:
+        await session.commit()
+
+    async def run(session: AsyncSession, use: Callable[[AsyncSession], Awaitable[None]]) -> list[BaseException]:
+        raised: list[BaseException] = []
+
+        def elsewhere() -> None:
+            try:
+                asyncio.run(use(session))  # type: ignore[arg-type]  # a coroutine
+            except ContextNotInitiatedError as exc:
+                raised.append(exc)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        return raised
+
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        for use in (statement, commit):
+            assert len(await run(session, use)) == 1
+        assert await read(db, 1) == 1
+
+
+async def _sleep(db: DBConnect, seconds: float) -> None:
+    await (await db_session(db)).execute(text("SELECT pg_sleep(:seconds)"), {"seconds": seconds})
+
+
+async def _after(db: DBConnect, seconds: float) -> None:
+    # Begun later, it waits for its turn.
+    await asyncio.sleep(0)
+    await _sleep(db, seconds)
