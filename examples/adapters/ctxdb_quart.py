@@ -12,7 +12,17 @@ from quart import Quart, Request, Websocket, request, websocket
 from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
 from quart.ctx import AppContext
 
-from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, UnitOfWork, begin, close_all, commit_below_400, finalize
+from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+from ctxdb_core.adapters import (
+    FINISHING,
+    Phase,
+    RequestPolicy,
+    UnitOfWork,
+    begin,
+    check_transition,
+    finalize,
+    with_request,
+)
 
 __all__ = ["setup"]
 
@@ -24,14 +34,14 @@ _EXCHANGE = "ctxdb_quart.exchange"
 @dataclass(frozen=True)
 class _Options:
     before_commit: BeforeCommit | None
-    commit_policy: CommitPolicy
+    commits: RequestPolicy
 
 
 def setup(
     app: Quart,
     *dbs: DBConnect,
     before_commit: BeforeCommit | None = None,
-    commit_policy: CommitPolicy = commit_below_400,
+    commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
 ) -> None:
     """Give each request and each websocket of a Quart application a unit of work.
 
@@ -42,7 +52,7 @@ def setup(
         app: the application.
         *dbs: closed when the application shuts down.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commit_policy: given the status of the response, and the request if it takes two arguments: whether to commit.
     """
     shut_down = app.shutdown
 
@@ -54,7 +64,7 @@ def setup(
             await close_all(*dbs)
 
     app.shutdown = shut_down_and_close  # type: ignore[method-assign]  # on this one object only
-    options = _Options(before_commit, commit_policy)
+    options = _Options(before_commit, with_request(commit_policy))
     if app.extensions.setdefault(_EXTENSION, options) is not options:
         return
     app.asgi_http_class = _HTTPConnection
@@ -68,24 +78,26 @@ class _HTTPConnection(ASGIHTTPConnection):
         await _cancelled_with_handler(super().__call__(receive, send), self.scope)
 
     async def handle_request(self, request: Request, send: Any) -> None:
-        async with _unit_of_work(self.app, self.scope) as exchange:
+        async with _unit_of_work(self.app, request) as exchange:
             await super().handle_request(request, exchange.settled(send) if exchange else send)
 
 
 @asynccontextmanager
-async def _unit_of_work(app: Quart, scope: Any) -> AsyncIterator[_Exchange | None]:
+async def _unit_of_work(app: Quart, request: Request | Websocket) -> AsyncIterator[_Exchange | None]:
     options: _Options = app.extensions[_EXTENSION]
+    scope: Any = request.scope
     unit = begin(scope, before_commit=options.before_commit)
     if unit is None:
         yield None
         return
-    exchange = scope[_EXCHANGE] = _Exchange(unit, options.commit_policy)
+    exchange = scope[_EXCHANGE] = _Exchange(unit, options.commits, request)
     try:
         yield exchange
     except BaseException as exc:
         await finalize(unit, commit=False, error=exc)
         raise
-    await finalize(unit, commit=exchange.ended_well)
+    # Quart ends each body that it does not stop, so one that has not come to its end was cut off.
+    await finalize(unit, commit=exchange.phase in FINISHING and exchange.phase is not Phase.BODY)
 
 
 async def _cancelled_with_handler(connection: Awaitable[None], scope: Any) -> None:
@@ -124,21 +136,53 @@ def _settling(app: Quart, finalize_response: Callable[..., Awaitable[Any]], conn
 
 
 class _Exchange:
-    """A request or websocket, with its unit of work."""
+    """A request or websocket with its unit of work, and the phase that it is in."""
 
-    def __init__(self, unit: UnitOfWork, commit_policy: CommitPolicy) -> None:
+    def __init__(self, unit: UnitOfWork, commits: RequestPolicy, request: Request | Websocket) -> None:
         self.unit = unit
-        self.commit_policy = commit_policy
+        self.commits = commits
+        self.request = request
         self.handler = asyncio.current_task()
-        self.accepted = False
-        self.ended_well = False
+        self.phase = Phase.HANDLING
+
+    def move_to(self, phase: Phase) -> None:
+        """Go over to `phase`; nothing happens if that is the current one."""
+        if phase is not self.phase:
+            check_transition(self.phase, phase)
+            self.phase = phase
 
     async def settle(self, status: int | None) -> None:
         """End the transactions as `status` demands; a websocket whose handler has just returned has none."""
-        self.ended_well = False
-        commit = self.accepted if status is None else self.commit_policy(status)
-        await finalize(self.unit, commit=commit, last=False)
-        self.ended_well = commit
+        if self.phase is Phase.REFUSED:
+            self.move_to(Phase.HANDLING)  # this is the answer to the error
+        try:
+            commit = self.calls_for_commit(status)
+            await finalize(self.unit, commit=commit, last=False)
+        except Exception:
+            self.refuse()
+            raise
+        if self.phase is Phase.BODY and commit:
+            self.move_to(Phase.AFTER)  # a websocket's, which has its close frame left to send
+
+    def calls_for_commit(self, status: int | None) -> bool:
+        """Return whether the transactions are to be committed."""
+        if status is None:
+            return self.phase in _ACCEPTED
+        # A policy is about what requests ask for, and is not asked about websockets.
+        return status == _SWITCHING_PROTOCOLS or self.commits(status, self.request)
+
+    def refuse(self) -> None:
+        """Note that the transactions could not be ended."""
+        self.move_to(Phase.BROKEN if self.phase is Phase.AFTER else Phase.REFUSED)
+
+    async def end_body(self) -> None:
+        """Commit what a body has done, before the last of it is sent."""
+        try:
+            await finalize(self.unit, commit=True, last=False)
+        except Exception:
+            self.move_to(Phase.BROKEN)
+            raise
+        self.move_to(Phase.AFTER)
 
     def settled(self, send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
         """Return a `send` that ends the transactions before a message tells the client how they ended."""
@@ -147,18 +191,22 @@ class _Exchange:
             match message["type"]:
                 case "http.response.start" | "websocket.http.response.start":
                     await self.settle(message["status"])
-                    self.ended_well = False  # not before its body has
+                    self.move_to(Phase.BODY)
                 case "http.response.body" | "websocket.http.response.body" if not message.get("more_body", False):
-                    await finalize(self.unit, commit=True, last=False)
-                    self.ended_well = True
+                    await self.end_body()
+                case "websocket.close" if self.phase is Phase.AFTER:
+                    await self.settle(None)
                 case "websocket.close":
-                    await finalize(self.unit, commit=self.ended_well, last=False)
-                    if not self.ended_well:
-                        message = {**message, "code": _INTERNAL_ERROR}
+                    await finalize(self.unit, commit=False, last=False)
+                    message = {**message, "code": _INTERNAL_ERROR}
             await send(message)
 
         return settle_and_send
 
+
+# The status of a handshake, and the phases in which it is behind a websocket.
+_SWITCHING_PROTOCOLS = 101
+_ACCEPTED = (Phase.BODY, Phase.AFTER)
 
 # WebSocket close codes that say that all went well, and that it did not (RFC 6455, section 7.4.1).
 _WELL = (1000, 1001)
@@ -172,21 +220,27 @@ class _WebsocketConnection(ASGIWebsocketConnection):
         await _cancelled_with_handler(super().__call__(receive, send), self.scope)
 
     async def handle_websocket(self, websocket: Websocket, send: Any) -> None:
-        async with _unit_of_work(self.app, self.scope) as exchange:
+        async with _unit_of_work(self.app, websocket) as exchange:
             self.exchange = exchange
             await super().handle_websocket(websocket, exchange.settled(send) if exchange else send)
 
     async def accept_connection(self, send: Any, headers: Any, subprotocol: str | None) -> None:
-        if self.exchange:
-            self.exchange.accepted = True
+        # Quart calls it before everything else that a handler sends or receives as well.
+        if self.exchange and self.exchange.phase not in _ACCEPTED:
+            await self.exchange.settle(_SWITCHING_PROTOCOLS)
+            self.exchange.move_to(Phase.BODY)
         await super().accept_connection(send, headers, subprotocol)
 
     async def close_connection(self, send: Any, code: int, reason: str) -> None:
-        if self.exchange:
-            commit = self.exchange.accepted and code in _WELL
+        exchange = self.exchange
+        if exchange:
+            is_accepted = exchange.phase in _ACCEPTED
             try:
-                await finalize(self.exchange.unit, commit=commit, last=False)
+                await finalize(exchange.unit, commit=is_accepted and code in _WELL, last=False)
             except Exception:
+                exchange.refuse()
                 await super().close_connection(send, _INTERNAL_ERROR, "")
                 raise
+            if is_accepted:
+                exchange.move_to(Phase.AFTER)
         await super().close_connection(send, code, reason)

@@ -16,9 +16,8 @@ from tests.support.wire import Wire, ask
 from websockets.exceptions import ConnectionClosedError
 
 from ctxdb_aiohttp import setup
-from ctxdb_aiohttp.exchange import Exchange
 from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
-from ctxdb_core.adapters import TRANSITIONS, Phase
+from ctxdb_core.adapters import TRANSITIONS, Phase, check_transition
 
 Test = Callable[..., Awaitable[None]]
 Transition = tuple[Phase, Phase]
@@ -43,15 +42,12 @@ def shows(current: Phase, following: Phase) -> Callable[[Test], Test]:
 def transitions(monkeypatch: pytest.MonkeyPatch) -> list[Transition]:
     """Return the transitions of the requests of the test, in their order."""
     seen: list[Transition] = []
-    move_to = Exchange.move_to
 
-    def noting(exchange: Exchange, phase: Phase) -> None:
-        current = exchange.phase
-        move_to(exchange, phase)
-        if exchange.phase is not current:
-            seen.append((current, phase))
+    def check(current: Phase, following: Phase) -> None:
+        check_transition(current, following)
+        seen.append((current, following))
 
-    monkeypatch.setattr(Exchange, "move_to", noting)
+    monkeypatch.setattr("ctxdb_aiohttp.exchange.check_transition", check)
     return seen
 
 

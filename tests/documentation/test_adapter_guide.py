@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from importlib import import_module
 from pathlib import Path
 
 from tests.packaging.workspace import imports_of
 
-import ctxdb_core
+from ctxdb_core import phases
+from ctxdb_core.adapters import Phase
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "examples" / "adapters" / "ctxdb_quart.py"
@@ -23,7 +26,28 @@ def test_the_guide_shows_the_adapter_from_beginning_to_end() -> None:
 
 def test_the_adapter_needs_public_names_of_the_core_only() -> None:
     imports = [found for found in imports_of(ADAPTER) if found.root == "ctxdb_core"]
-    assert imports
+    assert {found.module for found in imports} == {"ctxdb_core", "ctxdb_core.adapters"}
     for found in imports:
-        assert found.module == "ctxdb_core"
-        assert set(found.names) <= set(ctxdb_core.__all__)
+        assert set(found.names) <= set(import_module(found.module).__all__)
+
+
+def test_the_guide_shows_the_phases_as_the_core_does() -> None:
+    assert phases.__doc__ is not None
+    shown = picture_in(phases.__doc__)
+    assert all(phase.name in "\n".join(shown) for phase in Phase)
+    guide = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert picture_in(guide.partition("```text\n")[2].partition("```")[0]) == shown
+
+
+def test_the_guide_says_of_each_phase_what_it_is() -> None:
+    table = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").partition("\n| phase |")[2]
+    named = re.findall(r"`([A-Z]+)`", "\n".join(line.split(" | ")[0] for line in table.splitlines() if line[:1] == "|"))
+    assert sorted(named) == sorted(phase.name for phase in Phase)
+
+
+def picture_in(text: str) -> list[str]:
+    """Return the lines of the picture of the phases, from its top to `AFTER`, without their indentation."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if "answer, once" in line)
+    last = next(number for number, line in enumerate(lines) if line.strip() == "AFTER")
+    return textwrap.dedent("\n".join(lines[first : last + 1])).splitlines()
