@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Host, Mount, Route, Router
 from tests.support.connection import Connection
 from tests.support.database import Database, insert
+from tests.support.foreign import EndlessApplication, InASGI, InASGI3, WSGIApplication, asgi2, wsgi
 from tests.support.stacks import Ask, DoNothing
 
 from ctxdb_core import DBConnect
@@ -24,64 +25,6 @@ from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
 
 # --- applications that are left alone ---------------------------------------------------------------------------------
-
-
-class InASGI:
-    """Serves a WSGI application, which it keeps in ``app`` as a2wsgi and Starlette do."""
-
-    def __init__(self, app: Callable[[dict[str, Any], Callable[..., None]], Iterable[bytes]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started: list[str] = []
-        chunks = self.app({"PATH_INFO": scope["path"]}, lambda status, headers: started.append(status))
-        await send({"type": "http.response.start", "status": int(started[0].split()[0]), "headers": []})
-        await send({"type": "http.response.body", "body": b"".join(chunks)})
-
-
-def wsgi(environ: dict[str, Any], start_response: Callable[..., None]) -> Iterable[bytes]:
-    start_response("200 OK", [])
-    return [b"foreign"]
-
-
-class WSGIApplication:
-    """A WSGI application that is an object, and has an ``app`` of its own, too."""
-
-    def __init__(self) -> None:
-        self.app = wsgi
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., None]) -> Iterable[bytes]:
-        return self.app(environ, start_response)
-
-
-class InASGI3:
-    """Serves an application of ASGI 2, as Starlette's test client does."""
-
-    def __init__(self, app: Callable[[Scope], Callable[[Receive, Send], Awaitable[None]]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope)(receive, send)
-
-
-def asgi2(scope: Scope) -> Callable[[Receive, Send], Awaitable[None]]:
-    async def instance(receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"foreign"})
-
-    return instance
-
-
-class EndlessApplication:
-    """Has whatever attribute it is asked for."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return type(self)()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await asgi2(scope)(receive, send)
 
 
 FOREIGN = pytest.mark.parametrize(
