@@ -384,6 +384,32 @@ async def test_a_handler_that_fails_itself_ends_in_a_500(db: DBConnect, database
     assert database.checked_out == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"compression_config": CompressionConfig("gzip", minimum_size=10**6)}])
+async def test_an_error_whose_own_answer_cannot_be_committed_is_answered_for_that(
+    db: DBConnect, database: Database, ask: Ask, options: dict[str, Any]
+) -> None:
+    @get("/")
+    async def write() -> str:
+        await insert_orphan(db)
+        raise LookupError
+
+    handlers: dict[Any, Any] = {LookupError: answering(200), IntegrityError: answering(409)}
+    client = await ask(litestar_app(write, db=db, exception_handlers=handlers, **options))
+    response = await client.get("/")
+    assert (response.status_code, response.text) == (409, "handled IntegrityError")
+    assert await database.names("child", "parent") == []
+
+
+async def test_an_unknown_path_whose_commit_fails_is_answered_by_the_handlers(db: DBConnect, ask: Ask) -> None:
+    async def audit(exc: Exception, scope: Any) -> None:
+        if isinstance(exc, HTTPException):
+            await insert_orphan(db)
+
+    plugin = CtxDBPlugin(db, commit_policy=commit_policy(commit={404}))
+    app = litestar_app(plugins=[plugin], after_exception=[audit], exception_handlers={IntegrityError: answering(409)})
+    assert (await (await ask(app)).get("/nowhere")).status_code == 409
+
+
 async def test_an_unknown_path_whose_commit_fails_ends_in_a_500(db: DBConnect, ask: Ask) -> None:
     async def audit(exc: Exception, scope: Any) -> None:
         await insert_orphan(db)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from litestar.config.compression import CompressionConfig
 from litestar.middleware import ASGIMiddleware
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, insert, insert_orphan
+from tests.support.foreign import EndlessApplication, InASGI, InASGI3, WSGIApplication, asgi2, wsgi
 from tests.support.litestar_app import Ask, answering, litestar_app
 
 from ctxdb_core import DBConnect
@@ -59,6 +60,32 @@ async def test_a_failing_commit_of_an_asgi_application_is_answered_by_the_one_ar
     app = mounting(mounted, copy_scope=True, db=db, exception_handlers={IntegrityError: answering(409)})
     response = await (await ask(app)).get("/inner/anything")
     assert (response.status_code, response.text) == (409, "handled IntegrityError")
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda: InASGI(wsgi),
+        lambda: InASGI(WSGIApplication()),
+        lambda: InASGI3(asgi2),
+        EndlessApplication,
+    ],
+    ids=["wsgi", "wsgi object", "asgi 2", "endless"],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"middleware": [PassOn()]}, {"compression_config": CompressionConfig("gzip", minimum_size=10**6)}]
+)
+async def test_an_application_of_another_kind_is_left_alone(
+    db: DBConnect, ask: Ask, foreign: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await served(scope, receive, send)
+
+    served = foreign()
+    # Litestar takes functions; an object is mounted by what it is called with.
+    mounted.app = served  # type: ignore[attr-defined]  # as an object would have it
+    response = await (await ask(mounting(mounted, copy_scope=True, db=db, **options))).get("/inner/anything")
+    assert (response.status_code, response.text) == (200, "foreign")
 
 
 @both_copy_scopes

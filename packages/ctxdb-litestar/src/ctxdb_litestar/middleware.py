@@ -1,4 +1,4 @@
-"""`CommitErrorMiddleware`: the error of a failed commit, raised where Litestar answers it."""
+"""The error of a failed commit, raised where Litestar answers errors."""
 
 from __future__ import annotations
 
@@ -6,37 +6,68 @@ from typing import Any
 
 from litestar.exceptions import HTTPException
 from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
-from litestar.types import ASGIApp, Receive, Send
 from litestar.utils.scope.state import ScopeState
 
-from ctxdb_core.asgi import answer_commit_error, commit_error
+from ctxdb_core.asgi import (
+    ASGIApp,
+    ASGIHTTPDBSessionMiddleware,
+    Receive,
+    Scope,
+    Send,
+    answer_commit_error,
+    commit_error,
+)
 
-__all__ = ["CommitErrorMiddleware"]
+__all__ = ["CommitErrorMiddleware", "LitestarDBSessionMiddleware", "MountMiddleware"]
 
 _ROUTED = "ctxdb.litestar.routed"
+"""Where a request notes that it has come to the router of an application, or the error that it is to raise there."""
+
+
+class LitestarDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
+    """Gives each request of a Litestar application a unit of work, around all that the application does for it."""
+
+    has_boundary = False
+
+    async def answer_error(
+        self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
+    ) -> None:
+        """Answer through the application once more, whose router raises `error` this time.
+
+        Most errors are answered by `CommitErrorMiddleware`. This one has come from further out: the answer to another
+        error could not be committed, for instance.
+        """
+        scope[_ROUTED] = error
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            scope.pop(_ROUTED, None)
 
 
 class CommitErrorMiddleware:
     """Raises the error of a failed commit anew, as if it came from the route.
 
     The commit fails while the start of the response is on its way out. By then Litestar has noted that the response has
-    started, and answers no error any more. Around all middlewares of the route, that note can be taken back: what comes
-    next is Litestar's own handling of exceptions, with the handlers of the route and of all layers above it.
+    started, and answers no error any more. Around its router, that note can be taken back: what comes next is
+    Litestar's own handling of exceptions, with the handlers of the route and of all layers above it. This goes around
+    the router and not around each route, as the middlewares of a route make Litestar handle exceptions beneath them a
+    second time, which is half of what a request without database use would pay.
 
     A mounted application leaves an error that it has no handler for to the application around it.
 
     Args:
-        app: the route with its middlewares.
+        app: the router.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Run the route."""
-        # Asked for now: a mounted application may write its own into the same scope.
-        route_handler = scope["route_handler"]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Route the request."""
         is_mounted = _ROUTED in scope
+        if is_mounted and isinstance(scope[_ROUTED], Exception):
+            _take_back_start(scope)
+            raise scope.pop(_ROUTED)
         scope[_ROUTED] = True
         try:
             await self.app(scope, receive, send)
@@ -54,13 +85,41 @@ class CommitErrorMiddleware:
         finally:
             if not is_mounted:
                 del scope[_ROUTED]
-        state: Any = ScopeState.from_scope(scope)
-        state.response_started = False
-        state.exception_handlers = {**route_handler.resolve_exception_handlers(), **state.exception_handlers}
+        _take_back_start(scope)
         raise error
 
 
-def _error_to_answer(scope: Any, *, is_mounted: bool) -> Exception | None:
+class MountMiddleware:
+    """Has the handlers of a route asked for errors, too, if the application that is mounted there has none.
+
+    That application writes its own into the scope, and so hides those of the application around it.
+
+    Args:
+        app: the route.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the mounted application."""
+        # Asked for now, as the mounted application may write its own into this very scope.
+        route_handler = scope["route_handler"]
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if commit_error(scope) is not None:
+                state: Any = ScopeState.from_scope(scope)  # type: ignore[arg-type]  # it is one of Litestar's
+                state.exception_handlers = {**route_handler.resolve_exception_handlers(), **state.exception_handlers}
+
+
+def _take_back_start(scope: Scope) -> None:
+    """Have Litestar answer errors, although it has noted the start of a response."""
+    state: Any = ScopeState.from_scope(scope)  # type: ignore[arg-type]  # it is one of Litestar's
+    state.response_started = False
+
+
+def _error_to_answer(scope: Scope, *, is_mounted: bool) -> Exception | None:
     error = commit_error(scope)
     return None if error is None or (is_mounted and not _has_handler(scope, error)) else error
 

@@ -18,11 +18,11 @@ from ctxdb_core import (
     close_all,
     commit_below_400,
 )
-from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, Deadline
-from ctxdb_litestar.boundary import mark_stream_boundary
+from ctxdb_core.asgi import ASGIApp, Deadline
+from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
 from ctxdb_litestar.dependency import check_name, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
-from ctxdb_litestar.middleware import CommitErrorMiddleware
+from ctxdb_litestar.middleware import CommitErrorMiddleware, LitestarDBSessionMiddleware, MountMiddleware
 
 __all__ = ["CtxDBPlugin", "EnclosingPlugin"]
 
@@ -85,8 +85,6 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             ImproperlyConfiguredException: it has a dependency with the name of one of the sessions.
         """
         inject(self._providers, app_config)
-        if CommitErrorMiddleware not in app_config.middleware:
-            app_config.middleware.insert(0, CommitErrorMiddleware)
         # As the last hook: those of the application may still use the database. Its lifespans are over by then.
         app_config.on_shutdown.append(self._close)
         return app_config
@@ -95,13 +93,18 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         """Put the unit of work around the application that a route was registered on."""
         handlers = _handlers(route)
         app = handlers[0].app
-        enclose(app, self._middleware, key=self)
-        if not isinstance(route, WebSocketRoute):
-            for handler in handlers:
-                mark_stream_boundary(handler, app)
+        middleware = enclose(app, self._middleware, key=self)
+        enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware)
+        if isinstance(route, WebSocketRoute):
+            return
+        for handler in handlers:
+            if mark_stream_boundary(handler, app):
+                middleware.has_boundary = True
+        if isinstance(route, ASGIRoute):
+            add_middleware(route.route_handler, MountMiddleware)
 
-    def _middleware(self, app: ASGIApp) -> ASGIApp:
-        return ASGIHTTPDBSessionMiddleware(
+    def _middleware(self, app: ASGIApp) -> LitestarDBSessionMiddleware:
+        return LitestarDBSessionMiddleware(
             app,
             self._before_commit,
             self._commit_policy,

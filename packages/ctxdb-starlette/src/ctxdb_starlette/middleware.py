@@ -46,7 +46,11 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         deadline: Deadline | None = None,
     ) -> None:
         super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
-        mark_stream_boundaries(app)
+        self.has_boundary = False
+        mark_stream_boundaries(app, self._note_boundary)
+
+    def _note_boundary(self) -> None:
+        self.has_boundary = True
 
     async def answer_error(
         self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None
