@@ -177,8 +177,8 @@ def _is_inherited() -> bool:
         # That of an ASGI request. A job that has made it calls an application by itself, whose middleware is then
         # among the callers of the running code.
         return "ctxdb_core.asgi" not in _packages_of_callers()
-    # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"): this tells a unit that
-    # was entered here from one that was inherited.
+    # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"). That tells a unit
+    # which was entered here from one which was inherited.
     try:
         current_unit.reset(token)
     except (ValueError, RuntimeError):
