@@ -14,7 +14,8 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import EMPTY_DICT
 
 from ctxdb_core._blocks.atomic import transaction_on_session
-from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Found, Join, Place, Refuse, decide, find
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, decide
+from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
 from ctxdb_core._databases.borrowed import BorrowedEngine

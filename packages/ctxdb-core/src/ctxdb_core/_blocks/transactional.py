@@ -15,7 +15,8 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._blocks.atomic import transaction_on_session
-from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Nest, Refuse, decide, find
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Nest, Refuse, decide
+from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import JoinedBlock, SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
