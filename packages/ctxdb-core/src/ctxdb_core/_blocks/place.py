@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
-from types import FrameType
 
 from ctxdb_core._blocks.shared_session import is_in_block_of
 from ctxdb_core._blocks.task_unit import TaskUnit
-from ctxdb_core._blocks.tasks import is_job
+from ctxdb_core._blocks.tasks import calling_modules, is_job
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._units.ending import in_transaction
 from ctxdb_core._units.iteration import innermost_unit
@@ -142,7 +140,7 @@ def _is_inherited() -> bool:
     if token is None:
         # That of an ASGI request. A job that has made it calls an application by itself, whose middleware is then
         # among the callers of the running code.
-        return "ctxdb_core.asgi" not in _packages_of_callers()
+        return not any(module.startswith("ctxdb_core.asgi") for module in calling_modules())
     # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"). That tells a unit
     # which was entered here from one which was inherited.
     try:
@@ -152,15 +150,6 @@ def _is_inherited() -> bool:
         return True
     unit.enter()
     return False
-
-
-def _packages_of_callers() -> set[str]:
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and named so for its use to be noticed
-    packages: set[str] = set()
-    while frame is not None:
-        packages.add(frame.f_globals.get("__name__", "").rpartition(".")[0])
-        frame = frame.f_back
-    return packages
 
 
 def _is_given_up(unit: UnitOfWork) -> bool:
