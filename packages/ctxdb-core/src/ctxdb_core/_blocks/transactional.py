@@ -48,7 +48,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     A unit of work counts as a transaction from its beginning, whether or not a statement has been made yet: that of a
     request, of ``new_db_ctx()``, or of another such block. A mere session of a `TransactionContext` does not, as nobody
     would commit it: ``required`` and ``nested`` begin a transaction on it, and ``mandatory`` is an error. The others
-    take it for a transaction, as its statements begin one.
+    take it for a transaction, as its statements begin one. Nor does an inherited unit that has ended, or another
+    request's in whose context a scheduler has started a job; but where a unit ends in the middle of a block that has
+    joined it, blocks inside of that one raise `ContextClosedError`.
 
     Args:
         db: whose session the block gets, and where savepoints and options are applied. A new unit of work is one for
