@@ -42,8 +42,8 @@ class TransactionContext:
     A block opens a session of its own, which ends with it: `transaction` commits, or rolls back on an exception; after
     `session` and `new_session` nothing is committed that was not committed inside. Where a unit of work is open (in a
     request, under ``new_db_ctx()``), `session` and `transaction` share its session, and it alone commits. Either way
-    ``await db_session(db)`` is the same session. A unit of work that has ended is none, nor is another request's in whose
-    context a scheduler has started a job.
+    ``await db_session(db)`` is the same session. A unit of work that has ended is none; nor is another request's, in
+    whose context a scheduler has started a job.
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
     only the session of a unit of work is shared by the tasks of that, and two of them cannot be in blocks at once.
@@ -91,8 +91,8 @@ class TransactionContext:
         Raises:
             SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false; or another task of the
                 unit of work is inside one.
-            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler that
-                a middleware has given up on.
+            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler
+                that a middleware has given up on.
             BaseException: what the block raised.
         """
         match decide(find(self._db, about_it_alone=True), Block.SESSION):
@@ -129,8 +129,8 @@ class TransactionContext:
                 unit of work is inside one.
             TransactionAlreadyActiveError: a transaction is open, and `allow_nested_transactions` is false.
             TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
-            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler that
-                a middleware has given up on.
+            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler
+                that a middleware has given up on.
             BaseException: what the block raised, or the error of the commit.
         """
         block = Block.TRANSACTION if allow_nested_transactions else Block.NOT_NESTED
