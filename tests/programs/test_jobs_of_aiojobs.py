@@ -210,3 +210,27 @@ async def test_aiohttps_own_way_to_spawn_a_job(db: DBConnect, database: Database
     async with TestServer(app) as server, http_client(str(server.make_url("/"))) as client:
         assert (await client.post("/")).status_code == 409
     assert await database.names() == ["mail"]
+
+
+async def test_a_handler_that_is_a_job_has_its_requests_session_and_blocks_of_its_own(
+    db: DBConnect, database: Database
+) -> None:
+    from aiohttp import web
+    from aiohttp.test_utils import TestServer
+    from aiojobs.aiohttp import atomic
+    from aiojobs.aiohttp import setup as setup_jobs
+
+    from ctxdb_aiohttp import setup
+
+    async def order(request: web.Request) -> web.Response:
+        await insert(db, "order")
+        await by_transactional(db)("audit")
+        return web.Response(status=409)
+
+    app = web.Application()
+    app.router.add_post("/", atomic(order))
+    setup(app, db)
+    setup_jobs(app)
+    async with TestServer(app) as server, http_client(str(server.make_url("/"))) as client:
+        assert (await client.post("/")).status_code == 409
+    assert await database.names() == ["audit"]

@@ -12,7 +12,7 @@ from tests.support.application import Reply
 from tests.support.database import eventually, insert
 from tests.support.world import World
 
-from ctxdb_core import ContextClosedError, TransactionContext, db_session, run_in_new_ctx, transactional
+from ctxdb_core import ContextClosedError, TransactionContext, db_session, on_commit, run_in_new_ctx, transactional
 
 pytest.importorskip("apscheduler")
 
@@ -48,16 +48,18 @@ async def test_a_job_that_is_due_at_once_has_a_transaction_of_its_own(world: Wor
 
     async def bare() -> None:
         await insert(world.db, "report")
+        on_commit(world.db, done.set)
 
-    async def by_run_in_new_ctx() -> None:
-        await run_in_new_ctx(bare)
-        done.set()
-
-    jobs = {"context": in_a_context, "transactional": by_transactional, "run_in_new_ctx": by_run_in_new_ctx}
+    jobs: dict[str, tuple[Any, list[Any]]] = {
+        "context": (in_a_context, []),
+        "transactional": (by_transactional, []),
+        "run_in_new_ctx": (run_in_new_ctx, [bare]),
+    }
+    work, args = jobs[job]
 
     async def handler() -> Reply:
         await insert(world.db, "request")
-        scheduler.add_job(jobs[job], "date", run_date=datetime.now(UTC))
+        scheduler.add_job(work, "date", args=args, run_date=datetime.now(UTC))
         await done.wait()
         return Reply(status=409)
 

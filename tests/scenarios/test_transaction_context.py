@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
 from tests.support.application import Reply
-from tests.support.database import insert
+from tests.support.database import eventually, insert
 from tests.support.world import World
 
-from ctxdb_core import ContextClosedError, TransactionContext, db_session
+from ctxdb_core import ContextClosedError, TransactionContext, db_session, transactional
 
 
 async def test_a_block_shares_the_session_of_its_request_which_decides(world: World) -> None:
@@ -73,3 +74,39 @@ async def test_what_a_task_does_behind_its_request_in_a_transaction_is_committed
     answered.set()
     await asyncio.gather(*late)
     assert await world.names() == ["late", "request"]
+
+
+@pytest.mark.middlewares
+@pytest.mark.sockets
+@pytest.mark.parametrize("block", ["transaction", "transactional"])
+async def test_a_handler_that_a_middleware_has_given_up_on_begins_no_transaction_of_its_own(
+    world: World, block: str
+) -> None:
+    """Half of its work has been rolled back: it must not commit the other half."""
+    entered, answered = asyncio.Event(), asyncio.Event()
+    errors: list[BaseException] = []
+
+    async def handler() -> Reply:
+        await insert(world.db, "first half")
+        entered.set()
+        await answered.wait()
+        try:
+            async with (
+                TransactionContext(world.db).transaction() if block == "transaction" else transactional(world.db)
+            ):
+                await insert(world.db, "second half")
+        except ContextClosedError as exc:
+            errors.append(exc)
+        return Reply()
+
+    async def around(call: Callable[[], None]) -> Reply:
+        call()
+        await entered.wait()
+        return Reply("too late", status=503)
+
+    world.application.around = around
+    client = await world.start(("/", handler))
+    assert (await client.get("/")).status_code == 503
+    answered.set()
+    await eventually(lambda: bool(errors), "the handler goes on")
+    assert await world.names() == []

@@ -54,8 +54,9 @@ class ContextNotInitiatedError(CtxDBError):
     """A session was asked for outside of any unit of work.
 
     Raised when no adapter, ``new_db_ctx()`` or ``run_in_new_ctx()`` has opened a unit of work for this code, or when
-    the unit of work belongs to another thread's event loop. The way out: add the framework's middleware or plugin, or
-    wrap the code in ``async with new_db_ctx()``.
+    the unit of work belongs to another thread's event loop, to an async generator that this code iterates over, or to
+    code that has nothing to do with the scheduler's job that this is. The way out: add the framework's middleware or
+    plugin, or wrap the code in ``async with new_db_ctx()``.
     """
 
     def __init__(self, message: str | None = None) -> None:

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._blocks.entry import Begin, Block, Nest, Refuse, decide, find
+from ctxdb_core._blocks.entry import Begin, Block, Nest, Refuse, decide
+from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import OuterCommit
 from ctxdb_core._databases.connect import DBConnect, check_database

@@ -24,36 +24,29 @@ class JoinedBlock:
         db: on which database.
     """
 
-    _around: ClassVar[ContextVar[tuple[JoinedBlock, ...]]] = ContextVar("ctxdb_blocks", default=())
-    """The blocks that the running code is in: inherited by the tasks that it starts."""
-
     def __init__(self, unit: UnitOfWork, db: DBConnect) -> None:
-        self._unit: UnitOfWork | None = unit
+        self.unit: UnitOfWork | None = unit
+        """``None`` when the block is over."""
         self._db = db
-        self._outer = self._around.get()
+        self._outer = _around.get()
 
     def __enter__(self) -> None:
-        self._around.set((*self._outer, self))
+        _around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
         # Not by a token: the block may be left in another context than it was entered in, as a fixture's is.
-        self._around.set(self._outer)
+        _around.set(self._outer)
         # Contexts that have inherited the block may last.
-        self._unit, self._outer = None, ()
+        self.unit, self._outer = None, ()
 
-    @classmethod
-    def around(cls) -> tuple[JoinedBlock, ...]:
-        """Return the blocks that the running code is in, those included that have ended since its task was started."""
-        return cls._around.get()
 
-    def is_of(self, unit: UnitOfWork) -> bool:
-        """Return whether the block goes on, and is one of `unit`."""
-        return self._unit is unit
+_around: ContextVar[tuple[JoinedBlock, ...]] = ContextVar("ctxdb_blocks", default=())
+"""The blocks that the running code is in. Tasks inherit it: some of them may be over."""
 
 
 def is_in_block_of(unit: UnitOfWork) -> bool:
     """Return whether the running code is inside of a block that goes on, and has joined a transaction of `unit`."""
-    return any(block.is_of(unit) for block in JoinedBlock.around())
+    return any(block.unit is unit for block in _around.get())
 
 
 class SharedSessionBlock(JoinedBlock):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 from ctxdb_core._shield import LentTask
 
-__all__ = ["is_job", "running_task"]
+__all__ = ["calling_modules", "is_job", "running_task"]
 
 # Libraries that start a job in the context of a request which has nothing to do with it: aiojobs in that of the request
 # whose job has made room for the next one, APScheduler 3 in that of the one which has set its timer; or that, like
@@ -30,20 +31,34 @@ def is_job() -> bool:
     """Return whether the running task was started by one of the schedulers that ctxdb knows.
 
     Nothing that asyncio records tells a job from a helper which a handler has started and waits for: neither who has
-    created a task, nor who waits for it before that has begun to. But a scheduler runs its own coroutine around the
-    job, or asks to be called at its end, and is recognised by that. Other tasks are taken for helpers.
+    created a task, nor who waits for it before that has begun to. But a scheduler calls the job from code of its own,
+    or asks to be called at the end of its task, and is recognised by that. Other tasks are taken for helpers.
     """
     if sys.modules.keys().isdisjoint(_SCHEDULERS):
         return False
     task = running_task()
-    return task is not None and any(module.partition(".")[0] in _SCHEDULERS for module in _modules_of(task))
-
-
-def _modules_of(task: asyncio.Task[Any]) -> Iterator[str]:
-    """Yield the names of the modules that have made the coroutine of `task`, and its callbacks."""
-    frame = getattr(task.get_coro(), "cr_frame", None)
-    if frame is not None:
-        yield frame.f_globals.get("__name__", "")
+    if task is None:
+        return False
     # The list is shown by `repr(task)` alone, and has been an attribute of CPython's futures all along.
-    for callback, _context in getattr(task, "_callbacks", None) or ():
-        yield getattr(callback, "__module__", None) or ""
+    callbacks: Iterable[tuple[object, object]] = getattr(task, "_callbacks", None) or ()
+    modules = {getattr(callback, "__module__", None) or "" for callback, _context in callbacks} | calling_modules()
+    return any(module.partition(".")[0] in _SCHEDULERS for module in modules)
+
+
+def calling_modules() -> set[str]:
+    """Return the names of the modules by which the running code is called within its task.
+
+    What runs the event loop, a worker's command for instance, is no part of the task.
+    """
+    task = running_task()
+    root: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
+    modules: set[str] = set()
+    if root is None:
+        return modules
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and named so for its use to be noticed
+    while frame is not None:
+        modules.add(frame.f_globals.get("__name__", ""))
+        if frame is root:
+            return modules
+        frame = frame.f_back
+    return set()

@@ -14,7 +14,8 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import EMPTY_DICT
 
 from ctxdb_core._blocks.atomic import transaction_on_session
-from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Found, Join, Place, Refuse, decide, find
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, decide
+from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
 from ctxdb_core._databases.borrowed import BorrowedEngine
@@ -41,7 +42,8 @@ class TransactionContext:
     A block opens a session of its own, which ends with it: `transaction` commits, or rolls back on an exception; after
     `session` and `new_session` nothing is committed that was not committed inside. Where a unit of work is open (in a
     request, under ``new_db_ctx()``), `session` and `transaction` share its session, and it alone commits. Either way
-    ``await db_session(db)`` is the same session.
+    ``await db_session(db)`` is the same session. A unit of work that has ended is none; nor is another request's, in
+    whose context a scheduler has started a job.
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
     only the session of a unit of work is shared by the tasks of that, and two of them cannot be in blocks at once.
@@ -89,7 +91,8 @@ class TransactionContext:
         Raises:
             SessionAlreadyActiveError: it is inside another one, and `reuse_if_exists` is false; or another task of the
                 unit of work is inside one.
-            ContextClosedError: the unit of work that this code was started in has ended.
+            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler
+                that a middleware has given up on.
             BaseException: what the block raised.
         """
         match decide(find(self._db, about_it_alone=True), Block.SESSION):
@@ -126,7 +129,8 @@ class TransactionContext:
                 unit of work is inside one.
             TransactionAlreadyActiveError: a transaction is open, and `allow_nested_transactions` is false.
             TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
-            ContextClosedError: the unit of work that this code was started in has ended.
+            ContextClosedError: the unit of work has ended in the middle of a block around this one, or of a handler
+                that a middleware has given up on.
             BaseException: what the block raised, or the error of the commit.
         """
         block = Block.TRANSACTION if allow_nested_transactions else Block.NOT_NESTED
@@ -193,7 +197,8 @@ class TransactionContext:
 
         Raises:
             NoSessionError: there is none.
-            ContextClosedError: the block or unit of work that this code was started in has ended.
+            ContextClosedError: the block or unit of work that this code was started in has ended; with `strict` alone,
+                unless it has ended in the middle of this code.
         """
         place = find(self._db, about_it_alone=True)
         match decide(place, Block.SESSION):
@@ -285,7 +290,8 @@ class TransactionContext:
 
         Raises:
             NoSessionError: there is no session, and `auto_context_on_execute` is false.
-            ContextClosedError: the block or unit of work that this code was started in has ended.
+            ContextClosedError: the block or unit of work that this code was started in has ended, and
+                `auto_context_on_execute` is false; or it has ended in the middle of this code.
             BaseException: the error of the statement, or of the commit.
         """
         place = find(self._db, about_it_alone=True)

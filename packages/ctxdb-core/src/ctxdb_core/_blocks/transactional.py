@@ -15,7 +15,8 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._blocks.atomic import transaction_on_session
-from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Nest, Refuse, decide, find
+from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Nest, Refuse, decide
+from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import JoinedBlock, SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
@@ -48,7 +49,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     A unit of work counts as a transaction from its beginning, whether or not a statement has been made yet: that of a
     request, of ``new_db_ctx()``, or of another such block. A mere session of a `TransactionContext` does not, as nobody
     would commit it: ``required`` and ``nested`` begin a transaction on it, and ``mandatory`` is an error. The others
-    take it for a transaction, as its statements begin one.
+    take it for a transaction, as its statements begin one. Nor does an inherited unit that has ended, or another
+    request's in whose context a scheduler has started a job; but where a unit ends in the middle of a block that has
+    joined it, blocks inside of that one raise `ContextClosedError`.
 
     Args:
         db: whose session the block gets, and where savepoints and options are applied. A new unit of work is one for
