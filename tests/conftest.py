@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 from tests.support.database import Database, close_observers, eventually, fresh_database
+from tests.support.signals import let_children_be_interrupted
 
 from ctxdb_core import DBConnect
 from ctxdb_core.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
+
+
+def pytest_configure() -> None:
+    let_children_be_interrupted()
 
 
 @pytest.fixture(scope="session")
