@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
 from tests.support.signals import let_children_be_interrupted
 from tests.support.workers import use_workers
@@ -23,8 +24,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     use_workers(config)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     let_children_be_interrupted()
+    share_bytecode(config)
 
 
 @pytest.fixture(scope="session")

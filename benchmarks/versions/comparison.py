@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,20 @@ _Taken: TypeAlias = list[tuple[float, float]]
 """What a pair took in each round: without ctxdb, and with it."""
 
 
+@dataclass(frozen=True)
+class _Measure:
+    name: str
+    unit: str
+    """What is told where something is added."""
+    scale: float
+    """How many of the unit are one second, or one instruction."""
+    by_callgrind: bool
+
+
+_CPU_TIME = _Measure("CPU time", "µs added", 1e6, by_callgrind=False)
+_INSTRUCTIONS = _Measure("Instructions in user mode", "thousand added", 1e-3, by_callgrind=True)
+
+
 def compare(revision: str, url: str, *, rounds: int, counted_rounds: int) -> Iterator[ComparisonTable]:
     """Measure a revision and the working tree; yield the tables: CPU time, and instructions where callgrind is.
 
@@ -37,9 +52,9 @@ def compare(revision: str, url: str, *, rounds: int, counted_rounds: int) -> Ite
         ComparisonError: git does not know the revision, or one of the versions cannot be measured.
     """
     with _checked_out(revision) as tree:
-        yield _compare_time(revision, tree, url, rounds)
+        yield _compare(revision, tree, url, _CPU_TIME, rounds)
         if is_callgrind_there():
-            yield _compare_instructions(revision, tree, url, counted_rounds)
+            yield _compare(revision, tree, url, _INSTRUCTIONS, counted_rounds)
 
 
 def is_callgrind_there() -> bool:
@@ -66,33 +81,16 @@ def _checked_out(revision: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _compare_time(revision: str, tree: Path, url: str, rounds: int) -> ComparisonTable:
-    with ExitStack() as stack:
-        before = stack.enter_context(run_version(revision, tree, url))
-        now = stack.enter_context(run_version(_NOW, ROOT, url))
-        taken = _take_turns(before, tree, now, "CPU time", rounds)
-    return ComparisonTable(
-        "CPU time of ctxdb: a share of what hand-written code takes, or what is added to it",
-        before.name,
-        now.name,
-        _rows(before, taken, "µs added", 1e6),
-        [_error_of(before, taken)],
-    )
-
-
-def _compare_instructions(revision: str, tree: Path, url: str, rounds: int) -> ComparisonTable:
+def _compare(revision: str, tree: Path, url: str, measure: _Measure, rounds: int) -> ComparisonTable:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxdb-benchmarks-")))
-        before = stack.enter_context(run_version(revision, tree, url, callgrind_file=folder / "before"))
-        now = stack.enter_context(run_version(_NOW, ROOT, url, callgrind_file=folder / "now"))
-        taken = _take_turns(before, tree, now, "instructions", rounds)
-    return ComparisonTable(
-        "Instructions of ctxdb, in user mode: a share of what hand-written code takes, or what is added to it",
-        before.name,
-        now.name,
-        _rows(before, taken, "thousand added", 1e-3),
-        [_error_of(before, taken)],
-    )
+        files = (folder / "before", folder / "now") if measure.by_callgrind else (None, None)
+        before = stack.enter_context(run_version(revision, tree, url, callgrind_file=files[0]))
+        now = stack.enter_context(run_version(_NOW, ROOT, url, callgrind_file=files[1]))
+        taken = _take_turns(before, tree, now, measure.name, rounds)
+    title = f"{measure.name} of ctxdb: a share of what hand-written code takes, or what is added to it"
+    rows = _rows(before, taken, measure.unit, measure.scale)
+    return ComparisonTable(title, before.name, now.name, rows, [_error_of(before, taken)])
 
 
 def _take_turns(before: Version, tree: Path, now: Version, label: str, rounds: int) -> list[tuple[_Taken, _Taken]]:

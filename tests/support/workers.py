@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 
-WORKERS_PER_CPU = 2
-"""A worker waits for its databases and for processes that it has started about as long as it computes."""
+WORKERS_PER_CPU = 1.5
+"""A worker waits for its databases, and for processes that it has started, about half as long as it computes."""
 
 
 def use_workers(config: pytest.Config) -> None:
@@ -26,6 +27,6 @@ def use_workers(config: pytest.Config) -> None:
     is_looked_at = options.capture == "no" or options.usepdb or options.collectonly
     if is_told or is_looked_at or not any(Path(argument).is_dir() for argument in config.args):
         return
-    options.numprocesses = WORKERS_PER_CPU * (os.cpu_count() or 1)
+    options.numprocesses = math.ceil(WORKERS_PER_CPU * (os.cpu_count() or 1))
     # The tests differ in length by a factor of a thousand: a worker that has no more takes some of another's.
     options.dist = "worksteal"
