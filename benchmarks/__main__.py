@@ -1,4 +1,4 @@
-"""The command: ``python -m benchmarks [--only NAME] [--rounds N] [--quick] [--json FILE] [--url URL]``."""
+"""The command: ``python -m benchmarks``; ``--help`` tells its options."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import asyncio
 import json
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.database import create_table, drop_table
 from benchmarks.questions import QUESTIONS, Settings
-from benchmarks.report import Table, environment
+from benchmarks.report import ComparisonTable, Table, environment
+from benchmarks.versions import ComparisonError, compare, is_callgrind_there
 from ctxdb_pgstatus.testing import EmbeddedPostgres, EmbeddedPostgresError
 
 # Every contender has a pool of its own.
@@ -22,7 +24,11 @@ _CONNECTIONS = "300"
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what ctxdb costs.")
-    parser.add_argument("--only", choices=QUESTIONS, action="append", help="ask only this; may be given several times")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--only", choices=QUESTIONS, action="append", help="ask only this; may be given several times")
+    what.add_argument(
+        "--against", metavar="REV", help="measure the packages of the working tree beside those of a git revision"
+    )
     parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each contender has its turn")
     parser.add_argument("--quick", action="store_true", help="take less time, for less exact figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, too")
@@ -41,7 +47,10 @@ def main() -> int:
                 return 1
         settings = Settings(url, options.rounds, quick=options.quick)
         try:
-            tables = asyncio.run(_ask(options.only or list(QUESTIONS), settings))
+            tables = _compare(options.against, settings) if options.against else _ask(options.only, settings)
+        except ComparisonError as exc:
+            print(exc, file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
             return 130
@@ -54,18 +63,40 @@ def main() -> int:
     return 0
 
 
-async def _ask(names: list[str], settings: Settings) -> list[Table]:
-    await create_table(settings.url)
-    tables = []
-    try:
+def _ask(only: list[str] | None, settings: Settings) -> list[Table | ComparisonTable]:
+    async def ask() -> None:
         for name, question in QUESTIONS.items():
-            if name in names:
+            if only is None or name in only:
                 for table in await question(settings).answer():
                     print(table, end="\n\n", flush=True)
                     tables.append(table)
-    finally:
-        await drop_table(settings.url)
+
+    tables: list[Table | ComparisonTable] = []
+    with _table(settings.url):
+        asyncio.run(ask())
     return tables
+
+
+def _compare(revision: str, settings: Settings) -> list[Table | ComparisonTable]:
+    tables: list[Table | ComparisonTable] = []
+    with _table(settings.url):
+        rounds, counted_rounds = settings.rounds_of(120, 20), settings.rounds_of(5, 2)
+        for table in compare(revision, settings.url, rounds=rounds, counted_rounds=counted_rounds):
+            print(table, end="\n\n", flush=True)
+            tables.append(table)
+    if not is_callgrind_there():
+        print("Instructions were not counted: valgrind is not installed.\n")
+    return tables
+
+
+@contextmanager
+def _table(url: str) -> Iterator[None]:
+    """Have the table of the benchmarks in the database during the block."""
+    asyncio.run(create_table(url))
+    try:
+        yield
+    finally:
+        asyncio.run(drop_table(url))
 
 
 def _positive(text: str) -> int:

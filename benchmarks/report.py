@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -86,17 +86,8 @@ class Table:
 
     def __str__(self) -> str:
         head = ("", self.absolute, self.figure, "quartiles", "aim", "", "")
-        lines = [head, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        text = [self.title, "=" * len(self.title)]
-        for line in lines:
-            # Names and remarks to the left, numbers to the right.
-            cells = [
-                cell.ljust(width) if column in (0, 5, 6) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ]
-            text.append("  ".join(cells).rstrip())
-        return "\n".join([*text, *self.notes])
+        # Names and remarks to the left, numbers to the right.
+        return _lay_out(self.title, [head, *(self._cells(row) for row in self.rows)], (0, 5, 6), self.notes)
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         absolute = f"{row.absolute:.{self.absolute_digits}f}"
@@ -124,6 +115,69 @@ class Table:
         for row, entry in zip(self.rows, data["rows"], strict=True):
             entry["met"] = None if row.aim is None or row.figure is None else row.aim.is_met_by(row.figure)
         return data
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One figure of two versions.
+
+    Args:
+        name: the figure.
+        unit: what it counts.
+        before: the figure of the version that is compared with.
+        now: the figure of the working tree.
+        ratio: the second as a share of the first.
+    """
+
+    name: str
+    unit: str
+    before: float
+    now: float
+    ratio: Figure
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Figures of two versions side by side.
+
+    Args:
+        title: what the figures are.
+        before: the name of the version that is compared with.
+        now: the name of the other one.
+        rows: the figures.
+        notes: lines below the table.
+    """
+
+    title: str
+    before: str
+    now: str
+    rows: Sequence[ComparisonRow]
+    notes: Sequence[str] = field(default=())
+
+    def __str__(self) -> str:
+        head = ("", "", self.before, self.now, "ratio", "quartiles")
+        return _lay_out(self.title, [head, *(self._cells(row) for row in self.rows)], (0, 1), self.notes)
+
+    def _cells(self, row: ComparisonRow) -> tuple[str, ...]:
+        ratio = row.ratio
+        quartiles = "" if ratio.low == ratio.high else f"{ratio.low:.3f} .. {ratio.high:.3f}"
+        return (row.name, row.unit, f"{row.before:.3f}", f"{row.now:.3f}", f"{ratio.median:.3f}", quartiles)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the table as it goes into the JSON file."""
+        return asdict(self)
+
+
+def _lay_out(title: str, lines: Sequence[Sequence[str]], left: Collection[int], notes: Sequence[str]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = [title, "=" * len(title)]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join([*text, *notes])
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ copy from whatever index the machine uses: one lock for every mirror.
 
     python scripts/lock_versions.py < uv.lock        prints the versions-only form (the git clean filter)
     python scripts/lock_versions.py --check FILE     exits with 1 if FILE holds anything else, or any address
+    python scripts/lock_versions.py --check-staged   the same, of what the next commit will hold
     python scripts/lock_versions.py --setup          makes git apply the filter in this clone
 """
 
@@ -59,6 +60,10 @@ def _inline(value: Any) -> str:
     return json.dumps(value)
 
 
+def _staged() -> str:
+    return subprocess.run(["git", "show", ":uv.lock"], check=True, capture_output=True, text=True).stdout
+
+
 def _set_up() -> None:
     # Git runs a filter at the top of the work tree, wherever it is called itself.
     for key, value in (("clean", "python3 scripts/lock_versions.py"), ("smudge", "cat"), ("required", "true")):
@@ -69,13 +74,17 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Keep download addresses out of the committed uv.lock.")
     parser.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 unless FILE can be committed as it is")
+    parser.add_argument(
+        "--check-staged", action="store_true", help="exit with 1 unless the staged uv.lock is like that"
+    )
     parser.add_argument("--setup", action="store_true", help="configure the git filter of this clone")
     options = parser.parse_args()
     if options.setup:
         _set_up()
-    elif options.check is not None:
-        if problem := problem_of(options.check.read_text(encoding="utf-8")):
-            print(f"{options.check} cannot be committed: {problem}.", file=sys.stderr)
+    elif options.check is not None or options.check_staged:
+        lock = _staged() if options.check_staged else options.check.read_text(encoding="utf-8")
+        if problem := problem_of(lock):
+            print(f"{options.check or 'uv.lock'} cannot be committed: {problem}.", file=sys.stderr)
             return 1
     else:
         sys.stdout.write(versions_only(sys.stdin.read()))

@@ -8,16 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
+from tests.support.signals import let_children_be_interrupted
+from tests.support.workers import use_workers
 
 from ctxdb_core import DBConnect
 from ctxdb_core._units.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 
+# Before pytest-xdist looks at its options.
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    use_workers(config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    let_children_be_interrupted()
+    share_bytecode(config)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[EmbeddedPostgres]:
-    """The one server of the whole run; each test has a database of its own on it."""
+    """The one server of a run, or of each of its workers; each test has a database of its own on it."""
     with EmbeddedPostgres() as server:
         yield server
         close_observers()

@@ -1,9 +1,10 @@
-"""The frameworks beside Starlette: the same requests in each, bare, written by hand, and with ctxdb's adapter."""
+"""The frameworks: the same requests in each, bare, written by hand, and with ctxdb's adapter."""
 
 from benchmarks.frameworks._framework import Framework
 from benchmarks.frameworks.aiohttp import Aiohttp
 from benchmarks.frameworks.litestar import Litestar
+from benchmarks.frameworks.starlette import Starlette
 
-FRAMEWORKS: tuple[Framework, ...] = (Litestar(), Aiohttp())
+FRAMEWORKS: tuple[Framework, ...] = (Starlette(), Litestar(), Aiohttp())
 
 __all__ = ["FRAMEWORKS", "Framework"]

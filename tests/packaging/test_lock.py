@@ -121,3 +121,15 @@ def test_git_commits_versions_only_once_a_clone_is_set_up(tmp_path: Path) -> Non
     (tmp_path / "uv.lock").write_text(COMPLETE, encoding="utf-8")
     git("add", "uv.lock")
     assert git("show", ":uv.lock") == REDUCED
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="what is staged is git's")
+@pytest.mark.parametrize(("lock", "status"), [(REDUCED, 0), (COMPLETE, 1)], ids=["versions only", "complete"])
+def test_the_check_of_a_commit_looks_at_what_is_staged(lock: str, status: int, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    file = tmp_path / "uv.lock"
+    file.write_text(lock, encoding="utf-8")
+    subprocess.run(["git", "add", "uv.lock"], cwd=tmp_path, check=True)
+    file.write_text("not staged", encoding="utf-8")
+    result = subprocess.run([sys.executable, SCRIPT, "--check-staged"], cwd=tmp_path, check=False)
+    assert result.returncode == status

@@ -9,10 +9,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ctxdb_demo.options import Options
+from ctxdb_demo.frameworks import DEFAULT, FRAMEWORKS
+from ctxdb_demo.options import Options
 
 BROKEN_PROMISE = 1
 CANNOT_RUN = 2
@@ -50,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
-    # Imported here, as this takes a moment in which a Ctrl-C must already be no traceback.
-    from ctxdb_demo.cluster_demo import run_cluster  # noqa: PLC0415
-    from ctxdb_demo.demo import run  # noqa: PLC0415
+    options = _parse(arguments)
+    # Imported here, as this takes a moment: a Ctrl-C in it must already be no traceback, and `--help` does without it.
     from ctxdb_demo.errors import DemoError  # noqa: PLC0415
 
-    options = _parse(arguments)
+    if options.cluster:
+        from ctxdb_demo.cluster_demo import run_cluster as run  # noqa: PLC0415
+    else:
+        from ctxdb_demo.demo import run  # noqa: PLC0415
 
     async def run_until_signal() -> bool:
         task = asyncio.current_task()
@@ -66,7 +67,7 @@ def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
             loop.call_soon_threadsafe(task.cancel)
 
         signals.react = cancel
-        return await (run_cluster(options) if options.cluster else run(options))
+        return await run(options)
 
     try:
         kept = asyncio.run(run_until_signal())
@@ -77,9 +78,6 @@ def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> Options:
-    from ctxdb_demo.frameworks import DEFAULT, FRAMEWORKS  # noqa: PLC0415 - as in `_run`
-    from ctxdb_demo.options import Options  # noqa: PLC0415 - as in `_run`
-
     parser = argparse.ArgumentParser(
         prog="ctxdb-demo",
         description=_DESCRIPTION,

@@ -16,13 +16,14 @@ from rich.console import Console
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from ctxdb_demo.asgi_server import serve
 from ctxdb_demo.cleanup import see_through
 from ctxdb_demo.cluster_app import Base, Payment, create_app
 from ctxdb_demo.errors import DemoError
 from ctxdb_demo.kept_log import keep_log
 from ctxdb_demo.options import Options
 from ctxdb_demo.progress import Progress
-from ctxdb_demo.server import HOST, listen, serve_asgi
+from ctxdb_demo.server import HOST, listen
 from ctxdb_pgstatus import ClusterStatus, HostMonitor
 from ctxdb_pgstatus.testing import EmbeddedPostgresError, PostgresCluster, PostgresNode
 
@@ -69,7 +70,7 @@ async def _run(listener: socket.socket, progress: Progress) -> bool:
             return create_async_engine(url, pool_size=CLIENTS, max_overflow=0, pool_timeout=5)
 
         app = create_app(monitor, create_engine, secrets.token_hex(16))
-        async with monitor, serve_asgi(app, listener):
+        async with monitor, serve(app, listener):
             show = _Show(cluster, monitor, f"http://{HOST}:{listener.getsockname()[1]}")
             await show.play()
         return await show.report()

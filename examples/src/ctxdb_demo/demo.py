@@ -42,7 +42,7 @@ async def run(options: Options) -> bool:
         async with (
             open_database(options.database_url, progress) as database,
             _connected(database),
-            framework.serve(framework.create_app(), listener),
+            framework.serve(listener),
         ):
             outcomes = await _play_all(url, database, progress)
             kept = not any(outcome.broken_promises() for outcome in outcomes)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import importlib
 import socket
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
-
-from ctxdb_demo.server import serve_aiohttp, serve_asgi
 
 __all__ = ["DEFAULT", "FRAMEWORKS", "Framework"]
-
-Serve = Callable[[Any, socket.socket], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -26,12 +20,14 @@ class Framework:
     """What it is installed as."""
     module: str
     """Where its ``create_app()`` is; imported when it is needed."""
-    serve: Serve = serve_asgi
-    """Serves the application on a socket for the length of a block."""
+    server: str = "ctxdb_demo.asgi_server"
+    """Where its server's ``serve()`` is; imported when it is needed."""
 
-    def create_app(self) -> Any:
-        """Return a new application."""
-        return importlib.import_module(self.module).create_app()
+    def serve(self, listener: socket.socket) -> AbstractAsyncContextManager[None]:
+        """Serve a new application on a socket for the length of a block."""
+        app = importlib.import_module(self.module).create_app()
+        serving: AbstractAsyncContextManager[None] = importlib.import_module(self.server).serve(app, listener)
+        return serving
 
     @property
     def version(self) -> str:
@@ -40,7 +36,7 @@ class Framework:
 
 
 FRAMEWORKS = {
-    "aiohttp": Framework("aiohttp", "aiohttp", "ctxdb_demo.aiohttp_app", serve_aiohttp),
+    "aiohttp": Framework("aiohttp", "aiohttp", "ctxdb_demo.aiohttp_app", "ctxdb_demo.aiohttp_server"),
     "fastapi": Framework("FastAPI", "fastapi", "ctxdb_demo.fastapi_app"),
     "litestar": Framework("Litestar", "litestar", "ctxdb_demo.litestar_app"),
     "starlette": Framework("Starlette", "starlette", "ctxdb_demo.starlette_app"),
