@@ -2,7 +2,7 @@
 
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, rollback_session, set_test_context
-from ctxdb_core.testing._errors import CleanUpError, SharedTransactionError
+from ctxdb_core.testing._errors import CleanUpError, SharedTransactionError, WrongDatabaseError
 from ctxdb_core.testing._shared import shared_transaction
 from ctxdb_core.testing._workers import create_database, drop_database, worker_url
 
@@ -10,6 +10,7 @@ __all__ = [
     "CleanUpError",
     "SharedTransactionError",
     "TableCleaner",
+    "WrongDatabaseError",
     "create_database",
     "drop_database",
     "put_savepoint_session_in_ctx",
