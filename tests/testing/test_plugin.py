@@ -90,15 +90,15 @@ def url(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres, tmp_p
             assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
         return
     with psycopg.connect(postgres_server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
-        admin.execute("CREATE DATABASE plugin")
-        own = postgres_server.url("asyncpg", "plugin")
+        admin.execute("CREATE DATABASE plugin_test")
+        own = postgres_server.url("asyncpg", "plugin_test")
         with psycopg.connect(own.replace("+asyncpg", ""), autocommit=True) as connection:
             for table in TABLES:
                 connection.execute(table)
             yield own
             assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
         # Without FORCE: the runs have left no connection.
-        admin.execute("DROP DATABASE plugin")
+        admin.execute("DROP DATABASE plugin_test")
 
 
 Run = Callable[..., pytest.RunResult]
@@ -236,3 +236,24 @@ def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pyteste
     result = pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")
+
+
+def test_a_database_that_is_nobodys_tests_is_cleaned_by_the_word_of_the_user_alone(
+    pytester: pytest.Pytester, postgres_server: EmbeddedPostgres
+) -> None:
+    conftest = CONFTEST.format(url=postgres_server.url())
+    tests = "def test_it(ctxdb_clean_tables): pass"
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(tests)
+    result = pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines("*nothing says that the database 'postgres' is for tests*")
+    pytester.makeconftest(
+        conftest
+        + """
+@pytest.fixture(scope="session")
+def ctxdb_test_databases():
+    return ["postgres"]
+"""
+    )
+    pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO).assert_outcomes(passed=1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 from tests.support.items import names
 
@@ -25,7 +28,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
-from ctxdb_core.testing import SharedTransactionError, shared_transaction
+from ctxdb_core.testing import SharedTransactionError, rollback_session, shared_transaction
 
 
 async def test_what_was_committed_is_seen_by_all_and_gone_at_the_end(db: DBConnect, database: Database) -> None:
@@ -403,3 +406,18 @@ async def test_its_end_waits_for_nobodys_statement(db: DBConnect, database: Data
             await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
         with pytest.raises(asyncio.CancelledError):
             await left
+
+
+@pytest.mark.parametrize("style", [shared_transaction, rollback_session])
+async def test_sequences_move_on_where_they_are_no_tables(
+    db: DBConnect, database: Database, style: Callable[[DBConnect], AbstractAsyncContextManager[AsyncSession]]
+) -> None:
+    key = "INT GENERATED ALWAYS AS IDENTITY" if database.is_postgresql else "INTEGER PRIMARY KEY AUTOINCREMENT"
+    await database.query(f"CREATE TABLE numbered (id {key}, name VARCHAR(40))")
+    ids = []
+    for _ in range(2):
+        async with style(db) as session:
+            await session.execute(text("INSERT INTO numbered (name) VALUES ('one')"))
+            ids.append(await session.scalar(text("SELECT id FROM numbered")))
+    assert ids == ([1, 2] if database.is_postgresql else [1, 1])
+    await database.query("DROP TABLE numbered")

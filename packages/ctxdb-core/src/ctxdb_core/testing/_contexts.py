@@ -15,6 +15,7 @@ from ctxdb_core._sessions.leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
+from ctxdb_core.testing._driver import backend_pid_of, own_backends
 from ctxdb_core.testing._engines import is_autocommit
 from ctxdb_core.unit import UnitOfWork, current_unit
 
@@ -38,11 +39,17 @@ async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
         else:
             await _begin(connection)
             session = maker(bind=connection, join_transaction_mode="create_savepoint")
+        raw = await connection.get_raw_connection()
+        backend_pid = backend_pid_of(engine.sync_engine, raw.dbapi_connection)
+        if backend_pid is not None:
+            own_backends.add(backend_pid)
         try:
             yield session
         except BaseException as exc:
             await run_to_completion(_end(session, connection, exc))
             raise
+        finally:
+            own_backends.discard(backend_pid)
         await run_to_completion(_end(session, connection, None))
 
 

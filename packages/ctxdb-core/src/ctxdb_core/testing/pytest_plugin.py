@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "ctxdb_session",
     "ctxdb_shared_transaction",
     "ctxdb_test_context",
+    "ctxdb_test_databases",
     "ctxdb_worker_database",
     "pytest_collection_modifyitems",
 ]
@@ -104,10 +105,23 @@ def ctxdb_session(ctxdb_shared_transaction: Mapping[DBConnect, AsyncSession]) ->
 
 
 @pytest.fixture(scope="session")
-def _ctxdb_cleaners(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread) -> Iterator[list[TableCleaner]]:
+def ctxdb_test_databases() -> Collection[str]:
+    """The names of databases that `ctxdb_clean_tables` may clean, whatever else they look like.
+
+    To be overridden in ``conftest.py`` where a database's name does not say that it is for tests. See
+    `ctxdb_core.testing.TableCleaner`.
+    """
+    return ()
+
+
+@pytest.fixture(scope="session")
+def _ctxdb_cleaners(
+    _ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread, ctxdb_test_databases: Collection[str]
+) -> Iterator[list[TableCleaner]]:
     stack = AsyncExitStack()
+    cleaners = [TableCleaner(db, test_databases=ctxdb_test_databases) for db, *_ in _ctxdb_groups]
     try:
-        yield [_ctxdb_thread.call(stack.enter_async_context, TableCleaner(db)) for db, *_ in _ctxdb_groups]
+        yield [_ctxdb_thread.call(stack.enter_async_context, cleaner) for cleaner in cleaners]
     finally:
         _ctxdb_thread.call(stack.aclose)
 
