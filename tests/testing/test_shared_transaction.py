@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
@@ -421,3 +422,45 @@ async def test_sequences_move_on_where_they_are_no_tables(
             ids.append(await session.scalar(text("SELECT id FROM numbered")))
     assert ids == ([1, 2] if database.is_postgresql else [1, 1])
     await database.query("DROP TABLE numbered")
+
+
+async def test_of_two_that_begin_at_once_the_second_is_refused_and_harms_nothing(
+    db: DBConnect, database: Database
+) -> None:
+    begun = asyncio.Event()
+
+    async def test(name: str) -> list[str]:
+        async with shared_transaction(db):
+            await run_in_new_ctx(insert, db, name)
+            await begun.wait()
+            return await names(db)
+
+    tests = [asyncio.create_task(test(name)) for name in ("one", "two")]
+    refused, _ = await asyncio.wait(tests, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    begun.set()
+    assert len(refused) == 1
+    with pytest.raises(SharedTransactionError, match="cannot be nested"):
+        await refused.pop()
+    results = await asyncio.gather(*tests, return_exceptions=True)
+    assert [result for result in results if isinstance(result, list)] in ([["one"]], [["two"]])
+    await run_in_new_ctx(insert, db, "really")
+    assert await database.names() == ["really"]
+
+
+async def test_one_that_cannot_begin_leaves_its_databases_to_the_next(
+    db: DBConnect, database: Database, tmp_path: Path
+) -> None:
+    async with DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:
+        with pytest.raises(SharedTransactionError, match="One connection leads to one database"):
+            async with shared_transaction(db, other):
+                pytest.fail("it was entered")
+    async with shared_transaction(db):
+        await run_in_new_ctx(insert, db, "one")
+    assert await database.names() == []
+
+
+async def test_a_database_that_is_named_twice_is_one(db: DBConnect, database: Database) -> None:
+    async with shared_transaction(db, db):
+        await run_in_new_ctx(insert, db, "one")
+    await run_in_new_ctx(insert, db, "really")
+    assert await database.names() == ["really"]

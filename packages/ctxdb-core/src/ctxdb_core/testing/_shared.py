@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -35,7 +36,9 @@ class SharedTransaction:
         self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float, *, private: bool = False
     ) -> None:
         self._private = private
-        self._dbs = dbs
+        # Each once: what is replaced twice would be put back twice.
+        self._dbs = tuple(dict.fromkeys(dbs))
+        self._claimed: tuple[DBConnect, ...] = ()
         self._shared = SharedConnection(thread, timeout)
         self._originals: dict[DBConnect, AsyncEngine] = {}
         self._replaced: list[tuple[DBConnect, Any]] = []
@@ -45,9 +48,25 @@ class SharedTransaction:
 
     async def begin(self) -> AsyncSession:
         """Begin, and return the test's session. Runs on the thread's loop."""
+        if not self._private:
+            self._claim()
+        try:
+            return await self._begin()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _claim(self) -> None:
+        """Keep others from the databases, who may begin at the same moment on a thread of their own."""
+        with _claiming:
+            for db in self._dbs:
+                if db in _active:
+                    raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
+            self._claimed = self._dbs
+            _active.update(self._claimed)
+
+    async def _begin(self) -> AsyncSession:
         for db in self._dbs:
-            if db in _active and not self._private:
-                raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
             self._originals[db] = await _original_engine(db)
         databases = {engine.url.database for engine in self._originals.values()}
         if len(databases) > 1:
@@ -64,7 +83,6 @@ class SharedTransaction:
             session = self.session = (await db.session_maker())(bind=engine)
         except BaseException:
             await self._shared.end()
-            self.restore()
             raise
         return session
 
@@ -79,7 +97,8 @@ class SharedTransaction:
 
     def restore(self) -> None:
         """Give the databases their own engines back, and raise what the test has to know."""
-        for engine in self._guarded:
+        while self._guarded:
+            engine = self._guarded.pop()
             for name, listener in _GUARDS.items():
                 event.remove(engine, name, listener)
         while self._replaced:
@@ -87,7 +106,8 @@ class SharedTransaction:
             _, shared = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
             for loop_engine in shared.all:
                 loop_engine.abandon()
-            _active.discard(db)
+        _active.difference_update(self._claimed)
+        self._claimed = ()
         if self._shared.problems:
             raise SharedTransactionError("\n".join(self._shared.problems))
 
@@ -99,7 +119,6 @@ class SharedTransaction:
 
         replaced = db._replace_engines(create, HostEngines(db.host, {}, {}))  # noqa: SLF001 - the core's own
         self._replaced.append((db, replaced))
-        _active.add(db)
         for loop_engine in replaced[1].all:
             engine = loop_engine.engine.sync_engine
             if engine not in self._guarded:
@@ -108,7 +127,9 @@ class SharedTransaction:
                     event.listen(engine, name, listener)
 
 
+# The databases that are in a shared transaction.
 _active: set[DBConnect] = set()
+_claiming = threading.Lock()
 
 
 def _refuse_original(connection: Connection) -> None:
