@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from ctxdb_core._sessions import end as session_end
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.connect import DBConnect, HostEngines, check_database
+from ctxdb_core.connect import DBConnect, HostEngines, Replacement, check_database
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection
@@ -41,7 +40,7 @@ class SharedTransaction:
         self._claimed: tuple[DBConnect, ...] = ()
         self._shared = SharedConnection(thread, timeout)
         self._originals: dict[DBConnect, AsyncEngine] = {}
-        self._replaced: list[tuple[DBConnect, Any]] = []
+        self._replacements: list[tuple[DBConnect, Replacement]] = []
         self._guarded: list[Engine] = []
         self.session: AsyncSession | None = None
         """The test's, once it has begun."""
@@ -101,10 +100,9 @@ class SharedTransaction:
             engine = self._guarded.pop()
             for name, listener in _GUARDS.items():
                 event.remove(engine, name, listener)
-        while self._replaced:
-            db, replaced = self._replaced.pop()
-            _, shared = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
-            for loop_engine in shared.all:
+        while self._replacements:
+            db, replacement = self._replacements.pop()
+            for loop_engine in db._put_back(replacement).all:  # noqa: SLF001 - the core's own
                 loop_engine.abandon()
         _active.difference_update(self._claimed)
         self._claimed = ()
@@ -117,9 +115,9 @@ class SharedTransaction:
         def create(host: str) -> AsyncEngine:
             return create_shared_engine(original, self._shared, lenient=False)
 
-        replaced = db._replace_engines(create, HostEngines(db.host, {}, {}))  # noqa: SLF001 - the core's own
-        self._replaced.append((db, replaced))
-        for loop_engine in replaced[1].all:
+        replacement = db._replace(engine_creator=create, engines=HostEngines(db.host, {}, {}))
+        self._replacements.append((db, replacement))
+        for loop_engine in replacement.replaced.engines.all:
             engine = loop_engine.engine.sync_engine
             if engine not in self._guarded:
                 self._guarded.append(engine)
