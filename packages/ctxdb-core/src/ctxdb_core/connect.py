@@ -85,6 +85,7 @@ class Override:
         self._replacement = self._db._replace(
             engines=HostEngines(self._host, {}, {}),
             engine_creator=self._engine_creator,
+            session_maker_creator=self._db._own_session_maker_creator(),  # noqa: SLF001 - a part of the same class
             before_create_session=None,
             engine_listeners=(),
             keeps_host=True,
@@ -419,6 +420,11 @@ class DBConnect:
                 ended, later.replaced = later.replaced, replacement.replaced
             del self._replacements[index]
         return ended.engines
+
+    def _own_session_maker_creator(self) -> SessionMakerCreator:
+        """Return the user's, also where one of the testing tools has another in its place."""
+        first = self._replacements[0].replaced if self._replacements else self._state()
+        return first.session_maker_creator
 
     def _state(self) -> State:
         return State(

@@ -15,6 +15,7 @@ from ctxdb_core._sessions.leak import LeakGuard
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect, check_database
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
+from ctxdb_core.testing._confinement import confine, onto
 from ctxdb_core.testing._driver import backend_pid_of, own_backends
 from ctxdb_core.testing._engines import is_autocommit
 from ctxdb_core.unit import UnitOfWork, current_unit
@@ -28,12 +29,14 @@ async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
     connection by `put_savepoint_session_in_ctx`.
 
     Raises:
+        SharedTransactionError: the session's own ``get_bind`` leads to another database.
         BaseException: what the block raised.
     """
     check_database(db)
     maker = await db.session_maker()
     engine = await db.engine()
     async with engine.connect() as connection:
+        maker = confine(maker, onto(connection, "this rollback_session()"))
         if is_autocommit(engine):
             session = maker(bind=connection)
         else:
@@ -177,7 +180,8 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
         )
     unit.check_usable()
     await unit.close_session(db)
-    maker, connection = await db.session_maker(), await session.connection()
+    connection = await session.connection()
+    maker = confine(await db.session_maker(), onto(connection, "the test's session"))
     unit.savepoint_sessions[db] = partial(maker, bind=connection, join_transaction_mode="create_savepoint")
     try:
         yield await unit.open_session(db)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from ctxdb_core._sessions import end as session_end
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.connect import DBConnect, HostEngines, Replacement, check_database
+from ctxdb_core.testing._confinement import check_same_database, confine
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._shared_connection import SharedConnection
@@ -42,6 +45,8 @@ class SharedTransaction:
         self._originals: dict[DBConnect, AsyncEngine] = {}
         self._replacements: list[tuple[DBConnect, Replacement]] = []
         self._guarded: list[Engine] = []
+        self._chosen: dict[object, Engine] = {}
+        """Engines for sessions that have chosen one by themselves."""
         self.session: AsyncSession | None = None
         """The test's, once it has begun."""
 
@@ -76,10 +81,14 @@ class SharedTransaction:
         db = self._dbs[0]
         await self._shared.begin(self._originals[db])
         try:
-            for each in () if self._private else self._dbs:
-                self._replace_engines(each)
+            if not self._private:
+                for each in self._dbs:
+                    self._replace_engines(each)
             engine = create_shared_engine(self._originals[db], self._shared, lenient=not self._private)
-            session = self.session = (await db.session_maker())(bind=engine)
+            maker = await db.session_maker()
+            if self._private:
+                maker = confine(maker, self._redirect)
+            session = self.session = maker(bind=engine, info={_OF_TEST: True})
         except BaseException:
             await self._shared.end()
             raise
@@ -109,13 +118,33 @@ class SharedTransaction:
         if self._shared.problems:
             raise SharedTransactionError("\n".join(self._shared.problems))
 
+    def _redirect(self, session: Session, bind: Engine | Connection) -> Engine | Connection:
+        """Return what is shared in the place of an engine that a session has chosen by itself."""
+        if bind.dialect.driver == SHARED_DRIVER:
+            return bind
+        check_same_database(bind, self._originals[self._dbs[0]].sync_engine, "this shared transaction")
+        engine = bind.engine
+        # One for each event loop, as for the engines of the DBConnect: a pool serves one.
+        key = (engine, asyncio.get_running_loop(), _OF_TEST in session.info)
+        if key not in self._chosen:
+            lenient = _OF_TEST in session.info and not self._private
+            self._chosen[key] = create_shared_engine(AsyncEngine(engine), self._shared, lenient=lenient).sync_engine
+        return self._chosen[key]
+
     def _replace_engines(self, db: DBConnect) -> None:
         original = self._originals[db]
 
         def create(host: str) -> AsyncEngine:
             return create_shared_engine(original, self._shared, lenient=False)
 
-        replacement = db._replace(engine_creator=create, engines=HostEngines(db.host, {}, {}))
+        create_session_maker = db._session_maker_creator  # noqa: SLF001 - the core's own
+
+        def create_confined(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+            return confine(create_session_maker(engine), self._redirect)
+
+        replacement = db._replace(
+            engine_creator=create, session_maker_creator=create_confined, engines=HostEngines(db.host, {}, {})
+        )
         self._replacements.append((db, replacement))
         for loop_engine in replacement.replaced.engines.all:
             engine = loop_engine.engine.sync_engine
@@ -124,6 +153,8 @@ class SharedTransaction:
                 for name, listener in _GUARDS.items():
                     event.listen(engine, name, listener)
 
+
+_OF_TEST = "ctxdb.of_test"
 
 # The databases that are in a shared transaction.
 _active: set[DBConnect] = set()
