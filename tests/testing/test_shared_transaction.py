@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.pool import StaticPool
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 from tests.support.items import names
 
@@ -341,13 +343,24 @@ async def test_a_read_only_database_by_itself_refuses_writes(database: Database)
                 await session.execute(text("INSERT INTO item VALUES ('two')"))
 
 
-async def test_a_database_in_memory_is_the_one_that_was_filled() -> None:
-    async with DBConnect.from_url("sqlite+aiosqlite://") as db:
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("sqlite+aiosqlite://", {}),
+        ("sqlite+aiosqlite:///:memory:", {"poolclass": StaticPool}),
+        ("sqlite+aiosqlite:///file:shop?mode=memory&uri=true", {"poolclass": StaticPool}),
+    ],
+    ids=["plain", "static pool", "uri"],
+)
+async def test_a_database_in_memory_is_the_one_that_was_filled(url: str, options: dict[str, Any]) -> None:
+    async with DBConnect.from_url(url, **options) as db:
         async with new_db_ctx():
             await (await db_session(db)).execute(text("CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)"))
         async with shared_transaction(db):
             await run_in_new_ctx(insert, db, "one")
-            assert await names(db) == ["one"]
+            # As a test client does, on an event loop of its own.
+            await asyncio.to_thread(asyncio.run, run_in_new_ctx(insert, db, "two"))
+            assert await names(db) == ["one", "two"]
         assert await names(db) == []
 
 

@@ -17,6 +17,7 @@ from ctxdb_core.connect import DBConnect, HostEngines, Replacement, check_databa
 from ctxdb_core.testing._confinement import check_same_database, confine
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
+from ctxdb_core.testing._marks import sqlite_file
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._thread import LoopThread
 
@@ -183,7 +184,7 @@ async def _original_engine(db: DBConnect) -> AsyncEngine:
         # The handler may know it.
         await db.session_maker()
     engine = await db.engine()
-    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+    if engine.dialect.name == "sqlite" and sqlite_file(engine.url) is None:
         # A database in memory is in the connection of the loop that has filled it. This driver's connections serve
         # other loops as well.
         for loop_engine in db._engines.values():  # noqa: SLF001 - the core's own
