@@ -165,6 +165,8 @@ class DBConnect:
         self._read_only = False
         self._keeps_host = False
         self._replacements: list[Replacement] = []
+        self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
+        """Returns what is called after a commit in the place of a callback of `on_commit`: a testing tool's."""
 
     @classmethod
     def from_url(

@@ -195,7 +195,9 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    _unit(db).on_commit(db, callback)
+    unit = _unit(db)
+    capture = db._capture_callback  # noqa: SLF001 - for the testing tools, and none of the application's business
+    unit.on_commit(db, callback if capture is None else capture(callback))
 
 
 @asynccontextmanager
