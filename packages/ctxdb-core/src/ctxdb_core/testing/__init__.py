@@ -11,10 +11,13 @@ from ctxdb_core.testing._contexts import (
 from ctxdb_core.testing._errors import CleanUpError, SharedTransactionError, WrongDatabaseError
 from ctxdb_core.testing._shared import shared_transaction
 from ctxdb_core.testing._workers import create_database, drop_database, worker_url
+from ctxdb_core.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError
 
 __all__ = [
     "CapturedCallbacks",
     "CleanUpError",
+    "EmbeddedPostgres",
+    "EmbeddedPostgresError",
     "SharedTransactionError",
     "TableCleaner",
     "WrongDatabaseError",
