@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from benchmarks.database import read, write
 from benchmarks.measure import Figure, end_progress, show_progress
@@ -53,7 +53,8 @@ class Tests(Question):
             thread = stack.enter_context(LoopThread())
             thread.call(_create_tables, db)
             stack.callback(thread.call, _drop_tables, db)
-            cleaner = thread.call(TableCleaner(db).__aenter__)
+            cleaner = TableCleaner(db, test_databases=make_url(self.settings.url).database or "")
+            thread.call(cleaner.__aenter__)
             stack.callback(thread.call, cleaner.__aexit__, None, None, None)
             styles = (
                 _Style("nothing", "really commits, and leaves it there", nullcontext),

@@ -1244,3 +1244,9 @@ async def test_a_commit_on_a_server_that_does_not_answer_ends_once_it_is_cancell
         assert database.checked_out == 0
     finally:
         os.kill(frozen[0], signal.SIGCONT)
+
+
+def test_the_testing_tools_are_named_in_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "set_test_context" in str(ContextNotInitiatedError())
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    assert "test" not in str(ContextNotInitiatedError())

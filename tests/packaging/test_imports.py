@@ -76,7 +76,13 @@ def test_what_is_imported_is_declared(member: Member) -> None:
 
 @pytest.mark.parametrize("member", [member for member in MEMBERS if member is not CORE], ids=lambda member: member.name)
 def test_only_public_names_of_the_core_are_used(member: Member) -> None:
-    own_public_modules = {"ctxdb_core", "ctxdb_core.adapters", "ctxdb_core.asgi", "ctxdb_core.testing"}
+    own_public_modules = {
+        "ctxdb_core",
+        "ctxdb_core.adapters",
+        "ctxdb_core.asgi",
+        "ctxdb_core.testing",
+        "ctxdb_core.testing.postgres",
+    }
     private = []
     for found in _imports(member):
         if found.root != "ctxdb_core":

@@ -324,7 +324,7 @@ class _Left:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    from ctxdb_pgstatus.testing._supervisor import _processes
+    from ctxdb_core.testing.postgres._supervisor import _processes
 
     return _processes()
 

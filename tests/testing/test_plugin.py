@@ -90,15 +90,15 @@ def url(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres, tmp_p
             assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
         return
     with psycopg.connect(postgres_server.url("psycopg").replace("+psycopg", ""), autocommit=True) as admin:
-        admin.execute("CREATE DATABASE plugin")
-        own = postgres_server.url("asyncpg", "plugin")
+        admin.execute("CREATE DATABASE plugin_test")
+        own = postgres_server.url("asyncpg", "plugin_test")
         with psycopg.connect(own.replace("+asyncpg", ""), autocommit=True) as connection:
             for table in TABLES:
                 connection.execute(table)
             yield own
             assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
         # Without FORCE: the runs have left no connection.
-        admin.execute("DROP DATABASE plugin")
+        admin.execute("DROP DATABASE plugin_test")
 
 
 Run = Callable[..., pytest.RunResult]
@@ -236,3 +236,112 @@ def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pyteste
     result = pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")
+
+
+def test_a_database_that_is_nobodys_tests_is_cleaned_by_the_word_of_the_user_alone(
+    pytester: pytest.Pytester, postgres_server: EmbeddedPostgres
+) -> None:
+    conftest = CONFTEST.format(url=postgres_server.url())
+    tests = "def test_it(ctxdb_clean_tables): pass"
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(tests)
+    result = pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines("*nothing says that the database 'postgres' is for tests*")
+    pytester.makeconftest(
+        conftest
+        + """
+@pytest.fixture(scope="session")
+def ctxdb_test_databases():
+    return ["postgres"]
+"""
+    )
+    pytester.runpytest_inprocess(*OPTIONS, *ASYNCIO).assert_outcomes(passed=1)
+
+
+SERVICES = """
+pytestmark = pytest.mark.usefixtures("new_db_ctx")
+
+async def test_services_share_a_session(ctxdb_shared_transaction):
+    await write()
+    assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 1
+
+async def test_nothing_is_left_of_the_test_before(ctxdb_shared_transaction):
+    assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 0
+
+def test_plain(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("mark", "arguments"),
+    [("", ["--asyncio-mode=auto"]), ("@pytest.mark.anyio\n", ["-p", "no:asyncio"])],
+    ids=["asyncio", "anyio"],
+)
+def test_a_suite_of_services_runs_in_units_of_work(run: Run, mark: str, arguments: list[str]) -> None:
+    run(SERVICES.replace("async def test", f"{mark}async def test"), *arguments).assert_outcomes(passed=3)
+
+
+def test_the_unit_of_work_of_a_test_is_committed_when_it_passes_and_rolled_back_when_it_fails(run: Run) -> None:
+    tests = """
+import asyncio
+
+seen = []
+
+@pytest.fixture
+def look(ctxdb_clean_tables):
+    yield
+    seen.append(asyncio.run(count()))
+
+async def test_passes(look, new_db_ctx):
+    await write("one")
+
+async def test_fails(look, new_db_ctx):
+    await write("two")
+    raise LookupError
+
+def test_what_was_seen():
+    assert seen == [1, 0]
+"""
+    run(tests, "--asyncio-mode=auto").assert_outcomes(passed=2, failed=1)
+
+
+def test_requests_of_a_test_in_a_unit_of_work_have_their_own(run: Run) -> None:
+    tests = """
+import httpx
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
+
+async def respond(scope, receive, send):
+    await write()
+    await send({"type": "http.response.start", "status": 409, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+async def test_it(ctxdb_shared_transaction, new_db_ctx):
+    session = await db_session(db)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(ASGIHTTPDBSessionMiddleware(respond))) as client:
+        assert (await client.get("http://test/")).status_code == 409
+    assert await session.scalar(text("SELECT count(*) FROM item")) == 0
+"""
+    run(tests, "--asyncio-mode=auto").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("fixture", ["new_db_ctx", "ctxdb_test_context"])
+def test_a_context_that_cannot_be_had_is_told(run: Run, fixture: str) -> None:
+    tests = f"""
+def test_plain({fixture}): pass
+
+async def test_late(request):
+    request.getfixturevalue("{fixture}")
+"""
+    result = run(tests, "--asyncio-mode=auto")
+    result.assert_outcomes(errors=1, failed=1)
+    result.stdout.fnmatch_lines(f"*{fixture} is for asynchronous tests*")
+    result.stdout.fnmatch_lines(f"*{fixture} has to be known when the tests are collected*")
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_a_session_outside_of_any_unit_of_work_names_the_testing_tools(run: Run) -> None:
+    result = run("async def test_it(): await write()", "--asyncio-mode=auto")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines("*the fixture `new_db_ctx`*set_test_context*")

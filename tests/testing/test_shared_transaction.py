@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.pool import StaticPool
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 from tests.support.items import names
 
@@ -25,7 +31,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
-from ctxdb_core.testing import SharedTransactionError, shared_transaction
+from ctxdb_core.testing import SharedTransactionError, rollback_session, shared_transaction
 
 
 async def test_what_was_committed_is_seen_by_all_and_gone_at_the_end(db: DBConnect, database: Database) -> None:
@@ -337,13 +343,24 @@ async def test_a_read_only_database_by_itself_refuses_writes(database: Database)
                 await session.execute(text("INSERT INTO item VALUES ('two')"))
 
 
-async def test_a_database_in_memory_is_the_one_that_was_filled() -> None:
-    async with DBConnect.from_url("sqlite+aiosqlite://") as db:
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("sqlite+aiosqlite://", {}),
+        ("sqlite+aiosqlite:///:memory:", {"poolclass": StaticPool}),
+        ("sqlite+aiosqlite:///file:shop?mode=memory&uri=true", {"poolclass": StaticPool}),
+    ],
+    ids=["plain", "static pool", "uri"],
+)
+async def test_a_database_in_memory_is_the_one_that_was_filled(url: str, options: dict[str, Any]) -> None:
+    async with DBConnect.from_url(url, **options) as db:
         async with new_db_ctx():
             await (await db_session(db)).execute(text("CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)"))
         async with shared_transaction(db):
             await run_in_new_ctx(insert, db, "one")
-            assert await names(db) == ["one"]
+            # As a test client does, on an event loop of its own.
+            await asyncio.to_thread(asyncio.run, run_in_new_ctx(insert, db, "two"))
+            assert await names(db) == ["one", "two"]
         assert await names(db) == []
 
 
@@ -403,3 +420,60 @@ async def test_its_end_waits_for_nobodys_statement(db: DBConnect, database: Data
             await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
         with pytest.raises(asyncio.CancelledError):
             await left
+
+
+@pytest.mark.parametrize("style", [shared_transaction, rollback_session])
+async def test_sequences_move_on_where_they_are_no_tables(
+    db: DBConnect, database: Database, style: Callable[[DBConnect], AbstractAsyncContextManager[AsyncSession]]
+) -> None:
+    key = "INT GENERATED ALWAYS AS IDENTITY" if database.is_postgresql else "INTEGER PRIMARY KEY AUTOINCREMENT"
+    await database.query(f"CREATE TABLE numbered (id {key}, name VARCHAR(40))")
+    ids = []
+    for _ in range(2):
+        async with style(db) as session:
+            await session.execute(text("INSERT INTO numbered (name) VALUES ('one')"))
+            ids.append(await session.scalar(text("SELECT id FROM numbered")))
+    assert ids == ([1, 2] if database.is_postgresql else [1, 1])
+    await database.query("DROP TABLE numbered")
+
+
+async def test_of_two_that_begin_at_once_the_second_is_refused_and_harms_nothing(
+    db: DBConnect, database: Database
+) -> None:
+    begun = asyncio.Event()
+
+    async def test(name: str) -> list[str]:
+        async with shared_transaction(db):
+            await run_in_new_ctx(insert, db, name)
+            await begun.wait()
+            return await names(db)
+
+    tests = [asyncio.create_task(test(name)) for name in ("one", "two")]
+    refused, _ = await asyncio.wait(tests, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    begun.set()
+    assert len(refused) == 1
+    with pytest.raises(SharedTransactionError, match="cannot be nested"):
+        await refused.pop()
+    results = await asyncio.gather(*tests, return_exceptions=True)
+    assert [result for result in results if isinstance(result, list)] in ([["one"]], [["two"]])
+    await run_in_new_ctx(insert, db, "really")
+    assert await database.names() == ["really"]
+
+
+async def test_one_that_cannot_begin_leaves_its_databases_to_the_next(
+    db: DBConnect, database: Database, tmp_path: Path
+) -> None:
+    async with DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:
+        with pytest.raises(SharedTransactionError, match="One connection leads to one database"):
+            async with shared_transaction(db, other):
+                pytest.fail("it was entered")
+    async with shared_transaction(db):
+        await run_in_new_ctx(insert, db, "one")
+    assert await database.names() == []
+
+
+async def test_a_database_that_is_named_twice_is_one(db: DBConnect, database: Database) -> None:
+    async with shared_transaction(db, db):
+        await run_in_new_ctx(insert, db, "one")
+    await run_in_new_ctx(insert, db, "really")
+    assert await database.names() == ["really"]

@@ -229,3 +229,17 @@ async def test_a_failing_test_keeps_its_error_and_is_told_the_problem(db: DBConn
                     raise LookupError
             assert await names(db) == ["inner"]
     assert "has undone what another session had committed" in "".join(caught.value.__notes__)
+
+
+async def test_a_deadlock_of_one_task_is_found_at_once_while_it_commits(db: DBConnect) -> None:
+    """What is written by the commit of a unit of work runs in a stand-in of its task."""
+    with pytest.raises(SharedTransactionError, match="has undone"):
+        async with shared_transaction(db, timeout=60), asyncio.timeout(20), new_non_ctx_session(db) as second:
+            with pytest.raises(SharedTransactionError, match="one that was begun after it"):
+                async with new_db_ctx():
+                    first = await insert(db, "first")
+                    second.add(Item(name="second"))
+                    await second.flush()
+                    first.add(Item(name="third"))
+            with pytest.raises(SharedTransactionError, match="was undone"):
+                await second.commit()

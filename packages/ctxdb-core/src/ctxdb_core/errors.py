@@ -22,6 +22,8 @@ CtxDBError
 
 from __future__ import annotations
 
+import os
+
 from sqlalchemy.exc import InvalidRequestError
 
 __all__ = [
@@ -54,18 +56,25 @@ class ContextNotInitiatedError(CtxDBError):
     """A session was asked for outside of any unit of work.
 
     Raised when no adapter, ``new_db_ctx()`` or ``run_in_new_ctx()`` has opened a unit of work for this code, or when
-    the unit of work belongs to another thread's event loop, to an async generator that this code iterates over, or to
-    code that has nothing to do with the scheduler's job that this is. The way out: add the framework's middleware or
-    plugin, or wrap the code in ``async with new_db_ctx()``.
+    the unit of work belongs to another event loop, to an async generator that this code iterates over, or to code that
+    has nothing to do with the scheduler's job that this is. The way out: add the framework's middleware or plugin, or
+    wrap the code in ``async with new_db_ctx()``. In a test, the fixtures and tools of ``ctxdb_core.testing`` open one.
     """
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(
-            message
-            or "There is no unit of work here. In a web application, add the ctxdb middleware or plugin of its "
-            "framework; in a script, worker or background task, wrap the code in `async with new_db_ctx():` or call "
-            "it through `await run_in_new_ctx(fn, ...)`."
-        )
+        if message is None:
+            message = (
+                "There is no unit of work here. In a web application, add the ctxdb middleware or plugin of its "
+                "framework; in a script, worker or background task, wrap the code in `async with new_db_ctx():` or "
+                "call it through `await run_in_new_ctx(fn, ...)`."
+            )
+            # This is set while a test runs (pytest, "PYTEST_CURRENT_TEST environment variable").
+            if "PYTEST_CURRENT_TEST" in os.environ:
+                message += (
+                    " A test of functions that call `db_session` has a unit of work by the fixture `new_db_ctx`, or by "
+                    "`async with ctxdb_core.testing.set_test_context():`; see docs/testing.md."
+                )
+        super().__init__(message)
 
 
 class ContextClosedError(CtxDBError):

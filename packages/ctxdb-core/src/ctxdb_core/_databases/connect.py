@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.factory import create_engine
@@ -39,6 +40,76 @@ class HostEngines(NamedTuple):
     def all(self) -> list[LoopEngine]:
         """Each of them."""
         return [engine for engines in (self.current, *self.kept.values()) for engine in engines.values()]
+
+
+class State(NamedTuple):
+    """Where a `DBConnect` leads, and how it makes engines and sessions: all that may be replaced for a while."""
+
+    engines: HostEngines
+    engine_creator: EngineCreator
+    session_maker_creator: SessionMakerCreator
+    before_create_session: Callable[[DBConnect], Awaitable[object]] | None
+    engine_listeners: tuple[EngineListener, ...]
+    keeps_host: bool
+    """Whether `change_host` does nothing."""
+
+
+class Replacement:
+    """What a `DBConnect` goes by instead of its own, for a while.
+
+    Args:
+        replaced: what to go on with afterwards.
+    """
+
+    def __init__(self, replaced: State) -> None:
+        self.replaced = replaced
+
+
+class Override:
+    """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`.
+
+    Args:
+        db: the object.
+        host: what it is told to be the host.
+        engine_creator: creates the engines of the other database.
+    """
+
+    def __init__(self, db: DBConnect, host: str, engine_creator: EngineCreator) -> None:
+        self._db = db
+        self._host = host
+        self._engine_creator = engine_creator
+        self._replacement: Replacement | None = None
+
+    def __enter__(self) -> DBConnect:
+        if self._replacement is not None:
+            raise ArgumentValueError("This block was entered already: call `overridden` for each block.")
+        self._replacement = self._db._replace(
+            engines=HostEngines(self._host, {}, {}),
+            engine_creator=self._engine_creator,
+            session_maker_creator=self._db._own_session_maker_creator(),  # noqa: SLF001 - a part of the same class
+            before_create_session=None,
+            engine_listeners=(),
+            keeps_host=True,
+        )
+        return self._db
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for engine in self._end():
+            engine.abandon()
+
+    async def __aenter__(self) -> DBConnect:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await _attempt_all([engine.retire for engine in self._end()])
+
+    def _end(self) -> list[LoopEngine]:
+        assert self._replacement is not None
+        return self._db._put_back(self._replacement).all  # noqa: SLF001 - as above
 
 
 def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
@@ -92,6 +163,11 @@ class DBConnect:
         self._lock = threading.Lock()
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
         self._engine_listeners: tuple[EngineListener, ...] = ()
+        self._read_only = False
+        self._keeps_host = False
+        self._replacements: list[Replacement] = []
+        self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
+        """Returns what is called after a commit in the place of a callback of `on_commit`: a testing tool's."""
 
     @classmethod
     def from_url(
@@ -120,7 +196,9 @@ class DBConnect:
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
 
-        return cls(engine_creator, host=host_of(parsed), warn_connection_held_after=warn_connection_held_after)
+        db = cls(engine_creator, host=host_of(parsed), warn_connection_held_after=warn_connection_held_after)
+        db._read_only = read_only
+        return db
 
     @property
     def host(self) -> str | None:
@@ -143,6 +221,8 @@ class DBConnect:
         closed now, the others when their sessions give them back. If the new engine cannot be made, everything stays as
         it was.
 
+        Inside of a block of `overridden`, this does nothing.
+
         Args:
             host: where new sessions go.
             keep: other hosts that are not left for good, such as the replicas that take turns: their engines and
@@ -154,6 +234,8 @@ class DBConnect:
             ArgumentTypeError: `keep` is a string, not a collection of them (a ``TypeError``, too).
         """
         _check_host(host)
+        if self._keeps_host:
+            return
         if host == self._host and (not self._kept or self._kept.keys() <= set(keep)):
             return
         if left := self._switch(host, keep):
@@ -282,15 +364,88 @@ class DBConnect:
     def _host_engines(self) -> HostEngines:
         return HostEngines(self._host, self._engines, self._kept)
 
-    def _replace_engines(
-        self, engine_creator: EngineCreator, engines: HostEngines
-    ) -> tuple[EngineCreator, HostEngines]:
-        """Go on with what is given, and return what there was: for the testing tools, which put it back."""
+    def overridden(self, url_or_creator: str | URL | EngineCreator, **engine_options: Any) -> Override:
+        """Lead to another database for a block: for tests of an application that has this object at module level.
+
+        ``with db.overridden(url):`` and ``async with db.overridden(url):`` both serve; the second one waits until the
+        block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
+        and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
+        `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` is in
+        effect, and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions
+        that are older than the block stay what they are. Blocks may be nested, and end in any order.
+
+        Args:
+            url_or_creator: the other database's URL, with an asyncio driver; or what creates its engine, as for the
+                class.
+            **engine_options: with a URL, passed to `sqlalchemy.ext.asyncio.create_async_engine`.
+
+        Raises:
+            ArgumentTypeError: neither is given, or options beside a creator (a ``TypeError``, too).
+            ArgumentValueError: the URL has no asyncio driver (a ``ValueError``, too).
+            sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
+        """
+        if isinstance(url_or_creator, str | URL):
+            url = make_url(url_or_creator)
+            check_asyncio_driver(url)
+            host, read_only = host_of(url), self._read_only
+
+            def create(host: str) -> AsyncEngine:
+                return create_engine(url, host, dict(engine_options), read_only=read_only)
+
+            return Override(self, host, create)
+        check_engine_creator(url_or_creator)
+        if engine_options:
+            raise ArgumentTypeError(
+                f"overridden() takes {', '.join(engine_options)} with a URL alone: let the creator pass it on."
+            )
+        return Override(self, self._host or "localhost", url_or_creator)
+
+    def _replace(self, **changes: Any) -> Replacement:
+        """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
         with self._lock:
-            replaced = self._engine_creator, self._host_engines()
-            self._engine_creator = engine_creator
-            self._host, self._engines, self._kept = engines
-        return replaced
+            replacement = Replacement(self._state())
+            self._set_state(replacement.replaced._replace(**changes))
+            self._replacements.append(replacement)
+        return replacement
+
+    def _put_back(self, replacement: Replacement) -> HostEngines:
+        """Go on with what there was before `replacement`, and return the engines that were made meanwhile."""
+        with self._lock:
+            index = self._replacements.index(replacement)
+            if replacement is self._replacements[-1]:
+                ended = self._state()
+                added = [each for each in ended.engine_listeners if each not in replacement.replaced.engine_listeners]
+                self._set_state(replacement.replaced)
+                self._engine_listeners = (*self._engine_listeners, *added)
+            else:
+                # One that has begun later goes on, and is to put back what this one has replaced.
+                later = self._replacements[index + 1]
+                ended, later.replaced = later.replaced, replacement.replaced
+            del self._replacements[index]
+        return ended.engines
+
+    def _own_session_maker_creator(self) -> SessionMakerCreator:
+        """Return the user's, also where one of the testing tools has another in its place."""
+        first = self._replacements[0].replaced if self._replacements else self._state()
+        return first.session_maker_creator
+
+    def _state(self) -> State:
+        return State(
+            self._host_engines(),
+            self._engine_creator,
+            self._session_maker_creator,
+            self._before_create_session,
+            self._engine_listeners,
+            keeps_host=self._keeps_host,
+        )
+
+    def _set_state(self, state: State) -> None:
+        self._host, self._engines, self._kept = state.engines
+        self._engine_creator = state.engine_creator
+        self._session_maker_creator = state.session_maker_creator
+        self._before_create_session = state.before_create_session
+        self._engine_listeners = state.engine_listeners
+        self._keeps_host = state.keeps_host
 
     def _make_engine(self, host: str) -> LoopEngine:
         engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
@@ -337,6 +492,41 @@ _INSTEAD = {
     "engine, host='...')`.",
     "TransactionContext": " A TransactionContext has blocks of its own: `async with context.transaction():`.",
 }
+
+
+def check_asyncio_driver(url: URL) -> None:
+    """Raise the error that says what to write if the driver in `url` is none for asyncio."""
+    dialect = url.get_dialect()
+    if not dialect.get_async_dialect_cls(url).is_async:
+        backend = url.get_backend_name()
+        raise ArgumentValueError(
+            f"The driver of a {url.drivername!r} URL is not for asyncio: write "
+            f"{_ASYNCIO_DRIVERS.get(backend, 'one that is')!r}, for instance."
+        )
+
+
+_ASYNCIO_DRIVERS = {
+    "postgresql": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+
+
+def check_engine_creator(creator: object) -> None:
+    """Raise the error that says what to pass if `creator` is no function that creates an engine."""
+    if isinstance(creator, AsyncEngine | Engine):
+        hint = "an engine is given, which serves one event loop: pass its URL, or a function that creates it"
+    elif isinstance(creator, DBConnect):
+        hint = "a DBConnect is given: pass the URL that it was made from"
+    elif inspect.iscoroutinefunction(creator):
+        hint = "an async function is given, and it is called without `await`: make it a plain one"
+    elif not callable(creator):
+        # Its repr may show a password.
+        hint = f"{type(creator).__name__} is given"
+    else:
+        return
+    raise ArgumentTypeError(f"The URL of a database is needed here, or what creates an engine for a host; {hint}.")
 
 
 def _without_ended(engines: LoopEngines) -> LoopEngines:

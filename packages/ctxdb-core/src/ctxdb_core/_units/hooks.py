@@ -33,7 +33,9 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    unit_for(db).on_outcome(db, Outcome.COMMITTED, callback)
+    unit = unit_for(db)
+    capture = db._capture_callback  # noqa: SLF001 - for the testing tools, and none of the application's business
+    unit.on_outcome(db, Outcome.COMMITTED, callback if capture is None else capture(callback))
 
 
 def on_rollback(db: DBConnect, callback: Callback) -> None:

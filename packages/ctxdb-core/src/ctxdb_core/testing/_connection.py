@@ -13,7 +13,7 @@ from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from ctxdb_core._shield import run_to_completion
+from ctxdb_core._shield import LentTask, run_to_completion
 from ctxdb_core.testing._settings import Settings
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._statement import Kind, Result, Statement, kind_of
@@ -246,6 +246,6 @@ class _DriverConnection:
 
 
 def _current_task() -> object:
-    task = asyncio.current_task()
+    task: object = asyncio.current_task()
     # What runs to its end in spite of cancellations does so in a stand-in of its task.
-    return getattr(task, "_host", task)
+    return task.host if isinstance(task, LentTask) else task

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -16,6 +17,8 @@ from ctxdb_core._units import session_end
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ArgumentTypeError, ContextNotInitiatedError
+from ctxdb_core.testing._confinement import confine, onto
+from ctxdb_core.testing._driver import backend_pid_of, own_backends
 from ctxdb_core.testing._engines import is_autocommit
 
 
@@ -27,22 +30,30 @@ async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
     connection by `put_savepoint_session_in_ctx`.
 
     Raises:
+        SharedTransactionError: the session's own ``get_bind`` leads to another database.
         BaseException: what the block raised.
     """
     check_database(db)
     maker = await db.session_maker()
     engine = await db.engine()
     async with engine.connect() as connection:
+        maker = confine(maker, onto(connection, "this rollback_session()"))
         if is_autocommit(engine):
             session = maker(bind=connection)
         else:
             await _begin(connection)
             session = maker(bind=connection, join_transaction_mode="create_savepoint")
+        raw = await connection.get_raw_connection()
+        backend_pid = backend_pid_of(engine.sync_engine, raw.dbapi_connection)
+        if backend_pid is not None:
+            own_backends.add(backend_pid)
         try:
             yield session
         except BaseException as exc:
             await run_to_completion(_end(session, connection, exc))
             raise
+        finally:
+            own_backends.discard(backend_pid)
         await run_to_completion(_end(session, connection, None))
 
 
@@ -70,10 +81,16 @@ class _TestUnit(UnitOfWork):
         super().__init__()
         self.savepoint_sessions: dict[DBConnect, Callable[[], AsyncSession]] = {}
         """What makes the sessions that are to be put on a connection of the test."""
+        self.stand_ins: dict[DBConnect, Any] = {}
+        """What the test has put in the place of sessions: mocks, for instance. They are not among `sessions`."""
 
     async def open_session(
         self, db: DBConnect, create: Callable[[], Awaitable[AsyncSession]] | None = None
     ) -> AsyncSession:
+        if db in self.stand_ins:
+            self.check_usable()
+            stand_in: AsyncSession = self.stand_ins[db]
+            return stand_in
         create_on_connection = self.savepoint_sessions.get(db)
         if create_on_connection is None or db in self.sessions:
             return await super().open_session(db, create)
@@ -82,6 +99,25 @@ class _TestUnit(UnitOfWork):
 
     def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
         return self.savepoint_sessions.get(db, create)()
+
+    async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
+        for stand_in in self._stand_ins_on(dbs):
+            await stand_in.commit()
+        await super().commit(dbs)
+
+    async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
+        for stand_in in self._stand_ins_on(dbs):
+            await stand_in.rollback()
+        await super().roll_back(error, dbs)
+
+    async def close_session(self, db: DBConnect, *args: Any) -> None:
+        for stand_in in self._stand_ins_on([db]):
+            await stand_in.close()
+        await super().close_session(db, *args)
+
+    def _stand_ins_on(self, dbs: Collection[DBConnect] | None) -> list[Any]:
+        # Only what the code under test asks for, not what ends the unit itself.
+        return [self.stand_ins[db] for db in dbs or () if db in self.stand_ins]
 
     def leave_sessions(self) -> None:
         """End the unit, and leave its sessions to the test, which has to end their transactions."""
@@ -157,20 +193,15 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
         ContextNotInitiatedError: there is no `set_test_context` around it.
     """
     check_database(db)
+    unit = _test_unit("put_savepoint_session_in_ctx")
     if not isinstance(session, AsyncSession):
         raise ArgumentTypeError(
             f"put_savepoint_session_in_ctx(db, session) takes an AsyncSession second, not {type(session).__name__}: "
             "what `async with rollback_session(db) as session:` yields, for instance."
         )
-    unit = current_unit.get(None)
-    if not isinstance(unit, _TestUnit):
-        raise ContextNotInitiatedError(
-            "put_savepoint_session_in_ctx() needs the unit of work of a test: call it inside of `async with "
-            "set_test_context():`."
-        )
-    unit.check_usable()
     await unit.close_session(db)
-    maker, connection = await db.session_maker(), await session.connection()
+    connection = await session.connection()
+    maker = confine(await db.session_maker(), onto(connection, "the test's session"))
     unit.savepoint_sessions[db] = partial(maker, bind=connection, join_transaction_mode="create_savepoint")
     try:
         yield await unit.open_session(db)
@@ -178,3 +209,50 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
         del unit.savepoint_sessions[db]
         if not unit.closed:
             await unit.close_session(db)
+
+
+@asynccontextmanager
+async def put_session_in_ctx(db: DBConnect, session: T) -> AsyncIterator[T]:
+    """Put a mock, or another object of the test, in the place of the session on `db`.
+
+    To be used inside of `set_test_context`. `db_session(db)` returns it as it is. `commit_db_session`,
+    `rollback_db_session` and `close_db_session` await its ``commit()``, ``rollback()`` and ``close()``, and so do the
+    blocks of `atomic_db_session` at their ends. At the end of the test's unit of work, nothing is called: the test
+    asserts what the code has called.
+
+    Args:
+        db: the database that the code will ask `db_session` for.
+        session: for instance ``AsyncMock(spec=AsyncSession)``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ContextNotInitiatedError: there is no `set_test_context` around it.
+    """
+    check_database(db)
+    unit = _test_unit("put_session_in_ctx")
+    await unit.close_session(db)
+    if not isinstance(getattr(session, "sync_session", None), Session):
+        with suppress(AttributeError):
+            # Blocks ask it whether a transaction is open, which none ever is.
+            session.sync_session = Session()  # type: ignore[attr-defined]  # mocks take what they are given
+    unit.stand_ins[db] = session
+    try:
+        yield session
+    finally:
+        del unit.stand_ins[db]
+
+
+T = TypeVar("T")
+
+
+def _test_unit(function: str) -> _TestUnit:
+    unit = current_unit.get(None)
+    if not isinstance(unit, _TestUnit):
+        raise ContextNotInitiatedError(
+            f"{function}() needs the unit of work of a test: call it inside of `async with set_test_context():`, or in "
+            "a test that has the fixture `ctxdb_test_context`."
+        )
+    unit.check_usable()
+    return unit

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
+from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core.testing._errors import SharedTransactionError
+
+own_backends: set[int] = set()
+"""The server processes of PostgreSQL that serve the testing tools of this process."""
+
+app_backends: set[int] = set()
+"""Those that serve the application in this process, as far as `follow_backends` has been told of it."""
 
 
 class Driver:
@@ -31,6 +41,11 @@ class Driver:
     def in_transaction(self) -> bool:
         """Whether the outer transaction is still there."""
         raise NotImplementedError
+
+    @property
+    def backend_pid(self) -> int | None:
+        """The server process that serves the connection; ``None`` where there is no server."""
+        return None
 
     async def begin(self) -> None:
         """Begin the outer transaction, and learn what will have to be known."""
@@ -90,6 +105,10 @@ class _Postgres(Driver):
 
 class _Asyncpg(_Postgres):
     @property
+    def backend_pid(self) -> int | None:
+        return None if self.connection.is_closed() else int(self.connection.get_server_pid())
+
+    @property
     def in_transaction(self) -> bool:
         return not self.connection.is_closed() and bool(self.connection.is_in_transaction())
 
@@ -105,6 +124,10 @@ class _Asyncpg(_Postgres):
 
 
 class _Psycopg(_Postgres):
+    @property
+    def backend_pid(self) -> int | None:
+        return None if self.connection.closed else int(self.connection.info.backend_pid)
+
     @property
     def in_transaction(self) -> bool:
         return not self.connection.closed and self.connection.info.transaction_status.name != "IDLE"
@@ -176,3 +199,32 @@ def check_driver(engine: Engine) -> None:
 def driver_of(engine: Engine, dbapi_connection: Any) -> Driver:
     """Return the driver of a connection that `engine` has opened."""
     return _DRIVERS[engine.dialect.driver](dbapi_connection, engine.dialect.get_driver_connection(dbapi_connection))
+
+
+def backend_pid_of(engine: Engine, dbapi_connection: Any) -> int | None:
+    """Return the server process of a connection of `engine`; ``None`` where there is none that could be asked for."""
+    return driver_of(engine, dbapi_connection).backend_pid if engine.dialect.driver in _DRIVERS else None
+
+
+_followed: WeakSet[DBConnect] = WeakSet()
+_followed_engines: WeakSet[Engine] = WeakSet()
+
+
+def follow_backends(db: DBConnect) -> None:
+    """Take the connections that `db` opens from now on for those of the application in this process."""
+    if db not in _followed:
+        _followed.add(db)
+        db.on_engine(_follow_engine)
+
+
+def _follow_engine(host: str, engine: AsyncEngine) -> None:
+    kind = _DRIVERS.get(engine.dialect.driver)
+    if kind is None or engine.sync_engine in _followed_engines:
+        return
+    _followed_engines.add(engine.sync_engine)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def note_backend(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        pid = kind(dbapi_connection, record.driver_connection).backend_pid
+        if pid is not None:
+            app_backends.add(pid)

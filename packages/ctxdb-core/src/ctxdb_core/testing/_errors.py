@@ -21,3 +21,12 @@ class CleanUpError(CtxDBError):
     Raised where tables stay locked by a transaction that the test has left open, and where rows that were there before
     cannot be put back. The way out: the message says which.
     """
+
+
+class WrongDatabaseError(CleanUpError):
+    """A database was to be emptied or dropped that may not be one of tests; nothing was changed in it.
+
+    Raised where nothing marks the database as one of tests, where `create_database` has not made what it was to replace
+    or drop, and where sessions of others write to the database. The way out: name the right database, or say that this
+    one is for tests; the message says how.
+    """

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
-from ctxdb_core._databases.connect import DBConnect, HostEngines, check_database
+from ctxdb_core._databases.connect import DBConnect, HostEngines, Replacement, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._units import session_end
+from ctxdb_core.testing._confinement import check_same_database, confine
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
+from ctxdb_core.testing._marks import sqlite_file
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._thread import LoopThread
 
@@ -35,19 +39,39 @@ class SharedTransaction:
         self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float, *, private: bool = False
     ) -> None:
         self._private = private
-        self._dbs = dbs
+        # Each once: what is replaced twice would be put back twice.
+        self._dbs = tuple(dict.fromkeys(dbs))
+        self._claimed: tuple[DBConnect, ...] = ()
         self._shared = SharedConnection(thread, timeout)
         self._originals: dict[DBConnect, AsyncEngine] = {}
-        self._replaced: list[tuple[DBConnect, Any]] = []
+        self._replacements: list[tuple[DBConnect, Replacement]] = []
         self._guarded: list[Engine] = []
+        self._chosen: dict[object, Engine] = {}
+        """Engines for sessions that have chosen one by themselves."""
         self.session: AsyncSession | None = None
         """The test's, once it has begun."""
 
     async def begin(self) -> AsyncSession:
         """Begin, and return the test's session. Runs on the thread's loop."""
+        if not self._private:
+            self._claim()
+        try:
+            return await self._begin()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _claim(self) -> None:
+        """Keep others from the databases, who may begin at the same moment on a thread of their own."""
+        with _claiming:
+            for db in self._dbs:
+                if db in _active:
+                    raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
+            self._claimed = self._dbs
+            _active.update(self._claimed)
+
+    async def _begin(self) -> AsyncSession:
         for db in self._dbs:
-            if db in _active and not self._private:
-                raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
             self._originals[db] = await _original_engine(db)
         databases = {engine.url.database for engine in self._originals.values()}
         if len(databases) > 1:
@@ -58,13 +82,16 @@ class SharedTransaction:
         db = self._dbs[0]
         await self._shared.begin(self._originals[db])
         try:
-            for each in () if self._private else self._dbs:
-                self._replace_engines(each)
+            if not self._private:
+                for each in self._dbs:
+                    self._replace_engines(each)
             engine = create_shared_engine(self._originals[db], self._shared, lenient=not self._private)
-            session = self.session = (await db.session_maker())(bind=engine)
+            maker = await db.session_maker()
+            if self._private:
+                maker = confine(maker, self._redirect)
+            session = self.session = maker(bind=engine, info={_OF_TEST: True})
         except BaseException:
             await self._shared.end()
-            self.restore()
             raise
         return session
 
@@ -79,17 +106,31 @@ class SharedTransaction:
 
     def restore(self) -> None:
         """Give the databases their own engines back, and raise what the test has to know."""
-        for engine in self._guarded:
+        while self._guarded:
+            engine = self._guarded.pop()
             for name, listener in _GUARDS.items():
                 event.remove(engine, name, listener)
-        while self._replaced:
-            db, replaced = self._replaced.pop()
-            _, shared = db._replace_engines(*replaced)  # noqa: SLF001 - the core's own
-            for loop_engine in shared.all:
+        while self._replacements:
+            db, replacement = self._replacements.pop()
+            for loop_engine in db._put_back(replacement).all:  # noqa: SLF001 - the core's own
                 loop_engine.abandon()
-            _active.discard(db)
+        _active.difference_update(self._claimed)
+        self._claimed = ()
         if self._shared.problems:
             raise SharedTransactionError("\n".join(self._shared.problems))
+
+    def _redirect(self, session: Session, bind: Engine | Connection) -> Engine | Connection:
+        """Return what is shared in the place of an engine that a session has chosen by itself."""
+        if bind.dialect.driver == SHARED_DRIVER:
+            return bind
+        check_same_database(bind, self._originals[self._dbs[0]].sync_engine, "this shared transaction")
+        engine = bind.engine
+        # One for each event loop, as for the engines of the DBConnect: a pool serves one.
+        key = (engine, asyncio.get_running_loop(), _OF_TEST in session.info)
+        if key not in self._chosen:
+            lenient = _OF_TEST in session.info and not self._private
+            self._chosen[key] = create_shared_engine(AsyncEngine(engine), self._shared, lenient=lenient).sync_engine
+        return self._chosen[key]
 
     def _replace_engines(self, db: DBConnect) -> None:
         original = self._originals[db]
@@ -97,10 +138,16 @@ class SharedTransaction:
         def create(host: str) -> AsyncEngine:
             return create_shared_engine(original, self._shared, lenient=False)
 
-        replaced = db._replace_engines(create, HostEngines(db.host, {}, {}))  # noqa: SLF001 - the core's own
-        self._replaced.append((db, replaced))
-        _active.add(db)
-        for loop_engine in replaced[1].all:
+        create_session_maker = db._session_maker_creator  # noqa: SLF001 - the core's own
+
+        def create_confined(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+            return confine(create_session_maker(engine), self._redirect)
+
+        replacement = db._replace(
+            engine_creator=create, session_maker_creator=create_confined, engines=HostEngines(db.host, {}, {})
+        )
+        self._replacements.append((db, replacement))
+        for loop_engine in replacement.replaced.engines.all:
             engine = loop_engine.engine.sync_engine
             if engine not in self._guarded:
                 self._guarded.append(engine)
@@ -108,7 +155,11 @@ class SharedTransaction:
                     event.listen(engine, name, listener)
 
 
+_OF_TEST = "ctxdb.of_test"
+
+# The databases that are in a shared transaction.
 _active: set[DBConnect] = set()
+_claiming = threading.Lock()
 
 
 def _refuse_original(connection: Connection) -> None:
@@ -133,7 +184,7 @@ async def _original_engine(db: DBConnect) -> AsyncEngine:
         # The handler may know it.
         await db.session_maker()
     engine = await db.engine()
-    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+    if engine.dialect.name == "sqlite" and sqlite_file(engine.url) is None:
         # A database in memory is in the connection of the loop that has filled it. This driver's connections serve
         # other loops as well.
         for loop_engine in db._engines.values():  # noqa: SLF001 - the core's own

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core.testing._driver import Driver, check_driver, driver_of
+from ctxdb_core.testing._driver import Driver, check_driver, driver_of, own_backends
 from ctxdb_core.testing._errors import SharedTransactionError
 from ctxdb_core.testing._settings import Settings, assignment, names_set_by, query
 from ctxdb_core.testing._statement import Kind, Result, Statement, open_savepoints
@@ -49,6 +49,7 @@ class SharedConnection:
         """The settings that the connection has now; any other is what the connection came with."""
         self._originals: dict[str, str] = {}
         """What it came with, of all that was ever set."""
+        self._backend_pid: int | None = None
 
     async def begin(self, engine: AsyncEngine) -> None:
         """Take a connection of `engine`, and begin the outer transaction on it."""
@@ -66,6 +67,9 @@ class SharedConnection:
             # The drivers begin a transaction at its first statement.
             await self._connection.exec_driver_sql("SELECT 1")
             await self.driver.begin()
+            self._backend_pid = self.driver.backend_pid
+            if self._backend_pid is not None:
+                own_backends.add(self._backend_pid)
         except BaseException:
             await self._connection.close()
             raise
@@ -75,6 +79,8 @@ class SharedConnection:
         if self._running is not None:
             # Nobody is there any more to wait for it.
             self._running.cancel()
+        if self._backend_pid is not None:
+            own_backends.discard(self._backend_pid)
         async with self._turns:
             if self.unusable is None:
                 self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."

@@ -4,9 +4,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from sqlalchemy import URL
+
+from ctxdb_core.testing import _tables
 from ctxdb_core.testing._driver import Driver
 from ctxdb_core.testing._errors import CleanUpError
-from ctxdb_core.testing._tables import Tables
+from ctxdb_core.testing._marks import is_sqlite_of_tests, sqlite_file
+from ctxdb_core.testing._tables import Tables, refuse_busy, refuse_unmarked
 
 _TABLES = (
     "SELECT name, sql LIKE 'CREATE VIRTUAL%' FROM sqlite_master "
@@ -24,8 +33,31 @@ class SQLiteTables(Tables):
         self._version: int | None = None
         self._sequences: list[tuple[str, int]] = []
 
+    async def check_for_tests(self, named: Collection[str], url: URL) -> None:
+        """Raise `WrongDatabaseError` unless something says that the file is for tests."""
+        file = sqlite_file(url)
+        assert file is not None
+        if not is_sqlite_of_tests(file, named):
+            raise refuse_unmarked(file.name, "or by the file's name")
+        self._file = file.resolve()
+
     async def remember(self) -> None:
         """Copy the rows that there are, and note where the sequences are."""
+        before = await self._data_version()
+        await self._copy()
+        # SQLite does not tell who is connected, but the files when they were written.
+        age = time.time() - max(file.stat().st_mtime for file in self._files())
+        if age < _tables.QUIET_SECONDS:
+            await asyncio.sleep(_tables.QUIET_SECONDS - max(age, 0))
+        self._version = await self._data_version()
+        if self._version != before:
+            raise refuse_busy(self._file.name, "")
+
+    def _files(self) -> list[Path]:
+        log = self._file.with_name(f"{self._file.name}-wal")
+        return [self._file, log] if log.exists() else [self._file]
+
+    async def _copy(self) -> None:
         # Of this connection alone, and outside of a transaction only: no order has to be kept.
         await self.driver.run("PRAGMA foreign_keys = OFF")
         for number, table in enumerate(await self.changed()):
@@ -35,7 +67,6 @@ class SQLiteTables(Tables):
             await self.driver.run(f"CREATE TABLE {copy} AS SELECT {names} FROM main.{_identifier(table)}")
             self._kept[table] = copy, names
         self._sequences = await self._read_sequences()
-        self._version = await self._data_version()
 
     async def changed(self) -> list[str]:
         """Return the tables with rows that were not there, or without some that were."""

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from sqlalchemy import URL
+
 from ctxdb_core.testing._driver import Driver
+from ctxdb_core.testing._errors import WrongDatabaseError
+
+QUIET_SECONDS = 1.0
+"""How long nobody may have written to a database before its first clean-up. One that was in use just now is watched."""
 
 
 class Tables:
@@ -20,9 +28,33 @@ class Tables:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
 
-    async def remember(self) -> None:
-        """Take what is in the tables now for what shall be there."""
+    async def check_for_tests(self, named: Collection[str], url: URL) -> None:
+        """Raise `WrongDatabaseError` unless something says that the database is for tests.
+
+        Args:
+            named: the names of databases that somebody has called tests'.
+            url: the address of this one.
+        """
         raise NotImplementedError
+
+    async def remember(self) -> None:
+        """Take what is in the tables now for what shall be there.
+
+        Raises:
+            WrongDatabaseError: others write to them.
+        """
+        raise NotImplementedError
+
+    async def check_writers(self, changed: list[str]) -> list[str]:
+        """Raise the error that says so if others write to the tables right now; return the tables that have changed.
+
+        Args:
+            changed: those that had changed so far.
+        """
+        return changed
+
+    def forget(self) -> None:
+        """The cleaner's work is over."""
 
     async def changed(self) -> list[str]:
         """Return the names of the tables that hold something else."""
@@ -31,3 +63,20 @@ class Tables:
     async def restore(self, tables: list[str]) -> None:
         """Make `tables`, which have changed, what they were; and all sequences."""
         raise NotImplementedError
+
+
+def refuse_unmarked(name: str, way_out: str) -> WrongDatabaseError:
+    """Return the error for a database that nothing says to be for tests."""
+    return WrongDatabaseError(
+        f"A TableCleaner empties tables, and nothing says that the database {name!r} is for tests: no word of its "
+        f"name begins with 'test'. If it is, say so by `TableCleaner(db, test_databases=[{name!r}])`, for the "
+        f"fixture `ctxdb_clean_tables` by a fixture `ctxdb_test_databases` that returns [{name!r}], {way_out}."
+    )
+
+
+def refuse_busy(name: str, who: str) -> WrongDatabaseError:
+    """Return the error for a database that others write to."""
+    return WrongDatabaseError(
+        f"Others are writing to the database {name!r}{who}, and a TableCleaner empties tables. What they write would "
+        "be lost: so nothing was cleaned. Give the tests a database of their own, or end what uses this one."
+    )

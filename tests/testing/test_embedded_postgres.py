@@ -6,8 +6,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from ctxdb_pgstatus.testing import EmbeddedPostgres, EmbeddedPostgresError
-from ctxdb_pgstatus.testing._launcher import Launcher
+import ctxdb_pgstatus.testing
+from ctxdb_core import CtxDBError
+from ctxdb_core.testing import EmbeddedPostgres, EmbeddedPostgresError
+from ctxdb_core.testing.postgres import Launcher
 
 
 def test_a_server_takes_settings_and_a_password() -> None:
@@ -48,3 +50,8 @@ def test_a_start_is_ended_by_a_stop_in_another_thread(monkeypatch: pytest.Monkey
     stopping.join()
     assert not directories[0].exists()
     server.stop()
+
+
+def test_the_server_is_the_same_under_the_name_of_ctxdb_pgstatus() -> None:
+    assert ctxdb_pgstatus.testing.EmbeddedPostgres is EmbeddedPostgres
+    assert issubclass(EmbeddedPostgresError, CtxDBError)

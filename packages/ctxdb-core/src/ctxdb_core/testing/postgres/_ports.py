@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
 
-from ctxdb_pgstatus.testing._launcher import EmbeddedPostgresError
+from ctxdb_core.testing.postgres._launcher import EmbeddedPostgresError
 
 __all__ = ["find_free_port"]
 
