@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from base64 import b64encode
 from collections import Counter
@@ -303,6 +304,30 @@ async def test_what_is_no_answer_is_an_error(
             await client.master()
         with pytest.raises(SidecarError):
             await client.hosts()
+
+
+@pytest.mark.parametrize(
+    ("raw", "fields", "reason"),
+    [
+        (b"[" * 100_000, [], "is no answer"),
+        (b'{"host":' * 100_000, [], "is no answer"),
+        (b"9" * 100_000, [], "is no answer"),
+        (b'{"host": "' + b"n" * (1 << 20) + b'"}', [], "longer than 1048576 bytes"),
+        (gzip.compress(b'{"host": "' + b"n" * (1 << 26) + b'"}'), [(b"content-encoding", b"gzip")], "compressed"),
+    ],
+    ids=["nested lists", "nested objects", "a long number", "a long answer", "a compressed answer"],
+)
+async def test_an_answer_that_would_cost_too_much_to_read_is_an_error(
+    url: str, sidecar: OriginalSidecar, raw: bytes, fields: list[tuple[bytes, bytes]], reason: str
+) -> None:
+    async with PgStatusClient(url, max_age=0) as client:
+        sidecar.raw, sidecar.fields = raw, fields
+        with pytest.raises(SidecarError, match=reason):
+            await client.master()
+        # The next one is read again.
+        sidecar.raw, sidecar.fields = None, ()
+        assert await client.master() == "n1"
+    assert {each.headers["accept-encoding"] for each in sidecar.asked} == {"identity"}
 
 
 async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -25,6 +26,10 @@ from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 __all__ = ["PgStatusClient"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.client")
+
+_HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
+# A host takes 400 bytes: this is room for two thousand of them. Parsing it cannot take long.
+_LONGEST_ANSWER = 1 << 20
 
 _Answer = TypeVar("_Answer")
 _PATHS: dict[SyncCondition | None, str] = {
@@ -259,12 +264,11 @@ class PgStatusClient:
         return kept, ""
 
     async def _fetch(self, question: _Question[_Answer], *, no_cache: bool) -> _Answer:
-        headers = {"accept": "application/json"}
-        if no_cache:
-            headers["cache-control"] = "no-cache"
+        headers = _HEADERS | {"cache-control": "no-cache"} if no_cache else _HEADERS
+        limit = asyncio.timeout(self._timeout + question.patience)
         try:
-            async with asyncio.timeout(self._timeout + question.patience):
-                response = await self._here().http.get(question.path, headers=headers)
+            async with limit, self._here().http.stream("GET", question.path, headers=headers) as response:
+                body = await _read_body(response)
         except TimeoutError:
             raise self._failed(question, f"no answer within {self._timeout + question.patience:g} s") from None
         except httpx.HTTPError as exc:
@@ -273,9 +277,11 @@ class PgStatusClient:
             raise self._failed(question, "it has not asked its hosts yet")
         if response.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
             raise self._failed(question, f"it answers with status {response.status_code}")
+        if body is None:
+            raise self._failed(question, f"its answer is compressed, or longer than {_LONGEST_ANSWER} bytes")
         try:
-            answer = question.read(response.json())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            answer = question.read(json.loads(body))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._failed(question, f"what it answers (status {response.status_code}) is no answer") from None
         if self._failing:
             self._failing = False
@@ -425,6 +431,21 @@ class _OnLoop:
                 await asyncio.wait(tasks)
         finally:
             await self.http.aclose()
+
+
+async def _read_body(response: httpx.Response) -> bytes | None:
+    """Return the body of a response; ``None`` if it is more than an answer has, or may become more.
+
+    What is compressed was not asked for, and may unfold to a thousand times its size.
+    """
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        return None
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > _LONGEST_ANSWER:
+            return None
+    return bytes(body)
 
 
 async def _outcome(task: asyncio.Task[_Answer]) -> _Answer:
