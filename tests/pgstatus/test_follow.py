@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import pytest
@@ -17,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 from tests.support.database import Database, eventually, insert
-from tests.support.hosts import HOST, FakeSource, Hosts, host_of
+from tests.support.hosts import HOST, FakeSource, Hosts, frozen, host_of
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_core.testing import shared_transaction
@@ -47,19 +45,6 @@ async def master(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
 async def replica(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
     async with DBConnect(hosts, before_create_session_handler=follow_replica(source)) as db:
         yield db
-
-
-@contextmanager
-def frozen(hosts: Hosts, host: str) -> Iterator[None]:
-    """Stop the server processes that serve `host`."""
-    pids = hosts.pids(host)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 async def _all_waiting(hosts: Hosts, host: str, count: int) -> None:
