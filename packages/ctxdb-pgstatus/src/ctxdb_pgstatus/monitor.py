@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ctxdb_pgstatus._lag import Lag, Sample
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probe import Account
 from ctxdb_pgstatus._watch import Pace, Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
-from ctxdb_pgstatus.errors import OptionError, PgStatusError
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
 
 __all__ = ["HostMonitor"]
@@ -101,7 +101,7 @@ class HostMonitor:
         _check_number("sync_max_lag_bytes", sync_max_lag_bytes, 0, whole=True)
         for name, text in (("user", user), ("database", database)):
             if not text:
-                raise OptionError(f"`{name}` is {text!r}: give the name of one.")
+                raise errors.OptionError(f"`{name}` is {text!r}: give the name of one.")
         self._addresses = parse_hosts(hosts, port)
         self._account = Account(user, password, database, ssl)
         self._interval = poll_interval
@@ -279,7 +279,7 @@ class HostMonitor:
             PgStatusError: it is running already.
         """
         if self._loop is not None:
-            raise PgStatusError("This HostMonitor is running already: enter it once, and share it.")
+            raise errors.PgStatusError("This HostMonitor is running already: enter it once, and share it.")
         self._loop = asyncio.get_running_loop()
         watches = [member.watch for member in self._members.values()]
         self._tasks = [asyncio.create_task(watch.run(), name=f"HostMonitor {watch.address.name}") for watch in watches]
@@ -308,7 +308,7 @@ class HostMonitor:
         await asyncio.gather(*tasks, return_exceptions=True)
         for future in self._changed:
             if not future.done():
-                future.set_exception(PgStatusError("The HostMonitor was closed meanwhile."))
+                future.set_exception(errors.PgStatusError("The HostMonitor was closed meanwhile."))
         self._forget()
 
     def _forget(self) -> None:
@@ -338,7 +338,7 @@ class HostMonitor:
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         loop = self._loop
         if loop is None or loop.is_closed():
-            raise PgStatusError("This HostMonitor is not running: use it inside of `async with monitor:`.")
+            raise errors.PgStatusError("This HostMonitor is not running: use it inside of `async with monitor:`.")
         return loop
 
     async def _on_own_loop(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
@@ -566,6 +566,7 @@ class _Member:
             error=watch.error,
             in_sync_by_time=is_master or self.in_sync_by_time,
             in_sync_by_bytes=is_master or self.in_sync_by_bytes,
+            possible_dead=watch.failures > 0,
         )
 
 
@@ -591,4 +592,4 @@ def _check_number(name: str, value: float, least: float, most: float = math.inf,
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == math.inf:
         kind = "a whole number" if whole else "a number"
         bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-        raise OptionError(f"`{name}` is {value!r}: give {kind} {bounds}.")
+        raise errors.OptionError(f"`{name}` is {value!r}: give {kind} {bounds}.")

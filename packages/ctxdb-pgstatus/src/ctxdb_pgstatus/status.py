@@ -34,6 +34,8 @@ class HostStatus:
         error: the last error of a poll, without secrets, also if the host is alive again; ``None`` if there was none.
         in_sync_by_time: whether `lag_ms` is within the monitor's limit.
         in_sync_by_bytes: whether `lag_bytes` is within the monitor's limit.
+        possible_dead: whether it counts as alive, and has not answered since it last did: it may be about to count as
+            dead.
     """
 
     host: str
@@ -47,6 +49,7 @@ class HostStatus:
     error: str | None = None
     in_sync_by_time: bool = False
     in_sync_by_bytes: bool = False
+    possible_dead: bool = False
 
     def in_sync(self, condition: SyncCondition | None) -> bool:
         """Return whether `condition` holds; ``None`` always does."""
