@@ -20,6 +20,11 @@ _NAMESPACE = "ctxdb_pgstatus"
 _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float | None]]] = (
     ("host_up", "Whether the host answers.", lambda host, _: host.alive),
     ("host_master", "Whether the host is the master.", lambda host, status: host.host == status.master),
+    (
+        "host_claims_master",
+        "Whether the host says that it is the master: more than one that does is a fault.",
+        lambda host, _: host.alive and host.role == "master",
+    ),
     ("host_replica", "Whether the host is a living replica.", lambda host, _: host.alive and host.role == "replica"),
     (
         "host_lag_seconds",
