@@ -22,7 +22,7 @@ from tests.support.hosts import HOST, FakeSource, Hosts, host_of
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus import NoMasterError, NoReplicaError, OptionError, follow_master, follow_replica
-from ctxdb_pgstatus._followed_engine import FollowedEngine
+from ctxdb_pgstatus._following.engine import FollowedEngine
 
 both_drivers = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 

@@ -14,8 +14,8 @@ import pytest
 from tests.support.database import eventually
 
 from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, HostStatus, OptionError, PgStatusError
-from ctxdb_pgstatus._probe import Answer, Probe
-from ctxdb_pgstatus._watch import Pace
+from ctxdb_pgstatus._probing.probe import Answer, Probe
+from ctxdb_pgstatus._probing.watch import Pace
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 HOUR = 3600.0

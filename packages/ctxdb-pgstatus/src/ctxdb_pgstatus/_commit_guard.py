@@ -12,9 +12,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ctxdb_core import is_autocommit, is_read_only
-from ctxdb_pgstatus import _driver
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
-from ctxdb_pgstatus._statements import may_write
+from ctxdb_pgstatus._following import driver
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
+from ctxdb_pgstatus._following.statements import may_write
 from ctxdb_pgstatus.errors import MasterChangedError
 from ctxdb_pgstatus.source import HostSource
 
@@ -148,7 +148,7 @@ class CommitGuard:
                 await_only(self._confirm(state.host))
             except MasterChangedError:
                 # Nobody shall wait for a host that may be frozen: the error is to be answered.
-                _driver.abort(_driver_connection(connection))
+                driver.abort(_driver_connection(connection))
                 raise
         if positions_wanted(self._source):
             self._note_position(connection, state)
@@ -173,10 +173,10 @@ class CommitGuard:
         if not holders:
             return
         try:
-            position = _driver.read_position(connection)
+            position = driver.read_position(connection)
         except Exception:  # noqa: BLE001 - the commit stands, and only the master is sure to have it
             position = UNKNOWN_POSITION
-            _driver.abort(_driver_connection(connection))
+            driver.abort(_driver_connection(connection))
         for holder in holders.values():
             holder.note(self._source, state.host, position)
 

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core import DBConnect
 from ctxdb_pgstatus._commit_guard import CommitGuard
-from ctxdb_pgstatus._followed_engine import FollowedEngine
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
+from ctxdb_pgstatus._following.engine import FollowedEngine
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError
 from ctxdb_pgstatus.source import HostSource
 from ctxdb_pgstatus.status import SyncCondition

@@ -14,9 +14,9 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from ctxdb_pgstatus._lag import Lag, Sample
-from ctxdb_pgstatus._probe import Account
-from ctxdb_pgstatus._watch import Pace, Watch
+from ctxdb_pgstatus._probing.lag import Lag, Sample
+from ctxdb_pgstatus._probing.probe import Account
+from ctxdb_pgstatus._probing.watch import Pace, Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
 from ctxdb_pgstatus.errors import OptionError, PgStatusError

@@ -17,10 +17,10 @@ from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointC
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ctxdb_core import DBConnect
-from ctxdb_pgstatus import _driver
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
-from ctxdb_pgstatus._positions import Positions, current_positions
-from ctxdb_pgstatus._statements import is_local_setting, is_setting
+from ctxdb_pgstatus._following import driver
+from ctxdb_pgstatus._following.positions import Positions, current_positions
+from ctxdb_pgstatus._following.statements import is_local_setting, is_setting
 from ctxdb_pgstatus.errors import PgStatusError, StaleReaderError
 
 __all__ = ["FollowedEngine", "Follower"]
@@ -276,7 +276,7 @@ class FollowedEngine:
         adapted: Any = connection.connection.dbapi_connection
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
             # A transaction that the user has made read-only is refused with the same code.
-            if not _driver.in_recovery(adapted.driver_connection):
+            if not driver.in_recovery(adapted.driver_connection):
                 return
             context.is_disconnect = True
         if context.is_disconnect:
@@ -307,9 +307,9 @@ class FollowedEngine:
     def _leave(self, abort: bool) -> None:  # noqa: FBT001 - passed on by `call_soon_threadsafe`
         for wait in list(self._waits):
             wait.interrupt()
-        if abort and any(map(_driver.is_open, self._connections)):
+        if abort and any(map(driver.is_open, self._connections)):
             for connection in list(self._connections):
-                _driver.abort(connection)
+                driver.abort(connection)
             # What is left of them must not be handed out, should the host be returned to.
             self._sync_engine.dispose(close=False)
 
@@ -341,7 +341,7 @@ class FollowedEngine:
         if isinstance(pool, QueuePool) and not self.is_left and pool.checkedout():
             return True
         # Another pool cannot tell; and of a host that was left, nothing idle is left.
-        return (self.is_left or not isinstance(pool, QueuePool)) and any(map(_driver.is_open, self._connections))
+        return (self.is_left or not isinstance(pool, QueuePool)) and any(map(driver.is_open, self._connections))
 
 
 _ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)

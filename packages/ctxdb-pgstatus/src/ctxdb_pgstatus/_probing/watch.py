@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from ctxdb_pgstatus._probe import Account, Answer, Probe, is_refusal
+from ctxdb_pgstatus._probing.probe import Account, Answer, Probe, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
 
 __all__ = ["Pace", "Watch"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ctxdb_pgstatus._probe import Answer
+from ctxdb_pgstatus._probing.probe import Answer
 
 __all__ = ["Lag", "Sample"]
 
