@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from ctxdb_pgstatus._probing.probe import Account, Answer, Probe, is_refusal
+from ctxdb_pgstatus._mask import mask_password
 from ctxdb_pgstatus.addresses import HostAddress
 
 __all__ = ["Pace", "Watch"]
@@ -163,10 +164,8 @@ class Watch:
     def _describe(self, exc: Exception) -> str:
         account = self._account
         if isinstance(exc, TimeoutError):
-            text = f"no answer within {self._pace.attempt:.3g} s"
-        elif is_refusal(exc):
-            text = f"{exc}: check the monitor's user ({account.user}), password and database ({account.database})"
-        else:
-            text = str(exc) or type(exc).__name__
-        # No message is known that holds it. Whatever a driver may come up with, it is not passed on.
-        return text.replace(account.password, "***") if account.password else text
+            return f"no answer within {self._pace.attempt:.3g} s"
+        text = mask_password(str(exc) or type(exc).__name__, account.password, (account.user, account.database))
+        if is_refusal(exc):
+            text += f": check the monitor's user ({account.user}), password and database ({account.database})"
+        return text
