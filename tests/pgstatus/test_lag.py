@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ctxdb_pgstatus._probing.answer import Answer
 from ctxdb_pgstatus._probing.lag import Lag, Sample
-from ctxdb_pgstatus._probing.probe import Answer
 
 
 def _replica(position: int | None, age: float | None = None, *, at: float = 100.0, timeline: int | None = 1) -> Answer:

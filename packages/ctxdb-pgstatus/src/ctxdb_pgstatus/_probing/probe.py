@@ -1,83 +1,35 @@
-"""One host, asked for what it is: one query over a connection that is kept."""
+"""`Probe`: asks one host over a connection that is kept, and renewed before it is too old."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
-from ssl import SSLContext
-from typing import Any
 
 import asyncpg
 
+from ctxdb_pgstatus._probing.account import Account
+from ctxdb_pgstatus._probing.answer import Answer, Server
+from ctxdb_pgstatus._probing.link import Link, PooledError
+from ctxdb_pgstatus._probing.lookup import Lookup
 from ctxdb_pgstatus.addresses import HostAddress
 
-__all__ = ["Account", "Answer", "Probe", "is_refusal"]
-
-_APPLICATION_NAME = "ctxdb-pgstatus"
-
-# Recovery may end while this runs, but does not begin again: whoever is told "not in recovery" stays so.
-# The control data is behind a promotion, and so serves only where nothing else is known. `pg_stat_wal_receiver` shows
-# its row to everybody, and what is in it to those with pg_read_all_stats.
-_QUERY = """
-SELECT
-    host.in_recovery,
-    CASE WHEN host.in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END AS position,
-    CASE WHEN host.in_recovery THEN (SELECT received_tli FROM pg_stat_wal_receiver)
-        ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END AS timeline,
-    CASE WHEN host.in_recovery THEN extract(
-        epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 * 1000 END AS replay_age_ms
-FROM (SELECT pg_is_in_recovery() AS in_recovery) AS host
-"""
-_CONTROL_QUERY = """
-SELECT
-    greatest(checkpoint.timeline_id, recovery.min_recovery_end_timeline) AS timeline,
-    has_function_privilege('pg_ls_waldir()', 'EXECUTE') AS may_list_files
-FROM pg_control_checkpoint() AS checkpoint, pg_control_recovery() AS recovery
-"""
-# The history of a timeline is there before anything else of it is received. Of segments, pg_rewind leaves some on a
-# host that has gone back to a timeline before; with a history of a later one, PostgreSQL itself would not follow that.
-_FILES_QUERY = """
-SELECT max(('x' || left(name, 8))::bit(32)::int)
-FROM pg_ls_waldir()
-WHERE name ~ '^[0-9A-F]{8}[.]history$'
-"""
+__all__ = ["Limits", "Probe", "is_busy", "is_refusal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """As whom, and for what database, hosts are connected to."""
-
-    user: str
-    password: str | None
-    database: str
-    ssl: SSLContext | str | bool | None
-
-    def __repr__(self) -> str:
-        return f"Account(user={self.user!r}, database={self.database!r})"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a host said of itself.
+class Limits:
+    """How long things may take, in seconds.
 
     Attributes:
-        in_recovery: whether it is a replica.
-        timeline: the timeline that it writes, or receives; ``None`` if it does not tell.
-        position: the WAL position that it has inserted, or replayed; ``None`` if it has replayed nothing.
-        replay_age_ms: how long ago, by the clocks of the servers, the commit was made that a replica replayed last.
-        asked_at: when it was asked, by the event loop's clock.
-        heard_of: the highest timeline whose history it has, though it may not replay it; ``None`` if not looked for.
+        connect: resolving a name, and connecting.
+        query: an answer.
+        age: how old a connection may get before it is replaced by a new one.
     """
 
-    in_recovery: bool
-    timeline: int | None
-    position: int | None
-    replay_age_ms: float | None
-    asked_at: float
-    heard_of: int | None = None
+    connect: float
+    query: float
+    age: float
 
 
 class Probe:
@@ -86,111 +38,132 @@ class Probe:
     Args:
         address: where it is.
         account: as whom to ask.
+        limits: how long it may take.
         lost: called when the kept connection has broken, which is when its server has ended.
     """
 
-    def __init__(self, address: HostAddress, account: Account, lost: Callable[[], None]) -> None:
+    def __init__(self, address: HostAddress, account: Account, limits: Limits, lost: Callable[[], None]) -> None:
         self._address = address
         self._account = account
+        self._limits = limits
         self._lost = lost
-        self._connection: Any = None
-        self._is_address = _is_address(address.host)
-        self._lookup: asyncio.Future[Any] | None = None
-        # The last one that was received over this connection, for the moments in which nothing is.
-        self._received: int | None = None
+        self._lookup = Lookup(address.host, address.port)
+        self._link: Link | None = None
+        # The one that replaces it when the host is asked next: not while a question is under way.
+        self._next: Link | None = None
+        self._is_pooled = False
 
     @property
     def is_connected(self) -> bool:
         """Whether the connection that the last answer came by still stands: the server has not restarted since."""
-        return self._connection is not None and not self._connection.is_closed()
+        return self._link is not None and self._link.is_open
 
-    async def ask(self, timeout: float) -> Answer:
+    async def ask(self) -> Answer:
         """Ask, connecting first where that is needed.
-
-        Args:
-            timeout: for both, in seconds.
 
         Raises:
             TimeoutError: there was no answer in time.
             Exception: whatever the driver and the operating system have to say.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        if not self.is_connected:
-            async with asyncio.timeout_at(deadline):
-                await self._look_up()
-            await self._connect(max(deadline - loop.time(), 0.001))
-        connection = self._connection
-        # Instead of the driver's own timeout, or a cancelled query: either would ask a frozen server to cancel.
-        limit = loop.call_at(deadline, connection.terminate)
-        asked_at = loop.time()
         try:
-            row = await connection.fetchrow(_QUERY)
-            timeline, heard_of = row["timeline"], None
-            if timeline is None and row["in_recovery"]:
-                control = await connection.fetchrow(_CONTROL_QUERY)
-                timeline = max(control["timeline"], self._received or 0)
-                if control["may_list_files"]:
-                    heard_of = await connection.fetchval(_FILES_QUERY)
-            elif row["in_recovery"]:
-                self._received = timeline
-        except BaseException as exc:
-            self.close()
-            if isinstance(exc, Exception) and loop.time() >= deadline:
-                raise TimeoutError from exc
+            try:
+                return await (await self._connected_link()).ask(self._limits.query)
+            except PooledError:
+                self._drop()
+                self._is_pooled = True
+                return await (await self._connected_link()).ask(self._limits.query)
+        except BaseException:
+            self._drop()
             raise
-        finally:
-            limit.cancel()
-        return Answer(row["in_recovery"], timeline, row["position"], row["replay_age_ms"], asked_at, heard_of)
+
+    async def renew(self) -> bool:
+        """Open another connection if the kept one is too old, or the name leads elsewhere by now.
+
+        The next question goes over it. If it cannot be had, the kept one stays.
+
+        Returns:
+            whether there is another one.
+
+        Raises:
+            TimeoutError: there was no answer in time.
+            Exception: whatever the driver and the operating system have to say.
+        """
+        link = self._link
+        if link is None or not link.is_open or self._next is not None:
+            return False
+        async with asyncio.timeout(self._limits.connect):
+            addresses = await self._lookup.addresses()
+        age = asyncio.get_running_loop().time() - link.opened_at
+        if addresses == link.addresses and age < self._limits.age:
+            return False
+        self._next = await self._open()
+        return True
+
+    async def visit(self, times: int) -> list[Server]:
+        """Return which servers the name leads to, by so many connections that are opened one after the other.
+
+        Raises:
+            TimeoutError: there was no answer in time.
+            Exception: whatever the driver and the operating system have to say.
+        """
+        servers = []
+        for _ in range(times):
+            link = await self._open()
+            link.close()
+            assert link.server is not None, "it was identified"
+            servers.append(link.server)
+        return servers
 
     def close(self) -> None:
-        """Drop the connection, without waiting for anything."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.remove_termination_listener(self._terminated)
-            connection.terminate()
+        """Drop all connections, without waiting for anything."""
+        self._drop()
+        following, self._next = self._next, None
+        if following is not None:
+            following.close()
 
-    async def _look_up(self) -> None:
-        """Wait for the host's name to be resolved.
+    def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
-        The driver would begin anew at each attempt; and of each lookup that hangs, a thread is left of the few that all
-        of the application shares. So it is told to connect only where a lookup has just succeeded.
-        """
-        if self._is_address:
-            return
-        if self._lookup is None or self._lookup.done():
-            loop = asyncio.get_running_loop()
-            self._lookup = loop.run_in_executor(None, socket.getaddrinfo, self._address.host, self._address.port)
-            # Nobody may be waiting any more when it fails.
-            self._lookup.add_done_callback(lambda lookup: lookup.cancelled() or lookup.exception())
-        await asyncio.shield(self._lookup)
+    async def _connected_link(self) -> Link:
+        if self._next is not None:
+            self._drop()
+            self._link, self._next = self._next, None
+            self._link.on_loss(self._lost)
+        if self._link is None or not self._link.is_open:
+            self._drop()
+            self._link = await self._open()
+            self._link.on_loss(self._lost)
+        return self._link
 
-    async def _connect(self, timeout: float) -> None:
-        self.close()
-        self._received = None
-        self._connection = await asyncpg.connect(
-            host=self._address.host,
-            port=self._address.port,
-            user=self._account.user,
-            password=self._account.password,
-            database=self._account.database,
-            ssl=self._account.ssl,
-            timeout=timeout,
-            server_settings={"application_name": _APPLICATION_NAME},
+    async def _open(self) -> Link:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._limits.connect
+        try:
+            async with asyncio.timeout_at(deadline):
+                # The driver resolves the name once more, in the threads that the whole application shares: so only
+                # where that has just succeeded.
+                addresses = await self._lookup.addresses()
+        except TimeoutError:
+            raise TimeoutError(f"its name was not resolved within {self._limits.connect:.3g} s") from None
+        try:
+            return await self._open_link(deadline, addresses)
+        except PooledError:
+            self._is_pooled = True
+            return await self._open_link(deadline, addresses)
+        except TimeoutError as exc:
+            raise TimeoutError(str(exc) or f"no answer within {self._limits.connect:.3g} s") from exc
+
+    async def _open_link(self, deadline: float, addresses: frozenset[str]) -> Link:
+        return await Link.open(
+            self._address,
+            self._account,
+            connect_timeout=max(deadline - asyncio.get_running_loop().time(), 0.001),
+            query_timeout=self._limits.query,
+            is_pooled=self._is_pooled,
+            addresses=addresses,
         )
-        self._connection.add_termination_listener(self._terminated)
-
-    def _terminated(self, connection: Any) -> None:
-        if connection is self._connection:
-            self._lost()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def is_refusal(exc: BaseException) -> bool:
@@ -201,3 +174,8 @@ def is_refusal(exc: BaseException) -> bool:
         asyncpg.InsufficientPrivilegeError,
     )
     return isinstance(exc, refusals)
+
+
+def is_busy(exc: BaseException) -> bool:
+    """Return whether a host is there, and takes no connections at the moment: too many, or it starts up."""
+    return isinstance(exc, (asyncpg.InsufficientResourcesError, asyncpg.CannotConnectNowError))
