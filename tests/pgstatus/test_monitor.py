@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from tests.support.database import eventually
+from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.proxy import Proxy
 
-from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, HostStatus, OptionError, PgStatusError
+from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, OptionError, PgStatusError
 from ctxdb_pgstatus._probing.answer import Answer
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Probe
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
-
-HOUR = 3600.0
-PATIENCE = 20
 
 
 @pytest.fixture(autouse=True)
@@ -29,88 +27,6 @@ async def _nothing_is_left() -> AsyncIterator[None]:
     yield
     left = asyncio.all_tasks() - tasks - {asyncio.current_task()}
     assert left == set()
-
-
-def monitor_of(cluster: PostgresCluster, **options: Any) -> HostMonitor:
-    options = {"port": cluster.port, "user": "postgres", "poll_interval": HOUR, **options}
-    return HostMonitor(options.pop("hosts", cluster.hosts), **options)
-
-
-async def until(monitor: HostMonitor, condition: Callable[[], bool]) -> None:
-    """Wait, without a poll of one's own, until what is known fulfils a condition."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await monitor.wait_for_change()
-
-
-def status_of(monitor: HostMonitor, node: PostgresNode) -> HostStatus:
-    return next(host for host in monitor.hosts() if host.host == node.host)
-
-
-def changes_of(monitor: HostMonitor) -> list[ClusterStatus]:
-    changes: list[ClusterStatus] = []
-    monitor.on_change(lambda old, new: changes.append(new))
-    return changes
-
-
-class Proxy:
-    """A way to a node that can be closed, and blocked."""
-
-    def __init__(self, node: PostgresNode) -> None:
-        self.node = node
-        self.refusals = 0
-        self.attempts = 0
-        self.blocked = False
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *args: object) -> None:
-        self._server.close()
-        self.drop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def drop(self) -> None:
-        """Break all connections."""
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.attempts += 1
-        self._writers.add(writer)
-        try:
-            if self.refusals:
-                self.refusals -= 1
-                return
-            if self.blocked:
-                await reader.read(-1)
-                return
-            upstream, up = await asyncio.open_connection(self.node.host, self.node.port)
-            self._writers.add(up)
-            with contextlib.suppress(OSError):
-                await asyncio.gather(_pump(reader, up), _pump(upstream, writer))
-        except (OSError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.transport.abort()
-            self._tasks.discard(task)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(2**16):
-            writer.write(data)
-    finally:
-        writer.transport.abort()
 
 
 # --- what is known ----------------------------------------------------------------------------------------------------

@@ -39,11 +39,10 @@ class Membership:
             names: of all hosts, in their order.
             master: the master up to now, or the last one that there was.
         """
-        before = dict(self._systems)
         for name, answer in answers.items():
             if answer.server is not None and answer.server.system_identifier is not None:
                 self._systems[name] = answer.server.system_identifier
-        self._choose_system(answers, names, before, master)
+        self._choose_system(answers, names, master)
         self._name_strangers(answers)
         for name, answer in answers.items():
             if name in self.strangers:
@@ -74,9 +73,7 @@ class Membership:
             },
         )
 
-    def _choose_system(
-        self, answers: Mapping[str, Answer], names: Sequence[str], before: Mapping[str, int], master: str | None
-    ) -> None:
+    def _choose_system(self, answers: Mapping[str, Answer], names: Sequence[str], master: str | None) -> None:
         known = [self._systems[name] for name in names if name in self._systems]
         if not known:
             return
@@ -89,11 +86,16 @@ class Membership:
             return
         if votes[self.system] < votes[chosen]:
             self._begin_afresh(chosen)
-        elif master is not None and before.get(master) == self.system != self._systems.get(master):
-            # The host of the master has another database cluster now. If nobody else goes on with the old one, the
-            # cluster was made anew there: by pg_upgrade, for instance.
-            claims = [name for name, answer in answers.items() if not answer.in_recovery]
-            if master in claims and all(self._systems.get(name) != self.system for name in claims):
+        elif master in self._systems and self._systems[master] != self.system and master in answers:
+            # The host of the master has another database cluster now. If no other primary goes on with the old one,
+            # the cluster was made anew there: by pg_upgrade, for instance.
+            claims = [
+                name
+                for name, answer in answers.items()
+                if not answer.in_recovery and (answer.timeline or 0) >= self.highest_timeline
+            ]
+            is_primary = not answers[master].in_recovery
+            if is_primary and all(self._systems.get(name) != self.system for name in claims):
                 self._begin_afresh(self._systems[master])
 
     def _begin_afresh(self, system: int) -> None:
