@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from typing import Self
 
 from ctxdb_pgstatus.testing import PostgresNode
@@ -22,6 +23,7 @@ class Proxy:
         refusals: how many connections to close at once.
         attempts: how many connections there have been.
         blocked: whether connections are accepted, and nothing is passed on.
+        error: the SQLSTATE and the message by which connections are refused, as a server does that starts up.
         host: its address, as a monitor takes it.
     """
 
@@ -31,6 +33,7 @@ class Proxy:
         self.refusals = 0
         self.attempts = 0
         self.blocked = False
+        self.error: tuple[str, str] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -61,6 +64,9 @@ class Proxy:
             if self.refusals:
                 self.refusals -= 1
                 return
+            if self.error is not None:
+                await _refuse(reader, writer, *self.error)
+                return
             if self.blocked:
                 await reader.read(-1)
                 return
@@ -69,7 +75,7 @@ class Proxy:
             self._writers.add(up)
             with contextlib.suppress(OSError):
                 await asyncio.gather(self._pump(reader, up), self._pump(upstream, writer))
-        except (OSError, asyncio.CancelledError):
+        except (OSError, EOFError, asyncio.CancelledError):
             pass
         finally:
             writer.transport.abort()
@@ -83,3 +89,22 @@ class Proxy:
                 writer.write(data)
         finally:
             writer.transport.abort()
+
+
+_SSL_REQUEST = 80877103
+
+
+async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sqlstate: str, message: str) -> None:
+    """Answer the first message of a connection with an error (PostgreSQL's "Message Formats")."""
+    while True:
+        size, code = struct.unpack("!ii", await reader.readexactly(8))
+        await reader.readexactly(size - 8)
+        if code != _SSL_REQUEST:
+            break
+        writer.write(b"N")
+    fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": message}
+    body = b"".join(name.encode() + value.encode() + b"\0" for name, value in fields.items()) + b"\0"
+    writer.write(b"E" + struct.pack("!i", len(body) + 4) + body)
+    with contextlib.suppress(OSError):
+        await writer.drain()
+    writer.close()
