@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from tests.support.server import http_client
 from tests.support.sidecar_process import running
@@ -42,9 +40,7 @@ async def test_the_sidecar_names_its_user_where_the_password_is_the_same_word() 
     async with PostgresCluster(standbys=0, password="another") as cluster:
         host = f"{cluster.primary.host}:{cluster.primary.port}"
         # The password is the default one, and equals the default user.
-        async with running(hosts=host, max_fails="1") as sidecar, http_client(await sidecar.url()) as client:
-            while (await client.get("/ready")).status_code == 503:
-                await asyncio.sleep(0.01)
+        async with running(hosts=host, max_fails="1") as sidecar, http_client(await sidecar.ready()) as client:
             (described,) = (await client.get("/hosts")).json()
     assert 'user "postgres"' in described["error"]
     assert "check the monitor's user (postgres)" in described["error"]

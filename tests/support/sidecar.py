@@ -132,6 +132,8 @@ class OriginalSidecar:
         self.replayed: str | None = "n2"
         self.status = 200
         self.raw: bytes | None = None
+        self.fields: Sequence[tuple[bytes, bytes]] = ()
+        """Header fields of the responses."""
         self.open = asyncio.Event()
         """Requests are answered only while this is set."""
         self.open.set()
@@ -174,7 +176,7 @@ class OriginalSidecar:
         if status == 200 and content == {"host": None}:
             status = 404
         body = json.dumps(content).encode() if self.raw is None else self.raw
-        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.start", "status": status, "headers": list(self.fields)})
         await send({"type": "http.response.body", "body": body})
 
 

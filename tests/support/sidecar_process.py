@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.database import eventually
+from tests.support.server import http_client
 
 
 @dataclass
@@ -39,6 +40,14 @@ class Process:
         started = self.logged("server started")
         assert started is not None
         return f"http://{started['address']}:{started['port']}"
+
+    async def ready(self) -> str:
+        """Wait until it has asked each host once, and return its URL."""
+        url = await self.url()
+        async with asyncio.timeout(30), http_client(url) as client:
+            while (await client.get("/ready")).status_code == 503:
+                await asyncio.sleep(0.01)
+        return url
 
     async def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

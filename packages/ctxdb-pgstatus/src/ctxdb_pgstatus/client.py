@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -20,11 +21,16 @@ import httpx
 
 from ctxdb_pgstatus.errors import OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
+from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
 __all__ = ["PgStatusClient"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.client")
+
+_HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
+# A host takes 400 bytes: this is room for two thousand of them. Parsing it cannot take long.
+_LONGEST_ANSWER = 1 << 20
 
 _Answer = TypeVar("_Answer")
 _PATHS: dict[SyncCondition | None, str] = {
@@ -50,13 +56,23 @@ class PgStatusClient:
         max_age: for how many seconds an answer is taken out of memory.
         timeout: for how many seconds an answer is waited for.
         max_stale: how many seconds an answer may be old if the sidecar cannot be asked; ``None`` for any age.
+        grace: how many seconds after its last answer the sidecar may be away before commits count as unconfirmed. Until
+            then the host that a commit was made on is asked itself, on the commit's own connection, whether it is a
+            primary still. That does not show a promotion that neither it nor the sidecar has told of: a primary that
+            was cut off while the sidecar was away, too, takes writes that the cluster will not have. 0 for never.
 
     Raises:
         OptionError: an option has a value that it cannot have.
     """
 
     def __init__(
-        self, base_url: str, *, max_age: float = 1.0, timeout: float = 3.0, max_stale: float | None = None
+        self,
+        base_url: str,
+        *,
+        max_age: float = 1.0,
+        timeout: float = 3.0,
+        max_stale: float | None = None,
+        grace: float = 30.0,
     ) -> None:
         self._url = _base_url(base_url)
         self._shown_url = str(self._url.copy_with(username=None, password=None, query=None)).rstrip("/")
@@ -66,7 +82,10 @@ class PgStatusClient:
             raise OptionError(f"`timeout` is {timeout!r}: give seconds, above 0.")
         if max_stale is not None and not max_stale >= max_age:
             raise OptionError(f"`max_stale` is {max_stale!r}: give seconds, at least those of `max_age`, or None.")
+        if not 0 <= grace < math.inf:
+            raise OptionError(f"`grace` is {grace!r}: give seconds, 0 or more.")
         self._max_age = max_age
+        self._grace = grace
         self._timeout = timeout
         self._max_stale = math.inf if max_stale is None else max_stale
         self._master = _Question[str | None]("/master", _read_host)
@@ -74,6 +93,7 @@ class PgStatusClient:
         # The same answer as that of `_master`, but asked of the hosts themselves.
         self._confirmed = _Question[str | None]("/master", _read_host, no_cache=True)
         self._doubts = 0
+        self._doubted_at: dict[str, float] = {}
         self._not_replayed_at = -math.inf
         self._turns = {condition: count() for condition in _PATHS}
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
@@ -175,20 +195,37 @@ class PgStatusClient:
     async def confirm_master(self, host: str) -> bool:
         """Have the sidecar ask the hosts anew, and return whether `host` is the master after that.
 
-        If the sidecar cannot be asked, `host` cannot be shown to be the master, and is not confirmed.
+        Raises:
+            SidecarError: the sidecar could not be asked.
         """
-        try:
-            # One that is under way may have looked before the call.
-            answer = await self._share(self._confirmed, under_way=False)
-        except SidecarError as exc:
-            _logger.warning("the master is not confirmed: %s", exc, extra={"host": host})
-            return False
+        failure = self._confirmed.failure
+        if failure is not None and failure.took_all_its_time and time.monotonic() - failure.at < self._max_age:
+            # Nobody waits for a sidecar that is known to hang.
+            raise SidecarError(failure.text)
+        # One that is under way may have looked before the call.
+        answer = await self._share(self._confirmed, under_way=False)
         self._master.kept, self._master.failure = self._confirmed.kept, None
         return answer == host
+
+    def known_master(self) -> KnownMaster | None:
+        """Return the master that the sidecar named last; ``None`` if that was more than `grace` seconds ago.
+
+        ``None`` also without a master, and if a failure has been reported of that host since then.
+        """
+        kept = self._master.kept
+        if kept is None or kept.answer is None or not time.monotonic() - kept.at < self._grace:
+            return None
+        if self._doubted_at.get(kept.answer, -math.inf) >= kept.at:
+            return None
+        cluster = None if self._cluster.kept is None else self._cluster.kept.answer.status
+        timelines = {} if cluster is None else {each.host: each.timeline for each in cluster.hosts}
+        is_of_this_master = cluster is not None and cluster.master == kept.answer
+        return KnownMaster(kept.answer, timelines.get(kept.answer) if is_of_this_master else None)
 
     def report_failure(self, host: str) -> None:
         """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
         self._doubts += 1
+        self._doubted_at[host] = time.monotonic()
 
     async def _find_replayed(self, sync: SyncCondition | None, min_position: int, max_wait: float) -> str | None:
         parameters = {"min_lsn": format_lsn(min_position)}
@@ -252,30 +289,32 @@ class PgStatusClient:
         try:
             answer = await self._fetch(question, no_cache=no_cache)
         except SidecarError as exc:
-            question.failure = _Failure(str(exc), time.monotonic(), doubts)
+            question.failure = _Failure(str(exc), time.monotonic(), doubts, isinstance(exc, _SidecarTimeoutError))
             return None, str(exc)
         kept = _Kept(answer, at, doubts)
         question.kept, question.failure = kept, None
         return kept, ""
 
     async def _fetch(self, question: _Question[_Answer], *, no_cache: bool) -> _Answer:
-        headers = {"accept": "application/json"}
-        if no_cache:
-            headers["cache-control"] = "no-cache"
+        headers = _HEADERS | {"cache-control": "no-cache"} if no_cache else _HEADERS
+        limit = asyncio.timeout(self._timeout + question.patience)
         try:
-            async with asyncio.timeout(self._timeout + question.patience):
-                response = await self._here().http.get(question.path, headers=headers)
+            async with limit, self._here().http.stream("GET", question.path, headers=headers) as response:
+                body = await _read_body(response)
         except TimeoutError:
-            raise self._failed(question, f"no answer within {self._timeout + question.patience:g} s") from None
+            error = self._failed(question, f"no answer within {self._timeout + question.patience:g} s")
+            raise _SidecarTimeoutError(str(error)) from None
         except httpx.HTTPError as exc:
             raise self._failed(question, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from None
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             raise self._failed(question, "it has not asked its hosts yet")
         if response.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
             raise self._failed(question, f"it answers with status {response.status_code}")
+        if body is None:
+            raise self._failed(question, f"its answer is compressed, or longer than {_LONGEST_ANSWER} bytes")
         try:
-            answer = question.read(response.json())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            answer = question.read(json.loads(body))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._failed(question, f"what it answers (status {response.status_code}) is no answer") from None
         if self._failing:
             self._failing = False
@@ -318,6 +357,11 @@ class _Failure:
     text: str
     at: float
     doubts: int
+    took_all_its_time: bool
+
+
+class _SidecarTimeoutError(SidecarError):
+    """The sidecar accepts connections, perhaps, and does not answer."""
 
 
 @dataclass(eq=False, slots=True)
@@ -425,6 +469,21 @@ class _OnLoop:
                 await asyncio.wait(tasks)
         finally:
             await self.http.aclose()
+
+
+async def _read_body(response: httpx.Response) -> bytes | None:
+    """Return the body of a response; ``None`` if it is more than an answer has, or may become more.
+
+    What is compressed was not asked for, and may unfold to a thousand times its size.
+    """
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        return None
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > _LONGEST_ANSWER:
+            return None
+    return bytes(body)
 
 
 async def _outcome(task: asyncio.Task[_Answer]) -> _Answer:

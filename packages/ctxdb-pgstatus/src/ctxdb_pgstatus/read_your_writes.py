@@ -132,12 +132,12 @@ class ReadYourWrites:
         if positions is None:
             positions = kept[_KEY] = Positions()
         positions.limit(self.source, max_age=self._max_age, wait=self._wait)
-        for value in values:
-            # Of several, which were set for several paths, all are to be seen.
-            for token in self._tokens(value.decode("latin-1")):
-                position = self._signer.read(token)
-                if position is not None and position > (positions.required(self.source) or 0):
-                    positions.bring(self.source, position)
+        # Of several tokens, which were set for several paths, all are to be seen.
+        tokens = [token for value in values for token in self._tokens(value.decode("latin-1"))]
+        if tokens:
+            position = self._signer.read(tokens, above=positions.required(self.source) or 0)
+            if position is not None:
+                positions.bring(self.source, position)
         return positions
 
     def _tokens(self, value: str) -> list[str]:

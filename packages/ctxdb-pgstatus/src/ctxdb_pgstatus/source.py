@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from ctxdb_pgstatus.status import SyncCondition
 
-__all__ = ["HostSource"]
+__all__ = ["HostSource", "KnownMaster", "RemembersMaster"]
 
 
 class HostSource(Protocol):
@@ -30,7 +31,35 @@ class HostSource(Protocol):
         """Return the names of all living replicas: the hosts to which connections are worth keeping."""
 
     async def confirm_master(self, host: str) -> bool:
-        """Ask the hosts anew, and return whether `host` is the master after all that happened before the call."""
+        """Ask the hosts anew, and return whether `host` is the master after all that happened before the call.
+
+        Raises:
+            Exception: it cannot be found out.
+        """
 
     def report_failure(self, host: str) -> None:
         """Say that something failed on `host`, so that it is asked now instead of at its next turn. Does not wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownMaster:
+    """The master, as a source knew it when it last could tell.
+
+    Attributes:
+        host: its name.
+        timeline: the timeline that it wrote; ``None`` if that was not told.
+    """
+
+    host: str
+    timeline: int | None
+
+
+@runtime_checkable
+class RemembersMaster(Protocol):
+    """A source that may be away itself, as a sidecar may, and remembers what it knew before.
+
+    While it is away, commits are confirmed by the host that they were made on, if that is the master remembered here.
+    """
+
+    def known_master(self) -> KnownMaster | None:
+        """Return the master of the last answer; ``None`` if that is too old to be relied on, or was cast into doubt."""

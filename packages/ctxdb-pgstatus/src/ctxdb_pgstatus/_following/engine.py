@@ -10,18 +10,23 @@ from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from ctxdb_core import DBConnect
+from ctxdb_core import DBConnect, is_autocommit
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import Positions, current_positions
 from ctxdb_pgstatus._following.statements import is_local_setting, is_setting
-from ctxdb_pgstatus.errors import PgStatusError, StaleReaderError
+from ctxdb_pgstatus.errors import (
+    CommitUnconfirmedError,
+    ConnectionLostError,
+    HostUnreachableError,
+    PgStatusError,
+    StaleReaderError,
+)
 
 __all__ = ["FollowedEngine", "Follower"]
 
@@ -31,6 +36,8 @@ WATCH_SECONDS = 0.1
 """How often the cluster is looked at while connections are in use."""
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
+# Classes of SQLSTATE (PostgreSQL, "Error Codes"): invalid authorization, and a database that does not exist.
+_REFUSALS = ("28", "3D")
 
 
 class Follower(Protocol):
@@ -194,9 +201,11 @@ class FollowedEngine:
             raise _HostLeftError(self.host)
         try:
             return await_only(self._connect_within_limit(*args, **options))
-        except Exception:
-            self._follower.report_failure(self.host)
+        except _HostLeftError:
             raise
+        except Exception as exc:
+            self._follower.report_failure(self.host)
+            raise _unreachable(self.host, exc) from exc
 
     async def _connect_within_limit(self, *args: Any, **options: Any) -> Any:
         seconds = self._follower.connect_timeout
@@ -264,11 +273,18 @@ class FollowedEngine:
             state.is_bound = True
 
     def _handle_error(self, context: ExceptionContext) -> None:
+        """Raise an error of this package's own in the place of one that tells of the host, not of the statement."""
         connection = context.connection
         error = context.original_exception
-        if connection is None or connection.closed or connection.invalidated:
-            return
         if not isinstance(error, context.dialect.loaded_dbapi.Error):
+            return
+        if connection is None:
+            # While the first connection is asked for the server's version and the like.
+            if context.is_disconnect:
+                self._follower.report_failure(self.host)
+                raise _unreachable(self.host, error)
+            return
+        if connection.closed or connection.invalidated:
             return
         state = state_of(connection)
         if state is None:
@@ -281,11 +297,27 @@ class FollowedEngine:
             context.is_disconnect = True
         if context.is_disconnect:
             self._follower.report_failure(state.host)
-            if state.engine is self and self.is_left and isinstance(context.sqlalchemy_exception, StatementError):
-                context.sqlalchemy_exception.add_detail(
-                    f"ctxdb: {state.host!r} was left while it was in use, as it does not answer, or is not the master "
-                    "any more"
-                )
+            # The driver's error is the cause, as SQLAlchemy raises what a listener raises from it.
+            raise self._lost(connection, state, error)
+
+    def _lost(self, connection: Connection, state: ConnectionState, error: BaseException) -> PgStatusError:
+        reason = str(error) or type(error).__name__
+        if state.engine is self and self.is_left:
+            reason = (
+                f"{state.host!r} was left while it was in use, as it does not answer, or is not the master any more; "
+                + reason
+            )
+        if state.wrote and (state.is_committing or is_autocommit(connection)):
+            return CommitUnconfirmedError(
+                f"The connection to {state.host!r} broke while a commit was under way: {reason}. Look whether the "
+                "write is there before you try again.",
+                state.host,
+            )
+        return ConnectionLostError(
+            f"The connection to {state.host!r} broke, or the host takes no writes any more, before the transaction was "
+            f"committed: {reason}. Nothing of it is stored: do it again, in a new unit of work.",
+            state.host,
+        )
 
     # --- leaving the host ---------------------------------------------------------------------------------------------
 
@@ -342,6 +374,20 @@ class FollowedEngine:
             return True
         # Another pool cannot tell; and of a host that was left, nothing idle is left.
         return (self.is_left or not isinstance(pool, QueuePool)) and any(map(driver.is_open, self._connections))
+
+
+def _unreachable(host: str, error: BaseException) -> HostUnreachableError:
+    is_refused = str(getattr(error, "sqlstate", None) or "").startswith(_REFUSALS)
+    advice = (
+        "Correct the user, the password or the database's name."
+        if is_refused
+        else "Answer 503 and let the client try again: the next session may find another host."
+    )
+    return HostUnreachableError(
+        f"{host!r} has not accepted a connection: {str(error) or type(error).__name__}. {advice}",
+        host,
+        retryable=not is_refused,
+    )
 
 
 _ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)

@@ -36,8 +36,7 @@ class TextFormatter(logging.Formatter):
         text = f"{_time(record)} {record.levelname} {_component(record)}: {record.getMessage()}{fields}"
         if record.exc_info:
             text += " " + self.formatException(record.exc_info)
-        # One record is one line, whatever is in it.
-        return "\\n".join(text.splitlines())
+        return _printable(text)
 
 
 class JSONFormatter(logging.Formatter):
@@ -55,7 +54,19 @@ class JSONFormatter(logging.Formatter):
             content.setdefault(name, value)
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
-        return json.dumps(content, default=str)
+        # The one control character that JSON leaves as it is.
+        return json.dumps(content, default=str).replace("\x7f", "\\u007f")
+
+
+def _printable(text: str) -> str:
+    """Return text as one line that moves no cursor and changes no colour.
+
+    Names of hosts and messages of servers come from elsewhere: an escape sequence in one of them could rewrite on the
+    reader's terminal what other lines say.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
