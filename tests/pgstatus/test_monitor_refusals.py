@@ -12,7 +12,7 @@ import pytest
 from tests.support.monitors import PATIENCE, changes_of, monitor_of, until
 from tests.support.proxy import Proxy
 
-from ctxdb_pgstatus import HostMonitor, OptionError
+from ctxdb_pgstatus import HostMonitor, KnownMaster, OptionError, PgStatusError
 from ctxdb_pgstatus.testing import PostgresCluster
 
 
@@ -40,6 +40,12 @@ async def until_error(monitor: HostMonitor, text: str) -> None:
             await asyncio.sleep(0.005)
 
 
+async def until_confirmed(monitor: HostMonitor, host: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while monitor.known_master() is not None or not await monitor.confirm_master(host):
+            await asyncio.sleep(0.02)
+
+
 async def test_a_server_with_too_many_connections_is_alive_in_its_role(
     guarded: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,12 +63,13 @@ async def test_a_server_with_too_many_connections_is_alive_in_its_role(
         assert changes == []
         assert monitor.master() == proxy.host
         assert monitor.hosts()[0].alive
-        # Nobody knows, however, whether it still is the master.
-        assert not await monitor.confirm_master(proxy.host)
+        # The monitor cannot say, however, whether it still is the master: whoever is connected has to ask it.
+        with pytest.raises(PgStatusError, match="refuses the monitor"):
+            await monitor.confirm_master(proxy.host)
+        assert monitor.known_master() == KnownMaster(proxy.host, monitor.hosts()[0].timeline)
         await primary.execute("ALTER ROLE watcher CONNECTION LIMIT -1")
-        async with asyncio.timeout(PATIENCE):
-            while not await monitor.confirm_master(proxy.host):
-                await asyncio.sleep(0.02)
+        await until_confirmed(monitor, proxy.host)
+        assert monitor.known_master() is None
         assert changes == []
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
@@ -97,9 +104,7 @@ async def test_a_rotated_password_cuts_nothing_off(guarded: PostgresCluster) -> 
         await until_error(monitor, "password authentication failed")
         assert monitor.master() == proxy.host
         passwords.append("second")
-        async with asyncio.timeout(PATIENCE):
-            while not await monitor.confirm_master(proxy.host):
-                await asyncio.sleep(0.02)
+        await until_confirmed(monitor, proxy.host)
         assert changes == []
 
 
@@ -123,9 +128,7 @@ async def test_a_password_file_is_read_for_each_connection(guarded: PostgresClus
         await guarded.primary.execute("ALTER ROLE watcher PASSWORD 'second'")
         file.write_text("second\n")
         proxy.drop()
-        async with asyncio.timeout(PATIENCE):
-            while not await monitor.confirm_master(proxy.host):
-                await asyncio.sleep(0.02)
+        await until_confirmed(monitor, proxy.host)
 
 
 async def test_a_password_that_cannot_be_had_any_more_is_used_as_it_was(
@@ -144,8 +147,9 @@ async def test_a_password_that_cannot_be_had_any_more_is_used_as_it_was(
         vault_is_away = True
         proxy.drop()
         async with asyncio.timeout(PATIENCE):
-            while "the vault is away" not in caplog.text or not await monitor.confirm_master(proxy.host):
-                await asyncio.sleep(0.02)
+            while "the vault is away" not in caplog.text:
+                await monitor.poll()
+        await until_confirmed(monitor, proxy.host)
         assert monitor.master() == proxy.host
 
 
@@ -189,9 +193,7 @@ async def test_a_master_that_starts_up_is_alive_in_its_role(cluster: PostgresClu
         assert changes == []
         assert monitor.master() == proxy.host
         proxy.error = None
-        async with asyncio.timeout(PATIENCE):
-            while not await monitor.confirm_master(proxy.host):
-                await asyncio.sleep(0.02)
+        await until_confirmed(monitor, proxy.host)
         assert changes == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
 from ctxdb_pgstatus._following.statements import may_write
 from ctxdb_pgstatus.errors import CommitUnconfirmedError, MasterChangedError
-from ctxdb_pgstatus.source import HostSource, RemembersMaster
+from ctxdb_pgstatus.source import HostSource, KnowsServers, RemembersMaster
 
 __all__ = ["CommitGuard", "ConnectionState", "state_of"]
 
@@ -34,13 +35,27 @@ class ConnectionState:
         is_bound: whether its transaction has something on this connection that another one would not have.
         is_committing: whether COMMIT has been sent, and not answered.
         positions: where its commit leaves its position, beside those of the code that commits.
+        started_at: when the server was started that it leads to; ``None`` if that is not known.
+        is_new: whether nobody has had it before.
     """
 
-    __slots__ = ("engine", "host", "is_bound", "is_committing", "positions", "settings", "wrote")
+    __slots__ = (
+        "engine",
+        "host",
+        "is_bound",
+        "is_committing",
+        "is_new",
+        "positions",
+        "settings",
+        "started_at",
+        "wrote",
+    )
 
     def __init__(self, engine: object, host: str) -> None:
         self.engine = engine
         self.host = host
+        self.started_at: datetime | None = None
+        self.is_new = True
         self.begin(None)
 
     def begin(self, positions: Positions | None) -> None:
@@ -159,6 +174,7 @@ class CommitGuard:
         if self._confirms:
             try:
                 self._confirm(connection, state.host)
+                self._confirm_server(state)
             except (MasterChangedError, CommitUnconfirmedError):
                 # Nobody shall wait for a host that may be frozen: the error is to be answered.
                 driver.abort(_driver_connection(connection))
@@ -182,6 +198,20 @@ class CommitGuard:
             raise MasterChangedError(
                 f"A commit returned from {host!r}, which is not the master any more: what was written there is likely "
                 "to be lost. Look whether the write is there before you try again, which goes to the new master."
+            )
+
+    def _confirm_server(self, state: ConnectionState) -> None:
+        """Return if the server that has committed is the one that was confirmed, and no other one of the same name.
+
+        Raises:
+            MasterChangedError: it is another one.
+        """
+        known = self._source.server_of(state.host) if isinstance(self._source, KnowsServers) else None
+        if known is not None and state.started_at not in (None, known):
+            raise MasterChangedError(
+                f"A commit returned from a server that is not behind the name {state.host!r} any more: what was "
+                "written there is likely to be lost. Look whether the write is there before you try again, which goes "
+                "to the new master."
             )
 
     async def _ask_source(self, host: str) -> bool:

@@ -26,6 +26,7 @@ from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
 from ctxdb_pgstatus.errors import OptionError, PgStatusError
+from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncCondition
 
 __all__ = ["HostMonitor"]
@@ -262,9 +263,21 @@ class HostMonitor:
         failed, or those whose answer is late (by a share of the poll interval, or three times as long as usual).
 
         Raises:
-            PgStatusError: the monitor is not running.
+            PgStatusError: the monitor is not running; or `host` is the master as far as is known, and refuses the
+                monitor, so that it has to be asked over another connection (see `known_master`).
         """
         return await self._on_own_loop(lambda: self._confirm_master(host))
+
+    def known_master(self) -> KnownMaster | None:
+        """Return the master whose server refuses the monitor at the moment; ``None`` if there is no such master.
+
+        Whoever has a connection to it can ask it whether it still is the master.
+        """
+        master = self.status.master
+        member = None if master is None else self._members[master]
+        if member is None or not member.watch.refusals or member.watch.answer is None:
+            return None
+        return KnownMaster(member.watch.address.name, member.watch.answer.timeline)
 
     def report_failure(self, host: str) -> None:
         """Have a host asked now, as something failed on it. Does not wait; may be called from any thread."""
@@ -286,7 +299,7 @@ class HostMonitor:
         return None if server is None else server.started_at
 
     async def ask_server_of(self, host: str) -> datetime | None:
-        """Ask one host anew, and return what `server_of` does after that.
+        """Ask one host over a new connection, and return what `server_of` does after that.
 
         Raises:
             PgStatusError: the monitor is not running.
@@ -471,6 +484,8 @@ class HostMonitor:
         ]
         answered = asked.watch.ask()
         await asyncio.gather(answered, *others)
+        if asked.watch.refusals and self.status.master == host:
+            raise PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
         return answered.result() and self.status.master == host
 
     def _may_be_master(self, member: _Member, asked: _Member) -> bool:
@@ -486,7 +501,7 @@ class HostMonitor:
     async def _ask_server_of(self, host: str) -> datetime | None:
         member = self._members.get(host)
         if member is not None:
-            await member.watch.ask()
+            await member.watch.look_again()
         return self.server_of(host)
 
     async def _accept_lower_timeline(self) -> ClusterStatus:

@@ -76,10 +76,13 @@ class Probe:
             self._drop()
             raise
 
-    async def renew(self) -> bool:
+    async def renew(self, *, anyway: bool = False) -> bool:
         """Open another connection if the kept one is too old, or the name leads elsewhere by now.
 
         The next question goes over it. If it cannot be had, the kept one stays.
+
+        Args:
+            anyway: do so in any case.
 
         Returns:
             whether there is another one.
@@ -94,7 +97,7 @@ class Probe:
         async with asyncio.timeout(self._limits.connect):
             addresses = await self._lookup.addresses()
         age = asyncio.get_running_loop().time() - link.opened_at
-        if addresses == link.addresses and age < self._limits.age:
+        if not anyway and addresses == link.addresses and age < self._limits.age:
             return False
         self._next = await self._open()
         return True

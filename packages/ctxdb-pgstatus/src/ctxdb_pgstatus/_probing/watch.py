@@ -82,6 +82,8 @@ class Watch:
         self._silence: asyncio.TimerHandle | None = None
         # Until when a server that has refused the monitor is left in peace.
         self._not_before = 0.0
+        # Whether its name has come to lead to another server, and whether it is the only one is to be looked at.
+        self._has_moved = False
         self._upkeep: asyncio.Task[None] | None = None
         self._upkeep_at = 0.0
 
@@ -147,6 +149,16 @@ class Watch:
                     await self._upkeep
                 # It may have opened a connection meanwhile.
                 self._probe.close()
+
+    async def look_again(self) -> None:
+        """Have it asked over a new connection, and look whether several servers are behind its name."""
+        if self.is_shared or not self.is_sound:
+            return
+        if self._upkeep is not None and not self._upkeep.done():
+            await asyncio.wait([self._upkeep])
+        self._start_upkeep(anyway=True)
+        if self._upkeep is not None:
+            await asyncio.wait([self._upkeep])
 
     def close(self) -> None:
         """Drop the connection, so that what waits for an answer ends."""
@@ -289,31 +301,35 @@ class Watch:
             logger.info("The server of host %s has restarted.", name, extra=extra)
             return
         logger.info("The name %s leads to another server now: %s; before: %s.", name, server, before, extra=extra)
-        self._start_upkeep(_FIRST_VISITS)
+        self._has_moved = True
+        self._start_upkeep()
 
     def _keep_up(self) -> None:
         """Renew the connection if it is too old, or if the name leads elsewhere by now."""
         now = asyncio.get_running_loop().time()
         if self.is_sound and now >= self._upkeep_at:
             self._upkeep_at = now + _LOOKUP_SECONDS
-            self._start_upkeep(0)
+            self._start_upkeep()
 
-    def _start_upkeep(self, visits: int) -> None:
+    def _start_upkeep(self, *, anyway: bool = False) -> None:
         if self._upkeep is None or self._upkeep.done():
             self._upkeep = asyncio.create_task(
-                self._look_after(visits), name=f"HostMonitor {self.address.name}, upkeep"
+                self._look_after(anyway=anyway), name=f"HostMonitor {self.address.name}, upkeep"
             )
 
-    async def _look_after(self, visits: int) -> None:
+    async def _look_after(self, *, anyway: bool) -> None:
         """Renew the connection, and look how many servers are behind the name.
 
         What goes wrong here is no failure of the host: the connection that there is stays.
         """
         try:
-            if await self._probe.renew():
-                if self.is_shared:
-                    visits = max(visits, _LATER_VISITS)
-                self.hurry()
+            renewed = await self._probe.renew(anyway=anyway)
+            if renewed:
+                await self.ask()
+            visits = _FIRST_VISITS if anyway or self._has_moved else 0
+            if renewed and self.is_shared:
+                visits = _LATER_VISITS
+            self._has_moved = False
             if visits:
                 self._tell_servers(await self._probe.visit(visits))
         except Exception:
