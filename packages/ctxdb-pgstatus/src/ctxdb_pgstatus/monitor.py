@@ -388,6 +388,9 @@ class HostMonitor:
             self._elect()
             self._compare_with_standbys()
             for member in self._replicas():
+                answer = member.watch.answer
+                assert answer is not None, "it is a replica's"
+                self._warn_of_missing_timeline(member.watch.address.name, answer)
                 self._judge(member)
             self._publish()
             await self._ask_the_doubtful()
@@ -565,11 +568,24 @@ class HostMonitor:
             if answer is None or not answer.in_recovery:
                 member.forget_lag()
             elif self._is_settled and not watch.refusals:
+                self._warn_of_missing_timeline(watch.address.name, answer)
                 self._compare_with_standbys()
                 self._judge(member)
             if answer is not None and watch.address.name == self._election.master:
                 self._take_sample(watch)
         self._publish()
+
+    def _warn_of_missing_timeline(self, name: str, answer: Answer) -> None:
+        member = self._members[name]
+        if answer.timeline is None and answer.position is not None and not member.was_warned_of:
+            member.was_warned_of = True
+            logger.warning(
+                "%s does not tell which timeline it is on, so that it is in sync with nobody: the monitor's user may "
+                "read neither the control data nor the WAL receiver's. GRANT pg_monitor TO it, or EXECUTE ON FUNCTION "
+                "pg_control_checkpoint(), pg_control_recovery().",
+                name,
+                extra={"host": name},
+            )
 
     def _replicas(self) -> list[_Member]:
         """Return the living hosts that say that they are replicas."""
