@@ -11,7 +11,17 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tests.support.server import serve
-from tests.support.sidecar import START, OriginalSidecar, cluster, dead, master, nobody_listens, replica, told_app
+from tests.support.sidecar import (
+    START,
+    OriginalSidecar,
+    cluster,
+    dead,
+    master,
+    nobody_listens,
+    replica,
+    serve_sidecar,
+    told_app,
+)
 
 from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, SidecarError
 from ctxdb_pgstatus.sidecar.choice import Locality
@@ -75,7 +85,7 @@ async def test_the_hosts_of_pg_status_have_what_it_tells(url: str) -> None:
 async def test_the_hosts_of_the_sidecar_have_all_that_it_knows() -> None:
     hosts = (master("n1"), master("n2"), replica("n3", by_time=False), dead("n4", "no route"))
     app, _ = told_app(*hosts)
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.hosts() == hosts
         assert (await client.hosts())[0].since == START
         # n2 claims to be the master, and so is no replica to read from.
@@ -87,7 +97,7 @@ async def test_near_replicas_are_preferred() -> None:
     app, _ = told_app(
         master("n1"), replica("n2"), replica("n3"), locality=Locality({"n2": "far", "n3": "here"}, current_dc="here")
     )
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert {await client.replica() for _ in range(3)} == {"n3"}
         assert await client.find_replicas() == {"n2", "n3"}
 
@@ -161,7 +171,7 @@ async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSide
 async def test_a_replica_that_has_replayed_the_position_is_waited_for() -> None:
     app, monitor = told_app(master("n1"), replica("n2", position=1))
     monitor.next = [cluster(master("n1"), replica("n2", position=2))]
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.find_replica(min_position=2) == "n1"
         assert await client.find_replica(min_position=2, max_wait=0.1) == "n2"
 
@@ -212,7 +222,7 @@ async def test_nobody_waits_for_the_confirmation_of_a_sidecar_that_is_known_to_h
 
 async def test_the_last_master_is_remembered_with_its_timeline() -> None:
     app, _ = told_app(master("n1", timeline=7), replica("n2"))
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         client = PgStatusClient(url)
         assert client.known_master() is None
         await client.confirm_master("n1")
@@ -227,7 +237,7 @@ async def test_the_last_master_is_remembered_with_its_timeline() -> None:
 
 async def test_the_timeline_of_a_replica_that_has_become_the_master_is_not_remembered() -> None:
     app, monitor = told_app(master("n1", timeline=7), replica("n2", timeline=7))
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         await client.hosts()
         monitor.next = [cluster(dead("n1"), master("n2", timeline=8), master="n2")]
         assert await client.confirm_master("n2")

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import eventually
 from tests.support.followers import Engines, monitoring, until
-from tests.support.server import serve
+from tests.support.sidecar import serve_sidecar
 from tests.support.traffic import Traffic, payments_on
 
 from ctxdb_demo.cluster_app import Base, create_app
@@ -60,7 +60,7 @@ async def service(cluster: PostgresCluster, request: pytest.FixtureRequest) -> A
         if request.param == "sidecar":
             sidecar = SidecarApp(History())
             sidecar.monitor = monitor
-            url = await stack.enter_async_context(serve(sidecar, http="httptools"))
+            url = await stack.enter_async_context(serve_sidecar(sidecar))
             source = await stack.enter_async_context(PgStatusClient(url, max_age=0.1))
         app = create_app(source, engines, secrets.token_hex(16))
         await stack.enter_async_context(app.router.lifespan_context(app))

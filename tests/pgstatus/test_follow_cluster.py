@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from tests.support.followers import SERVER, Engines, following, monitoring, server_of, until
 from tests.support.hosts import FakeSource
-from tests.support.server import serve
+from tests.support.sidecar import serve_sidecar
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_pgstatus import (
@@ -290,7 +290,7 @@ async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
     app = SidecarApp(History())
     app.monitor = monitor
     async with (
-        serve(app, http="httptools") as url,
+        serve_sidecar(app) as url,
         PgStatusClient(url, max_age=0.05) as client,
         following(engines, follow_master(client)) as master,
         following(Engines(cluster, "readers"), follow_replica(client)) as replica,

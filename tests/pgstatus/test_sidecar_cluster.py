@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.support.database import eventually
-from tests.support.server import http_client, serve
+from tests.support.server import http_client
+from tests.support.sidecar import serve_sidecar
 
 from ctxdb_pgstatus import HostMonitor, PgStatusClient
 from ctxdb_pgstatus.lsn import format_lsn
@@ -24,7 +25,7 @@ async def sidecar(cluster: PostgresCluster) -> AsyncIterator[tuple[str, HostMoni
         app = SidecarApp(history)
         app.monitor = monitor
         monitor.on_change(history.note)
-        async with serve(app, http="httptools") as url:
+        async with serve_sidecar(app) as url:
             yield url, monitor
 
 

@@ -11,8 +11,9 @@ from ctxdb_pgstatus.sidecar.metrics import render
 LINE = re.compile(r'(?P<name>[a-z_]+)(?:\{(?P<labels>(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>[-+0-9.e]+)')
 
 
-def read(text: str) -> dict[tuple[str, str], float]:
-    """Read the text format, as strictly as Prometheus does."""
+def read(content: bytes) -> dict[tuple[str, str], float]:
+    """Read what the sidecar itself tells in the text format, as strictly as Prometheus does."""
+    text = content.decode()
     found: dict[tuple[str, str], float] = {}
     described: dict[str, set[str]] = {}
     assert text.endswith("\n")
@@ -22,6 +23,8 @@ def read(text: str) -> dict[tuple[str, str], float]:
             assert kind in {"HELP", "TYPE"}
             assert kind not in described.setdefault(name, set()), f"{line!r} is there twice"
             described[name].add(kind)
+            continue
+        if line.startswith("process_"):
             continue
         match = LINE.fullmatch(line)
         assert match is not None, line

@@ -1,26 +1,32 @@
 """Which PostgreSQL host is the master, which replicas are in sync, and `DBConnect`s that follow them."""
 
-from ctxdb_pgstatus.addresses import HostAddress
-from ctxdb_pgstatus.client import PgStatusClient
-from ctxdb_pgstatus.errors import (
-    CommitUnconfirmedError,
-    ConnectionLostError,
-    HostListError,
-    HostUnreachableError,
-    MasterChangedError,
-    MiddlewareOrderError,
-    NoMasterError,
-    NoReplicaError,
-    OptionError,
-    PgStatusError,
-    SidecarError,
-    StaleReaderError,
-)
-from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
-from ctxdb_pgstatus.monitor import HostMonitor
-from ctxdb_pgstatus.read_your_writes import ReadYourWrites
-from ctxdb_pgstatus.source import HostSource, KnownMaster, RemembersMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+from __future__ import annotations
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from ctxdb_pgstatus.addresses import HostAddress
+    from ctxdb_pgstatus.client import PgStatusClient
+    from ctxdb_pgstatus.errors import (
+        CommitUnconfirmedError,
+        ConnectionLostError,
+        HostListError,
+        HostUnreachableError,
+        MasterChangedError,
+        MiddlewareOrderError,
+        NoMasterError,
+        NoReplicaError,
+        OptionError,
+        PgStatusError,
+        SidecarError,
+        StaleReaderError,
+    )
+    from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
+    from ctxdb_pgstatus.monitor import HostMonitor
+    from ctxdb_pgstatus.read_your_writes import ReadYourWrites
+    from ctxdb_pgstatus.source import HostSource, KnownMaster, RemembersMaster
+    from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
 __all__ = [
     "ClusterStatus",
@@ -50,3 +56,41 @@ __all__ = [
     "follow_master",
     "follow_replica",
 ]
+
+if not typing.TYPE_CHECKING:
+    # Imported when they are first used: see `ctxdb_pgstatus._lazy`.
+    _NAMES_OF_MODULES: dict[str, tuple[str, ...]] = {
+        "addresses": ("HostAddress",),
+        "client": ("PgStatusClient",),
+        "errors": (
+            "CommitUnconfirmedError",
+            "ConnectionLostError",
+            "HostListError",
+            "HostUnreachableError",
+            "MasterChangedError",
+            "MiddlewareOrderError",
+            "NoMasterError",
+            "NoReplicaError",
+            "OptionError",
+            "PgStatusError",
+            "SidecarError",
+            "StaleReaderError",
+        ),
+        "follow": ("FollowHandler", "follow_master", "follow_replica"),
+        "monitor": ("HostMonitor",),
+        "read_your_writes": ("ReadYourWrites",),
+        "source": ("HostSource", "KnownMaster", "RemembersMaster"),
+        "status": ("ClusterStatus", "HostStatus", "Role", "SyncCondition"),
+    }
+    _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

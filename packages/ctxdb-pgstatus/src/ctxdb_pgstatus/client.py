@@ -543,6 +543,7 @@ class _ClusterReader:
             error=entry.get("error"),
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
+            possible_dead=bool(entry.get("possible_dead")),
         )
 
 

@@ -16,6 +16,7 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probing.account import Account, Password
 from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.lag import Lag, Sample
@@ -25,7 +26,6 @@ from ctxdb_pgstatus._probing.probe import Limits
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
-from ctxdb_pgstatus.errors import OptionError, PgStatusError
 from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncCondition
 
@@ -134,10 +134,10 @@ class HostMonitor:
         _check_number("sync_max_lag_bytes", sync_max_lag_bytes, 0, whole=True)
         for name, text in (("user", user), ("database", database)):
             if not text:
-                raise OptionError(f"`{name}` is {text!r}: give the name of one.")
+                raise errors.OptionError(f"`{name}` is {text!r}: give the name of one.")
         self._addresses = parse_hosts(hosts, port)
         if password is not None and password_file is not None:
-            raise OptionError("`password` and `password_file` are both given: give one of them.")
+            raise errors.OptionError("`password` and `password_file` are both given: give one of them.")
         self._nofailover = self._check_names("nofailover", nofailover)
         self._noloadbalance = self._check_names("noloadbalance", noloadbalance)
         file = None if password_file is None else Path(password_file)
@@ -158,10 +158,10 @@ class HostMonitor:
 
     def _check_names(self, option: str, names: Iterable[str]) -> frozenset[str]:
         if isinstance(names, str):
-            raise OptionError(f"`{option}` is the string {names!r}: give a list of hosts.")
+            raise errors.OptionError(f"`{option}` is the string {names!r}: give a list of hosts.")
         given = frozenset(names)
         if unknown := sorted(given - {address.name for address in self._addresses}):
-            raise OptionError(f"`{option}` names {', '.join(unknown)}: give names as they stand in `hosts`.")
+            raise errors.OptionError(f"`{option}` names {', '.join(unknown)}: give names as they stand in `hosts`.")
         return given
 
     def __repr__(self) -> str:
@@ -376,7 +376,7 @@ class HostMonitor:
             PgStatusError: it is running already.
         """
         if self._loop is not None:
-            raise PgStatusError("This HostMonitor is running already: enter it once, and share it.")
+            raise errors.PgStatusError("This HostMonitor is running already: enter it once, and share it.")
         self._loop = asyncio.get_running_loop()
         watches = [member.watch for member in self._members.values()]
         self._tasks = [asyncio.create_task(watch.run(), name=f"HostMonitor {watch.address.name}") for watch in watches]
@@ -416,7 +416,7 @@ class HostMonitor:
         await asyncio.gather(*tasks, return_exceptions=True)
         for future in self._changed:
             if not future.done():
-                future.set_exception(PgStatusError("The HostMonitor was closed meanwhile."))
+                future.set_exception(errors.PgStatusError("The HostMonitor was closed meanwhile."))
         self._forget()
 
     def _forget(self) -> None:
@@ -452,7 +452,7 @@ class HostMonitor:
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         loop = self._loop
         if loop is None or loop.is_closed():
-            raise PgStatusError("This HostMonitor is not running: use it inside of `async with monitor:`.")
+            raise errors.PgStatusError("This HostMonitor is not running: use it inside of `async with monitor:`.")
         return loop
 
     async def _on_own_loop(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
@@ -488,7 +488,7 @@ class HostMonitor:
         answered = asked.watch.ask()
         await asyncio.gather(answered, *others)
         if asked.watch.refusals and self.status.master == host:
-            raise PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
+            raise errors.PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
         return answered.result() and self.status.master == host
 
     def _may_be_master(self, member: _Member, asked: _Member) -> bool:
@@ -805,6 +805,7 @@ class _Member:
             fault=fault,
             system_identifier=None if server is None else server.system_identifier,
             started_at=None if server is None else server.started_at,
+            possible_dead=watch.failures > 0 or watch.refusals > 0,
         )
 
 
@@ -840,4 +841,4 @@ def _check_number(name: str, value: float, least: float, most: float = math.inf,
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == math.inf:
         kind = "a whole number" if whole else "a number"
         bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-        raise OptionError(f"`{name}` is {value!r}: give {kind} {bounds}.")
+        raise errors.OptionError(f"`{name}` is {value!r}: give {kind} {bounds}.")

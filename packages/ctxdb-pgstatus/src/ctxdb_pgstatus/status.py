@@ -43,6 +43,8 @@ class HostStatus:
         fault: why it is not what it says; ``None`` if it is.
         system_identifier: that of the database cluster that it serves; ``None`` if unknown.
         started_at: when its server was started: another time, and it is another server, or has restarted.
+        possible_dead: whether it counts as alive, and has not answered since it last did: it may be about to count as
+            dead.
     """
 
     host: str
@@ -60,6 +62,7 @@ class HostStatus:
     fault: Fault | None = None
     system_identifier: int | None = None
     started_at: datetime | None = None
+    possible_dead: bool = False
 
     def in_sync(self, condition: SyncCondition | None) -> bool:
         """Return whether `condition` holds; ``None`` always does."""

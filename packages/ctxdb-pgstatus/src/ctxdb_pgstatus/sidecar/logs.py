@@ -11,8 +11,8 @@ from ctxdb_pgstatus.sidecar.settings import LogFormat
 
 __all__ = ["JSONFormatter", "TextFormatter", "set_up"]
 
-# What every record has; the rest was given as `extra`. The two last ones are set by formatters and by uvicorn.
-_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+# What every record has; the rest was given as `extra`. The two last ones are set by formatters.
+_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def set_up(level: int, log_format: LogFormat) -> None:
@@ -22,8 +22,6 @@ def set_up(level: int, log_format: LogFormat) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # How the server comes up and goes down is told by the sidecar itself.
-    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("asyncio").setLevel(max(level, logging.WARNING))
 
 
@@ -75,8 +73,6 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _component(record: logging.LogRecord) -> str:
     root, _, rest = record.name.partition(".")
-    if root == "uvicorn":
-        return "http"
     return (rest or "monitor") if root == "ctxdb_pgstatus" else record.name
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Literal
 
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
-from ctxdb_pgstatus.errors import HostListError, OptionError
 from ctxdb_pgstatus.sidecar.choice import Locality
 
 __all__ = ["VARIABLES", "LogFormat", "Settings"]
@@ -160,7 +160,9 @@ class _Reader:
     def hosts(self) -> tuple[HostAddress, ...]:
         names = self._list("hosts")
         if not names:
-            raise OptionError(f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2.")
+            raise errors.OptionError(
+                f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2."
+            )
         ports = self._list("pg_port") or ["5432"]
         if len(ports) not in (1, len(names)):
             raise _wrong("pg_port", self.text("pg_port", ""), f"one port, or one for each of the {len(names)} hosts")
@@ -175,8 +177,8 @@ class _Reader:
             parse_hosts(
                 [f"[{each.host}]:{each.port}" if ":" in each.host else f"{each.host}:{each.port}" for each in addresses]
             )
-        except HostListError as exc:
-            raise OptionError(f"{_PREFIX}hosts: {exc}") from None
+        except errors.HostListError as exc:
+            raise errors.OptionError(f"{_PREFIX}hosts: {exc}") from None
         if len({address.name for address in addresses}) < len(addresses):
             # Told apart by their ports: two hosts of one name could not be told apart in any answer.
             addresses = [HostAddress(_with_port(each), each.host, each.port) for each in addresses]
@@ -249,5 +251,5 @@ def _with_port(address: HostAddress) -> str:
     return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
 
 
-def _wrong(name: str, text: str, wanted: str) -> OptionError:
-    return OptionError(f"{_PREFIX}{name} is {text!r}: give {wanted}.")
+def _wrong(name: str, text: str, wanted: str) -> errors.OptionError:
+    return errors.OptionError(f"{_PREFIX}{name} is {text!r}: give {wanted}.")
