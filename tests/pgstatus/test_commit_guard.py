@@ -45,7 +45,7 @@ from ctxdb_core import (
     transactional,
 )
 from ctxdb_pgstatus import CommitUnconfirmedError, KnownMaster, MasterChangedError, SidecarError, follow_master
-from ctxdb_pgstatus._statements import may_write
+from ctxdb_pgstatus._following.statements import may_write
 from ctxdb_starlette import DBSessionMiddleware
 
 items = Table("item", MetaData(), Column("name", String))

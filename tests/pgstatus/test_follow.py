@@ -30,7 +30,7 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus._followed_engine import FollowedEngine
+from ctxdb_pgstatus._following.engine import FollowedEngine
 
 both_drivers = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
@@ -12,11 +13,11 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ctxdb_core import is_autocommit, is_read_only
-from ctxdb_pgstatus import _driver
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
-from ctxdb_pgstatus._statements import may_write
+from ctxdb_pgstatus._following import driver
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
+from ctxdb_pgstatus._following.statements import may_write
 from ctxdb_pgstatus.errors import CommitUnconfirmedError, MasterChangedError
-from ctxdb_pgstatus.source import HostSource, RemembersMaster
+from ctxdb_pgstatus.source import HostSource, KnowsServers, RemembersMaster
 
 __all__ = ["CommitGuard", "ConnectionState", "state_of"]
 
@@ -34,13 +35,27 @@ class ConnectionState:
         is_bound: whether its transaction has something on this connection that another one would not have.
         is_committing: whether COMMIT has been sent, and not answered.
         positions: where its commit leaves its position, beside those of the code that commits.
+        started_at: when the server was started that it leads to; ``None`` if that is not known.
+        is_new: whether nobody has had it before.
     """
 
-    __slots__ = ("engine", "host", "is_bound", "is_committing", "positions", "settings", "wrote")
+    __slots__ = (
+        "engine",
+        "host",
+        "is_bound",
+        "is_committing",
+        "is_new",
+        "positions",
+        "settings",
+        "started_at",
+        "wrote",
+    )
 
     def __init__(self, engine: object, host: str) -> None:
         self.engine = engine
         self.host = host
+        self.started_at: datetime | None = None
+        self.is_new = True
         self.begin(None)
 
     def begin(self, positions: Positions | None) -> None:
@@ -159,9 +174,10 @@ class CommitGuard:
         if self._confirms:
             try:
                 self._confirm(connection, state.host)
+                self._confirm_server(state)
             except (MasterChangedError, CommitUnconfirmedError):
                 # Nobody shall wait for a host that may be frozen: the error is to be answered.
-                _driver.abort(_driver_connection(connection))
+                driver.abort(_driver_connection(connection))
                 raise
         if positions_wanted(self._source):
             self._note_position(connection, state)
@@ -184,6 +200,20 @@ class CommitGuard:
                 "to be lost. Look whether the write is there before you try again, which goes to the new master."
             )
 
+    def _confirm_server(self, state: ConnectionState) -> None:
+        """Return if the server that has committed is the one that was confirmed, and no other one of the same name.
+
+        Raises:
+            MasterChangedError: it is another one.
+        """
+        known = self._source.server_of(state.host) if isinstance(self._source, KnowsServers) else None
+        if known is not None and state.started_at not in (None, known):
+            raise MasterChangedError(
+                f"A commit returned from a server that is not behind the name {state.host!r} any more: what was "
+                "written there is likely to be lost. Look whether the write is there before you try again, which goes "
+                "to the new master."
+            )
+
     async def _ask_source(self, host: str) -> bool:
         # A source that may be away leaves time for asking the host.
         share = 0.5 if isinstance(self._source, RemembersMaster) else 1.0
@@ -198,9 +228,9 @@ class CommitGuard:
         if known.host != host:
             return False
         # As the monitor does: a query that is cancelled would ask a frozen server to cancel it.
-        limit = asyncio.get_running_loop().call_at(deadline, _driver.abort, _driver_connection(connection))
+        limit = asyncio.get_running_loop().call_at(deadline, driver.abort, _driver_connection(connection))
         try:
-            timeline = _driver.read_master_timeline(connection)
+            timeline = driver.read_master_timeline(connection)
         except Exception as exc:
             exc.__context__ = reason
             raise _unconfirmed(host, exc) from exc
@@ -213,10 +243,10 @@ class CommitGuard:
         if not holders:
             return
         try:
-            position = _driver.read_position(connection)
+            position = driver.read_position(connection)
         except Exception:  # noqa: BLE001 - the commit stands, and only the master is sure to have it
             position = UNKNOWN_POSITION
-            _driver.abort(_driver_connection(connection))
+            driver.abort(_driver_connection(connection))
         for holder in holders.values():
             holder.note(self._source, state.host, position)
 

@@ -12,10 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core import DBConnect
 from ctxdb_pgstatus._commit_guard import CommitGuard
-from ctxdb_pgstatus._followed_engine import FollowedEngine
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
-from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError
-from ctxdb_pgstatus.source import HostSource
+from ctxdb_pgstatus._following.engine import FollowedEngine
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
+from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
+from ctxdb_pgstatus.source import HostSource, KnowsServers
 from ctxdb_pgstatus.status import SyncCondition
 
 __all__ = ["FollowHandler", "follow_master", "follow_replica"]
@@ -103,6 +103,7 @@ class _Follower:
         self.source = source
         self.guard = guard
         self.connect_timeout = connect_timeout
+        self.servers: KnowsServers | None = source if isinstance(source, KnowsServers) else None
         self._dbs: WeakSet[DBConnect] = WeakSet()
         self._engines: WeakSet[FollowedEngine] = WeakSet()
 
@@ -138,6 +139,14 @@ class _Follower:
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
         self.source.report_failure(host)
+
+    def forget_position(self, host: str, positions: Positions) -> None:
+        """Trust a host no more to have what the running code has to see, until it is asked again."""
+        positions.see_on(self.source, host, -1)
+
+    def no_server(self, host: str) -> PgStatusError:
+        """Return the error for a name of which each connection leads to another server than the source knows."""
+        raise NotImplementedError
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         """Return the hosts that may be used, and those that are in order."""
@@ -182,6 +191,12 @@ class _MasterFollower(_Follower):
 
     def is_fit(self, host: str, positions: Positions) -> bool:
         return True
+
+    def no_server(self, host: str) -> PgStatusError:
+        return NoMasterError(
+            f"Several servers take turns behind the name {host!r}, and which one is the master cannot be told by it. "
+            "Name each server by a name of its own."
+        )
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         master = await self.source.find_master()
@@ -245,6 +260,12 @@ class _ReplicaFollower(_Follower):
 
     def is_fit(self, host: str, positions: Positions) -> bool:
         return positions.is_seen_on(self.source, host)
+
+    def no_server(self, host: str) -> PgStatusError:
+        return NoReplicaError(
+            f"Several servers take turns behind the name {host!r}, and which one has what was written before cannot be "
+            "told by it. Name each server by a name of its own."
+        )
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         master = await self.source.find_master()

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send, has_unit_of_work
-from ctxdb_pgstatus._positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
+from ctxdb_pgstatus._following.positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.errors import MiddlewareOrderError, OptionError
 from ctxdb_pgstatus.source import HostSource

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol, runtime_checkable
 
 from ctxdb_pgstatus.status import SyncCondition
 
-__all__ = ["HostSource", "KnownMaster", "RemembersMaster"]
+__all__ = ["HostSource", "KnownMaster", "KnowsServers", "RemembersMaster"]
 
 
 class HostSource(Protocol):
@@ -63,3 +64,14 @@ class RemembersMaster(Protocol):
 
     def known_master(self) -> KnownMaster | None:
         """Return the master of the last answer; ``None`` if that is too old to be relied on, or was cast into doubt."""
+
+
+@runtime_checkable
+class KnowsServers(Protocol):
+    """A `HostSource` that knows which server is behind a host's name, and notices when it is another one."""
+
+    def server_of(self, host: str) -> datetime | None:
+        """Return when the server was started that was the last to answer by this name; ``None`` if that is unknown."""
+
+    async def ask_server_of(self, host: str) -> datetime | None:
+        """Find out over a new connection where the name leads now, and return what `server_of` does then."""

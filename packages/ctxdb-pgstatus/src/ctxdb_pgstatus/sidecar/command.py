@@ -61,7 +61,9 @@ def _parse(arguments: Sequence[str] | None) -> None:
         prog="ctxdb-pgstatus",
         description="Says over HTTP which PostgreSQL host is the master, and which replicas are in sync.",
         epilog="It is set up by environment variables, each with the prefix pg_status__:\n\n"
-        + "\n".join(f"  {name.ljust(width)}  {text}" for name, text in VARIABLES.items()),
+        + "\n".join(f"  {name.ljust(width)}  {text}" for name, text in VARIABLES.items())
+        + "\n\nThe signal USR1 has the present state of the cluster accepted once, though a higher timeline was seen: "
+        "after an operator has undone a promotion.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version)
@@ -112,9 +114,13 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
         settings.hosts,
         user=settings.user,
         password=settings.password,
+        password_file=settings.password_file,
         database=settings.database,
         poll_interval=settings.poll_interval,
         connect_timeout=settings.connect_timeout,
+        conn_max_age=settings.conn_max_age,
+        nofailover=settings.nofailover,
+        noloadbalance=settings.noloadbalance,
         max_fails=settings.max_fails,
         sync_max_lag_ms=settings.sync_max_lag_ms,
         sync_max_lag_bytes=settings.sync_max_lag_bytes,
@@ -131,6 +137,16 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
         stopping.set()
 
     _on_signals(stop)
+    accepting: set[asyncio.Task[object]] = set()
+
+    def accept_lower_timeline() -> None:
+        task = asyncio.create_task(monitor.accept_lower_timeline())
+        accepting.add(task)
+        task.add_done_callback(accepting.discard)
+
+    if hasattr(signal, "SIGUSR1"):
+        # An operator has undone a promotion, and says so: `kill -USR1`.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, accept_lower_timeline)
     for warning in settings.warnings:
         _logger.warning("%s", warning)
     address, port = listener.getsockname()[:2]

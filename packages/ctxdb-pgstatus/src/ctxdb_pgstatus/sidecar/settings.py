@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Literal
 
 from ctxdb_pgstatus._lazy import errors
@@ -32,7 +33,8 @@ VARIABLES = {
     "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required",
     "delimiter": "what separates them, if it is no comma",
     "pg_user": "the user to log in as (postgres)",
-    "pg_password": "its password (postgres)",
+    "pg_password": "its password (that of PGPASSWORD or libpq's password file, if there is one; else postgres)",
+    "pg_password_file": "a file that holds the password and nothing else; read for each connection",
     "pg_database": "the database to connect to (postgres)",
     "pg_port": "the port of all hosts, or one for each, separated as they are (5432)",
     "port": "the same, as pg-status 1.x spells it: the last port is that of all further hosts",
@@ -47,6 +49,9 @@ VARIABLES = {
     "sleep": "the same in seconds, of older releases",
     "query_timeout_ms": "milliseconds that a poll may take (2000)",
     "connect_timeout": "the same in seconds, of older releases",
+    "conn_max_age_ms": "milliseconds after which a connection to a host is replaced, and its name resolved (30000)",
+    "nofailover": "the hosts that are never promoted, separated as they are: nothing waits for them",
+    "noloadbalance": "the hosts that take no reads, separated as they are",
     "sync_max_lag_ms": "up to which lag in milliseconds a replica is in sync by time (1000)",
     "sync_max_lag_bytes": "up to which lag in bytes a replica is in sync by bytes (1000000)",
     "http_listen_address": "the address to listen on; * for all (127.0.0.1)",
@@ -56,8 +61,6 @@ VARIABLES = {
 }
 """Each variable, without its prefix, and what it says."""
 
-_WITHOUT_EFFECT = {"conn_max_age_ms"}
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -66,10 +69,14 @@ class Settings:
     Attributes:
         hosts: where the hosts are, under the names that they are answered by.
         user: the user to log in as.
-        password: its password; never shown.
+        password: its password; never shown. ``None`` for that of the file, or for libpq's.
+        password_file: a file that holds it.
         database: the database to connect to.
         poll_interval: seconds between two polls of a host.
         connect_timeout: seconds that a poll may take.
+        conn_max_age: seconds after which a connection is replaced.
+        nofailover: the hosts that are never promoted.
+        noloadbalance: the hosts that take no reads.
         max_fails: after how many failures in a row a host is dead.
         sync_max_lag_ms: up to which lag a replica is in sync by time.
         sync_max_lag_bytes: up to which lag a replica is in sync by bytes.
@@ -83,10 +90,14 @@ class Settings:
 
     hosts: tuple[HostAddress, ...]
     user: str
-    password: str = field(repr=False)
+    password: str | None = field(repr=False)
+    password_file: str | None
     database: str
     poll_interval: float
     connect_timeout: float
+    conn_max_age: float
+    nofailover: tuple[str, ...]
+    noloadbalance: tuple[str, ...]
     max_fails: int
     sync_max_lag_ms: int
     sync_max_lag_bytes: int
@@ -112,10 +123,14 @@ class Settings:
         return cls(
             hosts=hosts,
             user=read.text("pg_user", "postgres"),
-            password=environment.get(f"{_PREFIX}pg_password", "postgres"),
+            password=read.password(),
+            password_file=read.text("pg_password_file", "") or None,
             database=read.text("pg_database", "postgres"),
             poll_interval=seconds,
             connect_timeout=read.seconds("query_timeout_ms", "connect_timeout", 2.0),
+            conn_max_age=read.number("conn_max_age_ms", 30_000) / 1000,
+            nofailover=read.names("nofailover", hosts),
+            noloadbalance=read.names("noloadbalance", hosts),
             max_fails=read.number("max_fails", 3, at_least=1),
             sync_max_lag_ms=read.number("sync_max_lag_ms", 1000),
             sync_max_lag_bytes=read.number("sync_max_lag_bytes", 1_000_000),
@@ -136,6 +151,28 @@ class _Reader:
 
     def text(self, name: str, default: str) -> str:
         return self._environment.get(_PREFIX + name, "").strip() or default
+
+    def password(self) -> str | None:
+        """Return the password; ``None`` if there is another place where it is to be found."""
+        given = self._environment.get(f"{_PREFIX}pg_password")
+        in_file = bool(self.text("pg_password_file", ""))
+        if given is not None and in_file:
+            raise _wrong("pg_password_file", self.text("pg_password_file", ""), "either it or pg_password, not both")
+        if given is not None or in_file:
+            return given
+        if "PGPASSWORD" in self._environment or "PGPASSFILE" in self._environment:
+            return None
+        home = self._environment.get("HOME")
+        return None if home and Path(home, ".pgpass").is_file() else "postgres"
+
+    def names(self, name: str, hosts: tuple[HostAddress, ...]) -> tuple[str, ...]:
+        """Return some of the hosts."""
+        given = self._list(name)
+        known = {host.name for host in hosts}
+        for each in given:
+            if each not in known:
+                raise _wrong(name, each, f"names out of {_PREFIX}hosts")
+        return tuple(given)
 
     def number(self, name: str, default: int, *, at_least: int = 0, at_most: int | None = None) -> int:
         text = self.text(name, str(default))
@@ -236,13 +273,9 @@ class _Reader:
     def unknown(self) -> list[str]:
         """Return a warning for each variable with the prefix that means nothing here."""
         names = sorted(name for name in self._environment if name.startswith(_PREFIX))
-        warnings = []
-        for name in names:
-            if name.removeprefix(_PREFIX) in _WITHOUT_EFFECT:
-                warnings.append(f"{name} has no effect: a connection is kept for as long as it works")
-            elif name.removeprefix(_PREFIX) not in VARIABLES:
-                warnings.append(f"{name} is not known, and has no effect")
-        return warnings
+        return [
+            f"{name} is not known, and has no effect" for name in names if name.removeprefix(_PREFIX) not in VARIABLES
+        ]
 
     def _list(self, name: str, *, keep_empty: bool = False) -> list[str]:
         text = self.text(name, "")

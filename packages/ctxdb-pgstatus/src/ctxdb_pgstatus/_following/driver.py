@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-__all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_position"]
+__all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_position", "read_start"]
 
 # As a number: the drivers disagree about what a WAL position is.
 _POSITION = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::text"
@@ -19,6 +20,9 @@ _MASTER_TIMELINE = """
 SELECT CASE WHEN NOT pg_is_in_recovery() THEN
     ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text END
 """
+# In microseconds: as a number, as above.
+_STARTED_AT = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def is_open(connection: Any) -> bool:
@@ -60,8 +64,18 @@ def read_master_timeline(connection: PoolProxiedConnection) -> int | None:
     return None if timeline is None else int(timeline)
 
 
+def read_start(adapted: Any) -> datetime:
+    """Return when the server was started: which server it is. The connection is new, and in no transaction."""
+    microseconds = _read_from(adapted, _STARTED_AT)
+    assert microseconds is not None, "a server that answers has been started"
+    return _EPOCH + timedelta(microseconds=int(microseconds))
+
+
 def _read(connection: PoolProxiedConnection, query: str) -> str | None:
-    adapted: Any = connection.dbapi_connection
+    return _read_from(connection.dbapi_connection, query)
+
+
+def _read_from(adapted: Any, query: str) -> str | None:
     driver_connection = adapted.driver_connection
     value: str | None
     if hasattr(driver_connection, "fetchval"):
