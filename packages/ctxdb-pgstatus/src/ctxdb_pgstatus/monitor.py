@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -26,6 +26,7 @@ from ctxdb_pgstatus._probing.probe import Limits
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.election import Claim, Election, elect
+from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncCondition
 
@@ -150,6 +151,7 @@ class HostMonitor:
         self._turns: dict[SyncCondition | None, itertools.count[int]] = {
             condition: itertools.count() for condition in (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
         }
+        self._reader_turns = itertools.count()
         self._callbacks: list[ChangeCallback] = []
         self._changed: set[asyncio.Future[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -206,12 +208,16 @@ class HostMonitor:
         """Return the names of the living replicas that are known to have replayed a WAL position in bytes."""
         return frozenset(replica.host for replica in self._replayed(None, position))
 
+    @staticmethod
+    def _in_turn(turns: itertools.count[int], hosts: Sequence[str | HostStatus]) -> str | None:
+        if not hosts:
+            return None
+        host = hosts[next(turns) % len(hosts)]
+        return host if isinstance(host, str) else host.host
+
     def _choose(self, condition: SyncCondition | None) -> str | None:
         status = self.status
-        replicas = status.replicas(condition)
-        if not replicas:
-            return status.master
-        return replicas[next(self._turns[condition]) % len(replicas)].host
+        return self._in_turn(self._turns[condition], status.replicas(condition)) or status.master
 
     # --- a `HostSource` -----------------------------------------------------------------------------------------------
 
@@ -241,10 +247,34 @@ class HostMonitor:
         self._running_loop()
         if min_position is None:
             return self._choose(sync)
-        found = self._choose_replayed(sync, min_position)
-        if found is None and max_wait > 0:
-            found = await self._on_own_loop(lambda: self._wait_for_replay(sync, min_position, max_wait))
-        return found or self.status.master
+        return (
+            await self._find_replayed(
+                lambda: self._in_turn(self._turns[sync], self._replayed(sync, min_position)), max_wait
+            )
+            or self.status.master
+        )
+
+    async def find_reader(
+        self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+
+        Args:
+            rule: what it has to be like.
+            min_position: a WAL position in bytes that it must have replayed.
+            max_wait: how long to wait for one that has replayed `min_position`, in seconds.
+
+        Raises:
+            PgStatusError: the monitor is not running.
+        """
+        self._running_loop()
+
+        def choose() -> str | None:
+            known = self.status.replicas() if min_position is None else self._replayed(None, min_position)
+            return self._in_turn(self._reader_turns, rule.best(known))
+
+        found = await self._find_replayed(choose, 0.0 if min_position is None else max_wait)
+        return self.status.master if found is None and rule.fallback else found
 
     async def find_replicas(self) -> frozenset[str]:
         """Return the names of all living replicas.
@@ -514,7 +544,14 @@ class HostMonitor:
         self._publish()
         return self.status
 
-    async def _wait_for_replay(self, sync: SyncCondition | None, position: int, max_wait: float) -> str | None:
+    async def _find_replayed(self, choose: Callable[[], str | None], max_wait: float) -> str | None:
+        """Return what `choose` does, as soon as it returns a host, or there is no more time."""
+        found = choose()
+        if found is None and max_wait > 0:
+            found = await self._on_own_loop(lambda: self._wait_for_replay(choose, max_wait))
+        return found
+
+    async def _wait_for_replay(self, choose: Callable[[], str | None], max_wait: float) -> str | None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + max_wait
         while self._loop is loop:
@@ -523,16 +560,12 @@ class HostMonitor:
                 return None
             # One that hangs does not keep from taking another.
             await asyncio.wait(asked, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-            found = self._choose_replayed(sync, position)
+            found = choose()
             left = deadline - loop.time()
             if found is not None or left <= 0:
                 return found
             await asyncio.sleep(min(_REPLAY_POLL_SECONDS, left))
         return None
-
-    def _choose_replayed(self, sync: SyncCondition | None, position: int) -> str | None:
-        replicas = self._replayed(sync, position)
-        return replicas[next(self._turns[sync]) % len(replicas)].host if replicas else None
 
     def _replayed(self, sync: SyncCondition | None, position: int) -> list[HostStatus]:
         sample = self._sample
