@@ -8,6 +8,13 @@ import typing
 if typing.TYPE_CHECKING:
     from ctxdb_pgstatus.addresses import HostAddress
     from ctxdb_pgstatus.client import PgStatusClient
+    from ctxdb_pgstatus.discovery import (
+        DiscoveredHost,
+        FileDiscovery,
+        HostDiscovery,
+        PatroniDiscovery,
+        SRVDiscovery,
+    )
     from ctxdb_pgstatus.errors import (
         CommitUnconfirmedError,
         ConnectionLostError,
@@ -35,9 +42,12 @@ __all__ = [
     "ClusterStatus",
     "CommitUnconfirmedError",
     "ConnectionLostError",
+    "DiscoveredHost",
     "Fault",
+    "FileDiscovery",
     "FollowHandler",
     "HostAddress",
+    "HostDiscovery",
     "HostListError",
     "HostMonitor",
     "HostSource",
@@ -52,6 +62,7 @@ __all__ = [
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
+    "PatroniDiscovery",
     "PgStatusClient",
     "PgStatusError",
     "ReadRule",
@@ -59,6 +70,7 @@ __all__ = [
     "ReadsByRule",
     "RemembersMaster",
     "Role",
+    "SRVDiscovery",
     "SidecarError",
     "StaleReaderError",
     "SyncCondition",
@@ -71,6 +83,7 @@ if not typing.TYPE_CHECKING:
     _NAMES_OF_MODULES: dict[str, tuple[str, ...]] = {
         "addresses": ("HostAddress",),
         "client": ("PgStatusClient",),
+        "discovery": ("DiscoveredHost", "FileDiscovery", "HostDiscovery", "PatroniDiscovery", "SRVDiscovery"),
         "errors": (
             "CommitUnconfirmedError",
             "ConnectionLostError",

@@ -18,13 +18,15 @@ from typing import Any, Self, TypeVar
 
 from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probing.account import Account, Password
-from ctxdb_pgstatus._probing.answer import Answer, Server
-from ctxdb_pgstatus._probing.lag import Lag, Sample
+from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.lag import Sample
+from ctxdb_pgstatus._probing.member import Member
 from ctxdb_pgstatus._probing.membership import Membership
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
+from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.election import Claim, Election, elect
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
@@ -45,6 +47,8 @@ _TRANSIT_SECONDS = 0.02
 # What is asked within this time was asked at the same time.
 _ROUND_SECONDS = 0.25
 _REPLAY_POLL_SECONDS = 0.01
+# How often hosts are looked for, at most.
+_DISCOVERY_SECONDS = 1.0
 
 ChangeCallback = Callable[[ClusterStatus, ClusterStatus], object]
 
@@ -70,7 +74,8 @@ class HostMonitor:
 
     Args:
         hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
-            `HostAddress`, whose name then is what answers call it.
+            `HostAddress`, whose name then is what answers call it. Or what finds them, while the monitor runs too:
+            `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your own.
         port: the port of a host that names none.
         user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` replicas tell at
             once which timeline they follow after a failover, and else only after their next restartpoint, until when
@@ -106,7 +111,7 @@ class HostMonitor:
 
     def __init__(
         self,
-        hosts: Iterable[str | HostAddress],
+        hosts: Iterable[str | HostAddress] | HostDiscovery,
         *,
         port: int = 5432,
         user: str,
@@ -136,7 +141,13 @@ class HostMonitor:
         for name, text in (("user", user), ("database", database)):
             if not text:
                 raise errors.OptionError(f"`{name}` is {text!r}: give the name of one.")
-        self._addresses = parse_hosts(hosts, port)
+        self._discovery: HostDiscovery | None = None
+        self._addresses: tuple[HostAddress, ...] = ()
+        # Strings have a method `find` as well.
+        if not isinstance(hosts, str) and isinstance(hosts, HostDiscovery):
+            self._discovery = hosts
+        else:
+            self._addresses = parse_hosts(hosts, port)
         if password is not None and password_file is not None:
             raise errors.OptionError("`password` and `password_file` are both given: give one of them.")
         self._nofailover = self._check_names("nofailover", nofailover)
@@ -156,13 +167,15 @@ class HostMonitor:
         self._changed: set[asyncio.Future[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._discovery_problem: str | None = None
         self._forget()
 
     def _check_names(self, option: str, names: Iterable[str]) -> frozenset[str]:
         if isinstance(names, str):
             raise errors.OptionError(f"`{option}` is the string {names!r}: give a list of hosts.")
         given = frozenset(names)
-        if unknown := sorted(given - {address.name for address in self._addresses}):
+        unknown = sorted(given - {address.name for address in self._addresses})
+        if unknown and self._discovery is None:
             raise errors.OptionError(f"`{option}` names {', '.join(unknown)}: give names as they stand in `hosts`.")
         return given
 
@@ -408,12 +421,15 @@ class HostMonitor:
         if self._loop is not None:
             raise errors.PgStatusError("This HostMonitor is running already: enter it once, and share it.")
         self._loop = asyncio.get_running_loop()
-        watches = [member.watch for member in self._members.values()]
-        self._tasks = [asyncio.create_task(watch.run(), name=f"HostMonitor {watch.address.name}") for watch in watches]
-        self._tasks.append(asyncio.create_task(self._run_clock(), name="HostMonitor"))
         try:
+            if self._discovery is None:
+                self._set_hosts([DiscoveredHost(address) for address in self._addresses])
+            else:
+                await self._discover(self._discovery)
+                self._tasks.append(asyncio.create_task(self._run_discovery(self._discovery), name="HostMonitor hosts"))
+            self._tasks.append(asyncio.create_task(self._run_clock(), name="HostMonitor"))
             # The first election waits for all of them: it must not depend on which one answers first.
-            await asyncio.gather(*(watch.ask() for watch in watches))
+            await asyncio.gather(*(member.watch.ask() for member in self._members.values()))
             self._is_settled = True
             self._elect()
             self._compare_with_standbys()
@@ -438,12 +454,10 @@ class HostMonitor:
         """End all tasks and connections."""
         self._loop = None
         tasks, self._tasks = self._tasks, []
-        for member in self._members.values():
-            # First, as a query that is cancelled would ask the server to cancel it.
-            member.watch.close()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        members = [member.stop() for member in self._members.values()]
+        await asyncio.gather(*tasks, *members, *self._leaving, return_exceptions=True)
         for future in self._changed:
             if not future.done():
                 future.set_exception(errors.PgStatusError("The HostMonitor was closed meanwhile."))
@@ -451,20 +465,67 @@ class HostMonitor:
 
     def _forget(self) -> None:
         """Know nothing, as before the first poll."""
-        self._members = {
-            address.name: _Member(
-                Watch(address, self._account, self._pace, self._limits, self._reported),
-                takes_reads=address.name not in self._noloadbalance,
-            )
-            for address in self._addresses
-        }
+        self._members = {address.name: self._new_member(address) for address in self._addresses}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._is_settled = False
         self._membership = Membership()
         self._election = Election(None)
         self._last_master: str | None = None
         self._is_sample_of_master = False
         self._sample: Sample | None = None
-        self.status = ClusterStatus(tuple(_dead(member.watch) for member in self._members.values()), None, _now())
+        self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
+
+    def _new_member(self, address: HostAddress) -> Member:
+        return Member(Watch(address, self._account, self._pace, self._limits, self._reported))
+
+    # --- which hosts there are ----------------------------------------------------------------------------------------
+
+    async def _run_discovery(self, discovery: HostDiscovery) -> None:
+        while True:
+            is_urgent = self.status.master is None
+            await asyncio.sleep(_DISCOVERY_SECONDS if is_urgent else max(_DISCOVERY_SECONDS, self._interval))
+            await self._discover(discovery)
+
+    async def _discover(self, discovery: HostDiscovery) -> None:
+        """Take up the hosts that there are now; those that are known stay if that cannot be found out."""
+        try:
+            async with asyncio.timeout(self._limits.connect):
+                found = await discovery.find()
+            parse_hosts([host.address for host in found])
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the hosts that are known stay
+            problem = str(exc) or type(exc).__name__
+            if problem != self._discovery_problem:
+                logger.warning("The hosts could not be found; those that are known stay: %s", problem)
+            self._discovery_problem = problem
+        else:
+            self._discovery_problem = None
+            self._set_hosts(found)
+
+    def _set_hosts(self, found: Sequence[DiscoveredHost]) -> None:
+        """Have these hosts be all that there are."""
+        before, self._members = self._members, {}
+        for host in found:
+            name = host.address.name
+            member = before.get(name)
+            if member is None or member.watch.address != host.address:
+                member = self._new_member(host.address)
+            member.takes_reads = not (host.noloadbalance or name in self._noloadbalance)
+            member.may_be_promoted = not (host.nofailover or name in self._nofailover)
+            self._members[name] = member
+            if not member.is_started:
+                member.start()
+                member.watch.hurry()
+                if self._is_settled:
+                    logger.info("There is another host: %s.", name, extra={"host": name})
+        for name, member in before.items():
+            if self._members.get(name) is not member:
+                logger.info("Host %s is not there any more.", name, extra={"host": name})
+                task = asyncio.create_task(member.stop())
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+        if self._is_settled:
+            self._elect()
+            self._publish()
 
     async def _run_clock(self) -> None:
         haste = min(self._interval, max(min(self._interval / _HASTE, _LONGEST_HASTE_SECONDS), _SHORTEST_HASTE_SECONDS))
@@ -521,12 +582,12 @@ class HostMonitor:
             raise errors.PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
         return answered.result() and self.status.master == host
 
-    def _may_be_master(self, member: _Member, asked: _Member) -> bool:
+    def _may_be_master(self, member: Member, asked: Member) -> bool:
         """Return whether a host may be the master in the place of `asked`, as far as a question to it can tell."""
         name, server = member.watch.address.name, member.watch.server
         if member is asked or not member.watch.is_sound:
             return False
-        if name in self._nofailover or name in self._membership.strangers:
+        if not member.may_be_promoted or name in self._membership.strangers:
             return False
         # Another name of the same server has nothing else to say.
         return server is None or asked.watch.server is None or not server.is_run_of(asked.watch.server)
@@ -594,7 +655,10 @@ class HostMonitor:
     def _reported(self, watch: Watch) -> None:
         """Take in an attempt of one host, or that it has kept silent for too long."""
         if watch.failures == 0 or not watch.alive:
-            member = self._members[watch.address.name]
+            member = self._members.get(watch.address.name)
+            if member is None or member.watch is not watch:
+                # It has left the cluster meanwhile.
+                return
             member.meet(watch.server)
             self._elect()
             answer = watch.answer
@@ -620,7 +684,7 @@ class HostMonitor:
                 extra={"host": name},
             )
 
-    def _replicas(self) -> list[_Member]:
+    def _replicas(self) -> list[Member]:
         """Return the living hosts that say that they are replicas."""
         answers = [(member, member.watch.answer) for member in self._members.values()]
         return [member for member, answer in answers if answer is not None and answer.in_recovery]
@@ -662,8 +726,8 @@ class HostMonitor:
                 self._judge(member)
 
     def _may_be_elected(self, name: str) -> bool:
-        if name in self._nofailover:
-            member = self._members[name]
+        member = self._members[name]
+        if not member.may_be_promoted:
             if not member.was_warned_of:
                 member.was_warned_of = True
                 logger.warning(
@@ -673,7 +737,7 @@ class HostMonitor:
                     extra={"host": name},
                 )
             return False
-        return name not in self._membership.strangers and not self._members[name].watch.is_shared
+        return name not in self._membership.strangers and not member.watch.is_shared
 
     def _log_election(self, before: Election, now: Election) -> None:
         timeline = self._membership.highest_timeline
@@ -747,7 +811,7 @@ class HostMonitor:
             self._is_sample_of_master = False
             self._sample = Sample(timeline, position, asked_at)
 
-    def _judge(self, member: _Member) -> None:
+    def _judge(self, member: Member) -> None:
         """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
         answer = member.watch.answer
         sample = self._sample
@@ -789,72 +853,14 @@ class HostMonitor:
                 logger.exception("A callback of HostMonitor.on_change failed.")
 
 
-class _Member:
-    """A host, and how far it is behind if it is a replica."""
-
-    def __init__(self, watch: Watch, *, takes_reads: bool) -> None:
-        self.watch = watch
-        self.takes_reads = takes_reads
-        self.was_warned_of = False
-        self._server: Server | None = None
-        self.forget_lag()
-
-    def meet(self, server: Server | None) -> None:
-        """Take in which server has answered: what was known of another one's lag says nothing of it."""
-        before, self._server = self._server, server
-        if before is not None and server is not None and not server.is_run_of(before):
-            self.forget_lag()
-
-    def forget_lag(self) -> None:
-        self.lag = Lag()
-        self.in_sync_by_time = False
-        self.in_sync_by_bytes = False
-        self.is_judged = False
-        # What it seems not to have, without being said to lack it; since when.
-        self.doubt: Sample | None = None
-
-    def status(self, master: str | None, fault: Fault | None) -> HostStatus:
-        watch = self.watch
-        answer = watch.answer
-        server = watch.server
-        if not watch.alive:
-            return _dead(watch)
-        if answer is None:
-            return HostStatus(host=watch.address.name, alive=True, role=None, since=watch.since, error=watch.error)
-        is_master = watch.address.name == master
-        return HostStatus(
-            host=watch.address.name,
-            alive=True,
-            role="replica" if answer.in_recovery else "master",
-            since=watch.since,
-            timeline=answer.timeline,
-            position=answer.position,
-            lag_ms=0 if is_master else self.lag.milliseconds,
-            lag_bytes=0 if is_master else self.lag.bytes,
-            error=watch.error,
-            in_sync_by_time=is_master or self.in_sync_by_time,
-            in_sync_by_bytes=is_master or self.in_sync_by_bytes,
-            takes_reads=self.takes_reads and fault != "stranger",
-            fault=fault,
-            system_identifier=None if server is None else server.system_identifier,
-            started_at=None if server is None else server.started_at,
-            possible_dead=watch.failures > 0 or watch.refusals > 0,
-        )
-
-
-def _dead(watch: Watch) -> HostStatus:
-    return HostStatus(host=watch.address.name, alive=False, role=None, since=watch.since, error=watch.error)
-
-
 def _differ(old: ClusterStatus, new: ClusterStatus) -> bool:
     """Return whether something has changed that is more than a position or a lag."""
-    return old.master != new.master or any(
-        _features(a) != _features(b) for a, b in zip(old.hosts, new.hosts, strict=True)
-    )
+    return old.master != new.master or [*map(_features, old.hosts)] != [*map(_features, new.hosts)]
 
 
 def _features(host: HostStatus) -> tuple[object, ...]:
     return (
+        host.host,
         host.alive,
         host.role,
         host.timeline,
