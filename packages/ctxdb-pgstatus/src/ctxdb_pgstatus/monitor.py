@@ -20,6 +20,7 @@ from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probing.account import Account, Password
 from ctxdb_pgstatus._probing.answer import Answer
 from ctxdb_pgstatus._probing.lag import Sample
+from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.member import Member
 from ctxdb_pgstatus._probing.membership import Membership
 from ctxdb_pgstatus._probing.pace import Pace
@@ -100,6 +101,10 @@ class HostMonitor:
         nofailover: the hosts that are never promoted. None of them is ever taken for the master, and no commit waits
             for their confirmation: name a slow or distant replica here.
         noloadbalance: the hosts that take no reads.
+        subscribers: the hosts that receive the data by logical replication, in `database`. They count as replicas, by
+            what they have applied of the master's WAL (`pg_replication_origin_status`, which takes ``GRANT SELECT ON
+            pg_replication_origin_status`` and ``GRANT EXECUTE ON FUNCTION pg_show_replication_origin_status()``) and
+            have confirmed to its slots, and are never the master.
 
     Attributes:
         status: all that is known.
@@ -128,6 +133,7 @@ class HostMonitor:
         conn_max_age: float = 30.0,
         nofailover: Iterable[str] = (),
         noloadbalance: Iterable[str] = (),
+        subscribers: Iterable[str] = (),
     ) -> None:
         _check_number("port", port, 1, _HIGHEST_PORT, whole=True)
         _check_number("poll_interval", poll_interval, 0.01)
@@ -152,6 +158,7 @@ class HostMonitor:
             raise errors.OptionError("`password` and `password_file` are both given: give one of them.")
         self._nofailover = self._check_names("nofailover", nofailover)
         self._noloadbalance = self._check_names("noloadbalance", noloadbalance)
+        self._subscribers = self._check_names("subscribers", subscribers)
         file = None if password_file is None else Path(password_file)
         self._account = Account(user, password, database, ssl, file)
         self._interval = poll_interval
@@ -432,9 +439,11 @@ class HostMonitor:
             await asyncio.gather(*(member.watch.ask() for member in self._members.values()))
             self._is_settled = True
             self._elect()
+            for member in self._members.values():
+                self._look_at_subscribers(member)
             self._compare_with_standbys()
             for member in self._replicas():
-                answer = member.watch.answer
+                answer = member.answer
                 assert answer is not None, "it is a replica's"
                 self._warn_of_missing_timeline(member.watch.address.name, answer)
                 self._judge(member)
@@ -476,7 +485,13 @@ class HostMonitor:
         self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
 
     def _new_member(self, address: HostAddress) -> Member:
-        return Member(Watch(address, self._account, self._pace, self._limits, self._reported))
+        is_subscriber = address.name in self._subscribers
+        logical: LogicalRole = None
+        if self._subscribers:
+            logical = "subscriber" if is_subscriber else "publisher"
+        member = Member(Watch(address, self._account, self._pace, self._limits, self._reported, logical))
+        member.is_subscriber = is_subscriber
+        return member
 
     # --- which hosts there are ----------------------------------------------------------------------------------------
 
@@ -510,7 +525,7 @@ class HostMonitor:
             if member is None or member.watch.address != host.address:
                 member = self._new_member(host.address)
             member.takes_reads = not (host.noloadbalance or name in self._noloadbalance)
-            member.may_be_promoted = not (host.nofailover or name in self._nofailover)
+            member.may_be_promoted = not (host.nofailover or member.is_subscriber or name in self._nofailover)
             self._members[name] = member
             if not member.is_started:
                 member.start()
@@ -636,7 +651,7 @@ class HostMonitor:
             # Positions of different timelines do not compare.
             if sample is not None
             and replica.timeline == sample.timeline
-            and (self._members[replica.host].watch.position or 0) >= position
+            and (self._members[replica.host].position or 0) >= position
         ]
 
     async def _wait_for_change(self, timeout: float | None, since: ClusterStatus) -> ClusterStatus:
@@ -661,7 +676,8 @@ class HostMonitor:
                 return
             member.meet(watch.server)
             self._elect()
-            answer = watch.answer
+            self._look_at_subscribers(member)
+            answer = member.answer
             if answer is None or not answer.in_recovery:
                 member.forget_lag()
             elif self._is_settled and not watch.refusals:
@@ -672,9 +688,18 @@ class HostMonitor:
                 self._take_sample(watch)
         self._publish()
 
+    def _look_at_subscribers(self, reported: Member) -> None:
+        """Compare subscribers with the master: the one that has reported, or all of them if the master has."""
+        master = self._members.get(self._election.master or "")
+        publisher = None if master is None else master.answer
+        for member in self._members.values():
+            if member.is_subscriber and (member is reported or reported is master):
+                member.subscribe(publisher)
+
     def _warn_of_missing_timeline(self, name: str, answer: Answer) -> None:
         member = self._members[name]
-        if answer.timeline is None and answer.position is not None and not member.was_warned_of:
+        is_silent = answer.timeline is None and answer.position is not None and not member.is_subscriber
+        if is_silent and not member.was_warned_of:
             member.was_warned_of = True
             logger.warning(
                 "%s does not tell which timeline it is on, so that it is in sync with nobody: the monitor's user may "
@@ -686,12 +711,13 @@ class HostMonitor:
 
     def _replicas(self) -> list[Member]:
         """Return the living hosts that say that they are replicas."""
-        answers = [(member, member.watch.answer) for member in self._members.values()]
+        answers = [(member, member.answer) for member in self._members.values()]
         return [member for member, answer in answers if answer is not None and answer.in_recovery]
 
     def _answers(self) -> dict[str, Answer]:
-        """Return what each living host has said last."""
-        return {name: member.watch.answer for name, member in self._members.items() if member.watch.answer is not None}
+        """Return what each living host of the cluster has said last, subscribers apart."""
+        answers = {name: member.answer for name, member in self._members.items() if not member.is_subscriber}
+        return {name: answer for name, answer in answers.items() if answer is not None}
 
     def _elect(self) -> None:
         if not self._is_settled:
@@ -789,7 +815,7 @@ class HostMonitor:
         self._is_sample_of_master = True
         self._sample = sample = Sample(answer.timeline or 0, answer.position, answer.asked_at, answer.clock)
         for member in self._members.values():
-            replica = member.watch.answer
+            replica = member.answer
             # One that was asked long before is not behind because the master has gone on since.
             if replica is not None and replica.in_recovery and replica.asked_at >= sample.at - _ROUND_SECONDS:
                 self._judge(member)
@@ -813,7 +839,7 @@ class HostMonitor:
 
     def _judge(self, member: Member) -> None:
         """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
-        answer = member.watch.answer
+        answer = member.answer
         sample = self._sample
         doubt = member.doubt
         assert answer is not None

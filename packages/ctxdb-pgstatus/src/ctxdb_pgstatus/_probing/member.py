@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
-from ctxdb_pgstatus._probing.answer import Server
+from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.lag import Lag, Sample
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.status import Fault, HostStatus
@@ -19,6 +20,8 @@ class Member:
         watch: asks the host.
         takes_reads: whether readers are sent to it if it is a replica.
         may_be_promoted: whether it may become the master.
+        is_subscriber: whether it receives the cluster's data by logical replication: it is a primary of its own, and
+            counts as a replica.
         was_warned_of: whether a warning was logged that is not to be repeated.
         lag: how far it is behind.
         in_sync_by_time: whether its lag in time is within the limit.
@@ -31,10 +34,57 @@ class Member:
         self.watch = watch
         self.takes_reads = True
         self.may_be_promoted = True
+        self.is_subscriber = False
+        self._of_subscriber: Answer | None = None
         self.was_warned_of = False
         self._task: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self.forget_lag()
+
+    @property
+    def answer(self) -> Answer | None:
+        """What the host has said last; of a subscriber, what that amounts to (see `subscribe`)."""
+        return self._of_subscriber if self.is_subscriber else self.watch.answer
+
+    @property
+    def position(self) -> int | None:
+        """What it is known to have replayed, or inserted; nothing, if that may not hold any more."""
+        answer = self.answer
+        return answer.position if answer is not None and self.watch.is_certain else None
+
+    def subscribe(self, publisher: Answer | None) -> None:
+        """Compare what a subscriber has said with what its publisher has.
+
+        A subscriber has its own WAL and its own timelines. What it has of the publisher's is what it has applied of
+        each subscription, or has confirmed to the slot; on the publisher's timeline, as long as the slot is in use.
+
+        Args:
+            publisher: what the master has said last.
+        """
+        answer = self.watch.answer
+        if answer is None:
+            self._of_subscriber = None
+            return
+        positions: list[int | None] = []
+        is_receiving = True
+        for subscription in answer.subscriptions:
+            slot = None if publisher is None else publisher.slots.get(subscription.slot)
+            # A subscription to something else than this cluster is none of its business.
+            if slot is not None:
+                is_receiving = is_receiving and slot.is_active
+                known = [position for position in (subscription.applied, slot.confirmed) if position is not None]
+                positions.append(max(known, default=None))
+        complete = [position for position in positions if position is not None]
+        has_all = bool(positions) and len(complete) == len(positions)
+        self._of_subscriber = replace(
+            answer,
+            in_recovery=True,
+            position=min(complete) if has_all else None,
+            timeline=publisher.timeline if publisher is not None and is_receiving and has_all else None,
+            replay_age_ms=None,
+            replayed_commit_at=None,
+            heard_of=None,
+        )
 
     @property
     def is_started(self) -> bool:
@@ -80,7 +130,7 @@ class Member:
             fault: why the host is not what it says.
         """
         watch = self.watch
-        answer = watch.answer
+        answer = self.answer
         server = watch.server
         if not watch.alive:
             return self.dead_status()
