@@ -13,6 +13,7 @@ import pytest
 from tests.support.browser import Tab, browser, find_browser
 from tests.support.sidecar import START, ToldMonitor, cluster, dead, lagging_history, master, replica, serve_sidecar
 
+from ctxdb_pgstatus import HostStatus
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import Change, History, changes_between
 from ctxdb_pgstatus.sidecar.page import render
@@ -184,6 +185,22 @@ def test_the_page_is_well_formed() -> None:
     structure = Structure()
     structure.feed(render(monitor.status, app._history, 1000, 1.0))
     assert structure.open == []
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        (master("n2", fault="stale"), "claims to be master"),
+        (master("n2", fault="rival"), "second master"),
+        (replica("n2", fault="stranger"), "another cluster&#x27;s"),
+        (replica("n2", fault="shared_name"), "several servers"),
+        (replica("n2", possible_dead=True), "replica, does not answer now"),
+        (dead("n2"), "does not answer"),
+    ],
+)
+def test_a_host_that_is_not_what_it_says_or_may_be_dead_is_shown_as_such(host: HostStatus, shown: str) -> None:
+    page = render(cluster(master("n1"), host), History(), 1000, 1.0)
+    assert f">{shown}</span>" in page
 
 
 def test_a_replica_whose_lag_was_never_known_has_an_empty_plot() -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
+from random import Random
 from urllib.parse import urlsplit
 
 import httpx
@@ -197,7 +198,13 @@ async def test_a_target_in_another_form_is_understood(url: str, desk: Desk, targ
 
 @pytest.mark.parametrize(
     "sent",
-    [b"BREW / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n"],
+    [
+        b"BREW / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"CONNECT h:1 HTTP/1.1\r\n\r\n",
+    ],
 )
 async def test_what_is_no_request_is_refused(url: str, sent: bytes) -> None:
     async with connect(url) as client:
@@ -217,6 +224,29 @@ async def test_an_answer_that_fails_is_a_500_and_the_connection_goes_on(
         client.get("/next")
         assert await client.bodies(1) == [b"/next"]
     assert "no answer to this" in caplog.text
+
+
+async def test_no_input_breaks_the_server(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    random = Random(4711)
+    request = b"POST http://h:1/a?b HTTP/1.1\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request += b"1\r\na\r\n0\r\n\r\n"
+    for _ in range(300):
+        sent = bytearray(request)
+        for _ in range(random.randrange(1, 6)):
+            place = random.randrange(len(sent))
+            if random.random() < 0.5:
+                sent[place] = random.randrange(256)
+            else:
+                del sent[place : place + random.randrange(8)]
+        async with connect(url) as client:
+            client.send(bytes(sent))
+            client.writer.write_eof()
+            with suppress(ConnectionError):
+                await client.rest()
+    async with connect(url) as client:
+        client.get("/a")
+        assert await client.bodies(1) == [b"/a"]
+    assert caplog.text == ""
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,14 @@ def test_hosts_that_differ_in_their_ports_only_are_told_apart() -> None:
     assert [host.port for host in settings.hosts] == [5433, 5434, 5435]
 
 
+def test_the_ports_may_be_spelt_as_pg_status_1_spells_them() -> None:
+    assert [host.port for host in read(port="5433").hosts] == [5433, 5433]
+    assert [host.port for host in read(port="5433,5434").hosts] == [5433, 5434]
+    assert [host.port for host in read(hosts="n1,n2,n3,n4", port="5433,5434").hosts] == [5433, 5434, 5434, 5434]
+    assert [host.port for host in read(port="5433", pg_port="5434").hosts] == [5434, 5434]
+    assert read(port="5433").warnings == ()
+
+
 def test_milliseconds_go_before_the_older_seconds() -> None:
     settings = read(sleep="5", sleep_ms="250", connect_timeout="5", query_timeout_ms="750")
     assert (settings.poll_interval, settings.connect_timeout) == (0.25, 0.75)
@@ -92,6 +100,8 @@ def test_an_empty_variable_is_not_set() -> None:
         ("pg_port", "0"),
         ("pg_port", "65536"),
         ("pg_port", "1,2,3"),
+        ("port", "1,2,3"),
+        ("port", "x"),
         ("connect_timeout", "0"),
         ("connect_timeout", "soon"),
         ("query_timeout_ms", "0"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus
 
 __all__ = ["CONTENT_TYPE", "render"]
 
@@ -20,6 +21,11 @@ _NAMESPACE = "ctxdb_pgstatus"
 _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float | None]]] = (
     ("host_up", "Whether the host answers.", lambda host, _: host.alive),
     ("host_master", "Whether the host is the master.", lambda host, status: host.host == status.master),
+    (
+        "host_claims_master",
+        "Whether the host says that it is the master: more than one that does is a fault.",
+        lambda host, _: host.alive and host.role == "master",
+    ),
     ("host_replica", "Whether the host is a living replica.", lambda host, _: host.alive and host.role == "replica"),
     (
         "host_lag_seconds",
@@ -92,6 +98,14 @@ class _Families(Collector):
                 if value is not None:
                     family.add_metric((host.host,), float(value))
             yield family
+        faults = GaugeMetricFamily(f"{_NAMESPACE}_host_fault", _FAULT, labels=("host", "fault"))
+        for host in status.hosts:
+            for fault in get_args(Fault):
+                faults.add_metric((host.host, fault), float(host.fault == fault))
+        yield faults
+
+
+_FAULT = "Whether a living host is not what it says, by what is wrong."
 
 
 def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> Metric:

@@ -362,7 +362,10 @@ class _Connection(asyncio.Protocol):
         url = self._url
         if not url.startswith(b"/"):
             # The absolute form, as it is sent to proxies. The others (RFC 9112, section 3.2) name no path.
-            parsed = httptools.parse_url(url)
+            try:
+                parsed = httptools.parse_url(url)
+            except httptools.HttpParserError:
+                raise _RefusedError(_BAD_REQUEST) from None
             url = (parsed.path or b"*") + (b"?" + parsed.query if parsed.query else b"")
         raw_path, _, query = url.partition(b"?")
         path = raw_path.decode("latin-1")
@@ -445,7 +448,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _RefusedError(Exception):
-    """A request is longer than it may be."""
+    """A request is not answered: it is longer than it may be, for instance."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)

@@ -37,6 +37,7 @@ VARIABLES = {
     "pg_password_file": "a file that holds the password and nothing else; read for each connection",
     "pg_database": "the database to connect to (postgres)",
     "pg_port": "the port of all hosts, or one for each, separated as they are (5432)",
+    "port": "the same, as pg-status 1.x spells it: the last port is that of all further hosts",
     "hosts_dc": "the data centre of each host",
     "current_dc": "the data centre of the sidecar: its replicas are preferred",
     "current_dc_env": "the variable that names it",
@@ -200,14 +201,7 @@ class _Reader:
             raise errors.OptionError(
                 f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2."
             )
-        ports = self._list("pg_port") or ["5432"]
-        if len(ports) not in (1, len(names)):
-            raise _wrong("pg_port", self.text("pg_port", ""), f"one port, or one for each of the {len(names)} hosts")
-        for port in ports:
-            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= _HIGHEST_PORT):
-                raise _wrong("pg_port", port, f"a port from 1 to {_HIGHEST_PORT}")
-        if len(ports) == 1:
-            ports *= len(names)
+        ports = self._ports(len(names))
         try:
             # The names stay as they are: what a host is called says nothing of a port that was given apart.
             addresses = [HostAddress.parse(name, int(port)) for name, port in zip(names, ports, strict=True)]
@@ -220,6 +214,17 @@ class _Reader:
             # Told apart by their ports: two hosts of one name could not be told apart in any answer.
             addresses = [HostAddress(_with_port(each), each.host, each.port) for each in addresses]
         return tuple(addresses)
+
+    def _ports(self, hosts: int) -> list[str]:
+        name = "port" if self.text("port", "") and not self.text("pg_port", "") else "pg_port"
+        ports = self._list(name) or ["5432"]
+        fits = len(ports) in (1, hosts) or (name == "port" and len(ports) < hosts)
+        if not fits:
+            raise _wrong(name, self.text(name, ""), f"one port, or one for each of the {hosts} hosts")
+        for port in ports:
+            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= _HIGHEST_PORT):
+                raise _wrong(name, port, f"a port from 1 to {_HIGHEST_PORT}")
+        return ports + ports[-1:] * (hosts - len(ports))
 
     def locality(self, hosts: tuple[HostAddress, ...]) -> tuple[Locality, list[str]]:
         warnings = []
