@@ -23,7 +23,7 @@ from tests.support.sidecar import (
     told_app,
 )
 
-from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, SidecarError
+from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, ReadRule, SidecarError
 from ctxdb_pgstatus.sidecar.choice import Locality
 
 HOUR = 3600.0
@@ -134,11 +134,12 @@ async def test_an_answer_that_is_too_old_is_asked_for_anew(url: str, sidecar: Or
 
 
 async def test_callers_at_the_same_time_share_one_request(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.tell_timelines()
     async with PgStatusClient(url, max_age=0) as client:
         assert await asyncio.gather(*(client.master() for _ in range(50))) == ["n1"] * 50
         position = [client.find_replica(min_position=5) for _ in range(50)]
         assert await asyncio.gather(*position) == ["n2"] * 50
-    assert sidecar.paths() == ["/master", "/replica"]
+    assert sidecar.paths() == ["/master", "/hosts", "/replica"]
 
 
 async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidecar: OriginalSidecar) -> None:
@@ -154,8 +155,21 @@ async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidec
     assert sidecar.paths() == ["/master"]
 
 
-async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+async def test_pg_status_is_not_asked_for_a_position_as_it_would_name_any_replica(
+    url: str, sidecar: OriginalSidecar
+) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
+        assert await client.find_replica() in ("n2", "n3")
+        assert await client.find_replica(min_position=1, max_wait=HOUR) == "n1"
+        assert await client.find_reader(ReadRule(fallback=False), min_position=1) is None
+    assert sidecar.paths() == ["/hosts", "/master"]
+
+
+async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.tell_timelines()
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        await client.hosts()
+        sidecar.asked.clear()
         assert await client.find_replica(min_position=0x1_0000_0060) == "n2"
         sidecar.replayed = "n3"
         assert await client.find_replica("time", min_position=0x1_0000_0060, max_wait=0.25) == "n3"

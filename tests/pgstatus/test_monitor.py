@@ -241,7 +241,7 @@ async def test_a_position_counts_for_nothing_once_its_connection_is_broken(clust
 
 async def test_a_reported_failure_has_the_host_asked_at_once(cluster: PostgresCluster) -> None:
     frozen, other = cluster.standbys
-    async with monitor_of(cluster, connect_timeout=0.2) as monitor:
+    async with monitor_of(cluster, connect_timeout=1.0) as monitor:
         await frozen.freeze()
         monitor.report_failure(frozen.host)
         monitor.report_failure("unknown")

@@ -8,6 +8,13 @@ import typing
 if typing.TYPE_CHECKING:
     from ctxdb_pgstatus.addresses import HostAddress
     from ctxdb_pgstatus.client import PgStatusClient
+    from ctxdb_pgstatus.discovery import (
+        DiscoveredHost,
+        FileDiscovery,
+        HostDiscovery,
+        PatroniDiscovery,
+        SRVDiscovery,
+    )
     from ctxdb_pgstatus.errors import (
         CommitUnconfirmedError,
         ConnectionLostError,
@@ -23,33 +30,47 @@ if typing.TYPE_CHECKING:
         StaleReaderError,
     )
     from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
+    from ctxdb_pgstatus.locality import Locality
+    from ctxdb_pgstatus.method_switch import MethodSwitch
     from ctxdb_pgstatus.monitor import HostMonitor
     from ctxdb_pgstatus.read_your_writes import ReadYourWrites
-    from ctxdb_pgstatus.source import HostSource, KnownMaster, RemembersMaster
-    from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+    from ctxdb_pgstatus.reading import ReadRule
+    from ctxdb_pgstatus.source import HostSource, KnownMaster, KnowsServers, ReadsByRule, RemembersMaster
+    from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Role, SyncCondition
 
 __all__ = [
     "ClusterStatus",
     "CommitUnconfirmedError",
     "ConnectionLostError",
+    "DiscoveredHost",
+    "Fault",
+    "FileDiscovery",
     "FollowHandler",
     "HostAddress",
+    "HostDiscovery",
     "HostListError",
     "HostMonitor",
     "HostSource",
     "HostStatus",
     "HostUnreachableError",
     "KnownMaster",
+    "KnowsServers",
+    "Locality",
     "MasterChangedError",
+    "MethodSwitch",
     "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
+    "PatroniDiscovery",
     "PgStatusClient",
     "PgStatusError",
+    "ReadRule",
     "ReadYourWrites",
+    "ReadsByRule",
     "RemembersMaster",
     "Role",
+    "SRVDiscovery",
     "SidecarError",
     "StaleReaderError",
     "SyncCondition",
@@ -62,6 +83,7 @@ if not typing.TYPE_CHECKING:
     _NAMES_OF_MODULES: dict[str, tuple[str, ...]] = {
         "addresses": ("HostAddress",),
         "client": ("PgStatusClient",),
+        "discovery": ("DiscoveredHost", "FileDiscovery", "HostDiscovery", "PatroniDiscovery", "SRVDiscovery"),
         "errors": (
             "CommitUnconfirmedError",
             "ConnectionLostError",
@@ -77,10 +99,13 @@ if not typing.TYPE_CHECKING:
             "StaleReaderError",
         ),
         "follow": ("FollowHandler", "follow_master", "follow_replica"),
+        "locality": ("Locality",),
+        "method_switch": ("MethodSwitch",),
         "monitor": ("HostMonitor",),
         "read_your_writes": ("ReadYourWrites",),
-        "source": ("HostSource", "KnownMaster", "RemembersMaster"),
-        "status": ("ClusterStatus", "HostStatus", "Role", "SyncCondition"),
+        "reading": ("ReadRule",),
+        "source": ("HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"),
+        "status": ("ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"),
     }
     _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
 

@@ -21,6 +21,7 @@ import httpx
 
 from ctxdb_pgstatus.errors import OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
+from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
@@ -96,6 +97,7 @@ class PgStatusClient:
         self._doubted_at: dict[str, float] = {}
         self._not_replayed_at = -math.inf
         self._turns = {condition: count() for condition in _PATHS}
+        self._reader_turns = count()
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
         self._lock = Lock()
         self._failing = False
@@ -184,6 +186,30 @@ class PgStatusClient:
             return await self._ask(self._master)
         return replicas[next(self._turns[sync]) % len(replicas)]
 
+    async def find_reader(
+        self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+
+        Args:
+            rule: what it has to be like.
+            min_position: a WAL position in bytes that it must have replayed: then the sidecar is asked each time.
+            max_wait: how long the sidecar may wait for one that has replayed `min_position`, in seconds.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        status = (await self._ask(self._cluster)).status
+        replicas = rule.best(status.replicas())
+        if min_position is not None:
+            # The sidecar chooses among all that have replayed it, and this one is taken if the rule admits it.
+            found = await self._find_replayed(rule.sync, min_position, max_wait, rule)
+            admitted = {each.host for each in status.replicas() if rule.admits(each)}
+            replicas = [found] if found is not None and found in admitted else []
+        if replicas:
+            return replicas[next(self._reader_turns) % len(replicas)]
+        return status.master if rule.fallback else None
+
     async def find_replicas(self) -> frozenset[str]:
         """Return the names of all living replicas.
 
@@ -227,8 +253,18 @@ class PgStatusClient:
         self._doubts += 1
         self._doubted_at[host] = time.monotonic()
 
-    async def _find_replayed(self, sync: SyncCondition | None, min_position: int, max_wait: float) -> str | None:
+    async def _find_replayed(
+        self, sync: SyncCondition | None, min_position: int, max_wait: float, rule: ReadRule | None = None
+    ) -> str | None:
+        known = self._cluster.kept
+        if not (await self._ask(self._cluster) if known is None else known.answer).tells_timelines:
+            # pg-status does not know of this parameter, and would name any replica.
+            return await self._ask(self._master)
         parameters = {"min_lsn": format_lsn(min_position)}
+        if rule is not None and rule.max_lag_ms is not None:
+            parameters["lag_ms"] = str(rule.max_lag_ms)
+        if rule is not None and rule.max_lag_bytes is not None:
+            parameters["lag_bytes"] = str(rule.max_lag_bytes)
         if max_wait > 0:
             parameters["wait_ms"] = str(math.ceil(max_wait * 1000))
         path = f"{_PATHS[sync]}?{urlencode(parameters)}"
@@ -503,6 +539,7 @@ class _Cluster:
 
     status: ClusterStatus
     replicas: Mapping[SyncCondition | None, Sequence[str]]
+    tells_timelines: bool
 
 
 @dataclass(slots=True)
@@ -518,7 +555,9 @@ class _ClusterReader:
         master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
         status = ClusterStatus(hosts, master, now)
         distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
-        return _Cluster(status, {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS})
+        replicas = {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS}
+        # pg-status does not: by that it is told apart.
+        return _Cluster(status, replicas, any("timeline" in entry for entry in content))
 
     def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
         name, alive = str(entry["host"]), bool(entry["alive"])
@@ -544,6 +583,10 @@ class _ClusterReader:
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
             possible_dead=bool(entry.get("possible_dead")),
+            takes_reads=bool(entry.get("takes_reads", True)),
+            fault=entry.get("fault"),
+            system_identifier=entry.get("system_identifier"),
+            started_at=datetime.fromisoformat(entry["started_at"]) if entry.get("started_at") else None,
         )
 
 

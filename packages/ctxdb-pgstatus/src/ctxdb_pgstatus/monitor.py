@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -18,14 +18,18 @@ from typing import Any, Self, TypeVar
 
 from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probing.account import Account, Password
-from ctxdb_pgstatus._probing.answer import Answer, Server
-from ctxdb_pgstatus._probing.lag import Lag, Sample
+from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.lag import Sample
+from ctxdb_pgstatus._probing.link import LogicalRole
+from ctxdb_pgstatus._probing.member import Member
 from ctxdb_pgstatus._probing.membership import Membership
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
+from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.election import Claim, Election, elect
+from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncCondition
 
@@ -44,6 +48,8 @@ _TRANSIT_SECONDS = 0.02
 # What is asked within this time was asked at the same time.
 _ROUND_SECONDS = 0.25
 _REPLAY_POLL_SECONDS = 0.01
+# How often hosts are looked for, at most.
+_DISCOVERY_SECONDS = 1.0
 
 ChangeCallback = Callable[[ClusterStatus, ClusterStatus], object]
 
@@ -69,7 +75,8 @@ class HostMonitor:
 
     Args:
         hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
-            `HostAddress`, whose name then is what answers call it.
+            `HostAddress`, whose name then is what answers call it. Or what finds them, while the monitor runs too:
+            `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your own.
         port: the port of a host that names none.
         user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` replicas tell at
             once which timeline they follow after a failover, and else only after their next restartpoint, until when
@@ -94,6 +101,10 @@ class HostMonitor:
         nofailover: the hosts that are never promoted. None of them is ever taken for the master, and no commit waits
             for their confirmation: name a slow or distant replica here.
         noloadbalance: the hosts that take no reads.
+        subscribers: the hosts that receive the data by logical replication, in `database`. They count as replicas, by
+            what they have applied of the master's WAL (`pg_replication_origin_status`, which takes ``GRANT SELECT ON
+            pg_replication_origin_status`` and ``GRANT EXECUTE ON FUNCTION pg_show_replication_origin_status()``) and
+            have confirmed to its slots, and are never the master.
 
     Attributes:
         status: all that is known.
@@ -105,7 +116,7 @@ class HostMonitor:
 
     def __init__(
         self,
-        hosts: Iterable[str | HostAddress],
+        hosts: Iterable[str | HostAddress] | HostDiscovery,
         *,
         port: int = 5432,
         user: str,
@@ -122,6 +133,7 @@ class HostMonitor:
         conn_max_age: float = 30.0,
         nofailover: Iterable[str] = (),
         noloadbalance: Iterable[str] = (),
+        subscribers: Iterable[str] = (),
     ) -> None:
         _check_number("port", port, 1, _HIGHEST_PORT, whole=True)
         _check_number("poll_interval", poll_interval, 0.01)
@@ -135,11 +147,18 @@ class HostMonitor:
         for name, text in (("user", user), ("database", database)):
             if not text:
                 raise errors.OptionError(f"`{name}` is {text!r}: give the name of one.")
-        self._addresses = parse_hosts(hosts, port)
+        self._discovery: HostDiscovery | None = None
+        self._addresses: tuple[HostAddress, ...] = ()
+        # Strings have a method `find` as well.
+        if not isinstance(hosts, str) and isinstance(hosts, HostDiscovery):
+            self._discovery = hosts
+        else:
+            self._addresses = parse_hosts(hosts, port)
         if password is not None and password_file is not None:
             raise errors.OptionError("`password` and `password_file` are both given: give one of them.")
         self._nofailover = self._check_names("nofailover", nofailover)
         self._noloadbalance = self._check_names("noloadbalance", noloadbalance)
+        self._subscribers = self._check_names("subscribers", subscribers)
         file = None if password_file is None else Path(password_file)
         self._account = Account(user, password, database, ssl, file)
         self._interval = poll_interval
@@ -150,17 +169,20 @@ class HostMonitor:
         self._turns: dict[SyncCondition | None, itertools.count[int]] = {
             condition: itertools.count() for condition in (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
         }
+        self._reader_turns = itertools.count()
         self._callbacks: list[ChangeCallback] = []
         self._changed: set[asyncio.Future[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._discovery_problem: str | None = None
         self._forget()
 
     def _check_names(self, option: str, names: Iterable[str]) -> frozenset[str]:
         if isinstance(names, str):
             raise errors.OptionError(f"`{option}` is the string {names!r}: give a list of hosts.")
         given = frozenset(names)
-        if unknown := sorted(given - {address.name for address in self._addresses}):
+        unknown = sorted(given - {address.name for address in self._addresses})
+        if unknown and self._discovery is None:
             raise errors.OptionError(f"`{option}` names {', '.join(unknown)}: give names as they stand in `hosts`.")
         return given
 
@@ -206,12 +228,16 @@ class HostMonitor:
         """Return the names of the living replicas that are known to have replayed a WAL position in bytes."""
         return frozenset(replica.host for replica in self._replayed(None, position))
 
+    @staticmethod
+    def _in_turn(turns: itertools.count[int], hosts: Sequence[str | HostStatus]) -> str | None:
+        if not hosts:
+            return None
+        host = hosts[next(turns) % len(hosts)]
+        return host if isinstance(host, str) else host.host
+
     def _choose(self, condition: SyncCondition | None) -> str | None:
         status = self.status
-        replicas = status.replicas(condition)
-        if not replicas:
-            return status.master
-        return replicas[next(self._turns[condition]) % len(replicas)].host
+        return self._in_turn(self._turns[condition], status.replicas(condition)) or status.master
 
     # --- a `HostSource` -----------------------------------------------------------------------------------------------
 
@@ -241,10 +267,34 @@ class HostMonitor:
         self._running_loop()
         if min_position is None:
             return self._choose(sync)
-        found = self._choose_replayed(sync, min_position)
-        if found is None and max_wait > 0:
-            found = await self._on_own_loop(lambda: self._wait_for_replay(sync, min_position, max_wait))
-        return found or self.status.master
+        return (
+            await self._find_replayed(
+                lambda: self._in_turn(self._turns[sync], self._replayed(sync, min_position)), max_wait
+            )
+            or self.status.master
+        )
+
+    async def find_reader(
+        self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+
+        Args:
+            rule: what it has to be like.
+            min_position: a WAL position in bytes that it must have replayed.
+            max_wait: how long to wait for one that has replayed `min_position`, in seconds.
+
+        Raises:
+            PgStatusError: the monitor is not running.
+        """
+        self._running_loop()
+
+        def choose() -> str | None:
+            known = self.status.replicas() if min_position is None else self._replayed(None, min_position)
+            return self._in_turn(self._reader_turns, rule.best(known))
+
+        found = await self._find_replayed(choose, 0.0 if min_position is None else max_wait)
+        return self.status.master if found is None and rule.fallback else found
 
     async def find_replicas(self) -> frozenset[str]:
         """Return the names of all living replicas.
@@ -378,17 +428,22 @@ class HostMonitor:
         if self._loop is not None:
             raise errors.PgStatusError("This HostMonitor is running already: enter it once, and share it.")
         self._loop = asyncio.get_running_loop()
-        watches = [member.watch for member in self._members.values()]
-        self._tasks = [asyncio.create_task(watch.run(), name=f"HostMonitor {watch.address.name}") for watch in watches]
-        self._tasks.append(asyncio.create_task(self._run_clock(), name="HostMonitor"))
         try:
+            if self._discovery is None:
+                self._set_hosts([DiscoveredHost(address) for address in self._addresses])
+            else:
+                await self._discover(self._discovery)
+                self._tasks.append(asyncio.create_task(self._run_discovery(self._discovery), name="HostMonitor hosts"))
+            self._tasks.append(asyncio.create_task(self._run_clock(), name="HostMonitor"))
             # The first election waits for all of them: it must not depend on which one answers first.
-            await asyncio.gather(*(watch.ask() for watch in watches))
+            await asyncio.gather(*(member.watch.ask() for member in self._members.values()))
             self._is_settled = True
             self._elect()
+            for member in self._members.values():
+                self._look_at_subscribers(member)
             self._compare_with_standbys()
             for member in self._replicas():
-                answer = member.watch.answer
+                answer = member.answer
                 assert answer is not None, "it is a replica's"
                 self._warn_of_missing_timeline(member.watch.address.name, answer)
                 self._judge(member)
@@ -408,12 +463,10 @@ class HostMonitor:
         """End all tasks and connections."""
         self._loop = None
         tasks, self._tasks = self._tasks, []
-        for member in self._members.values():
-            # First, as a query that is cancelled would ask the server to cancel it.
-            member.watch.close()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        members = [member.stop() for member in self._members.values()]
+        await asyncio.gather(*tasks, *members, *self._leaving, return_exceptions=True)
         for future in self._changed:
             if not future.done():
                 future.set_exception(errors.PgStatusError("The HostMonitor was closed meanwhile."))
@@ -421,20 +474,73 @@ class HostMonitor:
 
     def _forget(self) -> None:
         """Know nothing, as before the first poll."""
-        self._members = {
-            address.name: _Member(
-                Watch(address, self._account, self._pace, self._limits, self._reported),
-                takes_reads=address.name not in self._noloadbalance,
-            )
-            for address in self._addresses
-        }
+        self._members = {address.name: self._new_member(address) for address in self._addresses}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._is_settled = False
         self._membership = Membership()
         self._election = Election(None)
         self._last_master: str | None = None
         self._is_sample_of_master = False
         self._sample: Sample | None = None
-        self.status = ClusterStatus(tuple(_dead(member.watch) for member in self._members.values()), None, _now())
+        self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
+
+    def _new_member(self, address: HostAddress) -> Member:
+        is_subscriber = address.name in self._subscribers
+        logical: LogicalRole = None
+        if self._subscribers:
+            logical = "subscriber" if is_subscriber else "publisher"
+        member = Member(Watch(address, self._account, self._pace, self._limits, self._reported, logical))
+        member.is_subscriber = is_subscriber
+        return member
+
+    # --- which hosts there are ----------------------------------------------------------------------------------------
+
+    async def _run_discovery(self, discovery: HostDiscovery) -> None:
+        while True:
+            is_urgent = self.status.master is None
+            await asyncio.sleep(_DISCOVERY_SECONDS if is_urgent else max(_DISCOVERY_SECONDS, self._interval))
+            await self._discover(discovery)
+
+    async def _discover(self, discovery: HostDiscovery) -> None:
+        """Take up the hosts that there are now; those that are known stay if that cannot be found out."""
+        try:
+            async with asyncio.timeout(self._limits.connect):
+                found = await discovery.find()
+            parse_hosts([host.address for host in found])
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the hosts that are known stay
+            problem = str(exc) or type(exc).__name__
+            if problem != self._discovery_problem:
+                logger.warning("The hosts could not be found; those that are known stay: %s", problem)
+            self._discovery_problem = problem
+        else:
+            self._discovery_problem = None
+            self._set_hosts(found)
+
+    def _set_hosts(self, found: Sequence[DiscoveredHost]) -> None:
+        """Have these hosts be all that there are."""
+        before, self._members = self._members, {}
+        for host in found:
+            name = host.address.name
+            member = before.get(name)
+            if member is None or member.watch.address != host.address:
+                member = self._new_member(host.address)
+            member.takes_reads = not (host.noloadbalance or name in self._noloadbalance)
+            member.may_be_promoted = not (host.nofailover or member.is_subscriber or name in self._nofailover)
+            self._members[name] = member
+            if not member.is_started:
+                member.start()
+                member.watch.hurry()
+                if self._is_settled:
+                    logger.info("There is another host: %s.", name, extra={"host": name})
+        for name, member in before.items():
+            if self._members.get(name) is not member:
+                logger.info("Host %s is not there any more.", name, extra={"host": name})
+                task = asyncio.create_task(member.stop())
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+        if self._is_settled:
+            self._elect()
+            self._publish()
 
     async def _run_clock(self) -> None:
         haste = min(self._interval, max(min(self._interval / _HASTE, _LONGEST_HASTE_SECONDS), _SHORTEST_HASTE_SECONDS))
@@ -491,12 +597,12 @@ class HostMonitor:
             raise errors.PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
         return answered.result() and self.status.master == host
 
-    def _may_be_master(self, member: _Member, asked: _Member) -> bool:
+    def _may_be_master(self, member: Member, asked: Member) -> bool:
         """Return whether a host may be the master in the place of `asked`, as far as a question to it can tell."""
         name, server = member.watch.address.name, member.watch.server
         if member is asked or not member.watch.is_sound:
             return False
-        if name in self._nofailover or name in self._membership.strangers:
+        if not member.may_be_promoted or name in self._membership.strangers:
             return False
         # Another name of the same server has nothing else to say.
         return server is None or asked.watch.server is None or not server.is_run_of(asked.watch.server)
@@ -514,7 +620,14 @@ class HostMonitor:
         self._publish()
         return self.status
 
-    async def _wait_for_replay(self, sync: SyncCondition | None, position: int, max_wait: float) -> str | None:
+    async def _find_replayed(self, choose: Callable[[], str | None], max_wait: float) -> str | None:
+        """Return what `choose` does, as soon as it returns a host, or there is no more time."""
+        found = choose()
+        if found is None and max_wait > 0:
+            found = await self._on_own_loop(lambda: self._wait_for_replay(choose, max_wait))
+        return found
+
+    async def _wait_for_replay(self, choose: Callable[[], str | None], max_wait: float) -> str | None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + max_wait
         while self._loop is loop:
@@ -523,16 +636,12 @@ class HostMonitor:
                 return None
             # One that hangs does not keep from taking another.
             await asyncio.wait(asked, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-            found = self._choose_replayed(sync, position)
+            found = choose()
             left = deadline - loop.time()
             if found is not None or left <= 0:
                 return found
             await asyncio.sleep(min(_REPLAY_POLL_SECONDS, left))
         return None
-
-    def _choose_replayed(self, sync: SyncCondition | None, position: int) -> str | None:
-        replicas = self._replayed(sync, position)
-        return replicas[next(self._turns[sync]) % len(replicas)].host if replicas else None
 
     def _replayed(self, sync: SyncCondition | None, position: int) -> list[HostStatus]:
         sample = self._sample
@@ -542,7 +651,7 @@ class HostMonitor:
             # Positions of different timelines do not compare.
             if sample is not None
             and replica.timeline == sample.timeline
-            and (self._members[replica.host].watch.position or 0) >= position
+            and (self._members[replica.host].position or 0) >= position
         ]
 
     async def _wait_for_change(self, timeout: float | None, since: ClusterStatus) -> ClusterStatus:
@@ -561,10 +670,14 @@ class HostMonitor:
     def _reported(self, watch: Watch) -> None:
         """Take in an attempt of one host, or that it has kept silent for too long."""
         if watch.failures == 0 or not watch.alive:
-            member = self._members[watch.address.name]
+            member = self._members.get(watch.address.name)
+            if member is None or member.watch is not watch:
+                # It has left the cluster meanwhile.
+                return
             member.meet(watch.server)
             self._elect()
-            answer = watch.answer
+            self._look_at_subscribers(member)
+            answer = member.answer
             if answer is None or not answer.in_recovery:
                 member.forget_lag()
             elif self._is_settled and not watch.refusals:
@@ -575,9 +688,18 @@ class HostMonitor:
                 self._take_sample(watch)
         self._publish()
 
+    def _look_at_subscribers(self, reported: Member) -> None:
+        """Compare subscribers with the master: the one that has reported, or all of them if the master has."""
+        master = self._members.get(self._election.master or "")
+        publisher = None if master is None else master.answer
+        for member in self._members.values():
+            if member.is_subscriber and (member is reported or reported is master):
+                member.subscribe(publisher)
+
     def _warn_of_missing_timeline(self, name: str, answer: Answer) -> None:
         member = self._members[name]
-        if answer.timeline is None and answer.position is not None and not member.was_warned_of:
+        is_silent = answer.timeline is None and answer.position is not None and not member.is_subscriber
+        if is_silent and not member.was_warned_of:
             member.was_warned_of = True
             logger.warning(
                 "%s does not tell which timeline it is on, so that it is in sync with nobody: the monitor's user may "
@@ -587,14 +709,15 @@ class HostMonitor:
                 extra={"host": name},
             )
 
-    def _replicas(self) -> list[_Member]:
+    def _replicas(self) -> list[Member]:
         """Return the living hosts that say that they are replicas."""
-        answers = [(member, member.watch.answer) for member in self._members.values()]
+        answers = [(member, member.answer) for member in self._members.values()]
         return [member for member, answer in answers if answer is not None and answer.in_recovery]
 
     def _answers(self) -> dict[str, Answer]:
-        """Return what each living host has said last."""
-        return {name: member.watch.answer for name, member in self._members.items() if member.watch.answer is not None}
+        """Return what each living host of the cluster has said last, subscribers apart."""
+        answers = {name: member.answer for name, member in self._members.items() if not member.is_subscriber}
+        return {name: answer for name, answer in answers.items() if answer is not None}
 
     def _elect(self) -> None:
         if not self._is_settled:
@@ -629,8 +752,8 @@ class HostMonitor:
                 self._judge(member)
 
     def _may_be_elected(self, name: str) -> bool:
-        if name in self._nofailover:
-            member = self._members[name]
+        member = self._members[name]
+        if not member.may_be_promoted:
             if not member.was_warned_of:
                 member.was_warned_of = True
                 logger.warning(
@@ -640,7 +763,7 @@ class HostMonitor:
                     extra={"host": name},
                 )
             return False
-        return name not in self._membership.strangers and not self._members[name].watch.is_shared
+        return name not in self._membership.strangers and not member.watch.is_shared
 
     def _log_election(self, before: Election, now: Election) -> None:
         timeline = self._membership.highest_timeline
@@ -692,7 +815,7 @@ class HostMonitor:
         self._is_sample_of_master = True
         self._sample = sample = Sample(answer.timeline or 0, answer.position, answer.asked_at, answer.clock)
         for member in self._members.values():
-            replica = member.watch.answer
+            replica = member.answer
             # One that was asked long before is not behind because the master has gone on since.
             if replica is not None and replica.in_recovery and replica.asked_at >= sample.at - _ROUND_SECONDS:
                 self._judge(member)
@@ -714,9 +837,9 @@ class HostMonitor:
             self._is_sample_of_master = False
             self._sample = Sample(timeline, position, asked_at)
 
-    def _judge(self, member: _Member) -> None:
+    def _judge(self, member: Member) -> None:
         """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
-        answer = member.watch.answer
+        answer = member.answer
         sample = self._sample
         doubt = member.doubt
         assert answer is not None
@@ -756,72 +879,14 @@ class HostMonitor:
                 logger.exception("A callback of HostMonitor.on_change failed.")
 
 
-class _Member:
-    """A host, and how far it is behind if it is a replica."""
-
-    def __init__(self, watch: Watch, *, takes_reads: bool) -> None:
-        self.watch = watch
-        self.takes_reads = takes_reads
-        self.was_warned_of = False
-        self._server: Server | None = None
-        self.forget_lag()
-
-    def meet(self, server: Server | None) -> None:
-        """Take in which server has answered: what was known of another one's lag says nothing of it."""
-        before, self._server = self._server, server
-        if before is not None and server is not None and not server.is_run_of(before):
-            self.forget_lag()
-
-    def forget_lag(self) -> None:
-        self.lag = Lag()
-        self.in_sync_by_time = False
-        self.in_sync_by_bytes = False
-        self.is_judged = False
-        # What it seems not to have, without being said to lack it; since when.
-        self.doubt: Sample | None = None
-
-    def status(self, master: str | None, fault: Fault | None) -> HostStatus:
-        watch = self.watch
-        answer = watch.answer
-        server = watch.server
-        if not watch.alive:
-            return _dead(watch)
-        if answer is None:
-            return HostStatus(host=watch.address.name, alive=True, role=None, since=watch.since, error=watch.error)
-        is_master = watch.address.name == master
-        return HostStatus(
-            host=watch.address.name,
-            alive=True,
-            role="replica" if answer.in_recovery else "master",
-            since=watch.since,
-            timeline=answer.timeline,
-            position=answer.position,
-            lag_ms=0 if is_master else self.lag.milliseconds,
-            lag_bytes=0 if is_master else self.lag.bytes,
-            error=watch.error,
-            in_sync_by_time=is_master or self.in_sync_by_time,
-            in_sync_by_bytes=is_master or self.in_sync_by_bytes,
-            takes_reads=self.takes_reads and fault != "stranger",
-            fault=fault,
-            system_identifier=None if server is None else server.system_identifier,
-            started_at=None if server is None else server.started_at,
-            possible_dead=watch.failures > 0 or watch.refusals > 0,
-        )
-
-
-def _dead(watch: Watch) -> HostStatus:
-    return HostStatus(host=watch.address.name, alive=False, role=None, since=watch.since, error=watch.error)
-
-
 def _differ(old: ClusterStatus, new: ClusterStatus) -> bool:
     """Return whether something has changed that is more than a position or a lag."""
-    return old.master != new.master or any(
-        _features(a) != _features(b) for a, b in zip(old.hosts, new.hosts, strict=True)
-    )
+    return old.master != new.master or [*map(_features, old.hosts)] != [*map(_features, new.hosts)]
 
 
 def _features(host: HostStatus) -> tuple[object, ...]:
     return (
+        host.host,
         host.alive,
         host.role,
         host.timeline,

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, runtime_checkable
 
+from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.status import SyncCondition
 
-__all__ = ["HostSource", "KnownMaster", "KnowsServers", "RemembersMaster"]
+__all__ = ["HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"]
 
 
 class HostSource(Protocol):
@@ -75,3 +76,19 @@ class KnowsServers(Protocol):
 
     async def ask_server_of(self, host: str) -> datetime | None:
         """Find out over a new connection where the name leads now, and return what `server_of` does then."""
+
+
+@runtime_checkable
+class ReadsByRule(Protocol):
+    """A `HostSource` that finds replicas by more than their being in sync."""
+
+    async def find_reader(
+        self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+
+        Args:
+            rule: what it has to be like.
+            min_position: a WAL position in bytes that it must have replayed.
+            max_wait: how long to wait for one that has replayed `min_position`, in seconds.
+        """

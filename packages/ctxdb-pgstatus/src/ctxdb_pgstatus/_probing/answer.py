@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
-__all__ = ["Answer", "Server"]
+__all__ = ["Answer", "Server", "Slot", "Subscription"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,32 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """A logical replication slot of a publisher.
+
+    Attributes:
+        is_active: whether a subscriber receives by it now.
+        confirmed: up to where the subscriber has confirmed that it has everything.
+    """
+
+    is_active: bool
+    confirmed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """A subscription of a logical subscriber.
+
+    Attributes:
+        slot: the name of its slot on the publisher.
+        applied: up to where it has applied the publisher's commits; ``None`` if the monitor's role may not read that.
+    """
+
+    slot: str
+    applied: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a host said of itself.
 
@@ -65,6 +92,8 @@ class Answer:
         lag_ms: a replica's lag in milliseconds where the service itself tells it (Amazon Aurora); it then has no
             position.
         received: the WAL position up to which a replica has received, and may have still to replay.
+        slots: the logical replication slots of a primary, by their names, where they are asked for.
+        subscriptions: those of a logical subscriber, where they are asked for.
         server: which server it was; ``None`` if that is not known.
     """
 
@@ -80,4 +109,6 @@ class Answer:
     standbys: int = 0
     lag_ms: float | None = None
     received: int | None = None
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    subscriptions: tuple[Subscription, ...] = ()
     server: Server | None = None

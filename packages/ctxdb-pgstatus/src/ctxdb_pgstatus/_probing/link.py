@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import asyncpg
 
 from ctxdb_pgstatus._probing import queries
 from ctxdb_pgstatus._probing.account import Account
-from ctxdb_pgstatus._probing.answer import Answer, Server
+from ctxdb_pgstatus._probing.answer import Answer, Server, Slot, Subscription
 from ctxdb_pgstatus.addresses import HostAddress
 
-__all__ = ["Link", "PooledError"]
+__all__ = ["Link", "LogicalRole", "PooledError"]
+
+LogicalRole: TypeAlias = Literal["publisher", "subscriber"] | None
+"""What a host is asked about logical replication: for its slots, for its subscriptions, or nothing."""
 
 _T = TypeVar("_T")
 
@@ -41,7 +44,7 @@ class Link:
         addresses: what the host's name was resolved to then.
     """
 
-    def __init__(self, connection: Any, *, is_pooled: bool, addresses: frozenset[str]) -> None:
+    def __init__(self, connection: Any, *, is_pooled: bool, addresses: frozenset[str], logical: LogicalRole) -> None:
         self.server: Server | None = None
         self.opened_at = asyncio.get_running_loop().time()
         self.addresses = addresses
@@ -54,6 +57,8 @@ class Link:
         self._has_aurora_lag = False
         self._may_read_system = True
         self._may_read_control = True
+        self._may_read_applied = True
+        self._logical = logical
 
     @classmethod
     async def open(
@@ -65,6 +70,7 @@ class Link:
         query_timeout: float,
         is_pooled: bool,
         addresses: frozenset[str],
+        logical: LogicalRole = None,
     ) -> Link:
         """Connect to a host, and find out which server it is.
 
@@ -75,6 +81,7 @@ class Link:
             query_timeout: how long it may take to find out, in seconds.
             is_pooled: whether a pooler is in between that gives each transaction another connection.
             addresses: what the host's name was resolved to.
+            logical: what is asked about logical replication.
 
         Raises:
             TimeoutError: there was no answer in time.
@@ -92,7 +99,7 @@ class Link:
             statement_cache_size=0 if is_pooled else 100,
             server_settings={"application_name": _APPLICATION_NAME},
         )
-        link = cls(connection, is_pooled=is_pooled, addresses=addresses)
+        link = cls(connection, is_pooled=is_pooled, addresses=addresses, logical=logical)
         try:
             await link._within(query_timeout, link._identify)
         except BaseException:
@@ -175,6 +182,14 @@ class Link:
         if self.server is None or self.server.started_at != row["started_at"]:
             # A pooler has gone to another server, or its server has restarted.
             await self._identify()
+        slots: dict[str, Slot] = {}
+        subscriptions: tuple[Subscription, ...] = ()
+        if self._logical is not None and not row["in_recovery"]:
+            if self._logical == "publisher":
+                found = await self._fetch(queries.SLOTS)
+                slots = {each["slot_name"]: Slot(each["active"], each["confirmed_flush_lsn"]) for each in found}
+            else:
+                subscriptions = await self._fetch_subscriptions()
         replayed_at = row["replayed_commit_at"]
         return Answer(
             in_recovery=row["in_recovery"],
@@ -189,6 +204,8 @@ class Link:
             takes_writes=takes_writes,
             standbys=row["standbys"],
             lag_ms=lag_ms,
+            slots=slots,
+            subscriptions=subscriptions,
             server=self.server,
         )
 
@@ -213,12 +230,26 @@ class Link:
             self._may_read_system = False
             return None
 
+    async def _fetch_subscriptions(self) -> tuple[Subscription, ...]:
+        found = await self._fetch(queries.SUBSCRIPTIONS)
+        applied: dict[str, int] = {}
+        if self._may_read_applied:
+            try:
+                applied = dict(await self._fetch(queries.APPLIED))
+            except _REFUSED_FUNCTIONS:
+                self._may_read_applied = False
+        return tuple(Subscription(each["slot_name"], applied.get(each["origin"])) for each in found)
+
     async def _fetch_row(self, query: str) -> Any:
+        rows = await self._fetch(query)
+        return rows[0] if rows else None
+
+    async def _fetch(self, query: str) -> Any:
         if not self._is_pooled:
-            return await self._connection.fetchrow(query)
+            return await self._connection.fetch(query)
         # Outside of a transaction, a pooler may send the parts of one query to several connections.
         async with self._connection.transaction(readonly=True):
-            return await self._connection.fetchrow(query)
+            return await self._connection.fetch(query)
 
     def _terminated(self, _connection: Any) -> None:
         if self._lost is not None:

@@ -10,7 +10,7 @@ import asyncpg
 
 from ctxdb_pgstatus._probing.account import Account
 from ctxdb_pgstatus._probing.answer import Answer, Server
-from ctxdb_pgstatus._probing.link import Link, PooledError
+from ctxdb_pgstatus._probing.link import Link, LogicalRole, PooledError
 from ctxdb_pgstatus._probing.lookup import Lookup
 from ctxdb_pgstatus.addresses import HostAddress
 
@@ -40,10 +40,19 @@ class Probe:
         account: as whom to ask.
         limits: how long it may take.
         lost: called when the kept connection has broken, which is when its server has ended.
+        logical: what it is asked about logical replication.
     """
 
-    def __init__(self, address: HostAddress, account: Account, limits: Limits, lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        address: HostAddress,
+        account: Account,
+        limits: Limits,
+        lost: Callable[[], None],
+        logical: LogicalRole = None,
+    ) -> None:
         self._address = address
+        self._logical = logical
         self._account = account
         self._limits = limits
         self._lost = lost
@@ -166,6 +175,7 @@ class Probe:
             query_timeout=self._limits.query,
             is_pooled=self._is_pooled,
             addresses=addresses,
+            logical=self._logical,
         )
 
 

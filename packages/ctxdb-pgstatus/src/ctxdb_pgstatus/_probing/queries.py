@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["AURORA_LAG", "CONTROL", "FILES", "HAS_AURORA_LAG", "IDENTITY", "IS_FENCED", "LIMITED", "STATUS", "SYSTEM"]
+__all__ = [
+    "APPLIED",
+    "AURORA_LAG",
+    "CONTROL",
+    "FILES",
+    "HAS_AURORA_LAG",
+    "IDENTITY",
+    "IS_FENCED",
+    "LIMITED",
+    "SLOTS",
+    "STATUS",
+    "SUBSCRIPTIONS",
+    "SYSTEM",
+]
 
 # Recovery may end while this runs, but does not begin again: whoever is told "not in recovery" stays so.
 # The control data is behind a promotion, and so serves only where nothing else is known. `pg_stat_wal_receiver` shows
@@ -72,3 +85,17 @@ AURORA_LAG = """
 SELECT replica_lag_in_msec::float8 FROM aurora_replica_status() WHERE server_id = aurora_db_instance_identifier()
 """
 """Documented in Amazon's "Aurora PostgreSQL functions reference"."""
+
+SLOTS = """
+SELECT slot_name::text, active, confirmed_flush_lsn FROM pg_replication_slots WHERE slot_type = 'logical'
+"""
+
+SUBSCRIPTIONS = """
+SELECT 'pg_' || subscription.oid AS origin, subslotname::text AS slot_name
+FROM pg_subscription AS subscription
+JOIN pg_database AS database ON database.oid = subscription.subdbid
+WHERE database.datname = current_database() AND subenabled AND subslotname IS NOT NULL
+"""
+
+APPLIED = "SELECT external_id, remote_lsn FROM pg_replication_origin_status"
+"""Up to where commits of a publisher were applied. It takes privileges of its own."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from ctxdb_pgstatus._probing.account import Account
 from ctxdb_pgstatus._probing.answer import Answer, Server
+from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
@@ -37,6 +38,7 @@ class Watch:
         pace: how soon to ask again.
         limits: how long the parts of an attempt may take.
         report: called after each attempt, before those who wait for it go on; and when a silence has become too long.
+        logical: what the host is asked about logical replication.
 
     Attributes:
         address: where the host is.
@@ -53,7 +55,13 @@ class Watch:
     """
 
     def __init__(
-        self, address: HostAddress, account: Account, pace: Pace, limits: Limits, report: Callable[[Watch], None]
+        self,
+        address: HostAddress,
+        account: Account,
+        pace: Pace,
+        limits: Limits,
+        report: Callable[[Watch], None],
+        logical: LogicalRole = None,
     ) -> None:
         self.address = address
         self.alive = False
@@ -68,7 +76,7 @@ class Watch:
         self._account = account
         self._pace = pace
         self._report = report
-        self._probe = Probe(address, account, limits, self.hurry)
+        self._probe = Probe(address, account, limits, self.hurry, logical)
         self._due = asyncio.Event()
         self._waiting: list[asyncio.Future[bool]] = []
         self._impatient: list[asyncio.Future[bool]] = []
@@ -88,14 +96,9 @@ class Watch:
         self._upkeep_at = 0.0
 
     @property
-    def position(self) -> int | None:
-        """What it is known to have replayed, or inserted.
-
-        Nothing, if it may have been restarted since it said so, or if another server may answer the next question.
-        """
-        if self.answer is None or not self._probe.is_connected or self.is_shared:
-            return None
-        return self.answer.position
+    def is_certain(self) -> bool:
+        """Whether the next question goes to the server that has answered: it has not been restarted since."""
+        return self._probe.is_connected and not self.is_shared
 
     @property
     def is_sound(self) -> bool:

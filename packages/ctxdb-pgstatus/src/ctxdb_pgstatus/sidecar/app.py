@@ -295,6 +295,10 @@ class SidecarApp:
             "timeline": host.timeline,
             "since": host.since.isoformat(),
             "error": host.error,
+            "takes_reads": host.takes_reads,
+            "fault": host.fault,
+            "system_identifier": host.system_identifier,
+            "started_at": None if host.started_at is None else host.started_at.isoformat(),
         }
 
 

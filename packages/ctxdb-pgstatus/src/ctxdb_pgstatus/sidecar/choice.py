@@ -2,88 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import count
 
+from ctxdb_pgstatus.locality import Locality
+from ctxdb_pgstatus.reading import Limits
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
 
 __all__ = ["Choice", "Limits", "Locality"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request asks of a replica.
-
-    Attributes:
-        lag_ms: the highest lag in milliseconds; ``None`` for the monitor's own limit.
-        lag_bytes: the highest lag in bytes; ``None`` for the monitor's own limit.
-        among: the replicas to choose from; ``None`` for all.
-    """
-
-    lag_ms: int | None = None
-    lag_bytes: int | None = None
-    among: Container[str] | None = None
-
-    def admit(self, host: HostStatus, condition: SyncCondition | None) -> bool:
-        """Return whether `host` will do; without a condition, a limit that is not given does not count."""
-        if self.among is not None and host.host not in self.among:
-            return False
-        match condition:
-            case None:
-                return (self.lag_ms is None or self.by_time(host)) and (self.lag_bytes is None or self.by_bytes(host))
-            case "time":
-                return self.by_time(host)
-            case "bytes":
-                return self.by_bytes(host)
-            case "time_or_bytes":
-                return self.by_time(host) or self.by_bytes(host)
-            case "time_and_bytes":
-                return self.by_time(host) and self.by_bytes(host)
-
-    def by_time(self, host: HostStatus) -> bool:
-        """Return whether `host` is in sync by time."""
-        if self.lag_ms is None:
-            return host.in_sync_by_time
-        return host.lag_ms is not None and host.lag_ms <= self.lag_ms
-
-    def by_bytes(self, host: HostStatus) -> bool:
-        """Return whether `host` is in sync by bytes."""
-        if self.lag_bytes is None:
-            return host.in_sync_by_bytes
-        return host.lag_bytes is not None and host.lag_bytes <= self.lag_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """Where the hosts are, and where the sidecar is.
-
-    Attributes:
-        dcs: the data centre of each host.
-        geos: the region of each host.
-        current_dc: the data centre whose replicas are preferred; ``None`` for no preference.
-        current_geo: the region whose replicas are preferred after those; ``None`` for no preference.
-    """
-
-    dcs: Mapping[str, str | None] = field(default_factory=dict)
-    geos: Mapping[str, str | None] = field(default_factory=dict)
-    current_dc: str | None = None
-    current_geo: str | None = None
-
-    def distance(self, host: str) -> int:
-        """Return 0 for a host of the same data centre, 1 for one of the same region, else 2."""
-        if self.current_dc is not None and self.dcs.get(host) == self.current_dc:
-            return 0
-        if self.current_geo is not None and self.geos.get(host) == self.current_geo:
-            return 1
-        return 2
-
-    def nearest(self, hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
-        """Return those of `hosts` that are nearest, in their order."""
-        if self.current_dc is None and self.current_geo is None:
-            return hosts
-        best = min((self.distance(host.host) for host in hosts), default=0)
-        return [host for host in hosts if self.distance(host.host) == best]
 
 
 class Choice:
