@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from base64 import b64encode
 from collections import Counter
@@ -10,9 +11,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tests.support.server import serve
-from tests.support.sidecar import START, OriginalSidecar, cluster, dead, master, nobody_listens, replica, told_app
+from tests.support.sidecar import (
+    START,
+    OriginalSidecar,
+    cluster,
+    dead,
+    master,
+    nobody_listens,
+    replica,
+    serve_sidecar,
+    told_app,
+)
 
-from ctxdb_pgstatus import HostSource, OptionError, PgStatusClient, SidecarError
+from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, ReadRule, SidecarError
 from ctxdb_pgstatus.sidecar.choice import Locality
 
 HOUR = 3600.0
@@ -74,7 +85,7 @@ async def test_the_hosts_of_pg_status_have_what_it_tells(url: str) -> None:
 async def test_the_hosts_of_the_sidecar_have_all_that_it_knows() -> None:
     hosts = (master("n1"), master("n2"), replica("n3", by_time=False), dead("n4", "no route"))
     app, _ = told_app(*hosts)
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.hosts() == hosts
         assert (await client.hosts())[0].since == START
         # n2 claims to be the master, and so is no replica to read from.
@@ -86,7 +97,7 @@ async def test_near_replicas_are_preferred() -> None:
     app, _ = told_app(
         master("n1"), replica("n2"), replica("n3"), locality=Locality({"n2": "far", "n3": "here"}, current_dc="here")
     )
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert {await client.replica() for _ in range(3)} == {"n3"}
         assert await client.find_replicas() == {"n2", "n3"}
 
@@ -123,11 +134,12 @@ async def test_an_answer_that_is_too_old_is_asked_for_anew(url: str, sidecar: Or
 
 
 async def test_callers_at_the_same_time_share_one_request(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.tell_timelines()
     async with PgStatusClient(url, max_age=0) as client:
         assert await asyncio.gather(*(client.master() for _ in range(50))) == ["n1"] * 50
         position = [client.find_replica(min_position=5) for _ in range(50)]
         assert await asyncio.gather(*position) == ["n2"] * 50
-    assert sidecar.paths() == ["/master", "/replica"]
+    assert sidecar.paths() == ["/master", "/hosts", "/replica"]
 
 
 async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidecar: OriginalSidecar) -> None:
@@ -143,8 +155,21 @@ async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidec
     assert sidecar.paths() == ["/master"]
 
 
-async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+async def test_pg_status_is_not_asked_for_a_position_as_it_would_name_any_replica(
+    url: str, sidecar: OriginalSidecar
+) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
+        assert await client.find_replica() in ("n2", "n3")
+        assert await client.find_replica(min_position=1, max_wait=HOUR) == "n1"
+        assert await client.find_reader(ReadRule(fallback=False), min_position=1) is None
+    assert sidecar.paths() == ["/hosts", "/master"]
+
+
+async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.tell_timelines()
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        await client.hosts()
+        sidecar.asked.clear()
         assert await client.find_replica(min_position=0x1_0000_0060) == "n2"
         sidecar.replayed = "n3"
         assert await client.find_replica("time", min_position=0x1_0000_0060, max_wait=0.25) == "n3"
@@ -160,7 +185,7 @@ async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSide
 async def test_a_replica_that_has_replayed_the_position_is_waited_for() -> None:
     app, monitor = told_app(master("n1"), replica("n2", position=1))
     monitor.next = [cluster(master("n1"), replica("n2", position=2))]
-    async with serve(app, http="httptools") as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.find_replica(min_position=2) == "n1"
         assert await client.find_replica(min_position=2, max_wait=0.1) == "n2"
 
@@ -191,11 +216,63 @@ async def test_a_confirmation_is_of_a_request_that_began_after_the_call(url: str
     assert sidecar.paths() == ["/master", "/master"]
 
 
-async def test_a_master_that_cannot_be_asked_for_is_not_confirmed(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_confirmation_that_the_sidecar_cannot_give_is_an_error_and_no_denial() -> None:
     async with nobody_listens() as url, PgStatusClient(url) as client:
-        with caplog.at_level(logging.WARNING, "ctxdb_pgstatus.client"):
-            assert not await client.confirm_master("n1")
-    assert "the master is not confirmed" in caplog.text
+        with pytest.raises(SidecarError, match="could not be asked for /master"):
+            await client.confirm_master("n1")
+
+
+async def test_nobody_waits_for_the_confirmation_of_a_sidecar_that_is_known_to_hang(
+    url: str, sidecar: OriginalSidecar
+) -> None:
+    async with PgStatusClient(url, max_age=HOUR, timeout=0.05) as client:
+        sidecar.open.clear()
+        for _ in range(3):
+            with pytest.raises(SidecarError, match="no answer within"):
+                await client.confirm_master("n1")
+        assert len(sidecar.asked) == 1
+        sidecar.open.set()
+
+
+async def test_the_last_master_is_remembered_with_its_timeline() -> None:
+    app, _ = told_app(master("n1", timeline=7), replica("n2"))
+    async with serve_sidecar(app) as url:
+        client = PgStatusClient(url)
+        assert client.known_master() is None
+        await client.confirm_master("n1")
+        assert client.known_master() == KnownMaster("n1", None)
+        await client.hosts()
+        assert client.known_master() == KnownMaster("n1", 7)
+    with pytest.raises(SidecarError):
+        await client.confirm_master("n1")
+    assert client.known_master() == KnownMaster("n1", 7)
+    await client.aclose()
+
+
+async def test_the_timeline_of_a_replica_that_has_become_the_master_is_not_remembered() -> None:
+    app, monitor = told_app(master("n1", timeline=7), replica("n2", timeline=7))
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
+        await client.hosts()
+        monitor.next = [cluster(dead("n1"), master("n2", timeline=8), master="n2")]
+        assert await client.confirm_master("n2")
+        assert client.known_master() == KnownMaster("n2", None)
+
+
+async def test_a_master_that_a_failure_was_reported_of_is_not_remembered(url: str, sidecar: OriginalSidecar) -> None:
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        await client.confirm_master("n1")
+        client.report_failure("n2")
+        assert client.known_master() == KnownMaster("n1", None)
+        client.report_failure("n1")
+        assert client.known_master() is None
+        await client.confirm_master("n1")
+        assert client.known_master() == KnownMaster("n1", None)
+
+
+async def test_a_master_is_remembered_for_the_grace_time_only(url: str) -> None:
+    async with PgStatusClient(url, grace=0) as client:
+        assert await client.confirm_master("n1")
+        assert client.known_master() is None
 
 
 async def test_a_reported_failure_lets_the_next_question_skip_the_memory(url: str, sidecar: OriginalSidecar) -> None:
@@ -305,6 +382,30 @@ async def test_what_is_no_answer_is_an_error(
             await client.hosts()
 
 
+@pytest.mark.parametrize(
+    ("raw", "fields", "reason"),
+    [
+        (b"[" * 100_000, [], "is no answer"),
+        (b'{"host":' * 100_000, [], "is no answer"),
+        (b"9" * 100_000, [], "is no answer"),
+        (b'{"host": "' + b"n" * (1 << 20) + b'"}', [], "longer than 1048576 bytes"),
+        (gzip.compress(b'{"host": "' + b"n" * (1 << 26) + b'"}'), [(b"content-encoding", b"gzip")], "compressed"),
+    ],
+    ids=["nested lists", "nested objects", "a long number", "a long answer", "a compressed answer"],
+)
+async def test_an_answer_that_would_cost_too_much_to_read_is_an_error(
+    url: str, sidecar: OriginalSidecar, raw: bytes, fields: list[tuple[bytes, bytes]], reason: str
+) -> None:
+    async with PgStatusClient(url, max_age=0) as client:
+        sidecar.raw, sidecar.fields = raw, fields
+        with pytest.raises(SidecarError, match=reason):
+            await client.master()
+        # The next one is read again.
+        sidecar.raw, sidecar.fields = None, ()
+        assert await client.master() == "n1"
+    assert {each.headers["accept-encoding"] for each in sidecar.asked} == {"identity"}
+
+
 async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
     async with nobody_listens() as url:
         client = PgStatusClient(url.replace("://", "://user:hunter2@") + "/?token=hunter2")
@@ -334,7 +435,9 @@ def test_an_address_that_is_none_is_refused(base_url: str) -> None:
     assert "hunter2" not in str(info.value)
 
 
-@pytest.mark.parametrize("options", [{"max_age": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"max_age": -1}, {"grace": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}]
+)
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=f"`{next(iter(options))}`"):
         PgStatusClient("http://127.0.0.1:8000", **options)

@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tests.support.database import Database, Item
 from tests.support.database import insert as insert_item
-from tests.support.hosts import HOST, FakeSource, Hosts
+from tests.support.hosts import HOST, FakeSource, ForgettableSidecar, Hosts, frozen
 
 from ctxdb_core import (
     DBConnect,
@@ -44,8 +44,8 @@ from ctxdb_core import (
     on_commit,
     transactional,
 )
-from ctxdb_pgstatus import MasterChangedError, follow_master
-from ctxdb_pgstatus._statements import may_write
+from ctxdb_pgstatus import CommitUnconfirmedError, KnownMaster, MasterChangedError, SidecarError, follow_master
+from ctxdb_pgstatus._following.statements import may_write
 from ctxdb_starlette import DBSessionMiddleware
 
 items = Table("item", MetaData(), Column("name", String))
@@ -92,22 +92,102 @@ async def test_a_commit_on_a_host_that_is_not_the_master_raises(
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_that_nobody_can_confirm_raises(db: DBConnect, source: FakeSource) -> None:
+async def test_a_commit_that_nobody_can_confirm_is_unconfirmed(db: DBConnect, source: FakeSource) -> None:
     source.error = RuntimeError("no answer")
-    with pytest.raises(MasterChangedError, match="could not be found out") as raised:
+    with pytest.raises(CommitUnconfirmedError, match=r"could not be found out \(no answer\)") as raised:
         async with new_db_ctx():
             await insert_item(db, "a")
     assert raised.value.__cause__ is source.error
+    assert (raised.value.host, raised.value.retryable) == ("n1", False)
 
 
 async def test_a_confirmation_has_a_limited_time(database: Database, source: FakeSource) -> None:
     source.may_confirm = asyncio.Event()
     handler = follow_master(source, confirm_timeout=0.01)
     async with DBConnect(Hosts(database), before_create_session_handler=handler) as db:
-        with pytest.raises(MasterChangedError) as raised:
+        with pytest.raises(CommitUnconfirmedError) as raised:
             async with new_db_ctx():
                 await insert_item(db, "a")
     assert isinstance(raised.value.__cause__, TimeoutError)
+
+
+# --- while a sidecar is away ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sidecar() -> ForgettableSidecar:
+    return ForgettableSidecar(error=SidecarError("away"))
+
+
+@pytest.fixture
+async def led(database: Database, sidecar: ForgettableSidecar) -> AsyncIterator[DBConnect]:
+    """A `DBConnect` that follows a sidecar which is away."""
+    async with DBConnect(Hosts(database), before_create_session_handler=follow_master(sidecar)) as db:
+        yield db
+        await database.assert_quiet()
+
+
+@both_drivers
+@pytest.mark.parametrize("timeline", [None, 1])
+async def test_while_the_sidecar_is_away_the_host_of_a_commit_confirms_it(
+    led: DBConnect, sidecar: ForgettableSidecar, database: Database, timeline: int | None
+) -> None:
+    sidecar.known = KnownMaster("n1", timeline)
+    for name in ("a", "b"):
+        async with new_db_ctx():
+            await insert_item(led, name)
+    assert sidecar.confirmed == ["n1", "n1"]
+    assert await database.names() == ["a", "b"]
+
+
+@both_drivers
+async def test_a_host_on_another_timeline_than_the_master_that_was_known_does_not_confirm(
+    led: DBConnect, sidecar: ForgettableSidecar
+) -> None:
+    sidecar.known = KnownMaster("n1", 2)
+    with pytest.raises(MasterChangedError):
+        async with new_db_ctx():
+            await insert_item(led, "a")
+
+
+async def test_a_host_that_was_not_the_master_when_the_sidecar_was_last_heard_does_not_confirm(
+    led: DBConnect, sidecar: ForgettableSidecar
+) -> None:
+    sidecar.known = KnownMaster("n2", 1)
+    with pytest.raises(MasterChangedError):
+        async with new_db_ctx():
+            await insert_item(led, "a")
+
+
+async def test_a_commit_is_unconfirmed_if_the_sidecar_has_been_away_for_too_long(
+    led: DBConnect, sidecar: ForgettableSidecar, database: Database
+) -> None:
+    sidecar.known = None
+    with pytest.raises(CommitUnconfirmedError, match="away") as raised:
+        async with new_db_ctx():
+            await insert_item(led, "a")
+    assert raised.value.__cause__ is sidecar.error
+    assert await database.names() == ["a"]
+
+
+@both_drivers
+async def test_a_host_that_hangs_does_not_confirm_and_is_not_waited_for(
+    database: Database, sidecar: ForgettableSidecar
+) -> None:
+    hosts = Hosts(database)
+    sidecar.error, sidecar.may_confirm = None, asyncio.Event()
+    handler = follow_master(sidecar, confirm_timeout=0.6)
+    async with DBConnect(hosts, before_create_session_handler=handler) as db:
+        writing = asyncio.create_task(_write(db))
+        await sidecar.confirming.wait()
+        with frozen(hosts, "n1"), pytest.raises(CommitUnconfirmedError):
+            await writing
+    assert await database.names() == ["a"]
+
+
+async def _write(db: DBConnect) -> None:
+    async with new_db_ctx():
+        await insert_item(db, "a")
 
 
 async def test_confirmations_can_be_done_without(database: Database, source: FakeSource) -> None:

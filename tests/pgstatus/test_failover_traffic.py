@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import eventually
 from tests.support.followers import Engines, monitoring, until
-from tests.support.server import serve
+from tests.support.sidecar import serve_sidecar
 from tests.support.traffic import Traffic, payments_on
 
 from ctxdb_demo.cluster_app import Base, create_app
@@ -60,7 +60,7 @@ async def service(cluster: PostgresCluster, request: pytest.FixtureRequest) -> A
         if request.param == "sidecar":
             sidecar = SidecarApp(History())
             sidecar.monitor = monitor
-            url = await stack.enter_async_context(serve(sidecar, http="httptools"))
+            url = await stack.enter_async_context(serve_sidecar(sidecar))
             source = await stack.enter_async_context(PgStatusClient(url, max_age=0.1))
         app = create_app(source, engines, secrets.token_hex(16))
         await stack.enter_async_context(app.router.lifespan_context(app))
@@ -111,6 +111,7 @@ async def test_a_killed_primary_loses_no_acknowledged_write(service: Service, re
     report(f"{first - promoted:.2f} s from the promotion to the first write; {traffic}")
     assert await traffic.lost_on(new) == set()
     assert traffic.stale == []
+    assert traffic.errors <= {503}
 
 
 async def test_a_frozen_primary_that_thaws_loses_no_acknowledged_write(
@@ -132,6 +133,7 @@ async def test_a_frozen_primary_that_thaws_loses_no_acknowledged_write(
     report(f"noticed after {noticed - frozen:.2f} s; {traffic}")
     assert await traffic.lost_on(new) == set()
     assert traffic.stale == []
+    assert traffic.errors <= {503}
 
 
 async def test_without_synchronous_replication_a_frozen_primary_loses_at_most_what_it_had_not_sent(
@@ -196,6 +198,7 @@ async def test_no_write_follows_an_old_primary_that_returns_as_one(service: Serv
         await traffic.some_reads()
     assert await traffic.lost_on(new) == set()
     assert traffic.stale == []
+    assert traffic.errors <= {503}
 
 
 async def test_replicas_that_die_and_return_are_left_and_used_again(service: Service) -> None:
@@ -214,6 +217,7 @@ async def test_replicas_that_die_and_return_are_left_and_used_again(service: Ser
         await traffic.some_reads()
     assert await traffic.lost_on(service.cluster.primary) == set()
     assert traffic.stale == []
+    assert traffic.errors <= {503}
 
 
 async def test_replicas_that_lag_give_way_to_the_master(service: Service) -> None:
@@ -233,6 +237,7 @@ async def test_replicas_that_lag_give_way_to_the_master(service: Service) -> Non
         await eventually(lambda: len(service.monitor.status.replicas("bytes")) == 2, "they do not come back")
         await traffic.some_reads()
     assert traffic.stale == []
+    assert traffic.errors <= {503}
     assert traffic.refused == traffic.failed_reads == 0, traffic
 
 
@@ -250,3 +255,4 @@ async def test_after_all_hosts_were_down_it_goes_on(service: Service) -> None:
         await traffic.some_reads()
     assert await traffic.lost_on(cluster.primary) == set()
     assert traffic.stale == []
+    assert traffic.errors <= {503}

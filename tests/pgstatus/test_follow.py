@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 from tests.support.database import Database, eventually, insert
-from tests.support.hosts import HOST, FakeSource, Hosts, host_of
+from tests.support.hosts import HOST, FakeSource, Hosts, frozen, host_of
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_core.testing import shared_transaction
-from ctxdb_pgstatus import NoMasterError, NoReplicaError, OptionError, follow_master, follow_replica
-from ctxdb_pgstatus._followed_engine import FollowedEngine
+from ctxdb_pgstatus import (
+    CommitUnconfirmedError,
+    ConnectionLostError,
+    HostUnreachableError,
+    NoMasterError,
+    NoReplicaError,
+    OptionError,
+    follow_master,
+    follow_replica,
+)
+from ctxdb_pgstatus._following.engine import FollowedEngine
 
 both_drivers = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 
@@ -47,19 +55,6 @@ async def master(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
 async def replica(hosts: Hosts, source: FakeSource) -> AsyncIterator[DBConnect]:
     async with DBConnect(hosts, before_create_session_handler=follow_replica(source)) as db:
         yield db
-
-
-@contextmanager
-def frozen(hosts: Hosts, host: str) -> Iterator[None]:
-    """Stop the server processes that serve `host`."""
-    pids = hosts.pids(host)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 async def _all_waiting(hosts: Hosts, host: str, count: int) -> None:
@@ -141,8 +136,8 @@ async def test_requests_stuck_on_a_frozen_host_fail_when_it_is_known_to_be_dead(
             results = await asyncio.gather(*stuck, return_exceptions=True)
             waited = await asyncio.gather(*waiting, return_exceptions=True)
         for result in results:
-            assert isinstance(result, DBAPIError)
-            assert result.connection_invalidated
+            assert isinstance(result, ConnectionLostError)
+            assert result.retryable
             assert "'n1' was left while it was in use" in str(result)
         assert {type(result) for result in waited} == {NoMasterError}
         source.master, source.replicas = "n2", ("n3",)
@@ -175,7 +170,7 @@ async def test_a_host_that_becomes_the_master_again_works_at_once(
         with pytest.raises(NoMasterError):
             await host_of(master)
         # It was cut off.
-        with pytest.raises(DBAPIError):
+        with pytest.raises(ConnectionLostError):
             await session.scalar(HOST)
     source.master = "n1"
     for _ in range(3):
@@ -254,9 +249,27 @@ async def test_a_host_that_accepts_no_connection_is_not_waited_for(database: Dat
     async with server, DBConnect.from_url(url) as other:
         engine = await other.engine()
         async with DBConnect(lambda host: engine, before_create_session_handler=handler) as db:
-            with pytest.raises(TimeoutError, match=r"'n1' has not accepted a connection within 0.05 seconds"):
+            with pytest.raises(HostUnreachableError, match=r"within 0.05 seconds") as raised:
                 await host_of(db)
+    assert isinstance(raised.value.__cause__, TimeoutError)
+    assert (raised.value.host, raised.value.retryable) == ("n1", True)
     assert source.failures == ["n1"]
+
+
+@both_drivers
+@pytest.mark.parametrize(
+    ("user", "name"), [("nobody", None), ("postgres", "no_such_database")], ids=["no such user", "no such database"]
+)
+async def test_an_account_that_the_host_refuses_is_nothing_to_retry(
+    database: Database, source: FakeSource, user: str, name: str | None
+) -> None:
+    url = make_url(database.url).set(username=user, database=name or database.name)
+    handler = follow_master(source)
+    async with DBConnect(lambda host: create_async_engine(url), before_create_session_handler=handler) as db:
+        with pytest.raises(HostUnreachableError) as raised:
+            await host_of(db)
+    # psycopg does not tell why.
+    assert raised.value.retryable is ("psycopg" in database.url)
 
 
 async def test_a_refused_connection_is_reported(database: Database, source: FakeSource) -> None:
@@ -264,18 +277,68 @@ async def test_a_refused_connection_is_reported(database: Database, source: Fake
     async with DBConnect.from_url(url) as other:
         engine = await other.engine()
         async with DBConnect(lambda host: engine, before_create_session_handler=follow_master(source)) as db:
-            with pytest.raises(ConnectionRefusedError):
+            with pytest.raises(HostUnreachableError, match="'n1' has not accepted a connection") as raised:
                 await host_of(db)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert raised.value.retryable
     assert source.failures == ["n1"]
 
 
+@both_drivers
 async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
     async with new_non_ctx_session(master) as session:
         await session.scalar(HOST)
         hosts.database.terminate_backends("application_name = 'n1'")
-        with pytest.raises(DBAPIError):
+        with pytest.raises(ConnectionLostError, match="Nothing of it is stored") as raised:
             await session.scalar(HOST)
     assert source.failures == ["n1"]
+    assert isinstance(raised.value.__cause__, (await master.engine()).dialect.loaded_dbapi.Error)
+    assert raised.value.retryable
+
+
+@both_drivers
+async def test_a_connection_that_breaks_while_a_write_is_committed_leaves_the_outcome_unknown(
+    master: DBConnect, hosts: Hosts, database: Database
+) -> None:
+    with database.held_commits():
+        writing = asyncio.create_task(_write(master))
+        await database.commit_is_held()
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(CommitUnconfirmedError, match="broke while a commit was under way") as raised:
+            await writing
+    assert not raised.value.retryable
+    assert isinstance(raised.value.__cause__, (await master.engine()).dialect.loaded_dbapi.Error)
+
+
+async def _write(db: DBConnect) -> None:
+    async with new_db_ctx():
+        await insert(db, "a")
+
+
+@both_drivers
+async def test_a_write_in_autocommit_whose_connection_breaks_has_an_unknown_outcome(
+    master: DBConnect, hosts: Hosts
+) -> None:
+    async with new_non_ctx_session(master) as session:
+        connection = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        writing = asyncio.create_task(connection.execute(text("SELECT pg_sleep(1000)")))
+        await _all_waiting(hosts, "n1", 1)
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(CommitUnconfirmedError):
+            await writing
+
+
+@both_drivers
+async def test_a_reader_whose_connection_breaks_may_try_again(
+    replica: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with new_non_ctx_session(replica) as session:
+        host = await session.scalar(HOST)
+        hosts.database.terminate_backends(f"application_name = '{host}'")
+        with pytest.raises(ConnectionLostError) as raised:
+            await session.scalar(HOST)
+    assert (raised.value.host, raised.value.retryable) == (host, True)
+    assert source.failures == [host]
 
 
 async def test_an_error_of_a_statement_is_not_reported(master: DBConnect, source: FakeSource) -> None:
@@ -311,7 +374,7 @@ async def test_engines_are_followed_on_every_loop(master: DBConnect, source: Fak
             used.set()
             await asyncio.to_thread(moved.wait)
             # It was cut off, by the other loop's change.
-            with pytest.raises(DBAPIError):
+            with pytest.raises(ConnectionLostError):
                 await eventually_fails(session)
         served.append(await host_of(master))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ctxdb_pgstatus._lag import Lag, Sample
-from ctxdb_pgstatus._probe import Answer
+from dataclasses import replace
+
+from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.lag import Lag, Sample
 
 
 def _replica(position: int | None, age: float | None = None, *, at: float = 100.0, timeline: int | None = 1) -> Answer:
@@ -58,3 +60,16 @@ def test_one_that_went_back_has_not_what_it_had() -> None:
 def test_without_a_master_ever_seen_the_last_commit_tells_what_it_can() -> None:
     assert Lag().measure(_replica(500, 10.2), None) == (11, None)
     assert Lag().measure(_replica(500, None), None) == (None, None)
+
+
+def test_the_age_of_a_commit_is_told_by_the_clock_that_it_was_made_by() -> None:
+    sample = Sample(1, 500, 100, clock=1_000_000.0)
+    # Its own clock is an hour fast, or slow: the commit was made 1.5 seconds before the master was asked.
+    for age in (3_601_500.0, -3_598_500.0):
+        answer = replace(_replica(400, age, at=100.5), replayed_commit_at=999_998.5)
+        assert Lag().measure(answer, sample) == (2000, 100)
+
+
+def test_the_lag_that_a_service_tells_is_taken_as_it_is() -> None:
+    answer = replace(_replica(None), lag_ms=12.5)
+    assert Lag().measure(answer, None) == Lag().measure(answer, Sample(1, 500, 100)) == (13, None)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from tests.support.database import eventually
+from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.proxy import Proxy
 
-from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, HostStatus, OptionError, PgStatusError
-from ctxdb_pgstatus._probe import Answer, Probe
-from ctxdb_pgstatus._watch import Pace
+from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, OptionError, PgStatusError
+from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.pace import Pace
+from ctxdb_pgstatus._probing.probe import Probe
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
-
-HOUR = 3600.0
-PATIENCE = 20
 
 
 @pytest.fixture(autouse=True)
@@ -28,88 +27,6 @@ async def _nothing_is_left() -> AsyncIterator[None]:
     yield
     left = asyncio.all_tasks() - tasks - {asyncio.current_task()}
     assert left == set()
-
-
-def monitor_of(cluster: PostgresCluster, **options: Any) -> HostMonitor:
-    options = {"port": cluster.port, "user": "postgres", "poll_interval": HOUR, **options}
-    return HostMonitor(options.pop("hosts", cluster.hosts), **options)
-
-
-async def until(monitor: HostMonitor, condition: Callable[[], bool]) -> None:
-    """Wait, without a poll of one's own, until what is known fulfils a condition."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await monitor.wait_for_change()
-
-
-def status_of(monitor: HostMonitor, node: PostgresNode) -> HostStatus:
-    return next(host for host in monitor.hosts() if host.host == node.host)
-
-
-def changes_of(monitor: HostMonitor) -> list[ClusterStatus]:
-    changes: list[ClusterStatus] = []
-    monitor.on_change(lambda old, new: changes.append(new))
-    return changes
-
-
-class Proxy:
-    """A way to a node that can be closed, and blocked."""
-
-    def __init__(self, node: PostgresNode) -> None:
-        self.node = node
-        self.refusals = 0
-        self.attempts = 0
-        self.blocked = False
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *args: object) -> None:
-        self._server.close()
-        self.drop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def drop(self) -> None:
-        """Break all connections."""
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.attempts += 1
-        self._writers.add(writer)
-        try:
-            if self.refusals:
-                self.refusals -= 1
-                return
-            if self.blocked:
-                await reader.read(-1)
-                return
-            upstream, up = await asyncio.open_connection(self.node.host, self.node.port)
-            self._writers.add(up)
-            with contextlib.suppress(OSError):
-                await asyncio.gather(_pump(reader, up), _pump(upstream, writer))
-        except (OSError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.transport.abort()
-            self._tasks.discard(task)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(2**16):
-            writer.write(data)
-    finally:
-        writer.transport.abort()
 
 
 # --- what is known ----------------------------------------------------------------------------------------------------
@@ -231,17 +148,22 @@ async def test_a_frozen_host_is_noticed_and_its_thaw_too(cluster: PostgresCluste
         await until(monitor, lambda: monitor.master() == cluster.primary.host)
 
 
-@pytest.mark.parametrize("connect_timeout", [0.5, 100])
+@pytest.mark.parametrize("time_outs", [0.5, 100])
 @pytest.mark.parametrize("max_fails", [1, 3, 10])
 @pytest.mark.parametrize("poll_interval", [2.0, 5.0, 60.0])
-@pytest.mark.parametrize("hanging", [True, False], ids=["frozen", "refusing"])
 def test_the_failures_of_a_dead_host_take_one_poll_interval_at_most(
-    poll_interval: float, max_fails: int, connect_timeout: float, hanging: bool
+    poll_interval: float, max_fails: int, time_outs: float
 ) -> None:
-    pace = Pace(poll_interval, connect_timeout, max_fails)
-    elapsed = pace.attempt if hanging else 0.0
-    pauses = sum(pace.pause(failures, elapsed) for failures in range(1, max_fails))
-    assert max_fails * elapsed + pauses <= poll_interval * 1.0001
+    pace = Pace(poll_interval, time_outs, max_fails)
+    assert sum(pace.pause(failures, 0.0) for failures in range(1, max_fails)) <= poll_interval
+    assert pace.silence(usual=0.01) <= poll_interval
+
+
+def test_a_host_that_usually_takes_long_may_be_silent_for_longer_but_not_beyond_its_time_outs() -> None:
+    pace = Pace(1.0, 4.0, 3)
+    assert pace.silence(usual=0.5) == pytest.approx(1.5)
+    assert pace.silence(usual=3.0) == pytest.approx(4.0)
+    assert pace.patience(usual=0.5) == pytest.approx(1.5)
 
 
 async def test_a_host_that_hangs_delays_no_other(cluster: PostgresCluster) -> None:
@@ -319,7 +241,7 @@ async def test_a_position_counts_for_nothing_once_its_connection_is_broken(clust
 
 async def test_a_reported_failure_has_the_host_asked_at_once(cluster: PostgresCluster) -> None:
     frozen, other = cluster.standbys
-    async with monitor_of(cluster, connect_timeout=0.2) as monitor:
+    async with monitor_of(cluster, connect_timeout=1.0) as monitor:
         await frozen.freeze()
         monitor.report_failure(frozen.host)
         monitor.report_failure("unknown")
@@ -426,7 +348,62 @@ async def test_an_old_primary_is_refused_by_what_a_replica_has_received(cluster:
             assert monitor.master() is None
 
 
-async def test_two_masters_on_one_timeline_are_warned_of_once(
+async def _promote_both(cluster: PostgresCluster) -> tuple[PostgresNode, PostgresNode]:
+    """Have two standbys go on from the same point, each on the same new timeline."""
+    old, one, other = cluster.nodes
+    await cluster.wait_for_replay()
+    await old.kill()
+    await one.promote()
+    await other.promote()
+    return one, other
+
+
+async def test_while_two_servers_take_writes_on_one_timeline_there_is_no_master(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with monitor_of(cluster, poll_interval=0.5) as monitor:
+        one, other = await _promote_both(cluster)
+        await other.write_wal(1_000_000)
+        await until(monitor, lambda: all(status_of(monitor, node).fault == "rival" for node in (one, other)))
+        assert monitor.master() is None
+        assert not await monitor.confirm_master(one.host)
+        for _ in range(3):
+            await monitor.poll()
+        warnings = [record for record in caplog.records if "rivals" in record.__dict__]
+        assert len(warnings) == 1
+        assert {warnings[0].__dict__["host"], *warnings[0].__dict__["rivals"]} == {one.host, other.host}
+        await one.kill()
+        await until(monitor, lambda: monitor.master() == other.host)
+        assert status_of(monitor, other).fault is None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+async def test_rivals_are_judged_alike_by_every_monitor(cluster: PostgresCluster, *, reverse: bool) -> None:
+    one, other = await _promote_both(cluster)
+    hosts = [one.host, other.host]
+    async with monitor_of(cluster, hosts=hosts[::-1] if reverse else hosts) as monitor:
+        assert monitor.master() is None
+        assert [host.fault for host in monitor.hosts()] == ["rival", "rival"]
+
+
+async def test_of_two_servers_on_one_timeline_the_one_that_takes_writes_is_the_master(cluster: PostgresCluster) -> None:
+    one, other = await _promote_both(cluster)
+    await one.set("default_transaction_read_only", "on")
+    async with monitor_of(cluster) as monitor:
+        assert monitor.master() == other.host
+        assert status_of(monitor, one).fault == "rival"
+
+
+async def test_a_monitor_whose_own_role_is_read_only_takes_no_master_for_a_fenced_one(cluster: PostgresCluster) -> None:
+    await cluster.primary.execute("CREATE ROLE reading LOGIN")
+    await cluster.primary.execute("ALTER ROLE reading SET default_transaction_read_only = on")
+    one, other = await _promote_both(cluster)
+    async with monitor_of(cluster, user="reading") as monitor:
+        assert monitor.master() is None
+        assert status_of(monitor, one).fault == status_of(monitor, other).fault == "rival"
+
+
+async def test_two_names_of_one_server_are_no_rivals(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with (
@@ -434,13 +411,10 @@ async def test_two_masters_on_one_timeline_are_warned_of_once(
         Proxy(cluster.primary) as other,
         monitor_of(cluster, hosts=[one.host, other.host]) as monitor,
     ):
-        master = monitor.master()
-        rival = {one.host, other.host} - {master}
         for _ in range(3):
-            await monitor.poll()
-            assert monitor.master() == master
-    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert [(record.__dict__["host"], set(record.__dict__["rivals"])) for record in warnings] == [(master, rival)]
+            assert monitor.master() == one.host
+            assert await monitor.confirm_master(one.host)
+    assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
 
 
 async def test_a_replica_that_stays_on_the_old_timeline_is_in_sync_by_nothing(cluster: PostgresCluster) -> None:
@@ -591,9 +565,9 @@ async def test_wal_that_is_on_its_way_is_no_lag(cluster: PostgresCluster, monkey
     ask = Probe.ask
     arrived = False
 
-    async def asked_too_early(probe: Probe, timeout: float) -> Answer:
+    async def asked_too_early(probe: Probe) -> Answer:
         nonlocal arrived
-        answer = await ask(probe, timeout)
+        answer = await ask(probe)
         if probe._address.host == slow.host and not arrived:
             arrived = True
             await slow.resume_replay()
@@ -769,10 +743,10 @@ async def test_many_polls_at_once_are_few(cluster: PostgresCluster, monkeypatch:
     asked = 0
     ask = Probe.ask
 
-    async def count(probe: Probe, timeout: float) -> Answer:
+    async def count(probe: Probe) -> Answer:
         nonlocal asked
         asked += 1
-        return await ask(probe, timeout)
+        return await ask(probe)
 
     async with monitor_of(cluster) as monitor:
         monkeypatch.setattr(Probe, "ask", count)

@@ -50,7 +50,7 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 from ctxdb_starlette import DBSessionMiddleware

@@ -7,8 +7,8 @@ from collections import Counter
 
 import httpx
 import pytest
-from tests.support.server import http_client, serve
-from tests.support.sidecar import cluster, dead, master, replica, told_app
+from tests.support.server import http_client
+from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
 
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.choice import Locality
@@ -20,28 +20,28 @@ HOST_PATHS = ["/master", *REPLICA_PATHS, "/most_sync_by_bytes"]
 
 
 async def ask(app: SidecarApp, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         return await client.get(path, headers=headers)
 
 
 @pytest.mark.parametrize("path", HOST_PATHS)
 async def test_a_host_is_named_as_plain_text_or_as_json(path: str) -> None:
     app, _ = told_app(master("n1"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         plain, in_json = await client.get(path), await client.get(path, headers=JSON)
     assert (plain.status_code, plain.text) == (200, "n1")
     assert plain.headers["content-type"].startswith("text/plain")
-    assert (in_json.status_code, in_json.content) == (200, b'{"host":"n1"}')
+    assert (in_json.status_code, in_json.content) == (200, b'{"host":"n1","dc":null,"geo":null}')
     assert in_json.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("path", HOST_PATHS)
 async def test_no_host_is_a_404_with_an_empty_body_or_null(path: str) -> None:
     app, _ = told_app(dead("n1"), master=None)
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         plain, in_json = await client.get(path), await client.get(path, headers=JSON)
     assert (plain.status_code, plain.content) == (404, b"")
-    assert (in_json.status_code, in_json.content) == (404, b'{"host":null}')
+    assert (in_json.status_code, in_json.content) == (404, b'{"host":null,"dc":null,"geo":null}')
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ async def test_the_replicas_that_match_take_turns(path: str, hosts: set[str]) ->
         replica("none", by_time=False, by_bytes=False),
         dead("n6"),
     )
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         answers = Counter([(await client.get(path)).text for _ in range(4 * len(hosts))])
     assert answers == dict.fromkeys(hosts, 4)
 
 
 async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_replica() -> None:
     app, _ = told_app(master("n1"), master("n2"), replica("n3"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
         assert (await client.get("/replicas_info")).content == b'[{"host":"n3"}]'
         described = {each["host"]: (each["master"], each["role"]) for each in (await client.get("/hosts")).json()}
@@ -104,7 +104,7 @@ async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
     app, _ = told_app(
         master("n1"), replica("n2", lag_bytes=90), replica("n3", lag_bytes=10), replica("n4", lag_bytes=10)
     )
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/most_sync_by_bytes")).text for _ in range(3)} == {"n3"}
         assert (await client.get("/most_sync_by_bytes?lag_bytes=9")).text == "n1"
 
@@ -126,7 +126,7 @@ async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
 )
 async def test_a_wrong_parameter_is_a_400_that_names_it(path: str, name: str, value: str) -> None:
     app, _ = told_app(master("n1"), replica("n2"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         response = await client.get(path, params={name: value})
     assert (response.status_code, response.json()) == (400, {"error_text": f"Invalid {name}"})
 
@@ -136,6 +136,87 @@ async def test_a_request_waits_for_a_replica_that_has_replayed_its_position() ->
     monitor.next = [cluster(master("n1"), replica("n2", position=2))]
     assert (await ask(app, "/sync_by_time?min_lsn=0/2&wait_ms=250")).text == "n2"
     assert monitor.waited_for == [("time", 2, 0.25)]
+
+
+async def test_the_json_of_one_host_tells_where_it_is() -> None:
+    locality = Locality({"n1": "frankfurt", "n2": "amsterdam"}, {"n1": "europe", "n2": "europe"})
+    app, _ = told_app(master("n1"), replica("n2"), locality=locality)
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        assert (await client.get("/master", headers=JSON)).json() == {"host": "n1", "dc": "frankfurt", "geo": "europe"}
+        assert (await client.get("/replica", headers=JSON)).json() == {"host": "n2", "dc": "amsterdam", "geo": "europe"}
+
+
+# --- what load balancers ask ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "status", "body"),
+    [
+        ("/primary", 200, "n1"),
+        ("/primary?host=n1", 200, "n1"),
+        ("/primary?host=n2", 503, ""),
+        ("/primary?host=n4", 503, ""),
+        ("/primary?host=n9", 404, '{"error_text":"This host is not monitored"}'),
+        ("/replica?host=n1", 503, ""),
+        ("/replica?host=n2", 200, "n2"),
+        ("/replica?host=n4", 503, ""),
+        ("/replica?host=n9", 404, '{"error_text":"This host is not monitored"}'),
+        ("/replica?lag=96", 200, "n2"),
+        ("/replica?lag=95", 503, ""),
+        ("/replica?host=n3&lag=16MB", 503, ""),
+        ("/replica?host=n3&lag=17MB", 200, "n3"),
+        ("/replica?host=n3&lag=16385kB", 200, "n3"),
+        ("/replica?host=n3&lag=1GB&lag_bytes=100", 503, ""),
+        ("/replica?host=n3&lag_ms=6193", 200, "n3"),
+        ("/replica?host=n3&lag_ms=6192", 503, ""),
+        ("/replica?lag=much", 400, '{"error_text":"Invalid lag"}'),
+        ("/replica?lag=1EB", 400, '{"error_text":"Invalid lag"}'),
+        ("/replica?lag=-1", 400, '{"error_text":"Invalid lag"}'),
+    ],
+)
+async def test_a_load_balancer_is_told_by_the_status_code(question: str, status: int, body: str) -> None:
+    app, _ = told_app(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False), dead("n4"))
+    response = await ask(app, question)
+    assert (response.status_code, response.text) == (status, body)
+
+
+async def test_without_a_master_no_host_is_the_primary_and_replicas_stay_replicas() -> None:
+    app, _ = told_app(dead("n1"), replica("n2"), master=None)
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        assert (await client.get("/primary")).status_code == 503
+        assert (await client.get("/primary?host=n1")).status_code == 503
+        assert (await client.get("/replica?host=n2")).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD"])
+async def test_load_balancers_may_check_by_other_methods(method: str) -> None:
+    app, _ = told_app(master("n1"), replica("n2"))
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        assert (await client.request(method, "/primary?host=n1")).status_code == 200
+        assert (await client.request(method, "/primary?host=n2")).status_code == 503
+        assert (await client.request(method, "/replica?host=n2&lag=1MB")).status_code == 200
+
+
+async def test_a_primary_that_is_not_to_come_from_memory_is_confirmed() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
+    response = await ask(app, "/primary?host=n1", {"cache-control": "no-cache"})
+    assert (response.status_code, monitor.confirmations) == (503, 1)
+
+
+# --- hosts that may be about to die -----------------------------------------------------------------------------------
+
+
+async def test_a_replica_that_has_just_failed_to_answer_is_chosen_only_if_all_have() -> None:
+    app, monitor = told_app(master("n1"), replica("n2", possible_dead=True), replica("n3"))
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
+        assert {(await client.get("/replica?lag_ms=5")).text for _ in range(4)} == {"n3"}
+        assert (await client.get("/most_sync_by_bytes")).text == "n3"
+        assert [each["possible_dead"] for each in (await client.get("/hosts")).json()] == [False, True, False]
+        monitor.status = cluster(master("n1"), replica("n2", possible_dead=True), dead("n3"))
+        assert (await client.get("/replica")).text == "n2"
+        assert (await client.get("/most_sync_by_bytes")).text == "n2"
 
 
 async def test_hosts_tells_all_of_every_host() -> None:
@@ -151,6 +232,7 @@ async def test_hosts_tells_all_of_every_host() -> None:
         "distance": 2,
         "master": True,
         "alive": True,
+        "possible_dead": False,
         "role": "master",
         "lag_ms": 0,
         "sync_by_time": True,
@@ -160,6 +242,10 @@ async def test_hosts_tells_all_of_every_host() -> None:
         "timeline": 1,
         "since": "2026-03-01T12:00:00+00:00",
         "error": None,
+        "takes_reads": True,
+        "fault": None,
+        "system_identifier": None,
+        "started_at": None,
     }
     assert (second["lag_ms"], second["sync_by_time"], second["sync_by_bytes"]) == (6193, False, True)
     assert (third["alive"], third["lag_ms"], third["lag_bytes"], third["lsn"]) == (False, None, None, None)
@@ -168,7 +254,7 @@ async def test_hosts_tells_all_of_every_host() -> None:
 
 async def test_hosts_follows_the_status() -> None:
     app, monitor = told_app(master("n1"), replica("n2"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         before = (await client.get("/hosts")).json()
         monitor.status = cluster(dead("n1"), master("n2"), master="n2")
         after = (await client.get("/hosts")).json()
@@ -178,7 +264,7 @@ async def test_hosts_follows_the_status() -> None:
 
 async def test_status_tells_of_one_host() -> None:
     app, _ = told_app(master("n1"), replica("n2"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         found = await client.get("/status", params={"host": "n2"})
         unknown = await client.get("/status", params={"host": "n9"})
         unnamed = await client.get("/status")
@@ -189,7 +275,7 @@ async def test_status_tells_of_one_host() -> None:
 
 async def test_before_the_hosts_were_asked_nothing_is_told_of_them() -> None:
     app = SidecarApp(History())
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         for path in [*HOST_PATHS, "/hosts", "/status", "/replicas_info", "/health", "/ready", "/replica?lag_ms=x"]:
             response = await client.get(path)
             assert (response.status_code, response.json()) == (503, {"error_text": "pg_monitor is not ready"}), path
@@ -221,7 +307,7 @@ async def test_health_tells_whether_the_cluster_takes_writes(
 
 async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
     app, monitor = told_app(master("n1"), replica("n2"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/master")).text == "n1"
         assert (monitor.confirmations, monitor.polls) == (0, 0)
         assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n1"
@@ -239,17 +325,19 @@ async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:
 
 async def test_head_answers_as_get_does_without_the_body() -> None:
     app, _ = told_app(master("n1"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         for path in ["/master", "/hosts", "/", "/metrics", "/live"]:
             response = await client.head(path)
             assert (response.status_code, response.content) == (200, b""), path
-            assert int(response.headers["content-length"]) == len((await client.get(path)).content), path
+            # Metrics of the process are others each time.
+            if path != "/metrics":
+                assert int(response.headers["content-length"]) == len((await client.get(path)).content), path
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_other_methods_are_not_allowed(method: str) -> None:
     app, _ = told_app(master("n1"))
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         response = await client.request(method, "/master")
         elsewhere = await client.request(method, "/nowhere")
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
@@ -267,7 +355,7 @@ async def test_near_replicas_are_preferred() -> None:
         {"n1": "x", "n2": "x", "n3": "y", "n4": "z"}, {"n1": "e", "n2": "e", "n3": "e", "n4": "w"}, "x", "e"
     )
     app, monitor = told_app(master("n1"), replica("n2"), replica("n3"), replica("n4"), locality=locality)
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n2"}
         monitor.status = cluster(master("n1"), dead("n2"), replica("n3"), replica("n4"))
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
@@ -275,9 +363,21 @@ async def test_near_replicas_are_preferred() -> None:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n4"}
 
 
+async def test_what_a_host_says_moves_no_cursor_of_who_reads_it() -> None:
+    error = "\x1b[2K\x9b2K\x7f\r\n größe"
+    app, _ = told_app(master("n1"), dead("n2", error))
+    response = await ask(app, "/hosts")
+    assert response.text.isprintable()
+    assert response.json()[1]["error"] == error
+
+
 async def test_names_that_are_not_ascii_arrive_whole() -> None:
     app, _ = told_app(master("größe"), master="größe")
-    async with serve(app, http="httptools") as url, http_client(url) as client:
+    async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/master")).text == "größe"
-        assert json.loads((await client.get("/master", headers=JSON)).content) == {"host": "größe"}
+        assert json.loads((await client.get("/master", headers=JSON)).content) == {
+            "host": "größe",
+            "dc": None,
+            "geo": None,
+        }
         assert (await client.get("/status", params={"host": "größe"})).status_code == 200

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.support.database import eventually
-from tests.support.server import http_client, serve
+from tests.support.server import http_client
+from tests.support.sidecar import serve_sidecar
+from tests.support.sidecar_process import running
 
 from ctxdb_pgstatus import HostMonitor, PgStatusClient
 from ctxdb_pgstatus.lsn import format_lsn
@@ -24,7 +28,7 @@ async def sidecar(cluster: PostgresCluster) -> AsyncIterator[tuple[str, HostMoni
         app = SidecarApp(history)
         app.monitor = monitor
         monitor.on_change(history.note)
-        async with serve(app, http="httptools") as url:
+        async with serve_sidecar(app) as url:
             yield url, monitor
 
 
@@ -67,3 +71,23 @@ async def test_what_was_written_is_read_where_it_has_been_replayed(cluster: Post
         assert await client.find_replica(min_position=position, max_wait=20) == third
         assert await client.find_replica(min_position=position) == third
         assert second in await client.find_replicas()
+
+
+async def test_an_operator_has_a_lower_timeline_accepted_by_a_signal(cluster: PostgresCluster) -> None:
+    old, new = cluster.nodes[:2]
+    hosts = ",".join(f"{node.host}:{node.port}" for node in cluster.nodes)
+    async with running(hosts=hosts, sleep_ms="300") as sidecar, http_client(await sidecar.ready()) as client:
+
+        async def until_master(name: str) -> None:
+            async with asyncio.timeout(30):
+                while (await client.get("/master")).text != name:
+                    await asyncio.sleep(0.02)
+
+        await until_master(f"{old.host}:{old.port}")
+        await new.promote()
+        await until_master(f"{new.host}:{new.port}")
+        await new.kill()
+        await until_master("")
+        sidecar.process.send_signal(signal.SIGUSR1)
+        await until_master(f"{old.host}:{old.port}")
+        assert await sidecar.stop() == 0

@@ -35,7 +35,7 @@ def test_a_json_line_has_the_names_of_pg_status_and_a_member_for_each_field() ->
 
 @pytest.mark.parametrize(
     ("name", "component"),
-    [("ctxdb_pgstatus.sidecar", "sidecar"), ("uvicorn.error", "http"), ("asyncpg", "asyncpg")],
+    [("ctxdb_pgstatus.sidecar", "sidecar"), ("ctxdb_pgstatus.http", "http"), ("asyncpg", "asyncpg")],
 )
 def test_the_component_is_who_logs(name: str, component: str) -> None:
     assert json.loads(JSONFormatter().format(record("x", name=name)))["component"] == component
@@ -51,3 +51,23 @@ def test_a_record_is_one_line_with_its_exception(formatter: logging.Formatter) -
     line = formatter.format(made)
     assert "\n" not in line
     assert "what happened" in line
+
+
+@pytest.mark.parametrize(
+    ("sent", "logged"),
+    [
+        ("\x1b[2Kall is well", r"\x1b[2Kall is well"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\rb\x08c\x7f", r"a\rb\x08c\x7f"),
+        ("a\u2028b\u202ec", r"a\u2028b\u202ec"),
+        ("größe", "größe"),
+    ],
+    ids=["an escape sequence", "a C1 control", "C0 controls", "other lines and directions", "other letters"],
+)
+def test_a_line_of_text_shows_control_characters_instead_of_sending_them(sent: str, logged: str) -> None:
+    message = record("Host n2 does not answer: %s", sent, host=f"n2{sent}")
+    line = TextFormatter().format(message)
+    assert f"answer: {logged} host=" in line
+    assert line.isprintable()
+    assert json.dumps(sent)[1:-1] in JSONFormatter().format(message) or "\x7f" in sent
+    assert JSONFormatter().format(message).isprintable()

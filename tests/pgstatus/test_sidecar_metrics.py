@@ -11,8 +11,9 @@ from ctxdb_pgstatus.sidecar.metrics import render
 LINE = re.compile(r'(?P<name>[a-z_]+)(?:\{(?P<labels>(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>[-+0-9.e]+)')
 
 
-def read(text: str) -> dict[tuple[str, str], float]:
-    """Read the text format, as strictly as Prometheus does."""
+def read(content: bytes) -> dict[tuple[str, str], float]:
+    """Read what the sidecar itself tells in the text format, as strictly as Prometheus does."""
+    text = content.decode()
     found: dict[tuple[str, str], float] = {}
     described: dict[str, set[str]] = {}
     assert text.endswith("\n")
@@ -22,6 +23,8 @@ def read(text: str) -> dict[tuple[str, str], float]:
             assert kind in {"HELP", "TYPE"}
             assert kind not in described.setdefault(name, set()), f"{line!r} is there twice"
             described[name].add(kind)
+            continue
+        if line.startswith("process_"):
             continue
         match = LINE.fullmatch(line)
         assert match is not None, line
@@ -44,6 +47,24 @@ def test_each_host_has_its_figures() -> None:
     assert found["host_in_sync_by_time", 'host="n2"'] == 0
     assert found["host_in_sync_by_bytes", 'host="n2"'] == 1
     assert found["host_wal_position_bytes", 'host="n1"'] == 0x3000060
+
+
+def test_a_host_that_claims_to_be_the_master_is_told_from_the_master() -> None:
+    found = read(render(cluster(master("n1"), master("n2"), replica("n3", possible_dead=True)), changes=0))
+    assert [found["host_master", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 0, 0]
+    assert [found["host_claims_master", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 1, 0]
+    assert [found["host_possible_dead", f'host="n{number}"'] for number in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_a_host_that_is_not_what_it_says_is_told_with_what_is_wrong() -> None:
+    found = read(render(cluster(master("n1"), master("n2", fault="stale"), replica("n3")), changes=0))
+    assert found["host_fault", 'fault="stale",host="n2"'] == 1
+    assert found["host_fault", 'fault="rival",host="n2"'] == 0
+    assert found["host_fault", 'fault="stale",host="n1"'] == 0
+
+
+def test_the_process_tells_what_it_takes() -> None:
+    assert b"process_cpu_seconds_total " in render(None, changes=0)
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from tests.support.browser import Tab, browser, find_browser
-from tests.support.server import serve
-from tests.support.sidecar import START, ToldMonitor, cluster, dead, lagging_history, master, replica
+from tests.support.sidecar import START, ToldMonitor, cluster, dead, lagging_history, master, replica, serve_sidecar
 
+from ctxdb_pgstatus import HostStatus
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import Change, History, changes_between
 from ctxdb_pgstatus.sidecar.page import render
@@ -69,7 +69,7 @@ async def picture(tab: Tab, name: str) -> None:
 
 async def test_the_page_shows_hosts_roles_lag_and_changes(tab: Tab) -> None:
     app, _ = a_cluster()
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         await tab.open(url)
         rows = await tab.run(
             "Object.fromEntries([...document.querySelectorAll('tr[data-host]')]"
@@ -118,7 +118,7 @@ async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab) -> None:
         });
     })()
     """
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         grounds = []
         for scheme in ("light", "dark"):
             await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -132,7 +132,7 @@ async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab) -> None:
 
 async def test_the_page_follows_the_cluster_and_keeps_the_last_state_without_the_sidecar(tab: Tab) -> None:
     app, monitor = a_cluster()
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         await tab.open(url)
         monitor.status = cluster(dead("n1.example"), master("n2"), replica("n3"), master="n2")
         await tab.until("document.title.startsWith('n2')")
@@ -144,7 +144,7 @@ async def test_the_page_follows_the_cluster_and_keeps_the_last_state_without_the
 
 async def test_the_page_needs_nothing_from_elsewhere(tab: Tab) -> None:
     app, _ = a_cluster()
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         await tab.open(url)
         await tab.call("Network.setCacheDisabled", cacheDisabled=True)
         await tab.until("performance.getEntriesByType('resource').length > 0")
@@ -154,7 +154,7 @@ async def test_the_page_needs_nothing_from_elsewhere(tab: Tab) -> None:
 
 async def test_the_page_fits_a_narrow_screen(tab: Tab) -> None:
     app, _ = a_cluster()
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         await tab.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
         await tab.open(url)
         # The table scrolls, the page does not.
@@ -166,7 +166,7 @@ async def test_what_a_host_says_is_text(tab: Tab) -> None:
     evil = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
     app, monitor = a_cluster(History())
     monitor.status = cluster(master("n1", error=evil), replica("'\"><b>n2</b>"), master="n1")
-    async with serve(app, http="httptools") as url:
+    async with serve_sidecar(app) as url:
         await tab.open(url)
         assert evil in await tab.run("document.querySelector('.error').innerText")
         assert await tab.run("document.querySelectorAll('main img, main script, main b').length") == 0
@@ -174,7 +174,7 @@ async def test_what_a_host_says_is_text(tab: Tab) -> None:
 
 
 async def test_the_page_before_the_hosts_were_asked(tab: Tab) -> None:
-    async with serve(SidecarApp(History()), http="httptools") as url:
+    async with serve_sidecar(SidecarApp(History())) as url:
         await tab.open(url)
         assert "for the first time" in await tab.run("document.querySelector('#summary').innerText")
         assert tab.complaints() == []
@@ -185,6 +185,22 @@ def test_the_page_is_well_formed() -> None:
     structure = Structure()
     structure.feed(render(monitor.status, app._history, 1000, 1.0))
     assert structure.open == []
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        (master("n2", fault="stale"), "claims to be master"),
+        (master("n2", fault="rival"), "second master"),
+        (replica("n2", fault="stranger"), "another cluster&#x27;s"),
+        (replica("n2", fault="shared_name"), "several servers"),
+        (replica("n2", possible_dead=True), "replica, does not answer now"),
+        (dead("n2"), "does not answer"),
+    ],
+)
+def test_a_host_that_is_not_what_it_says_or_may_be_dead_is_shown_as_such(host: HostStatus, shown: str) -> None:
+    page = render(cluster(master("n1"), host), History(), 1000, 1.0)
+    assert f">{shown}</span>" in page
 
 
 def test_a_replica_whose_lag_was_never_known_has_an_empty_plot() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,14 @@ def test_hosts_that_differ_in_their_ports_only_are_told_apart() -> None:
     assert [host.port for host in settings.hosts] == [5433, 5434, 5435]
 
 
+def test_the_ports_may_be_spelt_as_pg_status_1_spells_them() -> None:
+    assert [host.port for host in read(port="5433").hosts] == [5433, 5433]
+    assert [host.port for host in read(port="5433,5434").hosts] == [5433, 5434]
+    assert [host.port for host in read(hosts="n1,n2,n3,n4", port="5433,5434").hosts] == [5433, 5434, 5434, 5434]
+    assert [host.port for host in read(port="5433", pg_port="5434").hosts] == [5434, 5434]
+    assert read(port="5433").warnings == ()
+
+
 def test_milliseconds_go_before_the_older_seconds() -> None:
     settings = read(sleep="5", sleep_ms="250", connect_timeout="5", query_timeout_ms="750")
     assert (settings.poll_interval, settings.connect_timeout) == (0.25, 0.75)
@@ -91,6 +100,8 @@ def test_an_empty_variable_is_not_set() -> None:
         ("pg_port", "0"),
         ("pg_port", "65536"),
         ("pg_port", "1,2,3"),
+        ("port", "1,2,3"),
+        ("port", "x"),
         ("connect_timeout", "0"),
         ("connect_timeout", "soon"),
         ("query_timeout_ms", "0"),
@@ -102,6 +113,9 @@ def test_an_empty_variable_is_not_set() -> None:
         ("sleep_ms", "0"),
         ("sleep_ms", "1e3"),
         ("sync_max_lag_ms", "-1"),
+        ("conn_max_age_ms", "-1"),
+        ("nofailover", "n9"),
+        ("noloadbalance", "n9"),
         ("sync_max_lag_bytes", "1MB"),
         ("http_listen_address", "everywhere"),
         ("http_port", "65536"),
@@ -122,12 +136,34 @@ def test_a_password_is_never_shown() -> None:
     assert "hunter2" not in str(info.value)
 
 
+def test_a_password_may_be_in_a_file() -> None:
+    settings = read(pg_password_file="/run/secrets/password")
+    assert (settings.password, settings.password_file) == (None, "/run/secrets/password")
+    with pytest.raises(OptionError, match="pg_status__pg_password_file"):
+        read(pg_password_file="/run/secrets/password", pg_password="another")
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "PGPASSFILE"])
+def test_a_password_that_is_not_given_is_left_to_libpq_where_that_has_one(name: str) -> None:
+    assert Settings.from_environment({"pg_status__hosts": "n1", name: "x"}).password is None
+
+
+def test_a_password_file_in_the_home_directory_is_left_to_libpq(tmp_path: Path) -> None:
+    environment = {"pg_status__hosts": "n1", "HOME": str(tmp_path)}
+    assert Settings.from_environment(environment).password == "postgres"
+    (tmp_path / ".pgpass").touch()
+    assert Settings.from_environment(environment).password is None
+
+
+def test_hosts_may_be_left_out_of_reads_and_of_confirmations() -> None:
+    settings = read(hosts="n1,n2,n3", nofailover="n2,n3", noloadbalance="n3", conn_max_age_ms="500")
+    assert (settings.nofailover, settings.noloadbalance) == (("n2", "n3"), ("n3",))
+    assert settings.conn_max_age == 0.5
+
+
 def test_a_variable_that_means_nothing_is_warned_of() -> None:
     settings = read(host="n1", conn_max_age_ms="5")
-    assert settings.warnings == (
-        "pg_status__conn_max_age_ms has no effect: a connection is kept for as long as it works",
-        "pg_status__host is not known, and has no effect",
-    )
+    assert settings.warnings == ("pg_status__host is not known, and has no effect",)
 
 
 def test_where_the_hosts_are() -> None:

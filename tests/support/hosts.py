@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -13,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.database import Database
 
 from ctxdb_core import DBConnect, new_non_ctx_session
-from ctxdb_pgstatus import SyncCondition
+from ctxdb_pgstatus import KnownMaster, SyncCondition
 
 HOST = text("SELECT current_setting('application_name')")
 
@@ -69,6 +73,16 @@ class FakeSource:
         self.failures.append(host)
 
 
+@dataclass(eq=False)
+class ForgettableSidecar(FakeSource):
+    """A `FakeSource` that may be away, and knows what it knew before."""
+
+    known: KnownMaster | None = field(default_factory=lambda: KnownMaster("n1", None))
+
+    def known_master(self) -> KnownMaster | None:
+        return self.known
+
+
 class Hosts:
     """Makes the engines of a `DBConnect`: a connection knows the host that it was opened for."""
 
@@ -96,3 +110,16 @@ async def host_of(db: DBConnect) -> str:
     async with new_non_ctx_session(db) as session:
         host: str = await session.scalar(HOST)
         return host
+
+
+@contextmanager
+def frozen(hosts: Hosts, host: str) -> Iterator[None]:
+    """Stop the server processes that serve `host`."""
+    pids = hosts.pids(host)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 from ctxdb_pgstatus import ClusterStatus, HostStatus, SyncCondition
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.sidecar.server import Answer, Limits, Server
 
 START = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -132,10 +133,16 @@ class OriginalSidecar:
         self.replayed: str | None = "n2"
         self.status = 200
         self.raw: bytes | None = None
+        self.fields: Sequence[tuple[bytes, bytes]] = ()
+        """Header fields of the responses."""
         self.open = asyncio.Event()
         """Requests are answered only while this is set."""
         self.open.set()
         self.arrived = asyncio.Event()
+
+    def tell_timelines(self) -> None:
+        """Answer as the sidecar of this package does, which tells timelines, and knows positions."""
+        self.hosts = [{**entry, "timeline": 1} for entry in self.hosts]
 
     @staticmethod
     def entry(name: str, *, master: bool = False, alive: bool = True, **values: Any) -> dict[str, Any]:
@@ -174,8 +181,21 @@ class OriginalSidecar:
         if status == 200 and content == {"host": None}:
             status = 404
         body = json.dumps(content).encode() if self.raw is None else self.raw
-        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.start", "status": status, "headers": list(self.fields)})
         await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def serve_sidecar(app: Answer, limits: Limits | None = None) -> AsyncIterator[str]:
+    """Serve `app` with the sidecar's own server, and yield its URL."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = Server(app, limits)
+        await server.start(listener)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            await server.stop(10)
 
 
 @asynccontextmanager

@@ -1,44 +1,121 @@
 """Which PostgreSQL host is the master, which replicas are in sync, and `DBConnect`s that follow them."""
 
-from ctxdb_pgstatus.addresses import HostAddress
-from ctxdb_pgstatus.client import PgStatusClient
-from ctxdb_pgstatus.errors import (
-    HostListError,
-    MasterChangedError,
-    MiddlewareOrderError,
-    NoMasterError,
-    NoReplicaError,
-    OptionError,
-    PgStatusError,
-    SidecarError,
-    StaleReaderError,
-)
-from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
-from ctxdb_pgstatus.monitor import HostMonitor
-from ctxdb_pgstatus.read_your_writes import ReadYourWrites
-from ctxdb_pgstatus.source import HostSource
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+from __future__ import annotations
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from ctxdb_pgstatus.addresses import HostAddress
+    from ctxdb_pgstatus.client import PgStatusClient
+    from ctxdb_pgstatus.discovery import (
+        DiscoveredHost,
+        FileDiscovery,
+        HostDiscovery,
+        PatroniDiscovery,
+        SRVDiscovery,
+    )
+    from ctxdb_pgstatus.errors import (
+        CommitUnconfirmedError,
+        ConnectionLostError,
+        HostListError,
+        HostUnreachableError,
+        MasterChangedError,
+        MiddlewareOrderError,
+        NoMasterError,
+        NoReplicaError,
+        OptionError,
+        PgStatusError,
+        SidecarError,
+        StaleReaderError,
+    )
+    from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
+    from ctxdb_pgstatus.locality import Locality
+    from ctxdb_pgstatus.method_switch import MethodSwitch
+    from ctxdb_pgstatus.monitor import HostMonitor
+    from ctxdb_pgstatus.read_your_writes import ReadYourWrites
+    from ctxdb_pgstatus.reading import ReadRule
+    from ctxdb_pgstatus.source import HostSource, KnownMaster, KnowsServers, ReadsByRule, RemembersMaster
+    from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Role, SyncCondition
 
 __all__ = [
     "ClusterStatus",
+    "CommitUnconfirmedError",
+    "ConnectionLostError",
+    "DiscoveredHost",
+    "Fault",
+    "FileDiscovery",
     "FollowHandler",
     "HostAddress",
+    "HostDiscovery",
     "HostListError",
     "HostMonitor",
     "HostSource",
     "HostStatus",
+    "HostUnreachableError",
+    "KnownMaster",
+    "KnowsServers",
+    "Locality",
     "MasterChangedError",
+    "MethodSwitch",
     "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
     "OptionError",
+    "PatroniDiscovery",
     "PgStatusClient",
     "PgStatusError",
+    "ReadRule",
     "ReadYourWrites",
+    "ReadsByRule",
+    "RemembersMaster",
     "Role",
+    "SRVDiscovery",
     "SidecarError",
     "StaleReaderError",
     "SyncCondition",
     "follow_master",
     "follow_replica",
 ]
+
+if not typing.TYPE_CHECKING:
+    # Imported when they are first used: see `ctxdb_pgstatus._lazy`.
+    _NAMES_OF_MODULES: dict[str, tuple[str, ...]] = {
+        "addresses": ("HostAddress",),
+        "client": ("PgStatusClient",),
+        "discovery": ("DiscoveredHost", "FileDiscovery", "HostDiscovery", "PatroniDiscovery", "SRVDiscovery"),
+        "errors": (
+            "CommitUnconfirmedError",
+            "ConnectionLostError",
+            "HostListError",
+            "HostUnreachableError",
+            "MasterChangedError",
+            "MiddlewareOrderError",
+            "NoMasterError",
+            "NoReplicaError",
+            "OptionError",
+            "PgStatusError",
+            "SidecarError",
+            "StaleReaderError",
+        ),
+        "follow": ("FollowHandler", "follow_master", "follow_replica"),
+        "locality": ("Locality",),
+        "method_switch": ("MethodSwitch",),
+        "monitor": ("HostMonitor",),
+        "read_your_writes": ("ReadYourWrites",),
+        "reading": ("ReadRule",),
+        "source": ("HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"),
+        "status": ("ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"),
+    }
+    _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

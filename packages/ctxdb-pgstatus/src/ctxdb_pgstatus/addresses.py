@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
 
-from ctxdb_pgstatus.errors import HostListError
+from ctxdb_pgstatus._lazy import errors
 
 __all__ = ["HostAddress", "parse_hosts"]
 
@@ -51,9 +51,9 @@ class HostAddress:
         else:
             # Of a URL, the part that may hold a password is left out.
             shown = name.rpartition("@")[2]
-            raise HostListError(f"{shown!r} is no host: write 'name', 'name:port', '192.0.2.1' or '[::1]:5433'.")
+            raise errors.HostListError(f"{shown!r} is no host: write 'name', 'name:port', '192.0.2.1' or '[::1]:5433'.")
         if not 1 <= port <= _HIGHEST_PORT:
-            raise HostListError(f"The port of {name!r} is {port}: give one between 1 and {_HIGHEST_PORT}.")
+            raise errors.HostListError(f"The port of {name!r} is {port}: give one between 1 and {_HIGHEST_PORT}.")
         return cls(name, host, port)
 
 
@@ -64,17 +64,17 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
         HostListError: there is none, one cannot be read, or two lead to the same place.
     """
     if isinstance(hosts, str):
-        raise HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
+        raise errors.HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
     addresses = tuple(
         host if isinstance(host, HostAddress) else HostAddress.parse(host, default_port) for host in hosts
     )
     if not addresses:
-        raise HostListError("There are no hosts: name at least one.")
+        raise errors.HostListError("There are no hosts: name at least one.")
     names: dict[tuple[str, int], str] = {}
     for address in addresses:
         place = (address.host.lower(), address.port)
         if place in names:
-            raise HostListError(f"{names[place]!r} and {address.name!r} are the same host: name each host once.")
+            raise errors.HostListError(f"{names[place]!r} and {address.name!r} are the same host: name each host once.")
         names[place] = address.name
     return addresses
 

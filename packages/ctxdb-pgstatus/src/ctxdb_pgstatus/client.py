@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -20,11 +21,17 @@ import httpx
 
 from ctxdb_pgstatus.errors import OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
+from ctxdb_pgstatus.reading import ReadRule
+from ctxdb_pgstatus.source import KnownMaster
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
 
 __all__ = ["PgStatusClient"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.client")
+
+_HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
+# A host takes 400 bytes: this is room for two thousand of them. Parsing it cannot take long.
+_LONGEST_ANSWER = 1 << 20
 
 _Answer = TypeVar("_Answer")
 _PATHS: dict[SyncCondition | None, str] = {
@@ -50,13 +57,23 @@ class PgStatusClient:
         max_age: for how many seconds an answer is taken out of memory.
         timeout: for how many seconds an answer is waited for.
         max_stale: how many seconds an answer may be old if the sidecar cannot be asked; ``None`` for any age.
+        grace: how many seconds after its last answer the sidecar may be away before commits count as unconfirmed. Until
+            then the host that a commit was made on is asked itself, on the commit's own connection, whether it is a
+            primary still. That does not show a promotion that neither it nor the sidecar has told of: a primary that
+            was cut off while the sidecar was away, too, takes writes that the cluster will not have. 0 for never.
 
     Raises:
         OptionError: an option has a value that it cannot have.
     """
 
     def __init__(
-        self, base_url: str, *, max_age: float = 1.0, timeout: float = 3.0, max_stale: float | None = None
+        self,
+        base_url: str,
+        *,
+        max_age: float = 1.0,
+        timeout: float = 3.0,
+        max_stale: float | None = None,
+        grace: float = 30.0,
     ) -> None:
         self._url = _base_url(base_url)
         self._shown_url = str(self._url.copy_with(username=None, password=None, query=None)).rstrip("/")
@@ -66,7 +83,10 @@ class PgStatusClient:
             raise OptionError(f"`timeout` is {timeout!r}: give seconds, above 0.")
         if max_stale is not None and not max_stale >= max_age:
             raise OptionError(f"`max_stale` is {max_stale!r}: give seconds, at least those of `max_age`, or None.")
+        if not 0 <= grace < math.inf:
+            raise OptionError(f"`grace` is {grace!r}: give seconds, 0 or more.")
         self._max_age = max_age
+        self._grace = grace
         self._timeout = timeout
         self._max_stale = math.inf if max_stale is None else max_stale
         self._master = _Question[str | None]("/master", _read_host)
@@ -74,8 +94,10 @@ class PgStatusClient:
         # The same answer as that of `_master`, but asked of the hosts themselves.
         self._confirmed = _Question[str | None]("/master", _read_host, no_cache=True)
         self._doubts = 0
+        self._doubted_at: dict[str, float] = {}
         self._not_replayed_at = -math.inf
         self._turns = {condition: count() for condition in _PATHS}
+        self._reader_turns = count()
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
         self._lock = Lock()
         self._failing = False
@@ -164,6 +186,30 @@ class PgStatusClient:
             return await self._ask(self._master)
         return replicas[next(self._turns[sync]) % len(replicas)]
 
+    async def find_reader(
+        self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
+    ) -> str | None:
+        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+
+        Args:
+            rule: what it has to be like.
+            min_position: a WAL position in bytes that it must have replayed: then the sidecar is asked each time.
+            max_wait: how long the sidecar may wait for one that has replayed `min_position`, in seconds.
+
+        Raises:
+            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+        """
+        status = (await self._ask(self._cluster)).status
+        replicas = rule.best(status.replicas())
+        if min_position is not None:
+            # The sidecar chooses among all that have replayed it, and this one is taken if the rule admits it.
+            found = await self._find_replayed(rule.sync, min_position, max_wait, rule)
+            admitted = {each.host for each in status.replicas() if rule.admits(each)}
+            replicas = [found] if found is not None and found in admitted else []
+        if replicas:
+            return replicas[next(self._reader_turns) % len(replicas)]
+        return status.master if rule.fallback else None
+
     async def find_replicas(self) -> frozenset[str]:
         """Return the names of all living replicas.
 
@@ -175,23 +221,50 @@ class PgStatusClient:
     async def confirm_master(self, host: str) -> bool:
         """Have the sidecar ask the hosts anew, and return whether `host` is the master after that.
 
-        If the sidecar cannot be asked, `host` cannot be shown to be the master, and is not confirmed.
+        Raises:
+            SidecarError: the sidecar could not be asked.
         """
-        try:
-            # One that is under way may have looked before the call.
-            answer = await self._share(self._confirmed, under_way=False)
-        except SidecarError as exc:
-            _logger.warning("the master is not confirmed: %s", exc, extra={"host": host})
-            return False
+        failure = self._confirmed.failure
+        if failure is not None and failure.took_all_its_time and time.monotonic() - failure.at < self._max_age:
+            # Nobody waits for a sidecar that is known to hang.
+            raise SidecarError(failure.text)
+        # One that is under way may have looked before the call.
+        answer = await self._share(self._confirmed, under_way=False)
         self._master.kept, self._master.failure = self._confirmed.kept, None
         return answer == host
+
+    def known_master(self) -> KnownMaster | None:
+        """Return the master that the sidecar named last; ``None`` if that was more than `grace` seconds ago.
+
+        ``None`` also without a master, and if a failure has been reported of that host since then.
+        """
+        kept = self._master.kept
+        if kept is None or kept.answer is None or not time.monotonic() - kept.at < self._grace:
+            return None
+        if self._doubted_at.get(kept.answer, -math.inf) >= kept.at:
+            return None
+        cluster = None if self._cluster.kept is None else self._cluster.kept.answer.status
+        timelines = {} if cluster is None else {each.host: each.timeline for each in cluster.hosts}
+        is_of_this_master = cluster is not None and cluster.master == kept.answer
+        return KnownMaster(kept.answer, timelines.get(kept.answer) if is_of_this_master else None)
 
     def report_failure(self, host: str) -> None:
         """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
         self._doubts += 1
+        self._doubted_at[host] = time.monotonic()
 
-    async def _find_replayed(self, sync: SyncCondition | None, min_position: int, max_wait: float) -> str | None:
+    async def _find_replayed(
+        self, sync: SyncCondition | None, min_position: int, max_wait: float, rule: ReadRule | None = None
+    ) -> str | None:
+        known = self._cluster.kept
+        if not (await self._ask(self._cluster) if known is None else known.answer).tells_timelines:
+            # pg-status does not know of this parameter, and would name any replica.
+            return await self._ask(self._master)
         parameters = {"min_lsn": format_lsn(min_position)}
+        if rule is not None and rule.max_lag_ms is not None:
+            parameters["lag_ms"] = str(rule.max_lag_ms)
+        if rule is not None and rule.max_lag_bytes is not None:
+            parameters["lag_bytes"] = str(rule.max_lag_bytes)
         if max_wait > 0:
             parameters["wait_ms"] = str(math.ceil(max_wait * 1000))
         path = f"{_PATHS[sync]}?{urlencode(parameters)}"
@@ -252,30 +325,32 @@ class PgStatusClient:
         try:
             answer = await self._fetch(question, no_cache=no_cache)
         except SidecarError as exc:
-            question.failure = _Failure(str(exc), time.monotonic(), doubts)
+            question.failure = _Failure(str(exc), time.monotonic(), doubts, isinstance(exc, _SidecarTimeoutError))
             return None, str(exc)
         kept = _Kept(answer, at, doubts)
         question.kept, question.failure = kept, None
         return kept, ""
 
     async def _fetch(self, question: _Question[_Answer], *, no_cache: bool) -> _Answer:
-        headers = {"accept": "application/json"}
-        if no_cache:
-            headers["cache-control"] = "no-cache"
+        headers = _HEADERS | {"cache-control": "no-cache"} if no_cache else _HEADERS
+        limit = asyncio.timeout(self._timeout + question.patience)
         try:
-            async with asyncio.timeout(self._timeout + question.patience):
-                response = await self._here().http.get(question.path, headers=headers)
+            async with limit, self._here().http.stream("GET", question.path, headers=headers) as response:
+                body = await _read_body(response)
         except TimeoutError:
-            raise self._failed(question, f"no answer within {self._timeout + question.patience:g} s") from None
+            error = self._failed(question, f"no answer within {self._timeout + question.patience:g} s")
+            raise _SidecarTimeoutError(str(error)) from None
         except httpx.HTTPError as exc:
             raise self._failed(question, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from None
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             raise self._failed(question, "it has not asked its hosts yet")
         if response.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
             raise self._failed(question, f"it answers with status {response.status_code}")
+        if body is None:
+            raise self._failed(question, f"its answer is compressed, or longer than {_LONGEST_ANSWER} bytes")
         try:
-            answer = question.read(response.json())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            answer = question.read(json.loads(body))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._failed(question, f"what it answers (status {response.status_code}) is no answer") from None
         if self._failing:
             self._failing = False
@@ -318,6 +393,11 @@ class _Failure:
     text: str
     at: float
     doubts: int
+    took_all_its_time: bool
+
+
+class _SidecarTimeoutError(SidecarError):
+    """The sidecar accepts connections, perhaps, and does not answer."""
 
 
 @dataclass(eq=False, slots=True)
@@ -427,6 +507,21 @@ class _OnLoop:
             await self.http.aclose()
 
 
+async def _read_body(response: httpx.Response) -> bytes | None:
+    """Return the body of a response; ``None`` if it is more than an answer has, or may become more.
+
+    What is compressed was not asked for, and may unfold to a thousand times its size.
+    """
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        return None
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > _LONGEST_ANSWER:
+            return None
+    return bytes(body)
+
+
 async def _outcome(task: asyncio.Task[_Answer]) -> _Answer:
     """Wait for a task that others wait for, too: who is cancelled leaves it to them."""
     try:
@@ -444,6 +539,7 @@ class _Cluster:
 
     status: ClusterStatus
     replicas: Mapping[SyncCondition | None, Sequence[str]]
+    tells_timelines: bool
 
 
 @dataclass(slots=True)
@@ -459,7 +555,9 @@ class _ClusterReader:
         master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
         status = ClusterStatus(hosts, master, now)
         distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
-        return _Cluster(status, {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS})
+        replicas = {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS}
+        # pg-status does not: by that it is told apart.
+        return _Cluster(status, replicas, any("timeline" in entry for entry in content))
 
     def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
         name, alive = str(entry["host"]), bool(entry["alive"])
@@ -484,6 +582,11 @@ class _ClusterReader:
             error=entry.get("error"),
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
+            possible_dead=bool(entry.get("possible_dead")),
+            takes_reads=bool(entry.get("takes_reads", True)),
+            fault=entry.get("fault"),
+            system_identifier=entry.get("system_identifier"),
+            started_at=datetime.fromisoformat(entry["started_at"]) if entry.get("started_at") else None,
         )
 
 

@@ -2,14 +2,17 @@
 
 CtxDBError
 └── PgStatusError
-    ├── HostListError        hosts were given that cannot be read (a ``ValueError``, too)
-    ├── OptionError          an option has a value that it cannot have (a ``ValueError``, too)
-    ├── NoMasterError        a session on the master was asked for while the cluster has none
-    ├── NoReplicaError       a session for reading was asked for while no host of the cluster answers
-    ├── MasterChangedError   a commit returned from a host that is not the master any more
-    ├── MiddlewareOrderError `ReadYourWrites` was put inside of the unit of work
-    ├── StaleReaderError     a reader's transaction cannot see what the same code has committed on the master
-    └── SidecarError         the sidecar could not be asked, and no answer of before is recent enough
+    ├── HostListError            hosts were given that cannot be read (a ``ValueError``, too)
+    ├── OptionError              an option has a value that it cannot have (a ``ValueError``, too)
+    ├── NoMasterError            a session on the master was asked for while the cluster has none
+    ├── NoReplicaError           a session for reading was asked for while no host of the cluster answers
+    ├── HostUnreachableError     a host that counts as alive did not accept a connection
+    ├── ConnectionLostError      a connection to a host broke before its transaction was committed
+    ├── MasterChangedError       a commit returned from a host that is not the master any more
+    ├── CommitUnconfirmedError   nobody can tell what became of a commit, or whether its host is the master
+    ├── MiddlewareOrderError     `ReadYourWrites` was put inside of the unit of work
+    ├── StaleReaderError         a reader's transaction cannot see what the same code has committed on the master
+    └── SidecarError             the sidecar could not be asked, and no answer of before is recent enough
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from __future__ import annotations
 from ctxdb_core import CtxDBError
 
 __all__ = [
+    "CommitUnconfirmedError",
+    "ConnectionLostError",
     "HostListError",
+    "HostUnreachableError",
     "MasterChangedError",
     "MiddlewareOrderError",
     "NoMasterError",
@@ -30,7 +36,15 @@ __all__ = [
 
 
 class PgStatusError(CtxDBError):
-    """The base of every error that ctxdb-pgstatus raises on its own behalf."""
+    """The base of every error that ctxdb-pgstatus raises on its own behalf.
+
+    Attributes:
+        retryable: whether the same work may be done again, by a new unit of work: nothing of the transaction that
+            failed is committed, and a later try may find another host. ``False`` if the work may have been committed,
+            or if no time will mend what is wrong.
+    """
+
+    retryable: bool = False
 
 
 class HostListError(PgStatusError, ValueError):
@@ -54,6 +68,8 @@ class NoMasterError(PgStatusError):
     and let the client try again; the next session after the election goes to the new master.
     """
 
+    retryable = True
+
 
 class NoReplicaError(PgStatusError):
     """A session for reading was asked for while no host of the cluster answers, the master neither.
@@ -61,14 +77,70 @@ class NoReplicaError(PgStatusError):
     Raised at once, as `NoMasterError` is.
     """
 
+    retryable = True
+
+
+class HostUnreachableError(PgStatusError):
+    """A host that counts as alive did not accept a connection.
+
+    Raised where a session needs a connection that cannot be opened: until a host counts as dead, sessions go there. The
+    driver's error, or the operating system's, is the ``__cause__``. The way out: answer 503, and let the client try
+    again, if it is `retryable`; correct the user, the password or the database's name if it is not.
+
+    Attributes:
+        host: the host, as the cluster's source calls it.
+        retryable: ``False`` if the host has refused the account (SQLSTATE classes 28 and 3D): the next try will fail as
+            well. psycopg does not tell why a connection was refused, so with psycopg it is always ``True``.
+    """
+
+    def __init__(self, message: str, host: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.host = host
+        self.retryable = retryable
+
+
+class ConnectionLostError(PgStatusError):
+    """A connection to a host broke, or its host was demoted, before its transaction was committed.
+
+    Raised by the statement that meets it. Nothing of the transaction is stored: a server rolls back what has lost its
+    client. The driver's error is the ``__cause__``. The way out: do the work again in a new unit of work, or answer 503
+    and let the client do it.
+
+    Attributes:
+        host: the host, as the cluster's source calls it.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, host: str) -> None:
+        super().__init__(message)
+        self.host = host
+
 
 class MasterChangedError(PgStatusError):
-    """A commit returned from a host that is not the master any more, or cannot be shown to be it.
+    """A commit returned from a host that is not the master any more.
 
     Raised from the commit, so that no success is answered: what was written is on a host that the cluster has left, and
     is likely to be lost there. The way out: answer an error; what is tried again goes to the master of then. Look first
     whether the write is there, as after any commit whose outcome is unknown.
     """
+
+
+class CommitUnconfirmedError(PgStatusError):
+    """Nobody can tell what became of a commit, or whether its host is the master.
+
+    Raised from the commit where the connection broke while COMMIT was under way; and where COMMIT has returned while
+    neither the cluster's source nor the host itself could say in time whether the host is the master. It is no failure:
+    the write may be there, and is likely to be in the second case. The original error is the ``__cause__``. The way
+    out: look whether the write is there before it is done again, or make writes repeatable.
+
+    Attributes:
+        host: the host that COMMIT was sent to.
+    """
+
+    def __init__(self, message: str, host: str) -> None:
+        super().__init__(message)
+        self.host = host
 
 
 class MiddlewareOrderError(PgStatusError):
@@ -92,9 +164,13 @@ class StaleReaderError(PgStatusError):
     it has savepoints, options of its own or a streamed result. The way out: end it first, by ``commit_db_session``.
     """
 
+    retryable = True
+
 
 class SidecarError(PgStatusError):
     """The sidecar could not be asked, and no answer of before is recent enough.
 
     Raised by ``PgStatusClient``. The way out: start the sidecar, or correct its address.
     """
+
+    retryable = True

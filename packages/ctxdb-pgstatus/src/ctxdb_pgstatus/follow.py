@@ -12,10 +12,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core import DBConnect
 from ctxdb_pgstatus._commit_guard import CommitGuard
-from ctxdb_pgstatus._followed_engine import FollowedEngine
-from ctxdb_pgstatus._positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
-from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError
-from ctxdb_pgstatus.source import HostSource
+from ctxdb_pgstatus._following.engine import FollowedEngine
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
+from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
+from ctxdb_pgstatus.reading import ReadRule
+from ctxdb_pgstatus.source import HostSource, KnowsServers, ReadsByRule
 from ctxdb_pgstatus.status import SyncCondition
 
 __all__ = ["FollowHandler", "follow_master", "follow_replica"]
@@ -64,11 +65,16 @@ def follow_replica(
     *,
     wait: float = 0.1,
     connect_timeout: float = 5.0,
+    max_lag_ms: int | None = None,
+    max_lag_bytes: int | None = None,
+    near: Callable[[str], int] | None = None,
+    fallback: bool = True,
 ) -> FollowHandler:
     """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to replicas, in turn.
 
     The connections to all living replicas are kept. Where no replica will do, the master answers, and a replica again
-    as soon as one does. Code that has written through a `follow_master` on the same source reads what it has written,
+    as soon as one does; without `fallback`, `NoReplicaError` is raised instead.
+    Code that has written through a `follow_master` on the same source reads what it has written,
     also by a session that is in the middle of a transaction, which goes on elsewhere then, or else raises
     `StaleReaderError`. A transaction with a snapshot of its own ("REPEATABLE READ") keeps it.
 
@@ -78,17 +84,34 @@ def follow_replica(
         wait: how many seconds to wait for a replica that has what the running code has written, before the master is
             asked instead.
         connect_timeout: how many seconds a connection may take to be opened.
+        max_lag_ms: up to which lag in milliseconds a replica will do, in the place of the source's own limit. Without
+            `sync`, it is a condition of its own.
+        max_lag_bytes: the same in bytes.
+        near: returns how far a host is: of the replicas that will do, the nearest are read from. ``Locality.distance``
+            tells it by data centres and regions.
+        fallback: whether the master is read from where no replica will do. Without it, replicas that fail or lag bring
+            their load upon nobody else.
 
     Raises:
-        OptionError: `sync` is no such condition, `wait` is negative, or `connect_timeout` is not positive.
+        OptionError: `sync` is no such condition, a limit is negative, `connect_timeout` is not positive, or the source
+            cannot find replicas by more than `sync`.
     """
     if sync not in (None, "time", "bytes", "time_or_bytes", "time_and_bytes"):
         raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
     if not wait >= 0:
         raise OptionError(f"wait={wait}: give seconds, 0 or more.")
     _check_seconds("connect_timeout", connect_timeout)
+    for name, limit in (("max_lag_ms", max_lag_ms), ("max_lag_bytes", max_lag_bytes)):
+        if limit is not None and not limit >= 0:
+            raise OptionError(f"{name}={limit}: give a number, 0 or more.")
+    rule = ReadRule(sync, max_lag_ms, max_lag_bytes, near, fallback)
+    if not rule.is_plain and not isinstance(source, ReadsByRule):
+        raise OptionError(
+            f"{type(source).__name__} finds replicas by `sync` alone: leave `max_lag_ms`, `max_lag_bytes`, `near` and "
+            "`fallback` out, or give it a method `find_reader` (see `ReadsByRule`)."
+        )
     want_positions(source)
-    return _ReplicaFollower(source, sync, wait, connect_timeout)
+    return _ReplicaFollower(source, rule, wait, connect_timeout)
 
 
 def _check_seconds(name: str, seconds: float) -> None:
@@ -103,6 +126,7 @@ class _Follower:
         self.source = source
         self.guard = guard
         self.connect_timeout = connect_timeout
+        self.servers: KnowsServers | None = source if isinstance(source, KnowsServers) else None
         self._dbs: WeakSet[DBConnect] = WeakSet()
         self._engines: WeakSet[FollowedEngine] = WeakSet()
 
@@ -138,6 +162,14 @@ class _Follower:
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
         self.source.report_failure(host)
+
+    def forget_position(self, host: str, positions: Positions) -> None:
+        """Trust a host no more to have what the running code has to see, until it is asked again."""
+        positions.see_on(self.source, host, -1)
+
+    def no_server(self, host: str) -> PgStatusError:
+        """Return the error for a name of which each connection leads to another server than the source knows."""
+        raise NotImplementedError
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         """Return the hosts that may be used, and those that are in order."""
@@ -183,6 +215,12 @@ class _MasterFollower(_Follower):
     def is_fit(self, host: str, positions: Positions) -> bool:
         return True
 
+    def no_server(self, host: str) -> PgStatusError:
+        return NoMasterError(
+            f"Several servers take turns behind the name {host!r}, and which one is the master cannot be told by it. "
+            "Name each server by a name of its own."
+        )
+
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         master = await self.source.find_master()
         masters = frozenset(() if master is None else (master,))
@@ -190,9 +228,9 @@ class _MasterFollower(_Follower):
 
 
 class _ReplicaFollower(_Follower):
-    def __init__(self, source: HostSource, sync: SyncCondition | None, wait: float, connect_timeout: float) -> None:
+    def __init__(self, source: HostSource, rule: ReadRule, wait: float, connect_timeout: float) -> None:
         super().__init__(source, None, connect_timeout)
-        self._sync = sync
+        self._rule = rule
         self._wait = wait
         self._fallback: str | None = None
         self._fallback_until = 0.0
@@ -208,6 +246,8 @@ class _ReplicaFollower(_Follower):
             if host is None:
                 await self.review()
                 missing = "answers" if position is None else "that has what was written before can be read from"
+                if not self._rule.fallback:
+                    missing = "is a replica that will do"
                 raise NoReplicaError(
                     f"No host of the cluster {missing} at the moment. Answer 503 and let the client try again."
                 )
@@ -228,11 +268,15 @@ class _ReplicaFollower(_Follower):
         return engine
 
     async def _find(self, position: int | None, wait: float) -> str | None:
-        if position is None:
-            return await self.source.find_replica(self._sync)
         if position == UNKNOWN_POSITION:
             wait = 0.0
-        return await self.source.find_replica(self._sync, min_position=position, max_wait=wait)
+        rule, source = self._rule, self.source
+        if not rule.is_plain:
+            assert isinstance(source, ReadsByRule), "it was checked when the handler was made"
+            return await source.find_reader(rule, min_position=position, max_wait=wait)
+        if position is None:
+            return await source.find_replica(rule.sync)
+        return await source.find_replica(rule.sync, min_position=position, max_wait=wait)
 
     def _with_fallback(self, host: str, replicas: frozenset[str]) -> frozenset[str]:
         """Return the hosts to keep, and the master among them as long as replicas that lag need it now and then."""
@@ -245,6 +289,12 @@ class _ReplicaFollower(_Follower):
 
     def is_fit(self, host: str, positions: Positions) -> bool:
         return positions.is_seen_on(self.source, host)
+
+    def no_server(self, host: str) -> PgStatusError:
+        return NoReplicaError(
+            f"Several servers take turns behind the name {host!r}, and which one has what was written before cannot be "
+            "told by it. Name each server by a name of its own."
+        )
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
         master = await self.source.find_master()

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send, has_unit_of_work
-from ctxdb_pgstatus._positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
+from ctxdb_pgstatus._following.positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.errors import MiddlewareOrderError, OptionError
 from ctxdb_pgstatus.source import HostSource
@@ -19,6 +19,9 @@ __all__ = ["ReadYourWrites"]
 _SHORTEST_SECRET = 16
 # A token of RFC 9110, which names of cookies and of header fields both are.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+# RFC 9110, section 9.2.1.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 _KEY = "ctxdb_pgstatus.positions"
 
@@ -103,6 +106,7 @@ class ReadYourWrites:
             writer = request.writer
             values = request.headers.getall(self._asked_field.decode(), ())
             positions = self.begin(vars(writer), (value.encode("utf-8", "surrogateescape") for value in values))
+            positions.reads_only = request.method in _SAFE_METHODS
             # Each request has a context of its own, which lasts until its body is sent.
             current_positions.set(positions)
             forward = _by_weak_reference(writer.write_headers)
@@ -132,12 +136,12 @@ class ReadYourWrites:
         if positions is None:
             positions = kept[_KEY] = Positions()
         positions.limit(self.source, max_age=self._max_age, wait=self._wait)
-        for value in values:
-            # Of several, which were set for several paths, all are to be seen.
-            for token in self._tokens(value.decode("latin-1")):
-                position = self._signer.read(token)
-                if position is not None and position > (positions.required(self.source) or 0):
-                    positions.bring(self.source, position)
+        # Of several tokens, which were set for several paths, all are to be seen.
+        tokens = [token for value in values for token in self._tokens(value.decode("latin-1"))]
+        if tokens:
+            position = self._signer.read(tokens, above=positions.required(self.source) or 0)
+            if position is not None:
+                positions.bring(self.source, position)
         return positions
 
     def _tokens(self, value: str) -> list[str]:
@@ -185,6 +189,7 @@ class _ReadYourWritesMiddleware:
         options = self._options
         asked_field = options.asked_field
         positions = options.begin(scope, (value for name, value in scope["headers"] if name == asked_field))
+        positions.reads_only = scope.get("method") in _SAFE_METHODS
         token = current_positions.set(positions)
 
         def send_with_position(message: Message) -> Awaitable[None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-__all__ = ["ClusterStatus", "HostStatus", "Role", "SyncCondition"]
+__all__ = ["ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"]
 
 Role = Literal["master", "replica"]
 """What a host is: ``"master"`` takes writes, ``"replica"`` is in recovery."""
@@ -16,16 +16,21 @@ SyncCondition = Literal["time", "bytes", "time_or_bytes", "time_and_bytes"]
 """By which lag a replica has to be in sync."""
 
 
+Fault = Literal["stranger", "shared_name", "rival", "stale"]
+"""Why a living host is not what it says: it is of another cluster; several servers take turns behind its name; it takes
+writes on the same timeline as another one; or it says "master" on a timeline that a promotion has left."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostStatus:
     """One host, as it was at its last poll.
 
     Attributes:
         host: its name, as the user wrote it.
-        alive: whether it answers. One that has just begun to fail counts as alive until it has failed `max_fails`
-            times.
-        role: what it says it is; ``None`` if it is not alive. Two hosts may both say "master": `ClusterStatus.master`
-            is the true one.
+        alive: whether it answers, or refuses the monitor and so shows that it is there. One that has just begun to fail
+            counts as alive until it has failed `max_fails` times, or kept silent for a poll interval.
+        role: what it says it is, or said last; ``None`` if it is not alive, or has not told yet. Two hosts may both say
+            "master": `ClusterStatus.master` is the true one.
         timeline: the timeline that it writes, or receives.
         position: the WAL position in bytes: what a master has inserted, what a replica has replayed.
         lag_ms: how far a replica is behind in milliseconds; 0 for the master; ``None`` if unknown.
@@ -34,6 +39,12 @@ class HostStatus:
         error: the last error of a poll, without secrets, also if the host is alive again; ``None`` if there was none.
         in_sync_by_time: whether `lag_ms` is within the monitor's limit.
         in_sync_by_bytes: whether `lag_bytes` is within the monitor's limit.
+        takes_reads: whether readers are sent to it if it is a replica.
+        fault: why it is not what it says; ``None`` if it is.
+        system_identifier: that of the database cluster that it serves; ``None`` if unknown.
+        started_at: when its server was started: another time, and it is another server, or has restarted.
+        possible_dead: whether it counts as alive, and has not answered since it last did: it may be about to count as
+            dead.
     """
 
     host: str
@@ -47,6 +58,11 @@ class HostStatus:
     error: str | None = None
     in_sync_by_time: bool = False
     in_sync_by_bytes: bool = False
+    takes_reads: bool = True
+    fault: Fault | None = None
+    system_identifier: int | None = None
+    started_at: datetime | None = None
+    possible_dead: bool = False
 
     def in_sync(self, condition: SyncCondition | None) -> bool:
         """Return whether `condition` holds; ``None`` always does."""
@@ -81,10 +97,10 @@ class ClusterStatus:
     )
 
     def __post_init__(self) -> None:
-        replicas = [host for host in self.hosts if host.alive and host.role == "replica"]
+        replicas = [host for host in self.hosts if host.alive and host.role == "replica" and host.takes_reads]
         conditions: Sequence[SyncCondition | None] = (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
         self._replicas.update({each: tuple(host for host in replicas if host.in_sync(each)) for each in conditions})
 
     def replicas(self, condition: SyncCondition | None = None) -> tuple[HostStatus, ...]:
-        """Return the living replicas that are in sync by `condition`, in their order."""
+        """Return the living replicas that take reads and are in sync by `condition`, in their order."""
         return self._replicas[condition]

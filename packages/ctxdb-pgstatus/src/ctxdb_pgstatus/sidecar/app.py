@@ -1,23 +1,22 @@
-"""The sidecar's HTTP interface, an ASGI application: every answer comes out of memory."""
+"""What the sidecar answers at each of its endpoints: out of memory, unless a request asks for news."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, MutableMapping
-from importlib.metadata import version
+import re
+from collections.abc import Awaitable, Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
-from ctxdb_pgstatus.sidecar import metrics, page
 from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
 from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.sidecar.server import Request, Response
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
 
 __all__ = ["Monitor", "SidecarApp"]
-
-_Headers = Iterable[tuple[bytes, bytes]]
-_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _CONDITIONS: Mapping[str, SyncCondition | None] = {
     "/replica": None,
@@ -52,40 +51,35 @@ class Monitor(Protocol):
         """Return the replicas that are known to have replayed a WAL position."""
 
 
-class _Response:
-    """A response, as the messages that it is sent by: made once where it is the same for all."""
-
-    __slots__ = ("body", "start")
-
-    def __init__(self, status: int, content_type: bytes, content: bytes, headers: _Headers = ()) -> None:
-        fields = [(b"content-length", b"%d" % len(content)), (b"cache-control", b"no-store"), *headers]
-        if content:
-            fields.append((b"content-type", content_type))
-        self.start = {"type": "http.response.start", "status": status, "headers": fields}
-        self.body = {"type": "http.response.body", "body": content}
-
-
 class _InvalidParameterError(Exception):
     """A query parameter has a value that it cannot have."""
 
 
-def _json(content: object, status: int = 200) -> _Response:
-    encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    return _Response(status, b"application/json", encoded)
+def _json(content: object, status: int = 200) -> Response:
+    encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).translate(_CONTROLS).encode()
+    return Response(status, encoded, b"application/json")
 
 
-def _text(content: str, status: int = 200) -> _Response:
-    return _Response(status, b"text/plain; charset=utf-8", content.encode())
+def _text(content: str, status: int = 200) -> Response:
+    return Response(status, content.encode(), b"text/plain; charset=utf-8")
 
 
-def _error(text: str, status: int) -> _Response:
+def _error(text: str, status: int) -> Response:
     return _json({"error_text": text}, status)
 
 
+# The control characters that JSON may leave as they are: terminals obey them, too, and messages of hosts may have any.
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 _NOT_READY = _error("pg_monitor is not ready", 503)
 _NOT_FOUND = _text("", 404)
-_NOT_ALLOWED = _Response(405, b"", b"", [(b"allow", b"GET, HEAD")])
+_NOT_ALLOWED = Response(405, b"", b"", [(b"allow", b"GET, HEAD")])
+_READING_METHODS = frozenset((b"GET", b"HEAD"))
+_NOT_MONITORED = _error("This host is not monitored", 404)
 _OK = _text("OK")
+# What load balancers ask.
+_CHECKS = frozenset(("/primary", "/replica"))
+_SIZE = re.compile(r"(?P<number>[0-9]{1,19}) ?(?P<unit>b|kb|mb|gb|tb)?", re.ASCII | re.IGNORECASE)
+_UNITS = {"b": 0, "kb": 10, "mb": 20, "gb": 30, "tb": 40}
 
 
 class SidecarApp:
@@ -112,103 +106,149 @@ class SidecarApp:
         self._limit_ms = sync_max_lag_ms
         self._refresh = poll_interval
         self._choice = Choice(self._locality)
-        self._version = _text(version("ctxdb-pgstatus"))
-        self._names: dict[tuple[str | None, bool], _Response] = {}
-        self._of_hosts: tuple[ClusterStatus, _Response] | None = None
-        self._of_cluster: Mapping[str, Callable[[ClusterStatus, bytes], _Response]] = {
+        self._names: dict[tuple[str | None, int, bool], Response] = {}
+        # Of the status that was last asked about, for as long as it is the one.
+        self._of_hosts: tuple[ClusterStatus, Response] | None = None
+        self._of_replicas: tuple[ClusterStatus, Response] | None = None
+        self._of_cluster: Mapping[str, Callable[[ClusterStatus, Request], Response]] = {
+            "/master": self._master,
+            "/primary": self._primary,
+            "/most_sync_by_bytes": self._most_in_sync,
+            **dict.fromkeys(_CONDITIONS, self._replica),
             "/hosts": self._hosts,
             "/replicas_info": self._replicas_info,
             "/status": self._status,
             "/health": self._health,
         }
-        self._without_cluster: Mapping[str, Callable[[], _Response]] = {
+        self._without_cluster: Mapping[str, Callable[[], Response]] = {
             "/live": lambda: _OK,
-            "/version": lambda: self._version,
+            "/version": self._version,
             "/ready": lambda: _NOT_READY if self.monitor is None else _OK,
             "/metrics": self._metrics,
             "/": self._page,
         }
 
-    async def __call__(self, scope: MutableMapping[str, Any], _receive: object, send: _Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            return
-        response = await self._respond(scope)
-        await send(response.start)
-        await send(response.body)
-
-    async def _respond(self, scope: MutableMapping[str, Any]) -> _Response:
-        path = scope["path"]
-        names_host = path == "/master" or path in _CONDITIONS or path == "/most_sync_by_bytes"
-        if not names_host and path not in self._of_cluster and path not in self._without_cluster:
+    def __call__(self, request: Request) -> Response | Awaitable[Response]:
+        """Answer one request; by an awaitable only if the hosts have to be asked first."""
+        path, method = request.path, request.method
+        answer = self._of_cluster.get(path)
+        if answer is None and path not in self._without_cluster:
             return _NOT_FOUND
-        if scope["method"] not in ("GET", "HEAD"):
+        # Load balancers check by OPTIONS unless they are told otherwise.
+        if method not in _READING_METHODS and not (method == b"OPTIONS" and path in _CHECKS):
             return _NOT_ALLOWED
-        if path in self._without_cluster:
+        if answer is None:
             return self._without_cluster[path]()
         monitor = self.monitor
         if monitor is None:
             return _NOT_READY
-        as_json = uncached = False
-        for name, value in scope["headers"]:
-            if name == b"accept":
-                as_json = as_json or b"application/json" in value
-            elif name == b"cache-control":
-                uncached = uncached or b"no-cache" in value
-        query: bytes = scope["query_string"]
-        if path == "/master":
-            host = await _confirmed_master(monitor) if uncached else monitor.status.master
-            return self._name(host, as_json=as_json)
-        if uncached:
-            await monitor.poll()
-        if not names_host:
-            return self._of_cluster[path](monitor.status, query)
-        try:
-            return self._name(await self._replica(monitor, path, query), as_json=as_json)
-        except _InvalidParameterError as exc:
-            return _error(f"Invalid {exc}", 400)
+        if request.bypasses_memory or b"wait_ms=" in request.query:
+            return self._answer_after_asking(answer, request, monitor)
+        return _answer(answer, monitor.status, request)
 
-    async def _replica(self, monitor: Monitor, path: str, query: bytes) -> str | None:
-        limits = None
-        if query:
-            parameters = _parameters(query)
-            lag_ms, lag_bytes = _number(parameters, "lag_ms"), _number(parameters, "lag_bytes")
-            position = _position(parameters, "min_lsn")
-            wait = min((_number(parameters, "wait_ms") or 0) / 1000, _LONGEST_WAIT_SECONDS)
-            if wait and position is not None and path in _CONDITIONS:
-                await monitor.find_replica(_CONDITIONS[path], min_position=position, max_wait=wait)
-            limits = Limits(lag_ms, lag_bytes, None if position is None else monitor.replayed(position))
+    async def _answer_after_asking(
+        self, answer: Callable[[ClusterStatus, Request], Response], request: Request, monitor: Monitor
+    ) -> Response:
+        path = request.path
+        if request.bypasses_memory:
+            if path in ("/master", "/primary"):
+                await _confirm_master(monitor)
+            else:
+                await monitor.poll()
         if path in _CONDITIONS:
-            return self._choice.replica(monitor.status, _CONDITIONS[path], limits)
-        return self._choice.most_in_sync(monitor.status, limits or Limits())
+            try:
+                parameters = _parameters(request.query)
+                position = _position(parameters, "min_lsn")
+                wait = min((_number(parameters, "wait_ms") or 0) / 1000, _LONGEST_WAIT_SECONDS)
+            except _InvalidParameterError as exc:
+                return _error(f"Invalid {exc}", 400)
+            if wait and position is not None:
+                await monitor.find_replica(_CONDITIONS[path], min_position=position, max_wait=wait)
+        return _answer(answer, monitor.status, request)
 
-    def _name(self, host: str | None, *, as_json: bool) -> _Response:
+    # --- one host -----------------------------------------------------------------------------------------------------
+
+    def _name(self, host: str | None, request: Request, *, otherwise: int = 404) -> Response:
         """Return the response that names `host`: there are as many as hosts, so each is made once."""
-        response = self._names.get((host, as_json))
+        as_json = request.accepts_json
+        response = self._names.get((host, otherwise, as_json))
         if response is None:
-            status = 404 if host is None else 200
-            response = _json({"host": host}, status) if as_json else _text(host or "", status)
-            self._names[host, as_json] = response
+            status = otherwise if host is None else 200
+            if as_json:
+                locality = self._locality
+                dc, geo = (None, None) if host is None else (locality.dcs.get(host), locality.geos.get(host))
+                response = _json({"host": host, "dc": dc, "geo": geo}, status)
+            else:
+                response = _text(host or "", status)
+            self._names[host, otherwise, as_json] = response
         return response
 
-    def _hosts(self, status: ClusterStatus, _query: bytes) -> _Response:
+    def _master(self, status: ClusterStatus, request: Request) -> Response:
+        return self._name(status.master, request)
+
+    def _primary(self, status: ClusterStatus, request: Request) -> Response:
+        """Tell by the status code whether a host is the master, or whether there is one."""
+        host = status.master
+        if request.query and (asked := _parameters(request.query).get("host")) is not None:
+            if all(each.host != asked for each in status.hosts):
+                return _NOT_MONITORED
+            host = asked if asked == host else None
+        return self._name(host, request, otherwise=503)
+
+    def _replica(self, status: ClusterStatus, request: Request) -> Response:
+        condition = _CONDITIONS[request.path]
+        if not request.query:
+            return self._name(self._choice.replica(status, condition, None), request)
+        parameters = _parameters(request.query)
+        limits = self._limits(parameters)
+        if request.path == "/replica" and ("lag" in parameters or "host" in parameters):
+            return self._check_replica(status, request, parameters, limits)
+        return self._name(self._choice.replica(status, condition, limits), request)
+
+    def _check_replica(
+        self, status: ClusterStatus, request: Request, parameters: Mapping[str, str], limits: Limits
+    ) -> Response:
+        """Tell by the status code whether a host is a replica within limits, or whether there is one."""
+        asked = parameters.get("host")
+        if asked is not None and all(each.host != asked for each in status.hosts):
+            return _NOT_MONITORED
+        size = _size(parameters, "lag")
+        if size is not None:
+            limits = replace(limits, lag_bytes=size if limits.lag_bytes is None else min(size, limits.lag_bytes))
+        replicas = [each for each in status.replicas() if asked in (None, each.host) and limits.admit(each, None)]
+        return self._name(replicas[0].host if replicas else None, request, otherwise=503)
+
+    def _most_in_sync(self, status: ClusterStatus, request: Request) -> Response:
+        return self._name(self._choice.most_in_sync(status, self._limits(_parameters(request.query))), request)
+
+    def _limits(self, parameters: Mapping[str, str]) -> Limits:
+        position = _position(parameters, "min_lsn")
+        _number(parameters, "wait_ms")
+        among = None if position is None or self.monitor is None else self.monitor.replayed(position)
+        return Limits(_number(parameters, "lag_ms"), _number(parameters, "lag_bytes"), among)
+
+    # --- all of them --------------------------------------------------------------------------------------------------
+
+    def _hosts(self, status: ClusterStatus, _request: Request) -> Response:
         if self._of_hosts is None or self._of_hosts[0] is not status:
             self._of_hosts = (status, _json([self._describe(host, status) for host in status.hosts]))
         return self._of_hosts[1]
 
-    def _replicas_info(self, status: ClusterStatus, _query: bytes) -> _Response:
-        return _json([{"host": host.host} for host in status.replicas()])
+    def _replicas_info(self, status: ClusterStatus, _request: Request) -> Response:
+        if self._of_replicas is None or self._of_replicas[0] is not status:
+            self._of_replicas = (status, _json([{"host": host.host} for host in status.replicas()]))
+        return self._of_replicas[1]
 
-    def _status(self, status: ClusterStatus, query: bytes) -> _Response:
-        name = _parameters(query).get("host")
+    def _status(self, status: ClusterStatus, request: Request) -> Response:
+        name = _parameters(request.query).get("host")
         if name is None:
             return _error("Get parameter 'host' wasn't passed", 400)
         for host in status.hosts:
             if host.host == name:
                 return _json(self._describe(host, status))
-        return _error("This host is not monitored", 404)
+        return _NOT_MONITORED
 
-    def _health(self, status: ClusterStatus, _query: bytes) -> _Response:
+    def _health(self, status: ClusterStatus, _request: Request) -> Response:
         """Return whether the cluster takes writes, and whether all of it is there."""
         alive = sum(host.alive for host in status.hosts)
         whole = "ok" if alive == len(status.hosts) else "degraded"
@@ -221,15 +261,22 @@ class SidecarApp:
         }
         return _json(content, 503 if status.master is None else 200)
 
-    def _metrics(self) -> _Response:
+    # --- for people and Prometheus: what these need is imported for the first of them ---------------------------------
+
+    def _version(self) -> Response:
+        return _text(importlib.import_module("importlib.metadata").version("ctxdb-pgstatus"))
+
+    def _metrics(self) -> Response:
+        metrics = importlib.import_module("ctxdb_pgstatus.sidecar.metrics")
         status = None if self.monitor is None else self.monitor.status
         content = metrics.render(status, self._history.changes_in_all)
-        return _Response(200, b"text/plain; version=0.0.4; charset=utf-8", content.encode())
+        return Response(200, content, metrics.CONTENT_TYPE)
 
-    def _page(self) -> _Response:
+    def _page(self) -> Response:
+        page = importlib.import_module("ctxdb_pgstatus.sidecar.page")
         status = None if self.monitor is None else self.monitor.status
         content = page.render(status, self._history, self._limit_ms, self._refresh)
-        return _Response(200, b"text/html; charset=utf-8", content.encode(), page.HEADERS)
+        return Response(200, content.encode(), b"text/html; charset=utf-8", page.HEADERS)
 
     def _describe(self, host: HostStatus, status: ClusterStatus) -> dict[str, Any]:
         known = host.alive and host.position is not None
@@ -240,6 +287,7 @@ class SidecarApp:
             "distance": self._locality.distance(host.host),
             "master": host.host == status.master,
             "alive": host.alive,
+            "possible_dead": host.possible_dead,
             "role": host.role,
             "lag_ms": host.lag_ms if host.alive else None,
             "sync_by_time": host.in_sync_by_time,
@@ -249,16 +297,25 @@ class SidecarApp:
             "timeline": host.timeline,
             "since": host.since.isoformat(),
             "error": host.error,
+            "takes_reads": host.takes_reads,
+            "fault": host.fault,
+            "system_identifier": host.system_identifier,
+            "started_at": None if host.started_at is None else host.started_at.isoformat(),
         }
 
 
-async def _confirmed_master(monitor: Monitor) -> str | None:
-    """Return the master after all that happened before the call."""
+async def _confirm_master(monitor: Monitor) -> None:
+    """Have the monitor know the master after all that happened before the call."""
     host = monitor.status.master
-    if host is not None and await monitor.confirm_master(host):
-        return host
-    await monitor.poll()
-    return monitor.status.master
+    if host is None or not await monitor.confirm_master(host):
+        await monitor.poll()
+
+
+def _answer(answer: Callable[[ClusterStatus, Request], Response], status: ClusterStatus, request: Request) -> Response:
+    try:
+        return answer(status, request)
+    except _InvalidParameterError as exc:
+        return _error(f"Invalid {exc}", 400)
 
 
 def _parameters(query: bytes) -> dict[str, str]:
@@ -274,6 +331,17 @@ def _number(parameters: Mapping[str, str], name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 19):
         raise _InvalidParameterError(name)
     return int(text)
+
+
+def _size(parameters: Mapping[str, str], name: str) -> int | None:
+    """Return a number of bytes, with or without a unit of PostgreSQL's: ``1048576``, ``16MB``."""
+    text = parameters.get(name)
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise _InvalidParameterError(name)
+    return int(match["number"]) << _UNITS[(match["unit"] or "b").lower()]
 
 
 def _position(parameters: Mapping[str, str], name: str) -> int | None:

@@ -13,24 +13,20 @@ import socket
 import sys
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from importlib.metadata import version
+from contextlib import suppress
 
-import uvicorn
-
-from ctxdb_pgstatus.errors import OptionError
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.monitor import HostMonitor
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.sidecar.logs import set_up
+from ctxdb_pgstatus.sidecar.server import Server
 from ctxdb_pgstatus.sidecar.settings import VARIABLES, Settings
 
 __all__ = ["main"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.sidecar")
 
-# Clients that ask every few seconds keep their connection.
-_KEEP_ALIVE_SECONDS = 75
 # For requests that are under way when it is told to stop.
 _GRACE_SECONDS = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _parse(arguments)
     try:
         settings = Settings.from_environment(os.environ)
-    except OptionError as exc:
+    except errors.OptionError as exc:
         print(f"ctxdb-pgstatus: {exc}", file=sys.stderr)  # noqa: T201 - a command speaks to its user
         return 2
     set_up(settings.log_level, settings.log_format)
@@ -65,11 +61,23 @@ def _parse(arguments: Sequence[str] | None) -> None:
         prog="ctxdb-pgstatus",
         description="Says over HTTP which PostgreSQL host is the master, and which replicas are in sync.",
         epilog="It is set up by environment variables, each with the prefix pg_status__:\n\n"
-        + "\n".join(f"  {name.ljust(width)}  {text}" for name, text in VARIABLES.items()),
+        + "\n".join(f"  {name.ljust(width)}  {text}" for name, text in VARIABLES.items())
+        + "\n\nThe signal USR1 has the present state of the cluster accepted once, though a higher timeline was seen: "
+        "after an operator has undone a promotion.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=version("ctxdb-pgstatus"))
+    parser.add_argument("--version", action=_Version)
     parser.parse_args(arguments)
+
+
+class _Version(argparse.Action):
+    """Shows the version, which takes as long to find out as the server to start: only where it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.exit(message=importlib.import_module("importlib.metadata").version("ctxdb-pgstatus") + "\n")
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -101,62 +109,57 @@ def _loop_factory() -> Callable[[], AbstractEventLoop] | None:
     return factory
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves the signals to the command: it ends with 0 when it was told to stop."""
-
-    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]  # a plain context manager does
-        return nullcontext()
-
-
 async def _run(settings: Settings, listener: socket.socket) -> None:
     monitor = HostMonitor(
         settings.hosts,
         user=settings.user,
         password=settings.password,
+        password_file=settings.password_file,
         database=settings.database,
         poll_interval=settings.poll_interval,
         connect_timeout=settings.connect_timeout,
+        conn_max_age=settings.conn_max_age,
+        nofailover=settings.nofailover,
+        noloadbalance=settings.noloadbalance,
         max_fails=settings.max_fails,
         sync_max_lag_ms=settings.sync_max_lag_ms,
         sync_max_lag_bytes=settings.sync_max_lag_bytes,
     )
     history = History()
     app = SidecarApp(history, settings.locality, settings.sync_max_lag_ms, settings.poll_interval)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
-    )
+    server = Server(app)
+    stopping = asyncio.Event()
 
     def stop() -> None:
-        # Told twice, it does not wait for requests that are under way.
-        server.force_exit = server.should_exit
-        server.should_exit = True
+        if stopping.is_set():
+            # Told twice, it does not wait for requests that are under way.
+            server.abort()
+        stopping.set()
 
     _on_signals(stop)
+    accepting: set[asyncio.Task[object]] = set()
+
+    def accept_lower_timeline() -> None:
+        task = asyncio.create_task(monitor.accept_lower_timeline())
+        accepting.add(task)
+        task.add_done_callback(accepting.discard)
+
+    if hasattr(signal, "SIGUSR1"):
+        # An operator has undone a promotion, and says so: `kill -USR1`.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, accept_lower_timeline)
     for warning in settings.warnings:
         _logger.warning("%s", warning)
     address, port = listener.getsockname()[:2]
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await server.start(listener)
     _logger.info("server started", extra={"address": address, "port": port})
+    # It answers that it is not ready yet until the monitor has asked each host once.
     watching = asyncio.create_task(_watch(monitor, app, history, settings.poll_interval))
+    stopped = asyncio.create_task(stopping.wait())
     try:
-        # It answers that it is not ready yet until the monitor has asked each host once.
-        await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            server.should_exit = True
-        await serving
+        await asyncio.wait([stopped, watching], return_when=asyncio.FIRST_COMPLETED)
+        await server.stop(_GRACE_SECONDS)
     finally:
+        stopped.cancel()
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching

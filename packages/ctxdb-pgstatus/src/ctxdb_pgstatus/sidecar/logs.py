@@ -11,8 +11,8 @@ from ctxdb_pgstatus.sidecar.settings import LogFormat
 
 __all__ = ["JSONFormatter", "TextFormatter", "set_up"]
 
-# What every record has; the rest was given as `extra`. The two last ones are set by formatters and by uvicorn.
-_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+# What every record has; the rest was given as `extra`. The two last ones are set by formatters.
+_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def set_up(level: int, log_format: LogFormat) -> None:
@@ -22,8 +22,6 @@ def set_up(level: int, log_format: LogFormat) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # How the server comes up and goes down is told by the sidecar itself.
-    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("asyncio").setLevel(max(level, logging.WARNING))
 
 
@@ -36,8 +34,7 @@ class TextFormatter(logging.Formatter):
         text = f"{_time(record)} {record.levelname} {_component(record)}: {record.getMessage()}{fields}"
         if record.exc_info:
             text += " " + self.formatException(record.exc_info)
-        # One record is one line, whatever is in it.
-        return "\\n".join(text.splitlines())
+        return _printable(text)
 
 
 class JSONFormatter(logging.Formatter):
@@ -55,7 +52,19 @@ class JSONFormatter(logging.Formatter):
             content.setdefault(name, value)
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
-        return json.dumps(content, default=str)
+        # The one control character that JSON leaves as it is.
+        return json.dumps(content, default=str).replace("\x7f", "\\u007f")
+
+
+def _printable(text: str) -> str:
+    """Return text as one line that moves no cursor and changes no colour.
+
+    Names of hosts and messages of servers come from elsewhere: an escape sequence in one of them could rewrite on the
+    reader's terminal what other lines say.
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
@@ -64,8 +73,6 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _component(record: logging.LogRecord) -> str:
     root, _, rest = record.name.partition(".")
-    if root == "uvicorn":
-        return "http"
     return (rest or "monitor") if root == "ctxdb_pgstatus" else record.name
 
 

@@ -1,19 +1,31 @@
-"""What Prometheus reads: its text format, version 0.0.4."""
+"""What Prometheus reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import get_args
 
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-__all__ = ["render"]
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus
+
+__all__ = ["CONTENT_TYPE", "render"]
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+"""What the metrics are sent as."""
 
 _NAMESPACE = "ctxdb_pgstatus"
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float | None]]] = (
     ("host_up", "Whether the host answers.", lambda host, _: host.alive),
     ("host_master", "Whether the host is the master.", lambda host, status: host.host == status.master),
+    (
+        "host_claims_master",
+        "Whether the host says that it is the master: more than one that does is a fault.",
+        lambda host, _: host.alive and host.role == "master",
+    ),
     ("host_replica", "Whether the host is a living replica.", lambda host, _: host.alive and host.role == "replica"),
     (
         "host_lag_seconds",
@@ -32,6 +44,11 @@ _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float 
         "The WAL position: what a master has inserted, what a replica has replayed.",
         lambda host, _: host.position if host.alive else None,
     ),
+    (
+        "host_possible_dead",
+        "Whether the host counts as alive, and has not answered since it last did.",
+        lambda host, _: host.possible_dead,
+    ),
     ("host_timeline", "The timeline that the host writes, or receives.", lambda host, _: host.timeline),
     (
         "host_since_timestamp_seconds",
@@ -41,41 +58,57 @@ _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float 
 )
 
 
-def render(status: ClusterStatus | None, changes: int) -> str:
-    """Return the metrics.
+def render(status: ClusterStatus | None, changes: int) -> bytes:
+    """Return the metrics, in Prometheus's text format.
 
     Args:
         status: of the cluster; ``None`` as long as nothing is known.
         changes: how many changes have been noticed.
     """
-    lines: list[str] = []
-    _family(lines, "build_info", "gauge", "The version of the sidecar.", [({"version": version("ctxdb-pgstatus")}, 1)])
-    _family(lines, "ready", "gauge", "Whether every host has been asked once.", [({}, status is not None)])
-    if status is not None:
-        _family(lines, "master_known", "gauge", "Whether there is a master.", [({}, status.master is not None)])
-        _family(
-            lines, "changes_total", "counter", "How often a host's state or the master has changed.", [({}, changes)]
-        )
-        _family(
-            lines,
-            "last_update_timestamp_seconds",
-            "gauge",
-            "When the status was last put together.",
-            [({}, status.at.timestamp())],
-        )
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(status, changes))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    """The metrics of one moment."""
+
+    def __init__(self, status: ClusterStatus | None, changes: int) -> None:
+        self._status = status
+        self._changes = changes
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each family of metrics."""
+        status = self._status
+        yield _gauge("build_info", "The version of the sidecar.", {"version": version("ctxdb-pgstatus")}, 1)
+        yield _gauge("ready", "Whether every host has been asked once.", {}, status is not None)
+        if status is None:
+            return
+        yield _gauge("master_known", "Whether there is a master.", {}, status.master is not None)
+        changes = CounterMetricFamily(f"{_NAMESPACE}_changes", "How often a host's state or the master has changed.")
+        changes.add_metric((), self._changes)
+        yield changes
+        at = status.at.timestamp()
+        yield _gauge("last_update_timestamp_seconds", "When the status was last put together.", {}, at)
         for name, text, value_of in _OF_HOSTS:
-            values = [({"host": host.host}, value_of(host, status)) for host in status.hosts]
-            _family(lines, name, "gauge", text, values)
-    return "\n".join(lines) + "\n"
+            family = GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, labels=("host",))
+            for host in status.hosts:
+                value = value_of(host, status)
+                if value is not None:
+                    family.add_metric((host.host,), float(value))
+            yield family
+        faults = GaugeMetricFamily(f"{_NAMESPACE}_host_fault", _FAULT, labels=("host", "fault"))
+        for host in status.hosts:
+            for fault in get_args(Fault):
+                faults.add_metric((host.host, fault), float(host.fault == fault))
+        yield faults
 
 
-def _family(
-    lines: list[str], name: str, kind: str, text: str, values: Sequence[tuple[dict[str, str], float | None]]
-) -> None:
-    lines.append(f"# HELP {_NAMESPACE}_{name} {text}")
-    lines.append(f"# TYPE {_NAMESPACE}_{name} {kind}")
-    for labels, value in values:
-        if value is not None:
-            shown = ",".join(f'{label}="{content.translate(_ESCAPES)}"' for label, content in labels.items())
-            braces = f"{{{shown}}}" if shown else ""
-            lines.append(f"{_NAMESPACE}_{name}{braces} {int(value) if isinstance(value, bool) else value!r}")
+_FAULT = "Whether a living host is not what it says, by what is wrong."
+
+
+def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> Metric:
+    family = GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, labels=tuple(labels))
+    family.add_metric(tuple(labels.values()), float(value))
+    return family

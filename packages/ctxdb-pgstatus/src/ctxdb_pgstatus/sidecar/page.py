@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 from ctxdb_pgstatus.lsn import format_lsn
 from ctxdb_pgstatus.sidecar.history import Change, History, Sample
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus
 
 __all__ = ["HEADERS", "render"]
 
@@ -166,7 +166,7 @@ def _row(host: HostStatus, status: ClusterStatus, history: History, limit_ms: in
         position = format_lsn(host.position) + timeline
     return (
         f'<tr data-host="{escape(host.host)}"><th scope="row">{escape(host.host)}{error}</th>'
-        f'<td><span class="badge {kind}">{role}</span></td>'
+        f'<td><span class="badge {kind}">{escape(role)}</span></td>'
         f'<td class="number">{_lag(host) if is_replica else ""}</td><td>{plot}</td>'
         f'<td class="number">{position}</td>'
         f'<td class="number">{_time(host.since, status.at)}</td></tr>'
@@ -176,11 +176,23 @@ def _row(host: HostStatus, status: ClusterStatus, history: History, limit_ms: in
 def _role(host: HostStatus, status: ClusterStatus) -> tuple[str, str]:
     if not host.alive:
         return "bad", "does not answer"
+    if host.fault is not None:
+        return "bad", _FAULTS[host.fault]
+    if host.possible_dead:
+        return "warn", f"{host.role or 'unknown'}, does not answer now"
     if host.host == status.master:
         return "good", "master"
     if host.role == "master":
         return "bad", "claims to be master"
     return ("good" if host.in_sync_by_time or host.in_sync_by_bytes else "warn"), "replica"
+
+
+_FAULTS: dict[Fault, str] = {
+    "stranger": "another cluster's",
+    "shared_name": "several servers",
+    "rival": "second master",
+    "stale": "claims to be master",
+}
 
 
 def _lag(host: HostStatus) -> str:

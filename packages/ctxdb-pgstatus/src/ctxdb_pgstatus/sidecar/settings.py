@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Literal
 
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
-from ctxdb_pgstatus.errors import HostListError, OptionError
 from ctxdb_pgstatus.sidecar.choice import Locality
 
 __all__ = ["VARIABLES", "LogFormat", "Settings"]
@@ -32,9 +33,11 @@ VARIABLES = {
     "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required",
     "delimiter": "what separates them, if it is no comma",
     "pg_user": "the user to log in as (postgres)",
-    "pg_password": "its password (postgres)",
+    "pg_password": "its password (that of PGPASSWORD or libpq's password file, if there is one; else postgres)",
+    "pg_password_file": "a file that holds the password and nothing else; read for each connection",
     "pg_database": "the database to connect to (postgres)",
     "pg_port": "the port of all hosts, or one for each, separated as they are (5432)",
+    "port": "the same, as pg-status 1.x spells it: the last port is that of all further hosts",
     "hosts_dc": "the data centre of each host",
     "current_dc": "the data centre of the sidecar: its replicas are preferred",
     "current_dc_env": "the variable that names it",
@@ -46,6 +49,9 @@ VARIABLES = {
     "sleep": "the same in seconds, of older releases",
     "query_timeout_ms": "milliseconds that a poll may take (2000)",
     "connect_timeout": "the same in seconds, of older releases",
+    "conn_max_age_ms": "milliseconds after which a connection to a host is replaced, and its name resolved (30000)",
+    "nofailover": "the hosts that are never promoted, separated as they are: nothing waits for them",
+    "noloadbalance": "the hosts that take no reads, separated as they are",
     "sync_max_lag_ms": "up to which lag in milliseconds a replica is in sync by time (1000)",
     "sync_max_lag_bytes": "up to which lag in bytes a replica is in sync by bytes (1000000)",
     "http_listen_address": "the address to listen on; * for all (127.0.0.1)",
@@ -55,8 +61,6 @@ VARIABLES = {
 }
 """Each variable, without its prefix, and what it says."""
 
-_WITHOUT_EFFECT = {"conn_max_age_ms"}
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -65,10 +69,14 @@ class Settings:
     Attributes:
         hosts: where the hosts are, under the names that they are answered by.
         user: the user to log in as.
-        password: its password; never shown.
+        password: its password; never shown. ``None`` for that of the file, or for libpq's.
+        password_file: a file that holds it.
         database: the database to connect to.
         poll_interval: seconds between two polls of a host.
         connect_timeout: seconds that a poll may take.
+        conn_max_age: seconds after which a connection is replaced.
+        nofailover: the hosts that are never promoted.
+        noloadbalance: the hosts that take no reads.
         max_fails: after how many failures in a row a host is dead.
         sync_max_lag_ms: up to which lag a replica is in sync by time.
         sync_max_lag_bytes: up to which lag a replica is in sync by bytes.
@@ -82,10 +90,14 @@ class Settings:
 
     hosts: tuple[HostAddress, ...]
     user: str
-    password: str = field(repr=False)
+    password: str | None = field(repr=False)
+    password_file: str | None
     database: str
     poll_interval: float
     connect_timeout: float
+    conn_max_age: float
+    nofailover: tuple[str, ...]
+    noloadbalance: tuple[str, ...]
     max_fails: int
     sync_max_lag_ms: int
     sync_max_lag_bytes: int
@@ -111,10 +123,14 @@ class Settings:
         return cls(
             hosts=hosts,
             user=read.text("pg_user", "postgres"),
-            password=environment.get(f"{_PREFIX}pg_password", "postgres"),
+            password=read.password(),
+            password_file=read.text("pg_password_file", "") or None,
             database=read.text("pg_database", "postgres"),
             poll_interval=seconds,
             connect_timeout=read.seconds("query_timeout_ms", "connect_timeout", 2.0),
+            conn_max_age=read.number("conn_max_age_ms", 30_000) / 1000,
+            nofailover=read.names("nofailover", hosts),
+            noloadbalance=read.names("noloadbalance", hosts),
             max_fails=read.number("max_fails", 3, at_least=1),
             sync_max_lag_ms=read.number("sync_max_lag_ms", 1000),
             sync_max_lag_bytes=read.number("sync_max_lag_bytes", 1_000_000),
@@ -135,6 +151,28 @@ class _Reader:
 
     def text(self, name: str, default: str) -> str:
         return self._environment.get(_PREFIX + name, "").strip() or default
+
+    def password(self) -> str | None:
+        """Return the password; ``None`` if there is another place where it is to be found."""
+        given = self._environment.get(f"{_PREFIX}pg_password")
+        in_file = bool(self.text("pg_password_file", ""))
+        if given is not None and in_file:
+            raise _wrong("pg_password_file", self.text("pg_password_file", ""), "either it or pg_password, not both")
+        if given is not None or in_file:
+            return given
+        if "PGPASSWORD" in self._environment or "PGPASSFILE" in self._environment:
+            return None
+        home = self._environment.get("HOME")
+        return None if home and Path(home, ".pgpass").is_file() else "postgres"
+
+    def names(self, name: str, hosts: tuple[HostAddress, ...]) -> tuple[str, ...]:
+        """Return some of the hosts."""
+        given = self._list(name)
+        known = {host.name for host in hosts}
+        for each in given:
+            if each not in known:
+                raise _wrong(name, each, f"names out of {_PREFIX}hosts")
+        return tuple(given)
 
     def number(self, name: str, default: int, *, at_least: int = 0, at_most: int | None = None) -> int:
         text = self.text(name, str(default))
@@ -160,27 +198,33 @@ class _Reader:
     def hosts(self) -> tuple[HostAddress, ...]:
         names = self._list("hosts")
         if not names:
-            raise OptionError(f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2.")
-        ports = self._list("pg_port") or ["5432"]
-        if len(ports) not in (1, len(names)):
-            raise _wrong("pg_port", self.text("pg_port", ""), f"one port, or one for each of the {len(names)} hosts")
-        for port in ports:
-            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= _HIGHEST_PORT):
-                raise _wrong("pg_port", port, f"a port from 1 to {_HIGHEST_PORT}")
-        if len(ports) == 1:
-            ports *= len(names)
+            raise errors.OptionError(
+                f"{_PREFIX}hosts is not set: name the hosts of the cluster, as in {_PREFIX}hosts=n1,n2."
+            )
+        ports = self._ports(len(names))
         try:
             # The names stay as they are: what a host is called says nothing of a port that was given apart.
             addresses = [HostAddress.parse(name, int(port)) for name, port in zip(names, ports, strict=True)]
             parse_hosts(
                 [f"[{each.host}]:{each.port}" if ":" in each.host else f"{each.host}:{each.port}" for each in addresses]
             )
-        except HostListError as exc:
-            raise OptionError(f"{_PREFIX}hosts: {exc}") from None
+        except errors.HostListError as exc:
+            raise errors.OptionError(f"{_PREFIX}hosts: {exc}") from None
         if len({address.name for address in addresses}) < len(addresses):
             # Told apart by their ports: two hosts of one name could not be told apart in any answer.
             addresses = [HostAddress(_with_port(each), each.host, each.port) for each in addresses]
         return tuple(addresses)
+
+    def _ports(self, hosts: int) -> list[str]:
+        name = "port" if self.text("port", "") and not self.text("pg_port", "") else "pg_port"
+        ports = self._list(name) or ["5432"]
+        fits = len(ports) in (1, hosts) or (name == "port" and len(ports) < hosts)
+        if not fits:
+            raise _wrong(name, self.text(name, ""), f"one port, or one for each of the {hosts} hosts")
+        for port in ports:
+            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= _HIGHEST_PORT):
+                raise _wrong(name, port, f"a port from 1 to {_HIGHEST_PORT}")
+        return ports + ports[-1:] * (hosts - len(ports))
 
     def locality(self, hosts: tuple[HostAddress, ...]) -> tuple[Locality, list[str]]:
         warnings = []
@@ -229,13 +273,9 @@ class _Reader:
     def unknown(self) -> list[str]:
         """Return a warning for each variable with the prefix that means nothing here."""
         names = sorted(name for name in self._environment if name.startswith(_PREFIX))
-        warnings = []
-        for name in names:
-            if name.removeprefix(_PREFIX) in _WITHOUT_EFFECT:
-                warnings.append(f"{name} has no effect: a connection is kept for as long as it works")
-            elif name.removeprefix(_PREFIX) not in VARIABLES:
-                warnings.append(f"{name} is not known, and has no effect")
-        return warnings
+        return [
+            f"{name} is not known, and has no effect" for name in names if name.removeprefix(_PREFIX) not in VARIABLES
+        ]
 
     def _list(self, name: str, *, keep_empty: bool = False) -> list[str]:
         text = self.text(name, "")
@@ -249,5 +289,5 @@ def _with_port(address: HostAddress) -> str:
     return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
 
 
-def _wrong(name: str, text: str, wanted: str) -> OptionError:
-    return OptionError(f"{_PREFIX}{name} is {text!r}: give {wanted}.")
+def _wrong(name: str, text: str, wanted: str) -> errors.OptionError:
+    return errors.OptionError(f"{_PREFIX}{name} is {text!r}: give {wanted}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ctxdb_pgstatus._probe import Answer
+from ctxdb_pgstatus._probing.answer import Answer
 
 __all__ = ["Lag", "Sample"]
 
@@ -18,15 +18,19 @@ class Sample:
         timeline: the timeline that it wrote.
         position: the WAL position that it had inserted.
         at: when it was asked, by the event loop's clock.
+        clock: the time then by the master's own clock, in seconds since 1970; ``None`` if it is not known.
     """
 
     timeline: int
     position: int
     at: float
+    clock: float | None = None
 
 
 class Lag:
-    """The lag of one replica: never less than it is, as far as the clocks of the servers agree.
+    """The lag of one replica: never less than it is.
+
+    The clocks of the servers need not agree: when a commit was made is compared with the master's clock, which made it.
 
     Attributes:
         milliseconds: how long ago the master was where the replica is; ``None`` if nothing tells.
@@ -49,11 +53,11 @@ class Lag:
 
     def measure(self, answer: Answer, sample: Sample | None) -> tuple[int | None, int | None]:
         """Return the milliseconds and bytes that an answer amounts to."""
+        if answer.lag_ms is not None:
+            return math.ceil(max(answer.lag_ms, 0.0)), None
         if answer.position is None:
             return None, None
-        # `now() - pg_last_xact_replay_timestamp()`: right while the master commits, and more than the lag while it is
-        # idle. Without a replayed commit there is none.
-        age = None if answer.replay_age_ms is None else max(answer.replay_age_ms, 0.0)
+        age = _age_of_last_commit(answer, sample)
         if sample is None:
             return None if age is None else math.ceil(age), None
         if answer.timeline != sample.timeline or answer.position < self._position:
@@ -68,3 +72,14 @@ class Lag:
         if self._caught_up_at is not None:
             bounds.append((answer.asked_at - self._caught_up_at) * 1000)
         return max(math.ceil(min(bounds)), 1) if bounds else None, sample.position - answer.position
+
+
+def _age_of_last_commit(answer: Answer, sample: Sample | None) -> float | None:
+    """Return how many milliseconds ago the commit was made that a replica replayed last; ``None`` without one.
+
+    That is the lag while the master commits, and more than the lag while it is idle.
+    """
+    if sample is not None and sample.clock is not None and answer.replayed_commit_at is not None:
+        by_clock_of_master = sample.clock + answer.asked_at - sample.at
+        return max(by_clock_of_master - answer.replayed_commit_at, 0.0) * 1000
+    return None if answer.replay_age_ms is None else max(answer.replay_age_ms, 0.0)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from ctxdb_core import DBConnect
-from ctxdb_pgstatus import _driver
+from ctxdb_core import DBConnect, is_autocommit
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
-from ctxdb_pgstatus._positions import Positions, current_positions
-from ctxdb_pgstatus._statements import is_local_setting, is_setting
-from ctxdb_pgstatus.errors import PgStatusError, StaleReaderError
+from ctxdb_pgstatus._following import driver
+from ctxdb_pgstatus._following.positions import Positions, current_positions
+from ctxdb_pgstatus._following.statements import is_local_setting, is_setting
+from ctxdb_pgstatus.errors import (
+    CommitUnconfirmedError,
+    ConnectionLostError,
+    HostUnreachableError,
+    PgStatusError,
+    StaleReaderError,
+)
+from ctxdb_pgstatus.source import KnowsServers
 
 __all__ = ["FollowedEngine", "Follower"]
 
@@ -31,6 +38,11 @@ WATCH_SECONDS = 0.1
 """How often the cluster is looked at while connections are in use."""
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
+# How many connections to other servers than the source knows are given away before there is an error: as many as a
+# small pool holds, as a name that has moved leaves them all behind.
+_MOST_STRAYS = 20
+# Classes of SQLSTATE (PostgreSQL, "Error Codes"): invalid authorization, and a database that does not exist.
+_REFUSALS = ("28", "3D")
 
 
 class Follower(Protocol):
@@ -38,6 +50,7 @@ class Follower(Protocol):
 
     guard: CommitGuard | None
     connect_timeout: float
+    servers: KnowsServers | None
 
     async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
         """Return the engine that sessions of `db` are to use now; ``None`` if it is not a host's, but a test's."""
@@ -51,6 +64,12 @@ class Follower(Protocol):
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
 
+    def forget_position(self, host: str, positions: Positions) -> None:
+        """Trust the host no more to have what the running code has to see, until it is asked again."""
+
+    def no_server(self, host: str) -> PgStatusError:
+        """Return the error for a name of which each connection leads to another server than the source knows."""
+
 
 class _HostLeftError(PgStatusError):
     """The host was left while a connection to it was waited for: to be chosen again."""
@@ -59,6 +78,10 @@ class _HostLeftError(PgStatusError):
         super().__init__(
             f"{host!r} was left, as it does not answer, or is not the master any more: open a new session."
         )
+
+
+class _OtherServerError(PgStatusError):
+    """A connection leads to another server than the one that the source knows by this name."""
 
 
 class _Wait:
@@ -139,6 +162,7 @@ class FollowedEngine:
         """
         positions = current_positions.get()
         followed = self
+        strays = 0
         while True:
             if followed.is_left or (positions is not None and not self._follower.is_fit(followed.host, positions)):
                 chosen = await_only(self._choose(positions))
@@ -150,6 +174,12 @@ class FollowedEngine:
             except _HostLeftError:
                 # It was left; the loop finds out what there is instead.
                 continue
+            except _OtherServerError:
+                strays += 1
+                if strays > _MOST_STRAYS:
+                    raise self._follower.no_server(followed.host) from None
+                if positions is not None:
+                    self._follower.forget_position(followed.host, positions)
 
     async def _choose(self, positions: Positions | None) -> FollowedEngine | None:
         db = self._db()
@@ -183,10 +213,37 @@ class FollowedEngine:
             connection.close()
             raise _HostLeftError(self.host)
         if (state := state_of(connection)) is not None:
+            self._check_server(connection, state, positions)
             state.begin(positions)
         if self._follower.guard is not None:
             self._follower.guard.begin(connection)
         return connection
+
+    def _check_server(
+        self, connection: PoolProxiedConnection, state: ConnectionState, positions: Positions | None
+    ) -> None:
+        """Give a connection away that leads to another server than the one that the source knows by this name.
+
+        Raises:
+            _OtherServerError: it does.
+        """
+        is_new, state.is_new = state.is_new, False
+        servers = self._follower.servers
+        if servers is None or state.started_at is None:
+            return
+        known = servers.server_of(self.host)
+        if known is None or known == state.started_at:
+            return
+        if is_new:
+            # The source may not have seen yet that the name leads elsewhere.
+            known = await_only(servers.ask_server_of(self.host))
+            if known is None or known == state.started_at:
+                return
+            if self._follower.guard is None and (positions is None or positions.are_empty):
+                # Servers take turns behind the name, and any of them will do.
+                return
+        connection.invalidate()
+        raise _OtherServerError(f"{self.host!r} leads to several servers.")
 
     def _connect_in_time(self, *args: Any, **options: Any) -> Any:
         """Stand in for ``Dialect.connect``."""
@@ -194,9 +251,11 @@ class FollowedEngine:
             raise _HostLeftError(self.host)
         try:
             return await_only(self._connect_within_limit(*args, **options))
-        except Exception:
-            self._follower.report_failure(self.host)
+        except _HostLeftError:
             raise
+        except Exception as exc:
+            self._follower.report_failure(self.host)
+            raise _unreachable(self.host, exc) from exc
 
     async def _connect_within_limit(self, *args: Any, **options: Any) -> Any:
         seconds = self._follower.connect_timeout
@@ -210,8 +269,25 @@ class FollowedEngine:
             raise
 
     def _connected(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        ConnectionState(self, self.host).keep(record.info)
+        state = ConnectionState(self, self.host)
+        state.keep(record.info)
         self._connections.add(dbapi_connection.driver_connection)
+        if self._follower.servers is not None:
+            state.started_at = self._read_start(dbapi_connection)
+
+    def _read_start(self, dbapi_connection: Any) -> datetime | None:
+        connection = dbapi_connection.driver_connection
+        limit = asyncio.get_running_loop().call_later(self._follower.connect_timeout, driver.abort, connection)
+        try:
+            return driver.read_start(dbapi_connection)
+        except Exception as exc:
+            if not driver.is_open(connection):
+                self._follower.report_failure(self.host)
+                raise _unreachable(self.host, exc) from exc
+            # A pooler in between that does not know what it is asked.
+            return None
+        finally:
+            limit.cancel()
 
     # --- readers in the middle of a transaction -----------------------------------------------------------------------
 
@@ -264,11 +340,18 @@ class FollowedEngine:
             state.is_bound = True
 
     def _handle_error(self, context: ExceptionContext) -> None:
+        """Raise an error of this package's own in the place of one that tells of the host, not of the statement."""
         connection = context.connection
         error = context.original_exception
-        if connection is None or connection.closed or connection.invalidated:
-            return
         if not isinstance(error, context.dialect.loaded_dbapi.Error):
+            return
+        if connection is None:
+            # While the first connection is asked for the server's version and the like.
+            if context.is_disconnect:
+                self._follower.report_failure(self.host)
+                raise _unreachable(self.host, error)
+            return
+        if connection.closed or connection.invalidated:
             return
         state = state_of(connection)
         if state is None:
@@ -276,16 +359,32 @@ class FollowedEngine:
         adapted: Any = connection.connection.dbapi_connection
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
             # A transaction that the user has made read-only is refused with the same code.
-            if not _driver.in_recovery(adapted.driver_connection):
+            if not driver.in_recovery(adapted.driver_connection):
                 return
             context.is_disconnect = True
         if context.is_disconnect:
             self._follower.report_failure(state.host)
-            if state.engine is self and self.is_left and isinstance(context.sqlalchemy_exception, StatementError):
-                context.sqlalchemy_exception.add_detail(
-                    f"ctxdb: {state.host!r} was left while it was in use, as it does not answer, or is not the master "
-                    "any more"
-                )
+            # The driver's error is the cause, as SQLAlchemy raises what a listener raises from it.
+            raise self._lost(connection, state, error)
+
+    def _lost(self, connection: Connection, state: ConnectionState, error: BaseException) -> PgStatusError:
+        reason = str(error) or type(error).__name__
+        if state.engine is self and self.is_left:
+            reason = (
+                f"{state.host!r} was left while it was in use, as it does not answer, or is not the master any more; "
+                + reason
+            )
+        if state.wrote and (state.is_committing or is_autocommit(connection)):
+            return CommitUnconfirmedError(
+                f"The connection to {state.host!r} broke while a commit was under way: {reason}. Look whether the "
+                "write is there before you try again.",
+                state.host,
+            )
+        return ConnectionLostError(
+            f"The connection to {state.host!r} broke, or the host takes no writes any more, before the transaction was "
+            f"committed: {reason}. Nothing of it is stored: do it again, in a new unit of work.",
+            state.host,
+        )
 
     # --- leaving the host ---------------------------------------------------------------------------------------------
 
@@ -307,9 +406,9 @@ class FollowedEngine:
     def _leave(self, abort: bool) -> None:  # noqa: FBT001 - passed on by `call_soon_threadsafe`
         for wait in list(self._waits):
             wait.interrupt()
-        if abort and any(map(_driver.is_open, self._connections)):
+        if abort and any(map(driver.is_open, self._connections)):
             for connection in list(self._connections):
-                _driver.abort(connection)
+                driver.abort(connection)
             # What is left of them must not be handed out, should the host be returned to.
             self._sync_engine.dispose(close=False)
 
@@ -341,7 +440,21 @@ class FollowedEngine:
         if isinstance(pool, QueuePool) and not self.is_left and pool.checkedout():
             return True
         # Another pool cannot tell; and of a host that was left, nothing idle is left.
-        return (self.is_left or not isinstance(pool, QueuePool)) and any(map(_driver.is_open, self._connections))
+        return (self.is_left or not isinstance(pool, QueuePool)) and any(map(driver.is_open, self._connections))
+
+
+def _unreachable(host: str, error: BaseException) -> HostUnreachableError:
+    is_refused = str(getattr(error, "sqlstate", None) or "").startswith(_REFUSALS)
+    advice = (
+        "Correct the user, the password or the database's name."
+        if is_refused
+        else "Answer 503 and let the client try again: the next session may find another host."
+    )
+    return HostUnreachableError(
+        f"{host!r} has not accepted a connection: {str(error) or type(error).__name__}. {advice}",
+        host,
+        retryable=not is_refused,
+    )
 
 
 _ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)

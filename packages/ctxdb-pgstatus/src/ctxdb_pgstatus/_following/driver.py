@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-__all__ = ["abort", "in_recovery", "is_open", "read_position"]
+__all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_position", "read_start"]
 
 # As a number: the drivers disagree about what a WAL position is.
 _POSITION = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::text"
+# The functions of a CASE that is not taken are not called: on a standby they would raise.
+_MASTER_TIMELINE = """
+SELECT CASE WHEN NOT pg_is_in_recovery() THEN
+    ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text END
+"""
+# In microseconds: as a number, as above.
+_STARTED_AT = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def is_open(connection: Any) -> bool:
@@ -44,16 +53,40 @@ def in_recovery(connection: Any) -> bool:
 
 def read_position(connection: PoolProxiedConnection) -> int:
     """Return up to where the server has written its WAL, in bytes; the connection is in no transaction."""
-    adapted: Any = connection.dbapi_connection
+    position = _read(connection, _POSITION)
+    assert position is not None, "a server has a position"
+    return int(position)
+
+
+def read_master_timeline(connection: PoolProxiedConnection) -> int | None:
+    """Return the timeline that the server writes; ``None`` if it is a standby. The connection is in no transaction."""
+    timeline = _read(connection, _MASTER_TIMELINE)
+    return None if timeline is None else int(timeline)
+
+
+def read_start(adapted: Any) -> datetime:
+    """Return when the server was started: which server it is. The connection is new, and in no transaction."""
+    microseconds = _read_from(adapted, _STARTED_AT)
+    assert microseconds is not None, "a server that answers has been started"
+    return _EPOCH + timedelta(microseconds=int(microseconds))
+
+
+def _read(connection: PoolProxiedConnection, query: str) -> str | None:
+    return _read_from(connection.dbapi_connection, query)
+
+
+def _read_from(adapted: Any, query: str) -> str | None:
     driver_connection = adapted.driver_connection
+    value: str | None
     if hasattr(driver_connection, "fetchval"):
         # asyncpg: outside of the transaction that SQLAlchemy's cursor would begin.
-        return int(await_only(driver_connection.fetchval(_POSITION)))
+        value = await_only(driver_connection.fetchval(query))
+        return value
     cursor = adapted.cursor()
     try:
-        cursor.execute(_POSITION)
-        (position,) = cursor.fetchone()
+        cursor.execute(query)
+        (value,) = cursor.fetchone()
     finally:
         cursor.close()
         adapted.rollback()
-    return int(position)
+    return value

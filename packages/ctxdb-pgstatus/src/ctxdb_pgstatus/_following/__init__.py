@@ -1,0 +1,1 @@
+"""What an engine on one host of a cluster does when the cluster moves on."""

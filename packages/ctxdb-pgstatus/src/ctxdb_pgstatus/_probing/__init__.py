@@ -1,0 +1,1 @@
+"""How a host is asked, and what its answers amount to."""

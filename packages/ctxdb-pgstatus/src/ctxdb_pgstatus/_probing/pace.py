@@ -1,0 +1,67 @@
+"""`Pace`: how soon a host is asked again, and from when on its silence counts."""
+
+from __future__ import annotations
+
+__all__ = ["Pace"]
+
+_FIRST_PAUSE_SECONDS = 0.05
+_SHORTEST_PATIENCE_SECONDS = 0.2
+# So many times longer than usual, an answer is late.
+_UNUSUAL = 3.0
+# The tenth that is left is for the clock, which is late under load.
+_SHARE_OF_INTERVAL = 0.9
+_FIRST_BACK_OFF_SECONDS = 0.5
+_LONGEST_BACK_OFF_SECONDS = 15.0
+_LONGEST_BACK_OFF_OF_BUSY_SECONDS = 2.0
+
+
+class Pace:
+    """How long to wait for a host, and how long after it has failed.
+
+    An attempt may take as long as its time-outs say, so that a distant host is reached at any `poll_interval`. Apart
+    from that, a host that keeps silent counts as dead after nine tenths of a `poll_interval`, while the attempt goes
+    on: so a host that hangs is told within two polls. One whose answers usually take longer has three times as long as
+    it usually takes, but no longer than the time-outs.
+
+    Args:
+        poll_interval: how often a host is asked, in seconds.
+        longest: how long an attempt may take at most, in seconds.
+        max_fails: how many failures in a row make a host a dead one.
+    """
+
+    def __init__(self, poll_interval: float, longest: float, max_fails: int) -> None:
+        self.max_fails = max_fails
+        self._interval = poll_interval
+        self._longest = longest
+        self._share = _SHARE_OF_INTERVAL * poll_interval / max_fails
+
+    def patience(self, usual: float) -> float:
+        """Return after how many seconds an answer is late: others do not wait for it any longer.
+
+        Args:
+            usual: how long answers of this host usually take.
+        """
+        return max(_SHORTEST_PATIENCE_SECONDS, self._share, _UNUSUAL * usual)
+
+    def silence(self, usual: float) -> float:
+        """Return after how many seconds without an answer a host is dead.
+
+        Args:
+            usual: how long answers of this host usually take.
+        """
+        of_interval = max(_SHARE_OF_INTERVAL * self._interval, _SHORTEST_PATIENCE_SECONDS * self.max_fails)
+        return max(of_interval, min(_UNUSUAL * usual, self._longest))
+
+    def pause(self, failures: int, elapsed: float) -> float:
+        """Return how long to wait after a number of failures in a row, the last of which took `elapsed` seconds."""
+        return max(0.0, min(_FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 20), self._share - elapsed))
+
+    def back_off(self, refusals: int, *, is_busy: bool) -> float:
+        """Return how long to leave a server in peace that is there, but takes no connection of the monitor.
+
+        Args:
+            refusals: how often it has refused in a row.
+            is_busy: whether time alone may mend it: too many connections, or it starts up.
+        """
+        longest = _LONGEST_BACK_OFF_OF_BUSY_SECONDS if is_busy else _LONGEST_BACK_OFF_SECONDS
+        return min(_FIRST_BACK_OFF_SECONDS * 2.0 ** min(refusals - 1, 20), max(longest, self._interval))

@@ -1,0 +1,42 @@
+"""`Locality`: which hosts are near."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ctxdb_pgstatus.status import HostStatus
+
+__all__ = ["Locality"]
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """Where the hosts are, and where they are asked from.
+
+    Attributes:
+        dcs: the data centre of each host.
+        geos: the region of each host.
+        current_dc: the data centre whose replicas are preferred; ``None`` for no preference.
+        current_geo: the region whose replicas are preferred after those; ``None`` for no preference.
+    """
+
+    dcs: Mapping[str, str | None] = field(default_factory=dict)
+    geos: Mapping[str, str | None] = field(default_factory=dict)
+    current_dc: str | None = None
+    current_geo: str | None = None
+
+    def distance(self, host: str) -> int:
+        """Return 0 for a host of the same data centre, 1 for one of the same region, else 2."""
+        if self.current_dc is not None and self.dcs.get(host) == self.current_dc:
+            return 0
+        if self.current_geo is not None and self.geos.get(host) == self.current_geo:
+            return 1
+        return 2
+
+    def nearest(self, hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
+        """Return those of `hosts` that are nearest, in their order."""
+        if self.current_dc is None and self.current_geo is None:
+            return hosts
+        best = min((self.distance(host.host) for host in hosts), default=0)
+        return [host for host in hosts if self.distance(host.host) == best]

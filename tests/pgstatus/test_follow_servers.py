@@ -1,0 +1,206 @@
+"""Sessions through names that come to lead to other servers, or to several, and while a server refuses the monitor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from sqlalchemy import URL, Column, Integer, MetaData, Table, func, insert, select
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from tests.support.followers import server_of
+from tests.support.monitors import HOUR, monitor_of, until
+from tests.support.proxy import Proxy
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_pgstatus import (
+    CommitUnconfirmedError,
+    FollowHandler,
+    HostAddress,
+    HostMonitor,
+    MasterChangedError,
+    NoMasterError,
+    follow_master,
+    follow_replica,
+)
+from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
+
+numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+
+
+@pytest.fixture(autouse=True)
+async def table(cluster: PostgresCluster) -> None:
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+
+
+@asynccontextmanager
+async def following(handler: FollowHandler) -> AsyncIterator[DBConnect]:
+    def create_engine(host: str) -> AsyncEngine:
+        address = HostAddress.parse(host)
+        url = URL.create(
+            "postgresql+asyncpg", username="postgres", host=address.host, port=address.port, database="postgres"
+        )
+        return create_async_engine(url, pool_size=2, max_overflow=0)
+
+    async with DBConnect(create_engine, before_create_session_handler=handler) as db:
+        yield db
+
+
+async def write(db: DBConnect, number: int) -> None:
+    async with new_db_ctx():
+        await (await db_session(db)).execute(insert(numbers).values(number=number))
+
+
+async def until_server(monitor: HostMonitor, name: str, node: PostgresNode) -> None:
+    started_at = await node.fetch_value("SELECT pg_postmaster_start_time()")
+    await until(monitor, lambda: monitor.server_of(name) == started_at)
+
+
+async def numbers_on(node: PostgresNode) -> list[int]:
+    return [row[0] for row in await node.execute("SELECT number FROM number ORDER BY number")]
+
+
+# --- names that move --------------------------------------------------------------------------------------------------
+
+
+async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await write(db, 1)
+        await cluster.wait_for_replay()
+        await new.promote()
+        # The old primary goes on, and so do the connections to it that the pool keeps.
+        proxy.nodes = (new,)
+        await until_server(monitor, proxy.host, new)
+        await write(db, 2)
+        assert await numbers_on(old) == [1]
+        assert await numbers_on(new) == [1, 2]
+
+
+async def test_a_commit_on_a_server_that_a_name_leads_to_no_more_is_answered_as_an_error(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        following(follow_master(monitor)) as db,
+        new_non_ctx_session(db) as session,
+    ):
+        await session.execute(insert(numbers).values(number=1))
+        await new.promote()
+        proxy.nodes = (new,)
+        await until_server(monitor, proxy.host, new)
+        with pytest.raises(MasterChangedError, match="is not behind the name"):
+            await session.commit()
+
+
+async def test_a_connection_that_leads_elsewhere_tells_the_monitor_that_the_name_has_moved(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], conn_max_age=HOUR) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await new.promote()
+        proxy.nodes = (new,)
+        # Without it, the monitor would trust the old primary for another hour.
+        await write(db, 1)
+        assert monitor.server_of(proxy.host) == await new.fetch_value("SELECT pg_postmaster_start_time()")
+        assert await numbers_on(new) == [1]
+
+
+# --- names that are shared --------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_behind_a_shared_name_sees_what_it_has_written(cluster: PostgresCluster) -> None:
+    fresh, stale = cluster.standbys
+    await stale.pause_replay()
+    async with Proxy(fresh, stale) as shared:
+        primary = f"{cluster.primary.host}:{cluster.port}"
+        async with (
+            monitor_of(cluster, hosts=[primary, shared.host], conn_max_age=HOUR) as monitor,
+            following(follow_master(monitor)) as master,
+            following(follow_replica(monitor)) as replica,
+        ):
+            for number in range(1, 11):
+                async with new_db_ctx():
+                    session = await db_session(master)
+                    await session.execute(insert(numbers).values(number=number))
+                    await session.commit()
+                    assert await (await db_session(replica)).scalar(select(func.max(numbers.c.number))) == number
+
+
+async def test_a_reader_that_has_written_nothing_reads_from_a_shared_name(cluster: PostgresCluster) -> None:
+    async with Proxy(*cluster.standbys) as shared:
+        primary = f"{cluster.primary.host}:{cluster.port}"
+        async with (
+            monitor_of(cluster, hosts=[primary, shared.host], conn_max_age=HOUR) as monitor,
+            following(follow_replica(monitor)) as replica,
+        ):
+            for _ in range(5):
+                assert await server_of(replica) in {node.host for node in cluster.standbys}
+
+
+async def test_a_shared_name_gets_no_writes(cluster: PostgresCluster) -> None:
+    async with (
+        Proxy(*cluster.nodes) as shared,
+        monitor_of(cluster, hosts=[shared.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
+        with pytest.raises(NoMasterError):
+            await write(db, 1)
+
+
+# --- while a server refuses the monitor -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def refusing(cluster: PostgresCluster) -> AsyncIterator[tuple[HostMonitor, DBConnect]]:
+    """A monitor that the primary refuses, and sessions that follow it."""
+    primary = cluster.primary
+    await primary.execute("CREATE ROLE refused LOGIN")
+    await cluster.wait_for_replay()
+    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
+    try:
+        async with (
+            monitor_of(cluster, hosts=hosts, user="refused") as monitor,
+            following(follow_master(monitor)) as db,
+        ):
+            await write(db, 0)
+            await primary.execute("ALTER ROLE refused CONNECTION LIMIT 0")
+            await primary.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'refused'")
+            while monitor.known_master() is None:
+                await monitor.poll()
+            yield monitor, db
+    finally:
+        await cluster.primary.execute("DROP ROLE refused")
+
+
+async def test_commits_are_confirmed_on_their_own_connection_while_the_master_refuses_the_monitor(
+    cluster: PostgresCluster,
+) -> None:
+    async with refusing(cluster) as (_, db):
+        for number in range(1, 4):
+            await write(db, number)
+        assert await numbers_on(cluster.primary) == [0, 1, 2, 3]
+
+
+async def test_a_commit_is_no_success_if_another_host_was_promoted_while_the_master_refused_the_monitor(
+    cluster: PostgresCluster,
+) -> None:
+    new = cluster.standbys[0]
+    async with refusing(cluster) as (monitor, db):
+        await new.promote()
+        with pytest.raises((MasterChangedError, CommitUnconfirmedError)):
+            await write(db, 1)
+        assert monitor.master() == f"{new.host}:{new.port}"

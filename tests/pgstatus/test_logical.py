@@ -1,0 +1,184 @@
+"""Logical replication: a subscriber counts as a replica by what it has applied of the publisher's WAL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from sqlalchemy import URL, Column, Integer, MetaData, Table, func, insert, select
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx
+from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor, follow_master, follow_replica
+from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
+
+numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+DDL = "CREATE TABLE number (number integer PRIMARY KEY)"
+
+
+@pytest.fixture(scope="module")
+def publishing() -> Iterator[PostgresCluster]:
+    """A publisher and its physical standby, and nothing published yet."""
+    cluster = PostgresCluster(standbys=1, settings={"wal_level": "logical"})
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+@pytest.fixture(scope="module")
+def subscribing() -> Iterator[PostgresCluster]:
+    """A server of another cluster, which is to subscribe."""
+    cluster = PostgresCluster(hosts=["127.0.0.32"])
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+def address(node: PostgresNode) -> str:
+    return f"{node.host}:{node.port}"
+
+
+@pytest.fixture
+async def subscriber(publishing: PostgresCluster, subscribing: PostgresCluster) -> AsyncIterator[PostgresNode]:
+    """A server that subscribes to the table `number` of the publisher, and has it."""
+    publisher, node = publishing.primary, subscribing.primary
+    for each in (publisher, node):
+        await each.execute(DDL)
+        await each.execute("CREATE ROLE watcher LOGIN")
+    await publisher.execute("CREATE PUBLICATION numbers FOR TABLE number")
+    target = f"host={publisher.host} port={publisher.port} user=postgres dbname=postgres"
+    await node.execute(f"CREATE SUBSCRIPTION numbers CONNECTION '{target}' PUBLICATION numbers")
+    async with asyncio.timeout(PATIENCE):
+        while not await node.fetch_value("SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel"):
+            await asyncio.sleep(0.01)
+    yield node
+    await node.execute("ALTER SUBSCRIPTION numbers ENABLE")
+    await node.execute("DROP SUBSCRIPTION numbers")
+    await publisher.execute("DROP PUBLICATION numbers")
+    for each in (publisher, node):
+        await each.execute("DROP TABLE number")
+        await each.execute("DROP OWNED BY watcher")
+        await each.execute("DROP ROLE watcher")
+
+
+@asynccontextmanager
+async def monitoring(cluster: PostgresCluster, subscriber: PostgresNode, user: str) -> AsyncIterator[HostMonitor]:
+    hosts = [*(address(node) for node in cluster.nodes), address(subscriber)]
+    async with monitor_of(cluster, hosts=hosts, subscribers=hosts[-1:], user=user, poll_interval=0.3) as monitor:
+        yield monitor
+
+
+async def grant_progress(subscriber: PostgresNode) -> None:
+    await subscriber.execute("GRANT SELECT ON pg_replication_origin_status TO watcher")
+    await subscriber.execute("GRANT EXECUTE ON FUNCTION pg_show_replication_origin_status() TO watcher")
+
+
+async def insert_number(publisher: PostgresNode, number: int) -> int:
+    """Commit a row, and return the position after it."""
+    async with publisher.connect() as connection:
+        await connection.execute("INSERT INTO number VALUES ($1)", number)
+        position: int = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
+        return position
+
+
+def status_of(monitor: HostMonitor, node: PostgresNode):  # type: ignore[no-untyped-def]  # a HostStatus
+    return next(host for host in monitor.hosts() if host.host == address(node))
+
+
+async def test_a_subscriber_is_a_replica_and_never_the_master(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        host = status_of(monitor, subscriber)
+        assert (host.role, host.fault) == ("replica", None)
+        assert host.system_identifier != status_of(monitor, publishing.primary).system_identifier
+        assert monitor.master() == address(publishing.primary)
+        await insert_number(publishing.primary, 1)
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        assert address(subscriber) in {monitor.sync_by_time_and_bytes() for _ in range(4)}
+        await publishing.primary.kill()
+        await until(monitor, lambda: monitor.master() is None)
+        await monitor.poll()
+        assert monitor.master() is None
+        await publishing.primary.start()
+        await until(monitor, lambda: monitor.master() == address(publishing.primary))
+
+
+@pytest.mark.parametrize("granted", [True, False], ids=["origin", "slot"])
+async def test_a_position_is_found_on_a_subscriber_once_it_has_applied_it(
+    publishing: PostgresCluster, subscriber: PostgresNode, *, granted: bool
+) -> None:
+    if granted:
+        await grant_progress(subscriber)
+    standby = publishing.standbys[0]
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await standby.pause_replay()
+        position = await insert_number(publishing.primary, 1)
+        async with asyncio.timeout(PATIENCE):
+            found = await monitor.find_replica(min_position=position, max_wait=HOUR)
+        assert found == address(subscriber)
+        assert await subscriber.fetch_value("SELECT count(*) FROM number") == 1
+    await standby.resume_replay()
+
+
+async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await insert_number(publishing.primary, 1)
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("bytes"))
+        await subscriber.execute("ALTER SUBSCRIPTION numbers DISABLE")
+        position = await insert_number(publishing.primary, 2)
+        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await publishing.wait_for_replay()
+        await monitor.poll()
+        assert await monitor.find_replica(min_position=position) == address(publishing.standbys[0])
+
+
+async def test_a_subscription_of_something_else_makes_no_replica(
+    publishing: PostgresCluster, subscribing: PostgresCluster
+) -> None:
+    node = subscribing.primary
+    hosts = [address(publishing.primary), address(node)]
+    async with monitor_of(publishing, hosts=hosts, subscribers=hosts[1:]) as monitor:
+        host = status_of(monitor, node)
+        assert (host.position, host.timeline) == (None, None)
+        assert not host.in_sync("time_or_bytes")
+        assert monitor.sync_by_time() == hosts[0]
+
+
+async def test_readers_see_on_a_subscriber_what_they_have_written(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    await publishing.standbys[0].pause_replay()
+    async with (
+        monitoring(publishing, subscriber, "watcher") as monitor,
+        following(follow_master(monitor)) as master,
+        following(follow_replica(monitor, wait=HOUR)) as replica,
+    ):
+        for number in range(1, 6):
+            async with new_db_ctx():
+                session = await db_session(master)
+                await session.execute(insert(numbers).values(number=number))
+                await session.commit()
+                reader = await db_session(replica)
+                assert await reader.scalar(select(func.max(numbers.c.number))) == number
+                assert await reader.scalar(select(func.inet_server_port())) == subscriber.port
+    await publishing.standbys[0].resume_replay()
+
+
+@asynccontextmanager
+async def following(handler: FollowHandler) -> AsyncIterator[DBConnect]:
+    def create_engine(host: str) -> AsyncEngine:
+        place = HostAddress.parse(host)
+        url = URL.create("postgresql+asyncpg", "postgres", host=place.host, port=place.port, database="postgres")
+        return create_async_engine(url)
+
+    async with DBConnect(create_engine, before_create_session_handler=handler) as db:
+        yield db

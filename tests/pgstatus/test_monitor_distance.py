@@ -1,0 +1,168 @@
+"""Hosts that are far away or slow, behind a proxy that takes its time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+
+import pytest
+from tests.support.database import eventually
+from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.proxy import Proxy
+
+from ctxdb_pgstatus import OptionError
+from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.probe import Probe
+from ctxdb_pgstatus.testing import PostgresCluster
+
+
+async def test_a_host_that_takes_longer_to_connect_to_than_a_poll_interval_is_reached(
+    cluster: PostgresCluster,
+) -> None:
+    async with (
+        Proxy(cluster.primary, delay=0.1) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.5, connect_timeout=10) as monitor,
+    ):
+        assert monitor.master() == proxy.host
+        changes = changes_of(monitor)
+        for _ in range(5):
+            await monitor.poll()
+        assert changes == []
+        assert proxy.attempts == 1
+
+
+async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_alive_once_that_is_known(
+    cluster: PostgresCluster,
+) -> None:
+    async with (
+        Proxy(cluster.primary, delay=0.4) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, connect_timeout=PATIENCE) as monitor,
+    ):
+        watch = monitor._members[proxy.host].watch
+        await watch.ask()
+        await until(monitor, lambda: monitor.master() == proxy.host)
+        changes = changes_of(monitor)
+        for _ in range(3):
+            await watch.ask()
+        assert changes == []
+        assert proxy.attempts == 1
+
+
+async def test_a_slow_host_is_asked_one_question_at_a_time_and_delays_no_other(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    overlaps: list[str] = []
+    ask = Probe.ask
+
+    async def count(probe: Probe) -> Answer:
+        name = probe._address.name
+        under_way[name] += 1
+        if under_way[name] > 1:
+            overlaps.append(name)
+        try:
+            answer = await ask(probe)
+        finally:
+            under_way[name] -= 1
+        answers[name] += 1
+        return answer
+
+    monkeypatch.setattr(Probe, "ask", count)
+    async with (
+        Proxy(cluster.standbys[0], delay=0.3) as slow,
+        monitor_of(cluster, hosts=[cluster.primary.host, slow.host], poll_interval=0.05, connect_timeout=PATIENCE),
+    ):
+        start = answers[cluster.primary.host]
+        before = answers[slow.host]
+        await eventually(lambda: answers[slow.host] >= before + 2, "the slow host does not answer")
+        assert answers[cluster.primary.host] - start > 4
+        assert overlaps == []
+
+
+async def test_a_host_whose_answer_comes_after_it_was_given_up_is_alive_again(cluster: PostgresCluster) -> None:
+    async with monitor_of(cluster, poll_interval=0.6, connect_timeout=HOUR) as monitor:
+        await cluster.primary.freeze()
+        await until(monitor, lambda: monitor.master() is None)
+        # Its one connection has not been given up.
+        await cluster.primary.thaw()
+        await until(monitor, lambda: monitor.master() == cluster.primary.host)
+        assert await cluster.primary.fetch_value(CONNECTIONS) == 1
+
+
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
+
+
+# --- confirmations ----------------------------------------------------------------------------------------------------
+
+
+async def test_no_commit_waits_for_a_host_that_is_never_promoted(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.standbys[0]) as slow:
+        hosts = [cluster.primary.host, slow.host]
+        async with monitor_of(cluster, hosts=hosts, nofailover=[slow.host], connect_timeout=HOUR) as monitor:
+            slow.delay = HOUR
+            # With polls an hour apart, a question to the slow host would last as long.
+            async with asyncio.timeout(PATIENCE):
+                for _ in range(3):
+                    assert await monitor.confirm_master(cluster.primary.host)
+            assert monitor.replica() == slow.host
+
+
+async def test_a_commit_waits_for_the_hosts_that_may_be_promoted(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.standbys[0]) as slow:
+        hosts = [cluster.primary.host, slow.host]
+        async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
+            slow.delay = HOUR
+            confirmation = asyncio.create_task(monitor.confirm_master(cluster.primary.host))
+            assert await monitor._members[cluster.primary.host].watch.ask()
+            assert not confirmation.done()
+            slow.drop()
+            await confirmation
+
+
+async def test_a_commit_waits_no_longer_than_usual_for_a_host_that_hangs(cluster: PostgresCluster) -> None:
+    frozen = cluster.standbys[0]
+    async with monitor_of(cluster, poll_interval=1.5, connect_timeout=HOUR) as monitor:
+        await frozen.freeze()
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(3):
+                assert await monitor.confirm_master(cluster.primary.host)
+
+
+async def test_a_host_that_is_never_promoted_is_never_the_master(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, poll_interval=0.5, nofailover=[new.host]) as monitor:
+        await old.kill()
+        await new.promote()
+        await until(monitor, lambda: status_of(monitor, new).role == "master")
+        await monitor.poll()
+        assert monitor.master() is None
+    warnings = [record for record in caplog.records if "`nofailover`" in record.getMessage()]
+    assert [(record.levelno, record.__dict__["host"]) for record in warnings] == [(logging.WARNING, new.host)]
+
+
+async def test_a_host_that_is_left_out_of_reads_gets_none(cluster: PostgresCluster) -> None:
+    await cluster.wait_for_replay()
+    spared, other = cluster.standbys
+    async with monitor_of(cluster, noloadbalance=[spared.host]) as monitor:
+        asked = [monitor.replica() for _ in range(4)] + [monitor.sync_by_time_or_bytes() for _ in range(4)]
+        assert set(asked) == {other.host}
+        position = await cluster.primary.position()
+        await monitor.poll()
+        assert {await monitor.find_replica(min_position=position) for _ in range(4)} == {other.host}
+        assert await monitor.find_replicas() == {other.host}
+        # It may be promoted all the same.
+        await spared.promote()
+        await monitor.poll()
+        assert monitor.master() == spared.host
+
+
+@pytest.mark.parametrize("option", ["nofailover", "noloadbalance"])
+def test_a_host_that_is_left_out_has_to_be_one_of_the_list(cluster: PostgresCluster, option: str) -> None:
+    with pytest.raises(OptionError, match=f"`{option}` names n9"):
+        monitor_of(cluster, **{option: ["n9"]})
+    with pytest.raises(OptionError, match=f"`{option}` is the string"):
+        monitor_of(cluster, **{option: cluster.primary.host})

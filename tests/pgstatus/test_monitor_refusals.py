@@ -1,0 +1,225 @@
+"""Servers that are there and refuse the monitor: its own troubles, which are none of the application's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.monitors import PATIENCE, changes_of, monitor_of, until
+from tests.support.proxy import Proxy
+
+from ctxdb_pgstatus import HostMonitor, KnownMaster, OptionError, PgStatusError
+from ctxdb_pgstatus.testing import PostgresCluster
+
+
+@pytest.fixture(scope="module")
+def guarded_cluster() -> Iterator[PostgresCluster]:
+    """A single server that asks for passwords."""
+    cluster = PostgresCluster(standbys=0, password="of the superuser")
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+@pytest.fixture
+async def guarded(guarded_cluster: PostgresCluster) -> AsyncIterator[PostgresCluster]:
+    """The server, with a role for monitors whose password is "first"."""
+    await guarded_cluster.primary.execute("CREATE ROLE watcher LOGIN PASSWORD 'first'")
+    yield guarded_cluster
+    await guarded_cluster.primary.execute("DROP ROLE watcher")
+
+
+async def until_error(monitor: HostMonitor, text: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while text not in (monitor.hosts()[0].error or ""):
+            await monitor.poll()
+            await asyncio.sleep(0.005)
+
+
+async def until_confirmed(monitor: HostMonitor, host: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while monitor.known_master() is not None or not await monitor.confirm_master(host):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_server_with_too_many_connections_is_alive_in_its_role(
+    guarded: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    primary = guarded.primary
+    async with (
+        Proxy(primary) as proxy,
+        monitor_of(guarded, hosts=[proxy.host], user="watcher", password="first") as monitor,
+    ):
+        changes = changes_of(monitor)
+        await primary.execute("ALTER ROLE watcher CONNECTION LIMIT 0")
+        proxy.drop()
+        await until_error(monitor, "too many connections")
+        for _ in range(10):
+            await monitor.poll()
+        assert changes == []
+        assert monitor.master() == proxy.host
+        assert monitor.hosts()[0].alive
+        # The monitor cannot say, however, whether it still is the master: whoever is connected has to ask it.
+        with pytest.raises(PgStatusError, match="refuses the monitor"):
+            await monitor.confirm_master(proxy.host)
+        assert monitor.known_master() == KnownMaster(proxy.host, monitor.hosts()[0].timeline)
+        await primary.execute("ALTER ROLE watcher CONNECTION LIMIT -1")
+        await until_confirmed(monitor, proxy.host)
+        assert monitor.known_master() is None
+        assert changes == []
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+
+
+async def test_a_server_that_refuses_is_left_in_peace_for_longer_and_longer(guarded: PostgresCluster) -> None:
+    async with (
+        Proxy(guarded.primary) as proxy,
+        monitor_of(guarded, hosts=[proxy.host], user="watcher", password="wrong", poll_interval=0.05) as monitor,
+    ):
+        await until_error(monitor, "password authentication failed")
+        watch = monitor._members[proxy.host].watch
+        async with asyncio.timeout(PATIENCE):
+            while watch.refusals < 3:
+                await monitor.poll()
+                monitor.report_failure(proxy.host)
+                await asyncio.sleep(0.005)
+        # Hundreds of questions, and each attempt is two connections: with TLS, and without.
+        assert proxy.attempts <= 8
+
+
+async def test_a_rotated_password_cuts_nothing_off(guarded: PostgresCluster) -> None:
+    primary = guarded.primary
+    passwords = ["first"]
+    async with (
+        Proxy(primary) as proxy,
+        monitor_of(guarded, hosts=[proxy.host], user="watcher", password=lambda: passwords[-1]) as monitor,
+    ):
+        changes = changes_of(monitor)
+        await primary.execute("ALTER ROLE watcher PASSWORD 'second'")
+        proxy.drop()
+        await until_error(monitor, "password authentication failed")
+        assert monitor.master() == proxy.host
+        passwords.append("second")
+        await until_confirmed(monitor, proxy.host)
+        assert changes == []
+
+
+async def test_a_password_comes_from_a_coroutine_function(guarded: PostgresCluster) -> None:
+    async def read() -> str:
+        await asyncio.sleep(0)
+        return "first"
+
+    async with monitor_of(guarded, user="watcher", password=read) as monitor:
+        assert monitor.master() == guarded.primary.host
+
+
+async def test_a_password_file_is_read_for_each_connection(guarded: PostgresCluster, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    async with (
+        Proxy(guarded.primary) as proxy,
+        monitor_of(guarded, hosts=[proxy.host], user="watcher", password_file=file) as monitor,
+    ):
+        assert monitor.master() == proxy.host
+        await guarded.primary.execute("ALTER ROLE watcher PASSWORD 'second'")
+        file.write_text("second\n")
+        proxy.drop()
+        await until_confirmed(monitor, proxy.host)
+
+
+async def test_a_password_that_cannot_be_had_any_more_is_used_as_it_was(
+    guarded: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read() -> str:
+        if vault_is_away:
+            raise OSError("the vault is away")
+        return "first"
+
+    vault_is_away = False
+    async with (
+        Proxy(guarded.primary) as proxy,
+        monitor_of(guarded, hosts=[proxy.host], user="watcher", password=read) as monitor,
+    ):
+        vault_is_away = True
+        proxy.drop()
+        async with asyncio.timeout(PATIENCE):
+            while "the vault is away" not in caplog.text:
+                await monitor.poll()
+        await until_confirmed(monitor, proxy.host)
+        assert monitor.master() == proxy.host
+
+
+async def test_a_password_is_found_in_the_password_file_of_libpq(
+    guarded: PostgresCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pgpass"
+    file.write_text(f"{guarded.primary.host}:{guarded.port}:*:watcher:first\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("PGPASSFILE", str(file))
+    async with monitor_of(guarded, user="watcher") as monitor:
+        assert monitor.master() == guarded.primary.host
+
+
+async def test_no_message_holds_a_password_that_a_function_has_returned(
+    guarded: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with monitor_of(guarded, user="watcher", password=lambda: "s3cr3t-s3cr3t") as monitor:
+        await until_error(monitor, "password authentication failed")
+        assert monitor._account.mask("it was s3cr3t-s3cr3t") == "it was ***"
+        assert "s3cr3t" not in caplog.text + repr(monitor) + repr(monitor.hosts()) + repr(monitor._account)
+
+
+def test_two_sources_of_a_password_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="are both given"):
+        HostMonitor(["n1"], user="u", password="p", password_file=tmp_path / "password")
+
+
+STARTING_UP = ("57P03", "the database system is starting up")
+
+
+async def test_a_master_that_starts_up_is_alive_in_its_role(cluster: PostgresCluster) -> None:
+    async with (
+        Proxy(cluster.primary) as proxy,
+        monitor_of(cluster, hosts=[proxy.host, *_standbys(cluster)], poll_interval=0.3) as monitor,
+    ):
+        changes = changes_of(monitor)
+        proxy.error = STARTING_UP
+        proxy.drop()
+        await until_error(monitor, "is starting up")
+        assert changes == []
+        assert monitor.master() == proxy.host
+        proxy.error = None
+        await until_confirmed(monitor, proxy.host)
+        assert changes == []
+
+
+async def test_a_master_that_was_dead_has_its_role_again_when_it_starts_up(cluster: PostgresCluster) -> None:
+    async with (
+        Proxy(cluster.primary) as proxy,
+        monitor_of(cluster, hosts=[proxy.host, *_standbys(cluster)], poll_interval=0.3) as monitor,
+    ):
+        proxy.refusals = 1000
+        proxy.drop()
+        await until(monitor, lambda: monitor.master() is None)
+        proxy.refusals = 0
+        proxy.error = STARTING_UP
+        await until(monitor, lambda: monitor.master() == proxy.host)
+
+
+async def test_a_host_that_has_only_ever_refused_has_no_role(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.primary) as proxy:
+        proxy.error = STARTING_UP
+        async with monitor_of(cluster, hosts=[proxy.host]) as monitor:
+            [host] = monitor.hosts()
+            assert (host.alive, host.role, monitor.master(), monitor.replica()) == (True, None, None, None)
+            assert "(unknown)" in repr(monitor)
+            proxy.error = None
+            await until(monitor, lambda: monitor.master() == proxy.host)
+
+
+def _standbys(cluster: PostgresCluster) -> list[Any]:
+    return [f"{node.host}:{node.port}" for node in cluster.standbys]

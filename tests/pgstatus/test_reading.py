@@ -1,0 +1,294 @@
+"""Reads by rule: limits of their own, near replicas first, without the master, and by the method of a request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from sqlalchemy import Column, Integer, MetaData, Table, insert, text
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from tests.support.followers import SERVER, Engines, following, server_of, until
+from tests.support.hosts import FakeSource
+from tests.support.monitors import HOUR, monitor_of
+from tests.support.sidecar import serve_sidecar
+
+from ctxdb_core import db_session, new_db_ctx
+from ctxdb_pgstatus import (
+    HostMonitor,
+    HostStatus,
+    Locality,
+    MethodSwitch,
+    NoReplicaError,
+    OptionError,
+    PgStatusClient,
+    ReadRule,
+    ReadYourWrites,
+    follow_master,
+    follow_replica,
+)
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.testing import PostgresCluster
+from ctxdb_starlette import DBSessionMiddleware
+
+NOW = datetime(2024, 1, 1, tzinfo=UTC)
+numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+
+
+def replica(name: str, lag_ms: int | None = 0, lag_bytes: int | None = 0, **options: Any) -> HostStatus:
+    return HostStatus(name, alive=True, role="replica", since=NOW, lag_ms=lag_ms, lag_bytes=lag_bytes, **options)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_without_conditions_admits_every_replica() -> None:
+    assert ReadRule().best([replica("n2", None, None), replica("n3")]) == ["n2", "n3"]
+
+
+def test_limits_of_a_rule_stand_in_the_place_of_those_of_the_source() -> None:
+    hosts = [replica("n2", 50), replica("n3", 500, in_sync_by_time=True), replica("n4", None)]
+    assert ReadRule("time").best(hosts) == ["n3"]
+    assert ReadRule("time", max_lag_ms=100).best(hosts) == ["n2"]
+    assert ReadRule(max_lag_ms=500).best(hosts) == ["n2", "n3"]
+    assert ReadRule(max_lag_ms=500, max_lag_bytes=0).best([replica("n2", 1, 1), replica("n3", 1, 0)]) == ["n3"]
+
+
+def test_the_nearest_replicas_that_will_do_are_the_best() -> None:
+    near = Locality({"n2": "a", "n3": "b", "n4": "b"}, {"n2": "e", "n3": "e", "n4": "w"}, "a", "e").distance
+    hosts = [replica("n4"), replica("n3"), replica("n2", 5)]
+    assert ReadRule(near=near).best(hosts) == ["n2"]
+    assert ReadRule(near=near, max_lag_ms=1).best(hosts) == ["n3"]
+    assert ReadRule(near=near).best(hosts[:1]) == ["n4"]
+
+
+def test_a_replica_that_may_be_dead_is_the_best_only_if_all_may_be() -> None:
+    hosts = [replica("n2", possible_dead=True), replica("n3")]
+    assert ReadRule().best(hosts) == ["n3"]
+    assert ReadRule().best(hosts[:1]) == ["n2"]
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engines(cluster: PostgresCluster) -> Engines:
+    return Engines(cluster)
+
+
+@pytest.fixture(params=["monitor", "client"])
+async def source(
+    request: pytest.FixtureRequest, cluster: PostgresCluster
+) -> AsyncIterator[HostMonitor | PgStatusClient]:
+    """A monitor, or a client of a sidecar: both find replicas by rule."""
+    await cluster.wait_for_replay()
+    async with monitor_of(cluster, poll_interval=0.3) as monitor:
+        if request.param == "monitor":
+            yield monitor
+            return
+        app = SidecarApp(History())
+        app.monitor = monitor
+        async with serve_sidecar(app) as url, PgStatusClient(url, max_age=0.0) as client:
+            yield client
+
+
+async def test_readers_go_to_the_nearest_replica(
+    cluster: PostgresCluster, engines: Engines, source: HostMonitor | PgStatusClient
+) -> None:
+    near, far = cluster.standbys
+    handler = follow_replica(source, near=lambda host: int(host != near.host))
+    async with following(engines, handler) as db:
+        assert {await server_of(db) for _ in range(4)} == {near.host}
+        await near.kill()
+        source.report_failure(near.host)
+        await until(lambda: _is_gone(source, near.host))
+        assert await server_of(db) == far.host
+
+
+async def test_each_reader_has_limits_of_its_own(
+    cluster: PostgresCluster, engines: Engines, source: HostMonitor | PgStatusClient
+) -> None:
+    behind, other = cluster.standbys
+    await behind.pause_replay()
+    await other.wait_for_replay(await cluster.primary.write_wal(100_000))
+    await until(lambda: _lags(source, behind.host))
+    async with (
+        following(engines, follow_replica(source, max_lag_bytes=10_000)) as strict,
+        following(engines, follow_replica(source, max_lag_bytes=10_000_000)) as patient,
+    ):
+        assert {await server_of(strict) for _ in range(4)} == {other.host}
+        assert {await server_of(patient) for _ in range(4)} == {behind.host, other.host}
+
+
+async def _is_gone(source: HostMonitor | PgStatusClient, host: str) -> bool:
+    return host not in await source.find_replicas()
+
+
+async def _lags(source: HostMonitor | PgStatusClient, host: str) -> bool:
+    if isinstance(source, HostMonitor):
+        await source.poll()
+        hosts = source.hosts()
+    else:
+        source.report_failure(host)
+        hosts = await source.hosts()
+    return any(each.host == host and (each.lag_bytes or 0) > 50_000 for each in hosts)
+
+
+async def test_readers_without_fallback_leave_the_master_alone(
+    cluster: PostgresCluster, engines: Engines, source: HostMonitor | PgStatusClient
+) -> None:
+    async with (
+        following(engines, follow_replica(source, fallback=False)) as db,
+        following(engines, follow_replica(source)) as falling_back,
+    ):
+        assert await server_of(db) in {node.host for node in cluster.standbys}
+        for node in cluster.standbys:
+            await node.kill()
+            source.report_failure(node.host)
+        for node in cluster.standbys:
+            await until(lambda node=node: _is_gone(source, node.host))  # type: ignore[misc]  # a default, not a parameter
+        assert await server_of(falling_back) == cluster.primary.host
+        with pytest.raises(NoReplicaError, match="a replica that will do"):
+            await server_of(db)
+
+
+async def test_a_reader_without_fallback_that_has_written_waits_for_a_replica(
+    cluster: PostgresCluster, engines: Engines
+) -> None:
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+    for node in cluster.standbys:
+        await node.pause_replay()
+    async with (
+        monitor_of(cluster) as monitor,
+        following(engines, follow_master(monitor)) as master,
+        following(engines, follow_replica(monitor, fallback=False, wait=0.05)) as impatient,
+        following(engines, follow_replica(monitor, fallback=False, wait=HOUR)) as patient,
+        new_db_ctx(),
+    ):
+        session = await db_session(master)
+        await session.execute(insert(numbers).values(number=1))
+        await session.commit()
+        with pytest.raises(NoReplicaError):
+            await server_of(impatient)
+        await cluster.standbys[1].resume_replay()
+        assert await server_of(patient) == cluster.standbys[1].host
+
+
+def test_a_source_that_knows_no_rules_is_told_at_once() -> None:
+    with pytest.raises(OptionError, match="find_reader"):
+        follow_replica(FakeSource(), fallback=False)
+    with pytest.raises(OptionError, match="max_lag_ms=-1"):
+        follow_replica(FakeSource(), max_lag_ms=-1)
+
+
+# --- by the method of a request ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def switch(cluster: PostgresCluster, engines: Engines) -> AsyncIterator[tuple[MethodSwitch, HostMonitor]]:
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+    async with (
+        monitor_of(cluster, poll_interval=0.3) as monitor,
+        following(engines, follow_master(monitor)) as master,
+        following(engines, follow_replica(monitor)) as replica,
+    ):
+        yield MethodSwitch(master, replica), monitor
+
+
+SECRET = "sixteen bytes or more"
+
+
+async def test_requests_by_safe_methods_read_from_replicas_and_see_what_their_client_has_written(
+    cluster: PostgresCluster,
+    switch: tuple[MethodSwitch, HostMonitor],
+) -> None:
+    db, monitor = switch
+
+    async def handle(request: Request) -> Response:
+        session = await db_session(db.current)
+        if request.method == "POST":
+            await session.execute(text("INSERT INTO number SELECT coalesce(max(number), 0) + 1 FROM number"))
+        count = await session.scalar(text("SELECT count(*) FROM number"))
+        return PlainTextResponse(f"{await session.scalar(SERVER)} {count}")
+
+    app = Starlette(routes=[Route("/", handle, methods=["GET", "POST"])])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ReadYourWrites(monitor, secret=SECRET))
+    standbys = {node.host for node in cluster.standbys}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        for number in range(1, 6):
+            assert (await client.post("/")).text == f"{cluster.primary.host} {number}"
+            server, count = (await client.get("/")).text.split()
+            assert int(count) == number
+            assert server in standbys | {cluster.primary.host}
+        await cluster.wait_for_replay()
+        await monitor.poll()
+        servers = {(await client.get("/")).text.split()[0] for _ in range(4)}
+        assert servers == standbys
+
+
+async def test_requests_of_aiohttp_are_told_apart_by_their_methods(
+    cluster: PostgresCluster,
+    switch: tuple[MethodSwitch, HostMonitor],
+) -> None:
+    db, monitor = switch
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(text=await server_of(db.current))
+
+    app = web.Application()
+    app.router.add_route("*", "/", handle)
+    ReadYourWrites(monitor, secret=SECRET).setup(app)
+    async with TestClient(TestServer(app)) as client:
+        assert await (await client.get("/")).text() in {node.host for node in cluster.standbys}
+        assert await (await client.delete("/")).text() == cluster.primary.host
+
+
+async def test_a_block_may_write_whatever_the_method(
+    cluster: PostgresCluster,
+    switch: tuple[MethodSwitch, HostMonitor],
+) -> None:
+    db, monitor = switch
+
+    async def count_visit(request: Request) -> Response:
+        with db.writing():
+            await (await db_session(db.current)).execute(insert(numbers).values(number=1))
+        return Response()
+
+    async def write(request: Request) -> Response:
+        try:
+            await (await db_session(db.current)).execute(insert(numbers).values(number=2))
+        except DBAPIError as exc:
+            return PlainTextResponse(str(exc), status_code=500)
+        return Response()
+
+    app = Starlette(routes=[Route("/visit", count_visit), Route("/write", write)])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ReadYourWrites(monitor, secret=SECRET))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/visit")).status_code == 200
+        assert (await client.get("/write")).status_code == 500
+    assert [tuple(row) for row in await cluster.primary.execute("SELECT number FROM number")] == [(1,)]
+
+
+async def test_code_outside_of_requests_goes_to_the_master(
+    cluster: PostgresCluster,
+    switch: tuple[MethodSwitch, HostMonitor],
+) -> None:
+    db, _ = switch
+    assert db.current is db.master
+    assert await server_of(db.current) == cluster.primary.host

@@ -1,0 +1,110 @@
+"""`Proxy`: a way to a PostgreSQL server that a test can close, block, make long, and lead elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from typing import Self
+
+from ctxdb_pgstatus.testing import PostgresNode
+
+
+class Proxy:
+    """A way to a node that can be closed, blocked, made long, and led elsewhere.
+
+    Args:
+        node: where it leads to; several take turns.
+        delay: how many seconds what is sent takes in each direction.
+
+    Attributes:
+        nodes: where it leads to. Connections that are open stay where they are.
+        delay: see above; also that of open connections.
+        refusals: how many connections to close at once.
+        attempts: how many connections there have been.
+        blocked: whether connections are accepted, and nothing is passed on.
+        error: the SQLSTATE and the message by which connections are refused, as a server does that starts up.
+        host: its address, as a monitor takes it.
+    """
+
+    def __init__(self, *nodes: PostgresNode, delay: float = 0.0) -> None:
+        self.nodes = nodes
+        self.delay = delay
+        self.refusals = 0
+        self.attempts = 0
+        self.blocked = False
+        self.error: tuple[str, str] | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *args: object) -> None:
+        self._server.close()
+        self.drop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def drop(self) -> None:
+        """Break all connections."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.attempts += 1
+        self._writers.add(writer)
+        try:
+            if self.refusals:
+                self.refusals -= 1
+                return
+            if self.error is not None:
+                await _refuse(reader, writer, *self.error)
+                return
+            if self.blocked:
+                await reader.read(-1)
+                return
+            node = self.nodes[self.attempts % len(self.nodes)]
+            upstream, up = await asyncio.open_connection(node.host, node.port)
+            self._writers.add(up)
+            with contextlib.suppress(OSError):
+                await asyncio.gather(self._pump(reader, up), self._pump(upstream, writer))
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(2**16):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                writer.write(data)
+        finally:
+            writer.transport.abort()
+
+
+_SSL_REQUEST = 80877103
+
+
+async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sqlstate: str, message: str) -> None:
+    """Answer the first message of a connection with an error (PostgreSQL's "Message Formats")."""
+    while True:
+        size, code = struct.unpack("!ii", await reader.readexactly(8))
+        await reader.readexactly(size - 8)
+        if code != _SSL_REQUEST:
+            break
+        writer.write(b"N")
+    fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": message}
+    body = b"".join(name.encode() + value.encode() + b"\0" for name, value in fields.items()) + b"\0"
+    writer.write(b"E" + struct.pack("!i", len(body) + 4) + body)
+    with contextlib.suppress(OSError):
+        await writer.drain()
+    writer.close()
