@@ -36,6 +36,19 @@ def test_a_password_that_equals_a_public_name_does_not_hide_the_name() -> None:
     assert mask_password(message, "postgres", ("postgres", "shop")) == message
 
 
+@pytest.mark.parametrize("password", [None, "hunter22hunter"])
+def test_a_message_that_is_too_long_is_cut(password: str | None) -> None:
+    masked = mask_password("a hunter22hunter " * 100_000, password)
+    assert len(masked) < 1100
+    assert masked.startswith("a *** a" if password else "a hunter22hunter a")
+    assert masked.endswith("...")
+
+
+def test_no_part_of_a_password_is_left_where_a_message_is_cut() -> None:
+    for size in range(1980, 2001):
+        assert "hunter" not in mask_password("a" * size + "hunter22hunter" * 1000, "hunter22hunter")
+
+
 async def test_the_sidecar_names_its_user_where_the_password_is_the_same_word() -> None:
     async with PostgresCluster(standbys=0, password="another") as cluster:
         host = f"{cluster.primary.host}:{cluster.primary.port}"

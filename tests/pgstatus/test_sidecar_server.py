@@ -202,7 +202,7 @@ async def test_a_target_in_another_form_is_understood(url: str, desk: Desk, targ
         b"BREW / HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
         b"CONNECT h:1 HTTP/1.1\r\n\r\n",
     ],
 )

@@ -56,7 +56,7 @@ class _InvalidParameterError(Exception):
 
 
 def _json(content: object, status: int = 200) -> Response:
-    encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).translate(_CONTROLS).encode()
     return Response(status, encoded, b"application/json")
 
 
@@ -68,6 +68,8 @@ def _error(text: str, status: int) -> Response:
     return _json({"error_text": text}, status)
 
 
+# The control characters that JSON may leave as they are: terminals obey them, too, and messages of hosts may have any.
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 _NOT_READY = _error("pg_monitor is not ready", 503)
 _NOT_FOUND = _text("", 404)
 _NOT_ALLOWED = Response(405, b"", b"", [(b"allow", b"GET, HEAD")])
