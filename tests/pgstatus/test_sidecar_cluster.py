@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from tests.support.database import eventually
 from tests.support.server import http_client
@@ -90,4 +91,18 @@ async def test_an_operator_has_a_lower_timeline_accepted_by_a_signal(cluster: Po
         await until_master("")
         sidecar.process.send_signal(signal.SIGUSR1)
         await until_master(f"{old.host}:{old.port}")
+        assert await sidecar.stop() == 0
+
+
+async def test_the_sidecar_finds_its_hosts_in_a_file_that_changes(cluster: PostgresCluster, tmp_path: Path) -> None:
+    first, second = cluster.nodes[:2]
+    file = tmp_path / "hosts"
+    file.write_text(f"{first.host}:{first.port}\n")
+    variables = {"hosts_file": str(file), "sleep_ms": "300"}
+    async with running(**variables) as sidecar, http_client(await sidecar.ready()) as client:
+        assert (await client.get("/replica")).text == f"{first.host}:{first.port}"
+        file.write_text(f"{first.host}:{first.port}\n{second.host}:{second.port}\n")
+        async with asyncio.timeout(30):
+            while (await client.get("/replica")).text != f"{second.host}:{second.port}":
+                await asyncio.sleep(0.02)
         assert await sidecar.stop() == 0

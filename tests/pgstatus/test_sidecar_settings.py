@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxdb_pgstatus import HostAddress, OptionError
+from ctxdb_pgstatus import FileDiscovery, HostAddress, OptionError, PatroniDiscovery, SRVDiscovery
 from ctxdb_pgstatus.sidecar.settings import Settings
 
 
@@ -153,6 +153,33 @@ def test_a_password_file_in_the_home_directory_is_left_to_libpq(tmp_path: Path) 
     assert Settings.from_environment(environment).password == "postgres"
     (tmp_path / ".pgpass").touch()
     assert Settings.from_environment(environment).password is None
+
+
+def test_hosts_may_be_found_in_a_file(tmp_path: Path) -> None:
+    settings = read(hosts="", hosts_file=str(tmp_path / "hosts"), nofailover="n2")
+    assert settings.hosts == ()
+    assert isinstance(settings.discovery, FileDiscovery)
+    # Which hosts there are is found out later.
+    assert settings.nofailover == ("n2",)
+
+
+def test_hosts_may_be_found_by_patroni_and_by_srv_records() -> None:
+    found = read(hosts="", hosts_patroni="http://n1:8008,http://n2:8008").discovery
+    assert isinstance(found, PatroniDiscovery)
+    assert isinstance(read(hosts="", hosts_srv="_postgresql._tcp.example.org").discovery, SRVDiscovery)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"hosts_file": "/etc/hosts"}, "hosts_file"),
+        ({"hosts": "", "hosts_patroni": "n1"}, "hosts_patroni"),
+        ({"hosts": "", "hosts_patroni": "http://n1", "hosts_srv": "x"}, "hosts_srv"),
+    ],
+)
+def test_one_place_says_which_hosts_there_are(variables: dict[str, str], named: str) -> None:
+    with pytest.raises(OptionError, match=f"pg_status__{named}\\b"):
+        read(**variables)
 
 
 def test_hosts_may_be_left_out_of_reads_and_of_confirmations() -> None:

@@ -340,13 +340,15 @@ class HostMonitor:
                 loop.call_soon_threadsafe(member.watch.hurry)
 
     def server_of(self, host: str) -> datetime | None:
-        """Return when the server was started that was the last to answer by the name `host`: which server it is.
+        """Return when the server was started that answers by the name `host`: which server it is.
 
-        ``None`` if that is not known.
+        ``None`` if that is not known: the monitor has no connection to it at the moment, so that it may have restarted,
+        or several servers take turns behind the name.
         """
         member = self._members.get(host)
-        server = None if member is None else member.watch.server
-        return None if server is None else server.started_at
+        if member is None or not member.watch.is_certain or member.watch.server is None:
+            return None
+        return member.watch.server.started_at
 
     async def ask_server_of(self, host: str) -> datetime | None:
         """Ask one host over a new connection, and return what `server_of` does after that.

@@ -222,8 +222,8 @@ class Watch:
 
     def _fall_silent(self, limit: float) -> None:
         self._silence = None
-        self.error = f"no answer within {limit:.3g} s"
         if self.alive:
+            self.error = f"no answer within {limit:.3g} s"
             self._die()
             self._report(self)
 

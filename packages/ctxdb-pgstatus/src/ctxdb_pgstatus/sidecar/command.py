@@ -111,7 +111,7 @@ def _loop_factory() -> Callable[[], AbstractEventLoop] | None:
 
 async def _run(settings: Settings, listener: socket.socket) -> None:
     monitor = HostMonitor(
-        settings.hosts,
+        settings.discovery or settings.hosts,
         user=settings.user,
         password=settings.password,
         password_file=settings.password_file,
@@ -121,6 +121,7 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
         conn_max_age=settings.conn_max_age,
         nofailover=settings.nofailover,
         noloadbalance=settings.noloadbalance,
+        subscribers=settings.subscribers,
         max_fails=settings.max_fails,
         sync_max_lag_ms=settings.sync_max_lag_ms,
         sync_max_lag_bytes=settings.sync_max_lag_bytes,

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
+from ctxdb_pgstatus.discovery import FileDiscovery, HostDiscovery, PatroniDiscovery, SRVDiscovery
 from ctxdb_pgstatus.sidecar.choice import Locality
 
 __all__ = ["VARIABLES", "LogFormat", "Settings"]
@@ -30,7 +31,10 @@ _LEVELS = {
 }
 
 VARIABLES = {
-    "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required",
+    "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required, or one of",
+    "hosts_patroni": "in their place: REST APIs of some members of a Patroni cluster, as in http://n1:8008",
+    "hosts_srv": "in their place: a name with SRV records, as in _postgresql._tcp.example.org",
+    "hosts_file": "in their place: a file with one host a line, which may change",
     "delimiter": "what separates them, if it is no comma",
     "pg_user": "the user to log in as (postgres)",
     "pg_password": "its password (that of PGPASSWORD or libpq's password file, if there is one; else postgres)",
@@ -52,6 +56,7 @@ VARIABLES = {
     "conn_max_age_ms": "milliseconds after which a connection to a host is replaced, and its name resolved (30000)",
     "nofailover": "the hosts that are never promoted, separated as they are: nothing waits for them",
     "noloadbalance": "the hosts that take no reads, separated as they are",
+    "subscribers": "the hosts that receive the data by logical replication, separated as they are",
     "sync_max_lag_ms": "up to which lag in milliseconds a replica is in sync by time (1000)",
     "sync_max_lag_bytes": "up to which lag in bytes a replica is in sync by bytes (1000000)",
     "http_listen_address": "the address to listen on; * for all (127.0.0.1)",
@@ -67,7 +72,8 @@ class Settings:
     """How the sidecar is to run.
 
     Attributes:
-        hosts: where the hosts are, under the names that they are answered by.
+        hosts: where the hosts are, under the names that they are answered by; none if something finds them.
+        discovery: what finds them.
         user: the user to log in as.
         password: its password; never shown. ``None`` for that of the file, or for libpq's.
         password_file: a file that holds it.
@@ -76,6 +82,7 @@ class Settings:
         connect_timeout: seconds that a poll may take.
         conn_max_age: seconds after which a connection is replaced.
         nofailover: the hosts that are never promoted.
+        subscribers: the hosts that receive the data by logical replication.
         noloadbalance: the hosts that take no reads.
         max_fails: after how many failures in a row a host is dead.
         sync_max_lag_ms: up to which lag a replica is in sync by time.
@@ -89,6 +96,7 @@ class Settings:
     """
 
     hosts: tuple[HostAddress, ...]
+    discovery: HostDiscovery | None
     user: str
     password: str | None = field(repr=False)
     password_file: str | None
@@ -98,6 +106,7 @@ class Settings:
     conn_max_age: float
     nofailover: tuple[str, ...]
     noloadbalance: tuple[str, ...]
+    subscribers: tuple[str, ...]
     max_fails: int
     sync_max_lag_ms: int
     sync_max_lag_bytes: int
@@ -117,11 +126,13 @@ class Settings:
         """
         read = _Reader(environment)
         warnings = list(read.unknown())
-        hosts = read.hosts()
+        discovery = read.discovery()
+        hosts = read.hosts() if discovery is None else ()
         locality, locality_warnings = read.locality(hosts)
         seconds = read.seconds("sleep_ms", "sleep", 1.0)
         return cls(
             hosts=hosts,
+            discovery=discovery,
             user=read.text("pg_user", "postgres"),
             password=read.password(),
             password_file=read.text("pg_password_file", "") or None,
@@ -131,6 +142,7 @@ class Settings:
             conn_max_age=read.number("conn_max_age_ms", 30_000) / 1000,
             nofailover=read.names("nofailover", hosts),
             noloadbalance=read.names("noloadbalance", hosts),
+            subscribers=read.names("subscribers", hosts),
             max_fails=read.number("max_fails", 3, at_least=1),
             sync_max_lag_ms=read.number("sync_max_lag_ms", 1000),
             sync_max_lag_bytes=read.number("sync_max_lag_bytes", 1_000_000),
@@ -152,6 +164,23 @@ class _Reader:
     def text(self, name: str, default: str) -> str:
         return self._environment.get(_PREFIX + name, "").strip() or default
 
+    def discovery(self) -> HostDiscovery | None:
+        """Return what finds the hosts; ``None`` if they are listed."""
+        kinds = [kind for kind in ("hosts", "hosts_patroni", "hosts_srv", "hosts_file") if self.text(kind, "")]
+        if len(kinds) > 1:
+            raise _wrong(kinds[1], self.text(kinds[1], ""), f"either it or {_PREFIX}{kinds[0]}, not both")
+        try:
+            match kinds:
+                case ["hosts_patroni"]:
+                    return PatroniDiscovery(self._list("hosts_patroni"))
+                case ["hosts_srv"]:
+                    return SRVDiscovery(self.text("hosts_srv", ""))
+                case ["hosts_file"]:
+                    return FileDiscovery(self.text("hosts_file", ""), port=self.number("pg_port", 5432, at_least=1))
+        except errors.OptionError as exc:
+            raise errors.OptionError(f"{_PREFIX}{kinds[0]}: {exc}") from None
+        return None
+
     def password(self) -> str | None:
         """Return the password; ``None`` if there is another place where it is to be found."""
         given = self._environment.get(f"{_PREFIX}pg_password")
@@ -166,9 +195,9 @@ class _Reader:
         return None if home and Path(home, ".pgpass").is_file() else "postgres"
 
     def names(self, name: str, hosts: tuple[HostAddress, ...]) -> tuple[str, ...]:
-        """Return some of the hosts."""
+        """Return some of the hosts; any names if the hosts are to be found."""
         given = self._list(name)
-        known = {host.name for host in hosts}
+        known = {host.name for host in hosts} or set(given)
         for each in given:
             if each not in known:
                 raise _wrong(name, each, f"names out of {_PREFIX}hosts")
