@@ -80,7 +80,7 @@ def _ask(only: list[str] | None, settings: Settings) -> list[Table | ComparisonT
 def _compare(revision: str, settings: Settings) -> list[Table | ComparisonTable]:
     tables: list[Table | ComparisonTable] = []
     with _table(settings.url):
-        rounds, counted_rounds = settings.rounds_of(120, 20), settings.rounds_of(5, 2)
+        rounds, counted_rounds = settings.rounds_of(120, 20), settings.rounds_of(3, 1)
         for table in compare(revision, settings.url, rounds=rounds, counted_rounds=counted_rounds):
             print(table, end="\n\n", flush=True)
             tables.append(table)
