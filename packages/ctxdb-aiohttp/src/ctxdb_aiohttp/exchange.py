@@ -105,16 +105,16 @@ class Exchange:
                 self._note_refusal(response, exc)
                 raise
 
-    async def settle(
-        self, request: web.Request, response: object, *, status: int | None = None, last: bool = False
-    ) -> None:
+    async def settle(self, request: web.Request, response: object, status: int | None = None) -> bool:
         """End the transactions as `response` demands, nothing of which has been written.
 
         Args:
             request: what is answered.
             response: the answer.
             status: its status, if that is known to be final.
-            last: whether the unit of work ends with its transactions.
+
+        Returns:
+            Whether it calls for a commit.
 
         Raises:
             BaseException: why they could not be ended, or why this very response was refused before. It is refused.
@@ -122,10 +122,11 @@ class Exchange:
         self._take(response)
         try:
             commit = self.has_work and await self._calls_for_commit(request, response, status)
-            await self._end_transactions(commit=commit, last=last)
+            await self._end_transactions(commit=commit)
         except BaseException as exc:
             self._note_refusal(response, exc)
             raise
+        return commit
 
     async def roll_back(self, error: BaseException | None = None) -> None:
         """Roll back what is open, because of `error`; the unit of work goes on."""
@@ -157,7 +158,7 @@ class Exchange:
             assert self.refusal is not None
             raise self.refusal.error
         if self.phase in UNSTARTED:
-            await self.settle(request, response, status=status)
+            await self.settle(request, response, status)
             if self.phase is Phase.HANDLING:
                 # It is not if the response comes in the place of an abandoned handler: the unit of work has ended then.
                 self.move_to(Phase.BODY)
@@ -216,13 +217,11 @@ class Exchange:
             status = await status_of(response, request)
         return self.commits(status, request)
 
-    async def _end_transactions(self, *, commit: bool, last: bool = False) -> None:
+    async def _end_transactions(self, *, commit: bool) -> None:
         calls = self.unit.calls
         if calls is not None and calls.are_given_up() and self.phase is Phase.HANDLING:
             self.move_to(Phase.ABANDONED)
-        if last:
-            await self.end(commit=commit)
-        else:
+        if self.has_work or self.phase is Phase.ABANDONED:
             await finalize(self.unit, commit=commit, last=False)
 
 

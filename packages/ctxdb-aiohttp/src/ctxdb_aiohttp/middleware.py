@@ -104,9 +104,10 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
     """
     try:
         if exchange.phase in UNSTARTED:
-            is_last = route.is_quiet and is_complete(response)
-            await exchange.settle(request, response, last=is_last)
-            if not is_last:
+            commit = await exchange.settle(request, response)
+            if route.is_quiet and is_complete(response):
+                await exchange.end(commit=commit)
+            else:
                 exchange.watch(LateResponse(exchange, request))
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
             await exchange.watched.delivery.finish()
