@@ -274,7 +274,7 @@ async def test_a_roll_back_after_a_savepoint_was_released_is_no_commit(db: DBCon
         session = await db_session(db)
         async with session.begin_nested():
             await insert(db, "one")
-        await session.close()
+        await close_db_session(db)
     assert heard.kinds == ONE_ROLL_BACK
     assert not heard.roll_back.commit_failed
     assert heard.roll_back.duration == heard.roll_back.connection_held

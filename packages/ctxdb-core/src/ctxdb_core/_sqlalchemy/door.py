@@ -139,6 +139,11 @@ class Door:
         if self._nested:
             self._nested -= 1
             return
+        if self._interrupted is not None:
+            # The call has ended well although it was cancelled: its driver has kept the cancellation to itself.
+            self._interrupted = None
+            if (task := current_task()) is not None:
+                task.uncancel()
         while self._waiting:
             handed_over, task = self._waiting.popleft()
             if not handed_over.done():
@@ -231,7 +236,10 @@ class Door:
         The driver stops the query on the server, as for a cancelled task; the task itself goes on.
         """
         holder = self._holder
-        if holder is None or isinstance(holder, _GreenletTurn) or self._is_within(current_task()):
+        if holder is None or self._is_within(current_task()):
+            return
+        if isinstance(holder, (_GreenletTurn, LentTask)):
+            # A lent task runs to completion: a COMMIT, for instance, whose outcome would be unknown.
             return
         self._interrupted = refuse
         holder.cancel()
