@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeVar
 
 from ctxdb_core.asgi import ASGIApp
@@ -13,7 +12,7 @@ __all__ = ["enclose"]
 M = TypeVar("M", bound=ASGIApp)
 
 
-def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object) -> M:
+def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_inspected: bool = True) -> M:
     """Put a middleware around all that `app` does for a request, and return it.
 
     Litestar has no place for such a one. Its middlewares belong to routes: an unknown path reaches none of them, and
@@ -24,15 +23,17 @@ def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object) -> M:
         app: the application, or its router.
         middleware: called with what is to be enclosed.
         key: whose middleware it is; `app` is enclosed once for each.
+        is_inspected: whether anything looks at the parameters of its ``__call__``, and whether that is a coroutine
+            function, as servers and a Litestar application around it do. If not, the call in between is spared.
     """
     base = type(app)
     for each in base.__mro__:
         if vars(each).get(_KEY) is key:
             existing: M = vars(each)[_MIDDLEWARE]
             return existing
-    enclosed = middleware(MethodType(base.__call__, app))
+    enclosed = middleware(app.__call__)
 
-    async def __call__(self: Any, scope: Any, receive: Any, send: Any) -> None:  # noqa: N807 - it becomes the method
+    async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
         await enclosed(scope, receive, send)
 
     namespace = {
@@ -41,7 +42,7 @@ def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object) -> M:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__call__": __call__,
+        "__call__": call if is_inspected else staticmethod(enclosed),
         _KEY: key,
         _MIDDLEWARE: enclosed,
     }

@@ -20,8 +20,9 @@ from ctxdb_core.asgi import (
 
 __all__ = ["CommitErrorMiddleware", "LitestarDBSessionMiddleware", "MountMiddleware"]
 
-_ROUTED = "ctxdb.litestar.routed"
-"""Where a request notes that it has come to the router of an application, or the error that it is to raise there."""
+# Where a request notes the error that it is to raise where it is routed, and that it is in a mounted application.
+_ERROR = "ctxdb.litestar.error"
+_MOUNTED = "ctxdb.litestar.mounted"
 
 
 class LitestarDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
@@ -37,11 +38,11 @@ class LitestarDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         Most errors are answered by `CommitErrorMiddleware`. This one has come from further out: the answer to another
         error could not be committed, for instance.
         """
-        scope[_ROUTED] = error
+        scope[_ERROR] = error
         try:
             await self.app(scope, receive, send)
         finally:
-            scope.pop(_ROUTED, None)
+            scope.pop(_ERROR, None)
 
 
 class CommitErrorMiddleware:
@@ -64,35 +65,32 @@ class CommitErrorMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Route the request."""
-        is_mounted = _ROUTED in scope
-        if is_mounted and isinstance(scope[_ROUTED], Exception):
+        if _ERROR in scope:
             _take_back_start(scope)
-            raise scope.pop(_ROUTED)
-        scope[_ROUTED] = True
+            raise scope.pop(_ERROR)
         try:
             await self.app(scope, receive, send)
         except Exception as exc:
-            error = _error_to_answer(scope, is_mounted=is_mounted)
+            error = _error_to_answer(scope)
             if error is None:
                 raise
             answer_commit_error(scope, exc)
         else:
-            error = _error_to_answer(scope, is_mounted=is_mounted)
+            if commit_error(scope) is None:
+                return
+            error = _error_to_answer(scope)
             if error is None:
                 return
             # A middleware has answered it already, but that was not sent: its response might claim a success.
             answer_commit_error(scope)
-        finally:
-            if not is_mounted:
-                del scope[_ROUTED]
         _take_back_start(scope)
         raise error
 
 
 class MountMiddleware:
-    """Has the handlers of a route asked for errors, too, if the application that is mounted there has none.
+    """Notes that an application is mounted at a route, and has the handlers of that route asked for its errors, too.
 
-    That application writes its own into the scope, and so hides those of the application around it.
+    The mounted application writes its own handlers into the scope, and so hides those of the application around it.
 
     Args:
         app: the route.
@@ -104,10 +102,13 @@ class MountMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the mounted application."""
         # Asked for now, as the mounted application may write its own into this very scope.
-        route_handler = scope["route_handler"]
+        route_handler, is_mounted = scope["route_handler"], _MOUNTED in scope
+        scope[_MOUNTED] = True
         try:
             await self.app(scope, receive, send)
         finally:
+            if not is_mounted:
+                del scope[_MOUNTED]
             if commit_error(scope) is not None:
                 state: Any = ScopeState.from_scope(scope)  # type: ignore[arg-type]  # it is one of Litestar's
                 state.exception_handlers = {**route_handler.resolve_exception_handlers(), **state.exception_handlers}
@@ -119,9 +120,9 @@ def _take_back_start(scope: Scope) -> None:
     state.response_started = False
 
 
-def _error_to_answer(scope: Scope, *, is_mounted: bool) -> Exception | None:
+def _error_to_answer(scope: Scope) -> Exception | None:
     error = commit_error(scope)
-    return None if error is None or (is_mounted and not _has_handler(scope, error)) else error
+    return None if error is None or (_MOUNTED in scope and not _has_handler(scope, error)) else error
 
 
 def _has_handler(scope: Any, error: Exception) -> bool:

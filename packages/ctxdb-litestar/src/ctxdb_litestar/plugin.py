@@ -94,7 +94,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         handlers = _handlers(route)
         app = handlers[0].app
         middleware = enclose(app, self._middleware, key=self)
-        enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware)
+        enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware, is_inspected=False)
         if isinstance(route, WebSocketRoute):
             return
         for handler in handlers:

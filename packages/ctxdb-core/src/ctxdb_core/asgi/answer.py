@@ -28,7 +28,11 @@ def commit_error(scope: Scope) -> Exception | None:
         scope: the request's ASGI scope.
     """
     exchange = scope.get(REQUEST_KEY)
-    return exchange.error_to_answer if isinstance(exchange, Exchange) else None
+    # Units of other adapters know no failure.
+    if getattr(exchange, "failure", None) is None:
+        return None
+    assert isinstance(exchange, Exchange)
+    return exchange.error_to_answer
 
 
 def answer_commit_error(scope: Scope, raised: Exception | None = None) -> None:
