@@ -17,7 +17,6 @@ UNSTARTED = frozenset({Phase.HANDLING, Phase.REFUSED})
 
 _SWITCHING_PROTOCOLS = 101
 
-
 Opened: TypeAlias = tuple[UnitOfWork, RequestPolicy]
 """What an `Exchange` is made of. Most requests need no exchange: their writers lead to this."""
 
@@ -49,8 +48,9 @@ class Exchange:
     Args:
         unit: what `ctxdb_core.adapters.begin` has returned.
         commits: given the status of a response and the request: whether to commit.
-        writer: the request's, which is one for all copies of the request, and for this request alone. So it is where
-            the exchange is found: no task and no server inherits it. It is untyped, as no type knows of that.
+        writer: the request's, which is one for all copies of the request, and for this request alone. So its attribute
+            ``ctxdb_exchange`` leads to the exchange: it is not inherited by tasks and servers, as a context variable
+            would be. It is untyped, as no type knows of that attribute.
     """
 
     # Defaults are the class's: a request that needs none of these pays for none of them.
@@ -66,7 +66,6 @@ class Exchange:
         self.unit = unit
         self.commits = commits
         self.writer = writer
-        writer.ctxdb_exchange = self
 
     def move_to(self, phase: Phase) -> None:
         """Go over to `phase`; nothing happens if that is the current one.
@@ -164,12 +163,12 @@ class Exchange:
                 self.move_to(Phase.BODY)
 
     def refuse(self, response: object, error: BaseException) -> None:
-        """Let nothing of `response` through: its transactions could not be ended."""
+        """Keep `response` from being sent: its transactions could not be ended."""
         self.refusal = Refusal(response, error)
         self.move_to(Phase.REFUSED)
 
     def break_off(self, response: object, error: BaseException) -> None:
-        """Let the rest of `response` not through: what its body has done could not be committed."""
+        """Keep the rest of `response` from being sent: what its body has done could not be committed."""
         self.refusal = Refusal(response, error)
         self.move_to(Phase.BROKEN)
 
@@ -229,4 +228,6 @@ def exchange_of(request: web.BaseRequest) -> Exchange | None:
     """Return the exchange of `request`, made now if need be; ``None`` if the request is in no unit of work."""
     writer: Any = request.writer
     found: Exchange | Opened | None = getattr(writer, "ctxdb_exchange", None)
-    return Exchange(*found, writer) if isinstance(found, tuple) else found
+    if isinstance(found, tuple):
+        found = writer.ctxdb_exchange = Exchange(*found, writer)
+    return found

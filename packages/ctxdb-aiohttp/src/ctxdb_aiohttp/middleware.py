@@ -16,7 +16,7 @@ from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
 from ctxdb_core import BeforeCommit
-from ctxdb_core.adapters import FINISHING, RequestPolicy, begin, follow_calls
+from ctxdb_core.adapters import FINISHING, RequestPolicy, UnitOfWork, begin, follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
 
@@ -42,13 +42,12 @@ def unit_of_work(
     @web.middleware
     async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
         writer: Any = request.writer
-        if hasattr(writer, "ctxdb_exchange"):
-            outer = exchange_of(request)
-            if outer is not None and not outer.unit.closed and not _is_left_to_aiohttp(outer):
+        outer = exchange_of(request) if hasattr(writer, "ctxdb_exchange") else None
+        if outer is not None:
+            if not outer.unit.closed and not _is_left_to_aiohttp(outer):
                 return await handler(request)
             # A middleware outside of this one tries again.
-            if outer is not None:
-                await outer.end(commit=False)
+            await outer.end(commit=False)
         unit = begin(
             before_commit=before_commit,
             statement_timeout=statement_timeout,
@@ -67,7 +66,7 @@ def unit_of_work(
                 follow_calls(unit)
             response = await route.call(request)
         except web.HTTPException as exc:
-            exchange = exchange_of(request) or Exchange(unit, commits, writer)
+            exchange = _exchange_with(unit, commits, request)
             # A response like any other, unless one has begun.
             if exchange.phase in UNSTARTED:
                 await _end(exchange, request, exc, route)
@@ -75,7 +74,7 @@ def unit_of_work(
                 await _fail(exchange, request, exc, route)
             raise
         except BaseException as exc:
-            await _fail(exchange_of(request) or Exchange(unit, commits, writer), request, exc, route)
+            await _fail(_exchange_with(unit, commits, request), request, exc, route)
             raise
         if (
             getattr(writer, "ctxdb_exchange", None) is opened  # otherwise, more was done than to handle the request
@@ -86,10 +85,19 @@ def unit_of_work(
             del writer.ctxdb_exchange
             unit.leave()
         else:
-            await _end(exchange_of(request) or Exchange(unit, commits, writer), request, response, route)
+            await _end(_exchange_with(unit, commits, request), request, response, route)
         return response
 
     return open_unit
+
+
+def _exchange_with(unit: UnitOfWork, commits: RequestPolicy, request: web.Request) -> Exchange:
+    """Return the exchange of `request` that has `unit`."""
+    exchange = exchange_of(request)
+    if exchange is None or exchange.unit is not unit:
+        # The unit was ended further in or further out, where a middleware has tried again meanwhile.
+        return Exchange(unit, commits, request.writer)
+    return exchange
 
 
 def _is_left_to_aiohttp(exchange: Exchange) -> bool:

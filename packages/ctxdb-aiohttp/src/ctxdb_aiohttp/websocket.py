@@ -59,8 +59,7 @@ class WebSocket(HandlerResponse):
                     commit = options.get("code", WSCloseCode.OK) in _NORMAL_CLOSES
                     await finalize(exchange.unit, commit=commit, last=False)
                 except Exception as exc:
-                    exchange.refuse(socket, exc)
-                    await close(code=WSCloseCode.INTERNAL_ERROR)
+                    await self.break_off(exc)
                     raise
                 exchange.move_to(Phase.AFTER)
             return await close(**options)
