@@ -409,10 +409,12 @@ FIXTURES = """
 import pytest
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 
-db = DBConnect.from_url("sqlite+aiosqlite://")
+@pytest.fixture
+def db():
+    return DBConnect.from_url("sqlite+aiosqlite://")
 
 @pytest.fixture(params=[1, 2])
-async def session(request):
+async def session(request, db):
     async with new_db_ctx():
         if request.param == 1:
             yield await db_session(db)
@@ -424,7 +426,7 @@ def anyio_backend():
     return "asyncio"
 
 {mark}
-async def test_the_session_is_the_fixtures(session):
+async def test_the_session_is_the_fixtures(db, session):
     assert await db_session(db) is session
 """
 

@@ -48,16 +48,17 @@ class _Yields(NamedTuple):
 def _yields_of(code: CodeType) -> _Yields:
     instructions = list(dis.get_instructions(code))
     offsets: set[int] = set()
-    # An `await` is a YIELD_VALUE as well. What comes after tells them apart: RESUME 1 follows a yield expression, and
-    # RESUME 3 an `await` (Python docs, "dis"). Higher bits of its argument have other meanings.
+    loops: list[tuple[int, int]] = []
     yields = 0
-    for before, resume in pairwise(instructions):
-        if resume.opname == "RESUME" and (resume.arg or 0) & 3 == 1:
-            offsets |= {before.offset, resume.offset}
+    for before, each in pairwise(instructions):
+        # An `await` is a YIELD_VALUE as well. What comes after tells them apart: RESUME 1 follows a yield expression,
+        # RESUME 3 an `await` (Python docs, "dis"). Higher bits of its argument have other meanings.
+        if each.opname == "RESUME" and (each.arg or 0) & 3 == 1:
+            offsets |= {before.offset, each.offset}
             yields += 1
-    loops = [
-        (each.argval, each.offset) for each in instructions if each.opcode in dis.hasjrel and each.argval < each.offset
-    ]
+        # A loop ends by a jump back. So does what an `await` does with an error, which lies behind all other code.
+        elif each.opcode in dis.hasjrel and each.argval < each.offset and before.opname != "CLEANUP_THROW":
+            loops.append((each.argval, each.offset))
     in_loop = any(start <= offset <= end for offset in offsets for start, end in loops)
     return _Yields(frozenset(offsets), yields > 1 or in_loop)
 
