@@ -345,3 +345,23 @@ def test_a_session_outside_of_any_unit_of_work_names_the_testing_tools(run: Run)
     result = run("async def test_it(): await write()", "--asyncio-mode=auto")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines("*the fixture `new_db_ctx`*set_test_context*")
+
+
+# The connections that are left would keep the database from being dropped.
+@pytest.mark.parametrize("url", ["asyncpg"], indirect=True)
+def test_the_engines_of_a_fixture_that_is_an_event_loop_are_closed_with_it(run: Run) -> None:
+    tests = """
+import asyncio
+
+@pytest.fixture
+def own_loop():
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+@pytest.mark.parametrize("number", range(2))
+def test_it(number, own_loop, ctxdb_clean_tables):
+    own_loop.run_until_complete(run_in_new_ctx(write))
+    assert own_loop.run_until_complete(count()) == 1
+"""
+    run(tests, "-p", "no:asyncio").assert_outcomes(passed=2)

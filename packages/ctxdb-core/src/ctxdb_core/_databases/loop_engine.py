@@ -30,6 +30,11 @@ SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
 _live: set[LoopEngine] = set()
 
 
+def has_engines(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether engines belong to `loop` that have not been disposed of."""
+    return any(engine.loop is loop for engine in _live)
+
+
 class _Drain:
     """Closes the connections that come back to an engine's pools, as long as it is active."""
 

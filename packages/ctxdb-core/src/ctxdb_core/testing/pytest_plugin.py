@@ -6,6 +6,7 @@ loops of every scope. Their connections live on an event loop of their own.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
 from ctxdb_core._units.lifecycle import new_db_ctx
+from ctxdb_core._databases.loop_engine import has_engines
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
 from ctxdb_core.testing._shared import WAIT_SECONDS, SharedTransaction
@@ -35,6 +37,7 @@ __all__ = [
     "ctxdb_test_databases",
     "ctxdb_worker_database",
     "pytest_collection_modifyitems",
+    "pytest_fixture_setup",
 ]
 
 
@@ -212,6 +215,25 @@ def ctxdb_worker_database() -> Iterator[Callable[..., URL]]:
             return own
 
         yield create
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_fixture_setup(fixturedef: Any) -> Iterator[None]:
+    """Have the engines of an event loop closed before a fixture closes that loop.
+
+    An engine is closed with its loop's asynchronous generators, as `asyncio.run` and pytest-asyncio 1.0 do it. Older
+    versions, and the fixtures named ``event_loop`` that many suites have, close the loop alone.
+    """
+    yield
+    loop = fixturedef.cached_result[0] if fixturedef.cached_result else None
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        # It runs before the fixture goes on after its `yield`.
+        fixturedef.addfinalizer(functools.partial(_close_engines, loop))
+
+
+def _close_engines(loop: asyncio.AbstractEventLoop) -> None:
+    if not loop.is_closed() and not loop.is_running() and has_engines(loop):
+        loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
