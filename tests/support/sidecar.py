@@ -68,6 +68,8 @@ class ToldMonitor:
     next: list[ClusterStatus] = field(default_factory=list)
     polls: int = 0
     confirmations: int = 0
+    error: Exception | None = None
+    """What confirmations fail by."""
     waited_for: list[tuple[SyncCondition | None, int | None, float]] = field(default_factory=list)
 
     async def poll(self) -> None:
@@ -77,6 +79,8 @@ class ToldMonitor:
 
     async def confirm_master(self, host: str) -> bool:
         self.confirmations += 1
+        if self.error is not None:
+            raise self.error
         if self.next:
             self.status = self.next.pop(0)
         return self.status.master == host

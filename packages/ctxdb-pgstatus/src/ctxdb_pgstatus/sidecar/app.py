@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -152,7 +153,11 @@ class SidecarApp:
         path = request.path
         if request.bypasses_memory:
             if path in ("/master", "/primary"):
-                await _confirm_master(monitor)
+                try:
+                    await _confirm_master(monitor)
+                except errors.PgStatusError as exc:
+                    # It refuses the monitor. Whoever is connected to it can ask it.
+                    return _error(str(exc), 503)
             else:
                 await monitor.poll()
         if path in _CONDITIONS:
