@@ -317,6 +317,14 @@ async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
         assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n2"
 
 
+async def test_a_host_that_is_not_to_come_from_memory_is_asked_which_server_it_is() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    await ask(app, "/status?host=n2")
+    assert monitor.servers_asked == []
+    await ask(app, "/status?host=n2", {"cache-control": "no-cache"})
+    assert (monitor.servers_asked, monitor.polls) == (["n2"], 1)
+
+
 async def test_a_master_that_refuses_the_monitor_is_not_confirmed_by_it(caplog: pytest.LogCaptureFixture) -> None:
     app, monitor = told_app(master("n1"), replica("n2"))
     monitor.error = PgStatusError("'n1' refuses the monitor")

@@ -70,6 +70,7 @@ class ToldMonitor:
     confirmations: int = 0
     error: Exception | None = None
     """What confirmations fail by."""
+    servers_asked: list[str] = field(default_factory=list)
     waited_for: list[tuple[SyncCondition | None, int | None, float]] = field(default_factory=list)
 
     async def poll(self) -> None:
@@ -84,6 +85,9 @@ class ToldMonitor:
         if self.next:
             self.status = self.next.pop(0)
         return self.status.master == host
+
+    async def ask_server_of(self, host: str) -> None:
+        self.servers_asked.append(host)
 
     async def find_replica(
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0

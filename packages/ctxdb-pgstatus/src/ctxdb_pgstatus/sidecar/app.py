@@ -48,6 +48,9 @@ class Monitor(Protocol):
     ) -> str | None:
         """Return a replica, after having waited for one that has replayed `min_position`."""
 
+    async def ask_server_of(self, host: str) -> object:
+        """Ask a host over a new connection."""
+
     def replayed(self, position: int) -> Container[str]:
         """Return the replicas that are known to have replayed a WAL position."""
 
@@ -160,6 +163,9 @@ class SidecarApp:
                     return _error(str(exc), 503)
             else:
                 await monitor.poll()
+            if path == "/status" and (host := _parameters(request.query).get("host")) is not None:
+                # Who asks so wants to know which server it is, and whether the name leads to another one by now.
+                await monitor.ask_server_of(host)
         if path in _CONDITIONS:
             try:
                 parameters = _parameters(request.query)
