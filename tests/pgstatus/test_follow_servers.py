@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.followers import server_of
 from tests.support.monitors import HOUR, monitor_of, until
 from tests.support.proxy import Proxy
+from tests.support.sidecar import serve_sidecar
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_pgstatus import (
@@ -20,9 +22,12 @@ from ctxdb_pgstatus import (
     HostMonitor,
     MasterChangedError,
     NoMasterError,
+    PgStatusClient,
     follow_master,
     follow_replica,
 )
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
@@ -60,6 +65,27 @@ async def until_server(monitor: HostMonitor, name: str, node: PostgresNode) -> N
 
 async def numbers_on(node: PostgresNode) -> list[int]:
     return [row[0] for row in await node.execute("SELECT number FROM number ORDER BY number")]
+
+
+@pytest.fixture(scope="module")
+def ipv6_cluster() -> Iterator[PostgresCluster]:
+    cluster = PostgresCluster(hosts=["::1"])
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
+async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_port(
+    ipv6_cluster: PostgresCluster,
+) -> None:
+    await ipv6_cluster.primary.execute("CREATE TABLE number (number integer PRIMARY KEY)")
+    name = f"[::1]:{ipv6_cluster.port}"
+    async with (
+        monitor_of(ipv6_cluster, hosts=[name]) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await write(db, 1)
+        assert await numbers_on(ipv6_cluster.primary) == [1]
 
 
 # --- names that move --------------------------------------------------------------------------------------------------
@@ -116,6 +142,52 @@ async def test_a_connection_that_leads_elsewhere_tells_the_monitor_that_the_name
         await write(db, 1)
         assert monitor.server_of(proxy.host) == await new.fetch_value("SELECT pg_postmaster_start_time()")
         assert await numbers_on(new) == [1]
+
+
+async def test_writes_that_follow_a_sidecar_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        asking_sidecar(monitor) as client,
+        following(follow_master(client)) as db,
+    ):
+        await write(db, 1)
+        await cluster.wait_for_replay()
+        await new.promote()
+        proxy.nodes = (new,)
+        await until_server(monitor, proxy.host, new)
+        client.report_failure(proxy.host)
+        await client.hosts()
+        assert client.server_of(proxy.host) == monitor.server_of(proxy.host)
+        await write(db, 2)
+        assert await numbers_on(new) == [1, 2]
+
+
+async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_leads_elsewhere(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], conn_max_age=HOUR) as monitor,
+        asking_sidecar(monitor) as client,
+        following(follow_master(client)) as db,
+    ):
+        await client.hosts()
+        await new.promote()
+        proxy.nodes = (new,)
+        await write(db, 1)
+        started_at = await new.fetch_value("SELECT pg_postmaster_start_time()")
+        assert monitor.server_of(proxy.host) == client.server_of(proxy.host) == started_at
+
+
+@asynccontextmanager
+async def asking_sidecar(monitor: HostMonitor) -> AsyncIterator[PgStatusClient]:
+    app = SidecarApp(History())
+    app.monitor = monitor
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
+        yield client
 
 
 # --- names that are shared --------------------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import ssl
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tests.support.database import eventually
 from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
 from tests.support.proxy import Proxy
+from tests.support.tls import TLSFront, make_certificate
 
 from ctxdb_pgstatus import OptionError
 from ctxdb_pgstatus._probing.answer import Answer
@@ -30,6 +34,22 @@ async def test_a_host_that_takes_longer_to_connect_to_than_a_poll_interval_is_re
             await monitor.poll()
         assert changes == []
         assert proxy.attempts == 1
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")
+async def test_a_host_is_reached_by_tls_over_40_ms_of_round_trips_with_polls_of_a_second(
+    cluster: PostgresCluster, tmp_path: Path
+) -> None:
+    certificate = await make_certificate(tmp_path)
+    context = ssl.create_default_context(cafile=certificate)
+    async with (
+        TLSFront(cluster.primary, certificate) as front,
+        Proxy(front, delay=0.02) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=1.0, connect_timeout=PATIENCE, ssl=context) as monitor,
+    ):
+        assert monitor.master() == proxy.host
+        assert await monitor.confirm_master(proxy.host)
+        assert front.handshakes > 0
 
 
 async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_alive_once_that_is_known(

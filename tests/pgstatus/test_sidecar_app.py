@@ -10,6 +10,7 @@ import pytest
 from tests.support.server import http_client
 from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
 
+from ctxdb_pgstatus import PgStatusError
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -314,6 +315,25 @@ async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
         assert (monitor.confirmations, monitor.polls) == (1, 0)
         monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
         assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n2"
+
+
+async def test_a_host_that_is_not_to_come_from_memory_is_asked_which_server_it_is() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    await ask(app, "/status?host=n2")
+    assert monitor.servers_asked == []
+    await ask(app, "/status?host=n2", {"cache-control": "no-cache"})
+    assert (monitor.servers_asked, monitor.polls) == (["n2"], 1)
+
+
+async def test_a_master_that_refuses_the_monitor_is_not_confirmed_by_it(caplog: pytest.LogCaptureFixture) -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    monitor.error = PgStatusError("'n1' refuses the monitor")
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        response = await client.get("/master", headers={"cache-control": "no-cache"})
+        assert response.status_code == 503
+        assert "refuses the monitor" in response.text
+        assert (await client.get("/master")).text == "n1"
+    assert caplog.records == []
 
 
 async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from typing import Self
+from typing import Protocol, Self
 
-from ctxdb_pgstatus.testing import PostgresNode
+
+class Place(Protocol):
+    """Where a server is: a `PostgresNode`, for instance."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int: ...
 
 
 class Proxy:
@@ -27,8 +35,8 @@ class Proxy:
         host: its address, as a monitor takes it.
     """
 
-    def __init__(self, *nodes: PostgresNode, delay: float = 0.0) -> None:
-        self.nodes = nodes
+    def __init__(self, *nodes: Place, delay: float = 0.0) -> None:
+        self.nodes: tuple[Place, ...] = nodes
         self.delay = delay
         self.refusals = 0
         self.attempts = 0

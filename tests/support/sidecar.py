@@ -68,6 +68,9 @@ class ToldMonitor:
     next: list[ClusterStatus] = field(default_factory=list)
     polls: int = 0
     confirmations: int = 0
+    error: Exception | None = None
+    """What confirmations fail by."""
+    servers_asked: list[str] = field(default_factory=list)
     waited_for: list[tuple[SyncCondition | None, int | None, float]] = field(default_factory=list)
 
     async def poll(self) -> None:
@@ -77,9 +80,14 @@ class ToldMonitor:
 
     async def confirm_master(self, host: str) -> bool:
         self.confirmations += 1
+        if self.error is not None:
+            raise self.error
         if self.next:
             self.status = self.next.pop(0)
         return self.status.master == host
+
+    async def ask_server_of(self, host: str) -> None:
+        self.servers_asked.append(host)
 
     async def find_replica(
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0

@@ -98,6 +98,7 @@ class PgStatusClient:
         self._not_replayed_at = -math.inf
         self._turns = {condition: count() for condition in _PATHS}
         self._reader_turns = count()
+        self._servers: dict[str, _Kept[datetime | None]] = {}
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
         self._lock = Lock()
         self._failing = False
@@ -247,6 +248,31 @@ class PgStatusClient:
         timelines = {} if cluster is None else {each.host: each.timeline for each in cluster.hosts}
         is_of_this_master = cluster is not None and cluster.master == kept.answer
         return KnownMaster(kept.answer, timelines.get(kept.answer) if is_of_this_master else None)
+
+    def server_of(self, host: str) -> datetime | None:
+        """Return when the server was started that answers the sidecar by the name `host`; ``None`` if that is unknown.
+
+        Out of memory. It is unknown as well while the sidecar cannot ask the host, and to pg-status.
+        """
+        asked = self._servers.get(host)
+        kept = self._cluster.kept
+        if asked is not None and (kept is None or asked.at > kept.at):
+            return asked.answer
+        hosts = () if kept is None else kept.answer.status.hosts
+        return next((each.started_at for each in hosts if each.host == host and not each.possible_dead), None)
+
+    async def ask_server_of(self, host: str) -> datetime | None:
+        """Have the sidecar ask the host over a new connection, and return what `server_of` does after that."""
+        path = f"/status?{urlencode({'host': host})}"
+        question = _Question[str | None](path, _read_start)
+        at = time.monotonic()
+        try:
+            start = await self._here().once(path, lambda: self._fetch(question, no_cache=True))
+        except SidecarError:
+            return None
+        answer = None if start is None else datetime.fromisoformat(start)
+        self._servers[host] = _Kept(answer, at, self._doubts)
+        return answer
 
     def report_failure(self, host: str) -> None:
         """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
@@ -593,6 +619,13 @@ class _ClusterReader:
 def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
     best = min((distances[host.host] for host in hosts), default=0)
     return [host.host for host in hosts if distances[host.host] == best]
+
+
+def _read_start(content: Any) -> str | None:
+    start = None if content.get("possible_dead") else content.get("started_at")
+    if start is not None:
+        datetime.fromisoformat(start)
+    return start
 
 
 def _read_host(content: Any) -> str | None:

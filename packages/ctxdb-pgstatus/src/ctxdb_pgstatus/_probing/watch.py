@@ -27,6 +27,8 @@ _FIRST_VISITS = 3
 _LATER_VISITS = 6
 # Names are resolved no more often than this: name servers are asked for a while after they were wrong, too.
 _LOOKUP_SECONDS = 1.0
+# Nor is another connection opened more often because somebody asks where the name leads.
+_LOOK_AGAIN_SECONDS = 0.5
 
 
 class Watch:
@@ -94,6 +96,7 @@ class Watch:
         self._has_moved = False
         self._upkeep: asyncio.Task[None] | None = None
         self._upkeep_at = 0.0
+        self._look_again_at = 0.0
 
     @property
     def is_certain(self) -> bool:
@@ -159,6 +162,10 @@ class Watch:
             return
         if self._upkeep is not None and not self._upkeep.done():
             await asyncio.wait([self._upkeep])
+        now = asyncio.get_running_loop().time()
+        if now < self._look_again_at:
+            return
+        self._look_again_at = now + _LOOK_AGAIN_SECONDS
         self._start_upkeep(anyway=True)
         if self._upkeep is not None:
             await asyncio.wait([self._upkeep])

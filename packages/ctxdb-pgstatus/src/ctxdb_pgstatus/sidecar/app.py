@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
+from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -46,6 +47,9 @@ class Monitor(Protocol):
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
     ) -> str | None:
         """Return a replica, after having waited for one that has replayed `min_position`."""
+
+    async def ask_server_of(self, host: str) -> object:
+        """Ask a host over a new connection."""
 
     def replayed(self, position: int) -> Container[str]:
         """Return the replicas that are known to have replayed a WAL position."""
@@ -152,9 +156,16 @@ class SidecarApp:
         path = request.path
         if request.bypasses_memory:
             if path in ("/master", "/primary"):
-                await _confirm_master(monitor)
+                try:
+                    await _confirm_master(monitor)
+                except errors.PgStatusError as exc:
+                    # It refuses the monitor. Whoever is connected to it can ask it.
+                    return _error(str(exc), 503)
             else:
                 await monitor.poll()
+            if path == "/status" and (host := _parameters(request.query).get("host")) is not None:
+                # Who asks so wants to know which server it is, and whether the name leads to another one by now.
+                await monitor.ask_server_of(host)
         if path in _CONDITIONS:
             try:
                 parameters = _parameters(request.query)
