@@ -18,9 +18,9 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._databases.loop_engine import has_engines
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
 from ctxdb_core._units.lifecycle import new_db_ctx
-from ctxdb_core._databases.loop_engine import has_engines
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
 from ctxdb_core.testing._shared import WAIT_SECONDS, SharedTransaction
