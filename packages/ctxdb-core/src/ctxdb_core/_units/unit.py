@@ -387,8 +387,10 @@ class UnitOfWork:
         """
         if commit:
             try:
-                if self.rollback_only:
-                    await self._roll_back_marked(None)
+                await self.commit()
+                if self.finish_idle():
+                    return
+                # A call of another task has come in between.
                 await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
