@@ -47,6 +47,12 @@ class CallGreenlet(greenlet):
 
     parent: greenlet  # of the call that is running: the one that awaits what the call waits for
 
+    def leave_doors(self) -> None:
+        """Leave the doors of the other sessions that the call has used."""
+        entered, self.also_entered = self.also_entered, ()
+        for door in entered:
+            door.leave()
+
     def run(self) -> None:
         # The first switch into a greenlet hands its arguments to `run`; all calls come alike by the one in the loop.
         call = self.parent.switch(None)
@@ -119,6 +125,7 @@ async def call_in_greenlet(
             # The coroutine is thrown away in the middle of the call, by garbage collection for instance. The greenlet
             # unwinds its call like any other error; it is not used again, as a clean-up in it may wait for something.
             worker.throw(*sys.exc_info())
+            worker.leave_doors()
             raise
         except BaseException:  # noqa: BLE001 - raised where the call waits
             answer = worker.throw(*sys.exc_info())
@@ -126,9 +133,7 @@ async def call_in_greenlet(
             answer = worker.switch(value)
     worker.entered = worker.gr_context = None
     if worker.also_entered:
-        entered, worker.also_entered = worker.also_entered, ()
-        for door in entered:
-            door.leave()
+        worker.leave_doors()
     if len(idle) < MOST_IDLE:
         idle.append(worker)
     error, answer.error = answer.error, None
