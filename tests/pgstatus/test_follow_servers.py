@@ -41,11 +41,11 @@ async def table(cluster: PostgresCluster) -> None:
 
 
 @asynccontextmanager
-async def following(handler: FollowHandler) -> AsyncIterator[DBConnect]:
+async def following(handler: FollowHandler, driver: str = "asyncpg") -> AsyncIterator[DBConnect]:
     def create_engine(host: str) -> AsyncEngine:
         address = HostAddress.parse(host)
         url = URL.create(
-            "postgresql+asyncpg", username="postgres", host=address.host, port=address.port, database="postgres"
+            f"postgresql+{driver}", username="postgres", host=address.host, port=address.port, database="postgres"
         )
         return create_async_engine(url, pool_size=2, max_overflow=0)
 
@@ -91,12 +91,13 @@ async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_p
 # --- names that move --------------------------------------------------------------------------------------------------
 
 
-async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster) -> None:
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster, driver: str) -> None:
     old, new, _ = cluster.nodes
     async with (
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
-        following(follow_master(monitor)) as db,
+        following(follow_master(monitor), driver) as db,
     ):
         await write(db, 1)
         await cluster.wait_for_replay()

@@ -64,11 +64,12 @@ class Pooler:
         except (OSError, EOFError, asyncio.CancelledError):
             pass
         finally:
+            # First, as the wait for the relays may be cancelled.
+            for each in writers:
+                each.transport.abort()
             for relay in relays:
                 relay.cancel()
             await asyncio.gather(*relays, return_exceptions=True)
-            for each in writers:
-                each.transport.abort()
             self._tasks.discard(task)
 
     async def _pass_on(

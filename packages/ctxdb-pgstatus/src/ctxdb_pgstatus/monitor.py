@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Self, TypeVar
 from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus._probing.account import Account, Password
 from ctxdb_pgstatus._probing.answer import Answer
-from ctxdb_pgstatus._probing.lag import Sample
+from ctxdb_pgstatus._probing.judge import TRANSIT_SECONDS, Judge
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.member import Member
 from ctxdb_pgstatus._probing.membership import Membership
@@ -43,10 +42,6 @@ _HIGHEST_PORT = 65535
 _HASTE = 10
 _LONGEST_HASTE_SECONDS = 0.5
 _SHORTEST_HASTE_SECONDS = 0.1
-# The WAL that is on its way when master and replica are asked at the same time is no lag: this long it may take.
-_TRANSIT_SECONDS = 0.02
-# What is asked within this time was asked at the same time.
-_ROUND_SECONDS = 0.25
 _REPLAY_POLL_SECONDS = 0.01
 # How often hosts are looked for, at most.
 _DISCOVERY_SECONDS = 1.0
@@ -164,8 +159,7 @@ class HostMonitor:
         self._interval = poll_interval
         self._limits = Limits(connect_timeout, query_timeout or connect_timeout, conn_max_age)
         self._pace = Pace(poll_interval, self._limits.connect + self._limits.query, max_fails)
-        self._max_lag_ms = sync_max_lag_ms
-        self._max_lag_bytes = sync_max_lag_bytes
+        self._judge = Judge(sync_max_lag_ms, sync_max_lag_bytes)
         self._turns: dict[SyncCondition | None, itertools.count[int]] = {
             condition: itertools.count() for condition in (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
         }
@@ -448,7 +442,7 @@ class HostMonitor:
                 answer = member.answer
                 assert answer is not None, "it is a replica's"
                 self._warn_of_missing_timeline(member.watch.address.name, answer)
-                self._judge(member)
+                self._judge.judge(member)
             self._publish()
             await self._ask_the_doubtful()
         except BaseException:
@@ -482,8 +476,7 @@ class HostMonitor:
         self._membership = Membership()
         self._election = Election(None)
         self._last_master: str | None = None
-        self._is_sample_of_master = False
-        self._sample: Sample | None = None
+        self._judge.forget()
         self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
 
     def _new_member(self, address: HostAddress) -> Member:
@@ -583,7 +576,7 @@ class HostMonitor:
     async def _ask_the_doubtful(self) -> None:
         """Look again at what looks as if it had fallen behind, before it is said."""
         if doubtful := [member for member in self._members.values() if member.doubt is not None]:
-            await asyncio.sleep(_TRANSIT_SECONDS)
+            await asyncio.sleep(TRANSIT_SECONDS)
             await asyncio.gather(*(member.watch.ask(patient=False) for member in doubtful))
 
     async def _confirm_master(self, host: str) -> bool:
@@ -646,15 +639,8 @@ class HostMonitor:
         return None
 
     def _replayed(self, sync: SyncCondition | None, position: int) -> list[HostStatus]:
-        sample = self._sample
-        return [
-            replica
-            for replica in self.status.replicas(sync)
-            # Positions of different timelines do not compare.
-            if sample is not None
-            and replica.timeline == sample.timeline
-            and (self._members[replica.host].position or 0) >= position
-        ]
+        replicas = self.status.replicas(sync)
+        return [replica for replica in replicas if self._judge.has_replayed(self._members[replica.host], position)]
 
     async def _wait_for_change(self, timeout: float | None, since: ClusterStatus) -> ClusterStatus:
         async with asyncio.timeout(timeout):
@@ -685,9 +671,9 @@ class HostMonitor:
             elif self._is_settled and not watch.refusals:
                 self._warn_of_missing_timeline(watch.address.name, answer)
                 self._compare_with_standbys()
-                self._judge(member)
+                self._judge.judge(member)
             if answer is not None and watch.address.name == self._election.master:
-                self._take_sample(watch)
+                self._judge.compare_with_master(answer, self._members.values())
         self._publish()
 
     def _look_at_subscribers(self, reported: Member) -> None:
@@ -729,7 +715,7 @@ class HostMonitor:
         system = membership.system
         membership.update(answers, list(self._members), self._last_master)
         if membership.system != system:
-            self._sample = None
+            self._judge.forget()
         claims = [
             Claim(
                 name,
@@ -749,9 +735,9 @@ class HostMonitor:
         if election.master is not None and election.master != before.master:
             self._last_master = election.master
             # What replicas are compared with is another host's now.
-            self._take_sample(self._members[election.master].watch)
+            self._judge.compare_with_master(answers[election.master], self._members.values())
             for member in self._replicas():
-                self._judge(member)
+                self._judge.judge(member)
 
     def _may_be_elected(self, name: str) -> bool:
         member = self._members[name]
@@ -807,62 +793,12 @@ class HostMonitor:
             return "rival"
         return "stale" if name in election.stale else None
 
-    def _take_sample(self, watch: Watch) -> None:
-        answer = watch.answer
-        assert answer is not None
-        if answer.position is None:
-            # A service that tells nothing of its WAL: there is nothing to compare with.
-            self._sample = None
-            return
-        self._is_sample_of_master = True
-        self._sample = sample = Sample(answer.timeline or 0, answer.position, answer.asked_at, answer.clock)
-        for member in self._members.values():
-            replica = member.answer
-            # One that was asked long before is not behind because the master has gone on since.
-            if replica is not None and replica.in_recovery and replica.asked_at >= sample.at - _ROUND_SECONDS:
-                self._judge(member)
-
     def _compare_with_standbys(self) -> None:
-        """Without a master, now or before, compare the standbys with the one that has received the most."""
-        if self._sample is not None and self._is_sample_of_master:
-            return
-        received = [
-            (answer.timeline, max(answer.received or 0, answer.position), answer.asked_at)
-            for name, answer in self._answers().items()
-            if answer.in_recovery
-            and answer.timeline is not None
-            and answer.position is not None
-            and name not in self._membership.strangers
-        ]
-        if received and self._election.master is None:
-            timeline, position, asked_at = max(received)
-            self._is_sample_of_master = False
-            self._sample = Sample(timeline, position, asked_at)
-
-    def _judge(self, member: Member) -> None:
-        """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
-        answer = member.answer
-        sample = self._sample
-        doubt = member.doubt
-        assert answer is not None
-        caught_up = doubt is not None and member.lag.catch_up(answer, doubt)
-        milliseconds, size = member.lag.measure(answer, sample)
-        by_time = milliseconds is not None and milliseconds <= self._max_lag_ms
-        by_bytes = size is not None and size <= self._max_lag_bytes
-        worse = (member.in_sync_by_time and not by_time) or (member.in_sync_by_bytes and not by_bytes)
-        doubtful = worse or not (member.is_judged or (by_time and by_bytes))
-        # Where there is nothing to compare, there is nothing that could be on its way.
-        if doubtful and sample is not None and sample.timeline == answer.timeline:
-            if doubt is None or caught_up:
-                member.doubt = replace(sample, at=max(sample.at, answer.asked_at))
-                asyncio.get_running_loop().call_later(_TRANSIT_SECONDS, member.watch.hurry)
-                return
-            if answer.asked_at < doubt.at + _TRANSIT_SECONDS:
-                return
-        member.doubt = None
-        member.is_judged = sample is not None
-        member.lag.milliseconds, member.lag.bytes = milliseconds, size
-        member.in_sync_by_time, member.in_sync_by_bytes = by_time, by_bytes
+        if self._election.master is None:
+            strangers = self._membership.strangers
+            self._judge.compare_with_standbys(
+                answer for name, answer in self._answers().items() if name not in strangers
+            )
 
     def _publish(self) -> None:
         old = self.status
