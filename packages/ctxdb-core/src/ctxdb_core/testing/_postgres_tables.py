@@ -66,8 +66,7 @@ _STATE = (
 _OTHERS = (
     "SELECT pid, usename::text, coalesce(application_name, ''), "
     "CASE state WHEN 'active' THEN 0 ELSE extract(epoch FROM clock_timestamp() - state_change) END::float8, "
-    "EXISTS (SELECT FROM pg_locks WHERE pg_locks.pid = pg_stat_activity.pid AND locktype = 'transactionid' "
-    "AND mode = 'ExclusiveLock' AND granted) "
+    "pid IN (SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted) "
     "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND usename IS NOT NULL"
 )
 _LOCK_HOLDERS = (
