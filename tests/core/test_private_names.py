@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -165,4 +167,19 @@ async def test_a_session_that_was_ended_takes_no_object(database: Database) -> N
         session.add(Thing(id=1))
     with pytest.raises(LookupError):
         await session.scalar(text("SELECT 1"))
+    await engine.dispose()
+
+
+async def test_derived_classes_go_with_their_session_maker(database: Database) -> None:
+    class Own(AsyncSession):
+        pass
+
+    def make() -> weakref.ref[type]:
+        return weakref.ref(type(SessionFactory(async_sessionmaker(engine, class_=Own))()))
+
+    engine = create_async_engine(database.url)
+    known = make()
+    del Own
+    gc.collect()
+    assert known() is None
     await engine.dispose()

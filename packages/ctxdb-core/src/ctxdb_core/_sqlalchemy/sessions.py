@@ -286,7 +286,8 @@ DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of o
 
 # --- deriving ---------------------------------------------------------------------------------------------------------
 
-_derived: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
+# By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
+_derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
 
 
 def derive_sync(cls: type[Session]) -> type[GuardedSession]:
@@ -310,7 +311,8 @@ def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
 
 
 def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
-    derived = _derived.get(cls)
+    known = _derived.get(cls)
+    derived = None if known is None else known()
     if derived is None:
         namespace = {
             "__module__": cls.__module__,
@@ -318,7 +320,8 @@ def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
             "__doc__": cls.__doc__,
             "closes_plainly": closes_plainly,
         }
-        derived = _derived[cls] = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
+        derived = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
+        _derived[cls] = ref(derived)
     return derived
 
 
