@@ -171,15 +171,15 @@ async def test_a_session_that_was_ended_takes_no_object(database: Database) -> N
 
 
 async def test_derived_classes_go_with_their_session_maker(database: Database) -> None:
-    class Own(AsyncSession):
-        pass
+    engine = create_async_engine(database.url)
 
     def make() -> weakref.ref[type]:
+        class Own(AsyncSession):
+            pass
+
         return weakref.ref(type(SessionFactory(async_sessionmaker(engine, class_=Own))()))
 
-    engine = create_async_engine(database.url)
     known = make()
-    del Own
     gc.collect()
     assert known() is None
     await engine.dispose()
