@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import pytest
@@ -13,7 +14,16 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_orphan
 
-from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated, new_db_ctx, on_commit
+from ctxdb_core import (
+    ContextClosedError,
+    DBConnect,
+    UnitOfWork,
+    db_session,
+    is_context_initiated,
+    new_db_ctx,
+    on_commit,
+)
+from ctxdb_core.adapters import Phase
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
 
@@ -143,6 +153,43 @@ async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
     connection = await Connection().run(ASGIHTTPDBSessionMiddleware(refuse))
     assert [message.get("status", message.get("body")) for message in connection.sent] == [503, b"refused"]
     assert await database.names() == (["response"] if writes_before else [])
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -> None:
+    """It is made without a call of ``UnitOfWork.__init__``, which requests without database use would feel."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        units.append(scope["ctxdb.unit_of_work"])
+        assert vars(UnitOfWork()).keys() <= vars(units[0]).keys()
+        assert units[0].thread == UnitOfWork().thread
+
+    units: list[UnitOfWork] = []
+    await Connection(kind).run(ASGIHTTPDBSessionMiddleware(app))
+    assert units[0].closed
+
+
+async def test_an_idle_request_has_no_strategy_and_ends_like_any_other(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchanges.append(scope["ctxdb.unit_of_work"])
+        tasks.append(asyncio.create_task(late()))
+        await send(START)
+        await send(BODY)
+
+    async def late() -> None:
+        await ended.wait()
+        with pytest.raises(ContextClosedError):
+            await db_session(db)
+
+    exchanges: list[Any] = []
+    tasks: list[asyncio.Task[None]] = []
+    ended = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    ended.set()
+    await tasks[0]
+    [exchange] = exchanges
+    assert (exchange.calls, exchange.body, exchange.kept) == (None, None, None)
+    assert exchange.phase is Phase.BODY
 
 
 async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:

@@ -381,6 +381,42 @@ async def test_an_error_in_the_place_of_a_streamed_success_overrules_its_body(
     assert await database.names() == ["middleware", "response"]
 
 
+async def test_an_overruled_body_that_was_cut_off_before_leaves_nothing_open(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send(START)
+            await insert(db, "body")
+            await send(CHUNK)
+            await asyncio.Event().wait()
+
+        streaming = asyncio.create_task(stream())
+        await chunk_held.wait()
+        streaming.cancel()
+        with suppress(asyncio.CancelledError):
+            await streaming
+        cut_off.set()
+        await overruled.wait()
+
+    async def overrule(scope: Scope, receive: Receive, send: Send) -> None:
+        async def hold(message: Message) -> None:
+            if message is CHUNK:
+                chunk_held.set()
+
+        call = asyncio.create_task(boundary(scope, receive, hold))
+        await cut_off.wait()
+        await send(ERROR)
+        assert database.checked_out == 0
+        await send(BODY)
+        overruled.set()
+        await call
+
+    chunk_held, cut_off, overruled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(overrule))
+    assert told(connection) == [503, b"body"]
+    assert await database.names() == []
+
+
 @shows(Phase.OVERRULED, Phase.BROKEN)
 async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cannot_be_committed(
     db: DBConnect, database: Database

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from litestar import Litestar, Request, Router, get, post
 from litestar.config.app import AppConfig
+from litestar.config.compression import CompressionConfig
 from litestar.events import listener
 from litestar.exceptions import LitestarException
 from litestar.testing import AsyncTestClient, TestClient
@@ -19,6 +20,7 @@ from tests.support.litestar_app import Ask, Injected, litestar_app
 from tests.support.server import http_client, serve
 
 from ctxdb_core import ContextClosedError, ContextNotInitiatedError, DBConnect, commit_2xx, db_session, new_db_ctx
+from ctxdb_core.asgi import ASGIStreamBoundary
 from ctxdb_litestar import CtxDBPlugin, EnclosingPlugin
 
 # --- in the application -----------------------------------------------------------------------------------------------
@@ -296,3 +298,21 @@ async def test_an_error_after_the_response_comes_out_of_the_test_client(db: DBCo
         root = root.__cause__
     assert isinstance(root, LookupError)
     assert await database.names() == ["one"]
+
+
+@pytest.mark.parametrize("compression", [None, CompressionConfig("gzip")])
+def test_a_route_handles_exceptions_as_often_as_without_the_plugin(
+    db: DBConnect, compression: CompressionConfig | None
+) -> None:
+    def stack(plugins: list[Any]) -> list[Any]:
+        @get("/")
+        async def read() -> str:
+            return "done"
+
+        app = litestar_app(read, plugins=plugins, openapi_config=None, compression_config=compression)
+        stack: list[Any] = [app.asgi_router.handle_routing(path="/", method="GET")[0]]
+        while hasattr(stack[-1], "app"):
+            stack.append(stack[-1].app)
+        return [type(each) for each in stack if not isinstance(each, ASGIStreamBoundary)]
+
+    assert stack([CtxDBPlugin(db)]) == stack([])

@@ -102,6 +102,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
                 middleware.has_boundary = True
         if isinstance(route, ASGIRoute):
             add_middleware(route.route_handler, MountMiddleware)
+            # What is mounted may have boundaries of its own, and requests of this application may lead there.
+            middleware.has_boundary = True
 
     def _middleware(self, app: ASGIApp) -> LitestarDBSessionMiddleware:
         return LitestarDBSessionMiddleware(

@@ -88,6 +88,11 @@ class HTTPExchange(Exchange):
         await self.forward(message)
 
     async def _end_transactions(self, status: int) -> None:
+        """End what a response with `status` stands for, and go over to the phase that follows.
+
+        Raises:
+            Exception: why it could not be ended; the response is refused.
+        """
         calls, body = self.calls, self.body
         if calls is not None and calls.at_work and not self.closed:
             await self._abandon(calls, status)
@@ -128,9 +133,10 @@ class HTTPExchange(Exchange):
     async def _overrule(self, body: StreamedBody) -> None:
         """Undo what the streamed body has done since its transactions ended, and refuse its further statements."""
         self.move_to(Phase.OVERRULED)
-        # The body of the error is another one.
         body.is_complete = True
-        self.body = Body(running_task())
+        await body.recover(self)
+        # The body of the error is another one.
+        self._follow(Body(running_task()))
         await wait_for_calls(self.sessions.values())
         await self.roll_back()
 
