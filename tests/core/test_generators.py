@@ -386,6 +386,34 @@ async def test_a_generator_that_is_stepped_through_to_its_only_yield_hands_its_u
         assert await db_session(db) is outer
 
 
+async def test_loops_and_errors_around_the_only_yield_do_not_make_a_generator_one_of_rows(db: DBConnect) -> None:
+    async def dependency() -> AsyncGenerator[AsyncSession]:
+        async with new_db_ctx():
+            for _ in range(2):
+                await asyncio.sleep(0)
+            try:
+                async with asyncio.timeout(60):
+                    try:
+                        yield await db_session(db)
+                    except LookupError:
+                        for _ in range(2):
+                            await asyncio.sleep(0)
+                    finally:
+                        await asyncio.sleep(0)
+            finally:
+                while [None async for _ in rows(db, OWN_UNITS["new_db_ctx"])] == []:
+                    await asyncio.sleep(0)
+
+    for error in (None, LookupError()):
+        generator = dependency()
+        session = await anext(generator)
+        assert await db_session(db) is session
+        with pytest.raises(StopAsyncIteration):
+            await (generator.asend(None) if error is None else generator.athrow(error))
+        with pytest.raises(ContextNotInitiatedError):
+            await db_session(db)
+
+
 async def test_a_generator_that_uses_a_context_manager_function_has_its_unit_to_itself(db: DBConnect) -> None:
     @asynccontextmanager
     async def unit() -> AsyncIterator[None]:

@@ -27,21 +27,21 @@ __all__ = ["Answer", "Begin", "BeginBeside", "Block", "Join", "Nest", "Refuse", 
 # --- the answers ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Join:
     """Go on in the transaction of `unit`, or on its session."""
 
     unit: UnitOfWork
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Nest:
     """Go on in the transaction of `unit`, behind a savepoint."""
 
     unit: UnitOfWork
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Begin:
     """Begin a transaction on the session of `unit`, and commit what is open on it at the end of the block.
 
@@ -54,7 +54,7 @@ class Begin:
     first: Literal["commit", "rollback"] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BeginBeside:
     """Begin in a unit of work of its own.
 
@@ -67,7 +67,7 @@ class BeginBeside:
     autocommit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refuse:
     """Raise `error`, which gives the reason."""
 

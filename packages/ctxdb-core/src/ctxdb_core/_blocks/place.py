@@ -49,7 +49,7 @@ class Found(Enum):
     """So is it, and a test's, which undoes what is done in it, and cannot undo what is done beside it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where a block begins.
 

@@ -23,6 +23,7 @@ from ctxdb_core._sqlalchemy.binds import is_autocommit
 from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
+from ctxdb_core._units.iteration import seat
 from ctxdb_core._units.lifecycle import opened
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
@@ -169,7 +170,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     @asynccontextmanager
     async def _in_unit(self, unit: UnitOfWork, around: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
         unit.share_statement_timeout(around)
-        async with opened(unit):
+        async with opened(unit, seat(unit)):
             session = await unit.open_session(self._db)
             await self._apply_options(session)
             yield session

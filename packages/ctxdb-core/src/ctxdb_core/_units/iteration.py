@@ -16,10 +16,10 @@ import dis
 import inspect
 import sys
 from asyncio import Handle
-from functools import lru_cache
+from collections.abc import Callable
 from itertools import pairwise
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
@@ -31,8 +31,29 @@ if TYPE_CHECKING:
 
 __all__ = ["IteratedUnit", "innermost_unit", "is_at_yield", "iterated_generator", "seat"]
 
+T = TypeVar("T")
+
+_ASYNC_GENERATOR = inspect.CO_ASYNC_GENERATOR
+
+# What runs each step of a task, where the event loop is asyncio's own.
+_EVENT_LOOP = Handle._run.__code__  # noqa: SLF001 - only compared with
+
 # Packages that step through generators to use them as context managers, however many yields those may have.
 _MANAGERS = frozenset({"contextlib", "pytest_asyncio", "anyio"})
+
+
+def _once_for_each(read: Callable[[CodeType], T]) -> Callable[[CodeType], T]:
+    """Have the code of each function read once: by its identity, as it takes longer to hash code than to read it."""
+    known: dict[int, tuple[CodeType, T]] = {}
+
+    def look_up(code: CodeType) -> T:
+        found = known.get(id(code))
+        if found is None:
+            # With the code itself, whose identity would else be given to another one.
+            found = known[id(code)] = (code, read(code))
+        return found[1]
+
+    return look_up
 
 
 class _Yields(NamedTuple):
@@ -44,7 +65,7 @@ class _Yields(NamedTuple):
     """Whether there are several of them, or one in a loop."""
 
 
-@lru_cache(maxsize=256)
+@_once_for_each
 def _yields_of(code: CodeType) -> _Yields:
     instructions = list(dis.get_instructions(code))
     offsets: set[int] = set()
@@ -63,7 +84,7 @@ def _yields_of(code: CodeType) -> _Yields:
     return _Yields(frozenset(offsets), yields > 1 or in_loop)
 
 
-@lru_cache(maxsize=256)
+@_once_for_each
 def _iterations_of(code: CodeType) -> tuple[tuple[int, int], ...]:
     """Return where ``async for`` waits for the next item: from each GET_ANEXT to the end of its waiting loop."""
     found: list[tuple[int, int]] = []
@@ -84,21 +105,24 @@ def iterated_generator() -> FrameType | None:
     asks for its next item; and what is asked by ``anext()``, if it has several yields, or one in a loop.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and named so for its use to be noticed
-    while frame is not None and frame.f_code is not Handle._run.__code__:  # noqa: SLF001 - the event loop: no task's
-        if frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR and _is_iterated(frame):
+    while frame is not None:
+        code = frame.f_code
+        if code.co_flags & _ASYNC_GENERATOR and _is_iterated(frame):
             return frame
+        if code is _EVENT_LOOP:
+            # What comes next is no part of the task.
+            return None
         frame = frame.f_back
     return None
 
 
 def _is_iterated(generator: FrameType) -> bool:
     consumer = generator.f_back
-    if consumer is None:
+    if consumer is None or consumer.f_globals.get("__name__", "").partition(".")[0] in _MANAGERS:
         return False
     if any(start <= consumer.f_lasti <= end for start, end in _iterations_of(consumer.f_code)):
         return True
-    package = consumer.f_globals.get("__name__", "").partition(".")[0]
-    return package not in _MANAGERS and _yields_of(generator.f_code).are_steps
+    return _yields_of(generator.f_code).are_steps
 
 
 def is_at_yield(generator: FrameType) -> bool:

@@ -159,7 +159,7 @@ async def new_db_ctx(
     unit = UnitOfWork(before_commit or inherited_before_commit())
     if statement_timeout is not None or deadline is not None:
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
-    async with opened(unit):
+    async with opened(unit, seat(unit)):
         yield
 
 
@@ -170,17 +170,19 @@ unit_of_work = new_db_ctx
 class opened:  # noqa: N801 - used like a function, in `async with`
     """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception.
 
-    Around the yields of an async generator that is iterated over, it is not the current one of the generator's
-    consumer.
+    Args:
+        unit: the unit of work.
+        current: what is made current in its place; the `seat` of the unit, where the block may be around the ``yield``
+            of an async generator.
     """
 
     __slots__ = ("_current", "_unit")
 
-    def __init__(self, unit: UnitOfWork) -> None:
+    def __init__(self, unit: UnitOfWork, current: UnitOfWork | None = None) -> None:
         self._unit = unit
+        self._current = current or unit
 
     async def __aenter__(self) -> None:
-        self._current = seat(self._unit)
         self._current.enter()
 
     async def __aexit__(
