@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 __all__ = [
+    "BufferedRowCursorFetchStrategy",
     "begin_without_statement",
     "commit_values",
     "connections_of",
