@@ -37,8 +37,7 @@ async def of_scalars(session: AsyncSession) -> AsyncIterator[Any]:
 
 async def of_connection(session: AsyncSession) -> AsyncIterator[Any]:
     connection: AsyncConnection = await session.connection()
-    opened = await connection.stream(ROWS).start()
-    return opened
+    return await connection.stream(ROWS).start()
 
 
 @pytest.mark.parametrize("open_result", [of_session, of_scalars, of_connection])
@@ -64,7 +63,7 @@ async def test_an_export_is_whole_while_other_requests_write(world: World, open_
     client = await world.start(("/export", export), ("/order", order))
     exporting = asyncio.create_task(client.get("/export"))
     await asyncio.wait_for(inside.wait(), 10)
-    # As many as there are connections, and more: none of them gets that of the export.
+    # None of them gets the connection of the export.
     assert await world.statuses(client, ["/order"]) == [200]
     go_on.set()
     assert len((await exporting).text.split()) == 3000

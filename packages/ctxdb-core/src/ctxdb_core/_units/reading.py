@@ -81,5 +81,6 @@ def _have_written(connections: set[Connection]) -> bool:
     # A transaction has an id from its first write or row lock on (PostgreSQL, "Transactions and Identifiers"). The
     # statements alone do not tell: a function of a SELECT may write, and `SET LOCAL` is no write.
     return any(
-        connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar() for connection in connections
+        connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar()
+        for connection in connections
     )
