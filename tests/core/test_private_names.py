@@ -7,14 +7,22 @@ import inspect
 import weakref
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import Connection, create_engine, event, text
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncSession,
+    AsyncSessionTransaction,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column
 from sqlalchemy.pool import StaticPool
 from tests.support.database import Database
 
 from ctxdb_core._sqlalchemy import private
+from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.sessions import DoorSession, DoorTransaction, GuardedSession, SessionFactory
 
@@ -183,3 +191,52 @@ async def test_derived_classes_go_with_their_session_maker(database: Database) -
     gc.collect()
     assert known() is None
     await engine.dispose()
+
+
+@pytest.fixture
+async def connection(database: Database) -> Any:
+    engine = create_async_engine(database.url)
+    async with engine.connect() as connection:
+        yield connection
+    await engine.dispose()
+
+
+async def test_a_transaction_of_asyncpg_begins_before_its_first_statement(connection: AsyncConnection) -> None:
+    await connection.begin()
+    await connection.run_sync(private.begin_asyncpg_transaction)
+    await connection.run_sync(private.begin_asyncpg_transaction)
+    raw = await connection.get_raw_connection()
+    assert raw.driver_connection is not None
+    assert raw.driver_connection.is_in_transaction()
+    await connection.rollback()
+    assert not raw.driver_connection.is_in_transaction()
+
+
+async def test_a_lent_connection_of_asyncpg_is_taken_back_with_what_it_has_made(connection: AsyncConnection) -> None:
+    await connection.execute(text("SELECT 1"))
+    raw = await connection.get_raw_connection()
+    lent = private.lend_asyncpg_connection(raw.driver_connection)
+    prepared = await lent.prepare("SELECT 1")
+    assert await prepared.fetchval() == 1
+    await connection.rollback()
+    private.take_back_asyncpg_connection(lent)
+    private.take_back_asyncpg_connection(lent)
+    private.forget_prepared_statements(raw.dbapi_connection)
+    for use in (prepared.fetchval, lambda: lent.execute("SELECT 1")):
+        with pytest.raises(asyncpg.InterfaceError, match="released"):
+            await use()
+    assert await connection.scalar(text("SELECT 1")) == 1
+
+
+async def test_the_result_of_a_cursor_on_the_server_asks_its_execution_for_a_strategy(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    follow_cursors(engine)
+    async with engine.connect() as connection, connection.stream(text("SELECT generate_series(1, 9)")) as rows:
+        assert isinstance(rows._real_result.cursor_strategy, private.BufferedRowCursorFetchStrategy)  # type: ignore[attr-defined]
+        assert type(rows._real_result.cursor_strategy).__name__ == "ServerCursor"  # type: ignore[attr-defined]
+        assert len(await rows.all()) == 9
+    await engine.dispose()
+
+
+async def test_a_pool_hands_out_the_class_that_a_lent_connection_is_derived_from(connection: AsyncConnection) -> None:
+    assert type(await connection.get_raw_connection()) is private.ConnectionFairy

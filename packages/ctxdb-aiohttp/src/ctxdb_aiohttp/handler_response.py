@@ -56,7 +56,7 @@ class HandlerResponse(Delivery):
         exchange = self.exchange
         if exchange.phase is Phase.BODY:
             try:
-                await finalize(exchange.unit, commit=True, last=False)
+                await finalize(exchange.unit, commit=True, last=False, ends_body=True)
             except Exception as exc:
                 await self.break_off(exc)
                 raise

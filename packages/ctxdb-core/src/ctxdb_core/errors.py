@@ -12,6 +12,7 @@ CtxDBError
 ├── DeadlineExceededError        the deadline of the unit of work had passed when a statement was to be sent
 ├── TransactionRequiredError     a transaction was needed, and there is none
 ├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
+├── OpenCursorError              a transaction was to end, or has ended, under a result that is still read
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
 ├── AbandonedWorkError           a middleware gave up on a handler whose work was in one transaction with its own
 ├── MissingExtraError            a function needs a library that is installed with an extra
@@ -37,6 +38,7 @@ __all__ = [
     "HostNotSetError",
     "MissingExtraError",
     "NoSessionError",
+    "OpenCursorError",
     "SessionAlreadyActiveError",
     "SessionClosedError",
     "SessionOwnedError",
@@ -208,6 +210,26 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
     """
+
+
+class OpenCursorError(CtxDBError, InvalidRequestError):
+    """A transaction was to end, or has ended, under a result that is still read from the server.
+
+    Raised before a response starts whose body is to go on reading a result that the handler has opened by
+    ``session.stream()``, if the transaction has written: its commit would give the connection away that the result
+    reads from. Nothing has been committed then. And raised where a result is read on after the end of its transaction.
+    The way out: read the result whole, commit before it is opened (``commit_db_session``), or open it in the body. A
+    transaction that has only read is kept for the result instead.
+    """
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(
+            message
+            or "The transaction is to be committed before the response starts, and a result of `stream()` that was "
+            "opened in it has not been read to its end: a commit closes it. Nothing was committed. Read the result "
+            "whole before, commit what was written before the result is opened (`await commit_db_session(db)`), or "
+            "open the result in the body of the response."
+        )
 
 
 class AbandonedWorkError(CtxDBError):

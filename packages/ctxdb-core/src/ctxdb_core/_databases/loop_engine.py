@@ -13,6 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
+from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.guards import (
     begin_before_savepoints,
     keep_cancellation_at_pool,
@@ -97,6 +98,7 @@ class LoopEngine:
         keep_cancellation_at_pool(engine)
         trust_no_failed_transaction(engine)
         begin_before_savepoints(engine)
+        follow_cursors(engine)
         for other in list(_live):
             if other.loop.is_closed():
                 _live.discard(other)

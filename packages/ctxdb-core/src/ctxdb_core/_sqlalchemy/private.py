@@ -1,7 +1,7 @@
-"""All that is used of SQLAlchemy beyond its public names, and nothing else in the workspace uses any of it.
+"""All that is used of SQLAlchemy and asyncpg beyond their public names; nothing else in the workspace uses any of it.
 
-Checked on SQLAlchemy 2.0.55 and 2.1.9. `tests/core/test_private_names.py` fails where another version has changed one
-of them; it is run on the lowest version that is supported and on the newest.
+Checked on SQLAlchemy 2.0.55 and 2.1.9, and on asyncpg 0.32. `tests/core/test_private_names.py` fails where another
+version has changed one of them; it is run on the lowest version that is supported and on the newest.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
+from sqlalchemy.util import await_only
 
 __all__ = [
+    "BufferedRowCursorFetchStrategy",
+    "ConnectionFairy",
+    "begin_asyncpg_transaction",
     "begin_without_statement",
     "commit_values",
     "connections_of",
     "deleted_in",
     "forget_block",
+    "forget_prepared_statements",
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
+    "lend_asyncpg_connection",
     "pool_of",
     "replace_connect",
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
+    "take_back_asyncpg_connection",
 ]
 
 
@@ -99,10 +108,10 @@ def isolation_level_on_connect(dialect: Dialect) -> str | None:
     return level
 
 
-def pool_of(connection: PoolProxiedConnection, default: Pool) -> Pool:
+def pool_of(connection: PoolProxiedConnection, default: Pool | None = None) -> Pool:
     """Return the pool that a connection goes back to, which may be another one than the engine's own."""
-    pool: Pool = getattr(connection, "_pool", default)
-    return pool
+    pool: Any = getattr(connection, "_pool", default)
+    return pool  # type: ignore[no-any-return]  # as both are
 
 
 def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], None], Any], None]) -> None:
@@ -134,3 +143,49 @@ def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:
     if name not in attributes:
         original = getattr(owner, name)
         attributes[name] = lambda *args, **kwargs: replacement(original, *args, **kwargs)
+
+
+# --- asyncpg ----------------------------------------------------------------------------------------------------------
+
+
+def begin_asyncpg_transaction(connection: Connection) -> None:
+    """Begin the transaction on the server, which SQLAlchemy does together with its first statement; in a greenlet."""
+    adapted: Any = connection.connection.dbapi_connection
+    if adapted._transaction is not None:  # noqa: SLF001 - see the module
+        return
+
+    async def begin() -> None:
+        async with adapted._execute_mutex:  # noqa: SLF001 - see the module
+            if adapted._transaction is None:  # noqa: SLF001 - see the module
+                await adapted._start_transaction()  # noqa: SLF001 - see the module
+
+    try:
+        await_only(begin())
+    except BaseException as exc:  # noqa: BLE001 - raised as SQLAlchemy raises the errors of its own statements
+        connection._handle_dbapi_exception(exc, "BEGIN", None, None, None)  # noqa: SLF001 - see the module
+
+
+def lend_asyncpg_connection(connection: Any) -> Any:
+    """Return a stand-in of a connection that passes calls on until it is taken back."""
+    from asyncpg.pool import PoolConnectionProxy  # noqa: PLC0415 - no dependency of ours; it is there, as it is in use
+
+    if isinstance(connection, PoolConnectionProxy):
+        # The engine takes its connections out of a pool of asyncpg's own.
+        return connection
+    proxy = PoolConnectionProxy(None, connection)
+    # Only a pool of asyncpg's may be what the connection asks, when it drops its caches.
+    connection._set_proxy(None)  # noqa: SLF001 - see the module
+    return proxy
+
+
+def take_back_asyncpg_connection(proxy: Any) -> None:
+    """Have a stand-in, and all cursors, prepared statements and transactions made by it, refuse every further call."""
+    if proxy._holder is None and (connection := proxy._detach()) is not None:  # noqa: SLF001 - see the module
+        connection._pool_release_ctr += 1  # noqa: SLF001 - see the module
+
+
+def forget_prepared_statements(adapted: Any) -> None:
+    """Have SQLAlchemy prepare its statements anew on a connection of asyncpg's."""
+    cache = adapted._prepared_statement_cache  # noqa: SLF001 - see the module
+    if cache is not None:
+        cache.clear()

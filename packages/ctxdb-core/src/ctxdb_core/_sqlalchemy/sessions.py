@@ -23,8 +23,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
 from ctxdb_core._sqlalchemy.statements import only_reads
@@ -64,7 +66,8 @@ class GuardedSession(Session):
         if door is not None:
             clause = kwargs.get("clause")
             door.look(self, clause)
-            if not getattr(clause, "is_select", False) and not only_reads(clause):
+            # Without arguments it is no statement's question, but somebody's who looks at the session.
+            if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
                 self._note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
@@ -84,6 +87,17 @@ class GuardedSession(Session):
         if self.door is not None and self.identity_map.check_modified():
             note_originals(self)
         super().flush(objects)
+
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        if self.door is not None:
+            # What is done with it is not seen here.
+            self._note_write()
+        connection = super().connection(*args, **kwargs)
+        if self.door is not None:
+            set_door_of_connection(connection, self.door)
+            if in_greenlet():
+                lend_driver_connection(connection)
+        return connection
 
     def has_written(self) -> bool:
         """Return whether the open transaction holds work, as far as its statements tell.

@@ -83,7 +83,14 @@ def outer_unit(request: MutableMapping[str, Any] | None) -> UnitOfWork | None:
     return unit
 
 
-async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: BaseException | None = None) -> None:
+async def finalize(
+    unit: UnitOfWork,
+    *,
+    commit: bool,
+    last: bool = True,
+    ends_body: bool = False,
+    error: BaseException | None = None,
+) -> None:
     """End the transactions of a unit of work, and with `last` the unit itself.
 
     Call it with ``last=False`` before the first byte of the response leaves: connections go back to the pool, while
@@ -94,11 +101,14 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
         unit: what `begin` returned.
         commit: whether to commit (see `ctxdb_core.policy`) or to roll back.
         last: whether to close every session and hand out none from now on.
+        ends_body: with ``last=False``, whether the body of the response has been made: a result of ``stream()`` that
+            is open still, in a transaction that has written, is no error then.
         error: the exception that the adapter is about to raise; further errors are attached to it.
 
     Raises:
         AbandonedWorkError: a handler goes on that a middleware has given up on (see `follow_calls`), and what was to be
             committed cannot be told from its work. It was rolled back, and the unit has ended.
+        OpenCursorError: with ``last=False``, as `UnitOfWork.commit`.
         BaseException: the error of a commit, or of `before_commit`. Everything that could be was rolled back, and the
             success that was about to be sent must not be sent.
     """
@@ -111,7 +121,7 @@ async def finalize(unit: UnitOfWork, *, commit: bool, last: bool = True, error: 
             if not unit.finish_idle():
                 await unit.finish(commit=commit, error=error)
         elif commit:
-            await unit.commit()
+            await unit.commit(ends_body=ends_body)
         else:
             await unit.roll_back(error)
     finally:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
+from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
@@ -30,6 +31,7 @@ from ctxdb_core._units.commit import (
     roll_back,
 )
 from ctxdb_core._units.leak import LeakGuard
+from ctxdb_core._units.reading import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.errors import (
     ContextClosedError,
@@ -294,13 +296,18 @@ class UnitOfWork:
         self.rollback_only -= set(named)
         return [db for db in dbs if db not in named]
 
-    async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
+    async def commit(self, dbs: Collection[DBConnect] | None = None, *, ends_body: bool = False) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
+
+        Where nobody asks for a certain database, a transaction that has only read stays open for a result that has not
+        been read to its end.
 
         Args:
             dbs: where to commit; everywhere by default.
+            ends_body: whether the body of the response has been made, so that nothing will read such a result on.
 
         Raises:
+            OpenCursorError: a result is to be read on in a transaction that has written. All is rolled back.
             BaseException: the first error of `before_commit` or of a commit. What was to be committed and was not is
                 rolled back, and the error names what was.
         """
@@ -312,16 +319,43 @@ class UnitOfWork:
                 (session,) = self.sessions.values()
                 if in_transaction(session):
                     await wait_for_calls((session,))
+                    if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
+                        return
                     await run_to_completion(session_end.commit(session))
                     session_end.leave_blocks(session)
             else:
                 await prepare(self.sessions, dbs, self._hook())
-                await run_to_completion(self._commit(self.sessions, dbs))
+                sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
+                await run_to_completion(self._commit(sessions, dbs))
                 self._leave_blocks(dbs)
                 await self._wait_for_callbacks()
         except BaseException as exc:
             await self.roll_back(exc, dbs)
             raise
+
+    async def _without_kept(self, *, ends_body: bool) -> Sessions:
+        """Return the sessions whose transactions are not kept for a result that is still read."""
+        return {
+            db: session
+            for db, session in list(self.sessions.items())
+            if not (has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body))
+        }
+
+    async def end_reading(self) -> None:
+        """End the transactions that have only read, so that no connection is held while a part of a body is sent.
+
+        A transaction stays open if a result is still read from it, if the code is inside of a block of it
+        (``session.begin()``, a savepoint), if a statement is under way, and if a callback waits for its outcome.
+        """
+        if self.callbacks or self.rollback_only:
+            return
+        for db, session in list(self.sessions.items()):
+            if in_transaction(session) and await has_only_read(session):
+                try:
+                    await run_to_completion(session_end.commit(session))
+                except Exception as exc:  # noqa: BLE001 - it is logged, and nothing is lost with it
+                    session_end.report(exc, None, f"a transaction on {db!r} that had only read could not be ended")
+                    await run_to_completion(session_end.roll_back(session, exc, db))
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         """Roll back the open transactions; the unit stays usable.

@@ -152,7 +152,7 @@ class HTTPExchange(Exchange):
     async def _end_body(self, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
         try:
-            await self.commit()
+            await self.commit(ends_body=True)
         except Exception:
             self.move_to(Phase.BROKEN)
             self.forward = discard

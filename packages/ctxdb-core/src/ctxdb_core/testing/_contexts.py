@@ -100,10 +100,10 @@ class _TestUnit(UnitOfWork):
     def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
         return self.savepoint_sessions.get(db, create)()
 
-    async def commit(self, dbs: Collection[DBConnect] | None = None) -> None:
+    async def commit(self, dbs: Collection[DBConnect] | None = None, *, ends_body: bool = False) -> None:
         for stand_in in self._stand_ins_on(dbs):
             await stand_in.commit()
-        await super().commit(dbs)
+        await super().commit(dbs, ends_body=ends_body)
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         for stand_in in self._stand_ins_on(dbs):

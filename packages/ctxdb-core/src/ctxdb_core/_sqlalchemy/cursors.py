@@ -1,0 +1,176 @@
+"""Results that are still read from the server: who may read them, and what ends them.
+
+`session.stream()`, and `stream()` of a connection, leave a cursor open on the server, which the result reads from bit
+by bit. Such a result knows the connection of its transaction. If it read on when the transaction has ended, it would
+do so in the transaction of another request, which has the connection by then: PostgreSQL would refuse the read, and
+abort that transaction. So every result with an open cursor is known here, by its connection:
+
+- A unit of work asks, before it ends a transaction, whether a result is still open.
+- The end of the transaction ends the results: they refuse to be read any further.
+- Reading from the server takes the turn of the session, as its statements do.
+
+An engine's dialect makes the object that executes a statement from a class that is a public attribute,
+``execution_ctx_cls``. The class that is put there overrides the one method that opens cursors on the server, so that
+ordinary statements run the same code as ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, cast
+from weakref import WeakKeyDictionary, WeakSet
+
+from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
+from sqlalchemy import Connection, event
+from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.util import await_only
+
+from ctxdb_core._sqlalchemy.binds import begun_connections
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.private import BufferedRowCursorFetchStrategy
+from ctxdb_core.errors import OpenCursorError
+
+__all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection"]
+
+_open: WeakKeyDictionary[Connection, WeakSet[ServerCursor]] = WeakKeyDictionary()
+"""The cursors that may be open on the server, by the connection that they were opened on."""
+
+_doors: WeakKeyDictionary[Connection, Door] = WeakKeyDictionary()
+"""The doors of the sessions whose connection the user's code has asked for."""
+
+
+def follow_cursors(engine: AsyncEngine) -> None:
+    """Have the results be known that `engine` opens on the server from now on."""
+    dialect: Any = engine.dialect
+    made_by = dialect.execution_ctx_cls
+    if not issubclass(made_by, _FollowedExecution):
+        dialect.execution_ctx_cls = type(made_by.__name__, (_FollowedExecution, made_by), {})
+
+
+def has_open_cursor(session: AsyncSession) -> bool:
+    """Return whether a result of the session's open transaction is still read from the server."""
+    if not _open:
+        return False
+    return any(
+        cursor.is_open for connection in begun_connections(session) for cursor in tuple(_open.get(connection, ()))
+    )
+
+
+def set_door_of_connection(connection: Connection, door: Door) -> None:
+    """Have the results that are opened on `connection` itself take the turns of its session."""
+    _doors[connection] = door
+
+
+class _FollowedExecution(DefaultExecutionContext):
+    """The execution of a statement; this class comes before the dialect's own."""
+
+    def create_server_side_cursor(self) -> Any:
+        cursor = super().create_server_side_cursor()
+        self.cursor_fetch_strategy = ServerCursor(self.root_connection, cursor, self.execution_options)
+        return cursor
+
+
+class ServerCursor(BufferedRowCursorFetchStrategy):
+    """How a result fetches its rows from a cursor on the server.
+
+    Args:
+        connection: what the cursor was opened on.
+        dbapi_cursor: the cursor.
+        execution_options: those of the statement, which say how many rows are fetched at once.
+    """
+
+    def __init__(self, connection: Connection, dbapi_cursor: Any, execution_options: Any) -> None:
+        # Nothing is fetched before the statement has been executed, which is still to come.
+        super().__init__(dbapi_cursor, execution_options, initial_buffer=deque())
+        door: Door | None = getattr(getcurrent(), "entered", None) or _doors.get(connection)
+        self._door = door
+        self._cursor = dbapi_cursor
+        self._is_closed = False
+        self._has_ended = False
+        if connection not in _open:
+            _open[connection] = WeakSet()
+            for name in ("commit", "rollback", "commit_twophase", "rollback_twophase"):
+                event.listen(connection, name, _end_cursors)
+        _open[connection].add(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be rows that have not been fetched."""
+        # A statement that returns no rows, or has failed, has no cursor on the server.
+        return not self._is_closed and self._cursor.description is not None
+
+    def end(self) -> None:
+        """Close the cursor, as its transaction is about to end; the result refuses to be read from then on."""
+        if self.is_open:
+            self._is_closed = self._has_ended = True
+            self._rowbuffer.clear()
+            with suppress(Exception):
+                # What the server has closed, or does not answer for, needs no closing.
+                self._cursor.close()
+
+    # --- what the result asks for -------------------------------------------------------------------------------------
+
+    def fetchone(self, result: Any, dbapi_cursor: Any, hard_close: bool = False) -> Any:  # noqa: FBT001, FBT002 - SQLAlchemy's
+        if self._rowbuffer:
+            return self._rowbuffer.popleft()
+        with self._turn():
+            return super().fetchone(result, dbapi_cursor, hard_close)
+
+    def fetchmany(self, result: Any, dbapi_cursor: Any, size: int | None = None) -> Any:
+        with self._turn():
+            return super().fetchmany(result, dbapi_cursor, size)
+
+    def fetchall(self, result: Any, dbapi_cursor: Any) -> Any:
+        with self._turn():
+            return super().fetchall(result, dbapi_cursor)
+
+    def soft_close(self, result: Any, dbapi_cursor: Any) -> None:
+        self._is_closed = True
+        super().soft_close(result, dbapi_cursor)
+
+    def hard_close(self, result: Any, dbapi_cursor: Any) -> None:
+        self._is_closed = True
+        super().hard_close(result, dbapi_cursor)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Take the turn of the session while rows are fetched.
+
+        The asynchronous results of SQLAlchemy fetch in greenlets of their own, which have not come through the door.
+        """
+        self._refuse_if_ended()
+        door = self._door
+        if door is None or getattr(getcurrent(), "entered", None) is door:
+            yield
+            return
+        if not door.enter():
+            await_only(door.wait())
+        try:
+            # The transaction may have ended while another call had the turn.
+            self._refuse_if_ended()
+            yield
+        except BaseException:
+            door.answer_interruption()
+            raise
+        finally:
+            door.leave()
+
+    def _refuse_if_ended(self) -> None:
+        if self._has_ended:
+            _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise OpenCursorError(
+        "The transaction that this result was opened in has ended, and its connection may serve another request: "
+        "nothing more was read. Read the result to its end before the transaction is committed or rolled back, or "
+        "open it where it is read."
+    )
+
+
+def _end_cursors(connection: Connection, *args: object) -> None:
+    for cursor in tuple(cast("WeakSet[ServerCursor]", _open.get(connection, ()))):
+        cursor.end()

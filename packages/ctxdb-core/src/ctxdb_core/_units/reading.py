@@ -1,0 +1,86 @@
+"""Transactions that have only read: they are kept for a result that is still read, and end before bytes travel."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
+from ctxdb_core._sqlalchemy.cursors import has_open_cursor
+from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.private import innermost_block
+from ctxdb_core._sqlalchemy.sessions import guard_of
+from ctxdb_core.errors import OpenCursorError
+
+__all__ = ["has_only_read", "is_kept_for_cursor"]
+
+
+async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
+    """Return whether a transaction that was to be committed stays open, for a result that is still read from it.
+
+    Args:
+        session: whose transaction; it has an open cursor.
+        ends_body: whether the body of the response has been made: what it has left open does not keep its work from
+            being committed.
+
+    Raises:
+        OpenCursorError: the transaction has written, and the result is to be read on by the body.
+    """
+    try:
+        await session.flush()
+        has_written = await _has_written(session)
+    except DBAPIError:
+        # The commit says what is wrong with the transaction.
+        return False
+    if has_written and not ends_body:
+        raise OpenCursorError
+    return not has_written
+
+
+async def has_only_read(session: AsyncSession) -> bool:
+    """Return whether the open transaction of `session` can end with nothing lost, and nobody is in the middle of it."""
+    guard = guard_of(session)
+    door = guard.door
+    if (
+        door is None
+        or door.is_busy
+        or innermost_block(guard) is not None
+        or guard.new
+        or guard.dirty
+        or guard.deleted
+        or has_open_cursor(session)
+    ):
+        return False
+    try:
+        return not await _has_written(session)
+    except DBAPIError:
+        # The transaction is aborted: its end says so.
+        return False
+
+
+async def _has_written(session: AsyncSession) -> bool:
+    guard = guard_of(session)
+    connections = {each for each in begun_connections(session) if not is_autocommit(each)}
+    if not connections:
+        return False
+    if not all(_can_be_asked(each) for each in connections):
+        return guard.has_written()
+    door = guard.door
+    assert door is not None
+    async with door.turn():
+        return await call_in_greenlet(_have_written, connections)
+
+
+def _can_be_asked(connection: Connection) -> bool:
+    # "shared" stands in for each driver in a test's shared transaction, in which everything has one transaction id.
+    return connection.dialect.name == "postgresql" and connection.dialect.driver != "shared"
+
+
+def _have_written(connections: set[Connection]) -> bool:
+    # A transaction has an id from its first write or row lock on (PostgreSQL, "Transactions and Identifiers"). The
+    # statements alone do not tell: a function of a SELECT may write, and `SET LOCAL` is no write.
+    return any(
+        connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar()
+        for connection in connections
+    )

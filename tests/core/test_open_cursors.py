@@ -1,0 +1,149 @@
+"""Results that are still read from the server, and driver's connections: neither outlives its transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.database import Database, insert
+
+from ctxdb_core import (
+    DBConnect,
+    OpenCursorError,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_session,
+    rollback_db_session,
+)
+
+KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+
+ROWS = text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000) SELECT i FROM n")
+
+
+@KINDS
+async def test_a_result_is_not_read_on_after_the_commit_of_its_transaction(db: DBConnect) -> None:
+    async with new_db_ctx():
+        rows = await (await db_session(db)).stream(ROWS)
+        await rows.fetchmany(10)
+        await commit_db_session(db)
+        with pytest.raises(OpenCursorError, match="has ended"):
+            await rows.fetchone()
+        await rows.close()
+
+
+@KINDS
+async def test_a_result_is_not_read_on_after_the_roll_back_of_its_transaction(db: DBConnect) -> None:
+    async with new_db_ctx():
+        rows = await (await db_session(db)).stream(ROWS)
+        await rollback_db_session(db)
+        with pytest.raises(OpenCursorError, match="has ended"):
+            await rows.all()
+
+
+async def test_a_kept_result_reaches_into_no_other_transaction(database: Database) -> None:
+    async with database.connect(pool_size=1) as db:
+        async with new_non_ctx_session(db) as first:
+            rows = await first.stream(ROWS)
+            await rows.fetchmany(3)
+            await first.commit()
+        async with new_db_ctx():
+            await insert(db, "innocent")
+            with pytest.raises(OpenCursorError):
+                await rows.fetchone()
+    assert await database.names() == ["innocent"]
+
+
+@KINDS
+async def test_a_result_that_was_read_whole_ends_as_ever(db: DBConnect) -> None:
+    async with new_db_ctx():
+        rows = await (await db_session(db)).stream(ROWS)
+        assert len(await rows.all()) == 2000
+        await commit_db_session(db)
+        assert (await rows.fetchone()) is None
+
+
+@KINDS
+async def test_results_and_statements_of_several_tasks_take_turns(db: DBConnect) -> None:
+    async def count(session: AsyncSession) -> int:
+        return len([row async for row in await session.stream(ROWS)])
+
+    async def count_on_connection(session: AsyncSession) -> int:
+        connection = await session.connection()
+        async with connection.stream(ROWS) as rows:
+            return len([row async for row in rows])
+
+    async def ask(session: AsyncSession) -> int:
+        return sum([await session.scalar(text("SELECT 1")) or 0 for _ in range(40)])
+
+    async with new_db_ctx():
+        session = await db_session(db)
+        counts = [count(session), count(session), ask(session), count_on_connection(session), ask(session)]
+        assert await asyncio.gather(*counts) == [2000, 2000, 40, 2000, 40]
+
+
+# --- the driver's connection ------------------------------------------------------------------------------------------
+
+
+async def driver_connection_of(session: AsyncSession) -> Any:
+    raw = await (await session.connection()).get_raw_connection()
+    return raw.driver_connection
+
+
+async def test_what_is_copied_before_the_first_statement_is_rolled_back(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            driver = await driver_connection_of(await db_session(db))
+            await driver.copy_records_to_table("item", records=[("copied",)])
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_what_is_copied_is_committed_with_the_transaction(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await insert(db, "inserted")
+        driver = await driver_connection_of(session)
+        assert isinstance(driver, asyncpg.Connection)
+        await driver.copy_records_to_table("item", records=[("copied",)])
+        assert await driver.fetchval("SELECT count(*) FROM item") == 2
+    assert await database.names() == ["copied", "inserted"]
+
+
+async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: Database) -> None:
+    async with database.connect(pool_size=1) as db:
+        async with new_db_ctx():
+            session = await db_session(db)
+            await session.execute(text("SELECT name FROM item"))
+            driver = await driver_connection_of(session)
+            cursor = await driver.cursor("SELECT generate_series(1, 9)")
+            statement = await driver.prepare("SELECT 1")
+            await cursor.fetch(2)
+        async with new_db_ctx():
+            await insert(db, "innocent")
+            uses: list[Callable[[], Awaitable[object]]] = [
+                lambda: driver.copy_records_to_table("item", records=[("intruder",)]),
+                lambda: driver.execute("INSERT INTO item VALUES ('intruder')"),
+                lambda: cursor.fetch(2),
+                statement.fetch,
+            ]
+            for use in uses:
+                with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+                    await use()
+            # SQLAlchemy's own statements, of which one was prepared before, go on.
+            assert (await (await db_session(db)).execute(text("SELECT name FROM item"))).all() == [("innocent",)]
+    assert await database.names() == ["innocent"]
+
+
+async def test_a_connection_can_be_lent_again(database: Database) -> None:
+    async with database.connect(pool_size=1) as db:
+        for number in range(3):
+            async with new_db_ctx():
+                driver = await driver_connection_of(await db_session(db))
+                await driver.execute(f"INSERT INTO item VALUES ('{number}')")
+    assert await database.names() == ["0", "1", "2"]
