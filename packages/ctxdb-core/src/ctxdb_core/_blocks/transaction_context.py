@@ -18,8 +18,7 @@ from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, de
 from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
-from ctxdb_core._databases.borrowed import BorrowedEngine
-from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.connect import DBConnect, borrow
 from ctxdb_core._units.unit import CreateSession, UnitOfWork
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError
 
@@ -68,7 +67,7 @@ class TransactionContext:
         auto_context_force_transaction: bool = False,
     ) -> None:
         if isinstance(engine_or_db, AsyncEngine):
-            engine_or_db = BorrowedEngine.of(engine_or_db)
+            engine_or_db = borrow(engine_or_db)
         elif not isinstance(engine_or_db, DBConnect):
             raise ArgumentTypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
         self._db: DBConnect = engine_or_db

@@ -15,8 +15,8 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core.testing._errors import SharedTransactionError
-from ctxdb_core.testing._marks import sqlite_file
 
 Bind: TypeAlias = Engine | Connection
 

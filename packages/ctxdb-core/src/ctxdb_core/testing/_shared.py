@@ -12,12 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from ctxdb_core._databases.connect import DBConnect, HostEngines, Replacement, check_database
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._units import session_end
 from ctxdb_core.testing._confinement import check_same_database, confine
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
-from ctxdb_core.testing._marks import sqlite_file
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._thread import LoopThread
 
