@@ -112,7 +112,7 @@ async def test_a_transaction_context_in_the_place_of_a_database_is_told_of_its_o
 
 async def test_a_transaction_context_is_made_of_an_engine_or_a_database_alone() -> None:
     with pytest.raises(ArgumentTypeError, match="AsyncEngine or a DBConnect"):
-        TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[arg-type]  # what is tested
+        TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[call-overload]  # what is tested
 
 
 async def test_sessions_are_put_into_a_test_context_in_the_right_order(db: DBConnect) -> None:
