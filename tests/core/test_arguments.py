@@ -7,11 +7,13 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from tests.support.database import Database
 
 from ctxdb_core import (
     ArgumentTypeError,
+    ArgumentValueError,
     CtxDBError,
     DBConnect,
     TransactionContext,
@@ -110,7 +112,7 @@ async def test_a_transaction_context_in_the_place_of_a_database_is_told_of_its_o
 
 async def test_a_transaction_context_is_made_of_an_engine_or_a_database_alone() -> None:
     with pytest.raises(ArgumentTypeError, match="AsyncEngine or a DBConnect"):
-        TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[arg-type]  # what is tested
+        TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[call-overload]  # what is tested
 
 
 async def test_sessions_are_put_into_a_test_context_in_the_right_order(db: DBConnect) -> None:
@@ -134,3 +136,83 @@ async def test_a_call_in_the_place_of_a_function_is_told() -> None:
     wrong: Any = 1
     with pytest.raises(ArgumentTypeError, match="async callable"):
         await run_in_new_ctx(wrong)
+
+
+URL = "postgresql+asyncpg://ada:secret@db.invalid/shop"
+
+
+async def _create(host: str) -> AsyncEngine:
+    return create_async_engine(URL)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (lambda connect: connect(create_async_engine(URL)), r"DBConnect\.from_engine\(engine\)"),
+        (lambda connect: connect(create_engine("sqlite://")), "create_async_engine"),
+        (lambda connect: connect(URL), r"DBConnect\.from_url\(url\)"),
+        (lambda connect: connect(make_url(URL)), r"DBConnect\.from_url\(url\)"),
+        (lambda connect: connect(async_sessionmaker()), "session_maker_creator="),
+        (lambda connect: connect(None), "NoneType"),
+        (lambda connect: connect(DBConnect), "the class DBConnect"),
+        (lambda connect: connect(_create, host="h"), "without `await`"),
+        (lambda connect: connect(lambda host, port: None, host="h"), "needs 2 arguments"),
+        (lambda connect: connect(lambda host: None, AsyncSession, host="h"), "the class AsyncSession"),
+        (lambda connect: connect(lambda host: None, async_sessionmaker(), host="h"), "a session maker is given"),
+        (lambda connect: connect(lambda host: None, "h"), "a str is given"),
+        (lambda connect: connect(lambda host: None, lambda: None), "takes no engine"),
+        (lambda connect: connect.from_url(create_async_engine(URL)), r"DBConnect\.from_engine\(engine\)"),
+        (lambda connect: connect.from_url(lambda host: None), r"DBConnect\(engine_creator\)"),
+        (lambda connect: connect.from_url(5), "an int is given"),
+        (lambda connect: connect.from_url(URL, session_maker_creator=async_sessionmaker()), "lambda engine"),
+        (lambda connect: connect.from_url(URL, session_maker_creator=AsyncSession), "lambda engine"),
+        (lambda connect: connect.from_url(URL, class_=AsyncSession), "class_=YourSession"),
+        (lambda connect: connect.from_url(URL, expire_on_commit=False), "expire_on_commit=False already"),
+        (
+            lambda connect: connect.from_url(URL, autoflush=False, info={}),
+            "`autoflush`, `info` are options of sessions",
+        ),
+        (lambda connect: connect.from_url(URL, host="h"), "parts of the URL"),
+        (lambda connect: connect.from_url(URL, pol_size=5), "pol_size"),
+        (lambda connect: connect.from_engine(URL), r"DBConnect\.from_url\(url\)"),
+        (lambda connect: connect.from_engine(create_engine("sqlite://")), "create_async_engine"),
+        (lambda connect: connect.from_engine(lambda host: None), r"DBConnect\(engine_creator\)"),
+        (lambda connect: connect.from_engine(create_async_engine(URL), session_maker_creator=5), "an int is given"),
+    ],
+)
+def test_a_database_that_is_made_in_a_wrong_way_says_how_to_make_it(
+    mistake: Callable[[Any], object], told: str
+) -> None:
+    with pytest.raises(ArgumentTypeError, match=told) as caught:
+        mistake(DBConnect)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_without_an_asyncio_driver_is_told_at_once() -> None:
+    with pytest.raises(ArgumentValueError, match=r"postgresql\+asyncpg"):
+        DBConnect.from_url("postgresql+psycopg2://db.invalid/shop")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (lambda db: db.engine.begin(), r"`engine = await db\.engine\(\)`, then `engine\.begin\(\.\.\.\)`"),
+        (lambda db: db.engine.connect(), r"engine\.connect"),
+        (lambda db: db.engine.dispose(), r"engine\.dispose"),
+        (lambda db: db.session_maker.begin(), r"`maker = await db\.session_maker\(\)`, then `maker\.begin"),
+    ],
+)
+def test_a_missing_call_of_a_method_is_told(mistake: Callable[[Any], object], told: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=told):
+        mistake(DBConnect.from_url(URL))
+
+
+async def test_sessions_are_made_by_the_session_maker_of_a_url(database: Database) -> None:
+    class ShopSession(AsyncSession):
+        pass
+
+    db = DBConnect.from_url(
+        database.url, session_maker_creator=lambda engine: async_sessionmaker(engine, class_=ShopSession)
+    )
+    async with db, new_db_ctx():
+        assert isinstance(await db_session(db), ShopSession)

@@ -336,7 +336,7 @@ async def test_a_transaction_may_refuse_to_be_nested(context: TransactionContext
 
 def test_something_else_than_an_engine_is_refused() -> None:
     with pytest.raises(TypeError, match="str is given"):
-        TransactionContext("sqlite+aiosqlite://")  # type: ignore[arg-type]  # what is tested
+        TransactionContext("sqlite+aiosqlite://")  # type: ignore[call-overload]  # what is tested
 
 
 def test_every_error_is_one_of_ours() -> None:

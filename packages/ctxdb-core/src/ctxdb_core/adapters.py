@@ -3,7 +3,7 @@
 Applications need none of this; theirs is `ctxdb_core` itself.
 """
 
-from ctxdb_core._databases.connect import EngineListener, close_all, default_session_maker
+from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
@@ -20,6 +20,8 @@ __all__ = [
     "IllegalTransitionError",
     "Phase",
     "RequestPolicy",
+    "SessionT",
+    "SessionT_co",
     "UnitOfWork",
     "before_gather",
     "begin",

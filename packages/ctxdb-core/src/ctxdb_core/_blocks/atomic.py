@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -12,7 +12,7 @@ from ctxdb_core._blocks.entry import Begin, Block, Nest, Refuse, decide
 from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import OuterCommit
-from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._transactions.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.sessions import check_no_block, commit_db_session
@@ -27,12 +27,12 @@ CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise",
 
 @asynccontextmanager
 async def atomic_db_session(
-    db: DBConnect,
+    db: DBConnect[SessionT],
     current_transaction: CurrentTransaction = "commit",
     *,
     isolation_level: IsolationLevel | None = None,
     read_only: bool = False,
-) -> AsyncIterator[AsyncSession]:
+) -> AsyncIterator[SessionT]:
     """Run a block in a transaction of its own on the current unit's session: committed at its end, or rolled back.
 
     Args:
@@ -73,7 +73,7 @@ async def atomic_db_session(
     if isinstance(answer, Refuse):
         raise answer.error
     unit = place.usable_unit
-    session = await unit.open_session(db)
+    session = cast("SessionT", await unit.open_session(db))
     with SharedSessionBlock(unit, db):
         if options:
             options.check(session, db)

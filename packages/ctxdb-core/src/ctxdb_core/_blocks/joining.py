@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
-from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.sessions import door_of, guard_of, guarded
 from ctxdb_core._units import session_end
@@ -19,7 +20,7 @@ __all__ = ["joining_session"]
 
 
 @asynccontextmanager
-async def joining_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     """Open a session on the connection of the current unit of work, whose own ``commit()`` releases a savepoint.
 
     For libraries that commit the session which they are given (fastapi-users, advanced-alchemy's `auto_commit`): what
@@ -57,9 +58,9 @@ async def joining_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
             await run_to_completion(session_end.close(joined, None, db))
 
 
-async def _create(db: DBConnect, session: AsyncSession) -> AsyncSession:
+async def _create(db: DBConnect[SessionT], session: AsyncSession) -> SessionT:
     maker = await db.session_maker()
     joined = guarded(maker(bind=await session.connection(), join_transaction_mode="create_savepoint"))
     # Calls of both take turns: they have one connection.
     guard_of(joined).door = door_of(session)
-    return joined
+    return cast("SessionT", joined)

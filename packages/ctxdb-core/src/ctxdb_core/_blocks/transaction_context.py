@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, TypeVarTuple, cast, overload
 
 from sqlalchemy import CompoundSelect, CursorResult, Executable, Result, Select, UpdateBase
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -18,8 +18,7 @@ from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, de
 from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
-from ctxdb_core._databases.borrowed import BorrowedEngine
-from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.connect import DBConnect, SessionT_co, borrow
 from ctxdb_core._units.unit import CreateSession, UnitOfWork
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError
 
@@ -36,7 +35,7 @@ Ts = TypeVarTuple("Ts")
 SessionMaker = async_sessionmaker[Any]
 
 
-class TransactionContext:
+class TransactionContext(Generic[SessionT_co]):
     """Sessions and transactions as ``async with`` blocks; code inside of them asks for no session, and is given none.
 
     A block opens a session of its own, which ends with it: `transaction` commits, or rolls back on an exception; after
@@ -47,6 +46,8 @@ class TransactionContext:
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
     only the session of a unit of work is shared by the tasks of that, and two of them cannot be in blocks at once.
+
+    It is generic in the class of its sessions: that of the session maker, or of the `DBConnect`.
 
     Args:
         engine_or_db: where. An engine stays its owner's, who disposes of it.
@@ -59,16 +60,46 @@ class TransactionContext:
         TypeError: `engine_or_db` is neither.
     """
 
+    @overload
+    def __init__(
+        self: TransactionContext[AsyncSession],
+        engine_or_db: AsyncEngine,
+        *,
+        default_session_maker: None = None,
+        auto_context_on_execute: bool = False,
+        auto_context_force_transaction: bool = False,
+    ) -> None: ...
+
+    @overload
     def __init__(
         self,
-        engine_or_db: AsyncEngine | DBConnect,
+        engine_or_db: DBConnect[SessionT_co],
+        *,
+        default_session_maker: None = None,
+        auto_context_on_execute: bool = False,
+        auto_context_force_transaction: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        engine_or_db: AsyncEngine | DBConnect[Any],
+        *,
+        default_session_maker: async_sessionmaker[SessionT_co],
+        auto_context_on_execute: bool = False,
+        auto_context_force_transaction: bool = False,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        engine_or_db: AsyncEngine | DBConnect[Any],
         *,
         default_session_maker: SessionMaker | None = None,
         auto_context_on_execute: bool = False,
         auto_context_force_transaction: bool = False,
     ) -> None:
         if isinstance(engine_or_db, AsyncEngine):
-            engine_or_db = BorrowedEngine.of(engine_or_db)
+            engine_or_db = borrow(engine_or_db)
         elif not isinstance(engine_or_db, DBConnect):
             raise ArgumentTypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
         self._db: DBConnect = engine_or_db
@@ -79,7 +110,7 @@ class TransactionContext:
     @asynccontextmanager
     async def session(
         self, *, session_maker: SessionMaker | None = None, reuse_if_exists: bool = False
-    ) -> AsyncIterator[AsyncSession]:
+    ) -> AsyncIterator[SessionT_co]:
         """Open a session for a block, without a transaction: what is to stay is committed inside, as by `transaction`.
 
         In a unit of work, this is its session, and ending it is left to it.
@@ -101,7 +132,7 @@ class TransactionContext:
                     yield await self._share(unit, session_maker)
             case BeginBeside(around):
                 async with self._open(around, session_maker, commits=False) as session:
-                    yield session
+                    yield cast("SessionT_co", session)
             case Refuse(error):
                 raise error
 
@@ -112,7 +143,7 @@ class TransactionContext:
         session_maker: SessionMaker | None = None,
         reuse_if_exists: bool = True,
         allow_nested_transactions: bool = True,
-    ) -> AsyncIterator[AsyncSession]:
+    ) -> AsyncIterator[SessionT_co]:
         """Run a block in a transaction: committed at its end, rolled back by an exception.
 
         In a unit of work, and where a transaction is open already, the block goes on behind a savepoint, to which an
@@ -138,7 +169,7 @@ class TransactionContext:
         match decide(place, block):
             case BeginBeside(around):
                 async with self._open(around, session_maker, commits=True) as session:
-                    yield session
+                    yield cast("SessionT_co", session)
                 return
             case Refuse(error):
                 raise error
@@ -158,7 +189,7 @@ class TransactionContext:
                         yield session
 
     @asynccontextmanager
-    async def new_session(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[AsyncSession]:
+    async def new_session(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[SessionT_co]:
         """Open another session for a block, independent of one that is open: as `session` otherwise.
 
         Args:
@@ -168,10 +199,10 @@ class TransactionContext:
             BaseException: what the block raised.
         """
         async with self._open_new(session_maker, commits=False) as session:
-            yield session
+            yield cast("SessionT_co", session)
 
     @asynccontextmanager
-    async def new_transaction(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[AsyncSession]:
+    async def new_transaction(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[SessionT_co]:
         """Run a block in another session and its transaction, committed at its end whatever becomes of those around it.
 
         Args:
@@ -181,15 +212,15 @@ class TransactionContext:
             BaseException: what the block raised, or the error of the commit.
         """
         async with self._open_new(session_maker, commits=True) as session:
-            yield session
+            yield cast("SessionT_co", session)
 
     @overload
-    def get_session(self, strict: Literal[True] = True) -> AsyncSession: ...  # noqa: FBT002 - also given by position
+    def get_session(self, strict: Literal[True] = True) -> SessionT_co: ...  # noqa: FBT002 - also given by position
 
     @overload
-    def get_session(self, strict: bool) -> AsyncSession | None: ...  # noqa: FBT001 - as above
+    def get_session(self, strict: bool) -> SessionT_co | None: ...  # noqa: FBT001 - as above
 
-    def get_session(self, strict: bool = True) -> AsyncSession | None:  # noqa: FBT001, FBT002 - as above
+    def get_session(self, strict: bool = True) -> SessionT_co | None:  # noqa: FBT001, FBT002 - as above
         """Return the session of the block around this code, or of its unit of work.
 
         Args:
@@ -213,13 +244,13 @@ class TransactionContext:
         if session is None:
             session = unit.create_session_at_once(self._db, self._create_at_once)
             if session is not None:
-                return unit.adopt_session(self._db, session)
+                return cast("SessionT_co", unit.adopt_session(self._db, session))
             if strict:
                 raise NoSessionError(
                     "The unit of work has no session here yet, and making one takes an `await`: enter `session()` or "
                     "`transaction()`, or call `await db_session(db)`, before `get_session()`."
                 )
-        return session
+        return cast("SessionT_co | None", session)
 
     # One column and several: SQLAlchemy 2.0 has one parameter for the row's type, 2.1 has one for each column.
     @overload
@@ -309,10 +340,10 @@ class TransactionContext:
                 raise _why_no_session(place)
         if force_transaction is None:
             force_transaction = self._auto_context_force_transaction
-        async with self._open(around, commits=force_transaction or _may_write(statement)) as session:
+        async with self._open(around, commits=force_transaction or _may_write(statement)) as opened:
             # What is returned is read after the commit.
-            session.sync_session.expire_on_commit = False
-            return await session.execute(
+            opened.sync_session.expire_on_commit = False
+            return await opened.execute(
                 statement, params, execution_options=execution_options, bind_arguments=bind_arguments
             )
 
@@ -326,8 +357,8 @@ class TransactionContext:
     ) -> TaskUnitBlock:
         return open_task_unit(self._db, self._creator(session_maker), commits=commits, outer=around)
 
-    async def _share(self, unit: UnitOfWork, session_maker: SessionMaker | None = None) -> AsyncSession:
-        return await unit.open_session(self._db, self._creator(session_maker))
+    async def _share(self, unit: UnitOfWork, session_maker: SessionMaker | None = None) -> SessionT_co:
+        return cast("SessionT_co", await unit.open_session(self._db, self._creator(session_maker)))
 
     def _creator(self, session_maker: SessionMaker | None) -> CreateSession | None:
         maker = session_maker or self._default_session_maker

@@ -1,67 +1,56 @@
-"""An engine of the user's in the place of a `DBConnect`."""
+"""`BorrowedEngine`: an engine that there is already, in the place of one that a `DBConnect` makes."""
 
 from __future__ import annotations
 
-from weakref import WeakValueDictionary
+import asyncio
+import copy
+import threading
+from weakref import ref
 
-from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
 
-from ctxdb_core._databases.connect import DBConnect, default_session_maker
-from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
-from ctxdb_core._sqlalchemy.sessions import SessionFactory
+from ctxdb_core._databases.url import sqlite_file
 
 __all__ = ["BorrowedEngine"]
 
 
-class BorrowedEngine(DBConnect):
-    """Sessions on an engine that somebody else has made, for his own event loop, and disposes of.
+class BorrowedEngine:
+    """Creates the engines of a `DBConnect` that was given one: that one, and others like it for other event loops.
 
-    It gets the guards that every engine gets; they stay on it.
+    The pool of an engine serves one event loop. That of the first use gets the given engine, which its owner disposes
+    of. Each other one gets an engine like it: with the same dialect, options and listeners, and a pool of its own. It
+    is disposed of like any that a `DBConnect` has made.
+
+    Args:
+        engine: the engine.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        super().__init__(lambda host: engine)
-        self._engine = engine
-        self._session_maker = default_session_maker(engine)
-        self._new_session_of_engine = SessionFactory(self._session_maker)
-        stop_cancelled_queries(engine)
-        trust_no_failed_transaction(engine)
-        begin_before_savepoints(engine)
+        self.engine = engine
+        self._lock = threading.Lock()
+        # Known by weak reference: a loop that is gone is no loop that could use its connections.
+        self._loop: ref[asyncio.AbstractEventLoop] | None = None
 
-    @staticmethod
-    def of(engine: AsyncEngine) -> BorrowedEngine:
-        """Return the one that stands for `engine`: a unit of work has one session for each database."""
-        borrowed = _borrowed.get(engine.sync_engine)
-        if borrowed is None:
-            borrowed = _borrowed[engine.sync_engine] = BorrowedEngine(engine)
-        return borrowed
+    def __call__(self, host: str) -> AsyncEngine:
+        """Return the engine for the running event loop."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self._loop is None:
+                self._loop = ref(loop)
+        return self.engine if self._loop() is loop or self._serves_every_loop() else self._copy()
 
-    async def session_maker(self) -> async_sessionmaker[AsyncSession]:
-        """Return a session maker for the engine."""
-        return self._session_maker
+    def _serves_every_loop(self) -> bool:
+        # A pool without connections has none that belong to a loop, and a database in memory is in its one connection,
+        # which this driver runs in a thread of its own.
+        return isinstance(self.engine.pool, NullPool) or is_in_memory(self.engine)
 
-    async def create_session(self) -> AsyncSession:
-        """Return a new session that the caller closes."""
-        return self.create_session_at_once()
-
-    def create_session_at_once(self) -> AsyncSession:
-        """Return a new session that the caller closes."""
-        session = self._new_session_of_engine()
-        self._follow(session, host_of(self._engine.url))
-        return session
-
-    async def engine(self) -> AsyncEngine:
-        """Return the engine."""
-        return self._engine
-
-    async def close(self) -> None:
-        """Do nothing: the engine is not ours."""
-
-    def __repr__(self) -> str:
-        return f"<engine {without_secrets(self._engine.url.render_as_string())}>"
+    def _copy(self) -> AsyncEngine:
+        sync_engine = copy.copy(self.engine.sync_engine)
+        sync_engine.pool = self.engine.sync_engine.pool.recreate()
+        return AsyncEngine(sync_engine)
 
 
-# By the engine inside, as two AsyncEngines may share it.
-_borrowed: WeakValueDictionary[Engine, BorrowedEngine] = WeakValueDictionary()
+def is_in_memory(engine: AsyncEngine) -> bool:
+    """Return whether the database is in the memory of `engine`'s own connection, which serves every event loop."""
+    return engine.dialect.driver == "aiosqlite" and sqlite_file(engine.url) is None

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Awaitable, Callable, Collection
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeAlias, cast
+from weakref import WeakValueDictionary
 
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
+from ctxdb_core._databases.arguments import (
+    check_async_engine,
+    check_asyncio_driver,
+    check_engine_options,
+    check_session_maker_creator,
+    check_url,
+    explain_missing_call,
+    looks_like_url,
+    parameters_of,
+    type_of,
+    why_no_engine_creator,
+)
+from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.factory import create_engine
-from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
+from ctxdb_core._databases.lazy import LazySessionMaker
+from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.url import host_of, without_secrets
+from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
-__all__ = ["DBConnect", "EngineListener", "close_all", "default_session_maker"]
+if TYPE_CHECKING:
+    # It has defaults before Python 3.13; SQLAlchemy depends on it, and nothing here needs it when it runs.
+    from typing_extensions import TypeVar
+
+    SessionT = TypeVar("SessionT", bound=AsyncSession, default=AsyncSession)
+    SessionT_co = TypeVar("SessionT_co", bound=AsyncSession, default=AsyncSession, covariant=True)
+else:
+    from typing import TypeVar
+
+    SessionT = TypeVar("SessionT", bound=AsyncSession)
+    SessionT_co = TypeVar("SessionT_co", bound=AsyncSession, covariant=True)
+
+__all__ = ["DBConnect", "EngineListener", "SessionT", "SessionT_co", "close_all", "default_session_maker"]
 
 EngineListener: TypeAlias = Callable[[str, AsyncEngine], object]
 """Called with a host and the engine that was made for it."""
@@ -48,7 +75,7 @@ class State(NamedTuple):
     engines: HostEngines
     engine_creator: EngineCreator
     session_maker_creator: SessionMakerCreator
-    before_create_session: Callable[[DBConnect], Awaitable[object]] | None
+    before_create_session: Callable[[DBConnect[Any]], Awaitable[object]] | None
     engine_listeners: tuple[EngineListener, ...]
     keeps_host: bool
     """Whether `change_host` does nothing."""
@@ -65,7 +92,7 @@ class Replacement:
         self.replaced = replaced
 
 
-class Override:
+class Override(Generic[SessionT_co]):
     """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`.
 
     Args:
@@ -74,13 +101,13 @@ class Override:
         engine_creator: creates the engines of the other database.
     """
 
-    def __init__(self, db: DBConnect, host: str, engine_creator: EngineCreator) -> None:
+    def __init__(self, db: DBConnect[SessionT_co], host: str | None, engine_creator: EngineCreator) -> None:
         self._db = db
         self._host = host
         self._engine_creator = engine_creator
         self._replacement: Replacement | None = None
 
-    def __enter__(self) -> DBConnect:
+    def __enter__(self) -> DBConnect[SessionT_co]:
         if self._replacement is not None:
             raise ArgumentValueError("This block was entered already: call `overridden` for each block.")
         self._replacement = self._db._replace(
@@ -99,7 +126,7 @@ class Override:
         for engine in self._end():
             engine.abandon()
 
-    async def __aenter__(self) -> DBConnect:
+    async def __aenter__(self) -> DBConnect[SessionT_co]:
         return self.__enter__()
 
     async def __aexit__(
@@ -121,11 +148,19 @@ def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSessio
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
-class DBConnect:
+# The parameter's type cannot say that without a session maker's creator the class of the sessions is `AsyncSession`.
+_DEFAULT_SESSION_MAKER_CREATOR: Any = default_session_maker
+
+
+class DBConnect(Generic[SessionT_co]):
     """A database: makes its engine at the first use, hands out sessions, and can change its host while it is used.
 
+    It is generic in the class of its sessions, which is that of the session maker: ``DBConnect[AsyncSession]`` by
+    default.
+
     Args:
-        engine_creator: returns the engine for a host. Called once for each host and event loop, at the first use.
+        engine_creator: returns the engine for a host. Called once for each host and event loop, at the first use. If
+            it takes no parameter, the database is where the engine is, and needs no `host`.
         session_maker_creator: returns the session maker for an engine.
         host: where the database is; without it, `connect` must be called before the first use.
         before_create_session_handler: awaited with this object before each session is made, for instance to call
@@ -134,27 +169,33 @@ class DBConnect:
             longer than so many seconds.
 
     Raises:
+        ArgumentTypeError: `engine_creator` or `session_maker_creator` is no function that could be called so; the
+            error says what to write, for an engine or a URL for instance (a ``TypeError``, too).
         HostNotSetError: `host` is empty (a ``ValueError``, too).
         ValueError: `warn_connection_held_after` is negative.
     """
 
     def __init__(
         self,
-        engine_creator: EngineCreator,
-        session_maker_creator: SessionMakerCreator = default_session_maker,
+        engine_creator: EngineCreator | Callable[[], AsyncEngine],
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT_co]] = (
+            _DEFAULT_SESSION_MAKER_CREATOR
+        ),
         host: str | None = None,
-        before_create_session_handler: Callable[[DBConnect], Awaitable[object]] | None = None,
+        before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[object]] | None = None,
         *,
         warn_connection_held_after: float | None = None,
     ) -> None:
+        _check_engine_creator(engine_creator)
+        check_session_maker_creator(session_maker_creator)
         if host is not None:
             _check_host(host)
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
             raise ArgumentValueError(
                 f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
             )
-        self._engine_creator = engine_creator
-        self._session_maker_creator = session_maker_creator
+        self._engine_creator = _taking_host(engine_creator)
+        self._session_maker_creator: SessionMakerCreator = session_maker_creator
         self._host = host
         self._before_create_session = before_create_session_handler
         self._engines: LoopEngines = {}
@@ -175,29 +216,78 @@ class DBConnect:
         url: str | URL,
         *,
         read_only: bool = False,
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = _DEFAULT_SESSION_MAKER_CREATOR,
         warn_connection_held_after: float | None = None,
         **engine_options: Any,
-    ) -> Self:
+    ) -> DBConnect[SessionT]:
         """Return a `DBConnect` for the one host that `url` names.
+
+        A database in memory (``sqlite+aiosqlite://``) is the same one on every event loop, until `close`.
 
         Args:
             url: the database's URL, with an asyncio driver.
             read_only: every query on PostgreSQL is one round trip (autocommit), and the server refuses writes.
+            session_maker_creator: as for the class.
             warn_connection_held_after: as for the class.
             **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
+            ArgumentTypeError: `url` is none, or an option belongs to sessions or to nothing (a ``TypeError``, too).
+            ArgumentValueError: the URL has no asyncio driver; `read_only` is asked for a database that cannot be made
+                so; or `warn_connection_held_after` is negative (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
-            ValueError: `read_only` is asked for a database that cannot be made so, or `warn_connection_held_after` is
-                negative.
         """
-        parsed = make_url(url)
+        parsed = check_url(url)
+        check_engine_options(engine_options)
 
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
 
-        db = cls(engine_creator, host=host_of(parsed), warn_connection_held_after=warn_connection_held_after)
+        if "pool" not in engine_options:
+            # An engine that is never used opens nothing: options that it does not take are told here, by the call that
+            # has them, and not at the first request. A pool that is given would keep its listeners.
+            _try_engine_options(engine_creator, host_of(parsed))
+        make: Any = cls
+        db: DBConnect[SessionT] = make(
+            engine_creator,
+            session_maker_creator,
+            host=host_of(parsed),
+            warn_connection_held_after=warn_connection_held_after,
+        )
         db._read_only = read_only
+        return db
+
+    @classmethod
+    def from_engine(
+        cls,
+        engine: AsyncEngine,
+        *,
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = _DEFAULT_SESSION_MAKER_CREATOR,
+        warn_connection_held_after: float | None = None,
+    ) -> DBConnect[SessionT]:
+        """Return a `DBConnect` for an engine that there is already.
+
+        The engine gets the guards that every engine of a `DBConnect` gets; they stay on it. It remains its owner's,
+        who disposes of it: `close` does not. Its pool serves the event loop that uses it first; another one gets an
+        engine like it, with a pool of its own, which is closed here.
+
+        Args:
+            engine: the engine.
+            session_maker_creator: as for the class.
+            warn_connection_held_after: as for the class.
+
+        Raises:
+            ArgumentTypeError: something else is given; the error says what to write (a ``TypeError``, too).
+            ArgumentValueError: `warn_connection_held_after` is negative (a ``ValueError``, too).
+        """
+        make: Any = cls
+        db: DBConnect[SessionT] = make(
+            BorrowedEngine(check_async_engine(engine)),
+            session_maker_creator,
+            host=host_of(engine.url),
+            warn_connection_held_after=warn_connection_held_after,
+        )
+        db._keeps_host = True
         return db
 
     @property
@@ -221,7 +311,7 @@ class DBConnect:
         closed now, the others when their sessions give them back. If the new engine cannot be made, everything stays as
         it was.
 
-        Inside of a block of `overridden`, this does nothing.
+        Inside of a block of `overridden`, and with `from_engine`, this does nothing.
 
         Args:
             host: where new sessions go.
@@ -231,11 +321,17 @@ class DBConnect:
 
         Raises:
             HostNotSetError: `host` is empty (a ``ValueError``, too).
+            ArgumentValueError: the `engine_creator` takes no host (a ``ValueError``, too).
             ArgumentTypeError: `keep` is a string, not a collection of them (a ``TypeError``, too).
         """
         _check_host(host)
         if self._keeps_host:
             return
+        if isinstance(self._engine_creator, _HostlessCreator) and self._host is not None and host != self._host:
+            raise ArgumentValueError(
+                f"The engine_creator of this DBConnect takes no host, so it cannot be changed to {host!r}: let it "
+                "take one, `def create(host): ...`."
+            )
         if host == self._host and (not self._kept or self._kept.keys() <= set(keep)):
             return
         if left := self._switch(host, keep):
@@ -254,7 +350,7 @@ class DBConnect:
                 engines = kept.pop(host, {})
                 loop = asyncio.get_running_loop()
                 if loop not in engines:
-                    engines = {**_without_ended(engines), loop: self._make_engine(host)}
+                    engines = {**_without_ended(engines), loop: self._make_engine(host, engines)}
                 if self._host is not None:
                     kept[self._host] = self._engines
                 self._host, self._engines = host, engines
@@ -262,7 +358,7 @@ class DBConnect:
             self._kept = kept
         return [engine for engines in left for engine in engines.values()]
 
-    async def session_maker(self) -> async_sessionmaker[AsyncSession]:
+    async def session_maker(self) -> async_sessionmaker[SessionT_co]:
         """Return the session maker of the current host and event loop.
 
         Raises:
@@ -272,7 +368,7 @@ class DBConnect:
             await self._before_create_session(self)
         return self._loop_engine().session_maker
 
-    async def create_session(self) -> AsyncSession:
+    async def create_session(self) -> SessionT_co:
         """Return a new session that the caller closes.
 
         Raises:
@@ -282,7 +378,7 @@ class DBConnect:
             await self._before_create_session(self)
         return self._new_session()
 
-    def create_session_at_once(self) -> AsyncSession | None:
+    def create_session_at_once(self) -> SessionT_co | None:
         """Return a new session that the caller closes; ``None`` if `before_create_session_handler` is to be awaited.
 
         Raises:
@@ -290,11 +386,69 @@ class DBConnect:
         """
         return self._new_session() if self._before_create_session is None else None
 
-    def _new_session(self) -> AsyncSession:
+    def _new_session(self) -> SessionT_co:
         engine = self._loop_engine()
         session = engine.new_session()
+        if self._observer is not None:
+            self._observer.follow(session, self, engine.host)
+        return cast("SessionT_co", session)
+
+    @cached_property
+    def lazy_session_maker(self) -> async_sessionmaker[SessionT_co]:
+        """A session maker that is there at once, for libraries that want one when they are set up (sqladmin).
+
+        Each session that it makes is on the engine that this object has then, for the running event loop; a session
+        that is made before any event loop runs is on that of the loop which uses it. They are no unit of work's: who
+        makes one commits and closes it. ``before_create_session_handler`` is asynchronous and not awaited for them:
+        they go to the host that there is.
+        """
+        return LazySessionMaker(self._new_lazy_session, self._session_class)
+
+    def _new_lazy_session(self, **options: Any) -> SessionT_co:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._new_session_without_loop(options)
+        engine = self._loop_engine()
+        session = engine.new_session(**options)
         self._follow(session, engine.host)
-        return session
+        return cast("SessionT_co", session)
+
+    def _new_session_without_loop(self, options: dict[str, Any]) -> SessionT_co:
+        maker = self._session_maker_without_loop()
+        session = SessionFactory(maker)(**options)
+        placeholder = session.sync_session.bind
+
+        def translate(bind: Engine | Connection) -> Engine | Connection:
+            return self._loop_engine().engine.sync_engine if bind is placeholder else bind
+
+        if "bind" not in options:
+            guard_of(guarded(session)).translate_bind = translate
+        self._follow(session, self._host or "")
+        return cast("SessionT_co", session)
+
+    def _session_class(self) -> type[SessionT_co]:
+        engine = next(iter(self._engines.values()), None)
+        if engine is None and not self._knows_host():
+            return cast("type[SessionT_co]", AsyncSession)
+        maker = self._session_maker_without_loop() if engine is None else engine.session_maker
+        return cast("type[SessionT_co]", maker.class_)
+
+    def _session_maker_without_loop(self) -> async_sessionmaker[Any]:
+        """Return a session maker whose engine is never used: it opens nothing."""
+        self._check_knows_host()
+        creator = self._engine_creator
+        engine = creator.engine if isinstance(creator, BorrowedEngine) else creator(self._host or "")
+        return self._session_maker_creator(engine)
+
+    def _knows_host(self) -> bool:
+        return self._host is not None or isinstance(self._engine_creator, _HostlessCreator)
+
+    def _check_knows_host(self) -> None:
+        if not self._knows_host():
+            raise HostNotSetError(
+                "This DBConnect has no host yet: pass `host=...`, or `await db.connect(host)` before its first use."
+            )
 
     def _follow(self, session: AsyncSession, host: str) -> None:
         """Tell listeners of what happens in `session`, whoever has made it."""
@@ -364,7 +518,9 @@ class DBConnect:
     def _host_engines(self) -> HostEngines:
         return HostEngines(self._host, self._engines, self._kept)
 
-    def overridden(self, url_or_creator: str | URL | EngineCreator, **engine_options: Any) -> Override:
+    def overridden(
+        self, url_or_creator: str | URL | EngineCreator | Callable[[], AsyncEngine], **engine_options: Any
+    ) -> Override[SessionT_co]:
         """Lead to another database for a block: for tests of an application that has this object at module level.
 
         ``with db.overridden(url):`` and ``async with db.overridden(url):`` both serve; the second one waits until the
@@ -393,12 +549,12 @@ class DBConnect:
                 return create_engine(url, host, dict(engine_options), read_only=read_only)
 
             return Override(self, host, create)
-        check_engine_creator(url_or_creator)
+        _check_creator_of_other(url_or_creator)
         if engine_options:
             raise ArgumentTypeError(
                 f"overridden() takes {', '.join(engine_options)} with a URL alone: let the creator pass it on."
             )
-        return Override(self, self._host or "localhost", url_or_creator)
+        return Override(self, self._host or "localhost", _taking_host(url_or_creator))
 
     def _replace(self, **changes: Any) -> Replacement:
         """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
@@ -447,7 +603,16 @@ class DBConnect:
         self._engine_listeners = state.engine_listeners
         self._keeps_host = state.keeps_host
 
-    def _make_engine(self, host: str) -> LoopEngine:
+    def _make_engine(self, host: str, others: LoopEngines) -> LoopEngine:
+        """Return the engine of `host` for the running event loop.
+
+        Args:
+            host: where.
+            others: the engines of `host` for other event loops.
+        """
+        in_memory = next((other for other in others.values() if other.lifetime is Lifetime.UNTIL_RETIRED), None)
+        if in_memory is not None:
+            return LoopEngine(host, self._engine_creator, self._session_maker_creator, in_memory.engine)
         engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
         for listener in self._engine_listeners:
             listener(host, engine.engine)
@@ -460,13 +625,13 @@ class DBConnect:
 
     def _open_engine(self, loop: asyncio.AbstractEventLoop) -> LoopEngine:
         with self._lock:
-            if self._host is None:
-                raise HostNotSetError(
-                    "This DBConnect has no host yet: pass `host=...`, or `await db.connect(host)` before its first use."
-                )
+            self._check_knows_host()
             engine = self._engines.get(loop)
             if engine is None:
-                engine = self._make_engine(self._host)
+                if self._host is None:
+                    assert isinstance(self._engine_creator, _HostlessCreator)
+                    self._host = self._engine_creator.find_host()
+                engine = self._make_engine(self._host, self._engines)
                 self._engines = {**_without_ended(self._engines), loop: engine}
             return engine
 
@@ -476,11 +641,9 @@ def check_database(db: object) -> None:
     if isinstance(db, DBConnect):
         return
     if isinstance(db, type):
-        given, hint = f"the class {db.__name__}", ""
+        given, hint = type_of(db), ""
     else:
-        # Its repr may show a password.
-        given = f"{'an' if type(db).__name__[0] in 'AEIOU' else 'a'} {type(db).__name__}"
-        hint = _INSTEAD.get(type(db).__name__, "")
+        given, hint = type_of(db), _INSTEAD.get(type(db).__name__, "")
     raise ArgumentTypeError(
         f"A `DBConnect` is needed here, and {given} is given: pass the one that the application has made, by "
         f"`DBConnect.from_url(url)` for instance.{hint}"
@@ -488,45 +651,103 @@ def check_database(db: object) -> None:
 
 
 _INSTEAD = {
-    "AsyncEngine": " For an engine of your own there is `TransactionContext(engine)`, or `DBConnect(lambda host: "
-    "engine, host='...')`.",
+    "AsyncEngine": " For an engine of your own there is `TransactionContext(engine)`, or "
+    "`DBConnect.from_engine(engine)`.",
     "TransactionContext": " A TransactionContext has blocks of its own: `async with context.transaction():`.",
 }
 
 
-def check_asyncio_driver(url: URL) -> None:
-    """Raise the error that says what to write if the driver in `url` is none for asyncio."""
-    dialect = url.get_dialect()
-    if not dialect.get_async_dialect_cls(url).is_async:
-        backend = url.get_backend_name()
-        raise ArgumentValueError(
-            f"The driver of a {url.drivername!r} URL is not for asyncio: write "
-            f"{_ASYNCIO_DRIVERS.get(backend, 'one that is')!r}, for instance."
+class _HostlessCreator:
+    """Creates engines by a function that takes no host."""
+
+    def __init__(self, create: Callable[[], AsyncEngine]) -> None:
+        self._create = create
+        self._first: AsyncEngine | None = None
+
+    def __call__(self, host: str) -> AsyncEngine:
+        engine, self._first = self._first, None
+        return self._create() if engine is None else engine
+
+    def find_host(self) -> str:
+        """Return where the engine is that is created next."""
+        engine: object = self._create()
+        if not isinstance(engine, AsyncEngine):
+            # What takes the engine says so.
+            return "unknown"
+        self._first = engine
+        return host_of(engine.url)
+
+
+def _taking_host(creator: EngineCreator | Callable[[], AsyncEngine]) -> EngineCreator:
+    if parameters_of(creator) == 0:
+        return _HostlessCreator(cast("Callable[[], AsyncEngine]", creator))
+    return cast("EngineCreator", creator)
+
+
+def _try_engine_options(create: EngineCreator, host: str) -> None:
+    try:
+        create(host)
+    except TypeError as exc:
+        if isinstance(exc, ArgumentTypeError):
+            raise
+        raise ArgumentTypeError(f"from_url() passes its options on to `create_async_engine`: {exc}") from exc
+
+
+def _check_engine_creator(creator: object) -> None:
+    """Raise the error that says what to write if `creator` is no function that creates an engine."""
+    if isinstance(creator, AsyncEngine):
+        hint = "an engine is given: there is `DBConnect.from_engine(engine)` for that"
+    elif isinstance(creator, Engine):
+        hint = (
+            "a synchronous Engine is given: make it by `sqlalchemy.ext.asyncio.create_async_engine`, for "
+            "`DBConnect.from_engine(engine)`"
+        )
+    elif looks_like_url(creator):
+        hint = "a URL is given: there is `DBConnect.from_url(url)` for that"
+    elif isinstance(creator, async_sessionmaker):
+        hint = (
+            "a session maker is given: pass its engine, and how it makes sessions, by "
+            "`DBConnect.from_engine(engine, session_maker_creator=...)`"
+        )
+    elif isinstance(creator, DBConnect):
+        hint = "a DBConnect is given already"
+    else:
+        reason = why_no_engine_creator(creator)
+        if reason is None:
+            return
+        hint = f"{reason}, for instance `def create(host): return create_async_engine(...)`"
+    raise ArgumentTypeError(f"DBConnect() takes a function that creates the engine for a host; {hint}.")
+
+
+def _check_creator_of_other(creator: object) -> None:
+    """Raise the error that says what to pass if `creator` is no function that creates another database's engine."""
+    reason: str | None
+    if isinstance(creator, AsyncEngine | Engine):
+        reason = "an engine is given, which serves one event loop: pass its URL, or a function that creates it"
+    elif isinstance(creator, DBConnect):
+        reason = "a DBConnect is given: pass the URL that it was made from"
+    else:
+        reason = why_no_engine_creator(creator)
+    if reason is not None:
+        raise ArgumentTypeError(
+            f"The URL of a database is needed here, or what creates an engine for a host; {reason}."
         )
 
 
-_ASYNCIO_DRIVERS = {
-    "postgresql": "postgresql+asyncpg",
-    "sqlite": "sqlite+aiosqlite",
-    "mysql": "mysql+asyncmy",
-    "mariadb": "mariadb+asyncmy",
-}
+# By the engine inside, as two AsyncEngines may share it.
+_borrowed: WeakValueDictionary[Engine, DBConnect] = WeakValueDictionary()
 
 
-def check_engine_creator(creator: object) -> None:
-    """Raise the error that says what to pass if `creator` is no function that creates an engine."""
-    if isinstance(creator, AsyncEngine | Engine):
-        hint = "an engine is given, which serves one event loop: pass its URL, or a function that creates it"
-    elif isinstance(creator, DBConnect):
-        hint = "a DBConnect is given: pass the URL that it was made from"
-    elif inspect.iscoroutinefunction(creator):
-        hint = "an async function is given, and it is called without `await`: make it a plain one"
-    elif not callable(creator):
-        # Its repr may show a password.
-        hint = f"{type(creator).__name__} is given"
-    else:
-        return
-    raise ArgumentTypeError(f"The URL of a database is needed here, or what creates an engine for a host; {hint}.")
+def borrow(engine: AsyncEngine) -> DBConnect:
+    """Return the `DBConnect` that stands for `engine`: a unit of work has one session for each database."""
+    db = _borrowed.get(engine.sync_engine)
+    if db is None:
+        db = _borrowed[engine.sync_engine] = DBConnect.from_engine(engine)
+    return db
+
+
+explain_missing_call(DBConnect.engine, AsyncEngine, "engine = await db.engine()")
+explain_missing_call(DBConnect.session_maker, async_sessionmaker, "maker = await db.session_maker()")
 
 
 def _without_ended(engines: LoopEngines) -> LoopEngines:
@@ -539,7 +760,7 @@ def _check_host(host: str) -> None:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
 
 
-async def close_all(*dbs: DBConnect) -> None:
+async def close_all(*dbs: DBConnect[Any]) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
     Raises:
@@ -547,7 +768,7 @@ async def close_all(*dbs: DBConnect) -> None:
         Exception: the one error there was; an ``ExceptionGroup`` if there were several.
     """
 
-    async def close(db: DBConnect) -> None:
+    async def close(db: DBConnect[Any]) -> None:
         check_database(db)
         await db.close()
 

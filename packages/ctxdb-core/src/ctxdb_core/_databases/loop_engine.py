@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
-from sqlalchemy import Engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy import Dialect, Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
@@ -24,7 +27,16 @@ from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
 EngineCreator = Callable[[str], AsyncEngine]
-SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
+# Of any session class: the type of a session maker is invariant.
+SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[Any]]
+
+
+class Lifetime(enum.Enum):
+    """How long an engine lives."""
+
+    OF_LOOP = "until it is retired, and at the latest until its event loop shuts down: its connections serve no other"
+    UNTIL_RETIRED = "until it is retired: its one connection holds a database in memory, and serves every event loop"
+    OF_OWNER = "as long as its owner wishes: it is not disposed of here"
 
 
 # An engine that is garbage-collected leaves its connections unclosed: each is kept until it has been disposed of.
@@ -74,20 +86,33 @@ async def _dispose_in_time(engine: AsyncEngine) -> None:
 class LoopEngine:
     """An engine and its session maker, bound to the event loop that was running when they were made.
 
-    Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. It is
-    disposed of when it is retired, and at the latest when its loop shuts down.
+    Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. A
+    database in memory would be another one then: its engine is used on every loop.
+
+    Args:
+        host: where it is.
+        engine_creator: creates the engine.
+        session_maker_creator: creates its session maker.
+        existing: the engine of a database in memory, for another event loop than its first one.
     """
 
-    def __init__(self, host: str, engine_creator: EngineCreator, session_maker_creator: SessionMakerCreator) -> None:
+    def __init__(
+        self,
+        host: str,
+        engine_creator: EngineCreator,
+        session_maker_creator: SessionMakerCreator,
+        existing: AsyncEngine | None = None,
+    ) -> None:
         self.host = host
         self.loop = asyncio.get_running_loop()
-        engine = engine_creator(host)
+        engine = engine_creator(host) if existing is None else existing
         if not isinstance(engine, AsyncEngine):
             raise ArgumentTypeError(
                 f"engine_creator({host!r}) returned {type(engine).__name__}, not an AsyncEngine: build the engine with "
                 "`sqlalchemy.ext.asyncio.create_async_engine`."
             )
         self.engine = engine
+        self.lifetime = _lifetime_of(engine, engine_creator)
         self.session_maker = session_maker_creator(engine)
         self.new_session = SessionFactory(self.session_maker)
         if engine.sync_engine in _drains:
@@ -99,16 +124,19 @@ class LoopEngine:
         trust_no_failed_transaction(engine)
         begin_before_savepoints(engine)
         follow_cursors(engine)
-        for other in list(_live):
-            if other.loop.is_closed():
-                _live.discard(other)
-        _live.add(self)
         self._retirement: asyncio.Task[None] | None = None
-        self._lifetime = self._live_and_dispose()
-        with suppress(StopIteration):
-            # The first step registers the generator with the running loop, which will close it before it ends
-            # (`loop.shutdown_asyncgens`, called by `asyncio.run` and `asyncio.Runner`).
-            self._lifetime.__anext__().send(None)
+        if self.lifetime is Lifetime.UNTIL_RETIRED:
+            _terminate_with(engine.sync_engine)
+        elif self.lifetime is Lifetime.OF_LOOP:
+            for other in list(_live):
+                if other.loop.is_closed():
+                    _live.discard(other)
+            _live.add(self)
+            self._lifespan = self._live_and_dispose()
+            with suppress(StopIteration):
+                # The first step registers the generator with the running loop, which will close it before it ends
+                # (`loop.shutdown_asyncgens`, called by `asyncio.run` and `asyncio.Runner`).
+                self._lifespan.__anext__().send(None)
 
     async def _live_and_dispose(self) -> AsyncGenerator[None, None]:
         try:
@@ -131,20 +159,23 @@ class LoopEngine:
 
     async def retire(self) -> None:
         """Close every connection that is idle now, and each of the others when it is given back."""
-        if self.loop.is_closed():
+        if self.lifetime is Lifetime.UNTIL_RETIRED:
+            await run_to_completion(self._dispose())
+        elif self.lifetime is Lifetime.OF_OWNER or self.loop.is_closed():
             return
-        if self.loop is asyncio.get_running_loop():
-            await run_to_completion(self._end_lifetime())
+        elif self.loop is asyncio.get_running_loop():
+            await run_to_completion(self._end_lifespan())
         else:
             # Another loop's connections can be closed on that loop only, and it may not be running: no waiting for it.
             self.abandon()
 
     def abandon(self) -> None:
         """Retire without waiting for it; may be called from anywhere."""
-        if not self.loop.is_closed():
+        # A database in memory ends with its engine, which sessions may still use.
+        if self.lifetime is Lifetime.OF_LOOP and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._start_retirement)
 
-    async def _end_lifetime(self) -> None:
+    async def _end_lifespan(self) -> None:
         if self._retirement is None:
             self._start_retirement()
         assert self._retirement is not None
@@ -152,4 +183,39 @@ class LoopEngine:
 
     def _start_retirement(self) -> None:
         if self._retirement is None:
-            self._retirement = self.loop.create_task(self._lifetime.aclose())
+            self._retirement = self.loop.create_task(self._lifespan.aclose())
+
+
+def _lifetime_of(engine: AsyncEngine, creator: EngineCreator) -> Lifetime:
+    if isinstance(creator, BorrowedEngine) and engine is creator.engine:
+        return Lifetime.OF_OWNER
+    return Lifetime.UNTIL_RETIRED if is_in_memory(engine) else Lifetime.OF_LOOP
+
+
+# The engines of databases in memory whose connections are terminated with them.
+_terminated: WeakSet[Engine] = WeakSet()
+
+
+def _terminate_with(engine: Engine) -> None:
+    """Have what the pool of `engine` has opened closed when `engine` is collected, without an event loop."""
+    if engine in _terminated:
+        return
+    _terminated.add(engine)
+    connections: list[Any] = []
+
+    def note(connection: object, record: ConnectionPoolEntry) -> None:
+        connections.append(connection)
+
+    def forget(connection: object, record: ConnectionPoolEntry) -> None:
+        connections[:] = [each for each in connections if each is not connection]
+
+    event.listen(engine, "connect", note)
+    event.listen(engine, "close", forget)
+    finalize(engine, _terminate, engine.dialect, connections)
+
+
+def _terminate(dialect: Dialect, connections: list[Any]) -> None:
+    for connection in connections:
+        # Older versions of the driver cannot; their threads do not keep the process from ending.
+        with suppress(Exception):
+            dialect.do_terminate(connection)

@@ -1,13 +1,15 @@
-"""What a database's URL says: its host, and how it may be shown."""
+"""What a database's URL says: its host, its file, and how it may be shown."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from urllib.parse import unquote
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-__all__ = ["host_of", "without_secrets"]
+__all__ = ["host_of", "sqlite_file", "without_secrets"]
 
 _PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
 
@@ -18,6 +20,16 @@ def host_of(url: URL) -> str:
     if isinstance(query_host, tuple):
         query_host = ",".join(query_host)
     return url.host or query_host or url.database or ":memory:"
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """Return the file of a SQLite database; ``None`` for a database in memory."""
+    database = url.database or ""
+    if database.startswith("file:") and "uri" in url.query:
+        # SQLite, "URI Filenames": two slashes introduce an authority, which is empty or "localhost".
+        path = re.sub(r"^//(?:localhost)?(?=/)", "", unquote(database.removeprefix("file:")))
+        return None if path in ("", ":memory:") or url.query.get("mode") == "memory" else Path(path)
+    return None if database in ("", ":memory:") else Path(database)
 
 
 def without_secrets(host: str) -> str:

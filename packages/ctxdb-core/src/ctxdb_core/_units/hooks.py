@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
 from ctxdb_core._units.iteration import innermost_unit
 from ctxdb_core._units.sessions import unit_for
@@ -54,7 +54,7 @@ def on_rollback(db: DBConnect, callback: Callback) -> None:
     unit_for(db).on_outcome(db, Outcome.ROLLED_BACK, callback)
 
 
-def on_begin(db: DBConnect, callback: OnBegin) -> None:
+def on_begin(db: DBConnect[SessionT], callback: Callable[[SessionT], Awaitable[object]]) -> None:
     """Await ``callback(session)`` at the beginning of each further transaction of this unit of work on `db`.
 
     For what lasts as long as a transaction, as ``SET LOCAL ROLE`` and ``set_config(..., true)`` do for row-level
@@ -73,7 +73,7 @@ def on_begin(db: DBConnect, callback: OnBegin) -> None:
         TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    unit_for(db).add_begin_hook(db, callback)
+    unit_for(db).add_begin_hook(db, cast("OnBegin", callback))
 
 
 def set_rollback_only(db: DBConnect | None = None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
 from ctxdb_core._units import session_end
@@ -32,7 +33,7 @@ __all__ = [
 _get_current_unit = current_unit.get
 
 
-async def db_session(db: DBConnect) -> AsyncSession:
+async def db_session(db: DBConnect[SessionT]) -> SessionT:
     """Return the session of the current unit of work on `db`: the same one each time, made at the first call.
 
     It needs no closing: the unit of work commits or rolls back, and gives the connection back. The connection is taken
@@ -43,11 +44,11 @@ async def db_session(db: DBConnect) -> AsyncSession:
         ContextClosedError: the unit of work has ended; the error says what to do.
     """
     try:
-        return _get_current_unit().sessions[db]
+        return _get_current_unit().sessions[db]  # type: ignore[return-value]  # `db` has made it; a cast would cost time
     except (LookupError, TypeError):
         # No unit of work, or no session on `db` yet, or no database at all: kept out of the way of the common case.
         pass
-    return await unit_for(db).open_session(db)
+    return cast("SessionT", await unit_for(db).open_session(db))
 
 
 async def commit_db_session(db: DBConnect) -> None:
@@ -95,7 +96,7 @@ async def close_db_session(db: DBConnect) -> None:
 
 
 @asynccontextmanager
-async def new_non_ctx_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+async def new_non_ctx_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     """Open a session outside of any unit of work, and close it at the end of the block; nothing is committed for it.
 
     Raises:
@@ -112,7 +113,7 @@ async def new_non_ctx_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
 
 
 @asynccontextmanager
-async def new_non_ctx_atomic_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+async def new_non_ctx_atomic_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     """Open a session outside of any unit of work; commit it at the end of the block, or roll it back on an exception.
 
     Raises:

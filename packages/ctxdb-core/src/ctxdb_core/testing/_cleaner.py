@@ -9,9 +9,9 @@ from typing import Any, Self
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core.testing._driver import check_driver, driver_of, follow_backends
 from ctxdb_core.testing._errors import CleanUpError
-from ctxdb_core.testing._marks import sqlite_file
 from ctxdb_core.testing._postgres_tables import PostgresTables
 from ctxdb_core.testing._sqlite_tables import SQLiteTables
 from ctxdb_core.testing._tables import Tables

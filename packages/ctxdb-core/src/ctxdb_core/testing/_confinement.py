@@ -12,11 +12,12 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncConnection, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from ctxdb_core._databases.connect import SessionT
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core.testing._errors import SharedTransactionError
-from ctxdb_core.testing._marks import sqlite_file
 
 Bind: TypeAlias = Engine | Connection
 
@@ -29,7 +30,7 @@ _REDIRECT = "ctxdb.redirect"
 _confined_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 
 
-def confine(maker: async_sessionmaker[AsyncSession], redirect: Redirect) -> async_sessionmaker[AsyncSession]:
+def confine(maker: async_sessionmaker[SessionT], redirect: Redirect) -> async_sessionmaker[SessionT]:
     """Return a session maker like `maker`, for sessions that execute on what `redirect` returns, and nothing else."""
     confined = copy.copy(maker)
     sync_class = maker.kw.get("sync_session_class") or maker.class_.sync_session_class

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ctxdb_core._databases.connect import DBConnect, check_database
+from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._units import session_end
 from ctxdb_core._units.leak import LeakGuard
@@ -23,7 +23,7 @@ from ctxdb_core.testing._engines import is_autocommit
 
 
 @asynccontextmanager
-async def rollback_session(db: DBConnect) -> AsyncIterator[AsyncSession]:
+async def rollback_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     """Open a session whose transaction is rolled back at the end of the block, also if it was committed inside of it.
 
     Its commits release savepoints. Sessions of the application see nothing of it, unless they are put on the same
@@ -175,7 +175,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # 
 
 
 @asynccontextmanager
-async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> AsyncIterator[AsyncSession]:
+async def put_savepoint_session_in_ctx(db: DBConnect[SessionT], session: AsyncSession) -> AsyncIterator[SessionT]:
     """Give the test's unit of work a session on the connection of `session`, whose commits only release savepoints.
 
     To be used inside of `set_test_context`. The test sees by `session` what the application has written, and rolls all
@@ -204,7 +204,7 @@ async def put_savepoint_session_in_ctx(db: DBConnect, session: AsyncSession) -> 
     maker = confine(await db.session_maker(), onto(connection, "the test's session"))
     unit.savepoint_sessions[db] = partial(maker, bind=connection, join_transaction_mode="create_savepoint")
     try:
-        yield await unit.open_session(db)
+        yield cast("SessionT", await unit.open_session(db))
     finally:
         del unit.savepoint_sessions[db]
         if not unit.closed:

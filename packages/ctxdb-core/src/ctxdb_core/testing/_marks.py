@@ -6,9 +6,6 @@ import re
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import unquote
-
-from sqlalchemy import URL
 
 MARK = "ctxdb: test database"
 """A comment on a PostgreSQL database that begins so says that tests may empty its tables."""
@@ -30,16 +27,6 @@ _SQLITE_APPLICATION_ID = slice(68, 72)
 def names_a_test(name: str) -> bool:
     """Return whether "test" begins one of the words of a database's name."""
     return _TEST_WORD.search(name) is not None
-
-
-def sqlite_file(url: URL) -> Path | None:
-    """Return the file of a SQLite database; ``None`` for a database in memory."""
-    database = url.database or ""
-    if database.startswith("file:") and "uri" in url.query:
-        # SQLite, "URI Filenames": two slashes introduce an authority, which is empty or "localhost".
-        path = re.sub(r"^//(?:localhost)?(?=/)", "", unquote(database.removeprefix("file:")))
-        return None if path in ("", ":memory:") or url.query.get("mode") == "memory" else Path(path)
-    return None if database in ("", ":memory:") else Path(database)
 
 
 def is_sqlite_made_by_tests(file: Path) -> bool:

@@ -6,18 +6,19 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from ctxdb_core._databases.connect import DBConnect, HostEngines, Replacement, check_database
+from ctxdb_core._databases.connect import DBConnect, HostEngines, Replacement, SessionT, check_database
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._units import session_end
 from ctxdb_core.testing._confinement import check_same_database, confine
 from ctxdb_core.testing._engines import SHARED_DRIVER, create_shared_engine
 from ctxdb_core.testing._errors import SharedTransactionError
-from ctxdb_core.testing._marks import sqlite_file
 from ctxdb_core.testing._shared_connection import SharedConnection
 from ctxdb_core.testing._thread import LoopThread
 
@@ -195,8 +196,8 @@ async def _original_engine(db: DBConnect) -> AsyncEngine:
 
 @asynccontextmanager
 async def shared_transaction(
-    db: DBConnect, *others: DBConnect, timeout: float = WAIT_SECONDS
-) -> AsyncIterator[AsyncSession]:
+    db: DBConnect[SessionT], *others: DBConnect, timeout: float = WAIT_SECONDS
+) -> AsyncIterator[SessionT]:
     """Let the block and the application that it tests share one connection, and roll everything back at its end.
 
     Nothing of the application has to know. All that it gets from `db` is part of the connection's one transaction:
@@ -224,7 +225,7 @@ async def shared_transaction(
     with LoopThread() as thread:
         shared = SharedTransaction(thread, (db, *others), timeout)
         async with on_shared_transaction(shared, thread) as session:
-            yield session
+            yield cast("SessionT", session)
 
 
 @asynccontextmanager

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core.testing import _tables
 from ctxdb_core.testing._driver import Driver
 from ctxdb_core.testing._errors import CleanUpError
-from ctxdb_core.testing._marks import is_sqlite_of_tests, sqlite_file
+from ctxdb_core.testing._marks import is_sqlite_of_tests
 from ctxdb_core.testing._tables import Tables, refuse_busy, refuse_unmarked
 
 _TABLES = (

@@ -12,11 +12,12 @@ from pathlib import Path
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core.errors import ArgumentValueError
 from ctxdb_core.testing._driver import check_driver
 from ctxdb_core.testing._errors import WrongDatabaseError
-from ctxdb_core.testing._marks import MARK_OF_MADE, SQLITE_MARK, is_sqlite_made_by_tests, sqlite_file
+from ctxdb_core.testing._marks import MARK_OF_MADE, SQLITE_MARK, is_sqlite_made_by_tests
 
 _NAME_BYTES = 63
 """PostgreSQL truncates what is longer (PostgreSQL, "Identifiers and Key Words"), to one name for several."""

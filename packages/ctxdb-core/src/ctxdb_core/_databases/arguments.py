@@ -1,0 +1,200 @@
+"""What is passed to a `DBConnect`: wrong arguments are told where they are passed, with the right call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = [
+    "article",
+    "check_async_engine",
+    "check_asyncio_driver",
+    "check_engine_options",
+    "check_session_maker_creator",
+    "check_url",
+    "explain_missing_call",
+    "parameters_of",
+    "type_of",
+    "why_no_engine_creator",
+]
+
+_MAKER_EXAMPLE = (
+    "session_maker_creator=lambda engine: async_sessionmaker(engine, class_=YourSession, expire_on_commit=False)"
+)
+
+_SESSION_OPTIONS = (
+    inspect.signature(AsyncSession).parameters.keys()
+    | inspect.signature(Session).parameters.keys()
+    | inspect.signature(async_sessionmaker).parameters.keys()
+)
+"""What makes a session what it is, and is nothing to an engine."""
+
+
+def article(name: str) -> str:
+    """Return `name` with the indefinite article that it is read with."""
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def type_of(value: object) -> str:
+    """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
+    return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
+
+
+def why_no_engine_creator(creator: object) -> str | None:
+    """Return what is wrong with `creator` as a function that makes engines; ``None`` if nothing is."""
+    if inspect.iscoroutinefunction(creator):
+        return "an async function is given, and it is called without `await`: make it a plain one"
+    if isinstance(creator, type) or not callable(creator):
+        return f"{type_of(creator)} is given"
+    count = parameters_of(creator)
+    if count is not None and count > 1:
+        return f"a function is given that needs {count} arguments, and it gets the host alone"
+    return None
+
+
+def parameters_of(function: Callable[..., Any]) -> int | None:
+    """Return how many positional arguments `function` has to be given: 0, 1, more; ``None`` where that is not known.
+
+    One that could take an argument, and need not, counts as 1.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Some functions that are written in C have none.
+        return None
+    for count in (1, 0, 2, 3):
+        try:
+            signature.bind(*[None] * count)
+        except TypeError:
+            continue
+        return count
+    return None
+
+
+def check_session_maker_creator(creator: object) -> None:
+    """Raise the error that says what to pass if `creator` is no function that makes a session maker for an engine."""
+    if isinstance(creator, async_sessionmaker):
+        hint = "a session maker is given, which is bound to one engine or none: pass a function that makes it"
+    elif isinstance(creator, type):
+        hint = f"the class {creator.__name__} is given: pass a function that makes a session maker of it"
+    elif inspect.iscoroutinefunction(creator):
+        hint = "an async function is given, and it is called without `await`: make it a plain one"
+    elif not callable(creator):
+        hint = f"{type_of(creator)} is given"
+    elif parameters_of(creator) == 0:
+        hint = "a function is given that takes no engine"
+    else:
+        return
+    raise ArgumentTypeError(
+        f"session_maker_creator takes a function of the engine that returns its session maker; {hint}. For instance: "
+        f"`{_MAKER_EXAMPLE}`."
+    )
+
+
+def check_engine_options(options: Mapping[str, Any]) -> None:
+    """Raise the error that says where to put them if some of the options of an engine are a session's."""
+    if "host" in options or "port" in options:
+        raise ArgumentTypeError("from_url() takes host and port as parts of the URL alone.")
+    if misplaced := sorted(_SESSION_OPTIONS & options.keys()):
+        raise ArgumentTypeError(
+            f"from_url() passes its options on to `create_async_engine`, and {_enumerate(misplaced)} "
+            f"{'is an option' if len(misplaced) == 1 else 'are options'} of sessions: give it to the session maker, by "
+            f"`DBConnect.from_url(url, {_MAKER_EXAMPLE})`. Without one, sessions are made with "
+            "expire_on_commit=False already."
+        )
+
+
+def _enumerate(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def check_url(url: object) -> URL:
+    """Return `url` parsed; raise the error that says what to pass if it is the URL of no database for asyncio."""
+    if isinstance(url, AsyncEngine):
+        raise ArgumentTypeError("from_url() is given an engine: there is `DBConnect.from_engine(engine)` for that.")
+    if not isinstance(url, str | URL):
+        hint = ": `DBConnect(engine_creator)` takes a function" if callable(url) else ""
+        raise ArgumentTypeError(f"from_url() takes a URL, and {type_of(url)} is given{hint}.")
+    parsed = make_url(url)
+    check_asyncio_driver(parsed)
+    return parsed
+
+
+def check_asyncio_driver(url: URL) -> None:
+    """Raise the error that says what to write if the driver in `url` is none for asyncio."""
+    dialect = url.get_dialect()
+    if not dialect.get_async_dialect_cls(url).is_async:
+        backend = url.get_backend_name()
+        raise ArgumentValueError(
+            f"The driver of a {url.drivername!r} URL is not for asyncio: write "
+            f"{_ASYNCIO_DRIVERS.get(backend, 'one that is')!r}, for instance."
+        )
+
+
+_ASYNCIO_DRIVERS = {
+    "postgresql": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+
+
+def check_async_engine(engine: object) -> AsyncEngine:
+    """Return `engine`, or raise the error that says what to pass instead."""
+    if isinstance(engine, AsyncEngine):
+        return engine
+    if isinstance(engine, Engine):
+        hint = "a synchronous Engine is given: make it by `sqlalchemy.ext.asyncio.create_async_engine`"
+    elif isinstance(engine, str | URL):
+        hint = "a URL is given: there is `DBConnect.from_url(url)` for that"
+    elif isinstance(engine, async_sessionmaker):
+        hint = "a session maker is given: pass its engine, and how it makes sessions as `session_maker_creator=`"
+    elif callable(engine) and not isinstance(engine, type):
+        hint = "a function is given: `DBConnect(engine_creator)` takes one that creates engines"
+    else:
+        hint = f"{type_of(engine)} is given"
+    raise ArgumentTypeError(f"from_engine() takes an AsyncEngine; {hint}.")
+
+
+def looks_like_url(value: object) -> bool:
+    """Return whether `value` is a database's URL."""
+    if isinstance(value, URL):
+        return True
+    try:
+        return isinstance(value, str) and bool(make_url(value))
+    except (ArgumentError, ValueError):
+        return False
+
+
+def explain_missing_call(method: Any, result: type, call: str) -> None:
+    """Have the methods of `result` say what is missing when they are called on `method` itself.
+
+    ``db.engine.begin()`` is written for ``(await db.engine()).begin()``. A bound method has the attributes of its
+    function, and nothing else looks there.
+
+    Args:
+        method: a function that returns a `result`, once it is awaited.
+        result: the class.
+        call: how it is got.
+    """
+
+    def explaining(name: str) -> Callable[..., Any]:
+        def explain(*args: object, **kwargs: object) -> None:
+            raise ArgumentTypeError(
+                f"`db.{method.__name__}` is a method that is to be called and awaited, and `{name}` is asked of the "
+                f"method itself: write `{call}`, then `{call.partition(' ')[0]}.{name}(...)`."
+            )
+
+        return explain
+
+    for name, member in inspect.getmembers(result):
+        if not name.startswith("_") and callable(member):
+            setattr(method, name, explaining(name))
