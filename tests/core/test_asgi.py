@@ -162,7 +162,7 @@ async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(scope["ctxdb.unit_of_work"])
         assert vars(UnitOfWork()).keys() <= vars(units[0]).keys()
-        assert units[0].thread == UnitOfWork().thread
+        assert units[0].loop is UnitOfWork().loop
 
     units: list[UnitOfWork] = []
     await Connection(kind).run(ASGIHTTPDBSessionMiddleware(app))
