@@ -230,6 +230,8 @@ async def test_a_mount_in_a_router_that_fastapi_includes_is_entered(
     router.mount("/inner", of_the_application(FastAPI, streaming(db)))
     app = FastAPI()
     app.include_router(router, prefix="/router")
+    if not any(hasattr(route, "original_router") for route in app.router.routes):
+        pytest.skip("This version of FastAPI leaves out what is mounted in a router that it includes.")
     app.add_middleware(DBSessionMiddleware)
     response = await (await ask(app)).get("/router/inner/")
     assert (response.status_code, response.text) == (404, "body")
