@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.connect import DBConnect, default_session_maker
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.guards import begin_before_savepoints, stop_cancelled_queries, trust_no_failed_transaction
+from ctxdb_core._sqlalchemy.guards import guard
 from ctxdb_core._sqlalchemy.sessions import SessionFactory
 
 __all__ = ["BorrowedEngine"]
@@ -26,9 +26,7 @@ class BorrowedEngine(DBConnect):
         self._engine = engine
         self._session_maker = default_session_maker(engine)
         self._new_session_of_engine = SessionFactory(self._session_maker)
-        stop_cancelled_queries(engine)
-        trust_no_failed_transaction(engine)
-        begin_before_savepoints(engine)
+        guard(engine)
 
     @staticmethod
     def of(engine: AsyncEngine) -> BorrowedEngine:
