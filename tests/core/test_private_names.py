@@ -146,7 +146,8 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
 
     engine = create_async_engine(database.url)
     async with engine.connect() as first, engine.connect() as second:
-        adapter, other = [(await each.get_raw_connection()).dbapi_connection for each in (first, second)]
+        adapter: Any = (await first.get_raw_connection()).dbapi_connection
+        other: Any = (await second.get_raw_connection()).dbapi_connection
         adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
         connections = adapter.driver_connection, other.driver_connection
         private.swap_driver_connections(adapter, other)

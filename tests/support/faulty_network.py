@@ -59,6 +59,8 @@ class FaultyNetwork:
         connections: how many connections there have been.
         cancel_requests: how many requests to cancel a query.
         delay: how many seconds each message of the server takes.
+        lets_in: whether new connections are accepted; else they are closed at once.
+        on_statement: called with the text of each statement that the client sends.
         failed: whether the fault has happened.
     """
 
@@ -67,7 +69,9 @@ class FaultyNetwork:
         self.connections = 0
         self.cancel_requests = 0
         self.delay = 0.0
+        self.on_statement: Callable[[str], object] = lambda statement: None
         self.failed = asyncio.Event()
+        self.lets_in = True
         self._fault: tuple[Point, Fault] | None = None
         self._is_dark = False
         self._links: set[_Link] = set()
@@ -113,6 +117,8 @@ class FaultyNetwork:
         self._tasks.add(task)
         link: _Link | None = None
         try:
+            if not self.lets_in:
+                return
             startup, code = await _read_startup(reader, writer)
             if code == _CANCEL_REQUEST:
                 self.cancel_requests += 1
@@ -155,7 +161,7 @@ class _Link:
 
     async def run(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         self._relays = [
-            asyncio.create_task(self._relay_client(reached)),
+            asyncio.create_task(self._relay_client(network, reached)),
             asyncio.create_task(self._relay_server(network, reached)),
         ]
         try:
@@ -185,19 +191,21 @@ class _Link:
         elif fault is Fault.HALF_CLOSE:
             self.client_writer.write_eof()
 
-    async def _relay_client(self, reached: Callable[[Point, _Link], bool]) -> None:
+    async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         while not self.is_broken():
             message = await _read_message(self.client_reader)
-            point = self._point_of(message)
+            point = self._point_of(message, network)
             if self.is_broken() or (point is not None and reached(point, self)):
                 return
             self.server_writer.write(message)
 
-    def _point_of(self, message: bytes) -> Point | None:
+    def _point_of(self, message: bytes, network: FaultyNetwork) -> Point | None:
         if message[:1] not in (b"Q", b"P"):
             return None
         # A query's text, or a statement's name and its text.
-        text = message[5:].split(b"\0", 2)[1 if message[:1] == b"P" else 0].strip().upper()
+        text = message[5:].split(b"\0", 2)[1 if message[:1] == b"P" else 0].strip()
+        network.on_statement(text.decode())
+        text = text.upper()
         if text.startswith(b"BEGIN"):
             self._is_in_transaction = True
             return Point.BEGIN

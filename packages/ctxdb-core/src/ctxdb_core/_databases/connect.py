@@ -17,6 +17,7 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.url import host_of, without_secrets
+from ctxdb_core._sqlalchemy.lost_commits import note_readers
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
@@ -132,6 +133,9 @@ class DBConnect:
             `change_host`.
         warn_connection_held_after: log a warning, with the place in the code, when a session holds a connection for
             longer than so many seconds.
+        resolve_commits: where the connection is lost while COMMIT is under way, ask PostgreSQL (13 or newer) on a new
+            connection what became of the transaction: the commit succeeds or fails by that, instead of raising
+            `CommitOutcomeUnknownError`. It costs one round trip before each COMMIT of a transaction that has written.
 
     Raises:
         HostNotSetError: `host` is empty (a ``ValueError``, too).
@@ -146,6 +150,7 @@ class DBConnect:
         before_create_session_handler: Callable[[DBConnect], Awaitable[object]] | None = None,
         *,
         warn_connection_held_after: float | None = None,
+        resolve_commits: bool = False,
     ) -> None:
         if host is not None:
             _check_host(host)
@@ -164,6 +169,7 @@ class DBConnect:
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
         self._engine_listeners: tuple[EngineListener, ...] = ()
         self._read_only = False
+        self._resolve_commits = resolve_commits
         self._keeps_host = False
         self._replacements: list[Replacement] = []
         self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
@@ -176,6 +182,7 @@ class DBConnect:
         *,
         read_only: bool = False,
         warn_connection_held_after: float | None = None,
+        resolve_commits: bool = False,
         **engine_options: Any,
     ) -> Self:
         """Return a `DBConnect` for the one host that `url` names.
@@ -184,6 +191,7 @@ class DBConnect:
             url: the database's URL, with an asyncio driver.
             read_only: every query on PostgreSQL is one round trip (autocommit), and the server refuses writes.
             warn_connection_held_after: as for the class.
+            resolve_commits: as for the class.
             **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
@@ -196,7 +204,12 @@ class DBConnect:
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
 
-        db = cls(engine_creator, host=host_of(parsed), warn_connection_held_after=warn_connection_held_after)
+        db = cls(
+            engine_creator,
+            host=host_of(parsed),
+            warn_connection_held_after=warn_connection_held_after,
+            resolve_commits=resolve_commits,
+        )
         db._read_only = read_only
         return db
 
@@ -300,6 +313,8 @@ class DBConnect:
         """Tell listeners of what happens in `session`, whoever has made it."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
+        if self._resolve_commits:
+            note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.
@@ -448,7 +463,9 @@ class DBConnect:
         self._keeps_host = state.keeps_host
 
     def _make_engine(self, host: str) -> LoopEngine:
-        engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
+        engine = LoopEngine(
+            host, self._engine_creator, self._session_maker_creator, resolve_commits=self._resolve_commits
+        )
         for listener in self._engine_listeners:
             listener(host, engine.engine)
         return engine

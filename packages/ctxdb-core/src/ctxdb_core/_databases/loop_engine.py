@@ -14,6 +14,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
 from ctxdb_core._sqlalchemy.guards import guard
+from ctxdb_core._sqlalchemy.lost_commits import resolve_lost_commits
 from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
@@ -67,7 +68,14 @@ class LoopEngine:
     disposed of when it is retired, and at the latest when its loop shuts down.
     """
 
-    def __init__(self, host: str, engine_creator: EngineCreator, session_maker_creator: SessionMakerCreator) -> None:
+    def __init__(
+        self,
+        host: str,
+        engine_creator: EngineCreator,
+        session_maker_creator: SessionMakerCreator,
+        *,
+        resolve_commits: bool = False,
+    ) -> None:
         self.host = host
         self.loop = asyncio.get_running_loop()
         engine = engine_creator(host)
@@ -84,6 +92,8 @@ class LoopEngine:
             _drains[engine.sync_engine].active = False
         connect_without_hidden_variables(engine)
         guard(engine)
+        if resolve_commits:
+            resolve_lost_commits(engine)
         for other in list(_live):
             if other.loop.is_closed():
                 _live.discard(other)
