@@ -191,7 +191,8 @@ def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseExcepti
     dbapi = engine.dialect.loaded_dbapi
     if not isinstance(exc, dbapi.Error):
         return not isinstance(exc, Exception) or isinstance(exc, OSError | TimeoutError)
-    if isinstance(exc, dbapi.InterfaceError) or str(exc) == "the connection is closed":
+    # The module of aiosqlite has no such class.
+    if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
     sqlstate = getattr(exc, "sqlstate", None)
