@@ -119,7 +119,7 @@ def test_the_pool_that_a_connection_goes_back_to_is_known(session: Session) -> N
     assert private.pool_of(connection.connection, other) is connection.engine.pool
 
 
-@pytest.mark.parametrize("name", ["connect", "do_terminate", "raw_connection"])
+@pytest.mark.parametrize("name", ["connect", "do_commit", "do_terminate", "raw_connection"])
 async def test_a_replaced_method_is_the_one_that_sqlalchemy_calls(database: Database, name: str) -> None:
     calls: list[str] = []
 
@@ -130,14 +130,42 @@ async def test_a_replaced_method_is_the_one_that_sqlalchemy_calls(database: Data
     engine = create_async_engine(database.url)
     if name == "connect":
         private.replace_connect(engine.dialect, noting)
+    elif name == "do_commit":
+        private.replace_commit(engine.dialect, noting)
     elif name == "do_terminate":
         private.replace_terminate(engine.dialect, noting)
     else:
         private.replace_raw_connection(engine.sync_engine, noting)
     async with engine.connect() as connection:
+        if name == "do_commit":
+            # The first connection of an engine is asked for the server's version, in a transaction of its own.
+            calls.clear()
+            await connection.begin()
+            await connection.commit()
         await connection.invalidate()
     await engine.dispose()
     assert calls == [name]
+
+
+async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_connections(database: Database) -> None:
+    begun: list[Any] = []
+
+    async def begin(adapter: Any, start: Any) -> None:
+        begun.append(adapter)
+        await start()
+
+    engine = create_async_engine(database.url)
+    async with engine.connect() as first, engine.connect() as second:
+        adapter: Any = (await first.get_raw_connection()).dbapi_connection
+        other: Any = (await second.get_raw_connection()).dbapi_connection
+        adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
+        connections = adapter.driver_connection, other.driver_connection
+        private.swap_driver_connections(adapter, other)
+        assert (other.driver_connection, adapter.driver_connection) == connections
+        pid = adapter.driver_connection.get_server_pid()
+        assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
+        assert begun == [adapter]
+    await engine.dispose()
 
 
 # --- the classes of sessions ------------------------------------------------------------------------------------------

@@ -1203,7 +1203,7 @@ async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ctxdb_core._units.session_end.ROLL_BACK_SECONDS", 0.05)
-    monkeypatch.setattr("ctxdb_core._sqlalchemy.guards.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("ctxdb_core._sqlalchemy.cancelled_queries.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
     frozen: list[int] = []
 
     async def unit() -> None:
@@ -1226,7 +1226,7 @@ async def test_a_commit_on_a_server_that_does_not_answer_ends_once_it_is_cancell
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ctxdb_core._shield.GRACE_SECONDS", 0.05)
-    monkeypatch.setattr("ctxdb_core._sqlalchemy.guards.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("ctxdb_core._sqlalchemy.cancelled_queries.STOP_QUERY_TIMEOUT_SECONDS", 0.05)
     frozen: list[int] = []
 
     async def unit() -> None:

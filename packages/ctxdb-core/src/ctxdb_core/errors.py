@@ -13,6 +13,7 @@ CtxDBError
 ├── TransactionRequiredError     a transaction was needed, and there is none
 ├── UnexpectedRollbackError      a commit was asked for after an exception had left a block of the same transaction
 ├── OpenCursorError              a transaction was to end, or has ended, under a result that is still read
+├── CommitOutcomeUnknownError    a connection was lost while COMMIT was under way: the work may be stored, or not
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
 ├── AbandonedWorkError           a middleware gave up on a handler whose work was in one transaction with its own
 ├── MissingExtraError            a function needs a library that is installed with an extra
@@ -24,6 +25,7 @@ CtxDBError
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from sqlalchemy.exc import InvalidRequestError
 
@@ -31,6 +33,7 @@ __all__ = [
     "AbandonedWorkError",
     "ArgumentTypeError",
     "ArgumentValueError",
+    "CommitOutcomeUnknownError",
     "ContextClosedError",
     "ContextNotInitiatedError",
     "CtxDBError",
@@ -202,6 +205,28 @@ class DeadlineExceededError(CtxDBError, TimeoutError):
     A statement that the deadline stops while it runs raises the database's own error (SQLSTATE 57014 on PostgreSQL).
     The way out: let the error propagate, so that the unit of work is rolled back, or give it more time.
     """
+
+
+class CommitOutcomeUnknownError(CtxDBError):
+    """A connection was lost while COMMIT was under way: the work may be stored, or not.
+
+    It is the only error of a commit after which the work may be stored: after any other, it is not. Callbacks of
+    ``on_commit`` and of ``on_rollback`` are called neither. The driver's error is the ``__cause__``. The way out: look
+    whether the work is there before it is done again, make it repeatable, or have PostgreSQL asked by
+    ``DBConnect(..., resolve_commits=True)``.
+
+    Attributes:
+        databases: the databases on which that happened, as ``host/name``.
+        transaction_ids: the identifiers of their transactions, by the names in `databases`, as far as these are known:
+            ``pg_xact_status`` tells what became of them (PostgreSQL 13 and newer, on the same server).
+    """
+
+    def __init__(
+        self, message: str, databases: tuple[str, ...] = (), transaction_ids: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.databases = databases
+        self.transaction_ids = dict(transaction_ids or {})
 
 
 class TransactionAbortedError(CtxDBError, InvalidRequestError):

@@ -10,6 +10,7 @@ CtxDBError
     ├── ConnectionLostError      a connection to a host broke before its transaction was committed
     ├── MasterChangedError       a commit returned from a host that is not the master any more
     ├── CommitUnconfirmedError   nobody can tell what became of a commit, or whether its host is the master
+    │                            (a ``CommitOutcomeUnknownError`` of ctxdb-core, too)
     ├── MiddlewareOrderError     `ReadYourWrites` was put inside of the unit of work
     ├── StaleReaderError         a reader's transaction cannot see what the same code has committed on the master
     └── SidecarError             the sidecar could not be asked, and no answer of before is recent enough
@@ -17,7 +18,7 @@ CtxDBError
 
 from __future__ import annotations
 
-from ctxdb_core import CtxDBError
+from ctxdb_core import CommitOutcomeUnknownError, CtxDBError
 
 __all__ = [
     "CommitUnconfirmedError",
@@ -126,7 +127,7 @@ class MasterChangedError(PgStatusError):
     """
 
 
-class CommitUnconfirmedError(PgStatusError):
+class CommitUnconfirmedError(PgStatusError, CommitOutcomeUnknownError):
     """Nobody can tell what became of a commit, or whether its host is the master.
 
     Raised from the commit where the connection broke while COMMIT was under way; and where COMMIT has returned while
@@ -139,7 +140,7 @@ class CommitUnconfirmedError(PgStatusError):
     """
 
     def __init__(self, message: str, host: str) -> None:
-        super().__init__(message)
+        super().__init__(message, (host,))
         self.host = host
 
 

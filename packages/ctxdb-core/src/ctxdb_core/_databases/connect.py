@@ -31,6 +31,7 @@ from ctxdb_core._databases.lazy import LazySessionMaker
 from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.url import host_of, without_secrets
+from ctxdb_core._sqlalchemy.lost_commits import note_readers
 from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
@@ -167,6 +168,9 @@ class DBConnect(Generic[SessionT_co]):
             `change_host`.
         warn_connection_held_after: log a warning, with the place in the code, when a session holds a connection for
             longer than so many seconds.
+        resolve_commits: where the connection is lost while COMMIT is under way, ask PostgreSQL (13 or newer) on a new
+            connection what became of the transaction: the commit succeeds or fails by that, instead of raising
+            `CommitOutcomeUnknownError`. It costs one round trip before each COMMIT of a transaction that has written.
 
     Raises:
         ArgumentTypeError: `engine_creator` or `session_maker_creator` is no function that could be called so; the
@@ -185,6 +189,7 @@ class DBConnect(Generic[SessionT_co]):
         before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[object]] | None = None,
         *,
         warn_connection_held_after: float | None = None,
+        resolve_commits: bool = False,
     ) -> None:
         _check_engine_creator(engine_creator)
         check_session_maker_creator(session_maker_creator)
@@ -205,6 +210,7 @@ class DBConnect(Generic[SessionT_co]):
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
         self._engine_listeners: tuple[EngineListener, ...] = ()
         self._read_only = False
+        self._resolve_commits = resolve_commits
         self._keeps_host = False
         self._replacements: list[Replacement] = []
         self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
@@ -218,6 +224,7 @@ class DBConnect(Generic[SessionT_co]):
         read_only: bool = False,
         session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = _DEFAULT_SESSION_MAKER_CREATOR,
         warn_connection_held_after: float | None = None,
+        resolve_commits: bool = False,
         **engine_options: Any,
     ) -> DBConnect[SessionT]:
         """Return a `DBConnect` for the one host that `url` names.
@@ -229,6 +236,7 @@ class DBConnect(Generic[SessionT_co]):
             read_only: every query on PostgreSQL is one round trip (autocommit), and the server refuses writes.
             session_maker_creator: as for the class.
             warn_connection_held_after: as for the class.
+            resolve_commits: as for the class.
             **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
@@ -253,6 +261,7 @@ class DBConnect(Generic[SessionT_co]):
             session_maker_creator,
             host=host_of(parsed),
             warn_connection_held_after=warn_connection_held_after,
+            resolve_commits=resolve_commits,
         )
         db._read_only = read_only
         return db
@@ -454,6 +463,8 @@ class DBConnect(Generic[SessionT_co]):
         """Tell listeners of what happens in `session`, whoever has made it."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
+        if self._resolve_commits:
+            note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.
@@ -613,7 +624,9 @@ class DBConnect(Generic[SessionT_co]):
         in_memory = next((other for other in others.values() if other.lifetime is Lifetime.UNTIL_RETIRED), None)
         if in_memory is not None:
             return LoopEngine(host, self._engine_creator, self._session_maker_creator, in_memory.engine)
-        engine = LoopEngine(host, self._engine_creator, self._session_maker_creator)
+        engine = LoopEngine(
+            host, self._engine_creator, self._session_maker_creator, resolve_commits=self._resolve_commits
+        )
         for listener in self._engine_listeners:
             listener(host, engine.engine)
         return engine

@@ -16,13 +16,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
-from ctxdb_core._sqlalchemy.cursors import follow_cursors
-from ctxdb_core._sqlalchemy.guards import (
-    begin_before_savepoints,
-    keep_cancellation_at_pool,
-    stop_cancelled_queries,
-    trust_no_failed_transaction,
-)
+from ctxdb_core._sqlalchemy.guards import guard
+from ctxdb_core._sqlalchemy.lost_commits import resolve_lost_commits
 from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
@@ -102,6 +97,8 @@ class LoopEngine:
         engine_creator: EngineCreator,
         session_maker_creator: SessionMakerCreator,
         existing: AsyncEngine | None = None,
+        *,
+        resolve_commits: bool = False,
     ) -> None:
         self.host = host
         self.loop = asyncio.get_running_loop()
@@ -119,11 +116,9 @@ class LoopEngine:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False
         connect_without_hidden_variables(engine)
-        stop_cancelled_queries(engine)
-        keep_cancellation_at_pool(engine)
-        trust_no_failed_transaction(engine)
-        begin_before_savepoints(engine)
-        follow_cursors(engine)
+        guard(engine)
+        if resolve_commits:
+            resolve_lost_commits(engine)
         self._retirement: asyncio.Task[None] | None = None
         if self.lifetime is Lifetime.UNTIL_RETIRED:
             _terminate_with(engine.sync_engine)

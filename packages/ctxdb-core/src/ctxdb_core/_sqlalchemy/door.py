@@ -59,6 +59,7 @@ class Door:
         "_refuse",
         "_waiting",
         "check",
+        "commit_is_unknown",
         "observer",
     )
 
@@ -67,6 +68,8 @@ class Door:
         """Told of each statement before a connection is taken for it, in the task that makes it."""
         self.check: Callable[[], None] | None = None
         """Called before each statement; it may refuse the statement by an error."""
+        self.commit_is_unknown = False
+        """Whether nobody knows what became of the last commit of the session, as its answer was lost."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
         self._refuse: Refuse | None = None

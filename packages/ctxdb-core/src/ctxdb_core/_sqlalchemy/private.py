@@ -6,7 +6,8 @@ version has changed one of them; it is run on the lowest version that is support
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine
@@ -19,6 +20,7 @@ from sqlalchemy.util import await_only
 __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
+    "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
     "commit_values",
@@ -31,10 +33,12 @@ __all__ = [
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
     "pool_of",
+    "replace_commit",
     "replace_connect",
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
+    "swap_driver_connections",
     "take_back_asyncpg_connection",
 ]
 
@@ -136,6 +140,36 @@ def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], A
     There is no event before a connection is waited for.
     """
     _replace(engine, "raw_connection", take)
+
+
+def replace_commit(dialect: Dialect, commit: Callable[..., None]) -> None:
+    """Have `commit` called in the place of ``Dialect.do_commit``, with that and a connection; once for a dialect.
+
+    There is an event before a commit, and none that would see its error whatever the error is.
+    """
+    _replace(dialect, "do_commit", commit)
+
+
+def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
+    """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
+
+    `begin` is given the adapter, and what sends BEGIN. An adapter may be made one of the class by ``__class__``.
+    """
+    adapter: Any = cls
+    start = adapter._start_transaction  # noqa: SLF001 - see the module
+
+    def start_transaction(self: Any) -> Any:
+        return begin(self, partial(start, self))
+
+    return type(cls.__name__, (cls,), {"__slots__": (), "_start_transaction": start_transaction})
+
+
+def swap_driver_connections(adapter: Any, other: Any) -> None:
+    """Let two of SQLAlchemy's adapters of asyncpg, neither of which is in a transaction, change their connections."""
+    for name in ("_connection", "_prepared_statement_cache", "_invalidate_schema_cache_asof"):
+        mine, others = getattr(adapter, name), getattr(other, name)
+        setattr(adapter, name, others)
+        setattr(other, name, mine)
 
 
 def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:

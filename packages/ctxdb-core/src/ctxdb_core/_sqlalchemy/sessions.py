@@ -30,6 +30,7 @@ from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
 from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core.errors import CommitOutcomeUnknownError
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
 
@@ -52,6 +53,8 @@ class GuardedSession(Session):
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
+    deadline: Callable[[], float | None] | None = None
+    """Returns when the session's work has to be done, on the event loop's clock; ``None`` where there is no limit."""
     on_end: Callable[[], None] | None = None
     """Called when the session was closed or invalidated."""
     translate_bind: Callable[[Engine | Connection], Engine | Connection] | None = None
@@ -171,7 +174,9 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
         await door.wait()
     try:
         return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
-    except BaseException:
+    except BaseException as exc:
+        if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
+            door.commit_is_unknown = True
         door.answer_interruption()
         raise
     finally:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
-from ctxdb_core._sqlalchemy.sessions import door_of
+from ctxdb_core._sqlalchemy.sessions import GuardedSession, door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError
@@ -93,6 +93,8 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
     if _LIMITED in sync_session.info:
         return
     sync_session.info[_LIMITED] = True
+    if isinstance(sync_session, GuardedSession):
+        sync_session.deadline = lambda: None if (timeout := current()) is None else timeout.deadline
 
     def check() -> None:
         if timeout := current():

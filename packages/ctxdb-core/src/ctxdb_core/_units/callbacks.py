@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.door import Door
 
 __all__ = ["Callback", "Callbacks", "OnCommit", "Outcome", "RunInUnit", "WaitingCallback"]
 
@@ -40,6 +41,8 @@ class Outcome(Enum):
 
     COMMITTED = auto()
     ROLLED_BACK = auto()
+    UNKNOWN = auto()
+    """The answer to COMMIT was lost: no callback waits for that."""
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ class Callbacks:
         def ended(session: Session, transaction: SessionTransaction) -> None:
             if transaction.parent is None:
                 # Nothing waits any more where it was committed.
-                self.settle([db], Outcome.ROLLED_BACK)
+                self.settle([db], Outcome.UNKNOWN if _take_lost_commit(session) else Outcome.ROLLED_BACK)
             elif transaction.nested:
                 self._roll_back_savepoint(db, transaction)
 
@@ -153,6 +156,15 @@ class Callbacks:
         waiting = self._waiting.get(db, [])
         self._due += [each for each in waiting if each.savepoint is savepoint and each.outcome is Outcome.ROLLED_BACK]
         waiting[:] = [each for each in waiting if each.savepoint is not savepoint]
+
+
+def _take_lost_commit(session: Session) -> bool:
+    """Return whether the answer to the last commit of `session` was lost, and forget that."""
+    door: Door | None = getattr(session, "door", None)
+    if door is None or not door.commit_is_unknown:
+        return False
+    door.commit_is_unknown = False
+    return True
 
 
 _WATCHED = "ctxdb.callbacks"

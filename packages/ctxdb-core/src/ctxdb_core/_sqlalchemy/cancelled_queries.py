@@ -1,0 +1,142 @@
+"""Stops on the server what a cancelled task was doing, and keeps cancellations that come at the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import Dialect, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
+
+from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
+
+logger = logging.getLogger("ctxdb")
+
+STOP_QUERY_TIMEOUT_SECONDS = 5.0
+
+
+def stop_cancelled_queries(engine: AsyncEngine) -> None:
+    """Make the database stop the query of a cancelled task, also when the task is cancelled again and again.
+
+    SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio
+    cancel scope interrupts that as well: the query runs on, or the driver's thread does.
+    """
+    driver = engine.dialect.driver
+    if driver == "asyncpg":
+        _see_termination_through(engine, _close_asyncpg)
+    elif driver == "aiosqlite":
+        _see_termination_through(engine, _close_aiosqlite)
+        event.listen(engine.sync_engine, "do_connect", _connect_aiosqlite)
+    elif driver.startswith("psycopg"):
+        event.listen(engine.sync_engine, "connect", _keep_cancel_key)
+        event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
+
+
+def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Let no cancellation interrupt ``Dialect.do_terminate``, by which SQLAlchemy gives up a connection."""
+
+    def terminate_to_completion(do_terminate: Callable[[Any], None], dbapi_connection: Any) -> None:
+        if not in_greenlet():
+            # Garbage collection: nothing can be waited for.
+            do_terminate(dbapi_connection)
+            return
+        handled = sys.exc_info()[1]
+        try:
+            await_only(run_to_completion(close(dbapi_connection.driver_connection)))
+        except asyncio.CancelledError:
+            # A cancellation that brought us here goes on, and is what the task gets to see.
+            if not isinstance(handled, asyncio.CancelledError):
+                raise
+        except Exception:  # noqa: BLE001 - a dead connection cannot be closed gracefully
+            do_terminate(dbapi_connection)
+
+    replace_terminate(engine.dialect, terminate_to_completion)
+
+
+async def _close_asyncpg(connection: Any) -> None:
+    # Stops a query that is running, and waits for a cancel request that is under way.
+    try:
+        async with asyncio.timeout(STOP_QUERY_TIMEOUT_SECONDS):
+            await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+    except Exception:  # noqa: BLE001 - the server does not answer, or is gone
+        connection.terminate()
+
+
+async def _close_aiosqlite(connection: Any) -> None:
+    await connection.interrupt()
+    await connection.close()
+
+
+def _connect_aiosqlite(
+    dialect: Dialect, record: ConnectionPoolEntry, arguments: list[Any], options: dict[str, Any]
+) -> Any:
+    # A file is opened in the driver's thread, and nobody would close it if the task that waits for it were cancelled.
+    opened: list[Any] = []
+
+    async def connect() -> None:
+        opened.append(await greenlet_spawn(dialect.connect, *arguments, **options))
+
+    try:
+        await_only(run_to_completion(connect()))
+    except asyncio.CancelledError:
+        for connection in opened:
+            dialect.do_terminate(connection)
+        raise
+    return opened[0]
+
+
+_CANCEL_KEY = "ctxdb.cancel_key"
+
+
+def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
+    # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
+    connection: Any = record.driver_connection
+    record.info[_CANCEL_KEY] = connection.pgconn.get_cancel()
+
+
+def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
+    connection: Any = record.driver_connection
+    if not isinstance(exception, asyncio.CancelledError):
+        return
+    key = record.info.get(_CANCEL_KEY)
+    if key is None and not connection.closed:
+        # A connection that is older than the guards.
+        key = connection.pgconn.get_cancel()
+    if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
+        request = asyncio.to_thread(key.cancel)
+        try:
+            await_only(run_to_completion(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS)))
+        except asyncio.CancelledError:
+            # The cancellation that brought us here goes on.
+            pass
+        except Exception:
+            logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+def keep_cancellation_at_pool(engine: AsyncEngine) -> None:
+    """Let a task be cancelled whose turn at the pool comes in the same moment.
+
+    SQLAlchemy 2.0 waits for it by `asyncio.wait_for`, which forgets the cancellation then on Python 3.11: a handler
+    whose client has left would go on, and wait for the rest of its request, with the connection.
+    """
+    if sys.version_info >= (3, 12) or not sqlalchemy.__version__.startswith("2.0."):
+        return
+    replace_raw_connection(engine.sync_engine, _take_connection_unless_cancelled)
+
+
+def _take_connection_unless_cancelled(take_connection: Callable[[], PoolProxiedConnection]) -> PoolProxiedConnection:
+    task = asyncio.current_task() if in_greenlet() else None
+    requests = task.cancelling() if task is not None else 0
+    connection = take_connection()
+    if task is not None and task.cancelling() > requests:
+        connection.close()
+        raise asyncio.CancelledError
+    return connection

@@ -1,0 +1,50 @@
+"""Keeps a transaction that has failed from being taken for a committed one."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ctxdb_core.errors import TransactionAbortedError
+
+__all__ = ["trust_no_failed_transaction"]
+
+
+def trust_no_failed_transaction(engine: AsyncEngine) -> None:
+    """Make what goes wrong in a transaction on PostgreSQL show when it ends, and stay out of the pool."""
+    if engine.dialect.name == "postgresql":
+        event.listen(engine.sync_engine, "handle_error", _handle_error)
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or context.is_disconnect:
+        return
+    if context.statement is None and getattr(context.original_exception, "sqlstate", None) is None:
+        # COMMIT or ROLLBACK was not refused by the server, it did not get there: another task is in the middle of a
+        # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
+    elif connection.in_transaction() and not event.contains(connection, "commit", _check_transaction):
+        # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
+        # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
+        # The listener is on this one connection of this one session: it goes when the transaction is over.
+        event.listen(connection, "commit", _check_transaction)
+
+
+def _check_transaction(connection: Connection) -> None:
+    # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
+    # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except DBAPIError as exc:
+        # SQLAlchemy takes a transaction for ended whose commit was refused by a listener: closing the session would
+        # give the connection back as it is.
+        connection.connection.rollback()
+        raise TransactionAbortedError(
+            "A statement of this transaction failed, and its error was not propagated: the transaction is aborted and "
+            "cannot be committed. Let the error propagate, or run a statement that may fail inside "
+            "`async with session.begin_nested():`."
+        ) from exc

@@ -1,0 +1,229 @@
+"""Tells a commit whose answer was lost from one that has failed, and asks PostgreSQL what became of it.
+
+Where the dialect sends COMMIT is the one place that each commit passes, whether a session makes it or a connection, and
+the one that knows whether COMMIT was under way when the connection was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from ctxdb_core._sqlalchemy.private import connections_of, replace_commit
+from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
+from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
+
+__all__ = ["RESOLVE_SECONDS", "call_lost_commits_unknown", "note_readers", "resolve_lost_commits"]
+
+RESOLVE_SECONDS = 10.0
+"""How long PostgreSQL is asked what became of a commit, where no deadline comes first."""
+
+_PAUSE_SECONDS = 0.05
+
+_LOST = "ctxdb.lost_commit"
+_ONLY_READS = "ctxdb.only_reads"
+_DEADLINE = "ctxdb.commit_deadline"
+
+# The identifier of the transaction, and the server's timeline: after a promotion that has lost the commit, the new
+# master gives the same identifier to another transaction. A standby, which has no position to write at, has assigned
+# no identifier either.
+_ASK_ID = (
+    "SELECT CAST(pg_current_xact_id_if_assigned() AS text), CASE WHEN pg_current_xact_id_if_assigned() IS NOT NULL "
+    "THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END"
+)
+_ASK_OUTCOME = (
+    "SELECT pg_xact_status(CAST(CAST({} AS text) AS xid8)), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+)
+
+
+class _Transaction(NamedTuple):
+    """What PostgreSQL knows a transaction by."""
+
+    id: int
+    timeline: str
+
+
+_commits: WeakKeyDictionary[Engine, _Commits] = WeakKeyDictionary()
+
+
+def call_lost_commits_unknown(engine: AsyncEngine) -> None:
+    """Have a commit on `engine` raise `CommitOutcomeUnknownError` where its answer was lost."""
+    _commits_of(engine)
+
+
+def resolve_lost_commits(engine: AsyncEngine) -> None:
+    """Have PostgreSQL asked what became of a commit whose answer was lost.
+
+    Raises:
+        ArgumentValueError: `engine` is for another database.
+    """
+    if engine.dialect.name != "postgresql":
+        raise ArgumentValueError(
+            f"resolve_commits=True asks PostgreSQL what became of a transaction, and this is {engine.dialect.name}."
+        )
+    _commits_of(engine).resolves = True
+
+
+def note_readers(session: Session) -> None:
+    """Let the commits of `session` tell whether its transaction has written: one that has not is not asked about."""
+    event.listen(session, "before_commit", _note_reader)
+
+
+def _note_reader(session: Any) -> None:
+    transaction = session.get_transaction()
+    if session.door is None or transaction is None:
+        # A session outside of any unit of work does not look at its statements.
+        return
+    has_written = session.has_written()
+    for connection in connections_of(transaction):
+        if not connection.invalidated and not connection.closed:
+            connection.info[_ONLY_READS] = not has_written
+            connection.info[_DEADLINE] = None if session.deadline is None else session.deadline()
+
+
+def _commits_of(engine: AsyncEngine) -> _Commits:
+    sync_engine = engine.sync_engine
+    commits = _commits.get(sync_engine)
+    if commits is None:
+        commits = _commits[sync_engine] = _Commits(sync_engine)
+    return commits
+
+
+class _Commits:
+    """The commits of one engine."""
+
+    resolves = False
+    """Whether PostgreSQL is asked what became of one whose answer was lost."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = ref(engine)
+        replace_commit(engine.dialect, self._commit)
+        event.listen(engine, "handle_error", _raise_unknown)
+
+    def _commit(self, do_commit: Callable[[Any], None], connection: PoolProxiedConnection) -> None:
+        transaction = self._identify(connection) if self.resolves else None
+        try:
+            do_commit(connection)
+        except BaseException as exc:
+            engine = self._engine()
+            assert engine is not None, "it has a connection in use"
+            if not _is_lost(engine, connection, exc):
+                raise
+            if transaction is not None and isinstance(exc, Exception):
+                has_committed = await_only(self._resolve(engine, transaction, connection.info.get(_DEADLINE)))
+                if has_committed:
+                    connection.invalidate(exc)
+                    return
+                if has_committed is False:
+                    raise
+            self._raise_unknown(engine, connection, exc, transaction)
+
+    @staticmethod
+    def _raise_unknown(
+        engine: Engine, connection: PoolProxiedConnection, exc: BaseException, transaction: _Transaction | None
+    ) -> None:
+        unknown = _unknown(engine, transaction, exc)
+        if not isinstance(exc, Exception):
+            # A cancellation goes on; who has limited the time of the call finds in it what that has interrupted.
+            raise exc from unknown
+        if isinstance(exc, engine.dialect.loaded_dbapi.Error):
+            # SQLAlchemy has listeners and the pool see the driver's error: see `_raise_unknown` of the module.
+            connection.info[_LOST] = unknown
+            raise exc
+        connection.invalidate(exc)
+        raise unknown from exc
+
+    def _identify(self, connection: PoolProxiedConnection) -> _Transaction | None:
+        if connection.info.pop(_ONLY_READS, False):
+            return None
+        cursor = connection.cursor()
+        cursor.execute(_ASK_ID)
+        row = cursor.fetchone()
+        cursor.close()
+        return None if row is None or row[0] is None else _Transaction(int(row[0]), row[1])
+
+    async def _resolve(self, engine: Engine, transaction: _Transaction, deadline: float | None) -> bool | None:
+        """Return whether `transaction` has been committed; ``None`` if that cannot be told."""
+        latest = asyncio.get_running_loop().time() + RESOLVE_SECONDS
+        # A pool of its own: the connections of the engine's may be as dead as the one of the commit.
+        pool = engine.pool.recreate()
+        try:
+            async with asyncio.timeout_at(latest if deadline is None else min(deadline, latest)):
+                while True:
+                    try:
+                        status, timeline = await greenlet_spawn(_ask_outcome, pool, transaction)
+                    except Exception:  # noqa: BLE001 - the server is not there yet, or not there any more
+                        status = "in progress"
+                    else:
+                        if timeline != transaction.timeline:
+                            return None
+                    if status != "in progress":
+                        return {"committed": True, "aborted": False}.get(status)
+                    await asyncio.sleep(_PAUSE_SECONDS)
+        except TimeoutError:
+            return None
+
+
+def _ask_outcome(pool: Pool, transaction: _Transaction) -> Any:
+    connection = pool.connect()
+    try:
+        cursor = connection.cursor()
+        cursor.execute(_ASK_OUTCOME.format(transaction.id))
+        row = cursor.fetchone()
+        cursor.close()
+        return row
+    finally:
+        connection.close()
+        pool.dispose()
+
+
+def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseException) -> bool:
+    """Return whether COMMIT had been sent, or may have been, when `exc` came in the place of its answer."""
+    dbapi = engine.dialect.loaded_dbapi
+    if not isinstance(exc, dbapi.Error):
+        return not isinstance(exc, Exception) or isinstance(exc, OSError | TimeoutError)
+    # The module of aiosqlite has no such class.
+    if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
+        # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
+        return False
+    sqlstate = getattr(exc, "sqlstate", None)
+    if sqlstate is not None and not is_connection_error(sqlstate):
+        # The server has answered: it has rolled back.
+        return False
+    return sqlstate is not None or engine.dialect.is_disconnect(exc, connection, None)
+
+
+def _unknown(engine: Engine, transaction: _Transaction | None, exc: BaseException) -> CommitOutcomeUnknownError:
+    url = engine.url
+    name = "/".join(filter(None, (url.host, url.database)))
+    told = "" if transaction is None else f", transaction {transaction.id}"
+    return CommitOutcomeUnknownError(
+        f"The connection to {name!r} was lost while COMMIT was under way{told} ({str(exc) or type(exc).__name__}): "
+        "the work may be stored, or not. Look whether it is there before it is done again; "
+        "`DBConnect(..., resolve_commits=True)` has PostgreSQL asked.",
+        (name,),
+        {} if transaction is None else {name: transaction.id},
+    )
+
+
+def _raise_unknown(context: ExceptionContext) -> BaseException | None:
+    """Have SQLAlchemy raise the error that `_Commits` has left, in the place of the driver's."""
+    connection = context.connection
+    if context.statement is not None or connection is None or connection.closed or connection.invalidated:
+        return None
+    unknown: CommitOutcomeUnknownError | None = connection.info.pop(_LOST, None)
+    if unknown is not None:
+        context.is_disconnect = True
+        # Each of the others is looked at when it is taken.
+        context.invalidate_pool_on_disconnect = False
+    # Returned, and not raised: a listener that comes later may know more of the host.
+    return unknown

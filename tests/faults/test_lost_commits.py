@@ -1,0 +1,254 @@
+"""A commit whose answer is lost: what is told of it, against what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
+from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.faulty_network import Fault, FaultyNetwork, Point
+
+from ctxdb_core import (
+    ArgumentValueError,
+    CommitOutcomeUnknownError,
+    DBConnect,
+    TransactionContext,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_atomic_session,
+    on_commit,
+    on_rollback,
+)
+
+FAULTS = [Fault.DROP, Fault.RESET, Fault.HALF_CLOSE]
+
+
+@pytest.fixture
+async def resolving(database: Database, far: DBConnect) -> AsyncIterator[DBConnect]:
+    """The database on the other side of the network, whose commits are resolved."""
+    async with DBConnect(lambda host: database.watch_new(), host="127.0.0.1", resolve_commits=True) as db:
+        yield db
+        await database.assert_quiet()
+
+
+async def _write(db: DBConnect, outcomes: list[str] | None = None) -> None:
+    async with new_db_ctx():
+        await insert(db, "a")
+        if outcomes is not None:
+            on_commit(db, lambda: outcomes.append("committed"))
+            on_rollback(db, lambda: outcomes.append("rolled back"))
+
+
+async def _assert_healthy(db: DBConnect) -> None:
+    async def use() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).scalar(text("SELECT 1"))
+
+    await asyncio.gather(*(use() for _ in range(6)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_lost_answer_to_commit_is_an_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    outcomes: list[str] = []
+    network.fail(Point.COMMITTED, fault)
+    with pytest.raises(CommitOutcomeUnknownError, match="COMMIT was under way") as raised:
+        await _write(far, outcomes)
+    assert raised.value.databases == (f"127.0.0.1/{database.name}",)
+    assert raised.value.transaction_ids == {}
+    assert raised.value.__cause__ is not None
+    assert outcomes == []
+    assert await database.names() == ["a"]
+    await _assert_healthy(far)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_commit_that_does_not_arrive_is_an_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    network.fail(Point.COMMIT, fault)
+    with pytest.raises(CommitOutcomeUnknownError):
+        await _write(far)
+    await eventually(lambda: not database.backends("state = 'idle in transaction'"), "the transaction is open")
+    assert await database.names() == []
+    await _assert_healthy(far)
+
+
+@pytest.mark.parametrize("point", [Point.STATEMENT, Point.ANSWER])
+async def test_a_connection_that_is_lost_before_commit_is_no_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database, point: Point
+) -> None:
+    outcomes: list[str] = []
+    network.fail(point, Fault.DROP)
+    with pytest.raises(DBAPIError):
+        async with new_db_ctx():
+            on_rollback(far, lambda: outcomes.append("rolled back"))
+            await insert(far, "a")
+    assert outcomes == ["rolled back"]
+    assert await database.names() == []
+    await _assert_healthy(far)
+
+
+async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unknown_outcome(
+    db: DBConnect, database: Database, database_kind: str
+) -> None:
+    if database_kind != "asyncpg":
+        pytest.skip("psycopg learns of it when it has sent COMMIT")
+    with pytest.raises(DBAPIError):
+        async with new_db_ctx():
+            session = await insert(db, "a")
+            raw: Any = await (await session.connection()).get_raw_connection()
+            database.terminate_backends()
+            await eventually(raw.driver_connection.is_closed, "the driver does not see it")
+    assert await database.names() == []
+
+
+async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConnect, database: Database) -> None:
+    with pytest.raises(DBAPIError, match="foreign key"):
+        async with new_db_ctx():
+            await insert_orphan(db)
+    assert await database.names("child", "parent") == []
+
+
+async def test_a_server_that_ends_in_the_middle_of_a_commit_leaves_it_unknown(
+    db: DBConnect, database: Database
+) -> None:
+    with database.held_commits():
+        writing = asyncio.create_task(_write(db))
+        await database.commit_is_held()
+        database.terminate_backends("query ~ '^COMMIT'")
+        with pytest.raises(CommitOutcomeUnknownError):
+            await writing
+    await _assert_healthy(db)
+
+
+async def test_each_way_to_commit_tells_of_an_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    context = TransactionContext(far)
+
+    async def early() -> None:
+        async with new_db_ctx():
+            await insert(far, "early")
+            await commit_db_session(far)
+
+    async def in_a_block() -> None:
+        async with new_db_ctx(), (await db_session(far)).begin():
+            await insert(far, "block")
+
+    async def outside() -> None:
+        async with new_non_ctx_atomic_session(far) as session:
+            await session.execute(text("INSERT INTO item VALUES ('outside')"))
+
+    async def in_a_context() -> None:
+        async with context.transaction() as session:
+            await session.execute(text("INSERT INTO item VALUES ('context')"))
+
+    async def on_the_engine() -> None:
+        async with (await far.engine()).begin() as connection:
+            await connection.execute(text("INSERT INTO item VALUES ('engine')"))
+
+    for write in (early, in_a_block, outside, in_a_context, on_the_engine):
+        network.fail(Point.COMMITTED, Fault.DROP)
+        with pytest.raises(CommitOutcomeUnknownError):
+            await write()
+    assert await database.names() == ["block", "context", "early", "engine", "outside"]
+
+
+async def test_the_other_databases_of_a_unit_are_rolled_back(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    outcomes: list[str] = []
+    async with database.connect() as other:
+        with pytest.raises(CommitOutcomeUnknownError):
+            async with new_db_ctx():
+                await insert(far, "a")
+                await insert(other, "b")
+                on_rollback(other, lambda: outcomes.append("rolled back"))
+                network.fail(Point.COMMITTED, Fault.DROP)
+    assert outcomes == ["rolled back"]
+    assert await database.names() == ["a"]
+
+
+# --- resolve_commits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_commit_that_is_stored_succeeds_though_its_answer_is_lost(
+    resolving: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    outcomes: list[str] = []
+    network.fail(Point.COMMITTED, fault)
+    await _write(resolving, outcomes)
+    assert network.failed.is_set()
+    assert outcomes == ["committed"]
+    assert await database.names() == ["a"]
+    await _assert_healthy(resolving)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_commit_that_did_not_arrive_fails(
+    resolving: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    outcomes: list[str] = []
+    network.fail(Point.COMMIT, fault)
+    with pytest.raises((DBAPIError, OSError)):
+        await _write(resolving, outcomes)
+    assert outcomes == ["rolled back"]
+    assert await database.names() == []
+    await _assert_healthy(resolving)
+
+
+async def test_a_commit_that_goes_on_at_the_server_is_waited_for(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    with database.held_commits():
+        writing = asyncio.create_task(_write(resolving))
+        await database.commit_is_held()
+        network.break_all(Fault.DROP)
+        await eventually(lambda: network.connections > 1, "nobody asks")
+    # The server does not look whether its client is there while it commits.
+    await writing
+    assert await database.names() == ["a"]
+
+
+async def test_a_commit_stays_unknown_where_nobody_can_be_asked_in_time(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    with pytest.raises(CommitOutcomeUnknownError) as raised:
+        async with new_db_ctx(deadline=asyncio.get_running_loop().time() + 1):
+            session = await insert(resolving, "a")
+            xid = await session.scalar(text("SELECT CAST(pg_current_xact_id() AS text)"))
+            network.fail(Point.COMMITTED, Fault.DROP)
+            network.lets_in = False
+    assert raised.value.transaction_ids == {f"127.0.0.1/{database.name}": int(xid)}
+
+
+async def test_a_reader_is_not_asked_about(resolving: DBConnect, network: FaultyNetwork, database: Database) -> None:
+    asked: list[str] = []
+    network.on_statement = asked.append
+    async with new_db_ctx():
+        await (await db_session(resolving)).scalar(text("SELECT 1"))
+    assert not any("pg_current_xact_id" in statement for statement in asked)
+    await _write(resolving)
+    assert sum("pg_current_xact_id" in statement for statement in asked) == 1
+
+
+async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, database: Database) -> None:
+    url = make_url(database.url).set(port=network.port)
+    async with DBConnect.from_url(url, resolve_commits=True) as db:
+        network.fail(Point.COMMITTED, Fault.DROP)
+        await _write(db)
+    assert await database.names() == ["a"]
+
+
+async def test_only_postgresql_can_resolve_commits() -> None:
+    db = DBConnect.from_url("sqlite+aiosqlite://", resolve_commits=True)
+    with pytest.raises(ArgumentValueError, match="resolve_commits"):
+        await db.engine()

@@ -1,0 +1,248 @@
+"""`FaultyNetwork`: a way to PostgreSQL that fails at a named point of its protocol.
+
+It reads the messages of both sides (PostgreSQL, "Frontend/Backend Protocol"), so a test can say: the network fails when
+the client sends BEGIN, or when the server answers COMMIT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Self
+
+
+class Point(Enum):
+    """What is on the way when the network fails: it does not arrive."""
+
+    STARTUP = auto()
+    """The client's first message."""
+    BEGIN = auto()
+    """The client's BEGIN."""
+    STATEMENT = auto()
+    """The first statement of the client's in a transaction."""
+    ANSWER = auto()
+    """What the server answers to that statement."""
+    COMMIT = auto()
+    """The client's COMMIT."""
+    COMMITTED = auto()
+    """The server's answer to COMMIT: the transaction has been committed."""
+
+
+class Fault(Enum):
+    """How the network fails."""
+
+    DROP = auto()
+    """Both sides are told that the connection has ended."""
+    RESET = auto()
+    """The same, but without order, as a firewall does it."""
+    HALF_CLOSE = auto()
+    """The client is told that the server sends no more; what the client sends arrives nowhere."""
+    BLACK_HOLE = auto()
+    """Nothing arrives any more, and nobody is told."""
+
+
+_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = 80877103, 80877104, 80877102
+
+
+class FaultyNetwork:
+    """Listens on a port of its own, and passes on to a server what comes there.
+
+    Args:
+        host: the server's address.
+        port: its port.
+
+    Attributes:
+        port: where it listens.
+        connections: how many connections there have been.
+        cancel_requests: how many requests to cancel a query.
+        delay: how many seconds each message of the server takes.
+        lets_in: whether new connections are accepted; else they are closed at once.
+        on_statement: called with the text of each statement that the client sends.
+        failed: whether the fault has happened.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = host, port
+        self.connections = 0
+        self.cancel_requests = 0
+        self.delay = 0.0
+        self.on_statement: Callable[[str], object] = lambda statement: None
+        self.failed = asyncio.Event()
+        self.lets_in = True
+        self._fault: tuple[Point, Fault] | None = None
+        self._is_dark = False
+        self._links: set[_Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(self, *args: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def fail(self, point: Point, fault: Fault) -> None:
+        """Fail in this way when `point` is reached next, on that one connection."""
+        self._fault = point, fault
+        self.failed.clear()
+
+    def break_all(self, fault: Fault) -> None:
+        """Fail now, on each connection that there is."""
+        for link in list(self._links):
+            link.break_(fault)
+
+    def go_dark(self) -> None:
+        """Let nothing through any more, on new connections neither; they are accepted."""
+        self._is_dark = True
+        self.break_all(Fault.BLACK_HOLE)
+
+    def _reached(self, point: Point, link: _Link) -> bool:
+        if self._fault is None or self._fault[0] is not point:
+            return False
+        fault, self._fault = self._fault[1], None
+        link.break_(fault)
+        self.failed.set()
+        return True
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        link: _Link | None = None
+        try:
+            if not self.lets_in:
+                return
+            startup, code = await _read_startup(reader, writer)
+            if code == _CANCEL_REQUEST:
+                self.cancel_requests += 1
+            else:
+                self.connections += 1
+            if self._is_dark:
+                await asyncio.Event().wait()
+            server_reader, server_writer = await asyncio.open_connection(*self._target)
+            link = _Link(reader, writer, server_reader, server_writer)
+            self._links.add(link)
+            if code == _CANCEL_REQUEST or not self._reached(Point.STARTUP, link):
+                server_writer.write(startup)
+            await link.run(self, self._reached)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            if link is not None:
+                self._links.discard(link)
+                link.server_writer.transport.abort()
+            self._tasks.discard(task)
+
+
+class _Link:
+    """One connection, seen from both sides."""
+
+    def __init__(
+        self,
+        client_reader: asyncio.StreamReader,
+        client_writer: asyncio.StreamWriter,
+        server_reader: asyncio.StreamReader,
+        server_writer: asyncio.StreamWriter,
+    ) -> None:
+        self.client_reader, self.client_writer = client_reader, client_writer
+        self.server_reader, self.server_writer = server_reader, server_writer
+        self._is_broken = False
+        self._is_in_transaction = False
+        self._awaits_answer = False
+        self._relays: list[asyncio.Task[None]] = []
+
+    async def run(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
+        self._relays = [
+            asyncio.create_task(self._relay_client(network, reached)),
+            asyncio.create_task(self._relay_server(network, reached)),
+        ]
+        try:
+            await asyncio.wait(self._relays, return_when=asyncio.FIRST_COMPLETED)
+            if self.is_broken():
+                # The fault goes on until the test ends the network, or the client leaves.
+                await self.client_reader.read(-1)
+        finally:
+            for relay in self._relays:
+                relay.cancel()
+            await asyncio.gather(*self._relays, return_exceptions=True)
+
+    def is_broken(self) -> bool:
+        """Return whether nothing is passed on any more."""
+        return self._is_broken
+
+    def break_(self, fault: Fault) -> None:
+        self._is_broken = True
+        if fault is Fault.DROP:
+            self.client_writer.close()
+            self.server_writer.close()
+        elif fault is Fault.RESET:
+            for writer in (self.client_writer, self.server_writer):
+                # With a linger time of none, a socket is reset when it is closed (socket(7)).
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                writer.transport.abort()
+        elif fault is Fault.HALF_CLOSE:
+            self.client_writer.write_eof()
+
+    async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
+        while not self.is_broken():
+            message = await _read_message(self.client_reader)
+            point = self._point_of(message, network)
+            if self.is_broken() or (point is not None and reached(point, self)):
+                return
+            self.server_writer.write(message)
+
+    def _point_of(self, message: bytes, network: FaultyNetwork) -> Point | None:
+        if message[:1] not in (b"Q", b"P"):
+            return None
+        # A query's text, or a statement's name and its text.
+        text = message[5:].split(b"\0", 2)[1 if message[:1] == b"P" else 0].strip()
+        network.on_statement(text.decode())
+        text = text.upper()
+        if text.startswith(b"BEGIN"):
+            self._is_in_transaction = True
+            return Point.BEGIN
+        if text.startswith(b"COMMIT"):
+            self._is_in_transaction = False
+            return Point.COMMIT
+        if self._is_in_transaction:
+            self._is_in_transaction = False
+            self._awaits_answer = True
+            return Point.STATEMENT
+        return None
+
+    async def _relay_server(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
+        while not self.is_broken():
+            message = await _read_message(self.server_reader)
+            if network.delay:
+                await asyncio.sleep(network.delay)
+            point = None
+            if message[:1] == b"C" and message[5:] == b"COMMIT\0":
+                point = Point.COMMITTED
+            elif self._awaits_answer:
+                self._awaits_answer = False
+                point = Point.ANSWER
+            if self.is_broken() or (point is not None and reached(point, self)):
+                return
+            self.client_writer.write(message)
+
+
+async def _read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[bytes, int]:
+    while True:
+        head = await reader.readexactly(8)
+        size, code = struct.unpack("!ii", head)
+        if code not in (_SSL_REQUEST, _GSS_REQUEST):
+            return head + await reader.readexactly(size - 8), code
+        writer.write(b"N")
+
+
+async def _read_message(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readexactly(5)
+    return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)
