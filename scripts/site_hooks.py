@@ -30,7 +30,9 @@ MODULES = ("ctxdb_core.adapters", "ctxdb_core.testing.pytest_plugin")
 ORDER = ("core", "starlette", "litestar", "aiohttp", "inspector", "pgstatus")
 
 LINK = re.compile(r"(?P<before>\]\()(?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")
-FENCED = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[^\n]*\n.*?^(?P=indent)(?P=fence)[ \t]*$", re.M | re.S)
+FENCED = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[^\n]*\n.*?^(?P=indent)(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL
+)
 HIDDEN = re.compile(r"[ \t]*<!--.*?-->\n*", re.DOTALL)
 LANGUAGES = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".cfg": "text"}
 LANGUAGES |= {".toml": "toml", ".service": "ini"}
@@ -161,7 +163,7 @@ def add(files: Files, config: MkDocsConfig, source: str, content: str) -> None:
 def resolve(config: MkDocsConfig, pages: list[str]) -> None:
     """Replace each pattern in the navigation by the pages that are named nowhere, and by no pattern before it."""
     left = [page for page in pages if page not in set(named_in(config.nav))]
-    # The modules of the reference keep the order in which they were added, files of the repository stand by their names.
+    # The modules of the reference keep the order in which they were added; files of the repository are sorted by name.
     left.sort(key=lambda page: "" if page.startswith("reference/") else page)
 
     def expand(entry: Any) -> list[Any]:
