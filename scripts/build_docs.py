@@ -1,8 +1,7 @@
 """Build the site of docs/: ``uv run --group docs python scripts/build_docs.py FOLDER``.
 
 Nothing is fetched: all that the site shows is in the repository and in the packages of the group ``docs``. A warning is
-an error, such as one of a link that leads nowhere. What was in FOLDER before is removed if it is an earlier site, and is
-refused otherwise.
+an error; a link that leads nowhere is one. An earlier site in FOLDER is replaced; a folder with other files is refused.
 """
 
 from __future__ import annotations

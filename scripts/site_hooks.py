@@ -163,7 +163,7 @@ def add(files: Files, config: MkDocsConfig, source: str, content: str) -> None:
 def resolve(config: MkDocsConfig, pages: list[str]) -> None:
     """Replace each pattern in the navigation by its pages that are named nowhere, nor by a pattern before it."""
     left = [page for page in pages if page not in set(named_in(config.nav))]
-    # The modules of the reference keep the order in which they were added, files of the repository stand by their names.
+    # The modules of the reference keep the order in which they were added; files of the repository are sorted by name.
     left.sort(key=lambda page: "" if page.startswith("reference/") else page)
 
     def expand(entry: Any) -> list[Any]:

@@ -104,6 +104,8 @@ def test_no_script_of_the_site_names_a_host_that_serves_scripts(site: Path) -> N
 
 async def search(tab: Tab, words: str) -> str:
     """Type into the search box, and return the address of the first result."""
+    # A headless page has no focus of its own, and the box opens when it is focused.
+    await tab.call("Emulation.setFocusEmulationEnabled", enabled=True)
     await tab.run(
         "(() => { const box = document.querySelector('.md-search__input'); box.focus();"
         f" box.value = {words!r}; box.dispatchEvent(new KeyboardEvent('keyup', {{bubbles: true}}));"
