@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, event, text
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column
 from sqlalchemy.pool import StaticPool
 from tests.support.database import Database
@@ -166,3 +173,21 @@ async def test_a_session_that_was_ended_takes_no_object(database: Database) -> N
     with pytest.raises(LookupError):
         await session.scalar(text("SELECT 1"))
     await engine.dispose()
+
+
+async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> None:
+    engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
+    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1)
+    async with engine.connect():
+        waiting = asyncio.create_task(_connect(engine))
+        while private.pool_numbers(engine.pool).waiting == 0:
+            await asyncio.sleep(0)
+        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1)
+    await waiting
+    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1)
+    await engine.dispose()
+
+
+async def _connect(engine: AsyncEngine) -> None:
+    async with engine.connect():
+        pass

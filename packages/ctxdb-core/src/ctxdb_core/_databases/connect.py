@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
@@ -322,6 +323,13 @@ class DBConnect:
             if self._observer is None:
                 self._observer = Observer(None)
         return self._observer.add(listener)
+
+    def status(self) -> DBStatus:
+        """Return what this database is doing now: its pools, and the units of work with a session on it.
+
+        For health endpoints and tests. It waits for nothing and asks no server, and may be called from anywhere.
+        """
+        return status_of(self, self._host_engines().all)
 
     def on_engine(self, listener: EngineListener) -> None:
         """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.

@@ -6,14 +6,16 @@ of them; it is run on the lowest version that is supported and on the newest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from asyncio import Future
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
-from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 
 __all__ = [
+    "PoolNumbers",
     "begin_without_statement",
     "commit_values",
     "connections_of",
@@ -22,6 +24,7 @@ __all__ = [
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
+    "pool_numbers",
     "pool_of",
     "replace_connect",
     "replace_raw_connection",
@@ -103,6 +106,31 @@ def pool_of(connection: PoolProxiedConnection, default: Pool) -> Pool:
     """Return the pool that a connection goes back to, which may be another one than the engine's own."""
     pool: Pool = getattr(connection, "_pool", default)
     return pool
+
+
+class PoolNumbers(NamedTuple):
+    """How many connections of a pool there are; ``limit`` is ``None`` without a limit."""
+
+    in_use: int
+    idle: int
+    waiting: int
+    limit: int | None
+
+
+def pool_numbers(pool: Pool) -> PoolNumbers:
+    """Return what a pool holds, and how many tasks wait for it; zeros for the kinds of pools that do not count."""
+    if not isinstance(pool, QueuePool):
+        return PoolNumbers(0, 0, 0, None)
+    # An overflow of -1 is none, and a size of 0 none either.
+    size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001 - see the module
+    limit = None if overflow < 0 or size == 0 else size + overflow
+    getters: Collection[Future[Any]] = ()
+    if isinstance(pool, AsyncAdaptedQueuePool):
+        # The queue is made when it is first used.
+        queue: Any = vars(pool._pool).get("_queue")  # noqa: SLF001 - see the module
+        getters = () if queue is None else tuple(queue._getters)  # noqa: SLF001 - see the module
+    waiting = sum(not getter.done() for getter in getters)
+    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit)
 
 
 def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], None], Any], None]) -> None:
