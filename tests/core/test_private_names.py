@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import weakref
@@ -12,6 +13,7 @@ import pytest
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
+    AsyncEngine,
     AsyncSession,
     AsyncSessionTransaction,
     async_sessionmaker,
@@ -268,3 +270,21 @@ async def test_the_result_of_a_cursor_on_the_server_asks_its_execution_for_a_str
 
 async def test_a_pool_hands_out_the_class_that_a_lent_connection_is_derived_from(connection: AsyncConnection) -> None:
     assert type(await connection.get_raw_connection()) is private.ConnectionFairy
+
+
+async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> None:
+    engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
+    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1)
+    async with engine.connect():
+        waiting = asyncio.create_task(_connect(engine))
+        while private.pool_numbers(engine.pool).waiting == 0:
+            await asyncio.sleep(0)
+        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1)
+    await waiting
+    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1)
+    await engine.dispose()
+
+
+async def _connect(engine: AsyncEngine) -> None:
+    async with engine.connect():
+        pass

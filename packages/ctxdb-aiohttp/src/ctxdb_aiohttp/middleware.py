@@ -55,6 +55,7 @@ def unit_of_work(
         )
         if unit is None:
             return await handler(request)
+        unit.origin = request
         opened: Opened = (unit, commits)
         writer.ctxdb_exchange = opened
         try:

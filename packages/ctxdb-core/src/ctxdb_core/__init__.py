@@ -6,6 +6,7 @@ from ctxdb_core._blocks.retry import is_conflict, retry_on_conflict
 from ctxdb_core._blocks.transaction_context import TransactionContext
 from ctxdb_core._blocks.transactional import Propagation, transactional
 from ctxdb_core._databases.connect import DBConnect, EngineListener, close_all, default_session_maker
+from ctxdb_core._databases.status import DBStatus, PoolStatus, UnitStatus
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.callbacks import OnCommit
@@ -77,6 +78,7 @@ __all__ = [
     "CurrentTransaction",
     "DBConnect",
     "DBEvent",
+    "DBStatus",
     "DeadlineExceededError",
     "EngineListener",
     "EventListener",
@@ -87,6 +89,7 @@ __all__ = [
     "OnBegin",
     "OnCommit",
     "OpenCursorError",
+    "PoolStatus",
     "Propagation",
     "SessionAlreadyActiveError",
     "SessionClosed",
@@ -103,6 +106,7 @@ __all__ = [
     "TransactionRolledBack",
     "UnexpectedRollbackError",
     "UnitOfWork",
+    "UnitStatus",
     "atomic_db_session",
     "before_gather",
     "begin",

@@ -4,10 +4,12 @@ Applications need none of this; theirs is `ctxdb_core` itself.
 """
 
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
+from ctxdb_core._databases.hold import acquiring_code
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
-from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core._units.unit import UnitOfWork, running_unit
+from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy, with_request
 
@@ -17,12 +19,15 @@ __all__ = [
     "Call",
     "EngineListener",
     "HandlerCalls",
+    "Headers",
     "IllegalTransitionError",
     "Phase",
     "RequestPolicy",
     "SessionT",
     "SessionT_co",
     "UnitOfWork",
+    "UnitWatcher",
+    "acquiring_code",
     "before_gather",
     "begin",
     "check_transition",
@@ -33,5 +38,6 @@ __all__ = [
     "is_autocommit",
     "is_inside",
     "is_read_only",
+    "running_unit",
     "with_request",
 ]

@@ -30,6 +30,7 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker
 from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import note_readers
 from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
@@ -487,6 +488,13 @@ class DBConnect(Generic[SessionT_co]):
             if self._observer is None:
                 self._observer = Observer(None)
         return self._observer.add(listener)
+
+    def status(self) -> DBStatus:
+        """Return what this database is doing now: its pools, and the units of work with a session on it.
+
+        For health endpoints and tests. It waits for nothing and asks no server, and may be called from anywhere.
+        """
+        return status_of(self, self._host_engines().all)
 
     def on_engine(self, listener: EngineListener) -> None:
         """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.

@@ -12,12 +12,12 @@ from weakref import ref
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Connection
 
-__all__ = ["Hold"]
+__all__ = ["Hold", "acquiring_code"]
 
 logger = logging.getLogger("ctxdb")
 
 # Between the code that makes a statement and the pool that gives it a connection.
-_MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "greenlet", "sqlalchemy"}
+_MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
 
 
 class Hold:
@@ -35,7 +35,7 @@ class Hold:
         self._name = name
         self._connection = ref(connection)
         self._limit = limit
-        self._where = _acquiring_code()
+        self._where = acquiring_code()
         self._started = time.perf_counter()
         self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(limit, self._exceed)
 
@@ -68,8 +68,11 @@ class Hold:
         )
 
 
-def _acquiring_code() -> tuple[str, int, str]:
-    """Return file, line and function of the code, outside of the machinery, that is making a statement here."""
+def acquiring_code() -> tuple[str, int, str]:
+    """Return file, line and function of the code that is making a statement, or taking a connection, in this call.
+
+    Frames of asyncio, SQLAlchemy and ctxdb are passed over.
+    """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
     current: greenlet | None = getcurrent()
     while current is not None:

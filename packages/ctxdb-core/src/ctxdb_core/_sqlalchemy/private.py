@@ -6,20 +6,22 @@ version has changed one of them; it is run on the lowest version that is support
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from asyncio import Future
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
-from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.util import await_only
 
 __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
+    "PoolNumbers",
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
@@ -32,6 +34,7 @@ __all__ = [
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "pool_numbers",
     "pool_of",
     "replace_commit",
     "replace_connect",
@@ -116,6 +119,31 @@ def pool_of(connection: PoolProxiedConnection, default: Pool | None = None) -> P
     """Return the pool that a connection goes back to, which may be another one than the engine's own."""
     pool: Any = getattr(connection, "_pool", default)
     return pool  # type: ignore[no-any-return]  # as both are
+
+
+class PoolNumbers(NamedTuple):
+    """How many connections of a pool there are; ``limit`` is ``None`` without a limit."""
+
+    in_use: int
+    idle: int
+    waiting: int
+    limit: int | None
+
+
+def pool_numbers(pool: Pool) -> PoolNumbers:
+    """Return what a pool holds, and how many tasks wait for it; zeros for the kinds of pools that do not count."""
+    if not isinstance(pool, QueuePool):
+        return PoolNumbers(0, 0, 0, None)
+    # An overflow of -1 is none, and a size of 0 none either.
+    size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001 - see the module
+    limit = None if overflow < 0 or size == 0 else size + overflow
+    getters: Collection[Future[Any]] = ()
+    if isinstance(pool, AsyncAdaptedQueuePool):
+        # The queue is made when it is first used.
+        queue: Any = vars(pool._pool).get("_queue")  # noqa: SLF001 - see the module
+        getters = () if queue is None else tuple(queue._getters)  # noqa: SLF001 - see the module
+    waiting = sum(not getter.done() for getter in getters)
+    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit)
 
 
 def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], None], Any], None]) -> None:

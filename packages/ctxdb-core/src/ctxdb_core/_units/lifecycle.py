@@ -67,6 +67,7 @@ def begin(
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
     if request is not None:
         request[REQUEST_KEY] = unit
+        unit.origin = request
     unit.enter()
     return unit
 

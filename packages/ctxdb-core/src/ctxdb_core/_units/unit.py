@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from functools import partial
-from typing import TypeAlias
+from time import perf_counter
+from typing import Any, TypeAlias
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.status import open_units
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
@@ -33,6 +38,7 @@ from ctxdb_core._units.commit import (
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.reading import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.session_end import in_transaction
+from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
 from ctxdb_core.errors import (
     ContextClosedError,
     ContextNotInitiatedError,
@@ -41,7 +47,7 @@ from ctxdb_core.errors import (
     UnexpectedRollbackError,
 )
 
-__all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit"]
+__all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
@@ -84,6 +90,15 @@ class UnitOfWork:
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
     token: Token[UnitOfWork]
     """What `leave` makes current again."""
+    origin: Any = None
+    """The request that the unit belongs to: an ASGI scope, or the framework's request; ``None`` outside of requests."""
+    watchers: tuple[UnitWatcher, ...] = ()
+    """Who is told of the response and of the end: see `watch`."""
+    opened: float
+    """When the first session was opened, by `time.perf_counter`."""
+    _id: str | None = None
+    _reference: ref[UnitOfWork] | None = None
+    """What `open_units` has of this unit."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions: dict[DBConnect, AsyncSession] = {}
@@ -99,6 +114,42 @@ class UnitOfWork:
         unit = cls()
         unit.sessions = _CLOSED
         return unit
+
+    @property
+    def id(self) -> str:
+        """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
+        if self._id is None:
+            self._id = f"{_process.name}-{next(_numbers)}"
+        return self._id
+
+    @property
+    def request(self) -> str | None:
+        """Method and path of the request that the unit belongs to, without its query; ``None`` outside of requests.
+
+        A unit that was opened inside of another one belongs to the request of that one.
+        """
+        unit: UnitOfWork | None = self
+        while unit is not None and unit.origin is None:
+            unit = unit.enclosing()
+        return None if unit is None else request_line(unit.origin)
+
+    def enclosing(self) -> UnitOfWork | None:
+        """Return the unit that was current when this one was entered, unless that one has ended."""
+        token = getattr(self, "token", None)
+        around = None if token is None else token.old_value
+        return around if isinstance(around, UnitOfWork) and not around.closed else None
+
+    def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
+        """Return the unit that the running code finds where this one is current: this one, unless it stands for others.
+
+        Args:
+            db: the database that the code asks about.
+        """
+        return self
+
+    def watch(self, watcher: UnitWatcher) -> None:
+        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come."""
+        self.watchers = (*self.watchers, watcher)
 
     def enter(self) -> None:
         """Make this the current unit of work of the running context."""
@@ -163,6 +214,9 @@ class UnitOfWork:
             return self.sessions[db]
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
+            self.opened = perf_counter()
+            self._reference = reference = ref(self, open_units.discard)
+            open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
         if self.callbacks is not None:
@@ -394,6 +448,8 @@ class UnitOfWork:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
+            if self.leak_guard is not None:
+                self._note_end(None)
             return True
         for session in self.sessions.values():
             if not session_end.ends_without_io(session):
@@ -401,13 +457,13 @@ class UnitOfWork:
         sessions, self.sessions = self.sessions, _CLOSED
         for session in sessions.values():
             session_end.end_at_once(session, session_end.refuse_after_unit)
-        self._disarm()
+        self._note_end(None)
         return True
 
     def hand_over_sessions(self) -> None:
         """End the unit and leave its sessions, as they are, to the code that has them."""
         self.sessions = _CLOSED
-        self._disarm()
+        self._note_end(None)
 
     async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
         """Commit or roll back what is open, close every session, and hand out none from now on.
@@ -455,7 +511,7 @@ class UnitOfWork:
             finally:
                 for db, session in sessions.items():
                     await session_end.close(session, error, db)
-                self._disarm()
+                self._note_end(error)
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
         try:
@@ -498,9 +554,31 @@ class UnitOfWork:
         # A statement that was committed by itself is nobody's to prepare.
         return None if self.autocommit else self.before_commit
 
-    def _disarm(self) -> None:
+    def _note_end(self, error: BaseException | None) -> None:
         if self.leak_guard is not None:
             self.leak_guard.disarm()
+        if self._reference is not None:
+            open_units.discard(self._reference)
+            self._reference = None
+        watchers, self.watchers = self.watchers, ()
+        for watcher in watchers:
+            tell(watcher.unit_ends, error)
+
+
+class _Process:
+    """What the units of this process are called by: processes that are forked from one another have different names."""
+
+    def __init__(self) -> None:
+        self.rename()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.rename)
+
+    def rename(self) -> None:
+        self.name = os.urandom(4).hex()
+
+
+_process = _Process()
+_numbers = itertools.count(1)
 
 
 async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
@@ -509,6 +587,17 @@ async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) 
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())
+
+
+def running_unit() -> UnitOfWork | None:
+    """Return the unit of work that the running code is in; ``None`` outside of any, and where it has ended.
+
+    A task inherits the unit of the code that has started it.
+    """
+    unit = current_unit.get(None)
+    while unit is not None and (answering := unit.answering()) is not unit:
+        unit = answering
+    return None if unit is None or unit.closed else unit
 
 
 def inherited_before_commit() -> BeforeCommit | None:

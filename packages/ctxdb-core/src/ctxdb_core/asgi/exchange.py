@@ -8,11 +8,14 @@ from typing import Protocol
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core._units.watcher import tell
 from ctxdb_core.asgi.types import Message, Receive, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import CommitPolicy
 
 __all__ = ["Exchange", "Options", "discard"]
+
+_SWITCHING_PROTOCOLS = 101
 
 
 class Options(Protocol):
@@ -56,6 +59,12 @@ class Exchange(UnitOfWork):
     def request_again(self, receive: Receive) -> Receive:
         """Return where a handler of errors receives the request from, if the application was given `receive`."""
         return receive
+
+    def announce(self, message: Message) -> Message:
+        """Tell the watchers of the start of a response; return it with the header fields that they add."""
+        status = message.get("status", _SWITCHING_PROTOCOLS)
+        added = [field for watcher in self.watchers for field in tell(watcher.response_starts, status) or ()]
+        return {**message, "headers": [*message.get("headers", ()), *added]} if added else message
 
     def move_to(self, phase: Phase) -> None:
         """Go over to `phase`; nothing happens if that is the current one.

@@ -85,7 +85,7 @@ class HTTPExchange(Exchange):
         # A second start is the server's to refuse.
         if self.phase in _NOT_STARTED:
             await self._end_transactions(message["status"])
-        await self.forward(message)
+        await self.forward(self.announce(message) if self.watchers else message)
 
     async def _end_transactions(self, status: int) -> None:
         """End what a response with `status` stands for, and go over to the phase that follows.

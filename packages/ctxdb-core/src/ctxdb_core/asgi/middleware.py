@@ -81,6 +81,7 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.sessions = {}
         exchange.before_commit = self.before_commit
         exchange.loop = _get_running_loop()
+        exchange.origin = scope
         exchange.options = self
         exchange.forward = exchange.answer_route = send
         root_app = scope.get("app")

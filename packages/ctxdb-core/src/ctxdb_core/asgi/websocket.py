@@ -45,7 +45,7 @@ class WebSocketExchange(Exchange):
             self.move_to(Phase.BODY)
             # An error can be told from now on by a close frame alone.
             self.answer_route = None
-        await self.forward(message)
+        await self.forward(self.announce(message) if self.watchers else message)
 
     async def _deny(self, message: Message) -> None:
         """Answer the handshake by an HTTP response (ASGI, "WebSocket Denial Response")."""

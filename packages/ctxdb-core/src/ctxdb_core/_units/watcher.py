@@ -1,0 +1,57 @@
+"""`UnitWatcher`: what an extension is told of a unit of work that it watches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Headers", "UnitWatcher", "request_line", "tell"]
+
+logger = logging.getLogger("ctxdb")
+
+Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
+"""Names, in lower case, and values of header fields, as ASGI has them."""
+
+
+class UnitWatcher(Protocol):
+    """Is told of what becomes of one unit of work, once `UnitOfWork.watch` was called with it.
+
+    Its methods are plain functions, called in the task that ends the unit, and must not wait for anything. Their
+    errors are logged, and change nothing.
+    """
+
+    def response_starts(self, status: int) -> Headers:
+        """Be told of the response's status; return header fields to be added. Only ASGI adapters call this."""
+
+    def unit_ends(self, error: BaseException | None) -> object:
+        """Be told that the unit has ended, and of the error that ended it, if there was one."""
+
+
+def tell(call: Callable[..., Any], *args: object) -> Any:
+    """Return what a watcher's method returns; ``None`` if it fails, which is logged."""
+    try:
+        return call(*args)
+    except (Exception, asyncio.CancelledError):
+        # A plain call is not cancelled: the error comes from something that the watcher has asked.
+        logger.exception("The watcher of a unit of work failed: %r", call)
+        return None
+
+
+def request_line(origin: Any) -> str | None:
+    """Return method and path of a request, which is an ASGI scope, or has `method` and `path` as aiohttp's has.
+
+    The query is left out: it may hold secrets.
+    """
+    if origin is None:
+        return None
+    path = getattr(origin, "path", None)
+    if path is not None:
+        return f"{origin.method} {path}"
+    if isinstance(origin, Mapping) and "path" in origin:
+        return f"{origin.get('method') or origin.get('type', '').upper()} {origin['path']}"
+    return None
