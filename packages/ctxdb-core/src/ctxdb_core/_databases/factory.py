@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ctxdb_core._databases.url import host_of
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.poolers import make_read_only
 from ctxdb_core.errors import ArgumentValueError
 
 __all__ = ["create_engine"]
@@ -30,20 +31,13 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
 def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     if "isolation_level" in options:
         raise ArgumentValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
-    backend, driver = url.get_backend_name(), url.get_dialect().driver
+    backend = url.get_backend_name()
     options["execution_options"] = {**options.get("execution_options", {}), READ_ONLY_OPTION: True}
     if backend == "postgresql":
         # Autocommit spares each query its BEGIN and COMMIT; the server then refuses every write by SQLSTATE 25006.
-        connect_args = dict(options.pop("connect_args", {}))
-        if driver == "asyncpg":
-            connect_args["server_settings"] = {
-                **connect_args.get("server_settings", {}),
-                "default_transaction_read_only": "on",
-            }
-        else:
-            given = connect_args.get("options") or url.query.get("options", "")
-            connect_args["options"] = f"{given} -c default_transaction_read_only=on".strip()
-        return create_async_engine(url, isolation_level="AUTOCOMMIT", connect_args=connect_args, **options)
+        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
+        make_read_only(engine)
+        return engine
     statement = {
         "sqlite": "PRAGMA query_only = ON",
         "mysql": "SET SESSION TRANSACTION READ ONLY",
@@ -54,7 +48,7 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
 
     @event.listens_for(engine.sync_engine, "connect")
-    def make_read_only(dbapi_connection: Any, connection_record: object) -> None:
+    def set_read_only(dbapi_connection: Any, connection_record: object) -> None:
         cursor = dbapi_connection.cursor()
         cursor.execute(statement)
         cursor.close()

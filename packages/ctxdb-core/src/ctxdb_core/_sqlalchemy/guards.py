@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ctxdb_core._sqlalchemy.cancelled_queries import keep_cancellation_at_pool, stop_cancelled_queries
 from ctxdb_core._sqlalchemy.failed_transactions import trust_no_failed_transaction
 from ctxdb_core._sqlalchemy.lost_commits import call_lost_commits_unknown
+from ctxdb_core._sqlalchemy.poolers import tell_wrong_settings
 from ctxdb_core._sqlalchemy.savepoints import begin_before_savepoints
 from ctxdb_core._sqlalchemy.stale_connections import replace_closed_connections
 
@@ -21,3 +22,4 @@ def guard(engine: AsyncEngine) -> None:
     trust_no_failed_transaction(engine)
     call_lost_commits_unknown(engine)
     begin_before_savepoints(engine)
+    tell_wrong_settings(engine)

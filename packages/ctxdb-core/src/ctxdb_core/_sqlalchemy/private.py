@@ -27,6 +27,7 @@ __all__ = [
     "pool_of",
     "replace_commit",
     "replace_connect",
+    "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
@@ -139,6 +140,14 @@ def replace_commit(dialect: Dialect, commit: Callable[..., None]) -> None:
     There is an event before a commit, and none that would see its error whatever the error is.
     """
     _replace(dialect, "do_commit", commit)
+
+
+def replace_isolation_level(dialect: Dialect, set_level: Callable[..., None]) -> None:
+    """Have `set_level` called in the place of ``Dialect.set_isolation_level``, with that, a connection and the level.
+
+    SQLAlchemy asks a new server for its version before any listener of a user's can set the level of the connection.
+    """
+    _replace(dialect, "set_isolation_level", set_level)
 
 
 def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:

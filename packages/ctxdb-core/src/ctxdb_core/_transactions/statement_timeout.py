@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._sqlalchemy.sessions import GuardedSession, door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
@@ -143,6 +144,10 @@ def _set_on_server(connection: Connection, milliseconds: int | None) -> None:
     value = "DEFAULT" if milliseconds is None else milliseconds
     # A plain SET, as set_config() is a query: it would take the snapshot of the transaction.
     if is_autocommit(connection):
+        if is_behind_pooler(connection):
+            # What a session sets would stay on the pooler's connection, and stop other programs' queries. The limit is
+            # kept on the client's side alone.
+            return
         undo_on_return(connection, "RESET statement_timeout")
         connection.exec_driver_sql(f"SET statement_timeout = {value}")
     else:
