@@ -6,6 +6,7 @@ of them; it is run on the lowest version that is supported and on the newest.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord
 
 __all__ = [
     "asyncpg_adapter_that_begins",
@@ -24,6 +26,7 @@ __all__ = [
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
+    "pass_on_failed_connect",
     "pool_of",
     "replace_commit",
     "replace_connect",
@@ -108,6 +111,21 @@ def pool_of(connection: PoolProxiedConnection, default: Pool) -> Pool:
     """Return the pool that a connection goes back to, which may be another one than the engine's own."""
     pool: Pool = getattr(connection, "_pool", default)
     return pool
+
+
+def pass_on_failed_connect(pool: Pool) -> None:
+    """Let the next task that waits for a connection of `pool` open one itself, as another task has failed to.
+
+    A pool at its limit lets tasks wait until a connection is given back. One that could not be opened leaves a place
+    free, and nobody would be told.
+    """
+    counting: Any = pool
+    queue = getattr(getattr(pool, "_pool", None), "_queue", None)
+    if not isinstance(queue, asyncio.Queue):
+        return
+    waiting: Any = queue
+    if any(not getter.done() for getter in waiting._getters) and counting._inc_overflow():  # noqa: SLF001 - see the module
+        counting._pool.put_nowait(_ConnectionRecord(pool, connect=False))  # noqa: SLF001 - see the module
 
 
 def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], None], Any], None]) -> None:
