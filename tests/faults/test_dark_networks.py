@@ -116,8 +116,8 @@ async def test_a_connection_of_a_url_is_waited_for_no_longer_than_ten_seconds(
 ) -> None:
     given: list[dict[str, Any]] = []
     name = "connect_timeout" if database_kind == "psycopg" else "timeout"
-    chosen: dict[str, Any]
-    for chosen in ({}, {"connect_args": {name: 7}}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"connect_args": {name: 7}})
+    for chosen in choices:
         async with DBConnect.from_url(database.url, **chosen) as db:
             engine = await db.engine()
 

@@ -258,7 +258,8 @@ class DBConnect:
         """Change the host, and return the engines that have to retire for it."""
         if isinstance(keep, str):
             raise ArgumentTypeError(
-                f"keep={without_secrets(keep)!r} is one string: give a collection of hosts, as in `keep=[host]`."
+                f"keep={without_secrets(keep)!r} is one string: give a collection of hosts, as in "
+                f"`keep=[{without_secrets(keep)!r}]`."
             )
         with self._lock:
             # Not changed in place, as it is read without the lock.
