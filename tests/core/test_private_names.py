@@ -121,7 +121,7 @@ def test_the_pool_that_a_connection_goes_back_to_is_known(session: Session) -> N
     assert private.pool_of(connection.connection, other) is connection.engine.pool
 
 
-@pytest.mark.parametrize("name", ["connect", "do_commit", "do_terminate", "raw_connection"])
+@pytest.mark.parametrize("name", ["connect", "do_commit", "do_terminate", "raw_connection", "set_isolation_level"])
 async def test_a_replaced_method_is_the_one_that_sqlalchemy_calls(database: Database, name: str) -> None:
     calls: list[str] = []
 
@@ -129,11 +129,14 @@ async def test_a_replaced_method_is_the_one_that_sqlalchemy_calls(database: Data
         calls.append(name)
         return original(*args, **kwargs)
 
-    engine = create_async_engine(database.url)
+    level = {"isolation_level": "AUTOCOMMIT"} if name == "set_isolation_level" else {}
+    engine = create_async_engine(database.url, **level)
     if name == "connect":
         private.replace_connect(engine.dialect, noting)
     elif name == "do_commit":
         private.replace_commit(engine.dialect, noting)
+    elif name == "set_isolation_level":
+        private.replace_isolation_level(engine.dialect, noting)
     elif name == "do_terminate":
         private.replace_terminate(engine.dialect, noting)
     else:

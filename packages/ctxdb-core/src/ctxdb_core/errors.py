@@ -200,7 +200,10 @@ class UnexpectedRollbackError(CtxDBError, InvalidRequestError):
 
 
 class DeadlineExceededError(CtxDBError, TimeoutError):
-    """The deadline of the unit of work had passed when a statement was to be sent; it was not.
+    """The deadline of the unit of work had passed when a statement was to be sent, or nobody has answered by then.
+
+    The second is a call that the pool, the network or the server has kept waiting past ``deadline`` or
+    ``statement_timeout``; its connection was thrown away.
 
     A statement that the deadline stops while it runs raises the database's own error (SQLSTATE 57014 on PostgreSQL).
     The way out: let the error propagate, so that the unit of work is rolled back, or give it more time.

@@ -351,7 +351,8 @@ class DBConnect(Generic[SessionT_co]):
         """Change the host, and return the engines that have to retire for it."""
         if isinstance(keep, str):
             raise ArgumentTypeError(
-                f"keep={keep!r} is one string: give a collection of hosts, as in `keep=[{keep!r}]`."
+                f"keep={without_secrets(keep)!r} is one string: give a collection of hosts, as in "
+                f"`keep=[{without_secrets(keep)!r}]`."
             )
         with self._lock:
             # Not changed in place, as it is read without the lock.

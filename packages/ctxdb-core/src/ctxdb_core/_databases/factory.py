@@ -7,8 +7,9 @@ from typing import Any
 from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ctxdb_core._databases.url import host_of
+from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.poolers import make_read_only
 from ctxdb_core.errors import ArgumentValueError
 
 __all__ = ["create_engine"]
@@ -22,28 +23,44 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
     """
     if host != host_of(url):
         if not url.host:
-            raise ArgumentValueError(f"The URL of this DBConnect names no host, so it cannot be changed to {host!r}.")
+            raise ArgumentValueError(
+                f"The URL of this DBConnect names no host, so it cannot be changed to {without_secrets(host)!r}."
+            )
         url = url.set(host=host)
+    _limit_connect(url, options)
     return _create_read_only(url, options) if read_only else create_async_engine(url, **options)
+
+
+CONNECT_SECONDS = 10
+"""How long opening a connection may take, unless the URL or ``connect_args`` say otherwise."""
+
+_CONNECT_TIMEOUTS = {
+    "asyncpg": "timeout",
+    "psycopg": "connect_timeout",
+    "psycopg_async": "connect_timeout",
+    "aiomysql": "connect_timeout",
+    "asyncmy": "connect_timeout",
+}
+
+
+def _limit_connect(url: URL, options: dict[str, Any]) -> None:
+    # A server that does not answer would be waited for as long as the operating system does: for minutes.
+    name = _CONNECT_TIMEOUTS.get(url.get_dialect().driver)
+    given = options.get("connect_args", {})
+    if name is not None and name not in given and name not in url.query and "async_creator" not in options:
+        options["connect_args"] = {**given, name: CONNECT_SECONDS}
 
 
 def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     if "isolation_level" in options:
         raise ArgumentValueError("read_only=True sets isolation_level itself: leave it out, or leave out read_only.")
-    backend, driver = url.get_backend_name(), url.get_dialect().driver
+    backend = url.get_backend_name()
     options["execution_options"] = {**options.get("execution_options", {}), READ_ONLY_OPTION: True}
     if backend == "postgresql":
         # Autocommit spares each query its BEGIN and COMMIT; the server then refuses every write by SQLSTATE 25006.
-        connect_args = dict(options.pop("connect_args", {}))
-        if driver == "asyncpg":
-            connect_args["server_settings"] = {
-                **connect_args.get("server_settings", {}),
-                "default_transaction_read_only": "on",
-            }
-        else:
-            given = connect_args.get("options") or url.query.get("options", "")
-            connect_args["options"] = f"{given} -c default_transaction_read_only=on".strip()
-        return create_async_engine(url, isolation_level="AUTOCOMMIT", connect_args=connect_args, **options)
+        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
+        make_read_only(engine)
+        return engine
     statement = {
         "sqlite": "PRAGMA query_only = ON",
         "mysql": "SET SESSION TRANSACTION READ ONLY",
@@ -54,7 +71,7 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
     engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
 
     @event.listens_for(engine.sync_engine, "connect")
-    def make_read_only(dbapi_connection: Any, connection_record: object) -> None:
+    def set_read_only(dbapi_connection: Any, connection_record: object) -> None:
         cursor = dbapi_connection.cursor()
         cursor.execute(statement)
         cursor.close()

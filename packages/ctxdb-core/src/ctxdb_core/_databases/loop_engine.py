@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
+from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
 from ctxdb_core._sqlalchemy.guards import guard
@@ -105,8 +106,8 @@ class LoopEngine:
         engine = engine_creator(host) if existing is None else existing
         if not isinstance(engine, AsyncEngine):
             raise ArgumentTypeError(
-                f"engine_creator({host!r}) returned {type(engine).__name__}, not an AsyncEngine: build the engine with "
-                "`sqlalchemy.ext.asyncio.create_async_engine`."
+                f"engine_creator({without_secrets(host)!r}) returned {type(engine).__name__}, not an AsyncEngine: "
+                "build the engine with `sqlalchemy.ext.asyncio.create_async_engine`."
             )
         self.engine = engine
         self.lifetime = _lifetime_of(engine, engine_creator)

@@ -6,6 +6,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._sqlalchemy.poolers import is_known_to_be_pooled
 from ctxdb_core._sqlalchemy.private import connections_of, isolation_level_on_connect
 
 __all__ = [
@@ -32,7 +33,10 @@ def is_bound_to_connection(session: AsyncSession) -> bool:
 
 def is_autocommit(bind: Engine | Connection) -> bool:
     """Return whether each statement on `bind` is committed by itself."""
-    return isolation_level_of(bind) == "AUTOCOMMIT"
+    if isolation_level_of(bind) != "AUTOCOMMIT":
+        return False
+    # A read-only connection behind a pooler has transactions all the same.
+    return not (isinstance(bind, Connection) and is_read_only(bind) and is_known_to_be_pooled(bind))
 
 
 def isolation_level_of(bind: Engine | Connection) -> str | None:

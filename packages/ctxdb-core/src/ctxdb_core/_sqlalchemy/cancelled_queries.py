@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import sqlalchemy
+from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -16,11 +17,13 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
 
 logger = logging.getLogger("ctxdb")
 
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
+LATE_STOP_TIMEOUT_SECONDS = 1.0
 
 
 def stop_cancelled_queries(engine: AsyncEngine) -> None:
@@ -40,7 +43,7 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
         event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
 
 
-def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], Coroutine[Any, Any, None]]) -> None:
     """Let no cancellation interrupt ``Dialect.do_terminate``, by which SQLAlchemy gives up a connection."""
 
     def terminate_to_completion(do_terminate: Callable[[Any], None], dbapi_connection: Any) -> None:
@@ -50,7 +53,7 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Corouti
             return
         handled = sys.exc_info()[1]
         try:
-            await_only(run_to_completion(close(dbapi_connection.driver_connection)))
+            await_only(run_to_completion(close(dbapi_connection.driver_connection, stop_seconds())))
         except asyncio.CancelledError:
             # A cancellation that brought us here goes on, and is what the task gets to see.
             if not isinstance(handled, asyncio.CancelledError):
@@ -61,16 +64,16 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any], Corouti
     replace_terminate(engine.dialect, terminate_to_completion)
 
 
-async def _close_asyncpg(connection: Any) -> None:
+async def _close_asyncpg(connection: Any, seconds: float) -> None:
     # Stops a query that is running, and waits for a cancel request that is under way.
     try:
-        async with asyncio.timeout(STOP_QUERY_TIMEOUT_SECONDS):
-            await connection.close(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+        async with asyncio.timeout(seconds):
+            await connection.close(timeout=seconds)
     except Exception:  # noqa: BLE001 - the server does not answer, or is gone
         connection.terminate()
 
 
-async def _close_aiosqlite(connection: Any) -> None:
+async def _close_aiosqlite(connection: Any, seconds: float) -> None:
     await connection.interrupt()
     await connection.close()
 
@@ -98,8 +101,16 @@ _CANCEL_KEY = "ctxdb.cancel_key"
 
 def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
     # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
-    connection: Any = record.driver_connection
-    record.info[_CANCEL_KEY] = connection.pgconn.get_cancel()
+    record.info[_CANCEL_KEY] = _cancel_key_of(record.driver_connection)
+
+
+def _cancel_key_of(connection: Any) -> Any:
+    try:
+        # libpq 17: it sends the request without blocking. The older one blocks, and psycopg's binary holds the GIL
+        # meanwhile: beside a peer that does not answer, the whole process would stand still.
+        return connection.pgconn.cancel_conn()
+    except Exception:  # noqa: BLE001 - an older libpq, or an older psycopg
+        return connection.pgconn.get_cancel()
 
 
 def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
@@ -109,16 +120,51 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
     key = record.info.get(_CANCEL_KEY)
     if key is None and not connection.closed:
         # A connection that is older than the guards.
-        key = connection.pgconn.get_cancel()
+        key = _cancel_key_of(connection)
     if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
-        request = asyncio.to_thread(key.cancel)
+        request = _send_cancel_request(key) if hasattr(key, "poll") else asyncio.to_thread(key.cancel)
         try:
-            await_only(run_to_completion(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS)))
+            await_only(run_to_completion(asyncio.wait_for(request, stop_seconds())))
         except asyncio.CancelledError:
             # The cancellation that brought us here goes on.
             pass
         except Exception:
             logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+# What libpq answers to how far it is (PostgresPollingStatusType).
+_READING, _WRITING, _OK = 1, 2, 3
+
+
+async def _send_cancel_request(key: Any) -> None:
+    """Send the request, and wait until the server has read it; without blocking."""
+    loop = asyncio.get_running_loop()
+    key.start()
+    while (status := key.poll()) != _OK:
+        if status not in (_READING, _WRITING):
+            raise ConnectionError(key.get_error_message())
+        ready = loop.create_future()
+        socket = key.socket
+        (loop.add_reader if status == _READING else loop.add_writer)(socket, _set_ready, ready)
+        try:
+            await ready
+        finally:
+            (loop.remove_reader if status == _READING else loop.remove_writer)(socket)
+
+
+def _set_ready(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def stop_seconds() -> float:
+    """Return how long the running call may wait for the server to stop its query.
+
+    Where the call has run out of time, the server has not stopped the query by itself, and will hardly answer.
+    """
+    door = getattr(getcurrent(), "entered", None)
+    is_late = isinstance(door, Door) and door.limit is not None and door.limit.is_over
+    return min(LATE_STOP_TIMEOUT_SECONDS, STOP_QUERY_TIMEOUT_SECONDS) if is_late else STOP_QUERY_TIMEOUT_SECONDS
 
 
 def keep_cancellation_at_pool(engine: AsyncEngine) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, TypeVar
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ctxdb_core._sqlalchemy.private import replace_connect
+from ctxdb_core._sqlalchemy.private import pass_on_failed_connect, replace_connect
 
 __all__ = ["connect_without_hidden_variables", "hide_from_connections"]
 
@@ -28,8 +30,21 @@ def connect_without_hidden_variables(engine: AsyncEngine) -> None:
 
     The event loop keeps a copy of the context in which a driver began to listen to a socket, for as long as it does:
     each connection of the pool would keep the unit of work alive that it was opened in, and what that unit knows.
+
+    Where a connection cannot be opened, the next task that waits for one is told, and tries for itself.
     """
-    replace_connect(engine.dialect, _connect_out_of_sight)
+    sync_engine = ref(engine.sync_engine)
+
+    def connect_or_pass_on(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return _connect_out_of_sight(connect, *args, **kwargs)
+        except Exception:
+            if (failed := sync_engine()) is not None:
+                # When the pool has taken note of the failure.
+                asyncio.get_running_loop().call_soon(lambda: pass_on_failed_connect(failed.pool))
+            raise
+
+    replace_connect(engine.dialect, connect_or_pass_on)
 
 
 def _connect_out_of_sight(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

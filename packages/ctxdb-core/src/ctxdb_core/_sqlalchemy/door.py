@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ctxdb_core._shield import LentTask
+from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
 from ctxdb_core.errors import ContextNotInitiatedError
 
@@ -60,6 +61,8 @@ class Door:
         "_waiting",
         "check",
         "commit_is_unknown",
+        "latest",
+        "limit",
         "observer",
     )
 
@@ -68,6 +71,10 @@ class Door:
         """Told of each statement before a connection is taken for it, in the task that makes it."""
         self.check: Callable[[], None] | None = None
         """Called before each statement; it may refuse the statement by an error."""
+        self.latest: Callable[[], float | None] | None = None
+        """Returns when a call that begins now is given up, on the event loop's clock; ``None`` without a limit."""
+        self.limit: CallLimit | None = None
+        """What gives up the running call, where it has a limit."""
         self.commit_is_unknown = False
         """Whether nobody knows what became of the last commit of the session, as its answer was lost."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
@@ -176,6 +183,11 @@ class Door:
         if self._holder is None:
             return False
         return (task is not None and _real(self._holder) is _real(task)) or self in _turns.get()
+
+    def restart_limit(self, *args: object) -> None:
+        """Give the running call its time anew, as it sends another statement."""
+        if self.limit is not None and self.latest is not None:
+            self.limit.restart(self.latest())
 
     # --- statements, as far as they come another way ------------------------------------------------------------------
 

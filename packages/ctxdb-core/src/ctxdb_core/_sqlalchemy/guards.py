@@ -8,6 +8,7 @@ from ctxdb_core._sqlalchemy.cancelled_queries import keep_cancellation_at_pool, 
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.failed_transactions import trust_no_failed_transaction
 from ctxdb_core._sqlalchemy.lost_commits import call_lost_commits_unknown
+from ctxdb_core._sqlalchemy.poolers import tell_wrong_settings
 from ctxdb_core._sqlalchemy.savepoints import begin_before_savepoints
 from ctxdb_core._sqlalchemy.stale_connections import replace_closed_connections
 
@@ -23,3 +24,4 @@ def guard(engine: AsyncEngine) -> None:
     call_lost_commits_unknown(engine)
     begin_before_savepoints(engine)
     follow_cursors(engine)
+    tell_wrong_settings(engine)

@@ -6,6 +6,7 @@ version has changed one of them; it is run on the lowest version that is support
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
+from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "pass_on_failed_connect",
     "pool_numbers",
     "pool_of",
     "replace_commit",
     "replace_connect",
+    "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
@@ -146,6 +150,21 @@ def pool_numbers(pool: Pool) -> PoolNumbers:
     return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit)
 
 
+def pass_on_failed_connect(pool: Pool) -> None:
+    """Let the next task that waits for a connection of `pool` open one itself, as another task has failed to.
+
+    A pool at its limit lets tasks wait until a connection is given back. One that could not be opened leaves a place
+    free, and nobody would be told.
+    """
+    counting: Any = pool
+    queue = getattr(getattr(pool, "_pool", None), "_queue", None)
+    if not isinstance(queue, asyncio.Queue):
+        return
+    waiting: Any = queue
+    if any(not getter.done() for getter in waiting._getters) and counting._inc_overflow():  # noqa: SLF001 - see the module
+        counting._pool.put_nowait(_ConnectionRecord(pool, connect=False))  # noqa: SLF001 - see the module
+
+
 def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], None], Any], None]) -> None:
     """Have `terminate` called in the place of ``Dialect.do_terminate``, with that and a connection; once for a dialect.
 
@@ -176,6 +195,14 @@ def replace_commit(dialect: Dialect, commit: Callable[..., None]) -> None:
     There is an event before a commit, and none that would see its error whatever the error is.
     """
     _replace(dialect, "do_commit", commit)
+
+
+def replace_isolation_level(dialect: Dialect, set_level: Callable[..., None]) -> None:
+    """Have `set_level` called in the place of ``Dialect.set_isolation_level``, with that, a connection and the level.
+
+    SQLAlchemy asks a new server for its version before any listener of a user's can set the level of the connection.
+    """
+    _replace(dialect, "set_isolation_level", set_level)
 
 
 def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:

@@ -11,6 +11,7 @@ overrides stays in effect, and ``isinstance`` holds.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import types
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
@@ -30,7 +32,7 @@ from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
 from ctxdb_core._sqlalchemy.statements import only_reads
-from ctxdb_core.errors import CommitOutcomeUnknownError
+from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
 
@@ -41,6 +43,7 @@ OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
 BeforeClose: TypeAlias = Callable[["DoorSession", BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
 
+_CLEANS_UP = frozenset({"close", "invalidate", "reset", "rollback"})
 _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 
@@ -173,6 +176,8 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
     if not door.enter():
         await door.wait()
     try:
+        if door.latest is not None:
+            return await _call_in_time(door, door.latest(), fn, args, kwargs)
         return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
     except BaseException as exc:
         if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
@@ -181,6 +186,32 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
         raise
     finally:
         door.leave()
+
+
+async def _call_in_time(
+    door: Door, latest: float | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make a call that is given up if neither the pool, nor the network, nor the database has answered in time."""
+    if door.limit is not None or getattr(fn, "__name__", "") in _CLEANS_UP:
+        # A call inside of another one; or what gives a connection back, which has limits of its own.
+        return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+    limit = door.limit = CallLimit(latest)
+    is_given_up = False
+    try:
+        try:
+            return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+        finally:
+            door.limit = None
+            is_given_up = limit.end()
+    except asyncio.CancelledError as exc:
+        if not is_given_up:
+            raise
+        if isinstance(exc.__cause__, CommitOutcomeUnknownError):
+            raise exc.__cause__ from exc
+        raise DeadlineExceededError(
+            "The time of this call was up, and neither the database nor its limit for statements had ended it: the "
+            "pool had no connection to give, or the network or the server does not answer. The call was given up."
+        ) from exc
 
 
 async def _call_with_hook(

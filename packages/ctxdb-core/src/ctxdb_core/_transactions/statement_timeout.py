@@ -14,7 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
+from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._sqlalchemy.sessions import GuardedSession, door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
@@ -105,6 +107,8 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
     if is_bound_to_connection(session):
         # A transaction that somebody else began goes on after this unit: its limit is not ours to set.
         return
+    if door is not None:
+        door.latest = lambda: _latest(current())
 
     @event.listens_for(sync_session, "after_begin")
     def limit(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
@@ -127,8 +131,26 @@ async def limit_open_transaction(session: AsyncSession, current: CurrentTimeout)
         await session.run_sync(limit)
 
 
+CLIENT_SECONDS = 1.0
+"""How much later than the database a call is given up on this side: its own error tells more."""
+
+
+def _latest(timeout: StatementTimeout | None) -> float | None:
+    """Return when a call that begins now, or sends a statement now, is given up."""
+    if not timeout:
+        return None
+    now = asyncio.get_running_loop().time()
+    # The COMMIT of what was done in time is sent after the deadline as well.
+    latest = float("inf") if timeout.deadline is None else max(timeout.deadline, now)
+    return min(latest, now + (timeout.seconds or float("inf"))) + CLIENT_SECONDS
+
+
 def _limit(session: Session, connection: Connection, timeout: StatementTimeout, current: CurrentTimeout) -> None:
     backend = connection.dialect.name
+    door: Door | None = getattr(session, "door", None)
+    if door is not None and connection not in _timed:
+        _timed.add(connection)
+        event.listen(connection, "before_cursor_execute", door.restart_limit)
     if backend == "postgresql":
         _set_on_server(connection, timeout.milliseconds())
     elif backend == "sqlite":
@@ -143,6 +165,10 @@ def _set_on_server(connection: Connection, milliseconds: int | None) -> None:
     value = "DEFAULT" if milliseconds is None else milliseconds
     # A plain SET, as set_config() is a query: it would take the snapshot of the transaction.
     if is_autocommit(connection):
+        if is_behind_pooler(connection):
+            # What a session sets would stay on the pooler's connection, and stop other programs' queries. The limit is
+            # kept on the client's side alone.
+            return
         undo_on_return(connection, "RESET statement_timeout")
         connection.exec_driver_sql(f"SET statement_timeout = {value}")
     else:
@@ -193,6 +219,9 @@ _INTERRUPTED = (
     "A statement of this transaction was interrupted when its time was up, and its error was not propagated: the "
     "transaction cannot be committed. Let the error propagate, or give the statement more time."
 )
+
+# SQLAlchemy connections each statement of which gives the running call its time anew.
+_timed: WeakSet[Connection] = WeakSet()
 
 # SQLAlchemy connections that have an interrupter already.
 _interrupted: WeakSet[Connection] = WeakSet()

@@ -1,0 +1,145 @@
+"""A database that does not answer, or refuses connections: nobody waits for longer than was said."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError
+from tests.support.database import Database, eventually, insert
+from tests.support.faulty_network import Fault, FaultyNetwork, Point
+
+from ctxdb_core import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    CommitOutcomeUnknownError,
+    DBConnect,
+    DeadlineExceededError,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_session,
+)
+
+SECRET = "postgresql://me:s3cret@127.0.0.1/db"
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def test_a_pool_without_a_free_connection_is_waited_for_until_the_deadline(db: DBConnect) -> None:
+    everybody, enough = asyncio.Barrier(6), asyncio.Event()
+
+    async def hold() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).scalar(text("SELECT 1"))
+            await everybody.wait()
+            await enough.wait()
+
+    holding = [asyncio.create_task(hold()) for _ in range(5)]
+    await everybody.wait()
+    with pytest.raises(DeadlineExceededError, match="no connection to give"):
+        async with new_db_ctx(deadline=now() + 0.1):
+            await (await db_session(db)).scalar(text("SELECT 1"))
+    enough.set()
+    await asyncio.gather(*holding)
+
+
+@pytest.mark.parametrize("limit", ["deadline", "statement_timeout"])
+@pytest.mark.parametrize("point", [Point.STARTUP, Point.BEGIN, Point.STATEMENT, Point.ANSWER])
+async def test_a_network_that_goes_dark_ends_the_call_in_time(
+    far: DBConnect, network: FaultyNetwork, database: Database, point: Point, limit: str
+) -> None:
+    limits: dict[str, Any] = {limit: 0.2 if limit == "statement_timeout" else now() + 0.2}
+    network.fail(point, Fault.BLACK_HOLE)
+    with pytest.raises((DeadlineExceededError, DBAPIError)):
+        async with new_db_ctx(**limits):
+            await insert(far, "a")
+    assert network.failed.is_set()
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("point", [Point.COMMIT, Point.COMMITTED])
+async def test_a_network_that_goes_dark_with_a_commit_leaves_it_unknown(
+    far: DBConnect, network: FaultyNetwork, database: Database, point: Point
+) -> None:
+    network.fail(point, Fault.BLACK_HOLE)
+    with pytest.raises(CommitOutcomeUnknownError):
+        async with new_db_ctx(deadline=now() + 0.5):
+            await insert(far, "a")
+    await eventually(lambda: not database.backends("state <> 'idle'"), "the server is still at it")
+    assert await database.names() == (["a"] if point is Point.COMMITTED else [])
+
+
+async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_peer(
+    far: DBConnect, network: FaultyNetwork
+) -> None:
+    async with new_non_ctx_session(far) as session:
+        await session.connection()
+        waiting = asyncio.create_task(session.execute(text("SELECT pg_sleep(60)")))
+        await asyncio.sleep(0)
+        network.go_dark()
+        waiting.cancel()
+        turns = 0
+        while not waiting.done():
+            # As long as the loop comes round to this, nothing holds the process.
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert turns > 1
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await session.invalidate()
+
+
+async def test_those_who_wait_for_a_pool_are_told_that_the_database_refuses(
+    database: Database, network: FaultyNetwork
+) -> None:
+    network.lets_in = False
+    url = make_url(database.url).set(port=network.port)
+    async with DBConnect.from_url(url, pool_size=1, max_overflow=0, pool_timeout=600) as db:
+
+        async def use() -> None:
+            async with new_db_ctx():
+                await (await db_session(db)).scalar(text("SELECT 1"))
+
+        results = await asyncio.gather(*(use() for _ in range(5)), return_exceptions=True)
+        assert all(isinstance(result, DBAPIError | OSError) for result in results), results
+        network.lets_in = True
+        await asyncio.gather(*(use() for _ in range(5)))
+
+
+async def test_a_connection_of_a_url_is_waited_for_no_longer_than_ten_seconds(
+    database: Database, database_kind: str
+) -> None:
+    given: list[dict[str, Any]] = []
+    name = "connect_timeout" if database_kind == "psycopg" else "timeout"
+    choices: tuple[dict[str, Any], ...] = ({}, {"connect_args": {name: 7}})
+    for chosen in choices:
+        async with DBConnect.from_url(database.url, **chosen) as db:
+            engine = await db.engine()
+
+            @event.listens_for(engine.sync_engine, "do_connect")
+            def note(dialect: object, record: object, arguments: object, options: dict[str, Any]) -> None:
+                given.append(dict(options))
+
+            async with new_non_ctx_session(db) as session:
+                await session.connection()
+    assert [options[name] for options in given] == [10, 7]
+
+
+async def test_no_message_shows_the_password_of_a_host(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    db = DBConnect(lambda host: None, host=SECRET)  # type: ignore[arg-type,return-value]  # what is refused
+    with pytest.raises(ArgumentTypeError) as raised:
+        await db.engine()
+    assert "s3cret" not in str(raised.value)
+    with pytest.raises(ArgumentTypeError) as raised:
+        await db.change_host("other", keep=SECRET)
+    assert "s3cret" not in str(raised.value)
+    async with DBConnect.from_url("sqlite+aiosqlite://") as memory:
+        with pytest.raises(ArgumentValueError) as refused:
+            await memory.change_host(SECRET)
+    assert "s3cret" not in str(refused.value)
