@@ -22,6 +22,7 @@ from ctxdb_core import (
     new_db_ctx,
     rollback_db_session,
 )
+from ctxdb_core._sqlalchemy.door import Door
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -189,3 +190,42 @@ async def _after(db: DBConnect, seconds: float) -> None:
     # Begun later, it waits for its turn.
     await asyncio.sleep(0)
     await _sleep(db, seconds)
+
+
+# --- cancellation -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_one_that_it_waits_for() -> None:
+    door = Door()
+
+    async def hold() -> None:
+        async with door.turn():
+            await asyncio.Event().wait()
+
+    async def wait() -> None:
+        async with door.turn():
+            pass
+
+    tasks = [asyncio.create_task(hold()), asyncio.create_task(wait())]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    assert not door.is_busy
+
+
+@KINDS
+async def test_a_group_of_tasks_that_is_cancelled_raises_no_other_error(db: DBConnect) -> None:
+    async def work() -> None:
+        async with new_db_ctx(), asyncio.TaskGroup() as group:
+            for number in range(4):
+                group.create_task(read(db, number))
+
+    for steps in range(30):
+        task = asyncio.create_task(work())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or task.exception() is None

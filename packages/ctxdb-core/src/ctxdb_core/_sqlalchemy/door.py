@@ -128,7 +128,9 @@ class Door:
             await handed_over
         except BaseException:
             if handed_over.cancelled():
-                waiting.remove(place)
+                # In the same moment, the task that had the turn may have passed this one over.
+                if place in waiting:
+                    waiting.remove(place)
             elif handed_over.exception() is None:
                 # The turn came in the same moment as the cancellation: the next task gets it.
                 self.leave()
