@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
@@ -232,6 +234,27 @@ async def test_tasks_at_once_find_what_the_hook_has_set(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)
         assert await asyncio.gather(*(setting(db) for _ in range(4))) == ["ada"] * 4
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_what_the_hook_has_set_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
+    async with new_db_ctx():
+        on_begin(db, set_tenant)
+        session = await db_session(db)
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                await session.execute(text("SELECT 1"))
+                raise LookupError
+        assert await setting(db) == "ada"
+        await commit_db_session(db)
+
+        def undo_savepoint(sync_session: Session) -> None:
+            with suppress(LookupError), sync_session.begin_nested():
+                sync_session.execute(text("SELECT 1"))
+                raise LookupError
+
+        await session.run_sync(undo_savepoint)
+        assert await setting(db) == "ada"
 
 
 # --- joining_session --------------------------------------------------------------------------------------------------

@@ -484,6 +484,15 @@ async def test_committed_changes_are_not_taken_back_by_a_later_roll_back(shelf: 
     assert author.name == "Grace"
 
 
+async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        await session.get_one(Author, 1)
+        await rollback_db_session(shelf)
+        await database.query("UPDATE author SET name = 'Grace' WHERE id = 1")
+        assert (await session.get_one(Author, 1)).name == "Grace"
+
+
 async def test_objects_of_a_session_that_expires_are_readable_after_the_units_commit(database: Database) -> None:
     db = DBConnect(lambda host: database.watch_new(), async_sessionmaker, host="a")
     async with db:

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import literal, select, text
+from sqlalchemy import Integer, literal, literal_column, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, column_property, mapped_column
 from tests.support.database import Database, Item, eventually, insert
 
 from ctxdb_core import (
@@ -22,6 +23,7 @@ from ctxdb_core import (
     new_db_ctx,
     rollback_db_session,
 )
+from ctxdb_core._sqlalchemy.door import Door
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -133,6 +135,47 @@ async def test_lazy_loading_takes_its_turn(database: Database) -> None:
         assert list(results) == ["one", 1, 2]
 
 
+class Ruins(AsyncAttrs, DeclarativeBase):
+    pass
+
+
+class Ruin(Ruins):
+    __tablename__ = "item"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    age: Mapped[int] = column_property(literal_column("1 / (length(name) - length(name))", Integer), deferred=True)
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_the_turn_of_lazy_loading_ends_with_it_although_its_error_is_kept(db: DBConnect) -> None:
+    async with asyncio.timeout(20), new_db_ctx():
+        session = await db_session(db)
+        session.add_all([Ruin(name="one"), Ruin(name="two")])
+        await commit_db_session(db)
+        one, two = (await session.scalars(select(Ruin))).all()
+        errors = await asyncio.gather(one.awaitable_attrs.age, two.awaitable_attrs.age, return_exceptions=True)
+        assert all(isinstance(error, DBAPIError) for error in errors)
+        await session.rollback()
+        assert await asyncio.gather(read(db, 1), read(db, 2)) == [1, 2]
+
+
+async def test_a_lazy_load_that_is_cancelled_gives_its_turn_back(db: DBConnect) -> None:
+    async with asyncio.timeout(20), new_db_ctx():
+        session = await db_session(db)
+        session.add(Item(name="one"))
+        await session.flush()
+        item = (await session.scalars(select(Item))).one()
+        session.expire(item)
+        first = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.2)")))
+        await asyncio.sleep(0)
+        name: Any = AsyncAttrs._AsyncAttrGetitem(item)
+        lazy = asyncio.ensure_future(name.name)
+        await asyncio.sleep(0)
+        lazy.cancel()
+        await asyncio.wait([lazy, first])
+        assert lazy.cancelled()
+        assert await read(db, 1) == 1
+
+
 async def test_a_session_class_may_commit_in_a_task_of_its_own(database: Database) -> None:
     class Shielded(AsyncSession):
         async def commit(self) -> None:
@@ -189,3 +232,42 @@ async def _after(db: DBConnect, seconds: float) -> None:
     # Begun later, it waits for its turn.
     await asyncio.sleep(0)
     await _sleep(db, seconds)
+
+
+# --- cancellation -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_one_that_it_waits_for() -> None:
+    door = Door()
+
+    async def hold() -> None:
+        async with door.turn():
+            await asyncio.Event().wait()
+
+    async def wait() -> None:
+        async with door.turn():
+            pass
+
+    tasks = [asyncio.create_task(hold()), asyncio.create_task(wait())]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    assert not door.is_busy
+
+
+@KINDS
+async def test_a_group_of_tasks_that_is_cancelled_raises_no_other_error(db: DBConnect) -> None:
+    async def work() -> None:
+        async with new_db_ctx(), asyncio.TaskGroup() as group:
+            for number in range(4):
+                group.create_task(read(db, number))
+
+    for steps in range(30):
+        task = asyncio.create_task(work())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or task.exception() is None

@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeAlias
-from weakref import ref
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy.orm import Session
@@ -27,7 +27,7 @@ from sqlalchemy.util import await_only
 
 from ctxdb_core._shield import LentTask
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
-from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_at_end_of_greenlet
 from ctxdb_core.errors import ContextNotInitiatedError
 
 __all__ = ["Door", "Refuse", "StatementObserver"]
@@ -138,7 +138,9 @@ class Door:
             await handed_over
         except BaseException:
             if handed_over.cancelled():
-                waiting.remove(place)
+                # In the same moment, the task that had the turn may have passed this one over.
+                if place in waiting:
+                    waiting.remove(place)
             elif handed_over.exception() is None:
                 # The turn came in the same moment as the cancellation: the next task gets it.
                 self.leave()
@@ -221,10 +223,11 @@ class Door:
             # It has come through the door of another session, and never dies: the end of that call ends this turn.
             current.also_entered = (*current.also_entered, self)
         else:
-            self._holder = _GreenletTurn(self._holder, ref(current, self._leave_with_greenlet))
+            self._holder = turn = _GreenletTurn(self._holder)
+            call_at_end_of_greenlet(current, partial(self._leave_with_greenlet, turn))
 
-    def _leave_with_greenlet(self, dead: ref[greenlet]) -> None:
-        if isinstance(self._holder, _GreenletTurn) and self._holder.greenlet is dead:
+    def _leave_with_greenlet(self, turn: _GreenletTurn) -> None:
+        if self._holder is turn:
             self.leave()
 
     # --- what the unit of work asks for -------------------------------------------------------------------------------
@@ -318,7 +321,6 @@ class _GreenletTurn(NamedTuple):
     """The turn of a greenlet that has not come through the door; it ends with the greenlet."""
 
     task: Any
-    greenlet: ref[greenlet]
 
 
 def _error_of(refuse: Refuse) -> BaseException:

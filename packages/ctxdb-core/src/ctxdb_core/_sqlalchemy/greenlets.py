@@ -12,11 +12,12 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
+from weakref import ref
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy.exc import AwaitRequired
 
-__all__ = ["CallGreenlet", "call_in_greenlet"]
+__all__ = ["CallGreenlet", "call_at_end_of_greenlet", "call_in_greenlet"]
 
 T = TypeVar("T")
 
@@ -150,3 +151,39 @@ async def call_in_greenlet(
             "using a non compatible DBAPI driver. Please ensure that an async DBAPI is used."
         )
     return result  # type: ignore[no-any-return]  # the result of `fn`
+
+
+def call_at_end_of_greenlet(current: greenlet, callback: Callable[[], object]) -> None:
+    """Call `callback` when `current`, which is the running greenlet and not one of this module, has ended.
+
+    A weak reference would tell it too late: the traceback of an error keeps the greenlet that the error was raised in.
+    So all that the greenlet hands to its parent, its end included, passes through another one.
+    """
+    between = greenlet(_pass_on, current.parent)
+    between.switch(ref(current), callback)
+    current.parent = between
+
+
+def _pass_on(child: ref[greenlet], callback: Callable[[], object]) -> Any:
+    try:
+        handed = _switch_to(child)
+        while _is_alive(child):
+            # What is awaited is handed back to the child itself.
+            handed = getcurrent().parent.switch(handed)  # type: ignore[union-attr]  # it was made with a parent
+        return handed
+    finally:
+        # Also if the child has raised an error, or is thrown away together with this greenlet.
+        callback()
+
+
+def _switch_to(child: ref[greenlet]) -> Any:
+    running = child()
+    assert running is not None
+    switch = running.switch
+    del running
+    return switch()
+
+
+def _is_alive(child: ref[greenlet]) -> bool:
+    running = child()
+    return running is not None and not running.dead

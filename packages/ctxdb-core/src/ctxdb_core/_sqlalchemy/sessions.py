@@ -88,6 +88,12 @@ class GuardedSession(Session):
             self.door.refuse_if_ended()
         return super()._autobegin_t(begin)
 
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
+            # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
+            await_only(_begin(self, self.on_begin))
+        return super().begin(nested)
+
     def flush(self, objects: Any = None) -> None:
         # An object of the identity map has been changed: `session.dirty` would look at each of them.
         if self.door is not None and self.identity_map.check_modified():

@@ -77,10 +77,17 @@ async def rollback_db_session(db: DBConnect) -> None:
     Inside of a savepoint's block, this is true of the transaction around it, too. The session is usable again when the
     block has been left: SQLAlchemy refuses further statements in it (``InvalidRequestError``).
 
+    The objects of the session expire, as by ``session.rollback()``: what is read after it is what the database has.
+
     Raises:
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
-    await _usable_unit(db).roll_back(None, [db])
+    unit = _usable_unit(db)
+    session = unit.sessions.get(db)
+    has_begun = session is not None and session_end.in_transaction(session)
+    await unit.roll_back(None, [db])
+    if session is not None and has_begun:
+        session.expire_all()
 
 
 async def close_db_session(db: DBConnect) -> None:
