@@ -35,7 +35,7 @@ from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncConditio
 
 __all__ = ["HostMonitor"]
 
-logger = logging.getLogger("ctxdb_pgstatus")
+logger: logging.Logger = logging.getLogger("ctxdb_pgstatus")
 
 _T = TypeVar("_T")
 _HIGHEST_PORT = 65535
@@ -484,7 +484,9 @@ class HostMonitor:
         self._last_master: str | None = None
         self._is_sample_of_master = False
         self._sample: Sample | None = None
-        self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
+        self.status: ClusterStatus = ClusterStatus(
+            tuple(member.dead_status() for member in self._members.values()), None, _now()
+        )
 
     def _new_member(self, address: HostAddress) -> Member:
         is_subscriber = address.name in self._subscribers

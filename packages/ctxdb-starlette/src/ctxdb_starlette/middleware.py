@@ -46,7 +46,7 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         deadline: Deadline | None = None,
     ) -> None:
         super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
-        self.has_boundary = False
+        self.has_boundary: bool = False
         mark_stream_boundaries(app, self._note_boundary)
 
     def _note_boundary(self) -> None:

@@ -15,13 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
-from ctxdb_core._sqlalchemy.guards import (
-    begin_before_savepoints,
-    keep_cancellation_at_pool,
-    stop_cancelled_queries,
-    trust_no_failed_transaction,
-)
+from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
@@ -112,11 +106,7 @@ class LoopEngine:
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False
-        connect_without_hidden_variables(engine)
-        stop_cancelled_queries(engine)
-        keep_cancellation_at_pool(engine)
-        trust_no_failed_transaction(engine)
-        begin_before_savepoints(engine)
+        teach(engine.sync_engine)
         self._retirement: asyncio.Task[None] | None = None
         if self.lifetime is Lifetime.UNTIL_RETIRED:
             _terminate_with(engine.sync_engine)

@@ -1,4 +1,7 @@
-"""What every engine is taught: to stop cancelled queries on the server, and not to take a roll-back for a commit."""
+"""What every engine is taught: to stop cancelled queries on the server, and not to take a roll-back for a commit.
+
+`teach` teaches all of it, once for each engine.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import WeakSet
 
 import sqlalchemy
-from sqlalchemy import Connection, Dialect, event
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,12 +22,35 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
 from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
 from ctxdb_core.errors import TransactionAbortedError
 
 logger = logging.getLogger("ctxdb")
 
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
+
+_taught: WeakSet[Engine] = WeakSet()
+
+
+def teach(bind: Engine | Connection) -> None:
+    """Teach an engine, or that of a connection, what every engine of a `DBConnect` is taught.
+
+    An engine that sessions choose by a ``get_bind`` or ``binds`` of their own is taught when it is first seen.
+    """
+    sync_engine = bind.engine
+    if sync_engine in _taught:
+        return
+    _taught.add(sync_engine)
+    if not sync_engine.dialect.is_async:
+        # SQLAlchemy refuses it to an asynchronous session.
+        return
+    engine = AsyncEngine(sync_engine)
+    connect_without_hidden_variables(engine)
+    stop_cancelled_queries(engine)
+    keep_cancellation_at_pool(engine)
+    trust_no_failed_transaction(engine)
+    begin_before_savepoints(engine)
 
 
 def stop_cancelled_queries(engine: AsyncEngine) -> None:

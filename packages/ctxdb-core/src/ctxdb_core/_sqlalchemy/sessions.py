@@ -25,6 +25,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
 from ctxdb_core._sqlalchemy.statements import only_reads
@@ -70,6 +71,9 @@ class GuardedSession(Session):
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(_begin(self, self.on_begin))
         bind = super().get_bind(*args, **kwargs)
+        if bind is not self.bind:
+            # The user's class, or `binds`, has chosen an engine of its own.
+            teach(bind)
         return bind if self.translate_bind is None else self.translate_bind(bind)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it

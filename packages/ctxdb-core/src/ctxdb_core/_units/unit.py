@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
@@ -88,7 +89,7 @@ class UnitOfWork:
         """Those that are open, in the order in which they were opened."""
         self.before_commit = before_commit
         """Awaited with each session that is about to be committed."""
-        self.loop = _get_running_loop()
+        self.loop: asyncio.AbstractEventLoop | None = _get_running_loop()
         """The event loop that the unit belongs to, as its connections serve that one alone."""
 
     @classmethod

@@ -35,7 +35,7 @@ class Exchange(UnitOfWork):
     """
 
     options: Options
-    phase = Phase.HANDLING
+    phase: Phase = Phase.HANDLING
     """Where the response is on its way."""
     is_idle: bool
     """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
@@ -146,8 +146,11 @@ class Exchange(UnitOfWork):
         return False
 
 
-async def discard(message: Message) -> None:
+async def _discard(message: Message) -> None:
     """Drop a message of a response that is not sent any more."""
+
+
+discard: Send = _discard
 
 
 def _attach(exc: Exception, failure: Exception) -> None:

@@ -38,6 +38,7 @@ class HTTPExchange(Exchange):
     a handler, and `body`, once a response is sent while sessions are in use.
     """
 
+    is_idle: bool
     source: Receive
     """Where the request comes from."""
     kept: KeptRequest | None = None

@@ -55,7 +55,7 @@ class ASGIHTTPDBSessionMiddleware:
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
     ) -> None:
-        self.app = app
+        self.app: ASGIApp = app
         if statement_timeout is not None or deadline is not None:
             self.app = LimitingStatements(app, statement_timeout, deadline)
         self.before_commit = before_commit
