@@ -20,7 +20,7 @@ from ctxdb_core import (
 )
 from ctxdb_core.asgi import ASGIApp, Deadline
 from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
-from ctxdb_litestar.dependency import check_name, inject, session_provider
+from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
 from ctxdb_litestar.middleware import CommitErrorMiddleware, LitestarDBSessionMiddleware, MountMiddleware
 
@@ -90,9 +90,14 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         return app_config
 
     def receive_route(self, route: BaseRoute) -> None:
-        """Put the unit of work around the application that a route was registered on."""
+        """Put the unit of work around the application that a route was registered on.
+
+        Raises:
+            ImproperlyConfiguredException: another plugin has taken the name of one of the sessions.
+        """
         handlers = _handlers(route)
         app = handlers[0].app
+        check_still_injected(self._providers, app.dependencies)
         middleware = enclose(app, self._middleware, key=self)
         enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware)
         if isinstance(route, WebSocketRoute):
