@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -28,6 +29,7 @@ from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
@@ -156,16 +158,26 @@ async def _call_of_transaction(fn: Callable[..., Any], *args: Any, **kwargs: Any
 
 async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if door is None:
-        return await call_in_greenlet(fn, *args, **kwargs)
+        try:
+            return await call_in_greenlet(fn, *args, **kwargs)
+        except PoolTimeoutError as exc:
+            explain_time_out(exc, _session_of(fn))
+            raise
     if not door.enter():
         await door.wait()
     try:
         return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
-    except BaseException:
+    except BaseException as exc:
+        explain_time_out(exc, _session_of(fn))
         door.answer_interruption()
         raise
     finally:
         door.leave()
+
+
+def _session_of(fn: Any) -> Any:
+    owner = getattr(fn, "__self__", None)
+    return owner.session if isinstance(owner, SessionTransaction) else owner
 
 
 async def _call_with_hook(

@@ -17,6 +17,7 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.second_connections import note_second_session
 from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
@@ -164,9 +165,22 @@ class UnitOfWork:
             self.leak_guard = LeakGuard(self.sessions)
         self.prepare_session(db, session)
         self.sessions[db] = session
+        outer = getattr(self, "token", None)
+        if outer is not None and isinstance(outer.old_value, UnitOfWork):
+            outer.old_value.note_second_session(db, session)
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
         return session
+
+    def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
+        """Note that code which this unit may wait for opens a `session` of its own on `db`."""
+        if self.sessions is _CLOSED or not self.is_on_its_loop():
+            return
+        first = self.of(db).sessions.get(db)
+        if first is not None:
+            note_second_session(db, session, first)
+        elif (token := getattr(self, "token", None)) is not None and isinstance(token.old_value, UnitOfWork):
+            token.old_value.note_second_session(db, session)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
