@@ -76,14 +76,13 @@ def explain_time_out(error: BaseException, session: object) -> None:
         and _holds(first)
     ]
     if waiting:
-        places = "; ".join(
-            f"{count} {place}" for place, count in Counter(each.place for each in waiting).most_common(5)
-        )
-        hold = "unit of work holds" if len(waiting) == 1 else "units of work hold"
-        error.args = (
-            f"{error.args[0]}. {len(waiting)} {hold} a connection of this pool and wait for a second one: "
-            f"{places}. {_ADVICE}",
-        )
+        counts = Counter(each.place for each in waiting).most_common(5)
+        places = "; ".join(f"{count} {place}" for place, count in counts)
+        units = "1 unit of work holds a connection of this pool and waits"
+        if len(waiting) > 1:
+            units = f"{len(waiting)} units of work hold a connection of this pool and wait"
+        told = f"{error.args[0]}. {units} for a second one: {places}. {_ADVICE}"
+        error.args = (told,)
 
 
 def _holds(session: AsyncSession) -> bool:

@@ -8,9 +8,9 @@ from typing import Protocol
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.unit import UnitOfWork
-from ctxdb_core.asgi.types import Message, Receive, Send
+from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
-from ctxdb_core.policy import CommitPolicy
+from ctxdb_core.policy import RequestPolicy
 
 __all__ = ["Exchange", "Options", "discard"]
 
@@ -18,8 +18,8 @@ __all__ = ["Exchange", "Options", "discard"]
 class Options(Protocol):
     """What a middleware says of all its exchanges."""
 
-    commit_policy: CommitPolicy
-    """Given the status of a response: whether to commit."""
+    commits: RequestPolicy
+    """Given the status of a response, and the ASGI scope of its request: whether to commit."""
     has_boundary: bool
     """Whether an `ASGIStreamBoundary` may be beneath, which tells of handlers that a middleware gives up on."""
 
@@ -35,6 +35,8 @@ class Exchange(UnitOfWork):
     """
 
     options: Options
+    scope: Scope
+    """The request's, as the application has left it."""
     phase: Phase = Phase.HANDLING
     """Where the response is on its way."""
     is_idle: bool
@@ -80,7 +82,7 @@ class Exchange(UnitOfWork):
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
         """
         try:
-            if self.options.commit_policy(status):
+            if self.options.commits(status, self.scope):
                 await self.commit()
             else:
                 # A body that is made already may be using a session: its statement must not be interrupted.
