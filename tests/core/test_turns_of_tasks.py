@@ -155,7 +155,7 @@ async def test_the_turn_of_lazy_loading_ends_with_it_although_its_error_is_kept(
         errors = await asyncio.gather(one.awaitable_attrs.age, two.awaitable_attrs.age, return_exceptions=True)
         assert all(isinstance(error, DBAPIError) for error in errors)
         await session.rollback()
-        assert await asyncio.gather(read(db, 1), read(db, 2)) == [1, 2]
+        assert list(await asyncio.gather(read(db, 1), read(db, 2))) == [1, 2]
 
 
 async def test_a_lazy_load_that_is_cancelled_gives_its_turn_back(db: DBConnect) -> None:

@@ -33,6 +33,7 @@ PAGES = [
 MODULE = "documentation_page"
 
 PYTHON_FENCE = re.compile(r"^[ \t>*+\-\d.)]*(?:`{3,}|~{3,})[ \t]*(?:py|\{)", re.MULTILINE | re.IGNORECASE)
+NEEDS = re.compile(r"^<!--- needs: (?P<modules>.+) --->$", re.MULTILINE)
 HIDDEN_BLOCK = re.compile(r"^[ \t]*<!--+\s*(?:;\s*)?(?:invisible-)?code", re.MULTILINE)
 POSTGRES_URL = re.compile(r"postgresql(?:\+\w+)?://(?:(?P<role>\w+)(?::[^@/\s]*)?@)?[^@/\s]*/(?P<database>\w+)")
 
@@ -102,6 +103,10 @@ def servers_for_urls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.usefixtures("servers_for_urls")
 def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Libraries that a page is about come with the group `ecosystem`.
+    for needs in NEEDS.finditer(path.read_text(encoding="utf-8")):
+        for module in needs["modules"].split(", "):
+            pytest.importorskip(module)
     Page(path, monkeypatch).run()
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from litestar import Controller, Litestar, get, post
+from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.exceptions import ImproperlyConfiguredException
+from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.testing import TestClient
 from sqlalchemy import text
@@ -244,6 +246,29 @@ def test_a_name_that_is_taken_is_refused() -> None:
             litestar_app(plugins=[CtxDBPlugin(session=db)], dependencies={"session": taken})
     with pytest.raises(ImproperlyConfiguredException, match="'session' already"):
         litestar_app(plugins=[CtxDBPlugin(session=db), CtxDBPlugin(session=db)])
+
+
+def provide_another() -> str:
+    return "another"
+
+
+class Taker(InitPlugin):
+    """Stands for a plugin that provides sessions of its own, by whatever means."""
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        app_config.dependencies["session"] = Provide(provide_another, sync_to_thread=False)
+        return app_config
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_another_plugin_of_that_name_is_refused(comes_first: bool) -> None:
+    ours, others = CtxDBPlugin(session=DBConnect.from_url("sqlite+aiosqlite://")), Taker()
+
+    @get("/")
+    async def read() -> None: ...
+
+    with pytest.raises(ImproperlyConfiguredException, match="CtxDBPlugin\\(other_name=db\\)"):
+        Litestar([read], plugins=[others, ours] if comes_first else [ours, others])
 
 
 @pytest.mark.parametrize("name", ["request", "state", "socket", "data", "scope", "headers", "cookies", "query", "body"])

@@ -54,12 +54,12 @@ class Exchange:
     """
 
     # Defaults are the class's: a request that needs none of these pays for none of them.
-    phase = Phase.HANDLING
+    phase: Phase = Phase.HANDLING
     watched: WatchedWriter | None = None
     """The request's writer, once a response is written while code of the application may run; see `Delivery`."""
     refusal: Refusal | None = None
     """The last response that was refused or broke off. It stays so, also if a middleware returns it after all."""
-    attempts = 0
+    attempts: int = 0
     """How many calls of the handler have come to their end. The next call is a new attempt: it undoes their work."""
 
     def __init__(self, unit: UnitOfWork, commits: RequestPolicy, writer: Any) -> None:

@@ -15,7 +15,7 @@ from ctxdb_core.adapters import FINISHING, Phase, finalize, is_inside
 
 __all__ = ["LateResponse"]
 
-logger = logging.getLogger("ctxdb")
+logger: logging.Logger = logging.getLogger("ctxdb")
 
 # The ends of units of work whose responses were cut off.
 _cleaning_up: set[asyncio.Task[None]] = set()
@@ -37,10 +37,10 @@ class LateResponse(Delivery):
 
     def __init__(self, exchange: Exchange, request: web.Request) -> None:
         self.exchange = exchange
-        self.request = request
+        self.request: web.Request = request
         # The task of the connection, which serves many requests. The running one may be a middleware's, and end before
         # anything is sent.
-        self.task = request.task
+        self.task: asyncio.Task[None] = request.task
         self.task.add_done_callback(self._clean_up)
 
     def expect(self, request: web.Request, response: web.StreamResponse) -> None:

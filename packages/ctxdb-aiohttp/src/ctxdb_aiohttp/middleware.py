@@ -168,8 +168,8 @@ def _commit_point() -> Middleware:
     return commit_success
 
 
-commit_point = _commit_point()
+commit_point: Middleware = _commit_point()
 """Commits a success where the handler returns it, so that all other middlewares learn of a commit that fails."""
 
-placed_commit_point = _commit_point()
+placed_commit_point: Middleware = _commit_point()
 """The same at a place that the user has chosen: it stays there."""

@@ -46,7 +46,8 @@ class WatchedWriter:
         methods = vars(writer)
         # Code further out may have replaced them, too; then its methods are what the writer is told by.
         self._replaced = {name: methods[name] for name in _METHODS if name in methods}
-        self.forward_head, self.forward_eof = writer.write_headers, writer.write_eof
+        self.forward_head: Any = writer.write_headers
+        self.forward_eof: Any = writer.write_eof
         writer.write_headers, writer.write_eof = self.write_headers, self.write_eof
 
     async def write_headers(self, status_line: str, headers: Any) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core import DBConnect, db_session
 
-__all__ = ["SessionProvider", "check_name", "inject", "session_provider"]
+__all__ = ["SessionProvider", "check_name", "check_still_injected", "inject", "session_provider"]
 
 SessionProvider: TypeAlias = Callable[[], Awaitable[AsyncSession]]
 """A dependency that returns the session of the running request."""
@@ -41,6 +41,33 @@ def check_name(name: str) -> None:
         )
 
 
+def check_still_injected(providers: Mapping[str, SessionProvider], dependencies: Mapping[str, object]) -> None:
+    """Refuse an application in which something else has taken the name of a session afterwards.
+
+    A plugin that comes later may do so, advanced-alchemy's `SQLAlchemyPlugin` for instance: handlers would get a
+    session that nobody commits.
+
+    Args:
+        providers: what was made a dependency, by name.
+        dependencies: those of the application that is complete.
+
+    Raises:
+        ImproperlyConfiguredException: one of the names is another dependency's.
+    """
+    for name, provider in providers.items():
+        if not _provides(dependencies.get(name), provider):
+            raise ImproperlyConfiguredException(
+                f"Another plugin has taken the name {name!r}, which CtxDBPlugin({name}=db) provides: handlers would "
+                "get a session that no unit of work commits. Give one of the two another name: "
+                "`CtxDBPlugin(other_name=db)`, or `SQLAlchemyAsyncConfig(session_dependency_key=...)` for "
+                "advanced-alchemy's plugin."
+            )
+
+
+def _provides(dependency: object, provider: SessionProvider) -> bool:
+    return getattr(dependency, "dependency", dependency) is provider
+
+
 def inject(providers: Mapping[str, SessionProvider], app_config: AppConfig) -> None:
     """Make each of `providers` a dependency of the whole application.
 
@@ -49,7 +76,7 @@ def inject(providers: Mapping[str, SessionProvider], app_config: AppConfig) -> N
     """
     for name, provider in providers.items():
         existing = app_config.dependencies.get(name)
-        if existing is not None and getattr(existing, "dependency", existing) is not provider:
+        if existing is not None and not _provides(existing, provider):
             raise ImproperlyConfiguredException(
                 f"The application has a dependency {name!r} already: give the session another name, "
                 "`CtxDBPlugin(other_name=db)`, or remove that dependency."

@@ -18,9 +18,10 @@ from ctxdb_core import (
     close_all,
     commit_below_400,
 )
+from ctxdb_core.adapters import RequestPolicy, with_request
 from ctxdb_core.asgi import ASGIApp, Deadline
 from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
-from ctxdb_litestar.dependency import check_name, inject, session_provider
+from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
 from ctxdb_litestar.middleware import CommitErrorMiddleware, LitestarDBSessionMiddleware, MountMiddleware
 
@@ -37,7 +38,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         *dbs: closed when the application has shut down. They are optional: a unit of work takes whatever `DBConnect`
             its code asks for.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commit_policy: given the status of the response, and the ASGI scope if it takes a second argument: whether to
+            commit.
         statement_timeout: how many seconds each statement of a request may take; see
             `ctxdb_core.set_statement_timeout`.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
@@ -47,7 +49,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             returns. They are closed like the others.
 
     Raises:
-        TypeError: a database is not a `DBConnect`, or `deadline` no function.
+        TypeError: a database is not a `DBConnect`, `deadline` is no function, or `commit_policy` none of a status, or
+            of a status and a scope.
         ValueError: `statement_timeout` is not positive; raised when the application is made.
         ImproperlyConfiguredException: Litestar reserves one of the names for itself.
     """
@@ -56,7 +59,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         self,
         *dbs: DBConnect,
         before_commit: BeforeCommit | None = None,
-        commit_policy: CommitPolicy = commit_below_400,
+        commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
         **dependency_names: DBConnect,
@@ -69,7 +72,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         self._dbs = tuple(dict.fromkeys((*dbs, *dependency_names.values())))
         self._providers = {name: session_provider(db) for name, db in dependency_names.items()}
         self._before_commit = before_commit
-        self._commit_policy = commit_policy
+        self._commits = with_request(commit_policy)
         if deadline is not None and not callable(deadline):
             raise ArgumentTypeError(
                 f"CtxDBPlugin(deadline=<{type(deadline).__name__}>): this is no function. Pass one that is given the "
@@ -90,9 +93,14 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         return app_config
 
     def receive_route(self, route: BaseRoute) -> None:
-        """Put the unit of work around the application that a route was registered on."""
+        """Put the unit of work around the application that a route was registered on.
+
+        Raises:
+            ImproperlyConfiguredException: another plugin has taken the name of one of the sessions.
+        """
         handlers = _handlers(route)
         app = handlers[0].app
+        check_still_injected(self._providers, app.dependencies)
         middleware = enclose(app, self._middleware, key=self)
         enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware, is_inspected=False)
         if isinstance(route, WebSocketRoute):
@@ -109,7 +117,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         return LitestarDBSessionMiddleware(
             app,
             self._before_commit,
-            self._commit_policy,
+            self._commits,
             statement_timeout=self._statement_timeout,
             deadline=self._deadline,
         )

@@ -19,7 +19,7 @@ from ctxdb_pgstatus.addresses import HostAddress
 
 __all__ = ["DiscoveredHost", "FileDiscovery", "HostDiscovery", "PatroniDiscovery", "SRVDiscovery"]
 
-logger = logging.getLogger("ctxdb_pgstatus")
+logger: logging.Logger = logging.getLogger("ctxdb_pgstatus")
 
 _DEFAULT_PORT = 5432
 

@@ -34,7 +34,7 @@ from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncConditio
 
 __all__ = ["HostMonitor"]
 
-logger = logging.getLogger("ctxdb_pgstatus")
+logger: logging.Logger = logging.getLogger("ctxdb_pgstatus")
 
 _T = TypeVar("_T")
 _HIGHEST_PORT = 65535
@@ -477,7 +477,9 @@ class HostMonitor:
         self._election = Election(None)
         self._last_master: str | None = None
         self._judge.forget()
-        self.status = ClusterStatus(tuple(member.dead_status() for member in self._members.values()), None, _now())
+        self.status: ClusterStatus = ClusterStatus(
+            tuple(member.dead_status() for member in self._members.values()), None, _now()
+        )
 
     def _new_member(self, address: HostAddress) -> Member:
         is_subscriber = address.name in self._subscribers

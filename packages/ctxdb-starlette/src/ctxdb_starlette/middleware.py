@@ -9,6 +9,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from ctxdb_core import BeforeCommit, CommitPolicy, commit_below_400
+from ctxdb_core.adapters import RequestPolicy
 from ctxdb_core.asgi import (
     ASGIApp,
     ASGIHTTPDBSessionMiddleware,
@@ -31,7 +32,8 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
     Args:
         app: the application, passed by ``add_middleware``.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commit_policy: given the status of the response, and the ASGI scope if it takes a second argument: whether to
+            commit.
         statement_timeout: how many seconds each statement of a request may take.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock.
     """
@@ -41,12 +43,12 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         app: ASGIApp,
         *,
         before_commit: BeforeCommit | None = None,
-        commit_policy: CommitPolicy = commit_below_400,
+        commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
     ) -> None:
         super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
-        self.has_boundary = False
+        self.has_boundary: bool = False
         mark_stream_boundaries(app, self._note_boundary)
 
     def _note_boundary(self) -> None:

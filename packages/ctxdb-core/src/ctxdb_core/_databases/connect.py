@@ -150,10 +150,6 @@ def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSessio
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
-# The parameter's type cannot say that without a session maker's creator the class of the sessions is `AsyncSession`.
-_DEFAULT_SESSION_MAKER_CREATOR: Any = default_session_maker
-
-
 class DBConnect(Generic[SessionT_co]):
     """A database: makes its engine at the first use, hands out sessions, and can change its host while it is used.
 
@@ -183,9 +179,7 @@ class DBConnect(Generic[SessionT_co]):
     def __init__(
         self,
         engine_creator: EngineCreator | Callable[[], AsyncEngine],
-        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT_co]] = (
-            _DEFAULT_SESSION_MAKER_CREATOR
-        ),
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT_co]] = default_session_maker,  # type: ignore[assignment]  # then it is `AsyncSession`
         host: str | None = None,
         before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[object]] | None = None,
         *,
@@ -223,7 +217,7 @@ class DBConnect(Generic[SessionT_co]):
         url: str | URL,
         *,
         read_only: bool = False,
-        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = _DEFAULT_SESSION_MAKER_CREATOR,
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = default_session_maker,  # type: ignore[assignment]  # then it is `AsyncSession`
         warn_connection_held_after: float | None = None,
         resolve_commits: bool = False,
         **engine_options: Any,
@@ -272,7 +266,7 @@ class DBConnect(Generic[SessionT_co]):
         cls,
         engine: AsyncEngine,
         *,
-        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = _DEFAULT_SESSION_MAKER_CREATOR,
+        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = default_session_maker,  # type: ignore[assignment]  # then it is `AsyncSession`
         warn_connection_held_after: float | None = None,
     ) -> DBConnect[SessionT]:
         """Return a `DBConnect` for an engine that there is already.

@@ -6,18 +6,15 @@ import asyncio
 import logging
 import sys
 import time
-from types import FrameType
 from weakref import ref
 
-from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Connection
+
+from ctxdb_core._sqlalchemy.second_connections import user_frames
 
 __all__ = ["Hold", "acquiring_code"]
 
 logger = logging.getLogger("ctxdb")
-
-# Between the code that makes a statement and the pool that gives it a connection.
-_MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
 
 
 class Hold:
@@ -73,15 +70,8 @@ def acquiring_code() -> tuple[str, int, str]:
 
     Frames of asyncio, SQLAlchemy and ctxdb are passed over.
     """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
-    current: greenlet | None = getcurrent()
-    while current is not None:
-        while frame is not None:
-            module: str = frame.f_globals.get("__name__") or ""
-            if module.partition(".")[0] not in _MACHINERY:
-                return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
-            frame = frame.f_back
-        # SQLAlchemy runs the statement in a greenlet; the coroutine that awaits it is on the stack of its parent.
-        current = current.parent
-        frame = None if current is None else current.gr_frame
-    return "<unknown>", 0, "<unknown>"
+    frames = user_frames(sys._getframe(1))  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
+    if not frames:
+        return "<unknown>", 0, "<unknown>"
+    frame = frames[0][0]
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname

@@ -16,8 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
-from ctxdb_core._sqlalchemy.guards import guard
+from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lost_commits import resolve_lost_commits
 from ctxdb_core._sqlalchemy.sessions import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
@@ -116,8 +115,7 @@ class LoopEngine:
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False
-        connect_without_hidden_variables(engine)
-        guard(engine)
+        teach(engine.sync_engine)
         if resolve_commits:
             resolve_lost_commits(engine)
         self._retirement: asyncio.Task[None] | None = None

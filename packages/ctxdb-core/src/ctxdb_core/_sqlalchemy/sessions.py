@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -28,9 +29,11 @@ from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError
 
@@ -79,6 +82,9 @@ class GuardedSession(Session):
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(_begin(self, self.on_begin))
         bind = super().get_bind(*args, **kwargs)
+        if bind is not self.bind:
+            # The user's class, or `binds`, has chosen an engine of its own.
+            teach(bind)
         return bind if self.translate_bind is None else self.translate_bind(bind)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it
@@ -178,7 +184,11 @@ async def _call_of_transaction(fn: Callable[..., Any], *args: Any, **kwargs: Any
 
 async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if door is None:
-        return await call_in_greenlet(fn, *args, **kwargs)
+        try:
+            return await call_in_greenlet(fn, *args, **kwargs)
+        except PoolTimeoutError as exc:
+            explain_time_out(exc, _session_of(fn))
+            raise
     if not door.enter():
         await door.wait()
     try:
@@ -188,6 +198,7 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
     except BaseException as exc:
         if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
             door.commit_is_unknown = True
+        explain_time_out(exc, _session_of(fn))
         door.answer_interruption()
         raise
     finally:
@@ -218,6 +229,11 @@ async def _call_in_time(
             "The time of this call was up, and neither the database nor its limit for statements had ended it: the "
             "pool had no connection to give, or the network or the server does not answer. The call was given up."
         ) from exc
+
+
+def _session_of(fn: Any) -> Any:
+    owner = getattr(fn, "__self__", None)
+    return owner.session if isinstance(owner, SessionTransaction) else owner
 
 
 async def _call_with_hook(

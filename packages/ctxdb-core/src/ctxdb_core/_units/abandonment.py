@@ -37,8 +37,8 @@ class Call:
     token: Token[Call | None]
 
     def __init__(self, calls: HandlerCalls) -> None:
-        self.calls = calls
-        self.outer = current_call.get()
+        self.calls: HandlerCalls = calls
+        self.outer: Call | None = current_call.get()
 
 
 current_call: ContextVar[Call | None] = ContextVar("ctxdb_call", default=None)

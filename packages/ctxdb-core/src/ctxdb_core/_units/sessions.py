@@ -111,6 +111,9 @@ async def new_non_ctx_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT
     """
     check_database(db)
     session = await db.create_session()
+    around = _get_current_unit(None)
+    if around is not None:
+        around.note_second_session(db, session)
     try:
         yield session
     except BaseException as exc:

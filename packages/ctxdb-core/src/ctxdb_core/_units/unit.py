@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
@@ -22,6 +23,7 @@ from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.second_connections import note_second_session
 from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
@@ -105,7 +107,7 @@ class UnitOfWork:
         """Those that are open, in the order in which they were opened."""
         self.before_commit = before_commit
         """Awaited with each session that is about to be committed."""
-        self.loop = _get_running_loop()
+        self.loop: asyncio.AbstractEventLoop | None = _get_running_loop()
         """The event loop that the unit belongs to, as its connections serve that one alone."""
 
     @classmethod
@@ -219,9 +221,22 @@ class UnitOfWork:
             open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
+        outer = getattr(self, "token", None)
+        if outer is not None and isinstance(outer.old_value, UnitOfWork):
+            outer.old_value.note_second_session(db, session)
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
         return session
+
+    def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
+        """Note that code which this unit may wait for opens a `session` of its own on `db`."""
+        if self.sessions is _CLOSED or not self.is_on_its_loop():
+            return
+        first = self.of(db).sessions.get(db)
+        if first is not None:
+            note_second_session(db, session, first)
+        elif (token := getattr(self, "token", None)) is not None and isinstance(token.old_value, UnitOfWork):
+            token.old_value.note_second_session(db, session)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""

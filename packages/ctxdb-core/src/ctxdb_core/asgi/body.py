@@ -47,11 +47,11 @@ class Body:
     __slots__ = ("__weakref__", "has_used_a_session", "is_complete", "parked", "senders")
 
     def __init__(self, *senders: ref[Any]) -> None:
-        self.senders = frozenset(senders)
+        self.senders: frozenset[ref[Any]] = frozenset(senders)
         """The tasks that have sent something of the response, and may be about to send more of it."""
-        self.has_used_a_session = False
+        self.has_used_a_session: bool = False
         """Whether a session was used since the transactions of the response were ended."""
-        self.is_complete = False
+        self.is_complete: bool = False
         """Whether the last of the body was sent, or nothing more of it is going to be."""
         self.parked: ParkedSessions | None = None
         """The transactions that the body had open when it was cut off."""
@@ -139,7 +139,7 @@ class StreamedBody(Body):
 
     def __init__(self, status: int, sender: ref[Any]) -> None:
         super().__init__(sender)
-        self.status = status
+        self.status: int = status
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Leave it to the boundary to tell of the progress."""

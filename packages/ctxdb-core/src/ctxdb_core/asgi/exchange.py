@@ -9,9 +9,9 @@ from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.watcher import tell
-from ctxdb_core.asgi.types import Message, Receive, Send
+from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
-from ctxdb_core.policy import CommitPolicy
+from ctxdb_core.policy import RequestPolicy
 
 __all__ = ["Exchange", "Options", "discard"]
 
@@ -21,8 +21,8 @@ _SWITCHING_PROTOCOLS = 101
 class Options(Protocol):
     """What a middleware says of all its exchanges."""
 
-    commit_policy: CommitPolicy
-    """Given the status of a response: whether to commit."""
+    commits: RequestPolicy
+    """Given the status of a response, and the ASGI scope of its request: whether to commit."""
     has_boundary: bool
     """Whether an `ASGIStreamBoundary` may be beneath, which tells of handlers that a middleware gives up on."""
 
@@ -38,7 +38,9 @@ class Exchange(UnitOfWork):
     """
 
     options: Options
-    phase = Phase.HANDLING
+    scope: Scope
+    """The request's, as the application has left it."""
+    phase: Phase = Phase.HANDLING
     """Where the response is on its way."""
     is_idle: bool
     """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
@@ -89,7 +91,7 @@ class Exchange(UnitOfWork):
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
         """
         try:
-            if self.options.commit_policy(status):
+            if self.options.commits(status, self.scope):
                 await self.commit()
             else:
                 # A body that is made already may be using a session: its statement must not be interrupted.
@@ -155,8 +157,11 @@ class Exchange(UnitOfWork):
         return False
 
 
-async def discard(message: Message) -> None:
+async def _discard(message: Message) -> None:
     """Drop a message of a response that is not sent any more."""
+
+
+discard: Send = _discard
 
 
 def _attach(exc: Exception, failure: Exception) -> None:

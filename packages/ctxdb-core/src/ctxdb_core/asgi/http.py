@@ -38,6 +38,7 @@ class HTTPExchange(Exchange):
     a handler, and `body`, once a response is sent while sessions are in use.
     """
 
+    is_idle: bool
     source: Receive
     """Where the request comes from."""
     kept: KeptRequest | None = None
@@ -120,15 +121,15 @@ class HTTPExchange(Exchange):
         """End the unit for a response in the place of a handler that goes on."""
         self.move_to(Phase.ABANDONED)
         try:
-            await calls.finish(self, commit=self.options.commit_policy(status))
+            await calls.finish(self, commit=self.options.commits(status, self.scope))
         except Exception as exc:
             self.refuse(exc)
             raise
 
     def _overrules(self, status: int, body: StreamedBody) -> bool:
         """Return whether a response with `status` is a middleware's error in the place of a streamed success."""
-        policy = self.options.commit_policy
-        return policy(body.status) and not policy(status)
+        commits = self.options.commits
+        return commits(body.status, self.scope) and not commits(status, self.scope)
 
     async def _overrule(self, body: StreamedBody) -> None:
         """Undo what the streamed body has done since its transactions ended, and refuse its further statements."""

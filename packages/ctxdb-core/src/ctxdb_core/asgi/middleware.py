@@ -13,7 +13,7 @@ from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
-from ctxdb_core.policy import CommitPolicy, commit_below_400
+from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
 
 __all__ = ["ASGIHTTPDBSessionMiddleware"]
 
@@ -33,10 +33,14 @@ class ASGIHTTPDBSessionMiddleware:
     Args:
         app: the ASGI application.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response: whether to commit.
+        commit_policy: given the status of the response, and the ASGI scope if it takes a second argument: whether to
+            commit.
         statement_timeout: how many seconds each statement of a request may take; see `set_statement_timeout`.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
             ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
+
+    Raises:
+        TypeError: `commit_policy` is no plain function of a status, or of a status and a scope.
     """
 
     has_boundary = True
@@ -50,16 +54,17 @@ class ASGIHTTPDBSessionMiddleware:
         self,
         app: ASGIApp,
         before_commit: BeforeCommit | None = None,
-        commit_policy: CommitPolicy = commit_below_400,
+        commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
         *,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
     ) -> None:
-        self.app = app
+        self.app: ASGIApp = app
         if statement_timeout is not None or deadline is not None:
             self.app = LimitingStatements(app, statement_timeout, deadline)
         self.before_commit = before_commit
-        self.commit_policy = commit_policy
+        self.commits = with_request(commit_policy)
+        """Whether a response with a status is committed, in a request with a scope."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
@@ -83,6 +88,7 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.loop = _get_running_loop()
         exchange.origin = scope
         exchange.options = self
+        exchange.scope = scope
         exchange.forward = exchange.answer_route = send
         root_app = scope.get("app")
         scope[REQUEST_KEY] = exchange

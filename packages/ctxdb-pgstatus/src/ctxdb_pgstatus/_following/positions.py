@@ -48,7 +48,7 @@ class Positions:
     __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task", "reads_only")
 
     def __init__(self) -> None:
-        self.reads_only = False
+        self.reads_only: bool = False
         """Whether the request is by a method that changes nothing (RFC 9110, 9.2.1)."""
         # All of clusters by their identity: there is hardly ever more than one.
         self._limits: dict[int, tuple[float, float]] = {}

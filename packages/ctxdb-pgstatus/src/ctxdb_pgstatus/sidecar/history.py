@@ -48,7 +48,7 @@ class History:
         self._samples: dict[str, deque[Sample]] = {}
         self._changes: deque[Change] = deque(maxlen=_CHANGES)
         self._last: datetime | None = None
-        self.changes_in_all = 0
+        self.changes_in_all: int = 0
 
     def add(self, status: ClusterStatus) -> None:
         """Take a sample of each host, unless this status has been sampled already."""

@@ -89,14 +89,14 @@ class Response:
     def __init__(
         self, status: int, content: bytes, content_type: bytes, fields: Iterable[tuple[bytes, bytes]] = ()
     ) -> None:
-        self.status = status
-        self.content = content
-        self.start = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ndate: ".encode()
+        self.status: int = status
+        self.content: bytes = content
+        self.start: bytes = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ndate: ".encode()
         lines = [b"content-length: %d" % len(content), b"cache-control: no-store"]
         lines += [b"%b: %b" % field for field in fields]
         if content:
             lines.append(b"content-type: " + content_type)
-        self.fields = b"\r\n".join(lines)
+        self.fields: bytes = b"\r\n".join(lines)
 
     def encode(self, date: bytes, connection: bytes, *, with_content: bool) -> bytes:
         """Return what is sent.
@@ -147,9 +147,9 @@ class Server:
 
     def __init__(self, answer: Answer, limits: Limits | None = None) -> None:
         self.answer = answer
-        self.limits = limits or Limits()
-        self.clock = _Clock()
-        self.is_closing = False
+        self.limits: Limits = limits or Limits()
+        self.clock: _Clock = _Clock()
+        self.is_closing: bool = False
         self._connections: set[_Connection] = set()
         self._all_closed = asyncio.Event()
         self._all_closed.set()

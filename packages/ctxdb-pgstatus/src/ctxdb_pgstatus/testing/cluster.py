@@ -381,12 +381,14 @@ class PostgresCluster:
         password: str | None = None,
         hosts: Sequence[str] | None = None,
     ) -> None:
-        self.settings = dict(settings or {})
+        self.settings: dict[str, str] = dict(settings or {})
         self.password = password
         addresses = [f"127.0.0.{number + 2}" for number in range(standbys + 1)] if hosts is None else list(hosts)
-        self.nodes = tuple(PostgresNode(self, f"n{number}", host) for number, host in enumerate(addresses, start=1))
-        self.primary = self.nodes[0]
-        self.port = 0
+        self.nodes: tuple[PostgresNode, ...] = tuple(
+            PostgresNode(self, f"n{number}", host) for number, host in enumerate(addresses, start=1)
+        )
+        self.primary: PostgresNode = self.nodes[0]
+        self.port: int = 0
         self._has_promoted = False
         self._launcher: Launcher | None = None
         self._directory = ""
