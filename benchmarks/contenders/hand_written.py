@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -153,9 +153,12 @@ class YieldDependency(HandWritten):
 
     name: ClassVar[str] = "FastAPI yield dependency"
     remark: ClassVar[str] = "commits when the response has left"
+    depends_options: ClassVar[dict[str, Any]] = {}
+    """What `Depends` is given beside the dependency."""
 
     def app(self, routes: Sequence[Route]) -> ASGIApp:
         session_maker = self.session_maker
+        options = self.depends_options
 
         async def session_of_request() -> AsyncIterator[AsyncSession]:
             async with session_maker.begin() as session:
@@ -163,12 +166,12 @@ class YieldDependency(HandWritten):
 
         app = FastAPI()
         for route in routes:
-            app.add_api_route(route.path, _fastapi_endpoint(route, session_of_request), response_model=None)
+            app.add_api_route(route.path, _fastapi_endpoint(route, session_of_request, options), response_model=None)
         return app
 
 
 def _fastapi_endpoint(
-    route: Route, session_of_request: Callable[[], AsyncIterator[AsyncSession]]
+    route: Route, session_of_request: Callable[[], AsyncIterator[AsyncSession]], options: dict[str, Any]
 ) -> Callable[..., Awaitable[Response]]:
     work, respond = route.work, route.respond
     if work is None:
@@ -183,5 +186,8 @@ def _fastapi_endpoint(
         return respond()
 
     # FastAPI resolves annotations in the module's namespace, where the dependency of this very application is not.
-    handle.__annotations__ = {"session": Annotated[AsyncSession, Depends(session_of_request)], "return": Response}
+    handle.__annotations__ = {
+        "session": Annotated[AsyncSession, Depends(session_of_request, **options)],
+        "return": Response,
+    }
     return handle

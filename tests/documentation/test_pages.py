@@ -35,6 +35,7 @@ MODULE = "documentation_page"
 PYTHON_FENCE = re.compile(r"^[ \t>*+\-\d.)]*(?:`{3,}|~{3,})[ \t]*(?:py|\{)", re.MULTILINE | re.IGNORECASE)
 NEEDS = re.compile(r"^<!--- needs: (?P<modules>.+) --->$", re.MULTILINE)
 HIDDEN_BLOCK = re.compile(r"^[ \t]*<!--+\s*(?:;\s*)?(?:invisible-)?code", re.MULTILINE)
+FILE_NAME = re.compile(r"# (?P<path>[\w/-]+\.py)\n")
 POSTGRES_URL = re.compile(r"postgresql(?:\+\w+)?://(?:(?P<role>\w+)(?::[^@/\s]*)?@)?[^@/\s]*/(?P<database>\w+)")
 
 
@@ -55,6 +56,12 @@ class Page:
                 example.evaluate()
 
     def _run_block(self, example: Example) -> None:
+        if name := FILE_NAME.match(example.parsed):
+            # A file of the reader's: a later, hidden block runs it. It lies in the empty folder that the test is in.
+            file = Path(name["path"])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(example.parsed, encoding="utf-8")
+            return
         source = pad(example.parsed, example.line + example.parsed.line_offset)
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         if example.namespace.get("annotations") is annotations:
@@ -125,6 +132,15 @@ def test_a_block_that_raises_fails_its_page_at_its_line(tmp_path: Path, monkeypa
     with pytest.raises(NameError, match="nothing") as caught:
         Page(path, monkeypatch).run()
     assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (path, 8)
+
+
+def test_a_block_that_begins_with_the_name_of_a_file_becomes_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "page.md"
+    path.write_text('# Page\n\n=== "Tab"\n\n    ```python\n    # shop/app.py\n    answer = 42\n    ```\n')
+    Page(path, monkeypatch).run()
+    assert (tmp_path / "shop" / "app.py").read_text() == "# shop/app.py\nanswer = 42\n"
 
 
 def test_a_python_block_with_attributes_counts_as_overlooked() -> None:
