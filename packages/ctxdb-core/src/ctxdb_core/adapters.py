@@ -5,6 +5,7 @@ Applications need none of this; theirs is `ctxdb_core` itself.
 
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
 from ctxdb_core._databases.hold import acquiring_code
+from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
@@ -40,4 +41,5 @@ __all__ = [
     "is_read_only",
     "running_unit",
     "with_request",
+    "without_secrets",
 ]

@@ -1,0 +1,99 @@
+"""`setup`: the page as routes of an aiohttp application."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ctxdb_core import DBConnect
+from ctxdb_inspector._access import Authorise, check_authorise, is_allowed
+from ctxdb_inspector._content import STREAM_SECONDS, UPDATE_SECONDS, Content, as_event, security_headers
+from ctxdb_inspector._pages import EVENTS, answer, refusal, since_of
+from ctxdb_inspector._recorder import Recorder
+from ctxdb_inspector._records import REQUEST_KEY, UnitRecord
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+__all__ = ["setup"]
+
+
+def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authorise: Authorise | None = None) -> None:
+    """Add to an aiohttp application the page that `inspector` is for ASGI.
+
+    Args:
+        app: the application.
+        *dbs: the databases to look at.
+        path: where the page is.
+        authorise: given the request, returns (or is awaited for) ``True`` if its client may look. Without it, only
+            clients on this machine may, and none that come through a proxy: all others get a 403.
+
+    Raises:
+        ArgumentTypeError: as `inspector`.
+    """
+    from aiohttp import web  # noqa: PLC0415 - an ASGI application need not have aiohttp installed
+
+    check_authorise(authorise)
+    recorder = Recorder(dbs)
+    root = path.rstrip("/")
+
+    async def show(request: web.Request) -> web.StreamResponse:
+        headers = [(name.lower(), value) for name, value in request.headers.items()]
+        # Of the connection itself: `request.remote` is what a middleware for proxies may have put there.
+        peer = None if request.transport is None else request.transport.get_extra_info("peername")
+        client = peer[0] if isinstance(peer, tuple) else None
+        if not await is_allowed(authorise, request, client, headers):
+            return _response(refusal())
+        content = answer(recorder, request.method, request.path, request.query_string)
+        if content is not None:
+            return _response(content)
+        return await stream(request)
+
+    def _response(content: Content) -> web.Response:
+        headers = dict((*security_headers(), *content.headers, ("content-type", content.content_type)))
+        return web.Response(status=content.status, body=content.body, headers=headers)
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        since = since_of(request.headers.get("last-event-id"))
+        response = web.StreamResponse(headers={**dict(security_headers()), "content-type": "text/event-stream"})
+        await response.prepare(request)
+        recorder.readers += 1
+        try:
+            recorder.sample_while_read()
+            end = asyncio.get_running_loop().time() + STREAM_SECONDS
+            while asyncio.get_running_loop().time() < end and not stopping.is_set():
+                snapshot = recorder.snapshot(since)
+                since = snapshot["sequence"]
+                # It raises if the client has left.
+                await response.write(as_event(snapshot))
+                try:
+                    async with asyncio.timeout(UPDATE_SECONDS):
+                        await stopping.wait()
+                except TimeoutError:
+                    pass
+            await response.write_eof()
+        except ConnectionResetError:
+            pass
+        finally:
+            recorder.readers -= 1
+        return response
+
+    async def redirect(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPPermanentRedirect(f"{request.path}/")
+
+    async def tell_unit(request: web.Request, response: web.StreamResponse) -> None:
+        record = request.get(REQUEST_KEY)
+        if isinstance(record, UnitRecord) and record.owner is recorder:
+            for name, value in record.response_starts(response.status):
+                response.headers[name.decode()] = value.decode()
+
+    stopping = asyncio.Event()
+
+    async def stop(app: web.Application) -> None:
+        stopping.set()
+
+    app.on_shutdown.append(stop)
+    app.on_response_prepare.append(tell_unit)
+    app.router.add_get(root, redirect)
+    for name in ("", "units.json", EVENTS):
+        app.router.add_get(f"{root}/{name}", show)

@@ -1,0 +1,39 @@
+"""The frameworks, and the application that each test looks at."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+from tests.support.database import Database
+from tests.support.inspected import MAKERS, Desk, MakeApp, serve_app
+from tests.support.server import http_client
+
+from ctxdb_core import DBConnect, new_non_ctx_session
+
+
+@pytest.fixture(params=MAKERS)
+def make_app(request: pytest.FixtureRequest) -> MakeApp:
+    maker: MakeApp = MAKERS[request.param]
+    return maker
+
+
+@pytest.fixture
+async def desk(database: Database) -> AsyncIterator[Desk]:
+    async with DBConnect.from_url(database.url, pool_size=2, max_overflow=1) as db:
+        desk = Desk(db)
+        # The tables are there before anybody looks.
+        async with new_non_ctx_session(db) as session:
+            await session.execute(text("SELECT 1"))
+        yield desk
+        for session in desk.stays:
+            await session.close()
+
+
+@pytest.fixture
+async def client(desk: Desk, make_app: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve_app(make_app(desk, None)) as url, http_client(url) as client:
+        yield client
