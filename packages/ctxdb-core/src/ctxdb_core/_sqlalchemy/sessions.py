@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -29,6 +30,7 @@ from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.statements import only_reads
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
@@ -58,8 +60,12 @@ class GuardedSession(Session):
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    rereading: Rereading | None = None
+    """What the open transaction has of the objects that were loaded before it began, if there are any."""
     _written: ref[SessionTransaction] | None = None
     """The transaction in which something was written last."""
+    _set_up: ref[SessionTransaction] | None = None
+    """The transaction in which an `on_begin` has written, or set something, last."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         door = self.door
@@ -80,7 +86,29 @@ class GuardedSession(Session):
         # may name its engine itself, so that `get_bind` is not asked.
         if self.door is not None:
             self.door.refuse_if_ended()
+            if not self.in_transaction():
+                self.look_back()
+                if self.rereading is not None:
+                    self.rereading.is_ahead = False
         return super()._autobegin_t(begin)
+
+    def look_back(self) -> None:
+        """Note whether there are objects that were loaded before the transaction that is about to begin."""
+        if self.rereading is None or not self.rereading.is_ahead:
+            self.rereading = Rereading(self) if self.identity_map else None
+
+    def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        found = super().get(entity, ident, **options)
+        if found is None or self.rereading is None:
+            return found
+        state: InstanceState[Any] = object_state(found)
+        earlier = self.rereading.objects(self)
+        if state not in earlier or state.modified:
+            return found
+        # Asked for once, so that what is got again and again in one transaction costs one query.
+        found = super().get(entity, ident, **{**options, "populate_existing": True})
+        earlier.pop(state, None)
+        return found
 
     def flush(self, objects: Any = None) -> None:
         # An object of the identity map has been changed: `session.dirty` would look at each of them.
@@ -99,12 +127,19 @@ class GuardedSession(Session):
                 lend_driver_connection(connection)
         return connection
 
-    def has_written(self) -> bool:
+    def has_written(self, *, beside_on_begin: bool = False) -> bool:
         """Return whether the open transaction holds work, as far as its statements tell.
 
         A ``SELECT`` counts as reading, although it may call a function that writes.
+
+        Args:
+            beside_on_begin: whether to leave out what `on_begin` has done, which each transaction begins with.
         """
-        return bool(self.new or self.dirty or self.deleted) or self._has_noted_write()
+        return (
+            bool(self.new or self.dirty or self.deleted)
+            or self._has_noted_write()
+            or (not beside_on_begin and self._set_up is not None and self._set_up() is self.get_transaction())
+        )
 
     def _note_write(self) -> None:
         # The statement is about to begin the transaction, if none is open.
@@ -112,6 +147,10 @@ class GuardedSession(Session):
         if not self._has_noted_write():
             transaction = self.get_transaction()
             self._written = None if transaction is None else ref(transaction)
+
+    def note_set_up(self) -> None:
+        """Note that what was written so far in the open transaction is what `on_begin` has done."""
+        self._set_up, self._written = self._written, None
 
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()
@@ -145,6 +184,9 @@ class GuardedSession(Session):
 async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
     session: GuardedSession = cast(Any, fn).__self__
+    if session.identity_map and session.door is not None and not session.in_transaction():
+        # SQLAlchemy asks for the listeners of a query before it begins the transaction.
+        session.look_back()
     if session.on_begin is not None:
         return await _call_with_hook(session, fn, args, kwargs)
     return await _pass(session.door, fn, args, kwargs)
@@ -210,6 +252,7 @@ async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: 
     session.on_begin = None
     try:
         await on_begin(_async_session_of(session))
+        session.note_set_up()
     except BaseException:
         # Without what the hook was to set, a role for instance, no statement may be made in this transaction.
         await call_in_greenlet(session.rollback)
