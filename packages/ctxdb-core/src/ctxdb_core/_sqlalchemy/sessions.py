@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
@@ -26,12 +27,14 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, seed_dispatch
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core.errors import StatementInterruptedError
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
 
@@ -41,6 +44,15 @@ OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
 
 BeforeClose: TypeAlias = Callable[["DoorSession", BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
+
+
+class Interrupted(NamedTuple):
+    """A transaction that was lost with its connection."""
+
+    transaction: ref[SessionTransaction]
+    statement: FailedStatement
+    had_written: bool
+
 
 _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
@@ -60,6 +72,8 @@ class GuardedSession(Session):
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    interrupted: Interrupted | None = None
+    """The transaction that was lost with an interrupted statement, until it is rolled back."""
     rereading: Rereading | None = None
     """What the open transaction has of the objects that were loaded before it began, if there are any."""
     _written: ref[SessionTransaction] | None = None
@@ -87,6 +101,7 @@ class GuardedSession(Session):
         if self.door is not None:
             self.door.refuse_if_ended()
             if not self.in_transaction():
+                self.interrupted = None
                 self.look_back()
                 if self.rereading is not None:
                     self.rereading.is_ahead = False
@@ -213,11 +228,59 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
         await door.wait()
     try:
         return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
-    except BaseException:
+    except PendingRollbackError as exc:
+        return await _go_on_after_interruption(exc, door, fn, args, kwargs)
+    except BaseException as exc:
+        if not isinstance(exc, Exception):
+            _note_interruption(getattr(fn, "__self__", None))
         door.answer_interruption()
         raise
     finally:
         door.leave()
+
+
+def _note_interruption(session: object) -> None:
+    """Note whether a transaction had written that was lost with its connection, as a statement was interrupted."""
+    if not isinstance(session, GuardedSession) or session.interrupted is not None:
+        return
+    transaction = session.get_transaction()
+    for connection in () if transaction is None else connections_of(transaction):
+        failure = failure_of(connection)
+        if connection.invalidated and failure is not None and failure.was_interrupted:
+            session.interrupted = Interrupted(
+                ref(cast(SessionTransaction, transaction)), failure, session.has_written()
+            )
+
+
+async def _go_on_after_interruption(
+    error: PendingRollbackError, door: Door, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Go on in a new transaction, if the one that was lost with an interrupted statement had only read.
+
+    Raises:
+        StatementInterruptedError: it had written.
+        PendingRollbackError: no statement was interrupted; the error is about another failure.
+    """
+    session = getattr(fn, "__self__", None)
+    # While the rows of a streamed result are fetched, no call of the session is under way that could note it.
+    _note_interruption(session)
+    if not isinstance(session, GuardedSession) or session.interrupted is None:
+        raise error
+    interrupted = session.interrupted
+    if interrupted.transaction() is not session.get_transaction():
+        raise error
+    if interrupted.had_written or innermost_block(session) is not None:
+        raise StatementInterruptedError(
+            f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and that was "
+            "caught: the connection was given up to stop it, and this transaction is lost with what was written in it. "
+            "Let the interruption propagate; or call `await rollback_db_session(db)` to go on without that work; or "
+            "run what may take too long beside the transaction, `await run_in_new_ctx(fn, ...)`."
+        ) from error
+    # No statement is sent by this: the connection is gone.
+    loaded = LoadedValues(session)
+    await call_in_greenlet(session.rollback, _entered=door)
+    loaded.restore()
+    return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
 
 
 async def _call_with_hook(
