@@ -178,7 +178,7 @@ class _Exchange:
     async def end_body(self) -> None:
         """Commit what a body has done, before the last of it is sent."""
         try:
-            await finalize(self.unit, commit=True, last=False)
+            await finalize(self.unit, commit=True, last=False, ends_body=True)
         except Exception:
             self.move_to(Phase.BROKEN)
             raise
@@ -194,6 +194,9 @@ class _Exchange:
                     self.move_to(Phase.BODY)
                 case "http.response.body" | "websocket.http.response.body" if not message.get("more_body", False):
                     await self.end_body()
+                case "http.response.body" if self.phase is Phase.BODY:
+                    # What has only read holds no connection while a slow client reads.
+                    await self.unit.end_reading()
                 case "websocket.close" if self.phase is Phase.AFTER:
                     await self.settle(None)
                 case "websocket.close":

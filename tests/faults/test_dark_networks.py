@@ -132,7 +132,7 @@ async def test_a_connection_of_a_url_is_waited_for_no_longer_than_ten_seconds(
 
 async def test_no_message_shows_the_password_of_a_host(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    db = DBConnect(lambda host: None, host=SECRET)
+    db = DBConnect(lambda host: None, host=SECRET)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ArgumentTypeError) as raised:
         await db.engine()
     assert "s3cret" not in str(raised.value)

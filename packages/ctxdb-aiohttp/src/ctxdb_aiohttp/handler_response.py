@@ -47,6 +47,12 @@ class HandlerResponse(Delivery):
             raise
         await watched.forward_head(status_line, headers)
 
+    async def progress(self) -> None:
+        """Give the connections back of transactions that have only read: a client may be slow to read."""
+        unit = self.exchange.unit
+        if unit.sessions and self.exchange.phase is Phase.BODY:
+            await unit.end_reading()
+
     async def end(self, watched: WatchedWriter, chunk: bytes) -> None:
         """Write the end of the body, once what it has done is committed.
 

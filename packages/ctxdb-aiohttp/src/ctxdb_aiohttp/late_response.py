@@ -78,6 +78,12 @@ class LateResponse(Delivery):
             raise ConnectionResetError("The response was replaced by a 500.") from exc
         await watched.forward_head(status_line, headers)
 
+    async def progress(self) -> None:
+        """Give the connections back of transactions that have only read: a client may be slow to read."""
+        unit = self.exchange.unit
+        if unit.sessions and self.exchange.phase is Phase.BODY:
+            await unit.end_reading()
+
     async def end(self, watched: WatchedWriter, chunk: bytes) -> None:
         """Write the end of the body, once the unit of work has ended.
 

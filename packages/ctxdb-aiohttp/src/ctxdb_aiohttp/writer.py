@@ -9,7 +9,7 @@ from aiohttp import web
 
 __all__ = ["Delivery", "WatchedWriter", "start_over", "status_in", "write_server_error"]
 
-_METHODS = ("write_headers", "write_eof")
+_METHODS = ("write_headers", "write", "write_eof")
 
 
 class Delivery(ABC):
@@ -18,6 +18,10 @@ class Delivery(ABC):
     @abstractmethod
     async def start(self, watched: WatchedWriter, status_line: str, headers: Any) -> None:
         """Write the head of the response, after what has to be done before that."""
+
+    @abstractmethod
+    async def progress(self) -> None:
+        """Do what has to be done before a part of the body is written."""
 
     @abstractmethod
     async def end(self, watched: WatchedWriter, chunk: bytes) -> None:
@@ -29,11 +33,11 @@ class Delivery(ABC):
 
 
 class WatchedWriter:
-    """The writer of a request, two methods of which are replaced on this one object: it serves this one request.
+    """The writer of a request, some methods of which are replaced on this one object: it serves this one request.
 
     Each response to a request goes through the request's writer, no matter which code prepares it, and with which copy
-    of the request. So this is where transactions can be ended in time: before the head of a response is written, and
-    before the end of its body is.
+    of the request. So this is where transactions can be ended in time: before the head of a response is written, before
+    a part of its body is, and before the end of that.
 
     Args:
         writer: the request's; untyped, as no type knows of methods that are replaced.
@@ -47,12 +51,18 @@ class WatchedWriter:
         # Code further out may have replaced them, too; then its methods are what the writer is told by.
         self._replaced = {name: methods[name] for name in _METHODS if name in methods}
         self.forward_head: Any = writer.write_headers
+        self.forward_part: Any = writer.write
         self.forward_eof: Any = writer.write_eof
-        writer.write_headers, writer.write_eof = self.write_headers, self.write_eof
+        writer.write_headers, writer.write, writer.write_eof = self.write_headers, self.write, self.write_eof
 
     async def write_headers(self, status_line: str, headers: Any) -> None:
         """Stand in for ``AbstractStreamWriter.write_headers``."""
         await self.delivery.start(self, status_line, headers)
+
+    async def write(self, *args: Any, **options: Any) -> None:
+        """Stand in for ``AbstractStreamWriter.write``."""
+        await self.delivery.progress()
+        await self.forward_part(*args, **options)
 
     async def write_eof(self, chunk: bytes = b"") -> None:
         """Stand in for ``AbstractStreamWriter.write_eof``."""

@@ -15,6 +15,7 @@ CtxDBError
 ├── OpenCursorError              a transaction was to end, or has ended, under a result that is still read
 ├── CommitOutcomeUnknownError    a connection was lost while COMMIT was under way: the work may be stored, or not
 ├── TransactionAbortedError      a commit was asked for that PostgreSQL would have turned into a silent rollback
+│   └── StatementInterruptedError    a statement was interrupted before, by a time limit for instance
 ├── AbandonedWorkError           a middleware gave up on a handler whose work was in one transaction with its own
 ├── MissingExtraError            a function needs a library that is installed with an extra
 ├── ArgumentTypeError            something else was passed than is needed, an engine for a ``DBConnect`` for instance
@@ -45,6 +46,7 @@ __all__ = [
     "SessionAlreadyActiveError",
     "SessionClosedError",
     "SessionOwnedError",
+    "StatementInterruptedError",
     "TransactionAbortedError",
     "TransactionAlreadyActiveError",
     "TransactionOptionsError",
@@ -237,6 +239,17 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
 
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+    """
+
+
+class StatementInterruptedError(TransactionAbortedError):
+    """The transaction cannot go on, as a statement of it was interrupted, and the interruption was caught.
+
+    Raised by the next statement and by the commit, after ``asyncio.timeout()`` or ``asyncio.wait_for()`` around a
+    statement, for instance: a driver stops a statement by giving up its connection, and the transaction is lost with
+    that. A transaction that had only read is begun anew instead. The way out: let the error propagate; roll back
+    (``rollback_db_session``) before going on without the work; or run what may take too long beside the transaction
+    (``run_in_new_ctx``).
     """
 
 

@@ -31,11 +31,15 @@ class JoinedBlock:
         self._outer = _around.get()
 
     def __enter__(self) -> None:
+        if self.unit is not None:
+            self.unit.blocks += 1
         _around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
         # Not by a token: the block may be left in another context than it was entered in, as a fixture's is.
         _around.set(self._outer)
+        if self.unit is not None:
+            self.unit.blocks -= 1
         # Contexts that have inherited the block may last.
         self.unit, self._outer = None, ()
 

@@ -7,6 +7,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
 from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["trust_no_failed_transaction"]
@@ -14,15 +15,37 @@ __all__ = ["trust_no_failed_transaction"]
 
 def trust_no_failed_transaction(engine: AsyncEngine) -> None:
     """Make what goes wrong in a transaction on PostgreSQL show when it ends, and stay out of the pool."""
+    event.listen(engine.sync_engine, "handle_error", _note_interruption)
     if engine.dialect.name == "postgresql":
         event.listen(engine.sync_engine, "handle_error", _handle_error)
+
+
+def _note_interruption(context: ExceptionContext) -> None:
+    # The drivers stop a statement whose task is cancelled by giving up the connection.
+    if context.connection is not None and not isinstance(context.original_exception, Exception):
+        note_failure(context.connection, context)
+
+
+_IN_FAILED_TRANSACTION = "25P02"
+"""PostgreSQL's in_failed_sql_transaction: the statement is refused for what an earlier one has done."""
 
 
 def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or context.is_disconnect:
         return
-    if context.statement is None and getattr(context.original_exception, "sqlstate", None) is None:
+    sqlstate = getattr(context.original_exception, "sqlstate", None)
+    if sqlstate == _IN_FAILED_TRANSACTION:
+        failure = failure_of(connection)
+        if failure is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
+            context.sqlalchemy_exception.add_detail(
+                f"ctxdb: the transaction was aborted by the statement {failure}, maybe of another task of this unit of "
+                "work. Nothing more can be done in it: let that error propagate, run a statement that may fail inside "
+                "`async with session.begin_nested():`, or give the task a unit of its own (`run_in_new_ctx`)."
+            )
+    elif sqlstate is not None:
+        note_failure(connection, context)
+    if context.statement is None and sqlstate is None:
         # COMMIT or ROLLBACK was not refused by the server, it did not get there: another task is in the middle of a
         # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
         context.is_disconnect = True
@@ -43,8 +66,10 @@ def _check_transaction(connection: Connection) -> None:
         # SQLAlchemy takes a transaction for ended whose commit was refused by a listener: closing the session would
         # give the connection back as it is.
         connection.connection.rollback()
+        failure = failure_of(connection)
+        statement = "A statement" if failure is None else f"The statement {failure}"
         raise TransactionAbortedError(
-            "A statement of this transaction failed, and its error was not propagated: the transaction is aborted and "
+            f"{statement} of this transaction failed, and its error was not propagated: the transaction is aborted and "
             "cannot be committed. Let the error propagate, or run a statement that may fail inside "
             "`async with session.begin_nested():`."
         ) from exc

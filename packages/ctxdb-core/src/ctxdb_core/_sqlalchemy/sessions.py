@@ -15,27 +15,31 @@ import asyncio
 import functools
 import types
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, seed_dispatch
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, seed_dispatch
+from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
-from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError
+from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
 
@@ -47,6 +51,16 @@ BeforeClose: TypeAlias = Callable[["DoorSession", BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
 
 _CLEANS_UP = frozenset({"close", "invalidate", "reset", "rollback"})
+
+
+class Interrupted(NamedTuple):
+    """A transaction that was lost with its connection."""
+
+    transaction: ref[SessionTransaction]
+    statement: FailedStatement
+    had_written: bool
+
+
 _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 
@@ -67,8 +81,14 @@ class GuardedSession(Session):
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    interrupted: Interrupted | None = None
+    """The transaction that was lost with an interrupted statement, until it is rolled back."""
+    rereading: Rereading | None = None
+    """What the open transaction has of the objects that were loaded before it began, if there are any."""
     _written: ref[SessionTransaction] | None = None
     """The transaction in which something was written last."""
+    _set_up: ref[SessionTransaction] | None = None
+    """The transaction in which an `on_begin` has written, or set something, last."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         door = self.door
@@ -92,6 +112,11 @@ class GuardedSession(Session):
         # may name its engine itself, so that `get_bind` is not asked.
         if self.door is not None:
             self.door.refuse_if_ended()
+            if not self.in_transaction():
+                self.interrupted = None
+                self.look_back()
+                if self.rereading is not None:
+                    self.rereading.is_ahead = False
         return super()._autobegin_t(begin)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
@@ -99,6 +124,24 @@ class GuardedSession(Session):
             # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
             await_only(_begin(self, self.on_begin))
         return super().begin(nested)
+
+    def look_back(self) -> None:
+        """Note whether there are objects that were loaded before the transaction that is about to begin."""
+        if self.rereading is None or not self.rereading.is_ahead:
+            self.rereading = Rereading(self) if self.identity_map else None
+
+    def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        found = super().get(entity, ident, **options)
+        if found is None or self.rereading is None:
+            return found
+        state: InstanceState[Any] = object_state(found)
+        earlier = self.rereading.objects(self)
+        if state not in earlier or state.modified:
+            return found
+        # Asked for once, so that what is got again and again in one transaction costs one query.
+        found = super().get(entity, ident, **{**options, "populate_existing": True})
+        earlier.pop(state, None)
+        return found
 
     def flush(self, objects: Any = None) -> None:
         # An object of the identity map has been changed: `session.dirty` would look at each of them.
@@ -117,12 +160,19 @@ class GuardedSession(Session):
                 lend_driver_connection(connection)
         return connection
 
-    def has_written(self) -> bool:
+    def has_written(self, *, beside_on_begin: bool = False) -> bool:
         """Return whether the open transaction holds work, as far as its statements tell.
 
         A ``SELECT`` counts as reading, although it may call a function that writes.
+
+        Args:
+            beside_on_begin: whether to leave out what `on_begin` has done, which each transaction begins with.
         """
-        return bool(self.new or self.dirty or self.deleted) or self._has_noted_write()
+        return (
+            bool(self.new or self.dirty or self.deleted)
+            or self._has_noted_write()
+            or (not beside_on_begin and self._set_up is not None and self._set_up() is self.get_transaction())
+        )
 
     def _note_write(self) -> None:
         # The statement is about to begin the transaction, if none is open.
@@ -130,6 +180,10 @@ class GuardedSession(Session):
         if not self._has_noted_write():
             transaction = self.get_transaction()
             self._written = None if transaction is None else ref(transaction)
+
+    def note_set_up(self) -> None:
+        """Note that what was written so far in the open transaction is what `on_begin` has done."""
+        self._set_up, self._written = self._written, None
 
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()
@@ -163,6 +217,9 @@ class GuardedSession(Session):
 async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
     session: GuardedSession = cast(Any, fn).__self__
+    if session.identity_map and session.door is not None and not session.in_transaction():
+        # SQLAlchemy asks for the listeners of a query before it begins the transaction.
+        session.look_back()
     if session.on_begin is not None:
         return await _call_with_hook(session, fn, args, kwargs)
     return await _pass(session.door, fn, args, kwargs)
@@ -195,7 +252,11 @@ async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...]
         if door.latest is not None:
             return await _call_in_time(door, door.latest(), fn, args, kwargs)
         return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+    except PendingRollbackError as exc:
+        return await _go_on_after_interruption(exc, door, fn, args, kwargs)
     except BaseException as exc:
+        if not isinstance(exc, Exception):
+            _note_interruption(getattr(fn, "__self__", None))
         if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
             door.commit_is_unknown = True
         explain_time_out(exc, _session_of(fn))
@@ -236,6 +297,50 @@ def _session_of(fn: Any) -> Any:
     return owner.session if isinstance(owner, SessionTransaction) else owner
 
 
+def _note_interruption(session: object) -> None:
+    """Note whether a transaction had written that was lost with its connection, as a statement was interrupted."""
+    if not isinstance(session, GuardedSession) or session.interrupted is not None:
+        return
+    transaction = session.get_transaction()
+    for connection in () if transaction is None else connections_of(transaction):
+        failure = failure_of(connection)
+        if connection.invalidated and failure is not None and failure.was_interrupted:
+            session.interrupted = Interrupted(
+                ref(cast(SessionTransaction, transaction)), failure, session.has_written()
+            )
+
+
+async def _go_on_after_interruption(
+    error: PendingRollbackError, door: Door, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Go on in a new transaction, if the one that was lost with an interrupted statement had only read.
+
+    Raises:
+        StatementInterruptedError: it had written.
+        PendingRollbackError: no statement was interrupted; the error is about another failure.
+    """
+    session = getattr(fn, "__self__", None)
+    # While the rows of a streamed result are fetched, no call of the session is under way that could note it.
+    _note_interruption(session)
+    if not isinstance(session, GuardedSession) or session.interrupted is None:
+        raise error
+    interrupted = session.interrupted
+    if interrupted.transaction() is not session.get_transaction():
+        raise error
+    if interrupted.had_written or innermost_block(session) is not None:
+        raise StatementInterruptedError(
+            f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and that was "
+            "caught: the connection was given up to stop it, and this transaction is lost with what was written in it. "
+            "Let the interruption propagate; or call `await rollback_db_session(db)` to go on without that work; or "
+            "run what may take too long beside the transaction, `await run_in_new_ctx(fn, ...)`."
+        ) from error
+    # No statement is sent by this: the connection is gone.
+    loaded = LoadedValues(session)
+    await call_in_greenlet(session.rollback, _entered=door)
+    loaded.restore()
+    return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+
+
 async def _call_with_hook(
     session: GuardedSession, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -268,6 +373,7 @@ async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: 
     session.on_begin = None
     try:
         await on_begin(_async_session_of(session))
+        session.note_set_up()
     except BaseException:
         # Without what the hook was to set, a role for instance, no statement may be made in this transaction.
         await call_in_greenlet(session.rollback)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -39,16 +42,18 @@ async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
 
 
 async def has_only_read(session: AsyncSession) -> bool:
-    """Return whether the open transaction of `session` can end with nothing lost, and nobody is in the middle of it."""
+    """Return whether the open transaction of `session` can end with nothing lost, and nobody is in the middle of it.
+
+    What is not known to read keeps it open, as does ``session.connection()``: what it has returned is of use in this
+    transaction alone.
+    """
     guard = guard_of(session)
     door = guard.door
     if (
         door is None
         or door.is_busy
         or innermost_block(guard) is not None
-        or guard.new
-        or guard.dirty
-        or guard.deleted
+        or guard.has_written(beside_on_begin=True)
         or has_open_cursor(session)
     ):
         return False
@@ -60,27 +65,39 @@ async def has_only_read(session: AsyncSession) -> bool:
 
 
 async def _has_written(session: AsyncSession) -> bool:
+    """Ask the database whether the open transaction holds work, where it can tell; else go by the statements."""
     guard = guard_of(session)
     connections = {each for each in begun_connections(session) if not is_autocommit(each)}
     if not connections:
         return False
-    if not all(_can_be_asked(each) for each in connections):
+    drivers = {each: f"{each.dialect.name}+{each.dialect.driver}" for each in connections}
+    if not _ANSWERS.keys() >= set(drivers.values()):
         return guard.has_written()
     door = guard.door
     assert door is not None
     async with door.turn():
-        return await call_in_greenlet(_have_written, connections)
+        for each, driver in drivers.items():
+            if await call_in_greenlet(_ANSWERS[driver], each):
+                return True
+    return False
 
 
-def _can_be_asked(connection: Connection) -> bool:
-    # "shared" stands in for each driver in a test's shared transaction, in which everything has one transaction id.
-    return connection.dialect.name == "postgresql" and connection.dialect.driver != "shared"
-
-
-def _have_written(connections: set[Connection]) -> bool:
+def _has_written_postgresql(connection: Connection) -> bool:
     # A transaction has an id from its first write or row lock on (PostgreSQL, "Transactions and Identifiers"). The
     # statements alone do not tell: a function of a SELECT may write, and `SET LOCAL` is no write.
-    return any(
-        connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar()
-        for connection in connections
-    )
+    return bool(connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar())
+
+
+def _has_written_sqlite(connection: Connection) -> bool:
+    # The driver begins a transaction before INSERT, UPDATE and DELETE alone (sqlite3, "Transaction control").
+    driver_connection: Any = connection.connection.driver_connection
+    return bool(driver_connection.in_transaction)
+
+
+# In a test's shared transaction, whose driver is "shared", all work has one transaction id.
+_ANSWERS: dict[str, Callable[[Connection], bool]] = {
+    "postgresql+asyncpg": _has_written_postgresql,
+    "postgresql+psycopg": _has_written_postgresql,
+    "postgresql+psycopg_async": _has_written_postgresql,
+    "sqlite+aiosqlite": _has_written_sqlite,
+}

@@ -88,6 +88,8 @@ class UnitOfWork:
     """What is to be awaited at the beginning of each transaction; ``None`` as long as nothing was asked for."""
     rollback_only: frozenset[DBConnect | None] = frozenset()
     """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
+    blocks = 0
+    """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
     token: Token[UnitOfWork]
@@ -414,9 +416,10 @@ class UnitOfWork:
         """End the transactions that have only read, so that no connection is held while a part of a body is sent.
 
         A transaction stays open if a result is still read from it, if the code is inside of a block of it
-        (``session.begin()``, a savepoint), if a statement is under way, and if a callback waits for its outcome.
+        (``session.begin()``, a savepoint, those of ctxdb), if a statement is under way, if a callback waits for its
+        outcome, and if anything was done in it that is not known to be reading.
         """
-        if self.callbacks or self.rollback_only:
+        if self.callbacks or self.rollback_only or self.blocks:
             return
         for db, session in list(self.sessions.items()):
             if in_transaction(session) and await has_only_read(session):

@@ -52,6 +52,7 @@ class ASGIStreamBoundary:
                 body = await exchange.begin_stream(message["status"])
             elif body is not None:
                 body.note_progress(message, exchange)
+                await _end_reading(message, exchange)
             # What the middlewares in between do with the message is not the body's doing.
             token = current_call.set(None)
             try:
@@ -71,8 +72,13 @@ class ASGIStreamBoundary:
             if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
                 return pass_on(message)
             if body is not None:
-                body.note_progress(message, exchange)
+                return send_part(body, message)
             return send(message)
+
+        async def send_part(body: StreamedBody, message: Message) -> None:
+            body.note_progress(message, exchange)
+            await _end_reading(message, exchange)
+            await send(message)
 
         try:
             await self.app(scope, receive, send_streamed)
@@ -82,6 +88,12 @@ class ASGIStreamBoundary:
             raise
         finally:
             calls.end(call)
+
+
+async def _end_reading(message: Message, exchange: HTTPExchange) -> None:
+    """End the transactions that have only read, before a part of the body that is not the last one is passed on."""
+    if message.get("more_body", False) and exchange.sessions:
+        await exchange.end_reading()
 
 
 def _is_streamed(start: Message) -> bool:

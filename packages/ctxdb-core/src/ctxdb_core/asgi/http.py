@@ -148,7 +148,14 @@ class HTTPExchange(Exchange):
             if any(map(in_transaction, self.sessions.values())):
                 return self._end_body(message)
             self._complete()
+        elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
+            return self._send_part(message)
         return self.forward(message)
+
+    async def _send_part(self, message: Message) -> None:
+        """Forward a part of a body, which a client may be slow to read: what has only read holds no connection."""
+        await self.end_reading()
+        await self.forward(message)
 
     async def _end_body(self, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""

@@ -1,0 +1,51 @@
+"""The statements of open transactions that have failed or were interrupted: what later errors of these name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import ExceptionContext
+
+__all__ = ["FailedStatement", "failure_of", "note_failure"]
+
+_MOST_CHARACTERS = 200
+
+
+class FailedStatement(NamedTuple):
+    """A statement, without its parameters, and what has become of it."""
+
+    statement: str
+    error: str
+    was_interrupted: bool
+    """Whether it was stopped, by the cancellation of its task for instance; else the database has refused it."""
+
+    def __str__(self) -> str:
+        return f"{self.statement!r} ({self.error})"
+
+
+# By weak reference, and as text alone: an error knows the frames of the code that has made the statement.
+_failures: WeakKeyDictionary[Connection, FailedStatement] = WeakKeyDictionary()
+
+
+def note_failure(connection: Connection, context: ExceptionContext) -> None:
+    """Note the statement of `context`, which has just failed."""
+    execution = context.execution_context
+    statement = context.statement or getattr(execution, "statement", None)
+    if statement is not None:
+        error = context.original_exception
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _failures[connection] = FailedStatement(
+            _shortened(statement), _shortened(text.partition("\n")[0]), not isinstance(error, Exception)
+        )
+
+
+def failure_of(connection: Connection) -> FailedStatement | None:
+    """Return the statement that was the last to fail on `connection`, whose failure no other one has caused."""
+    return _failures.get(connection)
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."

@@ -1,0 +1,79 @@
+"""What is read again in a later transaction is fresh, and what nobody reads again keeps the values that it has.
+
+A session keeps one object for each row. SQLAlchemy fills it when it is loaded first, and leaves it alone when a query
+returns the row again: in the same transaction that is what a transaction is about. Other sessions expire their objects
+at a commit, so that the next look loads them. Sessions of ctxdb do not, as asyncio code cannot load by looking: so a
+server-sent event that asks for a row's state, again and again, would see its first state for ever.
+
+So from the second transaction of a session on, its queries fill the objects anew that they return, and ``get`` asks the
+database once for each object of an earlier transaction. A relationship that was loaded, and is not a part of the query,
+keeps what it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import InstanceState, ORMExecuteState, Session
+from sqlalchemy.orm.attributes import set_committed_value
+
+__all__ = ["Rereading"]
+
+
+class Rereading:
+    """The objects that `session` has from its earlier transactions; made when it begins another one."""
+
+    __slots__ = ("_relationships", "is_ahead")
+
+    def __init__(self, session: Session) -> None:
+        self.is_ahead = True
+        """Whether the other transaction has not begun."""
+        self._relationships: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
+        """What each object's relationships have loaded; looked up at the first query, as it may never come."""
+        if not event.contains(session, "do_orm_execute", _read_anew):
+            event.listen(session, "do_orm_execute", _read_anew)
+
+    def objects(self, session: Session) -> WeakKeyDictionary[InstanceState[Any], dict[str, Any]]:
+        """Return the objects that have not been read again, with what their relationships have loaded."""
+        if self._relationships is None:
+            self._relationships = WeakKeyDictionary(
+                {state: _loaded_relationships(state) for state in session.identity_map.all_states()}
+            )
+        return self._relationships
+
+
+def _loaded_relationships(state: InstanceState[Any]) -> dict[str, Any]:
+    loaded = {key: state.dict[key] for key in state.mapper.relationships.keys() if key in state.dict}  # noqa: SIM118
+    if loaded and not event.contains(state.class_, "refresh", _keep_relationships):
+        event.listen(state.class_, "refresh", _keep_relationships)
+    return loaded
+
+
+def _rereading_of(session: Session) -> Rereading | None:
+    return getattr(session, "rereading", None)
+
+
+def _read_anew(execution: ORMExecuteState) -> None:
+    session = execution.session
+    rereading = _rereading_of(session)
+    if rereading is None or not execution.is_select or execution.is_column_load:
+        return
+    flushes = session.autoflush and execution.execution_options.get("autoflush", True)
+    if not flushes and session.identity_map.check_modified():
+        # What the code has set, and not flushed, is not to be overwritten.
+        return
+    if rereading.objects(session) and "populate_existing" not in execution.execution_options:
+        execution.update_execution_options(populate_existing=True)
+
+
+def _keep_relationships(instance: object, context: Any, attributes: object) -> None:
+    # `session.refresh()` asks for one object, and for all of it.
+    rereading = _rereading_of(context.session) if context.refresh_state is None else None
+    if rereading is None:
+        return
+    state: InstanceState[Any] = inspect(instance)
+    for key, value in rereading.objects(context.session).get(state, {}).items():
+        if key not in state.dict:
+            set_committed_value(instance, key, value)

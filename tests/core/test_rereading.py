@@ -1,0 +1,130 @@
+"""What a later transaction reads again is fresh; what nobody reads again stays readable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import ForeignKey, event, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload
+from tests.support.database import Database
+
+from ctxdb_core import DBConnect, commit_db_session, db_session, new_db_ctx, rollback_db_session
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Author(Base):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    books: Mapped[list[Book]] = relationship(back_populates="author")
+
+
+class Book(Base):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
+
+
+pytestmark = pytest.mark.parametrize("database_kind", ["asyncpg", "sqlite"], indirect=True)
+
+
+@pytest.fixture
+async def library(db: DBConnect, database: Database) -> AsyncIterator[DBConnect]:
+    async with (await db.engine()).begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+        await connection.execute(text("INSERT INTO author VALUES (1, 'Ada')"))
+        await connection.execute(text("INSERT INTO book VALUES (1, 'Notes', 1)"))
+    yield db
+    async with (await db.engine()).begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+
+
+async def rename(database: Database, name: str) -> None:
+    await database.query(f"UPDATE author SET name = '{name}'")
+
+
+async def test_a_query_of_a_later_transaction_fills_its_objects_anew(library: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(select(Author))).one()
+        await commit_db_session(library)
+        await rename(database, "Grace")
+        assert author.name == "Ada"
+        assert (await session.scalars(select(Author))).one() is author
+        assert author.name == "Grace"
+
+
+async def test_get_asks_the_database_once_in_a_later_transaction(library: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = await session.get_one(Author, 1)
+        await rollback_db_session(library)
+        await rename(database, "Grace")
+        statements: list[str] = []
+        event.listen((await library.engine()).sync_engine, "before_execute", lambda *args: statements.append(""))
+        assert await session.get(Author, 1) is author
+        assert await session.get(Author, 1) is author
+        assert (author.name, len(statements)) == ("Grace", 1)
+
+
+async def test_within_a_transaction_objects_are_left_alone(library: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(select(Author))).one()
+        author.name = "changed"
+        with session.no_autoflush:
+            await session.scalars(select(Author))
+        assert author.name == "changed"
+
+
+async def test_what_was_set_and_not_flushed_is_not_overwritten(library: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = await session.get_one(Author, 1)
+        await commit_db_session(library)
+        author.name = "changed"
+        with session.no_autoflush:
+            await session.scalars(select(Author))
+            await session.get(Author, 1)
+        assert author.name == "changed"
+    assert await database.names("author") == ["changed"]
+
+
+async def test_relationships_that_a_query_does_not_load_keep_what_they_have(
+    library: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(select(Author).options(selectinload(Author.books)))).one()
+        await commit_db_session(library)
+        await rename(database, "Grace")
+        await session.scalars(select(Author))
+        assert (author.name, [book.title for book in author.books]) == ("Grace", ["Notes"])
+
+
+async def test_relationships_that_a_query_loads_are_fresh(library: DBConnect, database: Database) -> None:
+    query = select(Author).options(selectinload(Author.books))
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(query)).one()
+        await commit_db_session(library)
+        await database.query("INSERT INTO book VALUES (2, 'More notes', 1)")
+        await session.scalars(query)
+        assert sorted(book.title for book in author.books) == ["More notes", "Notes"]
+
+
+async def test_a_deleted_row_is_not_found_by_get_any_more(library: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        book = await session.get(Book, 1)
+        await commit_db_session(library)
+        await database.query("DELETE FROM book")
+        assert await session.get(Book, 1) is None
+        assert book is not None
+        assert book.title == "Notes"
