@@ -17,7 +17,7 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.lost_commits import note_readers
+from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
@@ -196,10 +196,12 @@ class DBConnect:
 
         Raises:
             sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
-            ValueError: `read_only` is asked for a database that cannot be made so, or `warn_connection_held_after` is
-                negative.
+            ValueError: `read_only` or `resolve_commits` is asked for a database that does not have it, or
+                `warn_connection_held_after` is negative.
         """
         parsed = make_url(url)
+        if resolve_commits:
+            check_can_resolve(parsed.get_backend_name())
 
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
@@ -387,7 +389,7 @@ class DBConnect:
         block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
         and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
         `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` is in
-        effect, and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions
+        effect, nor `resolve_commits`, and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions
         that are older than the block stay what they are. Blocks may be nested, and end in any order.
 
         Args:
@@ -465,7 +467,11 @@ class DBConnect:
 
     def _make_engine(self, host: str) -> LoopEngine:
         engine = LoopEngine(
-            host, self._engine_creator, self._session_maker_creator, resolve_commits=self._resolve_commits
+            host,
+            self._engine_creator,
+            self._session_maker_creator,
+            # The other database of a block of `overridden` may be none that could.
+            resolve_commits=self._resolve_commits and not self._keeps_host,
         )
         for listener in self._engine_listeners:
             listener(host, engine.engine)
