@@ -250,9 +250,12 @@ async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, 
 
 
 async def test_a_database_that_resolves_its_commits_can_be_overridden_by_one_that_cannot(database: Database) -> None:
-    async with DBConnect.from_url(database.url, resolve_commits=True) as db, db.overridden("sqlite+aiosqlite://"):
-        async with new_db_ctx():
-            assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
+    async with (
+        DBConnect.from_url(database.url, resolve_commits=True) as db,
+        db.overridden("sqlite+aiosqlite://"),
+        new_db_ctx(),
+    ):
+        assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
 
 
 async def test_only_postgresql_can_resolve_commits() -> None:
