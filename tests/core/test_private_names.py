@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column
 from sqlalchemy.pool import StaticPool
-from tests.support.database import Database
+from tests.support.database import Database, eventually
 
 from ctxdb_core._sqlalchemy import private
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
@@ -171,6 +171,24 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
         assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
         assert begun == [adapter]
     await engine.dispose()
+
+
+async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_could_not_connect(database: Database) -> None:
+    engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
+    async with engine.connect():
+        waiting = asyncio.create_task(_use(engine))
+        await eventually(lambda: bool(engine.pool._pool._queue._getters), "nobody waits")  # type: ignore[attr-defined]  # what is tested
+        private.pass_on_failed_connect(engine.pool)
+        # The one connection is in use: there is no place.
+        assert not waiting.done()
+    await waiting
+    private.pass_on_failed_connect(engine.pool)
+    await engine.dispose()
+
+
+async def _use(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
 
 
 # --- the classes of sessions ------------------------------------------------------------------------------------------

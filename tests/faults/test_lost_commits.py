@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
@@ -248,7 +249,18 @@ async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, 
     assert await database.names() == ["a"]
 
 
+async def test_a_database_that_resolves_its_commits_can_be_overridden_by_one_that_cannot(database: Database) -> None:
+    async with (
+        DBConnect.from_url(database.url, resolve_commits=True) as db,
+        db.overridden("sqlite+aiosqlite://"),
+        new_db_ctx(),
+    ):
+        assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
+
+
 async def test_only_postgresql_can_resolve_commits() -> None:
-    db = DBConnect.from_url("sqlite+aiosqlite://", resolve_commits=True)
+    with pytest.raises(ArgumentValueError, match="resolve_commits"):
+        DBConnect.from_url("sqlite+aiosqlite://", resolve_commits=True)
+    db = DBConnect(lambda host: create_async_engine("sqlite+aiosqlite://"), host="here", resolve_commits=True)
     with pytest.raises(ArgumentValueError, match="resolve_commits"):
         await db.engine()

@@ -13,9 +13,17 @@ import pytest
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Database, insert
+from tests.support.faulty_network import Fault, FaultyNetwork, Point
 from tests.support.pgbouncer import COMMAND, PgBouncer
 
-from ctxdb_core import DBConnect, atomic_db_session, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import (
+    CommitOutcomeUnknownError,
+    DBConnect,
+    atomic_db_session,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_session,
+)
 
 pytestmark = pytest.mark.skipif(COMMAND is None, reason="PgBouncer is not installed")
 
@@ -157,6 +165,35 @@ async def test_right_settings_and_plain_servers_are_left_alone(
         async with DBConnect.from_url(url, **options) as db, new_non_ctx_session(db) as session:
             await session.scalar(text("SELECT 1"))
     assert [record for record in caplog.records if "pooler" in record.getMessage()] == []
+
+
+@only_transactions
+async def test_a_commit_whose_server_connection_the_pooler_loses_is_unknown(
+    pooled: URL, database: Database, database_kind: str
+) -> None:
+    async with DBConnect.from_url(pooled, **_options(database_kind)) as db:
+
+        async def write() -> None:
+            async with new_db_ctx():
+                await insert(db, "a")
+
+        with database.held_commits():
+            writing = asyncio.create_task(write())
+            await database.commit_is_held()
+            database.terminate_backends("query ~ '^COMMIT'")
+            with pytest.raises(CommitOutcomeUnknownError):
+                await writing
+
+
+@only_transactions
+async def test_a_commit_is_resolved_through_the_pooler(pooled: URL, database: Database, database_kind: str) -> None:
+    async with FaultyNetwork("127.0.0.1", pooled.port or 0) as network:
+        url = pooled.set(port=network.port)
+        async with DBConnect.from_url(url, resolve_commits=True, **_options(database_kind)) as db:
+            network.fail(Point.COMMITTED, Fault.DROP)
+            async with new_db_ctx():
+                await insert(db, "a")
+    assert await database.names() == ["a"]
 
 
 @only_transactions

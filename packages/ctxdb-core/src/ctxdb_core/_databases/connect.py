@@ -32,7 +32,7 @@ from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngin
 from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.lost_commits import note_readers
+from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
 from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
@@ -242,6 +242,8 @@ class DBConnect(Generic[SessionT_co]):
         """
         parsed = check_url(url)
         check_engine_options(engine_options)
+        if resolve_commits:
+            check_can_resolve(parsed.get_backend_name())
 
         def engine_creator(host: str) -> AsyncEngine:
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
@@ -539,10 +541,10 @@ class DBConnect(Generic[SessionT_co]):
 
         ``with db.overridden(url):`` and ``async with db.overridden(url):`` both serve; the second one waits until the
         block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
-        and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
-        `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` is in
-        effect, and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions
-        that are older than the block stay what they are. Blocks may be nested, and end in any order.
+        and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by `from_url`, and stays on the
+        other database: neither `before_create_session_handler` nor `change_host` nor `resolve_commits` is in effect,
+        and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions that are
+        older than the block stay what they are. Blocks may be nested, and end in any order.
 
         Args:
             url_or_creator: the other database's URL, with an asyncio driver; or what creates its engine, as for the
@@ -628,7 +630,11 @@ class DBConnect(Generic[SessionT_co]):
         if in_memory is not None:
             return LoopEngine(host, self._engine_creator, self._session_maker_creator, in_memory.engine)
         engine = LoopEngine(
-            host, self._engine_creator, self._session_maker_creator, resolve_commits=self._resolve_commits
+            host,
+            self._engine_creator,
+            self._session_maker_creator,
+            # The other database of a block of `overridden` may be none that could.
+            resolve_commits=self._resolve_commits and not self._keeps_host,
         )
         for listener in self._engine_listeners:
             listener(host, engine.engine)

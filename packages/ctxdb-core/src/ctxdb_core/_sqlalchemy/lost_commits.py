@@ -22,7 +22,13 @@ from ctxdb_core._sqlalchemy.private import connections_of, replace_commit
 from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
 from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
 
-__all__ = ["RESOLVE_SECONDS", "call_lost_commits_unknown", "note_readers", "resolve_lost_commits"]
+__all__ = [
+    "RESOLVE_SECONDS",
+    "call_lost_commits_unknown",
+    "check_can_resolve",
+    "note_readers",
+    "resolve_lost_commits",
+]
 
 RESOLVE_SECONDS = 10.0
 """How long PostgreSQL is asked what became of a commit, where no deadline comes first."""
@@ -66,11 +72,16 @@ def resolve_lost_commits(engine: AsyncEngine) -> None:
     Raises:
         ArgumentValueError: `engine` is for another database.
     """
-    if engine.dialect.name != "postgresql":
-        raise ArgumentValueError(
-            f"resolve_commits=True asks PostgreSQL what became of a transaction, and this is {engine.dialect.name}."
-        )
+    check_can_resolve(engine.dialect.name)
     _commits_of(engine).resolves = True
+
+
+def check_can_resolve(backend: str) -> None:
+    """Raise the error that says why commits on a `backend` cannot be resolved, if they cannot."""
+    if backend != "postgresql":
+        raise ArgumentValueError(
+            f"resolve_commits=True asks PostgreSQL what became of a transaction, and this is {backend}: leave it out."
+        )
 
 
 def note_readers(session: Session) -> None:
