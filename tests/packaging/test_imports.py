@@ -50,7 +50,8 @@ def _is_extra(found: Import, member: Member) -> bool:
 
 
 def test_the_core_imports_sqlalchemy_and_nothing_else() -> None:
-    # `sqlalchemy[asyncio]` brings these along, the last one for type checkers alone. What is an extra is imported by the functions that need it.
+    # `sqlalchemy[asyncio]` brings these along; `typing_extensions` is for type checkers alone. What is an extra is
+    # imported by the functions that need it.
     imports = [found for found in _imports(CORE) if not (found.deferred and _is_extra(found, CORE))]
     assert _foreign(imports, {"sqlalchemy", "greenlet", "typing_extensions", "ctxdb_core"}) == []
 

@@ -87,8 +87,8 @@ class Body:
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
         task: asyncio.Task[Any] | None = sender()
         if task is not None and not task.done():
-            # A task may live much longer than the request, and must not keep it. The tasks of Granian's `--task-impl rust`
-            # are none of asyncio's, and cannot tell of their end: "uninitialized Future object".
+            # A task may live much longer than the request, and must not keep it. The tasks of Granian's
+            # `--task-impl rust` are none of asyncio's, and cannot tell of their end: "uninitialized Future object".
             with suppress(RuntimeError):
                 task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
 
