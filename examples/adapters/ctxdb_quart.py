@@ -12,14 +12,17 @@ from quart import Quart, Request, Websocket, request, websocket
 from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
 from quart.ctx import AppContext
 
-from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, close_all, commit_below_400
+from ctxdb_core import DBConnect, commit_below_400
 from ctxdb_core.adapters import (
     FINISHING,
+    BeforeCommit,
+    CommitPolicy,
     Phase,
     RequestPolicy,
     UnitOfWork,
     begin,
     check_transition,
+    close_all,
     finalize,
     with_request,
 )

@@ -15,7 +15,8 @@ from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
-from ctxdb_core import ContextClosedError, DBConnect, db_session, is_context_initiated
+from ctxdb_core import ContextClosedError, DBConnect, db_session
+from ctxdb_core.adapters import is_context_initiated
 
 
 def application(**handlers: Callable[[web.Request], Awaitable[Any]]) -> web.Application:

@@ -18,7 +18,6 @@ from ctxdb_core import (
     DBConnect,
     TransactionContext,
     atomic_db_session,
-    close_all,
     close_db_session,
     commit_db_session,
     db_session,
@@ -30,6 +29,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
+from ctxdb_core.adapters import close_all
 from ctxdb_core.testing import (
     TableCleaner,
     put_savepoint_session_in_ctx,

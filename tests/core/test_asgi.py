@@ -14,16 +14,8 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_orphan
 
-from ctxdb_core import (
-    ContextClosedError,
-    DBConnect,
-    UnitOfWork,
-    db_session,
-    is_context_initiated,
-    new_db_ctx,
-    on_commit,
-)
-from ctxdb_core.adapters import Phase
+from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx, on_commit
+from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
 

@@ -18,12 +18,6 @@ from tests.support.database import Database, Item, eventually, insert, insert_or
 
 from ctxdb_core import (
     DBConnect,
-    DBEvent,
-    SessionClosed,
-    SessionOpened,
-    TransactionBegun,
-    TransactionCommitted,
-    TransactionRolledBack,
     atomic_db_session,
     close_db_session,
     commit_db_session,
@@ -34,6 +28,14 @@ from ctxdb_core import (
     new_non_ctx_session,
     rollback_db_session,
     run_in_new_ctx,
+)
+from ctxdb_core.events import (
+    DBEvent,
+    SessionClosed,
+    SessionOpened,
+    TransactionBegun,
+    TransactionCommitted,
+    TransactionRolledBack,
 )
 
 SELECT = text("SELECT 1")

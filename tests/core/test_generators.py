@@ -20,13 +20,13 @@ from ctxdb_core import (
     atomic_db_session,
     commit_db_session,
     db_session,
-    is_context_initiated,
     new_db_ctx,
     on_commit,
     run_in_new_ctx,
     set_statement_timeout,
     transactional,
 )
+from ctxdb_core.adapters import is_context_initiated
 
 pytest_plugins = ["pytester"]
 

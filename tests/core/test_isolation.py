@@ -9,9 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
-    CurrentTransaction,
     DBConnect,
-    IsolationLevel,
     TransactionAlreadyActiveError,
     TransactionOptionsError,
     atomic_db_session,
@@ -19,6 +17,7 @@ from ctxdb_core import (
     db_session,
     new_db_ctx,
 )
+from ctxdb_core.adapters import CurrentTransaction, IsolationLevel
 
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)

@@ -11,15 +11,8 @@ from weakref import ref
 
 from tests.support.database import Database, eventually, insert
 
-from ctxdb_core import (
-    DBConnect,
-    UnitOfWork,
-    begin,
-    close_db_session,
-    db_session,
-    finalize,
-    new_db_ctx,
-)
+from ctxdb_core import DBConnect, close_db_session, db_session, new_db_ctx
+from ctxdb_core.adapters import UnitOfWork, begin, finalize
 
 
 @asynccontextmanager

@@ -10,17 +10,8 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, insert, insert_orphan
 
-from ctxdb_core import (
-    ContextClosedError,
-    DBConnect,
-    UnitOfWork,
-    begin,
-    db_session,
-    finalize,
-    is_context_initiated,
-    new_db_ctx,
-)
-from ctxdb_core.adapters import is_inside
+from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx
+from ctxdb_core.adapters import UnitOfWork, begin, finalize, is_context_initiated, is_inside
 
 
 def begun(request: MutableMapping[str, Any] | None = None) -> UnitOfWork:

@@ -17,7 +17,6 @@ from ctxdb_core import (
     ContextClosedError,
     DBConnect,
     DeadlineExceededError,
-    Propagation,
     SessionAlreadyActiveError,
     TransactionAlreadyActiveError,
     TransactionContext,
@@ -27,13 +26,13 @@ from ctxdb_core import (
     atomic_db_session,
     commit_db_session,
     db_session,
-    is_context_initiated,
     new_db_ctx,
     on_commit,
     rollback_db_session,
     set_statement_timeout,
     transactional,
 )
+from ctxdb_core.adapters import Propagation, is_context_initiated
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)

@@ -27,7 +27,6 @@ from ctxdb_core import (
     db_session,
     gather_in_new_ctx,
     is_conflict,
-    is_context_initiated,
     new_db_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
@@ -37,6 +36,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
+from ctxdb_core.adapters import is_context_initiated
 
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)

@@ -18,7 +18,6 @@ from tests.support.database import Database, Item, eventually, insert, insert_or
 from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
-    CurrentTransaction,
     DBConnect,
     SessionAlreadyActiveError,
     SessionClosedError,
@@ -28,11 +27,9 @@ from ctxdb_core import (
     TransactionContext,
     UnexpectedRollbackError,
     atomic_db_session,
-    begin,
     close_db_session,
     commit_db_session,
     db_session,
-    finalize,
     gather_in_new_ctx,
     new_db_ctx,
     new_non_ctx_atomic_session,
@@ -43,6 +40,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
+from ctxdb_core.adapters import CurrentTransaction, begin, finalize
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 

@@ -33,7 +33,6 @@ from ctxdb_core import (
     atomic_db_session,
     commit_db_session,
     db_session,
-    is_context_initiated,
     new_db_ctx,
     on_commit,
     retry_on_conflict,
@@ -43,6 +42,7 @@ from ctxdb_core import (
     transactional,
 )
 from ctxdb_core._units.lifecycle import begin
+from ctxdb_core.adapters import is_context_initiated
 from ctxdb_core.events import SessionClosed, SessionOpened, TransactionBegun, TransactionCommitted
 from ctxdb_core.testing import set_test_context
 

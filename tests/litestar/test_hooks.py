@@ -16,7 +16,8 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.litestar_app import Ask, answering, litestar_app
 
-from ctxdb_core import DBConnect, commit_policy, db_session, is_context_initiated
+from ctxdb_core import DBConnect, commit_policy, db_session
+from ctxdb_core.adapters import is_context_initiated
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_litestar import CtxDBPlugin
 

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 from tests.packaging.workspace import PACKAGES, Member
 
+import ctxdb_core
+
 members = pytest.mark.parametrize("member", PACKAGES, ids=lambda member: member.package)
 
 
@@ -29,6 +31,23 @@ def test_all_leaves_out_nothing_that_the_package_offers(member: Member) -> None:
         if not name.startswith("_") and not isinstance(value, ModuleType) and value is not annotations
     }
     assert offered == set(package.__all__)
+
+
+@pytest.mark.parametrize("module", ["ctxdb_core.adapters", "ctxdb_core.events"])
+def test_names_that_have_moved_go_on_working_with_a_warning_that_says_where_they_are(module: str) -> None:
+    names = ctxdb_core._MOVED[module]
+    assert names
+    for name in names:
+        assert name not in ctxdb_core.__all__
+        with pytest.warns(DeprecationWarning, match=rf"ctxdb_core\.{name} has moved: import it from {module}\."):
+            moved = getattr(ctxdb_core, name)
+        assert moved is getattr(importlib.import_module(module), name)
+        assert name in importlib.import_module(module).__all__
+
+
+def test_a_name_that_was_never_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        ctxdb_core.nothing  # type: ignore[attr-defined]  # noqa: B018 - what is tested
 
 
 @members

@@ -17,10 +17,10 @@ from ctxdb_core import (
     close_db_session,
     db_session,
     gather_in_new_ctx,
-    is_context_initiated,
     new_db_ctx,
     run_in_new_ctx,
 )
+from ctxdb_core.adapters import is_context_initiated
 
 
 async def test_all_of_a_request_shares_a_session_and_its_tasks_do_too(world: World) -> None:

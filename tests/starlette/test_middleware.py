@@ -22,7 +22,8 @@ from tests.support.database import Database, eventually, insert, insert_orphan
 from tests.support.server import RawClient, serve
 from tests.support.stacks import Ask, DoNothing, application, on_integrity_error
 
-from ctxdb_core import ArgumentTypeError, DBConnect, commit_db_session, db_session, is_context_initiated
+from ctxdb_core import ArgumentTypeError, DBConnect, commit_db_session, db_session
+from ctxdb_core.adapters import is_context_initiated
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 

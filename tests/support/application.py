@@ -7,7 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from ctxdb_core import BeforeCommit, CommitPolicy, DBConnect, commit_below_400
+from ctxdb_core import DBConnect, commit_below_400
+from ctxdb_core.adapters import BeforeCommit, CommitPolicy
 
 Background: TypeAlias = Callable[[], Awaitable[None]]
 

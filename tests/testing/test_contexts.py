@@ -24,10 +24,10 @@ from ctxdb_core import (
     close_db_session,
     commit_db_session,
     db_session,
-    is_context_initiated,
     new_db_ctx,
     on_commit,
 )
+from ctxdb_core.adapters import is_context_initiated
 from ctxdb_core.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 from ctxdb_starlette import DBSessionMiddleware
 

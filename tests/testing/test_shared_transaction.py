@@ -18,7 +18,6 @@ from tests.support.items import names
 
 from ctxdb_core import (
     DBConnect,
-    Propagation,
     TransactionAbortedError,
     TransactionOptionsError,
     atomic_db_session,
@@ -31,6 +30,7 @@ from ctxdb_core import (
     run_in_new_ctx,
     transactional,
 )
+from ctxdb_core.adapters import Propagation
 from ctxdb_core.testing import SharedTransactionError, rollback_session, shared_transaction
 
 

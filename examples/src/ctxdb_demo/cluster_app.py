@@ -16,7 +16,8 @@ from sqlalchemy import String
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from ctxdb_core import DBConnect, close_all, db_session
+from ctxdb_core import DBConnect, db_session
+from ctxdb_core.adapters import close_all
 from ctxdb_pgstatus import HostMonitor, PgStatusClient, PgStatusError, ReadYourWrites, follow_master, follow_replica
 from ctxdb_starlette import DBSessionMiddleware
 

@@ -9,16 +9,8 @@ from aiohttp import web
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
 from ctxdb_aiohttp.signal import note_response
-from ctxdb_core import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    BeforeCommit,
-    CommitPolicy,
-    DBConnect,
-    close_all,
-    commit_below_400,
-)
-from ctxdb_core.adapters import RequestPolicy, with_request
+from ctxdb_core import ArgumentTypeError, ArgumentValueError, DBConnect, commit_below_400
+from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy, close_all, with_request
 
 __all__ = ["DATABASES", "setup"]
 

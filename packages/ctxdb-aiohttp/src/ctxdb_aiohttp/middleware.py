@@ -15,8 +15,7 @@ from ctxdb_aiohttp.response import is_complete
 from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
-from ctxdb_core import BeforeCommit
-from ctxdb_core.adapters import FINISHING, RequestPolicy, UnitOfWork, begin, follow_calls
+from ctxdb_core.adapters import FINISHING, BeforeCommit, RequestPolicy, UnitOfWork, begin, follow_calls
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
 

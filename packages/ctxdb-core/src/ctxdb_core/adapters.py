@@ -1,28 +1,41 @@
-"""What authors of adapters and of extensions use: the lifecycle of a unit of work, and its handles.
+"""What authors of adapters and of extensions use: the lifecycle of a unit of work, its handles, and types of arguments.
 
-Applications need none of this; theirs is `ctxdb_core` itself.
+Applications need none of this; theirs is `ctxdb_core` itself. What happens in sessions is told by `ctxdb_core.events`.
 """
 
+from ctxdb_core._blocks.atomic import CurrentTransaction
+from ctxdb_core._blocks.transactional import Propagation
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
 from ctxdb_core._databases.hold import acquiring_code
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
-from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
+from ctxdb_core._units.callbacks import OnCommit
+from ctxdb_core._units.commit import BeforeCommit
+from ctxdb_core._units.hooks import OnBegin
+from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
 from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
-from ctxdb_core.policy import RequestPolicy, with_request
+from ctxdb_core.policy import CommitPolicy, RequestPolicy, with_request
 
 __all__ = [
     "FINISHING",
     "TRANSITIONS",
+    "BeforeCommit",
     "Call",
+    "CommitPolicy",
+    "CurrentTransaction",
     "EngineListener",
     "HandlerCalls",
     "Headers",
     "IllegalTransitionError",
+    "IsolationLevel",
+    "OnBegin",
+    "OnCommit",
     "Phase",
+    "Propagation",
     "RequestPolicy",
     "SessionT",
     "SessionT_co",
@@ -37,6 +50,7 @@ __all__ = [
     "finalize",
     "follow_calls",
     "is_autocommit",
+    "is_context_initiated",
     "is_inside",
     "is_read_only",
     "running_unit",

@@ -10,15 +10,8 @@ from litestar.handlers import BaseRouteHandler
 from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
 
-from ctxdb_core import (
-    ArgumentTypeError,
-    BeforeCommit,
-    CommitPolicy,
-    DBConnect,
-    close_all,
-    commit_below_400,
-)
-from ctxdb_core.adapters import RequestPolicy, with_request
+from ctxdb_core import ArgumentTypeError, DBConnect, commit_below_400
+from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy, close_all, with_request
 from ctxdb_core.asgi import ASGIApp, Deadline
 from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
 from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider

@@ -12,7 +12,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-from ctxdb_core import is_autocommit, is_read_only
+from ctxdb_core.adapters import is_autocommit, is_read_only
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
 from ctxdb_pgstatus._following.statements import may_write

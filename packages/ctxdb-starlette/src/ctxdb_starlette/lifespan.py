@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from ctxdb_core import ArgumentTypeError, DBConnect, close_all
+from ctxdb_core import ArgumentTypeError, DBConnect
+from ctxdb_core.adapters import close_all
 
 __all__ = ["close_on_shutdown"]
 

@@ -8,8 +8,8 @@ from starlette.applications import Starlette
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from ctxdb_core import BeforeCommit, CommitPolicy, commit_below_400
-from ctxdb_core.adapters import RequestPolicy
+from ctxdb_core import commit_below_400
+from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy
 from ctxdb_core.asgi import (
     ASGIApp,
     ASGIHTTPDBSessionMiddleware,

@@ -192,6 +192,9 @@ class TransactionContext(Generic[SessionT_co]):
     async def new_session(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[SessionT_co]:
         """Open another session for a block, independent of one that is open: as `session` otherwise.
 
+        It needs a connection of its own, beside that of the block or unit of work around it: see "A second connection"
+        in docs/transactions.md for the size of the pool.
+
         Args:
             session_maker: makes the session.
 

@@ -155,7 +155,8 @@ async def new_db_ctx(
     """Open a unit of work of its own for a block of code: a script, a job, a websocket message.
 
     It is committed at the end of the block, and rolled back if an exception leaves it. Inside another unit of work it
-    is independent of that one.
+    is independent of that one, and needs a connection of its own: see "A second connection" in docs/transactions.md for
+    the size of the pool.
 
     Args:
         before_commit: awaited with each session that is about to be committed; by default, that of the unit of work
@@ -208,6 +209,9 @@ class opened:  # noqa: N801 - used like a function, in `async with`
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Await ``fn(*args, **kwargs)`` in a unit of work of its own: with sessions, a transaction and a commit of its own.
 
+    A request that waits for it while its own transaction holds a connection needs two of them: see "A second
+    connection" in docs/transactions.md for the size of the pool.
+
     Raises:
         TypeError: `fn` is not an async callable.
         BaseException: what `fn` raised, or the error of a commit.
@@ -231,6 +235,9 @@ def before_gather(callback: Callable[[], object]) -> None:
 
 async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurrent: int | None = None) -> list[T]:
     """Await all `callables` concurrently, each in a unit of work of its own.
+
+    Each holds a connection of its own, beside that of a request which waits for them: see "A second connection" in
+    docs/transactions.md for the size of the pool.
 
     Args:
         *callables: async functions without parameters (`functools.partial` makes them so).

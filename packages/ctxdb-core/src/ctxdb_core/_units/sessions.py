@@ -106,6 +106,9 @@ async def close_db_session(db: DBConnect) -> None:
 async def new_non_ctx_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     """Open a session outside of any unit of work, and close it at the end of the block; nothing is committed for it.
 
+    It needs a connection of its own, beside that of the unit of work: see "A second connection" in
+    docs/transactions.md for the size of the pool.
+
     Raises:
         BaseException: what the block raised.
     """

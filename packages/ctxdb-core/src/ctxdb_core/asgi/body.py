@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -86,8 +87,10 @@ class Body:
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
         task: asyncio.Task[Any] | None = sender()
         if task is not None and not task.done():
-            # A task may live much longer than the request, and must not keep it.
-            task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
+            # A task may live much longer than the request, and must not keep it. The tasks of Granian's
+            # `--task-impl rust` are none of asyncio's, and cannot tell of their end: "uninitialized Future object".
+            with suppress(RuntimeError):
+                task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
 
     def park(self, unit: UnitOfWork) -> None:
         """Put the open transactions out of reach, as the body has ended in the middle."""

@@ -16,7 +16,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from ctxdb_core import DBConnect, is_autocommit
+from ctxdb_core import DBConnect
+from ctxdb_core.adapters import is_autocommit
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import Positions, current_positions

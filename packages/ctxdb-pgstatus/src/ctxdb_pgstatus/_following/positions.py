@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
-from ctxdb_core import before_gather
+from ctxdb_core.adapters import before_gather
 from ctxdb_pgstatus.source import HostSource
 
 __all__ = [
