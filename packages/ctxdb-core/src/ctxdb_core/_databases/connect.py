@@ -387,10 +387,11 @@ class DBConnect:
 
         ``with db.overridden(url):`` and ``async with db.overridden(url):`` both serve; the second one waits until the
         block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
-        and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by `from_url`, and stays on the
-        other database: neither `before_create_session_handler` nor `change_host` nor `resolve_commits` is in effect,
-        and listeners of `on_engine` are not told, unless they are added in the block. Engines and sessions that are
-        older than the block stay what they are. Blocks may be nested, and end in any order.
+        and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
+        `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` nor
+        `resolve_commits` is in effect, and listeners of `on_engine` are not told, unless they are added in the block.
+        Engines and sessions that are older than the block stay what they are. Blocks may be nested, and end in any
+        order.
 
         Args:
             url_or_creator: the other database's URL, with an asyncio driver; or what creates its engine, as for the
