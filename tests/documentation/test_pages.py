@@ -34,6 +34,7 @@ MODULE = "documentation_page"
 
 PYTHON_FENCE = re.compile(r"^[ \t>*+\-\d.)]*(?:`{3,}|~{3,})[ \t]*(?:py|\{)", re.MULTILINE | re.IGNORECASE)
 HIDDEN_BLOCK = re.compile(r"^[ \t]*<!--+\s*(?:;\s*)?(?:invisible-)?code", re.MULTILINE)
+NEEDED = re.compile(r"^<!-- needs: (\w+) -->$", re.MULTILINE)
 FILE_NAME = re.compile(r"# (?P<path>[\w/-]+\.py)\n")
 POSTGRES_URL = re.compile(r"postgresql(?:\+\w+)?://(?:(?P<role>\w+)(?::[^@/\s]*)?@)?[^@/\s]*/(?P<database>\w+)")
 
@@ -109,6 +110,8 @@ def servers_for_urls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.usefixtures("servers_for_urls")
 def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in NEEDED.findall(path.read_text(encoding="utf-8")):
+        pytest.importorskip(library, reason=f"{library} is in an optional group")
     Page(path, monkeypatch).run()
 
 
