@@ -252,5 +252,5 @@ def entry_for(address: str, text: str) -> str:
     line = f"- [{title[1] if title else address}]({address})"
     if prose and "\n::: " not in text:
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split()))
-        line += f": {re.split(r'(?<=[.:!?]) ', words)[0]}"
+        line += f": {re.split(r'(?<=[.!?]) ', words)[0].rstrip(':')}"
     return line

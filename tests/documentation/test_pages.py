@@ -110,10 +110,10 @@ def servers_for_urls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.usefixtures("servers_for_urls")
 def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Libraries that a page is about come with the group `ecosystem`.
+    # Libraries that a page is about come with the groups `ecosystem` and `competitors`.
     for needs in NEEDS.finditer(path.read_text(encoding="utf-8")):
         for module in needs["modules"].split(", "):
-            pytest.importorskip(module)
+            pytest.importorskip(module, reason=f"{module} is in an optional group")
     Page(path, monkeypatch).run()
 
 
