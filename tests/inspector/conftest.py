@@ -36,4 +36,7 @@ async def desk(database: Database) -> AsyncIterator[Desk]:
 @pytest.fixture
 async def client(desk: Desk, make_app: Any) -> AsyncIterator[httpx.AsyncClient]:
     async with serve_app(make_app(desk, None)) as url, http_client(url) as client:
-        yield client
+        try:
+            yield client
+        finally:
+            desk.go_on.set()
