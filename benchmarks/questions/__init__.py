@@ -3,6 +3,7 @@
 from benchmarks.questions._question import Question, Settings
 from benchmarks.questions.frameworks import Frameworks
 from benchmarks.questions.idle import Idle
+from benchmarks.questions.inspector import Inspected
 from benchmarks.questions.lookup import SessionLookup
 from benchmarks.questions.monitor import MonitorLookup
 from benchmarks.questions.requests import Requests
@@ -12,7 +13,7 @@ from benchmarks.questions.testing import Tests
 
 QUESTIONS: dict[str, type[Question]] = {
     question.name: question
-    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, MonitorLookup, SidecarRequests, Tests)
+    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, MonitorLookup, SidecarRequests, Inspected, Tests)
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]

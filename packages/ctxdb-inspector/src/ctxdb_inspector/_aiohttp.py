@@ -10,7 +10,7 @@ from ctxdb_inspector._access import Authorise, check_authorise, is_allowed
 from ctxdb_inspector._content import STREAM_SECONDS, UPDATE_SECONDS, Content, as_event, security_headers
 from ctxdb_inspector._pages import EVENTS, answer, refusal, since_of
 from ctxdb_inspector._recorder import Recorder
-from ctxdb_inspector._records import REQUEST_KEY, UnitRecord
+from ctxdb_inspector._records import UnitRecord
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -34,7 +34,9 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
     from aiohttp import web  # noqa: PLC0415 - an ASGI application need not have aiohttp installed
 
     check_authorise(authorise)
-    recorder = Recorder(dbs)
+    # Newer versions of aiohttp warn of keys that are strings, older ones have nothing else.
+    request_key = web.RequestKey("ctxdb_inspected", UnitRecord) if hasattr(web, "RequestKey") else "ctxdb_inspected"
+    recorder = Recorder(dbs, request_key)
     root = path.rstrip("/")
 
     async def show(request: web.Request) -> web.StreamResponse:
@@ -44,7 +46,7 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
         client = peer[0] if isinstance(peer, tuple) else None
         if not await is_allowed(authorise, request, client, headers):
             return _response(refusal())
-        content = answer(recorder, request.method, request.path, request.query_string)
+        content = answer(recorder, request.method, request.path.removeprefix(root), request.query_string)
         if content is not None:
             return _response(content)
         return await stream(request)
@@ -82,8 +84,8 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
         raise web.HTTPPermanentRedirect(f"{request.path}/")
 
     async def tell_unit(request: web.Request, response: web.StreamResponse) -> None:
-        record = request.get(REQUEST_KEY)
-        if isinstance(record, UnitRecord) and record.owner is recorder:
+        record = request.get(request_key)
+        if isinstance(record, UnitRecord):
             for name, value in record.response_starts(response.status):
                 response.headers[name.decode()] = value.decode()
 

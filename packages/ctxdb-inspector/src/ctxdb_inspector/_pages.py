@@ -31,12 +31,13 @@ def answer(recorder: Recorder, method: str, path: str, query: str) -> Content | 
     Args:
         recorder: what to show.
         method: of the request.
-        path: beneath where the inspector is mounted; its last part decides.
+        path: beneath where the inspector is mounted.
         query: of the request's URL.
     """
     if method not in ("GET", "HEAD"):
         return Content(405, _TEXT, b"GET it.\n", (("allow", "GET, HEAD"),))
-    name = path.rpartition("/")[2]
+    # Litestar ends the path of a mount with a slash.
+    name = path.strip("/")
     if name == EVENTS:
         return None
     if name == "units.json":

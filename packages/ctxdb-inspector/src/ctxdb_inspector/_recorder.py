@@ -22,7 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core import ArgumentTypeError, DBConnect
 from ctxdb_core.adapters import UnitOfWork, acquiring_code, running_unit, without_secrets
-from ctxdb_inspector._records import REQUEST_KEY, HoldRecord, UnitRecord, describe
+from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
 
 __all__ = ["PoolTrack", "Recorder"]
 
@@ -54,11 +54,17 @@ class PoolTrack:
 class Recorder:
     """Remembers the last units of work that have taken connections of `dbs`, and the warnings of ctxdb.
 
+    Args:
+        dbs: what to look at.
+        request_key: where a request is to hold its `UnitRecord`, for a framework whose adapter does not tell watchers
+            of the start of a response.
+
     Raises:
         ArgumentTypeError: one of `dbs` is no `DBConnect`, or there is none.
     """
 
-    def __init__(self, dbs: Iterable[DBConnect]) -> None:
+    def __init__(self, dbs: Iterable[DBConnect], request_key: Any = None) -> None:
+        self._request_key = request_key
         self._dbs = tuple(dbs)
         if not self._dbs:
             raise ArgumentTypeError("Name the databases to look at: `inspector(db)`.")
@@ -185,8 +191,8 @@ class Recorder:
                 return watcher
         record = UnitRecord(unit, where[2], self, self._end)
         unit.watch(record)
-        if isinstance(unit.origin, MutableMapping):
-            unit.origin[REQUEST_KEY] = record
+        if self._request_key is not None and isinstance(unit.origin, MutableMapping):
+            unit.origin[self._request_key] = record
         self._live[record.id] = record
         return record
 

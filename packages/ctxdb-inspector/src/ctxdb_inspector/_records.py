@@ -14,13 +14,10 @@ from ctxdb_core.adapters import Headers, UnitOfWork
 if TYPE_CHECKING:
     from ctxdb_inspector._recorder import PoolTrack
 
-__all__ = ["HEADER", "REQUEST_KEY", "HoldRecord", "UnitRecord", "describe"]
+__all__ = ["HEADER", "HoldRecord", "UnitRecord", "describe"]
 
 HEADER = "x-ctxdb-unit"
 """The header field of a response that tells the id of the unit of work, if that has taken a connection."""
-
-REQUEST_KEY = "ctxdb.inspected"
-"""Where a request, an ASGI scope or aiohttp's, holds the id of the unit of work that has taken a connection for it."""
 
 _LONGEST_STATEMENT = 2000
 _LONGEST_ERROR = 200

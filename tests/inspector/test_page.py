@@ -1,0 +1,189 @@
+"""The page, in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.support.browser import Tab, browser, find_browser
+from tests.support.inspected import Desk, serve_app, starlette_app
+from tests.support.server import http_client
+
+# Where someone wants to look at it: pictures are left in this folder.
+PICTURES = os.environ.get("CTXDB_PICTURES")
+
+
+@pytest.fixture
+async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
+    find_browser()
+    async with browser(tmp_path) as tab:
+        yield tab
+
+
+@asynccontextmanager
+async def some_traffic(desk: Desk) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
+    """Serve the application after a request of each kind, while one is holding a connection."""
+    async with serve_app(starlette_app(desk, None)) as url, http_client(url) as client:
+        for path in ("read", "refuse", "fail_at_commit", "leak"):
+            await client.get(f"/{path}")
+        held = asyncio.create_task(client.get("/hold"))
+        try:
+            await desk.arrived.wait()
+            yield url, client
+        finally:
+            desk.go_on.set()
+            await held
+
+
+async def picture(tab: Tab, name: str) -> None:
+    if PICTURES:
+        (Path(PICTURES) / f"inspector-{name}.png").write_bytes(await tab.screenshot())
+
+
+async def open_page(tab: Tab, url: str, query: str = "") -> None:
+    await tab.open(f"{url}/_ctxdb/{query}")
+    await tab.until("document.querySelectorAll('.unit').length >= 5")
+
+
+NAMES = "[...document.querySelectorAll('.unit .name')].map(each => each.innerText)"
+
+
+async def test_the_page_shows_who_holds_what_and_what_went_wrong(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(desk) as (url, _):
+        await open_page(tab, url)
+        held = await tab.run("[...document.querySelectorAll('#held tbody tr')].map(row => row.innerText)")
+        assert len(held) == 2
+        assert any("leak" in row and "Desk.leak" in row and "SELECT 2" in row for row in held)
+        assert any("GET /hold" in row and "inspected.py:" in row and "idle" in row for row in held)
+        trouble = await tab.run("document.querySelector('#trouble').innerText")
+        assert "GET /fail_at_commit" in trouble
+        assert "IntegrityError" in trouble
+        assert "leak:" in trouble
+        assert "2 in use" in await tab.run("document.querySelector('#pools').innerText")
+        assert await tab.run("document.querySelectorAll('#pools .bar').length") > 0
+        assert sorted(await tab.run(NAMES)) == [
+            "GET /fail_at_commit", "GET /hold", "GET /leak", "GET /read", "GET /refuse",
+        ]  # fmt: skip
+        # Each lane is really drawn, and a failed commit is told from a roll-back and a commit.
+        drawn = "[...document.querySelectorAll('.unit[data-unit] .lane .%s')].filter(e => e.getBBox().width > 0).length"
+        assert await tab.run(drawn % "hold") >= 5
+        assert [await tab.run(drawn % kind) for kind in ("fail", "undo", "run")] == [1, 1, 2]
+        assert tab.complaints() == []
+        assert all(each.startswith((url, "data:")) for each in tab.requests())
+        await picture(tab, "light")
+
+
+async def test_a_click_on_a_request_shows_it_and_makes_a_permalink(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(desk) as (url, client):
+        unit = (await client.get("/read")).headers["x-ctxdb-unit"]
+        await open_page(tab, url)
+        await tab.until(f"document.querySelector('[data-unit=\"{unit}\"]') !== null")
+        await tab.run(f"document.querySelector('[data-unit=\"{unit}\"]').click()")
+        detail = await tab.run("document.querySelector('#detail').innerText")
+        assert unit in detail
+        assert "SELECT name FROM item" in detail
+        assert "Desk.read()" in detail
+        assert await tab.run("location.search") == f"?unit={unit}"
+        await picture(tab, "request")
+        # Whoever is given the address sees the same.
+        await open_page(tab, url, f"?unit={unit}")
+        await tab.until(f"document.querySelector('#detail').innerText.includes('{unit}')")
+
+
+async def test_filters_leave_what_matches(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(desk) as (url, _):
+        await open_page(tab, url)
+        fill = """
+        (() => {{ const field = document.querySelector("{0}"); field.value = "{1}";
+          field.dispatchEvent(new Event("input", {{ bubbles: true }})); }})()
+        """
+        await tab.run(fill.format("#text", "fail_at"))
+        assert await tab.run(NAMES) == ["GET /fail_at_commit"]
+        await tab.run(fill.format("#text", ""))
+        await tab.run(fill.format("#outcome", "rolled back"))
+        assert await tab.run(NAMES) == ["GET /refuse"]
+        await tab.run(fill.format("#outcome", ""))
+        await tab.run(fill.format("#least", "3600000"))
+        assert await tab.run(NAMES) == []
+        assert (await tab.run("document.querySelector('#count').innerText")).startswith("0 of ")
+
+
+async def test_the_page_follows_the_application(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(desk) as (url, client):
+        await open_page(tab, url)
+        desk.go_on.set()
+        await client.get("/read")
+        await tab.until(f"{NAMES}.filter(name => name === 'GET /read').length === 2")
+        await tab.until("document.querySelectorAll('#held tbody tr').length === 1")
+        assert await tab.run("document.querySelector('#state').innerText") == "live"
+
+
+async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab, desk: Desk) -> None:
+    contrasts = """
+    (() => {
+      const light = color => {
+        const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(part => {
+          const share = part / 255;
+          return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+        });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const ground = element => {
+        const color = getComputedStyle(element).backgroundColor;
+        return color === "rgba(0, 0, 0, 0)" && element.parentElement ? ground(element.parentElement) : color;
+      };
+      return [...document.querySelectorAll("h1, h2, p, th, td, td *, li, li span, a, button, label, code")]
+        .filter(element => element.innerText && element.checkVisibility())
+        .map(element => {
+          const pair = [light(getComputedStyle(element).color), light(ground(element))];
+          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+        });
+    })()
+    """
+    grounds = []
+    async with some_traffic(desk) as (url, _):
+        for scheme in ("light", "dark"):
+            await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            await open_page(tab, url)
+            grounds.append(await tab.run("getComputedStyle(document.body).backgroundColor"))
+            # What WCAG asks of text, level AA.
+            assert min(await tab.run(contrasts)) >= 4.5, scheme
+            await picture(tab, scheme)
+    assert grounds[0] != grounds[1]
+
+
+async def test_the_page_fits_a_phone(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(desk) as (url, _):
+        await tab.call("Emulation.setDeviceMetricsOverride", width=375, height=700, deviceScaleFactor=2, mobile=True)
+        await open_page(tab, url)
+        await tab.run("document.querySelector('.unit').click()")
+        assert await tab.run("document.documentElement.scrollWidth") <= 375
+        await picture(tab, "phone")
+
+
+async def test_the_keyboard_alone_opens_a_request_and_comes_back(tab: Tab, desk: Desk) -> None:
+    async def press(key: str, code: int) -> None:
+        text = {"text": "\r"} if key == "Enter" else {}
+        await tab.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
+        await tab.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+
+    async with some_traffic(desk) as (url, _):
+        await open_page(tab, url)
+        for _ in range(60):
+            await press("Tab", 9)
+            if await tab.run("document.activeElement.classList.contains('unit')"):
+                break
+        unit = await tab.run("document.activeElement.dataset.unit")
+        assert unit, "the first request was not reached"
+        assert await tab.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        await press("Enter", 13)
+        assert await tab.run("document.activeElement.id") == "detail"
+        assert await tab.run("document.querySelector('#detail').checkVisibility()")
+        await press("Escape", 27)
+        assert not await tab.run("document.querySelector('#detail').checkVisibility()")
+        assert await tab.run("document.activeElement.dataset.unit") == unit
