@@ -196,10 +196,19 @@ class GuardedSession(Session):
         return transaction is None or not connections_of(transaction)
 
     def close(self) -> None:
+        if not self._may_be_closed_here():
+            return
         try:
             super().close()
         finally:
             self._tell_end()
+
+    def _may_be_closed_here(self) -> bool:
+        """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
+        if self.door is None or not self.in_transaction():
+            return True
+        session = async_session(self)
+        return not isinstance(session, DoorSession) or _may_close(session, None)
 
     def invalidate(self) -> None:
         try:
