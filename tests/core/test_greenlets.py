@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import traceback
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -170,3 +171,34 @@ async def test_a_thread_has_greenlets_of_its_own() -> None:
     thread.join()
     assert isinstance(elsewhere[0], CallGreenlet)
     assert elsewhere[0] is not here
+
+
+async def test_the_traceback_of_an_error_does_not_show_a_later_call() -> None:
+    def fail() -> None:
+        pause()
+        raise LookupError
+
+    with pytest.raises(LookupError) as caught:
+        await call_in_greenlet(fail)
+    goes_on = asyncio.Event()
+    later = asyncio.create_task(call_in_greenlet(lambda secret: await_only(goes_on.wait()), Thing()))
+    await asyncio.sleep(0)
+    # As reporters of errors do, at any time after the error.
+    shown = [repr(frame.f_locals) for frame, _ in traceback.walk_tb(caught.tb) if frame.f_code.co_filename != __file__]
+    goes_on.set()
+    await later
+    assert not any("Thing" in each for each in shown)
+
+
+async def test_a_coroutine_that_is_thrown_away_inside_of_another_call_does_not_disturb_that() -> None:
+    coroutine: Any = call_in_greenlet(pause)
+    coroutine.send(None)
+
+    def call() -> str:
+        pause()
+        # As the garbage collector does it, wherever it runs.
+        coroutine.close()
+        pause()
+        return "went on"
+
+    assert await call_in_greenlet(call) == "went on"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, insert
 
@@ -33,6 +34,7 @@ from ctxdb_core import (
     transactional,
     unit_of_work,
 )
+from ctxdb_core._sqlalchemy.sessions import guard_of
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -254,6 +256,78 @@ async def test_what_the_hook_has_set_outlasts_the_savepoint_that_a_transaction_b
                 raise LookupError
 
         await session.run_sync(undo_savepoint)
+        assert await setting(db) == "ada"
+
+
+async def begin_by_flush(session: AsyncSession) -> None:
+    session.add(Item(name="one"))
+    await session.flush()
+
+
+async def begin_by_commit_of_block(session: AsyncSession) -> None:
+    async with session.begin():
+        session.add(Item(name="one"))
+
+
+async def begin_by_savepoint(session: AsyncSession) -> None:
+    async with session.begin_nested():
+        session.add(Item(name="one"))
+
+
+async def begin_in_run_sync(session: AsyncSession) -> None:
+    await session.run_sync(lambda sync_session: sync_session.execute(text("SELECT 1")))
+
+
+async def begin_by_lazy_load(session: AsyncSession) -> None:
+    on_begin_of_session, guard_of(session).on_begin = guard_of(session).on_begin, None
+    item = Item(name="one")
+    session.add(item)
+    await session.commit()
+    session.expire(item)
+    guard_of(session).on_begin = on_begin_of_session
+    name: Any = AsyncAttrs._AsyncAttrGetitem(item)
+    await name.name
+
+
+BEGINNINGS = pytest.mark.parametrize(
+    "start",
+    [begin_by_flush, begin_by_commit_of_block, begin_by_savepoint, begin_in_run_sync, begin_by_lazy_load],
+)
+
+
+@BEGINNINGS
+async def test_a_hook_may_make_its_statements_in_a_task(
+    db: DBConnect, start: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    async def set_tenant_in_task(session: AsyncSession) -> None:
+        await asyncio.wait_for(asyncio.create_task(set_tenant(session)), 20)
+
+    async with new_db_ctx():
+        on_begin(db, set_tenant_in_task)
+        await start(await db_session(db))
+        assert await setting(db) == "ada"
+
+
+@BEGINNINGS
+async def test_the_error_of_a_hook_surfaces_wherever_the_transaction_begins(
+    db: DBConnect, database: Database, start: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    attempts: list[int] = []
+
+    async def fail_once(session: AsyncSession) -> None:
+        attempts.append(1)
+        await session.execute(text("SELECT 1"))
+        if len(attempts) == 1:
+            raise LookupError
+        await set_tenant(session)
+
+    async with new_db_ctx():
+        on_begin(db, fail_once)
+        session = await db_session(db)
+        with pytest.raises(LookupError):
+            await start(session)
+        session.expunge_all()
+        await session.rollback()
         assert await setting(db) == "ada"
 
 

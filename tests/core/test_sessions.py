@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import ForeignKey, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from tests.support.database import Database, Item, eventually, insert, insert_orphan
 
 from ctxdb_core import (
@@ -382,6 +382,20 @@ async def test_a_session_may_be_closed_after_a_commit_of_the_users(db: DBConnect
         await session.commit()
         await session.close()
     assert await database.names() == ["one"]
+
+
+async def test_closing_the_units_session_in_run_sync_is_refused_while_it_holds_work(
+    db: DBConnect, database: Database
+) -> None:
+    def fill(session: Session) -> None:
+        with session:
+            session.add(Item(name="one"))
+            session.flush()
+
+    with pytest.raises(SessionOwnedError):
+        async with new_db_ctx():
+            await (await db_session(db)).run_sync(fill)
+    assert await database.names() == []
 
 
 async def test_an_exception_that_leaves_a_block_of_the_session_dooms_its_work(

@@ -21,6 +21,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     new_db_ctx,
+    on_begin,
     rollback_db_session,
 )
 from ctxdb_core._sqlalchemy.door import Door
@@ -108,6 +109,43 @@ async def test_the_failure_of_one_task_stops_the_statements_of_its_siblings(db: 
     assert [type(result) for result in results] == [ContextClosedError, ContextClosedError]
     assert isinstance(results[0].__cause__, LookupError)  # type: ignore[union-attr]  # it is an error, as just seen
     await eventually(lambda: not database.backends("query ~ 'pg_sleep' AND state = 'active'"), "a query runs on")
+
+
+async def test_a_sibling_that_is_stopped_in_a_hook_is_told_why(db: DBConnect) -> None:
+    has_begun = asyncio.Event()
+
+    async def wait(session: AsyncSession) -> None:
+        has_begun.set()
+        await asyncio.sleep(60)
+
+    sibling = None
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            on_begin(db, wait)
+            sibling = asyncio.create_task(read(db, 1))
+            await has_begun.wait()
+            raise LookupError
+    assert sibling is not None
+    await asyncio.wait([sibling])
+    assert not sibling.cancelled()
+    assert isinstance(sibling.exception(), ContextClosedError)
+
+
+async def test_a_sibling_that_is_stopped_as_its_turn_comes_is_told_why(db: DBConnect) -> None:
+    sibling = None
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            session = await db_session(db)
+            first = asyncio.create_task(session.execute(text("SELECT 1")))
+            # It goes on in the same moment as the sibling, whose turn has just come.
+            first.add_done_callback(lambda _: None)
+            await asyncio.sleep(0)
+            sibling = asyncio.create_task(read(db, 1))
+            await first
+            raise LookupError
+    assert sibling is not None
+    await asyncio.wait([sibling])
+    assert not sibling.cancelled()
 
 
 async def test_an_event_listener_may_use_the_session_inside_of_a_call(db: DBConnect) -> None:

@@ -143,7 +143,10 @@ class Door:
                     waiting.remove(place)
             elif handed_over.exception() is None:
                 # The turn came in the same moment as the cancellation: the next task gets it.
-                self.leave()
+                try:
+                    self.answer_interruption()
+                finally:
+                    self.leave()
             raise
 
     def leave(self) -> None:
@@ -176,6 +179,9 @@ class Door:
         token = _turns.set((*_turns.get(), self))
         try:
             yield
+        except BaseException:
+            self.answer_interruption()
+            raise
         finally:
             _turns.reset(token)
             self.leave()

@@ -58,15 +58,9 @@ class CallGreenlet(greenlet):
         # The first switch into a greenlet hands its arguments to `run`; all calls come alike by the one in the loop.
         call = self.parent.switch(None)
         while True:
-            fn, args, kwargs = call
-            error = result = call = None
-            try:
-                result = fn(*args, **kwargs)
-            except BaseException as exc:  # noqa: BLE001 - handed to the caller, who raises it
-                error = exc
-            del fn, args, kwargs
-            outcome = _Outcome(result, error)
-            error = result = None
+            outcome = _Outcome(None, None)
+            outcome.set_by(*call)
+            call = None
             # The switch keeps its argument until it returns, which is at the next call: the caller empties the outcome.
             call = self.parent.switch(outcome)
             del outcome
@@ -80,6 +74,13 @@ class _Outcome:
     def __init__(self, result: Any, error: BaseException | None) -> None:
         self.result = result
         self.error = error
+
+    def set_by(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the call. The traceback of its error shows this frame, and none that goes on with other calls."""
+        try:
+            self.result = fn(*args, **kwargs)
+        except BaseException as exc:  # noqa: BLE001 - handed to the caller, who raises it
+            self.error = exc
 
 
 class _IdleGreenlets(threading.local):
@@ -125,6 +126,8 @@ async def call_in_greenlet(
         except GeneratorExit:
             # The coroutine is thrown away in the middle of the call, by garbage collection for instance. The greenlet
             # unwinds its call like any other error; it is not used again, as a clean-up in it may wait for something.
+            # Garbage is collected anywhere, in the call of another greenlet too: that is where this one has to return.
+            worker.parent = getcurrent()
             worker.throw(*sys.exc_info())
             worker.leave_doors()
             raise

@@ -15,11 +15,12 @@ import asyncio
 import functools
 import types
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
@@ -195,10 +196,19 @@ class GuardedSession(Session):
         return transaction is None or not connections_of(transaction)
 
     def close(self) -> None:
+        if not self._may_be_closed_here():
+            return
         try:
             super().close()
         finally:
             self._tell_end()
+
+    def _may_be_closed_here(self) -> bool:
+        """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
+        if self.door is None or not self.in_transaction():
+            return True
+        session = async_session(self)
+        return not isinstance(session, DoorSession) or _may_close(session, None)
 
     def invalidate(self) -> None:
         try:
@@ -371,12 +381,18 @@ async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: 
         return
     # The hook's own statements are the first ones of the transaction.
     session.on_begin = None
+    door = session.door
+    assert door is not None
     try:
-        await on_begin(_async_session_of(session))
+        # The hook may have tasks of its own make its statements, as `asyncio.wait_for` does on Python 3.11.
+        async with door.turn():
+            await on_begin(_async_session_of(session))
         session.note_set_up()
     except BaseException:
-        # Without what the hook was to set, a role for instance, no statement may be made in this transaction.
-        await call_in_greenlet(session.rollback)
+        # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In the
+        # middle of a flush or a commit, SQLAlchemy rolls it back by itself when it gets the error.
+        with suppress(IllegalStateChangeError):
+            await call_in_greenlet(session.rollback)
         raise
     finally:
         session.on_begin = on_begin
