@@ -83,6 +83,8 @@ def check_session_maker_creator(creator: object) -> None:
     """Raise the error that says what to pass if `creator` is no function that makes a session maker for an engine."""
     if isinstance(creator, async_sessionmaker):
         hint = "a session maker is given, which is bound to one engine or none: pass a function that makes it"
+    elif isinstance(creator, type) and issubclass(creator, async_sessionmaker):
+        return
     elif isinstance(creator, type):
         hint = f"the class {creator.__name__} is given: pass a function that makes a session maker of it"
     elif inspect.iscoroutinefunction(creator):
