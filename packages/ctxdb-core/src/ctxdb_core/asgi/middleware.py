@@ -63,7 +63,7 @@ class ASGIHTTPDBSessionMiddleware:
         if statement_timeout is not None or deadline is not None:
             self.app = LimitingStatements(app, statement_timeout, deadline)
         self.before_commit = before_commit
-        self.commits = with_request(commit_policy)
+        self.commits: RequestPolicy = with_request(commit_policy)
         """Whether a response with a status is committed, in a request with a scope."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
