@@ -396,8 +396,7 @@ class DBConnect(Generic[SessionT_co]):
     def _new_session(self) -> SessionT_co:
         engine = self._loop_engine()
         session = engine.new_session()
-        if self._observer is not None:
-            self._observer.follow(session, self, engine.host)
+        self._follow(session, engine.host)
         return cast("SessionT_co", session)
 
     @cached_property
