@@ -17,15 +17,13 @@ from tests.support.database import Database, eventually
 
 from ctxdb_core import (
     DBConnect,
-    begin,
     close_db_session,
     db_session,
-    finalize,
     new_db_ctx,
     new_non_ctx_session,
     run_in_new_ctx,
 )
-from ctxdb_core.adapters import Headers, running_unit
+from ctxdb_core.adapters import Headers, begin, finalize, running_unit
 from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
 
 

@@ -130,7 +130,10 @@ class _Commits:
             if not _is_lost(engine, connection, exc):
                 raise
             if transaction is not None and isinstance(exc, Exception):
-                has_committed = await_only(self._resolve(engine, transaction, connection.info.get(_DEADLINE)))
+                try:
+                    has_committed = await_only(self._resolve(engine, transaction, connection.info.get(_DEADLINE)))
+                except asyncio.CancelledError as cancelled:
+                    self._raise_unknown(engine, connection, cancelled, transaction)
                 if has_committed:
                     connection.invalidate(exc)
                     return

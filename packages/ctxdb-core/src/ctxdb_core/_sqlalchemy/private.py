@@ -7,6 +7,7 @@ version has changed one of them; it is run on the lowest version that is support
 from __future__ import annotations
 
 import asyncio
+import sys
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
@@ -256,8 +257,8 @@ def begin_asyncpg_transaction(connection: Connection) -> None:
 
 def lend_asyncpg_connection(connection: Any) -> Any:
     """Return a stand-in of a connection that passes calls on until it is taken back."""
-    from asyncpg.pool import PoolConnectionProxy  # noqa: PLC0415 - no dependency of ours; it is there, as it is in use
-
+    # No dependency of ours: the driver has been imported by the code that has made the connection.
+    PoolConnectionProxy = sys.modules["asyncpg.pool"].PoolConnectionProxy  # noqa: N806 - as it is called there
     if isinstance(connection, PoolConnectionProxy):
         # The engine takes its connections out of a pool of asyncpg's own.
         return connection

@@ -39,7 +39,12 @@ class Rereading:
         """Return the objects that have not been read again, with what their relationships have loaded."""
         if self._relationships is None:
             self._relationships = WeakKeyDictionary(
-                {state: _loaded_relationships(state) for state in session.identity_map.all_states()}
+                {
+                    state: _loaded_relationships(state)
+                    for state in session.identity_map.all_states()
+                    # SQLAlchemy reads an expired object anew by itself.
+                    if not state.expired
+                }
             )
         return self._relationships
 

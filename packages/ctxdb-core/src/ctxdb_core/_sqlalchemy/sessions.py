@@ -132,11 +132,12 @@ class GuardedSession(Session):
             self.rereading = Rereading(self) if self.identity_map else None
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        # Asked for now: an object that is expired is read by the next line.
+        earlier = None if self.rereading is None else self.rereading.objects(self)
         found = super().get(entity, ident, **options)
-        if found is None or self.rereading is None:
+        if found is None or earlier is None:
             return found
         state: InstanceState[Any] = object_state(found)
-        earlier = self.rereading.objects(self)
         if state not in earlier or state.modified:
             return found
         # Asked for once, so that what is got again and again in one transaction costs one query.

@@ -25,6 +25,8 @@ from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
     from ctxdb_core._databases.connect import DBConnect
     from ctxdb_core._transactions.statement_timeout import StatementTimeout
     from ctxdb_core._units.commit import BeforeCommit
@@ -195,6 +197,12 @@ class IteratedUnit(UnitOfWork):
     def of(self, db: DBConnect) -> UnitOfWork:
         """Return the unit that answers for `db`."""
         return self._found(db).of(db)
+
+    def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
+        """Note that code which may wait for another one opens a `session` of its own on `db`."""
+        unit = self.answering()
+        if unit is not None:
+            unit.note_second_session(db, session)
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use the unit, if it cannot."""
