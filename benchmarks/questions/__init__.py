@@ -13,7 +13,17 @@ from benchmarks.questions.testing import Tests
 
 QUESTIONS: dict[str, type[Question]] = {
     question.name: question
-    for question in (Idle, SessionLookup, Requests, Frameworks, SlowReaders, MonitorLookup, SidecarRequests, Inspected, Tests)
+    for question in (
+        Idle,
+        SessionLookup,
+        Requests,
+        Frameworks,
+        SlowReaders,
+        MonitorLookup,
+        SidecarRequests,
+        Inspected,
+        Tests,
+    )
 }
 
 __all__ = ["QUESTIONS", "Question", "Settings"]

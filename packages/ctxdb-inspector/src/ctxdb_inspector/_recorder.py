@@ -133,13 +133,14 @@ class Recorder:
 
         def before_statement(
             conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
-        ) -> None:
+        ) -> tuple[str, object]:
             hold = conn.info.get(key)
             if hold is not None:
                 hold.statement = statement
                 hold.statements += 1
                 hold.is_committing = False
                 hold.running_since = now()
+            return statement, parameters
 
         def after_statement(
             conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
@@ -177,13 +178,14 @@ class Recorder:
         for name, listener in (
             ("checkout", checkout),
             ("checkin", checkin),
-            ("before_cursor_execute", before_statement),
             ("after_cursor_execute", after_statement),
             ("commit", commit),
             ("rollback", rollback),
             ("handle_error", handle_error),
         ):
             event.listen(engine.sync_engine, name, listener)
+        # A listener that returns what it is given spares SQLAlchemy a call.
+        event.listen(engine.sync_engine, "before_cursor_execute", before_statement, retval=True)
 
     def _record(self, unit: UnitOfWork, where: tuple[str, int, str]) -> UnitRecord:
         for watcher in unit.watchers:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from types import FrameType
+from types import CodeType, FrameType
 from weakref import ref
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
@@ -18,6 +18,11 @@ logger = logging.getLogger("ctxdb")
 
 # Between the code that makes a statement and the pool that gives it a connection.
 _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
+
+# Functions that are known to be machinery: some forty are passed over for each connection. Code that is made while the
+# program runs, as SQLAlchemy makes some, must not fill the memory.
+_machinery_codes: set[CodeType] = set()
+_MOST_CODES = 2000
 
 
 class Hold:
@@ -77,9 +82,13 @@ def acquiring_code() -> tuple[str, int, str]:
     current: greenlet | None = getcurrent()
     while current is not None:
         while frame is not None:
-            module: str = frame.f_globals.get("__name__") or ""
-            if module.partition(".")[0] not in _MACHINERY:
-                return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+            code = frame.f_code
+            if code not in _machinery_codes:
+                module: str = frame.f_globals.get("__name__") or ""
+                if module.partition(".")[0] not in _MACHINERY:
+                    return code.co_filename, frame.f_lineno, code.co_qualname
+                if len(_machinery_codes) < _MOST_CODES:
+                    _machinery_codes.add(code)
             frame = frame.f_back
         # SQLAlchemy runs the statement in a greenlet; the coroutine that awaits it is on the stack of its parent.
         current = current.parent
