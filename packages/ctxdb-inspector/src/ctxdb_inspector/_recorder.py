@@ -74,7 +74,7 @@ class Recorder:
         self._key = f"{_HOLD}.{id(self)}"
         self._pools: dict[tuple[int, str], PoolTrack] = {}
         self._live: dict[str, UnitRecord] = {}
-        self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
+        self._ended: deque[UnitRecord] = deque()
         self._held: dict[int, HoldRecord] = {}
         self._warnings: deque[dict[str, Any]] = deque(maxlen=_KEPT_WARNINGS)
         self._sequence = itertools.count(1)
@@ -201,6 +201,10 @@ class Recorder:
     def _end(self, record: UnitRecord) -> None:
         record.sequence = self._last = next(self._sequence)
         self._live.pop(record.id, None)
+        if len(self._ended) >= _KEPT_UNITS:
+            # A unit and its holds know each other: without this, each would wait for the garbage collector.
+            forgotten = self._ended.popleft()
+            forgotten.holds = [hold for hold in forgotten.holds if hold.returned is None]
         self._ended.append(record)
 
     def note_warning(self, record: logging.LogRecord) -> None:
