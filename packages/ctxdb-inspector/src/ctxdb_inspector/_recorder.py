@@ -74,7 +74,7 @@ class Recorder:
         self._key = f"{_HOLD}.{id(self)}"
         self._pools: dict[tuple[int, str], PoolTrack] = {}
         self._live: dict[str, UnitRecord] = {}
-        self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
+        self._ended: deque[UnitRecord] = deque()
         self._held: dict[int, HoldRecord] = {}
         self._warnings: deque[dict[str, Any]] = deque(maxlen=_KEPT_WARNINGS)
         self._sequence = itertools.count(1)
@@ -133,13 +133,14 @@ class Recorder:
 
         def before_statement(
             conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
-        ) -> None:
+        ) -> tuple[str, object]:
             hold = conn.info.get(key)
             if hold is not None:
                 hold.statement = statement
                 hold.statements += 1
                 hold.is_committing = False
                 hold.running_since = now()
+            return statement, parameters
 
         def after_statement(
             conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
@@ -177,13 +178,14 @@ class Recorder:
         for name, listener in (
             ("checkout", checkout),
             ("checkin", checkin),
-            ("before_cursor_execute", before_statement),
             ("after_cursor_execute", after_statement),
             ("commit", commit),
             ("rollback", rollback),
             ("handle_error", handle_error),
         ):
             event.listen(engine.sync_engine, name, listener)
+        # A listener that returns what it is given spares SQLAlchemy a call.
+        event.listen(engine.sync_engine, "before_cursor_execute", before_statement, retval=True)
 
     def _record(self, unit: UnitOfWork, where: tuple[str, int, str]) -> UnitRecord:
         for watcher in unit.watchers:
@@ -199,6 +201,10 @@ class Recorder:
     def _end(self, record: UnitRecord) -> None:
         record.sequence = self._last = next(self._sequence)
         self._live.pop(record.id, None)
+        if len(self._ended) >= _KEPT_UNITS:
+            # A unit and its holds know each other: without this, each would wait for the garbage collector.
+            forgotten = self._ended.popleft()
+            forgotten.holds = [hold for hold in forgotten.holds if hold.returned is None]
         self._ended.append(record)
 
     def note_warning(self, record: logging.LogRecord) -> None:

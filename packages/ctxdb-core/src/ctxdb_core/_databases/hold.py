@@ -6,15 +6,23 @@ import asyncio
 import logging
 import sys
 import time
+from types import CodeType, FrameType
 from weakref import ref
 
+from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection
-
-from ctxdb_core._sqlalchemy.second_connections import user_frames
 
 __all__ = ["Hold", "acquiring_code"]
 
 logger = logging.getLogger("ctxdb")
+
+# Between the code that makes a statement and the pool that gives it a connection.
+_MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
+
+# Functions that are known to be machinery: some forty are passed over for each connection. Code that is made while the
+# program runs, as SQLAlchemy makes some, must not fill the memory.
+_machinery_codes: set[CodeType] = set()
+_MOST_CODES = 2000
 
 
 class Hold:
@@ -70,8 +78,19 @@ def acquiring_code() -> tuple[str, int, str]:
 
     Frames of asyncio, SQLAlchemy and ctxdb are passed over.
     """
-    frames = user_frames(sys._getframe(1))  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
-    if not frames:
-        return "<unknown>", 0, "<unknown>"
-    frame = frames[0][0]
-    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        while frame is not None:
+            code = frame.f_code
+            if code not in _machinery_codes:
+                module: str = frame.f_globals.get("__name__") or ""
+                if module.partition(".")[0] not in _MACHINERY:
+                    return code.co_filename, frame.f_lineno, code.co_qualname
+                if len(_machinery_codes) < _MOST_CODES:
+                    _machinery_codes.add(code)
+            frame = frame.f_back
+        # SQLAlchemy runs the statement in a greenlet; the coroutine that awaits it is on the stack of its parent.
+        current = current.parent
+        frame = None if current is None else current.gr_frame
+    return "<unknown>", 0, "<unknown>"
