@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import anyio.from_thread
 import httpx
@@ -48,6 +48,40 @@ async def test_the_session_is_a_dependency(app: FastAPI, db: DBConnect, database
     async with client_of(app) as client:
         assert (await client.post("/")).json() is True
     assert await database.names() == ["one"]
+
+
+@pytest.mark.parametrize("closes", ["in finally", "in except", "by an exit stack"])
+async def test_a_dependency_that_closes_the_session_leaves_the_error_of_the_handler(
+    app: FastAPI, db: DBConnect, database: Database, closes: str
+) -> None:
+    async def own_session() -> AsyncGenerator[AsyncSession, None]:
+        session = await db_session(db)
+        if closes == "in finally":
+            try:
+                yield session
+            finally:
+                await session.close()
+        elif closes == "in except":
+            try:
+                yield session
+            except HTTPException:
+                await session.close()
+                raise
+        else:
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(session.close)
+                yield session
+
+    depends = Depends(own_session)
+
+    @app.post("/")
+    async def write(session: AsyncSession = depends) -> None:
+        await insert(db, "one")
+        raise HTTPException(404)
+
+    async with client_of(app) as client:
+        assert (await client.post("/")).status_code == 404
+    assert await database.names() == []
 
 
 async def test_the_dependency_can_be_overridden(app: FastAPI, db: DBConnect) -> None:

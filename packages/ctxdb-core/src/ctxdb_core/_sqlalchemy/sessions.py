@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import types
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -458,7 +459,8 @@ def _may_close(session: DoorSession, exc: BaseException | None) -> bool:
 def _unless_owned(close: Any) -> Any:
     @functools.wraps(close)
     async def close_unless_owned(self: DoorSession) -> None:
-        if _may_close(self, None):
+        # In a `finally` that an exception has led to, that one is to surface, as from an `async with` block.
+        if _may_close(self, sys.exc_info()[1]):
             await close(self)
 
     return close_unless_owned
