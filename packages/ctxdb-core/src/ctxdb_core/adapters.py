@@ -7,6 +7,7 @@ from ctxdb_core._databases.connect import EngineListener, close_all, default_ses
 from ctxdb_core._databases.hold import acquiring_code
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._sqlalchemy.private import follow_dialect
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_inside
 from ctxdb_core._units.unit import UnitOfWork, running_unit
@@ -34,6 +35,7 @@ __all__ = [
     "default_session_maker",
     "finalize",
     "follow_calls",
+    "follow_dialect",
     "is_autocommit",
     "is_inside",
     "is_read_only",
