@@ -309,3 +309,26 @@ async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> No
 async def _connect(engine: AsyncEngine) -> None:
     async with engine.connect():
         pass
+
+
+async def test_the_statements_and_commits_of_a_dialect_can_be_followed(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    told: list[str] = []
+
+    def follow(name: str) -> None:
+        def around(original: Any, *args: Any, **kwargs: Any) -> None:
+            told.append(name)
+            original(*args, **kwargs)
+
+        private.follow_dialect(engine.sync_engine.dialect, name, around)
+
+    async with engine.connect() as connection:
+        await connection.rollback()
+        for name in ("do_execute", "do_commit", "do_rollback"):
+            follow(name)
+        await connection.execute(text("SELECT 1"))
+        await connection.commit()
+        await connection.execute(text("SELECT 1"))
+        await connection.rollback()
+    assert told[:4] == ["do_execute", "do_commit", "do_execute", "do_rollback"]
+    await engine.dispose()

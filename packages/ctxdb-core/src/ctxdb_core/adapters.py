@@ -9,6 +9,7 @@ from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co,
 from ctxdb_core._databases.hold import acquiring_code
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._sqlalchemy.private import follow_dialect
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import OnCommit
@@ -49,6 +50,7 @@ __all__ = [
     "default_session_maker",
     "finalize",
     "follow_calls",
+    "follow_dialect",
     "is_autocommit",
     "is_context_initiated",
     "is_inside",

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core import ArgumentTypeError, DBConnect
-from ctxdb_core.adapters import UnitOfWork, acquiring_code, running_unit, without_secrets
+from ctxdb_core.adapters import UnitOfWork, acquiring_code, follow_dialect, running_unit, without_secrets
 from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
 
 __all__ = ["PoolTrack", "Recorder"]
@@ -131,39 +131,52 @@ class Recorder:
                 hold.is_committing = False
                 entry.info.pop(key, None)
 
-        def before_statement(
-            conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
-        ) -> tuple[str, object]:
-            hold = conn.info.get(key)
-            if hold is not None:
-                hold.statement = statement
-                hold.statements += 1
-                hold.is_committing = False
-                hold.running_since = now()
-            return statement, parameters
+        def hold_of(connection: Any) -> HoldRecord | None:
+            try:
+                hold: HoldRecord | None = connection.info.get(key)
+            except NotImplementedError:
+                # Before the first use of an engine, SQLAlchemy asks its server by a connection of another kind.
+                return None
+            return hold
 
-        def after_statement(
-            conn: Any, cursor: object, statement: str, parameters: object, context: object, executemany: object
-        ) -> None:
-            hold = conn.info.get(key)
-            if hold is not None:
+        def execute(original: Any, cursor: Any, statement: str, *rest: Any, **options: Any) -> None:
+            # The execution context is the last argument of each of the three methods.
+            context = options.get("context") or (rest[-1] if rest else None)
+            hold = None if context is None else hold_of(context.root_connection)
+            if hold is None:
+                original(cursor, statement, *rest, **options)
+                return
+            hold.statement = statement
+            hold.statements += 1
+            hold.has_begun = True
+            hold.is_committing = False
+            hold.running_since = now()
+            try:
+                original(cursor, statement, *rest, **options)
+            finally:
                 hold.running_since = None
 
-        def commit(conn: Any) -> None:
-            hold = conn.info.get(key)
+        def commit(original: Any, connection: Any) -> None:
+            hold = hold_of(connection)
             if hold is not None:
                 hold.commit_at = now()
                 hold.is_committing = True
+                hold.has_begun = False
                 hold.outcome = "committed"
-
-        def rollback(conn: Any) -> None:
-            # A connection that the server has closed has no `info` any more.
-            hold = None if conn.invalidated or conn.closed else conn.info.get(key)
+            original(connection)
             if hold is not None:
+                hold.is_committing = False
+
+        def rollback(original: Any, connection: Any) -> None:
+            # A pool also rolls back what it is given; nothing has begun then.
+            hold = hold_of(connection)
+            if hold is not None and (hold.has_begun or hold.is_committing):
                 hold.commit_at = hold.commit_at or now()
                 hold.is_committing = False
+                hold.has_begun = False
                 if hold.outcome != "commit failed":
                     hold.outcome = "rolled back"
+            original(connection)
 
         def handle_error(context: ExceptionContext) -> None:
             conn = context.connection
@@ -175,17 +188,14 @@ class Recorder:
                     hold.is_committing = False
                     hold.outcome = "commit failed"
 
-        for name, listener in (
-            ("checkout", checkout),
-            ("checkin", checkin),
-            ("after_cursor_execute", after_statement),
-            ("commit", commit),
-            ("rollback", rollback),
-            ("handle_error", handle_error),
-        ):
-            event.listen(engine.sync_engine, name, listener)
-        # A listener that returns what it is given spares SQLAlchemy a call.
-        event.listen(engine.sync_engine, "before_cursor_execute", before_statement, retval=True)
+        event.listen(engine.sync_engine, "checkout", checkout)
+        event.listen(engine.sync_engine, "checkin", checkin)
+        event.listen(engine.sync_engine, "handle_error", handle_error)
+        dialect = engine.sync_engine.dialect
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            follow_dialect(dialect, name, execute)
+        follow_dialect(dialect, "do_commit", commit)
+        follow_dialect(dialect, "do_rollback", rollback)
 
     def _record(self, unit: UnitOfWork, where: tuple[str, int, str]) -> UnitRecord:
         for watcher in unit.watchers:

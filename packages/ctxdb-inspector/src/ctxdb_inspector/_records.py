@@ -29,6 +29,7 @@ class HoldRecord:
     __slots__ = (
         "commit_at",
         "error",
+        "has_begun",
         "is_committing",
         "outcome",
         "pool",
@@ -54,6 +55,8 @@ class HoldRecord:
         """Since when the statement is running; ``None`` between statements."""
         self.commit_at: float | None = None
         """When the last commit or roll-back began."""
+        self.has_begun = False
+        """Whether a statement was made since the last commit or roll-back."""
         self.is_committing = False
         self.outcome: str | None = None
         self.error: str | None = None

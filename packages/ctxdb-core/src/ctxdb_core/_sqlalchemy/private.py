@@ -31,6 +31,7 @@ __all__ = [
     "commit_values",
     "connections_of",
     "deleted_in",
+    "follow_dialect",
     "forget_block",
     "forget_prepared_statements",
     "innermost_block",
@@ -180,6 +181,17 @@ def replace_connect(dialect: Dialect, connect: Callable[..., Any]) -> None:
     Of the event ``do_connect``, only one listener can open the connection.
     """
     _replace(dialect, "connect", connect)
+
+
+def follow_dialect(dialect: Dialect, name: str, around: Callable[..., Any]) -> None:
+    """Have `around` called in the place of a method of the dialect, with that and its arguments.
+
+    For ``do_execute`` and its like, ``do_commit`` and ``do_rollback``. The events of an engine tell the same, but are
+    dear: SQLAlchemy makes the object that keeps the listeners of one connection anew for each. Unlike with the other
+    functions here, several may follow one dialect.
+    """
+    original = getattr(dialect, name)
+    vars(dialect)[name] = lambda *args, **kwargs: around(original, *args, **kwargs)
 
 
 def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], Any]) -> None:
