@@ -159,7 +159,7 @@ class TestPromises:
         assert rows["audit log in a second session"].held.endswith("taken 3 times")
         assert rows["concurrent sessions"].held.endswith("taken 4 times 3 at once")
 
-    def test_that_are_broken_are_named_and_fail_the_command(self) -> None:
+    def test_broken_promises_are_named_and_fail_the_command(self) -> None:
         change = "from ctxdb_demo import domain\nasync def forget(db): pass\ndomain.commit_db_session = forget"
         result = run_changed(change, "--database-url", "sqlite://")
         assert result.returncode == 1

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.wire import ask
 
 from ctxdb_aiohttp import setup
@@ -44,7 +44,7 @@ async def test_each_attempt_of_a_middleware_that_tries_again_begins_anew(
         if attempts == 1:
             await insert(db, "attempt 1")
         elif attempts == 2:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return web.Response()
 
     app = application(handler)
@@ -104,7 +104,7 @@ async def test_a_middleware_outside_of_all_can_try_again_after_a_response(db: DB
         attempts.append(request)
         if len(attempts) == 1:
             return web.Response(body=body(), status=503)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await web.StreamResponse().prepare(request)
         raise AssertionError
 

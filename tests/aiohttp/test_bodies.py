@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.aiohttp.conftest import Serve, either_way
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
@@ -82,7 +82,7 @@ async def test_a_body_whose_commit_fails_breaks_off(db: DBConnect, database: Dat
         async def body() -> AsyncGenerator[bytes, None]:
             yield b"body"
             await insert(db, "body")
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
         return web.Response(body=body())
 
@@ -224,7 +224,7 @@ async def test_a_stream_whose_commit_fails_breaks_off(db: DBConnect, database: D
         await response.prepare(request)
         await response.write(b"body")
         await insert(db, "stream")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return response
 
     async with Wire.connect(await serve(application(handler))) as wire:
@@ -373,7 +373,7 @@ async def test_a_body_that_its_handler_ends_breaks_off_where_its_commit_fails(
         response = web.StreamResponse()
         await response.prepare(request)
         await insert(db, "body")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await response.write_eof(b"body")
         return response
 

@@ -11,7 +11,7 @@ from aiohttp import ClientSession, web
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.aiohttp.conftest import Serve, either_way
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
@@ -47,7 +47,7 @@ async def test_requests_in_a_pipeline_are_answered_in_order(db: DBConnect, datab
     async def write(request: web.Request) -> web.StreamResponse:
         await insert(db, request.query_string)
         if request.query_string == "b":
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return web.Response(text=request.query_string)
 
     async def stream(request: web.Request) -> web.StreamResponse:
@@ -70,7 +70,7 @@ async def test_requests_in_a_pipeline_are_answered_in_order(db: DBConnect, datab
 async def test_a_failing_commit_does_not_make_aiohttps_client_ask_again(db: DBConnect, serve: Serve) -> None:
     async def write(request: web.Request) -> web.StreamResponse:
         calls.append(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return web.Response(text="success")
 
     async def hello(request: web.Request) -> web.StreamResponse:
@@ -103,7 +103,7 @@ async def test_a_client_that_expects_to_be_told_to_continue_is(db: DBConnect, da
 @pytest.mark.parametrize(
     ("method", "path", "status"), [("GET", "/missing", 404), ("PUT", "/only_get", 405), ("GET", "/only_get", 200)]
 )
-async def test_what_aiohttp_answers_by_itself_is_left_alone(
+async def test_answers_of_aiohttp_itself_are_left_alone(
     database: Database, serve: Serve, method: str, path: str, status: int
 ) -> None:
     async def only_get(request: web.Request) -> web.StreamResponse:
@@ -301,7 +301,7 @@ async def test_a_request_that_a_shutdown_cancels_is_rolled_back(db: DBConnect, d
     assert await database.names() == []
 
 
-async def test_what_is_no_exception_rolls_back_as_well(db: DBConnect, database: Database, serve: Serve) -> None:
+async def test_base_exception_rolls_back(db: DBConnect, database: Database, serve: Serve) -> None:
     class Exit(BaseException):
         pass
 

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
@@ -82,7 +82,7 @@ async def test_a_commit_that_fails_is_answered_by_the_error_middleware(
         except IntegrityError:
             return web.Response(status=409, text="handled")
 
-    app = application(tmp_path, lambda: insert_orphan(db), prepared)
+    app = application(tmp_path, lambda: insert_row_that_fails_at_commit(db), prepared)
     app.middlewares.append(answer_409)
     setup(app)
     async with Wire.connect(await serve(app)) as wire:
@@ -92,7 +92,7 @@ async def test_a_commit_that_fails_is_answered_by_the_error_middleware(
 
 
 @pytest.mark.parametrize(("headers", "body"), [({}, "content"), ({"Range": "bytes=2-4"}, "nte")])
-async def test_it_arrives_whole(
+async def test_body_arrives_whole(
     db: DBConnect, serve: Serve, tmp_path: Path, headers: Mapping[str, str], body: str
 ) -> None:
     app = application(tmp_path, lambda: insert(db, "one"))

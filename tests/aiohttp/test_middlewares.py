@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.wire import ask
 
 from ctxdb_aiohttp import setup
@@ -66,7 +66,7 @@ async def test_work_of_a_middleware_that_cannot_be_committed_is_a_500(
     async def audit(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         await insert(db, "after")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return response
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -142,7 +142,7 @@ async def test_a_middleware_sees_no_success_that_was_not_committed(
     async def handler(request: web.Request) -> web.StreamResponse:
         await insert(db, "one")
         if request.method == "POST":
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return web.Response()
 
     app = application(handler)
@@ -167,7 +167,7 @@ async def test_a_middleware_that_is_added_while_the_application_starts_learns_of
         app.middlewares.append(answer)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return web.Response(text="success")
 
     app = application(handler)
@@ -176,7 +176,7 @@ async def test_a_middleware_that_is_added_while_the_application_starts_learns_of
     assert (await ask(await serve(app))).summary == (409, "handled")
 
 
-async def test_what_a_handler_is_known_by_reaches_the_middlewares(db: DBConnect, serve: Serve) -> None:
+async def test_attributes_of_the_handler_reach_the_middlewares(db: DBConnect, serve: Serve) -> None:
     """They ask it, for instance, whether it needs a login."""
     seen: list[object] = []
 
@@ -241,7 +241,9 @@ async def test_a_position_is_between_the_applications_own_middlewares(
     assert seen == [[], ["one"]]
 
 
-async def test_what_a_middleware_makes_of_any_object_counts(db: DBConnect, database: Database, serve: Serve) -> None:
+async def test_response_that_a_middleware_makes_of_the_handlers_result_decides(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
     """Handlers may return what they like, as long as a middleware makes a response of it."""
 
     @web.middleware
@@ -305,7 +307,7 @@ async def test_a_middleware_may_pass_a_copy_of_the_request_on(db: DBConnect, dat
         return response
 
     async def fail(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await web.StreamResponse().prepare(request)
         raise AssertionError
 

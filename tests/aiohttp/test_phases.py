@@ -12,7 +12,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler, Middleware
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
 from websockets.exceptions import ConnectionClosedError
 
@@ -157,7 +157,7 @@ async def test_a_response_whose_commit_fails_is_refused(
     db: DBConnect, database: Database, serve: Serve, transitions: list[Transition], prepares: bool
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         response = web.Response(text="success")
         if prepares:
             await response.prepare(request)
@@ -175,7 +175,7 @@ async def test_the_answer_to_a_refused_response_is_handled_anew(
     db: DBConnect, database: Database, serve: Serve, transitions: list[Transition], prepares: bool
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         response = web.Response(text="success")
         if prepares:
             await response.prepare(request)
@@ -189,7 +189,7 @@ async def test_a_refused_response_is_not_let_through_behind_its_answer(
     db: DBConnect, serve: Serve, transitions: list[Transition]
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         refused = web.StreamResponse()
         with pytest.raises(IntegrityError):
             await refused.prepare(request)
@@ -214,7 +214,7 @@ async def test_a_body_whose_commit_fails_has_no_end(
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         for _ in range(2):
             try:
                 await response.write_eof(b"body")
@@ -240,7 +240,7 @@ async def test_a_body_that_aiohttp_sends_has_no_end_if_its_commit_fails(
     async def handler(request: web.Request) -> web.StreamResponse:
         async def body() -> AsyncGenerator[bytes, None]:
             yield b"body"
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
         return web.Response(body=body())
 
@@ -262,7 +262,7 @@ async def test_a_response_that_has_not_left_the_buffer_is_replaced_if_it_breaks_
         response = web.Response(text="success")
         response.enable_chunked_encoding()
         await response.prepare(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return response
 
     answer = await ask(await serve(application(handler)))
@@ -280,7 +280,7 @@ async def test_work_behind_a_body_that_cannot_be_committed_closes_the_connection
         await response.prepare(request)
         await insert(db, "body")
         await response.write_eof(b"body")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return response
 
     async with Wire.connect(await serve(application(handler))) as wire:
@@ -299,7 +299,7 @@ async def test_a_websocket_whose_close_is_refused_undoes_what_comes_behind_it(
     async def handler(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError):
             await socket.close()
         await insert(db, "after")

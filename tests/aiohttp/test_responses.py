@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.replies import KINDS, STARTED_BY_HANDLER, Kind
 from tests.support.wire import Wire, ask
 
@@ -48,7 +48,7 @@ def application(kind: Kind, directory: Path, work: Work) -> web.Application:
 
 
 @kinds
-async def test_it_is_committed_before_its_first_byte(
+async def test_response_is_committed_before_its_first_byte(
     db: DBConnect, database: Database, serve: Serve, tmp_path: Path, kind: Kind
 ) -> None:
     async def work(request: web.Request) -> None:
@@ -66,7 +66,7 @@ async def test_it_is_committed_before_its_first_byte(
 
 
 @kinds
-async def test_it_arrives_whole(db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind) -> None:
+async def test_body_arrives_whole(db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind) -> None:
     async def work(request: web.Request) -> None:
         await insert(db, "one")
 
@@ -84,7 +84,7 @@ async def test_if_the_commit_fails_a_500_is_sent_instead(
 ) -> None:
     async def work(request: web.Request) -> None:
         calls.append(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     calls: list[web.Request] = []
     app = application(kind, tmp_path, work)
@@ -102,7 +102,7 @@ async def test_if_the_commit_fails_the_applications_error_middleware_answers(
     db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind, order: str
 ) -> None:
     async def work(request: web.Request) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     app = application(kind, tmp_path, work)
     app.middlewares.extend([answer_409, do_nothing] if order == "before" else [do_nothing])
@@ -120,7 +120,7 @@ async def test_a_handler_that_answers_a_failing_start_by_another_response_has_it
     db: DBConnect, database: Database, serve: Serve, tmp_path: Path, kind: Kind
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         try:
             return await kind.make(request, tmp_path / "file.txt")
         except IntegrityError:
@@ -159,7 +159,7 @@ async def test_a_response_that_was_refused_is_never_sent(db: DBConnect, serve: S
     """Whoever returns it all the same."""
 
     async def swallow(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         response = web.StreamResponse()
         for step in (response.prepare(request), response.write(b"success"), response.write_eof(b"success")):
             try:
@@ -182,9 +182,9 @@ async def test_a_response_that_was_refused_is_never_sent(db: DBConnect, serve: S
     assert errors == [IntegrityError, RuntimeError, AssertionError]
 
 
-async def test_what_is_sent_after_a_refused_response_is_not_measured_by_it(db: DBConnect, serve: Serve) -> None:
+async def test_length_of_a_refused_response_does_not_apply_to_the_next_one(db: DBConnect, serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         response = web.StreamResponse()
         response.content_length = 4
         with pytest.raises(IntegrityError):
@@ -203,7 +203,7 @@ async def test_what_is_sent_after_a_refused_response_is_not_measured_by_it(db: D
 
 async def test_a_response_that_was_refused_cannot_be_prepared_again(db: DBConnect, serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         response = web.StreamResponse()
         with pytest.raises(IntegrityError):
             await response.prepare(request)

@@ -28,13 +28,13 @@ class FailingToClose(DBConnect):
 
 
 @pytest.mark.parametrize("wrong", ["postgresql+asyncpg://app@127.0.0.1/app", None, DBConnect, object()])
-def test_what_is_no_database_is_refused(wrong: Any) -> None:
+def test_value_that_is_no_database_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match="DBConnect"):
         setup(web.Application(), wrong)
 
 
 @pytest.mark.parametrize("wrong", [None, web.Application, DBConnect.from_url("sqlite+aiosqlite://")])
-def test_what_is_no_application_is_refused(wrong: Any) -> None:
+def test_value_that_is_no_application_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"web\.Application"):
         setup(wrong)
 
@@ -222,7 +222,7 @@ async def test_a_policy_may_take_the_request(db: DBConnect, database: Database, 
 
 
 @pytest.mark.parametrize("wrong", [lambda: True, lambda status, request, more: True, 200, None])
-def test_what_is_no_policy_is_refused(wrong: Any) -> None:
+def test_value_that_is_no_policy_is_refused(wrong: Any) -> None:
     app = web.Application()
     with pytest.raises(TypeError, match="commit policy"):
         setup(app, commit_policy=wrong)

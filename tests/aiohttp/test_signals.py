@@ -12,7 +12,7 @@ from aiohttp.abc import AbstractAccessLogger
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.replies import KINDS, STARTED_BY_AIOHTTP, STARTED_BY_HANDLER, Kind
 from tests.support.wire import Wire, ask
 
@@ -49,7 +49,7 @@ def application(kind: Kind, directory: Path, signal: Signal, where: str) -> web.
 
 @kinds
 @WHERE
-async def test_what_they_write_is_committed_before_the_first_byte(
+async def test_writes_of_signal_handlers_are_committed_before_the_first_byte(
     db: DBConnect, database: Database, serve: Serve, tmp_path: Path, kind: Kind, where: str
 ) -> None:
     async def signal(request: web.Request) -> None:
@@ -70,7 +70,7 @@ async def test_if_it_cannot_be_committed_a_500_is_sent_instead(
 ) -> None:
     async def signal(request: web.Request) -> None:
         calls.append(request)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     calls: list[web.Request] = []
     answer = await ask(await serve(application(kind, tmp_path, signal, where)), "/inner/")
@@ -79,15 +79,15 @@ async def test_if_it_cannot_be_committed_a_500_is_sent_instead(
     assert len(calls) == 1
 
 
-async def test_that_500_has_no_body_where_none_is_expected(db: DBConnect, serve: Serve, tmp_path: Path) -> None:
+async def test_500_in_answer_to_head_has_no_body(db: DBConnect, serve: Serve, tmp_path: Path) -> None:
     async def signal(request: web.Request) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     base_url = await serve(application(KINDS[0], tmp_path, signal, "after"))
     assert (await ask(base_url, "/inner/", "HEAD")).summary == (500, "")
 
 
-async def test_that_500_is_what_the_access_log_shows(db: DBConnect, database: Database, tmp_path: Path) -> None:
+async def test_access_log_shows_the_500(db: DBConnect, database: Database, tmp_path: Path) -> None:
     logged: list[int] = []
 
     class Log(AbstractAccessLogger):
@@ -95,7 +95,7 @@ async def test_that_500_is_what_the_access_log_shows(db: DBConnect, database: Da
             logged.append(response.status)
 
     async def signal(request: web.Request) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     runner = web.AppRunner(application(KINDS[0], tmp_path, signal, "after"), access_log_class=Log)
     await runner.setup()
@@ -120,7 +120,7 @@ async def test_if_it_cannot_be_committed_the_handler_is_told(
 
     async def signal(request: web.Request) -> None:
         if not handled.is_set():
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
     handled = asyncio.Event()
     app = application(kind, tmp_path, signal, where)
@@ -163,7 +163,7 @@ async def test_an_error_of_theirs_on_a_plain_response_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("error", [web.HTTPNotFound, LookupError])
-async def test_what_they_write_for_an_error_response_is_rolled_back(
+async def test_writes_of_signal_handlers_for_an_error_response_are_rolled_back(
     db: DBConnect, database: Database, serve: Serve, error: type[Exception]
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.aiohttp.conftest import Serve, either_way
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
@@ -132,7 +132,7 @@ async def test_of_two_set_ups_the_last_one_holds(db: DBConnect, database: Databa
 @WHERE
 async def test_a_sub_applications_own_error_middleware_answers_first(db: DBConnect, serve: Serve, where: str) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return web.Response(text="success")
 
     app = applications(handler, where, inner_middlewares=(answer_by(418),))
@@ -147,7 +147,7 @@ async def test_a_sub_applications_own_error_middleware_answers_first(db: DBConne
 async def test_the_innermost_of_several_applications_answers_first(db: DBConnect, serve: Serve, set_up: str) -> None:
     class View(web.View):
         async def get(self) -> web.StreamResponse:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
             return web.Response(text="success")
 
     outer, middle = web.Application(middlewares=[answer_by(409)]), web.Application(middlewares=[answer_by(410)])
@@ -220,7 +220,7 @@ async def test_each_attempt_of_a_sub_applications_middleware_begins_anew(
         attempts.append(request)
         await insert(db, f"attempt {len(attempts)}")
         if len(attempts) == 1:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return web.Response()
 
     app = applications(handler, "outer", inner_middlewares=(try_again,))
@@ -268,7 +268,7 @@ async def test_else_the_error_middleware_of_the_application_around_it_answers(
     db: DBConnect, serve: Serve, where: str
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return web.Response(text="success")
 
     app = applications(handler, where)

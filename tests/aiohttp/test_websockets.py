@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve, either_way
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK, InvalidStatus
 
@@ -33,7 +33,7 @@ async def connect(base_url: str) -> AsyncIterator[ClientConnection]:
         yield client
 
 
-async def test_what_was_done_before_the_upgrade_is_committed_with_it(
+async def test_work_before_the_upgrade_is_committed_with_the_upgrade(
     db: DBConnect, database: Database, serve: Serve
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -75,7 +75,7 @@ async def test_if_the_commit_fails_there_is_no_upgrade(db: DBConnect, database: 
 
     async def handler(request: web.Request) -> web.StreamResponse:
         await insert(db, "before")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         raise AssertionError
@@ -101,7 +101,7 @@ async def test_a_handshake_that_is_refused_is_rolled_back(db: DBConnect, databas
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1000, ["one"]), (1001, ["one"]), (1011, []), (4000, [])])
-async def test_it_ends_before_its_close_frame_and_by_its_code(
+async def test_unit_of_work_ends_before_the_close_frame_as_its_code_demands(
     db: DBConnect, database: Database, serve: Serve, code: int, expected: list[str]
 ) -> None:
     """The handler is kept from returning until the client has seen the close frame, and what there is then."""
@@ -175,7 +175,7 @@ async def test_a_commit_that_fails_closes_with_an_error(
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         await insert(db, "one")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await end(socket)  # type: ignore[misc]  # one of the above
         return socket
 
@@ -187,7 +187,7 @@ async def test_a_commit_that_fails_closes_with_an_error(
     assert await database.names() == []
 
 
-async def test_who_else_closes_it_does_not_end_the_handlers_work(
+async def test_close_from_outside_of_the_request_does_not_commit_the_handlers_work(
     db: DBConnect, database: Database, serve: Serve
 ) -> None:
     """As an application does with all of its websockets when it is shut down."""

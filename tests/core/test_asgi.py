@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx, on_commit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
@@ -187,7 +187,7 @@ async def test_an_idle_request_has_no_strategy_and_ends_like_any_other(db: DBCon
 async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:
     connection = Connection()
     with pytest.raises(IntegrityError):
-        await connection.run(ASGIHTTPDBSessionMiddleware(replying(lambda: insert_orphan(db))))
+        await connection.run(ASGIHTTPDBSessionMiddleware(replying(lambda: insert_row_that_fails_at_commit(db))))
     assert connection.sent == []
 
 
@@ -195,7 +195,7 @@ async def test_an_application_that_handles_the_error_itself_cannot_answer_after_
     """Nobody can tell whether its error response is meant for this error: the server's own is safe."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         try:
             await send(START)
         except IntegrityError:
@@ -208,9 +208,9 @@ async def test_an_application_that_handles_the_error_itself_cannot_answer_after_
     assert connection.sent == []
 
 
-async def test_what_an_application_makes_of_the_error_does_not_hide_it(db: DBConnect) -> None:
+async def test_commit_error_surfaces_although_the_application_raises_another_error_from_it(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         try:
             await send(START)
         except IntegrityError as exc:
@@ -220,9 +220,9 @@ async def test_what_an_application_makes_of_the_error_does_not_hide_it(db: DBCon
         await Connection().run(ASGIHTTPDBSessionMiddleware(app))
 
 
-async def test_another_error_on_top_of_it_is_attached(db: DBConnect) -> None:
+async def test_unrelated_error_of_the_application_is_attached_to_the_commit_error(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         failed = False
         try:
             await send(START)
@@ -262,7 +262,7 @@ async def test_the_context_is_what_it_was_before(db: DBConnect) -> None:
         await insert(db, "one")
         raise LookupError
 
-    for work in (fail, lambda: insert(db, "one"), lambda: insert_orphan(db)):
+    for work in (fail, lambda: insert(db, "one"), lambda: insert_row_that_fails_at_commit(db)):
         with suppress(LookupError, IntegrityError):
             await Connection().run(ASGIHTTPDBSessionMiddleware(replying(work)))
         assert not is_context_initiated()
@@ -363,7 +363,7 @@ async def test_a_websocket_is_one_unit_of_work_ended_by_its_close(
     assert await database.names() == (["one"] if committed else [])
 
 
-async def test_what_was_done_before_a_websocket_is_accepted_is_committed_by_then(
+async def test_work_before_a_websocket_is_accepted_is_committed_by_the_accept(
     db: DBConnect, database: Database
 ) -> None:
     seen: list[tuple[list[str], int]] = []
@@ -384,7 +384,7 @@ async def test_what_was_done_before_a_websocket_is_accepted_is_committed_by_then
 async def test_a_websocket_whose_commit_fails_is_not_accepted(db: DBConnect, database: Database) -> None:
     connection = Connection("websocket")
     with pytest.raises(IntegrityError):
-        await connection.run(ASGIHTTPDBSessionMiddleware(chatting(lambda: insert_orphan(db), ACCEPT)))
+        await connection.run(ASGIHTTPDBSessionMiddleware(chatting(lambda: insert_row_that_fails_at_commit(db), ACCEPT)))
     assert connection.sent == []
     assert database.checked_out == 0
 
@@ -419,7 +419,7 @@ async def test_a_denial_response_counts_by_its_status(
 
 
 async def test_a_websocket_whose_commit_fails_is_closed_as_an_error(db: DBConnect) -> None:
-    app = chatting(ACCEPT, lambda: insert_orphan(db), {"type": "websocket.close", "code": 1000})
+    app = chatting(ACCEPT, lambda: insert_row_that_fails_at_commit(db), {"type": "websocket.close", "code": 1000})
     connection = Connection("websocket")
     with pytest.raises(IntegrityError):
         await connection.run(ASGIHTTPDBSessionMiddleware(app))

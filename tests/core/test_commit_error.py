@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import DBConnect
 from ctxdb_core.asgi import (
@@ -30,7 +30,7 @@ def answering(answer: Callable[[Scope, Send], Awaitable[None]], db: DBConnect) -
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert commit_error(scope) is None
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError) as caught:
             await send(start(200))
         # Not before it has been asked for: whatever is sent in between might claim a success.
@@ -58,7 +58,7 @@ async def run(app: ASGIApp) -> list[int]:
 
 
 @pytest.mark.parametrize(("status", "names"), [(202, ["answer"]), (409, [])])
-async def test_one_more_response_is_sent_and_counts_by_its_status(
+async def test_answer_to_a_commit_error_is_committed_as_its_status_demands(
     db: DBConnect, database: Database, status: int, names: list[str]
 ) -> None:
     async def answer(scope: Scope, send: Send) -> None:
@@ -80,7 +80,7 @@ async def test_without_an_answer_the_error_is_raised(db: DBConnect) -> None:
 async def test_an_answer_whose_commit_fails_is_the_last_one(db: DBConnect) -> None:
     async def answer(scope: Scope, send: Send) -> None:
         answer_commit_error(scope)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError):
             await send(start(200))
         assert commit_error(scope) is None
@@ -89,7 +89,7 @@ async def test_an_answer_whose_commit_fails_is_the_last_one(db: DBConnect) -> No
     assert await run(answering(answer, db)) == [0]
 
 
-async def test_another_error_is_attached_and_its_own_consequence_is_not(db: DBConnect) -> None:
+async def test_unrelated_error_is_attached_and_a_consequence_of_the_commit_error_is_not(db: DBConnect) -> None:
     async def answer(scope: Scope, send: Send) -> None:
         error = commit_error(scope)
         assert error is not None

@@ -445,7 +445,7 @@ async def test_an_engine_that_cannot_be_made_leaves_the_kept_ones_as_they_were(
     assert await _pids(switching, 2) == pids
 
 
-async def test_what_is_kept_is_a_collection_of_hosts(switching: DBConnect) -> None:
+async def test_keep_must_be_a_collection_of_hosts(switching: DBConnect) -> None:
     with pytest.raises(TypeError, match=r"keep=\['r1'\]"):
         await switching.change_host("new", keep="r1")
     assert switching.host == "old"

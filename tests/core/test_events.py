@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from tests.support.database import Database, Item, eventually, insert, insert_orphan
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     DBConnect,
@@ -169,7 +169,7 @@ async def test_an_error_of_the_code_comes_with_the_roll_back(db: DBConnect, hear
 async def test_a_failing_commit_is_a_roll_back_with_its_error(db: DBConnect, heard: Heard) -> None:
     with pytest.raises(IntegrityError) as caught:
         async with new_db_ctx():
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
     assert heard.kinds == ONE_ROLL_BACK
     assert heard.roll_back.commit_failed
     assert heard.roll_back.error is caught.value

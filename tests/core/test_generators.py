@@ -132,7 +132,7 @@ async def test_a_comprehension_is_a_consumer(db: DBConnect, block: Block) -> Non
         assert [await db_session(db) is own async for _ in rows(db, block)] == [True] * 3
 
 
-async def test_what_the_generator_writes_is_committed_at_its_end(db: DBConnect, database: Database) -> None:
+async def test_writes_of_a_generator_are_committed_at_its_end(db: DBConnect, database: Database) -> None:
     async def copy() -> AsyncGenerator[str]:
         async with new_db_ctx():
             on_commit(db, lambda: told.append("generator"))

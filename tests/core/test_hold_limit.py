@@ -88,14 +88,14 @@ async def test_each_transaction_that_holds_one_is_warned_of(
         assert len(warnings()) == 2
 
 
-async def test_what_the_commit_writes_is_laid_to_the_commit(
+async def test_connection_taken_by_a_flush_is_attributed_to_the_commit(
     database: Database, warnings: Callable[[], list[str]]
 ) -> None:
     async with limited(database, 0) as db, new_db_ctx():
         (await db_session(db)).add(Item(name="one"))
         await commit_db_session(db)  # committed here
     (warning,) = warnings()
-    assert f"{__file__}:{line_of('committed here')} in test_what_the_commit_writes" in warning
+    assert f"{__file__}:{line_of('committed here')} in test_connection_taken_by_a_flush" in warning
 
 
 async def test_sessions_outside_of_any_unit_of_work_are_warned_of(
@@ -135,7 +135,7 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[asyncio.TimerHandle
 
 
 @everywhere
-async def test_nothing_waits_once_the_connection_is_back(
+async def test_timer_is_cancelled_once_the_connection_is_back(
     database: Database, warnings: Callable[[], list[str]], timers: list[asyncio.TimerHandle]
 ) -> None:
     async with limited(database, AN_HOUR) as db:
@@ -150,7 +150,7 @@ async def test_nothing_waits_once_the_connection_is_back(
 
 
 @everywhere
-async def test_nothing_waits_for_the_connection_of_a_cancelled_statement(
+async def test_timer_is_cancelled_with_a_cancelled_statement(
     database: Database, timers: list[asyncio.TimerHandle]
 ) -> None:
     async with limited(database, AN_HOUR) as db:
@@ -168,7 +168,7 @@ async def test_nothing_waits_for_the_connection_of_a_cancelled_statement(
         assert [handle.cancelled() for handle in timers] == [True]
 
 
-async def test_nothing_waits_for_an_invalidated_connection(
+async def test_timer_is_cancelled_with_an_invalidated_connection(
     database: Database, timers: list[asyncio.TimerHandle]
 ) -> None:
     async with limited(database, AN_HOUR) as db, new_non_ctx_session(db) as session:

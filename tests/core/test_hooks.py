@@ -96,7 +96,7 @@ async def test_a_unit_of_work_beside_the_marked_one_is_committed(db: DBConnect, 
     assert await database.names() == ["beside"]
 
 
-async def test_nothing_can_be_marked_where_there_is_no_transaction(db: DBConnect) -> None:
+async def test_set_rollback_only_is_refused_without_a_transaction(db: DBConnect) -> None:
     with pytest.raises(ContextNotInitiatedError):
         set_rollback_only()
     with pytest.raises(ContextNotInitiatedError):
@@ -335,7 +335,7 @@ async def test_the_error_of_a_hook_surfaces_wherever_the_transaction_begins(
 
 
 @KINDS
-async def test_what_a_joining_session_commits_is_committed_with_the_unit(db: DBConnect, database: Database) -> None:
+async def test_commit_of_a_joining_session_is_committed_with_the_unit(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         await insert(db, "one")
         async with joining_session(db) as session:
@@ -352,7 +352,7 @@ async def test_what_a_joining_session_commits_is_committed_with_the_unit(db: DBC
 
 
 @KINDS
-async def test_what_a_joining_session_commits_is_rolled_back_with_the_unit(db: DBConnect, database: Database) -> None:
+async def test_commit_of_a_joining_session_is_rolled_back_with_the_unit(db: DBConnect, database: Database) -> None:
     with pytest.raises(LookupError):
         async with new_db_ctx():
             async with joining_session(db) as session:

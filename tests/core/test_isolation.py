@@ -162,7 +162,7 @@ async def test_an_open_transaction_of_the_same_level_is_gone_on_in(db: DBConnect
 
 @POSTGRESQL
 @pytest.mark.parametrize("mode", ["append", "savepoint"])
-async def test_what_was_only_added_can_still_have_a_level(
+async def test_isolation_level_can_be_chosen_while_objects_are_only_added(
     db: DBConnect, database: Database, mode: CurrentTransaction
 ) -> None:
     async with db, new_db_ctx():

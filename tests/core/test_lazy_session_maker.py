@@ -36,7 +36,7 @@ async def test_its_sessions_are_the_users_on_the_current_engine(database: Databa
     assert await database.names() == ["one", "two"]
 
 
-def test_it_is_there_before_any_event_loop_and_serves_each(database: Database) -> None:
+def test_lazy_session_maker_exists_before_any_event_loop_and_serves_each_loop(database: Database) -> None:
     db = DBConnect(lambda host: database.watch_new(), make, host="h")
     maker = db.lazy_session_maker
     assert issubclass(maker.class_, ShopSession)

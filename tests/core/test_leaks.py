@@ -91,7 +91,7 @@ async def test_several_open_sessions_are_named_together(db: DBConnect, database:
     assert "second" in found[0]
 
 
-async def test_nothing_is_said_of_units_that_were_ended(db: DBConnect) -> None:
+async def test_ended_units_are_not_reported(db: DBConnect) -> None:
     async with resource_warnings() as found:
         async with new_db_ctx():
             await insert(db, "one")
@@ -111,7 +111,7 @@ async def test_nothing_is_said_of_units_that_were_ended(db: DBConnect) -> None:
     assert found == []
 
 
-async def test_nothing_is_said_of_a_unit_without_open_sessions(db: DBConnect) -> None:
+async def test_unit_without_open_sessions_is_not_reported(db: DBConnect) -> None:
     async with resource_warnings() as found:
         unit = begun()
         unit.leave()
@@ -124,7 +124,7 @@ async def test_nothing_is_said_of_a_unit_without_open_sessions(db: DBConnect) ->
     assert found == []
 
 
-async def test_nothing_is_said_of_a_unit_whose_task_was_cancelled(db: DBConnect) -> None:
+async def test_unit_of_a_cancelled_task_is_not_reported(db: DBConnect) -> None:
     async def work() -> None:
         async with new_db_ctx():
             await insert(db, "one")
@@ -140,7 +140,7 @@ async def test_nothing_is_said_of_a_unit_whose_task_was_cancelled(db: DBConnect)
     assert found == []
 
 
-def test_nothing_is_said_when_an_event_loop_ends_under_units_of_work() -> None:
+def test_units_are_not_reported_when_their_event_loop_ends() -> None:
     async def main() -> None:
         db = DBConnect.from_url("sqlite+aiosqlite://")
         holding = asyncio.Event()

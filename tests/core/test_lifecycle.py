@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx
 from ctxdb_core.adapters import UnitOfWork, begin, finalize, is_context_initiated, is_inside
@@ -45,7 +45,7 @@ async def test_a_roll_back_for_the_response_leaves_what_follows(db: DBConnect, d
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 @pytest.mark.parametrize("commit", [True, False])
 @pytest.mark.parametrize("block", ["begin", "begin_nested"])
-async def test_what_follows_the_response_in_a_block_that_it_has_started_in_is_committed_with_the_rest(
+async def test_work_after_the_response_in_a_block_around_its_start_is_committed_at_the_end(
     db: DBConnect, database: Database, block: str, *, commit: bool
 ) -> None:
     unit = begin()
@@ -72,7 +72,7 @@ async def test_finalizing_again_does_nothing(db: DBConnect, database: Database) 
 
 async def test_a_failing_commit_leaves_a_unit_that_can_still_be_ended(db: DBConnect, database: Database) -> None:
     unit = begun()
-    await insert_orphan(db)
+    await insert_row_that_fails_at_commit(db)
     with pytest.raises(IntegrityError):
         await finalize(unit, commit=True, last=False)
     assert database.checked_out == 0
@@ -83,7 +83,7 @@ async def test_a_failing_commit_leaves_a_unit_that_can_still_be_ended(db: DBConn
 
 async def test_a_failing_last_commit_closes_everything(db: DBConnect, database: Database) -> None:
     unit = begun()
-    await insert_orphan(db)
+    await insert_row_that_fails_at_commit(db)
     with pytest.raises(IntegrityError):
         await finalize(unit, commit=True)
     assert database.checked_out == 0
@@ -151,7 +151,7 @@ async def test_a_unit_of_work_that_a_test_harness_shares_is_joined() -> None:
     await finalize(own, commit=True)
 
 
-async def test_it_can_be_finalized_in_another_task(db: DBConnect, database: Database) -> None:
+async def test_unit_can_be_finalized_in_another_task(db: DBConnect, database: Database) -> None:
     unit = begun()
     await insert(db, "one")
     await asyncio.create_task(finalize(unit, commit=True))

@@ -96,7 +96,7 @@ async def driver_connection_of(session: AsyncSession) -> Any:
     return raw.driver_connection
 
 
-async def test_what_is_copied_before_the_first_statement_is_rolled_back(db: DBConnect, database: Database) -> None:
+async def test_copy_before_the_first_statement_is_rolled_back(db: DBConnect, database: Database) -> None:
     with pytest.raises(LookupError):
         async with new_db_ctx():
             driver = await driver_connection_of(await db_session(db))
@@ -105,7 +105,7 @@ async def test_what_is_copied_before_the_first_statement_is_rolled_back(db: DBCo
     assert await database.names() == []
 
 
-async def test_what_is_copied_is_committed_with_the_transaction(db: DBConnect, database: Database) -> None:
+async def test_copy_is_committed_with_the_transaction(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await insert(db, "inserted")
         driver = await driver_connection_of(session)

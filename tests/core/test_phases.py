@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -132,7 +132,7 @@ async def test_the_last_chunk_of_a_body_commits_its_work(db: DBConnect, database
 @shows(Phase.HANDLING, Phase.REFUSED)
 async def test_a_response_whose_commit_fails_is_refused(db: DBConnect, database: Database) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(START)
 
     trace = Trace()
@@ -155,7 +155,7 @@ async def test_the_error_of_a_refused_response_is_answered(db: DBConnect, databa
             trace.note()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(START)
 
     trace = Trace()
@@ -171,11 +171,11 @@ async def test_an_answer_that_is_refused_as_well_has_no_answer(db: DBConnect) ->
             self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: object
         ) -> None:
             answers.append(error)
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
             await send(START)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(START)
 
     answers: list[Exception] = []
@@ -226,7 +226,7 @@ async def test_an_answer_in_the_place_of_a_handler_is_refused_like_any_other(
     async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
         call = asyncio.create_task(boundary(scope, receive, send))
         await at_work.wait()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         trace.note(scope)
         try:
             await send(START)
@@ -302,7 +302,7 @@ async def test_a_start_for_which_a_middlewares_work_cannot_be_committed_is_refus
 
     async def audit(message: Message, send: Send) -> None:
         trace.note()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(message)
 
     trace = Trace()
@@ -426,7 +426,7 @@ async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cann
 
     async def overrule(message: Message, send: Send) -> None:
         await send(ERROR)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(CHUNK)
         trace.note()
         await send(BODY)
@@ -443,7 +443,7 @@ async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cann
 async def test_a_body_whose_work_cannot_be_committed_breaks_off(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(START)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(CHUNK)
         with suppress(IntegrityError):
             await send(BODY)
@@ -461,7 +461,7 @@ async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed
         await insert(db, "response")
         await send({**START, "trailers": True})
         await send(BODY)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send(TRAILERS)
 
     trace = Trace()
@@ -476,7 +476,7 @@ async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed
 async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.accept"})
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with suppress(IntegrityError):
             await send({"type": "websocket.close"})
         await send({"type": "websocket.send", "text": "too late"})
@@ -505,7 +505,7 @@ def application_in(phase: Phase, db: DBConnect, act: InPhase) -> ASGIApp:
 
     async def plain(scope: Scope, receive: Receive, send: Send) -> None:
         if phase is Phase.REFUSED:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         with suppress(IntegrityError):
             if phase is not Phase.HANDLING:
                 await send(START)
@@ -513,7 +513,7 @@ def application_in(phase: Phase, db: DBConnect, act: InPhase) -> ASGIApp:
                 await insert(db, "body")
                 await send(BODY)
             if phase is Phase.BROKEN:
-                await insert_orphan(db)
+                await insert_row_that_fails_at_commit(db)
                 await send(BODY)
         await act(send)
 
@@ -546,7 +546,7 @@ def application_in(phase: Phase, db: DBConnect, act: InPhase) -> ASGIApp:
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ABANDONED])
-async def test_what_is_open_when_the_application_returns_is_committed_if_a_response_has_begun(
+async def test_open_work_is_committed_at_the_return_if_a_response_has_begun(
     db: DBConnect, database: Database, phase: Phase
 ) -> None:
     async def write(send: Send) -> None:
@@ -560,7 +560,7 @@ async def test_what_is_open_when_the_application_returns_is_committed_if_a_respo
     assert database.checked_out == 0
 
 
-async def test_nothing_can_be_open_any_more_when_a_middleware_has_answered_for_a_handler(db: DBConnect) -> None:
+async def test_abandoned_unit_refuses_further_work(db: DBConnect) -> None:
     async def write(send: Send) -> None:
         assert trace.exchange.phase is Phase.ABANDONED
         with pytest.raises(ContextClosedError):
@@ -601,7 +601,7 @@ async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
     async def send_it(send: Send) -> None:
         assert trace.exchange.phase is phase
         with suppress(ContextClosedError):
-            await (insert(db, "late") if commits else insert_orphan(db))
+            await (insert(db, "late") if commits else insert_row_that_fails_at_commit(db))
         await send(message)
 
     trace = Trace()

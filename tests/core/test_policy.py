@@ -86,7 +86,7 @@ async def commit_asynchronously(status: int) -> bool:
     "wrong",
     [lambda: True, lambda *, status: True, lambda status, request, more: True, 200, None, commit_asynchronously],
 )
-def test_what_is_no_policy_is_refused_at_once(wrong: Any) -> None:
+def test_value_that_is_no_policy_is_refused_at_once(wrong: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="commit policy"):
         with_request(wrong)
 

@@ -252,7 +252,7 @@ async def test_in_a_mere_session_the_transaction_has_the_level(db: DBConnect, da
 
 
 @pytest.mark.parametrize("begun_by", ["hand", "atomic block", "savepoint", "block"])
-async def test_what_somebody_else_commits_in_a_mere_session_is_joined(
+async def test_transaction_with_an_owner_in_a_mere_session_is_joined(
     db: DBConnect, database: Database, begun_by: str
 ) -> None:
     context = TransactionContext(db)
@@ -507,7 +507,7 @@ async def test_a_suspended_units_deadline_holds_for_what_it_waits_for(db: DBConn
                 await insert(db, "late")
 
 
-def test_what_excludes_each_other_is_refused_at_once(database_url_less_db: DBConnect) -> None:
+def test_contradicting_arguments_are_refused_at_once(database_url_less_db: DBConnect) -> None:
     for propagation in WITHOUT:
         with pytest.raises(ValueError, match="leave them out"):
             transactional(database_url_less_db, propagation, read_only=True)
@@ -564,7 +564,7 @@ async def test_methods_can_be_decorated(db: DBConnect, database: Database) -> No
     assert await database.names() == ["an one"]
 
 
-async def test_one_object_is_used_inside_of_itself_and_by_several_tasks_at_once(
+async def test_transactional_object_can_be_nested_and_used_by_several_tasks_at_once(
     db: DBConnect, database: Database
 ) -> None:
     block = transactional(db, "requires_new")

@@ -393,7 +393,7 @@ async def attempt_inside(db: DBConnect) -> None:
         attempt_inside,
     ],
 )
-async def test_what_has_committed_anything_is_not_run_again(
+async def test_attempt_with_a_commit_is_not_run_again(
     db: DBConnect, database: Database, commit: Callable[[DBConnect], Awaitable[None]]
 ) -> None:
     @retry_on_conflict(wait=NO_WAIT)
@@ -447,7 +447,7 @@ async def unit_with_a_session_of_a_session_maker(db: DBConnect) -> None:
         unit_with_a_session_of_a_session_maker,
     ],
 )
-async def test_what_has_committed_by_a_transaction_context_is_not_run_again(
+async def test_attempt_with_a_commit_by_a_transaction_context_is_not_run_again(
     db: DBConnect, database: Database, commit: Callable[[DBConnect], Awaitable[None]]
 ) -> None:
     @retry_on_conflict(wait=NO_WAIT)
@@ -462,7 +462,7 @@ async def test_what_has_committed_by_a_transaction_context_is_not_run_again(
     assert await database.names() == ["early"]
 
 
-async def test_what_has_committed_on_another_database_is_not_run_again(
+async def test_attempt_with_a_commit_on_another_database_is_not_run_again(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
     @retry_on_conflict(wait=NO_WAIT)
@@ -511,7 +511,7 @@ async def test_a_commit_that_is_refused_does_not_count_for_the_attempt_around_it
     assert await database.names("child", "parent") == []
 
 
-async def test_what_was_rolled_back_or_could_only_read_does_not_count(db: DBConnect, database: Database) -> None:
+async def test_rolled_back_or_read_only_transactions_allow_another_attempt(db: DBConnect, database: Database) -> None:
     attempts = 0
     async with DBConnect.from_url(database.url, read_only=True) as replica:
 

@@ -13,7 +13,7 @@ from sqlalchemy import ForeignKey, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
-from tests.support.database import Database, Item, eventually, insert, insert_orphan
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -137,7 +137,7 @@ async def test_a_task_that_outlives_its_unit_of_work_is_told_so(db: DBConnect) -
         await task
 
 
-async def test_nothing_can_be_ended_or_registered_after_the_end(db: DBConnect) -> None:
+async def test_ended_unit_refuses_commits_and_callbacks(db: DBConnect) -> None:
     release = asyncio.Event()
 
     async def late() -> None:
@@ -278,7 +278,7 @@ async def test_ending_early_without_a_session_does_nothing(db: DBConnect, databa
 @KINDS
 async def test_an_early_commit_that_fails_raises_and_leaves_a_usable_session(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError):
             await commit_db_session(db)
         assert database.checked_out == 0
@@ -291,7 +291,7 @@ async def test_an_early_commit_that_fails_leaves_other_databases_alone(
 ) -> None:
     async with new_db_ctx():
         await insert(second_db, "elsewhere")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError):
             await commit_db_session(db)
     assert await database.names() == ["elsewhere"]
@@ -533,7 +533,7 @@ async def test_a_failing_commit_rolls_the_later_ones_back_and_names_the_earlier_
         with pytest.raises(IntegrityError) as caught:
             async with new_db_ctx():
                 await insert(db, "first")
-                await insert_orphan(second_db)
+                await insert_row_that_fails_at_commit(second_db)
                 await insert(third_db, "third")
     assert await database.names() == ["first"]
     assert repr(db) in str(caught.value)
@@ -585,7 +585,7 @@ async def test_callbacks_do_not_run_after_a_roll_back(db: DBConnect) -> None:
         await close_db_session(db)
     with pytest.raises(IntegrityError):
         async with new_db_ctx():
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
             on_commit(db, lambda: seen.append("failed"))
     assert seen == []
 
@@ -606,7 +606,7 @@ async def test_a_callback_waits_for_its_own_database(db: DBConnect, second_db: D
         async with new_db_ctx():
             await insert(db, "one")
             on_commit(db, lambda: seen.append("committed"))
-            await insert_orphan(second_db)
+            await insert_row_that_fails_at_commit(second_db)
             on_commit(second_db, lambda: seen.append("failed"))
     assert seen == ["committed"]
 
@@ -955,7 +955,7 @@ async def test_a_block_whose_commit_fails_raises(db: DBConnect, database: Databa
     async with new_db_ctx():
         with pytest.raises(IntegrityError):
             async with atomic_db_session(db):
-                await insert_orphan(db)
+                await insert_row_that_fails_at_commit(db)
         await insert(db, "after")
     assert await database.names() == ["after"]
 

@@ -125,7 +125,7 @@ async def test_past_the_deadline_no_statement_is_sent_and_the_unit_is_rolled_bac
 
 
 @POSTGRESQL
-async def test_it_can_be_set_and_lifted_in_the_middle_of_a_transaction(db: DBConnect) -> None:
+async def test_timeout_can_be_set_and_lifted_in_the_middle_of_a_transaction(db: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(db)
         assert await timeout_of(session) == "0"
@@ -140,14 +140,14 @@ async def test_it_can_be_set_and_lifted_in_the_middle_of_a_transaction(db: DBCon
 
 
 @POSTGRESQL
-async def test_it_can_be_set_before_the_first_session(db: DBConnect) -> None:
+async def test_timeout_can_be_set_before_the_first_session(db: DBConnect) -> None:
     async with new_db_ctx():
         await set_statement_timeout(2)
         assert await timeout_of(await db_session(db)) == "2s"
 
 
 @POSTGRESQL
-async def test_it_leaves_a_hand_written_isolation_level_its_place(db: DBConnect) -> None:
+async def test_timeout_does_not_prevent_a_hand_written_isolation_level(db: DBConnect) -> None:
     async with new_db_ctx(statement_timeout=2):
         session = await db_session(db)
         # Refused by PostgreSQL after any query of the transaction.
@@ -156,7 +156,7 @@ async def test_it_leaves_a_hand_written_isolation_level_its_place(db: DBConnect)
 
 
 @POSTGRESQL
-async def test_it_goes_with_a_level_and_read_only(db: DBConnect) -> None:
+async def test_timeout_can_be_combined_with_isolation_level_and_read_only(db: DBConnect) -> None:
     async with (
         new_db_ctx(statement_timeout=2),
         atomic_db_session(db, isolation_level="SERIALIZABLE", read_only=True) as session,
@@ -206,7 +206,7 @@ async def test_a_statement_is_interrupted_on_sqlite(db: DBConnect, database: Dat
 
 
 @SQLITE
-async def test_it_can_be_set_in_the_middle_of_a_transaction_on_sqlite(db: DBConnect, database: Database) -> None:
+async def test_timeout_can_be_set_in_the_middle_of_a_transaction_on_sqlite(db: DBConnect, database: Database) -> None:
     with pytest.raises(DBAPIError, match="interrupted"):
         async with new_db_ctx():
             session = await insert(db, "one")

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from tests.support.database import Database, Item, eventually, insert_orphan
+from tests.support.database import Database, Item, eventually, insert_row_that_fails_at_commit
 from tests.support.database import insert as insert_item
 
 from ctxdb_core import (
@@ -169,7 +169,7 @@ async def test_a_transaction_after_a_query_of_its_session_is_committed(
         assert await database.names() == ["one"]
 
 
-async def test_what_a_session_has_written_survives_a_failing_transaction_in_it(
+async def test_earlier_writes_of_a_session_survive_a_failing_transaction_in_it(
     context: TransactionContext, database: Database
 ) -> None:
     async with context.session() as session:
@@ -794,7 +794,7 @@ async def test_contexts_of_two_databases_are_used_side_by_side(
     assert await database.names() == ["one", "three", "two"]
 
 
-async def test_another_session_on_one_database_leaves_those_on_others_alone(
+async def test_new_transaction_on_one_database_leaves_sessions_on_other_databases_alone(
     context: TransactionContext, db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
     with pytest.raises(LookupError):
@@ -826,7 +826,7 @@ async def test_a_commit_that_fails_names_what_was_committed_in_the_block(
     with pytest.raises(DBAPIError, match="had succeeded") as caught:
         async with context.transaction():
             await context.execute(add("one"))
-            await insert_orphan(second_db)
+            await insert_row_that_fails_at_commit(second_db)
     assert "127.0.0.1" in str(caught.value)
     assert await database.names() == ["one"]
 

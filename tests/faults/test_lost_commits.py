@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
 from ctxdb_core import (
@@ -113,7 +113,7 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
 async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConnect, database: Database) -> None:
     with pytest.raises(DBAPIError, match="foreign key"):
         async with new_db_ctx():
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
     assert await database.names("child", "parent") == []
 
 

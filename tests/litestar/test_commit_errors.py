@@ -14,7 +14,7 @@ from litestar.exceptions import HTTPException, LitestarException
 from litestar.response import ServerSentEvent, Stream
 from litestar.types import Message
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.litestar_app import Ask, answering, litestar_app
 
 from ctxdb_core import DBConnect, commit_db_session, commit_policy
@@ -30,7 +30,7 @@ async def test_the_applications_handler_by_class_or_by_500(
 ) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, exception_handlers={key: answering(409)}))
@@ -50,7 +50,7 @@ async def test_the_handler_of_the_layer_that_is_nearest(db: DBConnect, ask: Ask,
 
         @get("/", exception_handlers=handlers("handler"))
         async def write(self) -> str:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
             return "success"
 
     router = Router("/router", route_handlers=[Items], exception_handlers=handlers("router"))
@@ -62,7 +62,7 @@ async def test_the_handler_of_the_layer_that_is_nearest(db: DBConnect, ask: Ask,
 async def test_litestars_own_answer_looks_like_that_to_any_other_error(db: DBConnect, ask: Ask) -> None:
     @get("/commit", media_type=MediaType.TEXT)
     async def commit() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     @get("/raise", media_type=MediaType.TEXT)
@@ -97,7 +97,7 @@ async def test_an_http_exception_of_before_commit_is_answered_by_its_status(
 async def test_in_debug_mode_the_error_is_shown(db: DBConnect, ask: Ask) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, debug=True))
@@ -114,7 +114,7 @@ async def test_the_handler_sees_the_request_of_the_route(db: DBConnect, ask: Ask
     @get("/items/{name:str}", name="items")
     async def write(request: Request[Any, Any, Any]) -> str:
         request.state.noted = "by the handler"
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, exception_handlers={IntegrityError: handle}))
@@ -130,7 +130,7 @@ async def test_after_exception_hooks_are_told_once(db: DBConnect, ask: Ask) -> N
 
     @get("/", after_request=lambda response: response)
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, after_exception=[note]))
@@ -142,7 +142,7 @@ async def test_after_exception_hooks_are_told_once(db: DBConnect, ask: Ask) -> N
 
 
 @pytest.mark.parametrize("kind", ["plain", "stream", "events"])
-async def test_nothing_of_the_success_is_sent(db: DBConnect, ask: Ask, kind: str) -> None:
+async def test_no_part_of_a_success_is_sent_after_a_failed_commit(db: DBConnect, ask: Ask, kind: str) -> None:
     begun: list[str] = []
 
     async def chunks() -> AsyncGenerator[str, None]:
@@ -151,7 +151,7 @@ async def test_nothing_of_the_success_is_sent(db: DBConnect, ask: Ask, kind: str
 
     @get("/")
     async def write() -> Response[Any]:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         headers = {"x-success": "yes"}
         if kind == "stream":
             return Stream(chunks(), headers=headers)
@@ -177,7 +177,7 @@ async def test_neither_after_response_nor_background_tasks_follow(db: DBConnect,
 
     @get("/", after_response=after_response, background=BackgroundTask(background))
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db))
@@ -188,7 +188,7 @@ async def test_neither_after_response_nor_background_tasks_follow(db: DBConnect,
 async def test_the_error_response_has_its_cors_headers(db: DBConnect, ask: Ask) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     app = litestar_app(
@@ -209,7 +209,7 @@ async def test_before_send_hooks_see_the_error_response(db: DBConnect, ask: Ask)
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     app = litestar_app(write, db=db, before_send=[tag], exception_handlers={IntegrityError: answering(409)})
@@ -221,7 +221,7 @@ async def test_before_send_hooks_see_the_error_response(db: DBConnect, ask: Ask)
 async def test_behind_a_compression_the_error_is_answered_plainly(db: DBConnect, ask: Ask, minimum_size: int) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success" * 100
 
     app = litestar_app(
@@ -242,7 +242,7 @@ async def test_a_success_that_was_not_sent_is_not_cached(db: DBConnect, database
     async def write() -> str:
         await insert(db, "one")
         if fails:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, exception_handlers={IntegrityError: answering(409)}))
@@ -268,7 +268,7 @@ async def test_a_middleware_that_answers_the_error_itself_is_not_heard(db: DBCon
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     app = litestar_app(write, db=db, middleware=[pretend], exception_handlers={IntegrityError: answering(409)})
@@ -296,7 +296,7 @@ async def test_a_middleware_that_fails_on_top_of_it_does_not_hide_the_error(db: 
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, middleware=[fail], after_exception=[note]))
@@ -309,7 +309,7 @@ async def test_a_middleware_that_fails_on_top_of_it_does_not_hide_the_error(db: 
 # --- what the answer does in the database -----------------------------------------------------------------------------
 
 
-async def test_what_is_written_for_the_error_counts_by_the_status_of_its_response(
+async def test_status_of_the_error_response_decides_on_writes_of_the_exception_handler(
     db: DBConnect, database: Database, ask: Ask
 ) -> None:
     async def note(exc: Exception, scope: Any) -> None:
@@ -320,7 +320,7 @@ async def test_what_is_written_for_the_error_counts_by_the_status_of_its_respons
     @get("/{status:int}")
     async def write() -> str:
         await insert(db, "undone")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     def handle(request: Request[Any, Any, Any], exc: Exception) -> Response[Any]:
@@ -341,7 +341,7 @@ async def test_the_answer_can_leave_work_behind(db: DBConnect, database: Databas
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, exception_handlers={IntegrityError: handle}))
@@ -355,11 +355,11 @@ async def test_an_answer_whose_own_commit_fails_is_not_sent_either(db: DBConnect
 
     async def note(exc: Exception, scope: Any) -> None:
         calls.append(exc)
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     app = litestar_app(write, db=db, after_exception=[note], exception_handlers={IntegrityError: answering(200)})
@@ -376,7 +376,7 @@ async def test_a_handler_that_fails_itself_ends_in_a_500(db: DBConnect, database
 
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     client = await ask(litestar_app(write, db=db, exception_handlers={IntegrityError: handle}))
@@ -390,7 +390,7 @@ async def test_an_error_whose_own_answer_cannot_be_committed_is_answered_for_tha
 ) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         raise LookupError
 
     handlers: dict[Any, Any] = {LookupError: answering(200), IntegrityError: answering(409)}
@@ -403,7 +403,7 @@ async def test_an_error_whose_own_answer_cannot_be_committed_is_answered_for_tha
 async def test_an_unknown_path_whose_commit_fails_is_answered_by_the_handlers(db: DBConnect, ask: Ask) -> None:
     async def audit(exc: Exception, scope: Any) -> None:
         if isinstance(exc, HTTPException):
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
     plugin = CtxDBPlugin(db, commit_policy=commit_policy(commit={404}))
     app = litestar_app(plugins=[plugin], after_exception=[audit], exception_handlers={IntegrityError: answering(409)})
@@ -412,7 +412,7 @@ async def test_an_unknown_path_whose_commit_fails_is_answered_by_the_handlers(db
 
 async def test_an_unknown_path_whose_commit_fails_ends_in_a_500(db: DBConnect, ask: Ask) -> None:
     async def audit(exc: Exception, scope: Any) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     plugin = CtxDBPlugin(db, commit_policy=commit_policy(commit={404}))
     client = await ask(litestar_app(plugins=[plugin], after_exception=[audit]))
@@ -422,7 +422,7 @@ async def test_an_unknown_path_whose_commit_fails_ends_in_a_500(db: DBConnect, a
 async def test_a_scope_that_is_used_again_is_another_request(db: DBConnect) -> None:
     @get("/")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     async def receive() -> Any:

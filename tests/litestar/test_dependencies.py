@@ -14,7 +14,7 @@ from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.testing import TestClient
 from sqlalchemy import text
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.litestar_app import Ask, Injected, litestar_app
 
 from ctxdb_core import DBConnect, db_session
@@ -48,7 +48,7 @@ async def test_several_databases_have_a_name_each(db: DBConnect, database: Datab
     assert await database.names() == ["order", "stock"]
 
 
-async def test_one_database_can_have_two_names(db: DBConnect, ask: Ask) -> None:
+async def test_database_can_be_injected_under_two_names(db: DBConnect, ask: Ask) -> None:
     @get("/")
     async def read(one: Injected[AsyncSession], two: Injected[AsyncSession]) -> bool:
         return one is two
@@ -66,7 +66,7 @@ async def test_a_failing_commit_is_seen_by_no_dependency_and_answered_with_an_er
 
     @post("/")
     async def write(value: Injected[str]) -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return value
 
     client = await ask(litestar_app(write, db=db, dependencies={"value": Provide(dependency)}))
@@ -219,7 +219,7 @@ def _namespace() -> dict[str, Any]:
     return {"AsyncSession": AsyncSession}
 
 
-def test_another_type_of_that_name_is_left_alone() -> None:
+def test_foreign_type_named_async_session_is_left_alone() -> None:
     class AsyncSession: ...
 
     async def provide() -> Any:
@@ -278,7 +278,7 @@ def test_a_name_that_litestar_reserves_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["postgresql://app:secret@host/app", None, Litestar])
-def test_what_is_not_a_database_is_refused(value: Any) -> None:
+def test_value_that_is_no_database_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="is no DBConnect") as caught:
         CtxDBPlugin(value)
     assert "secret" not in str(caught.value)

@@ -13,7 +13,7 @@ from litestar.exceptions import NotFoundException, PermissionDeniedException
 from litestar.plugins import InitPlugin
 from litestar.types import Message
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.litestar_app import Ask, answering, litestar_app
 
 from ctxdb_core import DBConnect, commit_policy, db_session
@@ -132,7 +132,7 @@ async def test_a_before_send_hook_that_changes_the_status(
     assert await database.names() == names
 
 
-async def test_what_a_before_send_hook_writes_is_committed_before_the_first_byte(
+async def test_writes_of_a_before_send_hook_are_committed_before_the_first_byte(
     db: DBConnect, database: Database, ask: Ask
 ) -> None:
     sent: list[tuple[str, list[str], int]] = []
@@ -167,7 +167,7 @@ async def test_a_before_send_hook_whose_write_is_refused_at_the_commit(
 ) -> None:
     async def audit(message: Message, scope: Any) -> None:
         if message["type"] == "http.response.start" and message["status"] == 200:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
     @get("/")
     async def write() -> str:
@@ -190,7 +190,7 @@ async def test_a_hook_of_a_plugin_that_comes_later_is_inside_as_well(
 
     async def audit(message: Message, scope: Any) -> None:
         if message["type"] == "http.response.start":
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
     @get("/")
     async def write() -> str:

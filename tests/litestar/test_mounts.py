@@ -10,7 +10,7 @@ from litestar import Litestar, Request, Response, asgi, get
 from litestar.config.compression import CompressionConfig
 from litestar.middleware import ASGIMiddleware
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, insert, insert_orphan
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.foreign import EndlessApplication, InASGI, InASGI3, WSGIApplication, asgi2, wsgi
 from tests.support.litestar_app import Ask, answering, litestar_app
 
@@ -53,7 +53,7 @@ async def test_a_failing_commit_of_an_asgi_application_is_answered_by_the_one_ar
     db: DBConnect, ask: Ask
 ) -> None:
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"success"})
 
@@ -108,7 +108,7 @@ async def test_the_handlers_of_the_mounted_application_come_first(
 
     @get("/write")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     plugins = [CtxDBPlugin()] if inner_has_plugin else []
@@ -126,7 +126,7 @@ async def test_a_handler_of_the_mounted_application_knows_its_own_application(
 
     @get("/write")
     async def write() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     inner = litestar_app(write, plugins=[CtxDBPlugin()], exception_handlers={IntegrityError: handle})

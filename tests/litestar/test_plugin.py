@@ -115,7 +115,7 @@ async def test_added_twice_it_works_once(db: DBConnect, database: Database, ask:
     assert await database.names() == ["one"]
 
 
-async def test_one_plugin_serves_two_applications(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_plugin_serves_two_applications(db: DBConnect, database: Database, ask: Ask) -> None:
     plugin = CtxDBPlugin(session=db)
     for name in ("one", "two"):
         app = litestar_app(_writing(name), plugins=[plugin])

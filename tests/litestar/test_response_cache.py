@@ -13,7 +13,7 @@ from litestar.config.compression import CompressionConfig
 from litestar.config.response_cache import ResponseCacheConfig
 from sqlalchemy.exc import IntegrityError
 from tests.support.application import Reply
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.frameworks.asgi import giving_up
 from tests.support.litestar_app import Ask, answering, litestar_app
 from tests.support.server import http_client, serve
@@ -48,7 +48,7 @@ def writing_once(db: DBConnect, **options: Any) -> Litestar:
         requests.append("GET")
         await insert(db, f"write {len(requests)}")
         if len(requests) == 1:
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
         return "success"
 
     return litestar_app(write, db=db, exception_handlers={IntegrityError: answering(409)}, **options)
@@ -82,7 +82,7 @@ async def test_a_success_that_was_refused_is_not_kept(
     gc.collect()
 
 
-async def test_what_is_not_kept_is_ended_by_the_status_that_middlewares_make_of_it(
+async def test_response_that_is_not_cached_is_judged_by_the_status_after_the_middlewares(
     db: DBConnect, database: Database, ask: Ask
 ) -> None:
     def refuse(app: Any) -> ASGIApp:

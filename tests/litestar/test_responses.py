@@ -16,7 +16,7 @@ from litestar.config.compression import CompressionConfig
 from litestar.response import File, Redirect, ServerSentEvent, Stream
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.litestar_app import Ask, answering, litestar_app
 
 from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx
@@ -211,7 +211,7 @@ async def test_a_failing_commit_is_answered_instead_of_a_stream(
 
     @get("/")
     async def read() -> Stream:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
         async def chunks() -> AsyncGenerator[str, None]:
             begun.append("stream")

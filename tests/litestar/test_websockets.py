@@ -13,7 +13,7 @@ from litestar.handlers import WebsocketListener
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.litestar_app import Injected, answering, litestar_app
 from tests.support.server import serve
 from websockets.asyncio.client import ClientConnection, connect
@@ -156,7 +156,7 @@ async def test_a_failing_commit_closes_with_1011_and_surfaces(db: DBConnect, dat
     @websocket("/")
     async def handle(socket: Socket) -> None:
         await socket.accept()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await socket.close()
 
     app: Any = litestar_app(handle, db=db, exception_handlers={IntegrityError: answering(409)})

@@ -64,7 +64,7 @@ def test_the_core_is_imported_without_its_extras() -> None:
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_what_is_imported_is_declared(member: Member) -> None:
+def test_each_imported_package_is_a_declared_dependency(member: Member) -> None:
     declared = _declared(member)
     undeclared = [
         str(found)

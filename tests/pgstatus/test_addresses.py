@@ -26,7 +26,7 @@ def test_a_host_is_read_with_its_port_and_keeps_its_name(text: str, host: str, p
 @pytest.mark.parametrize(
     "text", ["", "  ", "a b", "n1:", "n1:x", "n1:0", "n1:70000", "[::1", "[n1]:1", "u@n1", "n1/db"]
 )
-def test_what_is_no_host_is_refused_by_name(text: str) -> None:
+def test_invalid_host_is_refused_by_name(text: str) -> None:
     with pytest.raises(HostListError, match=r"is no host|port"):
         HostAddress.parse(text, 5432)
 

@@ -142,7 +142,7 @@ async def test_callers_at_the_same_time_share_one_request(url: str, sidecar: Ori
     assert sidecar.paths() == ["/master", "/hosts", "/replica"]
 
 
-async def test_who_is_cancelled_leaves_the_request_to_the_others(url: str, sidecar: OriginalSidecar) -> None:
+async def test_cancelled_caller_leaves_the_shared_request_to_other_callers(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.open.clear()
     async with PgStatusClient(url) as client:
         first, second = asyncio.create_task(client.master()), asyncio.create_task(client.master())
@@ -222,7 +222,7 @@ async def test_a_confirmation_that_the_sidecar_cannot_give_is_an_error_and_no_de
             await client.confirm_master("n1")
 
 
-async def test_nobody_waits_for_the_confirmation_of_a_sidecar_that_is_known_to_hang(
+async def test_confirmation_fails_at_once_while_the_sidecar_is_known_to_hang(
     url: str, sidecar: OriginalSidecar
 ) -> None:
     async with PgStatusClient(url, max_age=HOUR, timeout=0.05) as client:
@@ -325,7 +325,9 @@ async def test_the_last_good_answer_is_kept_while_the_sidecar_is_down(
     assert [record.levelname for record in caplog.records if record.name == "ctxdb_pgstatus.client"] == ["WARNING"]
 
 
-async def test_nobody_waits_for_a_frozen_sidecar_once_it_is_known(url: str, sidecar: OriginalSidecar) -> None:
+async def test_callers_get_the_last_answer_at_once_while_the_sidecar_is_known_to_hang(
+    url: str, sidecar: OriginalSidecar
+) -> None:
     async with PgStatusClient(url, max_age=0, timeout=0.05) as client:
         assert await client.master() == "n1"
         sidecar.open.clear()
@@ -371,7 +373,7 @@ async def test_a_sidecar_that_was_never_there_is_an_error_that_says_what_to_do()
         (404, b"Not Found", "is no answer"),
     ],
 )
-async def test_what_is_no_answer_is_an_error(
+async def test_malformed_answer_is_an_error(
     url: str, sidecar: OriginalSidecar, status: int, raw: bytes, reason: str
 ) -> None:
     sidecar.status, sidecar.raw = status, raw
@@ -443,7 +445,7 @@ def test_options_are_checked(options: dict[str, float]) -> None:
         PgStatusClient("http://127.0.0.1:8000", **options)
 
 
-async def test_it_may_be_used_after_it_was_closed(url: str) -> None:
+async def test_closed_client_can_be_used_again(url: str) -> None:
     client = PgStatusClient(url, max_age=0)
     assert await client.master() == "n1"
     await client.aclose()
@@ -451,7 +453,7 @@ async def test_it_may_be_used_after_it_was_closed(url: str) -> None:
     await client.aclose()
 
 
-async def test_who_waits_when_it_is_closed_gets_an_error(url: str, sidecar: OriginalSidecar) -> None:
+async def test_waiting_caller_gets_an_error_when_the_client_is_closed(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.open.clear()
     client = PgStatusClient(url)
     waiting = asyncio.create_task(client.master())

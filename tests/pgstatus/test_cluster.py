@@ -352,7 +352,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_nothing_is_left_when_its_process_is_ended(number: signal.Signals) -> None:
+async def test_cluster_leaves_no_process_and_no_file_when_its_program_is_killed(number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as program:

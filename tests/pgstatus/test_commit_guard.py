@@ -325,14 +325,14 @@ async def test_reading_is_not_confirmed(db: DBConnect, source: FakeSource, datab
     assert source.confirmed == []
 
 
-async def test_what_a_transaction_wrote_before_is_not_forgotten(db: DBConnect, source: FakeSource) -> None:
+async def test_write_is_confirmed_although_the_transaction_reads_afterwards(db: DBConnect, source: FakeSource) -> None:
     async with new_db_ctx():
         session = await insert_item(db, "a")
         await session.execute(select(items))
     assert source.confirmed == ["n1"]
 
 
-async def test_what_was_rolled_back_is_not_confirmed(db: DBConnect, source: FakeSource) -> None:
+async def test_rolled_back_write_is_not_confirmed(db: DBConnect, source: FakeSource) -> None:
     async with new_db_ctx():
         session = await insert_item(db, "a")
         await session.rollback()
@@ -382,7 +382,9 @@ async def test_connections_without_a_session_are_guarded(db: DBConnect, source: 
     assert source.confirmed == ["n1", "n1"]
 
 
-async def test_what_goes_past_sqlalchemy_is_confirmed(db: DBConnect, source: FakeSource, database: Database) -> None:
+async def test_write_on_the_drivers_connection_is_confirmed(
+    db: DBConnect, source: FakeSource, database: Database
+) -> None:
     async with new_db_ctx():
         session = await db_session(db)
         await session.execute(select(items))
@@ -445,7 +447,7 @@ def test_queries_that_surely_read_only(query: Any) -> None:
 
 
 @pytest.mark.parametrize("query", _QUERIES_THAT_MAY_WRITE.values(), ids=_QUERIES_THAT_MAY_WRITE)
-def test_what_may_write(query: Any) -> None:
+def test_statements_that_may_write(query: Any) -> None:
     assert may_write(*_compiled(query))
 
 

@@ -236,7 +236,7 @@ async def test_the_probes_of_a_manifest_reach_the_sidecar(path: Path) -> None:
 
 
 @manifests
-def test_what_a_manifest_refers_to_is_in_it(path: Path) -> None:
+def test_secrets_that_a_manifest_refers_to_are_in_the_manifest(path: Path) -> None:
     kinds = {(each["kind"], each["metadata"]["name"]) for each in documents(path)}
     (container,) = containers(path)
     for variable in container["env"]:

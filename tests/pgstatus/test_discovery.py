@@ -161,7 +161,7 @@ async def test_the_members_of_patroni_are_found_by_their_names_with_their_tags()
         ]
 
 
-async def test_another_member_of_patroni_is_asked_where_one_is_away() -> None:
+async def test_next_patroni_member_is_asked_when_one_does_not_answer() -> None:
     async with patroni(status=503) as failing, patroni(member("n1", "10.0.0.1", 5432)) as answering:
         discovery = PatroniDiscovery([failing, "http://127.0.0.1:1", answering])
         assert names_of(await discovery.find()) == ["10.0.0.1:5432"]

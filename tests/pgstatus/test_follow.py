@@ -486,6 +486,8 @@ async def test_a_frozen_replica_is_left_and_returns(replica: DBConnect, source: 
 
 
 @pytest.mark.parametrize(("sync", "options"), [("often", {}), (None, {"wait": -1.0}), (None, {"connect_timeout": 0})])
-def test_what_cannot_be_followed_is_refused(sync: str | None, options: dict[str, float], source: FakeSource) -> None:
+def test_options_that_follow_replica_cannot_serve_are_refused(
+    sync: str | None, options: dict[str, float], source: FakeSource
+) -> None:
     with pytest.raises(OptionError):
         follow_replica(source, sync, **options)  # type: ignore[arg-type]  # the mistake

@@ -12,29 +12,29 @@ def _replica(position: int | None, age: float | None = None, *, at: float = 100.
     return Answer(in_recovery=True, timeline=timeline, position=position, replay_age_ms=age, asked_at=at)
 
 
-def test_one_that_has_replayed_all_is_not_behind_however_long_ago_the_last_commit_was() -> None:
+def test_caught_up_replica_has_no_lag_however_old_the_last_commit_is() -> None:
     assert Lag().measure(_replica(500, 3_600_000), Sample(1, 500, 100)) == (0, 0)
     assert Lag().measure(_replica(510, 3_600_000), Sample(1, 500, 100)) == (0, 0)
     assert Lag().measure(_replica(500, None), Sample(1, 500, 100)) == (0, 0)
 
 
-def test_one_that_is_behind_lags_as_long_as_its_last_commit_is_old() -> None:
+def test_lag_of_a_replica_is_the_age_of_its_last_replayed_commit() -> None:
     assert Lag().measure(_replica(400, 1234.5), Sample(1, 500, 100)) == (1235, 100)
 
 
-def test_one_that_is_behind_lags_also_where_the_clocks_of_the_servers_deny_it() -> None:
+def test_replica_that_is_behind_has_lag_although_its_clock_is_ahead() -> None:
     assert Lag().measure(_replica(400, -50), Sample(1, 500, 100)) == (1, 100)
 
 
-def test_one_that_has_replayed_no_commit_and_is_behind_is_not_known_to_be_near() -> None:
+def test_lag_is_unknown_before_the_first_replayed_commit() -> None:
     assert Lag().measure(_replica(400, None), Sample(1, 500, 100)) == (None, 100)
 
 
-def test_one_that_has_replayed_nothing_has_no_lag_that_could_be_told() -> None:
+def test_lag_is_unknown_without_a_replay_position() -> None:
     assert Lag().measure(_replica(None, None), Sample(1, 500, 100)) == (None, None)
 
 
-def test_one_that_had_all_when_the_master_was_asked_lags_no_longer_than_since_then() -> None:
+def test_lag_is_at_most_the_time_since_the_replica_had_caught_up() -> None:
     lag = Lag()
     lag.measure(_replica(500, 60_000, at=100), Sample(1, 500, 100))
     assert lag.measure(_replica(500, 65_000, at=105), Sample(1, 600, 105)) == (5000, 100)
@@ -42,7 +42,7 @@ def test_one_that_had_all_when_the_master_was_asked_lags_no_longer_than_since_th
     assert lag.measure(_replica(550, 20, at=105), Sample(1, 600, 105)) == (20, 50)
 
 
-def test_one_on_another_timeline_cannot_be_compared() -> None:
+def test_lag_is_unknown_on_another_timeline() -> None:
     lag = Lag()
     lag.measure(_replica(500), Sample(1, 500, 100))
     assert lag.measure(_replica(900, 10), Sample(2, 600, 105)) == (None, None)
@@ -51,7 +51,7 @@ def test_one_on_another_timeline_cannot_be_compared() -> None:
     assert lag.measure(_replica(590, None, at=106, timeline=2), Sample(2, 600, 105)) == (None, 10)
 
 
-def test_one_that_went_back_has_not_what_it_had() -> None:
+def test_lag_is_unknown_after_a_replica_is_rewound() -> None:
     lag = Lag()
     lag.measure(_replica(500), Sample(1, 500, 100))
     assert lag.measure(_replica(300, None, at=101), Sample(1, 500, 101)) == (None, 200)

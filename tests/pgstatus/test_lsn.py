@@ -22,6 +22,6 @@ def test_small_letters_are_read_too() -> None:
 @pytest.mark.parametrize(
     "text", ["", "0", "/", "0/", "/0", "0/0/0", " 0/0", "0/0\n", "x/0", "-1/0", "0/123456789", "0/²"]
 )
-def test_what_is_no_position_is_refused(text: str) -> None:
+def test_invalid_wal_position_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no WAL position"):
         parse_lsn(text)

@@ -777,7 +777,7 @@ def _fail(*args: object) -> Any:
 # --- life -------------------------------------------------------------------------------------------------------------
 
 
-async def test_it_can_be_asked_from_another_event_loop(cluster: PostgresCluster) -> None:
+async def test_monitor_answers_another_event_loop(cluster: PostgresCluster) -> None:
     await cluster.wait_for_replay()
 
     async def elsewhere() -> None:
@@ -798,7 +798,7 @@ async def test_it_can_be_asked_from_another_event_loop(cluster: PostgresCluster)
         await asyncio.to_thread(asyncio.run, elsewhere())
 
 
-async def test_nothing_is_left_of_a_closed_monitor(cluster: PostgresCluster) -> None:
+async def test_closed_monitor_leaves_no_connection_and_no_waiting_call(cluster: PostgresCluster) -> None:
     connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
     async with monitor_of(cluster) as monitor:
         assert [await node.fetch_value(connections) for node in cluster.nodes] == [1, 1, 1]
@@ -822,7 +822,7 @@ async def _until_zero(count: Callable[[], Awaitable[int]]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_what_needs_a_running_monitor_says_so(cluster: PostgresCluster) -> None:
+async def test_methods_of_a_monitor_that_is_not_running_raise_an_error(cluster: PostgresCluster) -> None:
     monitor = monitor_of(cluster)
     calls: list[Callable[[], Awaitable[object]]] = [
         monitor.find_master,
@@ -842,7 +842,7 @@ async def test_what_needs_a_running_monitor_says_so(cluster: PostgresCluster) ->
             await monitor.__aenter__()
 
 
-async def test_it_can_be_entered_again(cluster: PostgresCluster) -> None:
+async def test_closed_monitor_can_be_entered_again(cluster: PostgresCluster) -> None:
     monitor = monitor_of(cluster)
     for _ in range(2):
         async with monitor:

@@ -608,7 +608,7 @@ async def test_units_of_work_read_what_earlier_ones_have_written(
         assert (await run_in_new_ctx(shop.read))["numbers"] == [1, 2]
 
 
-async def test_what_gathered_units_of_work_have_written_is_read(
+async def test_writes_of_gathered_units_of_work_are_read_by_the_caller(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
@@ -663,7 +663,7 @@ async def test_where_the_position_is_not_known_the_master_is_asked() -> None:
     assert positions.required(source) == 7
 
 
-async def test_what_a_client_has_brought_along_is_older_than_what_it_writes() -> None:
+async def test_position_of_a_write_replaces_the_position_that_a_client_has_brought() -> None:
     source = FakeSource()
     positions = Positions()
     positions.bring(source, 1000)

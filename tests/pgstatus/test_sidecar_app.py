@@ -284,7 +284,7 @@ async def test_before_the_hosts_were_asked_nothing_is_told_of_them() -> None:
             assert (await client.get(path)).status_code == 200, path
 
 
-async def test_it_is_ready_also_without_a_master() -> None:
+async def test_sidecar_is_ready_without_a_master() -> None:
     app, _ = told_app(dead("n1"), master=None)
     response = await ask(app, "/ready")
     assert (response.status_code, response.text) == (200, "OK")
@@ -383,7 +383,7 @@ async def test_near_replicas_are_preferred() -> None:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n4"}
 
 
-async def test_what_a_host_says_moves_no_cursor_of_who_reads_it() -> None:
+async def test_control_characters_in_errors_of_hosts_are_escaped() -> None:
     error = "\x1b[2K\x9b2K\x7f\r\n größe"
     app, _ = told_app(master("n1"), dead("n2", error))
     response = await ask(app, "/hosts")

@@ -59,7 +59,7 @@ async def test_a_failover_is_answered_to_clients(cluster: PostgresCluster) -> No
     assert f"{first} does not answer" in page
 
 
-async def test_what_was_written_is_read_where_it_has_been_replayed(cluster: PostgresCluster) -> None:
+async def test_reads_go_to_hosts_that_have_replayed_the_write(cluster: PostgresCluster) -> None:
     first, second, third = cluster.hosts
     async with sidecar(cluster) as (url, _), http_client(url) as http, PgStatusClient(url) as client:
         for standby in cluster.standbys:

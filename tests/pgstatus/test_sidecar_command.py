@@ -30,7 +30,7 @@ def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_it_answers_for_a_real_server_until_it_is_told_to_stop(server: dict[str, str], command: str) -> None:
+async def test_command_answers_for_a_real_server_until_a_signal_stops_it(server: dict[str, str], command: str) -> None:
     async with running(command, **server) as sidecar:
         url = await sidecar.url()
         async with http_client(url) as client, PgStatusClient(url) as followed:
@@ -50,7 +50,7 @@ async def test_it_answers_for_a_real_server_until_it_is_told_to_stop(server: dic
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_it_stops_gracefully_beside_an_open_connection(server: dict[str, str], number: int) -> None:
+async def test_command_stops_gracefully_beside_an_open_connection(server: dict[str, str], number: int) -> None:
     async with running(**server) as sidecar:
         url = await sidecar.url()
         async with http_client(url) as client:
@@ -116,7 +116,7 @@ async def test_a_port_in_use_is_told_of() -> None:
     assert "Traceback" not in error
 
 
-async def test_it_explains_its_variables() -> None:
+async def test_help_of_the_command_explains_its_variables() -> None:
     process = await asyncio.create_subprocess_exec(
         *COMMANDS["script"], "--help", env=environment(), stdout=asyncio.subprocess.PIPE
     )
@@ -128,7 +128,7 @@ async def test_it_explains_its_variables() -> None:
 @pytest.mark.parametrize(
     ("address", "reached"), [("127.0.0.1", "127.0.0.1"), ("*", "127.0.0.1"), ("::1", "[::1]"), ("*", "[::1]")]
 )
-async def test_it_listens_where_it_is_told_to(server: dict[str, str], address: str, reached: str) -> None:
+async def test_command_listens_on_the_given_address(server: dict[str, str], address: str, reached: str) -> None:
     if ":" in reached and not _has_ipv6():
         pytest.skip("there is no IPv6 here")
     async with running(**server | {"http_listen_address": address}) as sidecar:

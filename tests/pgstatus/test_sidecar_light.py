@@ -33,7 +33,7 @@ def test_the_sidecar_starts_without_what_it_does_not_use(statement: str) -> None
     assert imported_by(statement) == []
 
 
-def test_what_applications_use_is_imported_with_what_it_needs() -> None:
+def test_public_functions_import_only_the_libraries_that_they_need() -> None:
     assert imported_by("from ctxdb_pgstatus import follow_master") == ["ctxdb_core", "greenlet", "sqlalchemy"]
     assert "httpx" in imported_by("from ctxdb_pgstatus import PgStatusClient")
 

@@ -67,7 +67,7 @@ def test_the_process_tells_what_it_takes() -> None:
     assert b"process_cpu_seconds_total " in render(None, changes=0)
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_metrics_without_a_known_value_are_left_out() -> None:
     found = read(render(cluster(dead("n1"), replica("n2", lag_ms=None), master=None), changes=0))
     assert found["master_known", ""] == 0
     assert ("host_lag_seconds", 'host="n1"') not in found

@@ -162,7 +162,7 @@ async def test_the_page_fits_a_narrow_screen(tab: Tab) -> None:
         await picture(tab, "narrow")
 
 
-async def test_what_a_host_says_is_text(tab: Tab) -> None:
+async def test_errors_and_names_of_hosts_are_shown_as_text_not_as_html(tab: Tab) -> None:
     evil = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
     app, monitor = a_cluster(History())
     monitor.status = cluster(master("n1", error=evil), replica("'\"><b>n2</b>"), master="n1")

@@ -125,7 +125,7 @@ async def test_a_request_is_read_however_it_arrives(url: str, desk: Desk) -> Non
     assert desk.requests == [Request(b"GET", "/a b", b"lag=1", accepts_json=True, bypasses_memory=True)]
 
 
-async def test_what_one_request_says_does_not_count_for_the_next(url: str, desk: Desk) -> None:
+async def test_headers_of_a_request_do_not_apply_to_the_next_one(url: str, desk: Desk) -> None:
     async with connect(url) as client:
         client.get("/a", "Accept: application/json", "Cache-Control: no-cache")
         client.get("/b")
@@ -206,7 +206,7 @@ async def test_a_target_in_another_form_is_understood(url: str, desk: Desk, targ
         b"CONNECT h:1 HTTP/1.1\r\n\r\n",
     ],
 )
-async def test_what_is_no_request_is_refused(url: str, sent: bytes) -> None:
+async def test_malformed_request_is_refused(url: str, sent: bytes) -> None:
     async with connect(url) as client:
         client.send(sent)
         assert await client.status_at_the_end() == 400
@@ -264,7 +264,7 @@ async def test_no_input_breaks_the_server(url: str, caplog: pytest.LogCaptureFix
     ],
     ids=["an address", "a field", "many fields", "many long fields", "a body", "a body in chunks"],
 )
-async def test_what_is_longer_than_a_request_is_refused(url: str, desk: Desk, sent: bytes, status: int) -> None:
+async def test_oversized_request_is_refused(url: str, desk: Desk, sent: bytes, status: int) -> None:
     async with connect(url) as client:
         client.send(sent)
         assert await client.status_at_the_end() == status
@@ -373,7 +373,7 @@ async def test_a_client_that_reads_slowly_gets_all_of_its_answers(url: str) -> N
         assert [len(body) for body in await client.bodies(21)] == [1 << 20] * 20 + [4]
 
 
-async def test_nothing_is_waited_for_when_its_client_has_left(url: str, desk: Desk) -> None:
+async def test_pending_answer_is_cancelled_when_the_client_has_left(url: str, desk: Desk) -> None:
     async with connect(url) as client:
         client.get("/wait")
         client.get("/a")
@@ -423,7 +423,7 @@ async def test_connections_beyond_the_limit_are_refused(desk: Desk, caplog: pyte
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_under_way_is_answered_before_the_server_ends(desk: Desk) -> None:
+async def test_requests_under_way_are_answered_before_the_server_ends(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(desk)
         await server.start(listener)

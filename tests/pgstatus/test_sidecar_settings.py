@@ -177,7 +177,7 @@ def test_hosts_may_be_found_by_patroni_and_by_srv_records() -> None:
         ({"hosts": "", "hosts_patroni": "http://n1", "hosts_srv": "x"}, "hosts_srv"),
     ],
 )
-def test_one_place_says_which_hosts_there_are(variables: dict[str, str], named: str) -> None:
+def test_invalid_or_second_source_of_hosts_is_refused(variables: dict[str, str], named: str) -> None:
     with pytest.raises(OptionError, match=f"pg_status__{named}\\b"):
         read(**variables)
 
@@ -211,7 +211,7 @@ def test_where_the_hosts_are() -> None:
 @pytest.mark.parametrize(
     "variables", [{"hosts_dc": "a,b"}, {"current_dc": "a"}, {"hosts_dc": "a", "current_dc": "a"}, {"hosts_dc": "a,"}]
 )
-def test_what_is_only_partly_said_of_where_the_hosts_are_does_not_count(variables: dict[str, str]) -> None:
+def test_incomplete_locations_of_hosts_are_ignored_with_a_warning(variables: dict[str, str]) -> None:
     settings = read(**variables)
     assert len(settings.warnings) == 1
     assert "by their dc" in settings.warnings[0]

@@ -57,7 +57,7 @@ def test_a_flood_of_tokens_costs_four_signatures(signatures: list[Any]) -> None:
     assert len(signatures) == 4
 
 
-def test_what_has_not_the_form_of_a_token_costs_no_signature(signatures: list[Any]) -> None:
+def test_malformed_token_is_rejected_without_a_signature(signatures: list[Any]) -> None:
     signatures.clear()
     assert SIGNER.read(["", "..", "x" * 100_000, f"1.{'f' * 13}.{'A' * 24}", f"-1.f.{'A' * 24}"]) is None
     assert signatures == []

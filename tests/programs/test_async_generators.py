@@ -28,7 +28,7 @@ async def due_invoices(db: DBConnect) -> AsyncGenerator[str]:
             yield name
 
 
-async def test_what_is_written_for_each_row_is_rolled_back_with_the_response(world: World) -> None:
+async def test_writes_of_a_consumer_are_rolled_back_with_its_response(world: World) -> None:
     async def pay_all() -> Reply:
         async for invoice in due_invoices(world.db):
             await insert(world.db, invoice)

@@ -13,7 +13,7 @@ from quart.typing import TestClientProtocol as Client
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import RawClient, serve
 from websockets import connect
 from websockets.exceptions import ConnectionClosedError
@@ -79,7 +79,7 @@ async def test_the_answer_to_a_failed_commit_passes_through_functions_after_the_
 
     @app.get("/")
     async def view() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     app.register_error_handler(IntegrityError, answer(409))
@@ -95,7 +95,7 @@ async def test_the_handlers_of_a_blueprint_come_first(
 
     @blueprint.get("/")
     async def view() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     blueprint.register_error_handler(IntegrityError, answer(422))
@@ -104,13 +104,13 @@ async def test_the_handlers_of_a_blueprint_come_first(
     assert (await client.get("/")).status_code == 422
 
 
-async def test_what_an_error_handler_writes_counts_by_its_status(
+async def test_status_of_the_error_handler_decides_on_its_writes(
     app: Quart, client: Client, db: DBConnect, database: Database
 ) -> None:
     @app.get("/")
     async def view() -> str:
         await insert(db, "view")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     @app.errorhandler(IntegrityError)
@@ -150,13 +150,13 @@ async def test_an_answer_that_cannot_be_committed_either_is_a_500(
 ) -> None:
     @app.get("/")
     async def view() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     @app.errorhandler(IntegrityError)
     async def handle(error: IntegrityError) -> tuple[str, int]:
         await insert(db, "handler")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "accepted", 202
 
     assert (await client.get("/")).status_code == 500
@@ -242,7 +242,7 @@ async def test_a_body_whose_work_cannot_be_committed_has_no_end(app: Quart, db: 
     async def view() -> AsyncGenerator[str, None]:
         async def chunks() -> AsyncGenerator[str, None]:
             await insert(db, "stream")
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
             yield "body"
 
         return chunks()
@@ -357,7 +357,7 @@ async def test_a_close_whose_commit_fails_says_so_even_if_the_error_is_swallowed
     @app.websocket("/")
     async def view() -> None:
         await websocket.accept()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         try:
             await websocket.close(1000)
         except IntegrityError as exc:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 import pytest
 from quart import Quart, websocket
 from sqlalchemy.exc import IntegrityError
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import RawClient, serve
 from websockets import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -93,7 +93,7 @@ async def test_a_response_whose_commit_fails_is_refused(
 ) -> None:
     @app.get("/")
     async def view() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     @app.errorhandler(IntegrityError)
@@ -110,7 +110,7 @@ async def test_the_answer_to_a_refused_response_is_handled_anew(
 ) -> None:
     @app.get("/")
     async def view() -> str:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return "success"
 
     @app.errorhandler(IntegrityError)
@@ -135,7 +135,7 @@ async def test_a_body_whose_commit_fails_has_no_end(
     async def view() -> AsyncGenerator[str, None]:
         async def chunks() -> AsyncGenerator[str, None]:
             yield "body"
-            await insert_orphan(db)
+            await insert_row_that_fails_at_commit(db)
 
         return chunks()
 
@@ -168,7 +168,7 @@ async def test_a_handshake_whose_commit_fails_is_answered_by_an_error_handler(
 ) -> None:
     @app.websocket("/")
     async def view() -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await websocket.send("success")
 
     @app.errorhandler(IntegrityError)
@@ -192,7 +192,7 @@ async def test_a_websocket_whose_commit_fails_is_closed_with_an_error(
     @app.websocket("/")
     async def view() -> None:
         await websocket.accept()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         if closes:
             await websocket.close(1000)
 
@@ -215,7 +215,7 @@ async def test_work_behind_the_handler_of_a_websocket_that_cannot_be_committed_i
 ) -> None:
     @app.teardown_websocket
     async def teardown(exc: BaseException | None) -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     @app.websocket("/")
     async def view() -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from tests.support.application import Reply
-from tests.support.database import Item, eventually, insert, insert_orphan
+from tests.support.database import Item, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.world import World
 
 from ctxdb_core import (
@@ -81,7 +81,7 @@ def inserting(world: World, name: str) -> Step:
 
 
 @pytest.mark.parametrize("status", [200, 503])
-async def test_what_the_handler_has_written_is_rolled_back(world: World, status: int) -> None:
+async def test_writes_of_the_abandoned_handler_are_rolled_back(world: World, status: int) -> None:
     response = await give_up(world, status, handler=inserting(world, "handler"))
     assert (response.status_code, response.text) == (status, "instead")
     assert await world.names() == []
@@ -98,7 +98,7 @@ async def test_a_middleware_may_have_read(world: World) -> None:
     assert await world.names() == []
 
 
-async def test_what_the_middleware_alone_has_written_is_committed(world: World) -> None:
+async def test_writes_of_the_middleware_are_committed_if_the_handler_only_reads(world: World) -> None:
     async def read() -> None:
         await (await db_session(world.db)).execute(select(Item))
 
@@ -107,14 +107,14 @@ async def test_what_the_middleware_alone_has_written_is_committed(world: World) 
     assert await world.names() == ["after", "before"]
 
 
-async def test_it_is_not_committed_for_an_error(world: World) -> None:
+async def test_writes_of_the_middleware_are_rolled_back_for_an_error_response(world: World) -> None:
     response = await give_up(world, 503, before=inserting(world, "before"))
     assert (response.status_code, response.text) == (503, "instead")
     assert await world.names() == []
 
 
 async def test_a_success_for_it_is_not_sent_if_the_commit_fails(world: World) -> None:
-    response = await give_up(world, before=lambda: insert_orphan(world.db))
+    response = await give_up(world, before=lambda: insert_row_that_fails_at_commit(world.db))
     # A middleware of aiohttp that has returned already learns of it no more.
     handled = world.setting.adapter.has_exception_handlers and world.setting.adapter.name != "aiohttp"
     assert response.status_code == (409 if handled else 500)
@@ -145,7 +145,7 @@ async def test_a_success_for_what_may_be_the_middlewares_is_refused(world: World
     assert await world.names() == []
 
 
-async def test_what_the_middleware_has_committed_stands(world: World) -> None:
+async def test_early_commit_of_the_middleware_stands(world: World) -> None:
     async def write_and_commit() -> None:
         await insert(world.db, "middleware")
         await commit_db_session(world.db)
@@ -175,7 +175,7 @@ async def test_a_transaction_of_the_handlers_own_is_its_own(world: World, commit
 
 
 @pytest.mark.postgresql
-async def test_what_the_middleware_writes_in_another_unit_of_work_stands(world: World) -> None:
+async def test_writes_of_the_middleware_in_another_unit_of_work_stand(world: World) -> None:
     response = await give_up(
         world,
         handler=inserting(world, "handler"),

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 from sqlalchemy import text
 from tests.support.application import Reply, Stream, current_request
-from tests.support.database import eventually, insert, insert_orphan
+from tests.support.database import eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import RawClient
 from tests.support.world import World
 
@@ -69,7 +69,7 @@ async def test_background_work_behind_a_rolled_back_response_is_committed(world:
 async def test_background_work_whose_commit_fails_leaves_nothing_behind(world: World) -> None:
     async def background() -> None:
         await insert(world.db, "background")
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
 
     async def handler() -> Reply:
         await insert(world.db, "response")
@@ -192,7 +192,7 @@ async def test_a_background_task_that_fails_cannot_undo_a_stream(world: World) -
 async def test_a_stream_whose_commit_fails_breaks_off(world: World) -> None:
     async def chunks() -> AsyncGenerator[str, None]:
         await insert(world.db, "stream")
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         yield "body"
 
     async def handler() -> Stream:

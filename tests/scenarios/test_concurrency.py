@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy import text
 from tests.support.application import Refusal, Reply, current_request
-from tests.support.database import eventually, insert, insert_orphan
+from tests.support.database import eventually, insert, insert_row_that_fails_at_commit
 from tests.support.world import World
 
 from ctxdb_core import db_session, gather_in_new_ctx
@@ -40,7 +40,7 @@ async def test_hundreds_of_requests_that_fail_in_every_way_leave_the_pool_to_the
             case 1:
                 raise Refusal(409)
             case 2:
-                await insert_orphan(world.db)
+                await insert_row_that_fails_at_commit(world.db)
             case 3:
                 await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
             case 4:

@@ -27,7 +27,7 @@ async def read_a_byte_and_leave(world: World) -> None:
 
 
 @pytest.mark.parametrize("in_own_task", [False, True])
-async def test_what_it_had_not_committed_is_rolled_back(world: World, in_own_task: bool) -> None:
+async def test_uncommitted_work_of_a_cut_off_stream_is_rolled_back(world: World, in_own_task: bool) -> None:
     """On Python 3.11, `asyncio.wait_for` makes a task of what it waits for."""
     ended = asyncio.Event()
 
@@ -104,7 +104,7 @@ async def test_the_background_task_behind_it_is_committed(world: World) -> None:
 
 @pytest.mark.background
 @pytest.mark.parametrize("how", ["statement", "object", "kept_session", "nothing"])
-async def test_what_it_had_not_committed_is_not_committed_with_the_background_task(world: World, how: str) -> None:
+async def test_background_task_does_not_commit_the_work_of_a_cut_off_stream(world: World, how: str) -> None:
     done = asyncio.Event()
     sessions: list[AsyncSession] = []
 

@@ -60,7 +60,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("exception", [Stop, GeneratorExit, asyncio.CancelledError])
-async def test_what_is_no_exception_rolls_back_too(world: World, exception: type[BaseException]) -> None:
+async def test_base_exception_rolls_back(world: World, exception: type[BaseException]) -> None:
     """Servers answer it by 500 or by hanging up; without one, the client gets to see it."""
 
     async def handler() -> Reply:

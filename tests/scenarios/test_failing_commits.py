@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Reply, Stream
-from tests.support.database import Item, eventually, insert, insert_orphan
+from tests.support.database import Item, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.world import World
 
 from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, new_non_ctx_session, on_commit
@@ -18,7 +18,7 @@ from ctxdb_core import TransactionAbortedError, commit_db_session, db_session, n
 
 async def _orphan_handler(world: World) -> Reply:
     await insert(world.db, "with the orphan")
-    await insert_orphan(world.db)
+    await insert_row_that_fails_at_commit(world.db)
     return Reply("success", headers={"x-success": "yes"})
 
 
@@ -54,14 +54,14 @@ async def test_a_handler_of_every_exception_answers_too(world: World) -> None:
 
 
 @pytest.mark.background
-async def test_nothing_that_was_to_follow_a_success_happens(world: World) -> None:
+async def test_background_tasks_and_callbacks_of_a_failed_commit_do_not_run(world: World) -> None:
     happened: list[str] = []
 
     async def background() -> None:
         happened.append("background")
 
     async def handler() -> Reply:
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         on_commit(world.db, lambda: happened.append("on_commit"))
         return Reply(background=background)
 
@@ -81,7 +81,7 @@ async def test_a_stream_is_not_begun(world: World) -> None:
         begun.append("background")
 
     async def handler() -> Stream:
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         return Stream(chunks(), background=background)
 
     response = await world.get(handler)
@@ -96,7 +96,7 @@ async def test_a_stream_that_is_not_begun_is_answered_by_the_handler(world: Worl
         yield "success"
 
     async def handler() -> Stream:
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         return Stream(chunks())
 
     world.application.exception_statuses[IntegrityError] = 409
@@ -236,7 +236,7 @@ async def test_an_early_commit_stands_when_the_last_one_fails(world: World) -> N
         await insert(world.db, "early")
         await commit_db_session(world.db)
         await insert(world.db, "late")
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         return Reply()
 
     assert (await world.get(handler)).status_code == 500
@@ -250,7 +250,7 @@ async def test_with_two_databases_the_error_names_what_was_committed(world: Worl
         async def handler() -> Reply:
             await insert(world.db, "first")
             await insert(second, "second")
-            await insert_orphan(second)
+            await insert_row_that_fails_at_commit(second)
             return Reply()
 
         client = await world.start(("/", handler))

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Application, Handler, Reply, Socket, Stream
-from tests.support.database import eventually, insert, insert_orphan
+from tests.support.database import eventually, insert, insert_row_that_fails_at_commit
 from tests.support.world import World
 from websockets.exceptions import ConnectionClosedOK
 
@@ -103,7 +103,7 @@ async def test_an_exception_of_a_mounted_application_rolls_back(world: World) ->
 async def test_a_failing_commit_of_a_mounted_application_is_an_error(world: World) -> None:
     async def handler() -> Reply:
         await insert(world.db, "inner")
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         return Reply("success")
 
     mounted(world, handler)
@@ -117,7 +117,7 @@ async def test_a_failing_commit_of_a_mounted_application_is_an_error(world: Worl
 @pytest.mark.exception_handlers
 async def test_a_failing_commit_reaches_the_handlers_of_the_application_around_it(world: World) -> None:
     async def handler() -> Reply:
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
         return Reply("success")
 
     mounted(world, handler)

@@ -49,7 +49,7 @@ async def test_a_new_transaction_stands_whatever_becomes_of_its_request(world: W
 
 
 @pytest.mark.parametrize("how", ["transaction", "single statement"])
-async def test_what_a_task_does_behind_its_request_in_a_transaction_is_committed(world: World, how: str) -> None:
+async def test_transaction_of_a_task_that_outlives_its_request_is_committed(world: World, how: str) -> None:
     context = TransactionContext(world.db, auto_context_on_execute=True)
     answered = asyncio.Event()
     late: list[asyncio.Task[None]] = []

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 from tests.support.application import Reply, Socket
-from tests.support.database import eventually, insert, insert_orphan
+from tests.support.database import eventually, insert, insert_row_that_fails_at_commit
 from tests.support.world import World
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK
 
@@ -86,7 +86,7 @@ async def test_an_exception_rolls_back_and_does_not_close_normally(world: World)
 async def test_a_failing_commit_does_not_close_normally(world: World) -> None:
     async def handler(socket: Socket) -> None:
         await insert(world.db, "one")
-        await insert_orphan(world.db)
+        await insert_row_that_fails_at_commit(world.db)
 
     world.application.sockets["/"] = handler
     await world.start()

@@ -17,7 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import serve
 from websockets.asyncio.client import connect
 
@@ -146,7 +146,7 @@ async def test_yield_dependencies_see_a_failing_commit(app: FastAPI, db: DBConne
 
     @app.post("/", dependencies=[Depends(dependency, scope="request")])
     async def write() -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     @app.exception_handler(IntegrityError)
     async def handle(request: object, exc: IntegrityError) -> JSONResponse:
@@ -165,7 +165,7 @@ async def test_a_yield_dependency_that_swallows_the_error_changes_nothing(app: F
 
     @app.post("/", dependencies=[Depends(dependency, scope="request")])
     async def write() -> None:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
     async with client_of(app) as client:
         assert (await client.post("/")).status_code == 500
@@ -360,7 +360,7 @@ async def test_a_websocket_whose_commit_fails_closes_with_1011(app: FastAPI, db:
     @app.websocket("/")
     async def chat(websocket: WebSocket) -> None:
         await websocket.accept()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await websocket.close()
 
     async with serve(app) as base_url, connect(base_url.replace("http", "ws") + "/") as client:
@@ -418,7 +418,7 @@ async def test_a_websockets_error_surfaces_although_there_is_a_handler_for_it(ap
     @app.websocket("/")
     async def chat(websocket: WebSocket) -> None:
         await websocket.accept()
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         await websocket.close()
 
     surfaced: list[BaseException] = []

@@ -18,7 +18,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import RawClient, serve
 from tests.support.stacks import Ask, DoNothing, application, on_integrity_error
 
@@ -65,11 +65,11 @@ async def test_a_failing_commit_reaches_its_handler_in_every_stack(
     db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, stack: list[Any]
 ) -> None:
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     async def stream(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
 
         async def chunks() -> AsyncGenerator[str, None]:
             yield "success"
@@ -192,7 +192,7 @@ async def test_the_servers_error_handler_answers_what_no_other_does(
         return PlainTextResponse(f"handled {type(exc).__name__}", 555)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={key: handle})
@@ -205,7 +205,7 @@ async def test_sync_exception_handlers_answer_too(db: DBConnect, framework: type
         return PlainTextResponse(request.url.path, 409)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/path": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
@@ -223,7 +223,7 @@ async def test_a_handler_can_use_the_database(
         return PlainTextResponse("handled", 409)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
@@ -239,11 +239,11 @@ async def test_a_handler_whose_own_commit_fails_ends_in_a_500(
     async def handle(request: Request, exc: Exception) -> Response:
         nonlocal calls
         calls += 1
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("handled", 200)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
@@ -286,7 +286,7 @@ async def test_the_nearest_applications_handler_answers_first(
     expected: int,
 ) -> None:
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     def options(status: int | None) -> dict[str, Any]:
@@ -302,7 +302,7 @@ async def test_wrapped_around_a_whole_application_it_still_finds_the_handlers(
     db: DBConnect, framework: type[Starlette], ask: Ask
 ) -> None:
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, exception_handlers=on_integrity_error(409))
@@ -317,7 +317,7 @@ async def test_wrapped_around_a_whole_application_it_still_finds_the_servers_err
         return PlainTextResponse("handled", 555)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, exception_handlers={Exception: handle})
@@ -382,7 +382,7 @@ async def test_a_pure_asgi_middleware_that_retries_cannot_send_twice(db: DBConne
                 await PlainTextResponse("pretended success")(scope, receive, send)
 
     async def write(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(Starlette, {"/": write}, Retry, DBSessionMiddleware)
@@ -419,7 +419,7 @@ async def test_a_handler_can_read_the_request_again(
 
     async def write(request: Request) -> Response:
         assert len(await request.body()) == size
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return PlainTextResponse("success")
 
     app = application(framework, {"/": write}, DBSessionMiddleware, exception_handlers={IntegrityError: handle})
@@ -428,6 +428,6 @@ async def test_a_handler_can_read_the_request_again(
 
 
 @pytest.mark.parametrize("wire", [close_on_shutdown, provide_session])
-def test_what_is_no_database_is_refused_at_once(wire: Callable[[Any], object]) -> None:
+def test_value_that_is_no_database_is_refused_at_once(wire: Callable[[Any], object]) -> None:
     with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
         wire("postgresql+asyncpg://localhost")

@@ -16,7 +16,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from tests.support.database import Database, eventually, insert, insert_orphan
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.server import RawClient, http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
@@ -87,7 +87,7 @@ async def test_a_failing_commit_stops_the_body_before_it_begins(
         yield "body"
 
     async def stream(request: Request) -> Response:
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return StreamingResponse(chunks())
 
     app = application(framework, {"/": stream}, *stack, exception_handlers=on_integrity_error(409))
@@ -145,7 +145,7 @@ async def test_a_body_is_streamed_wherever_the_middleware_is_that_holds_its_star
     assert await database.names() == ["stream"]
 
 
-async def test_what_a_base_middleware_writes_behind_a_stream_is_committed_before_the_response(
+async def test_writes_of_a_base_middleware_behind_a_stream_are_committed_before_the_start(
     db: DBConnect, database: Database, framework: type[Starlette], ask: Ask
 ) -> None:
     class Audit(BaseHTTPMiddleware):

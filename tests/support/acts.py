@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.application import Refusal, Reply, Stream, current_request
-from tests.support.database import insert_orphan
+from tests.support.database import insert_row_that_fails_at_commit
 from tests.support.desk import Desk
 
 from ctxdb_core import (
@@ -108,7 +108,7 @@ async def reads_its_request(desk: Desk, key: str, luck: float) -> Reply:
 @act(409, 500)
 async def fails_to_commit(desk: Desk, key: str, luck: float) -> Reply:
     await desk.write(key)
-    await insert_orphan(desk.db)
+    await insert_row_that_fails_at_commit(desk.db)
     return Reply(key)
 
 

@@ -166,7 +166,7 @@ async def insert(db: DBConnect, name: str) -> AsyncSession:
     return session
 
 
-async def insert_orphan(db: DBConnect) -> None:
+async def insert_row_that_fails_at_commit(db: DBConnect) -> None:
     """Write a row that the database refuses at COMMIT."""
     session = await db_session(db)
     await session.execute(text("INSERT INTO child VALUES ('nobody')"))

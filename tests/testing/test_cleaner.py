@@ -66,7 +66,7 @@ async def rows(database: Database) -> list[tuple[int, str]]:
     return await database.query("SELECT id, name FROM numbered ORDER BY id")
 
 
-async def test_it_empties_what_has_changed_and_tells_the_names(
+async def test_cleaner_empties_changed_tables_and_returns_their_names(
     db: DBConnect, database: Database, cleaner: TableCleaner
 ) -> None:
     await run_in_new_ctx(insert, db, "one")
@@ -75,27 +75,29 @@ async def test_it_empties_what_has_changed_and_tells_the_names(
     assert await cleaner.clean() == []
 
 
-async def test_it_sees_what_other_processes_have_changed(database: Database, cleaner: TableCleaner) -> None:
+async def test_cleaner_sees_changes_of_other_processes(database: Database, cleaner: TableCleaner) -> None:
     await database.query("INSERT INTO item VALUES ('one')")
     assert len(await cleaner.clean()) == 1
     assert await database.names() == []
 
 
-async def test_it_empties_tables_that_refer_to_each_other(database: Database, cleaner: TableCleaner) -> None:
+async def test_cleaner_empties_tables_that_refer_to_each_other(database: Database, cleaner: TableCleaner) -> None:
     await database.query("INSERT INTO parent VALUES ('p')")
     await database.query("INSERT INTO child VALUES ('p')")
     assert len(await cleaner.clean()) == 2
     assert await database.names("parent") == []
 
 
-async def test_what_was_rolled_back_is_no_change(db: DBConnect, database: Database, cleaner: TableCleaner) -> None:
+async def test_rolled_back_write_is_no_change(db: DBConnect, database: Database, cleaner: TableCleaner) -> None:
     async with new_non_ctx_session(db) as session:
         await session.execute(text("INSERT INTO item VALUES ('one')"))
         await session.rollback()
     assert await cleaner.clean() == []
 
 
-async def test_it_empties_tables_that_are_newer_than_itself(database: Database, cleaner: TableCleaner) -> None:
+async def test_cleaner_empties_tables_that_are_newer_than_the_cleaner(
+    database: Database, cleaner: TableCleaner
+) -> None:
     await database.query("CREATE TABLE newer (name VARCHAR(40))")
     await database.query("INSERT INTO newer VALUES ('one')")
     await cleaner.clean()

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
-from tests.support.database import Database, Item, insert, insert_orphan
+from tests.support.database import Database, Item, insert, insert_row_that_fails_at_commit
 from tests.support.server import http_client, serve
 from tests.support.stacks import on_integrity_error
 
@@ -221,7 +221,7 @@ async def test_an_error_status_rolls_back(client: Client, db: DBConnect) -> None
 async def test_a_commit_that_is_refused_takes_the_error_path(client: Client, db: DBConnect) -> None:
     async def act() -> int:
         await insert(db, "one")
-        await insert_orphan(db)
+        await insert_row_that_fails_at_commit(db)
         return 200
 
     async with shared_transaction(db) as session:
@@ -255,7 +255,7 @@ async def test_all_that_a_handler_can_do_with_its_transactions_is_done(client: C
 
 
 @clients
-async def test_what_the_test_reads_stands_in_no_requests_way(client: Client, db: DBConnect) -> None:
+async def test_reads_of_the_test_do_not_block_requests(client: Client, db: DBConnect) -> None:
     async def act() -> int:
         await insert(db, "one")
         return 200

@@ -228,7 +228,7 @@ async def test_a_block_that_begins_in_a_shared_transaction_may_end_after_it(
         (lambda: 5, "int is given"),
     ],
 )
-def test_what_is_neither_a_url_nor_a_creator_is_refused(
+def test_value_that_is_neither_url_nor_creator_is_refused(
     db_at_rest: DBConnect, wrong: Callable[[], object], message: str
 ) -> None:
     with pytest.raises(ArgumentTypeError, match=message):
@@ -270,6 +270,6 @@ def test_drivers_for_asyncio_are_accepted(db_at_rest: DBConnect, url: str) -> No
     db_at_rest.overridden(url)
 
 
-def test_what_is_no_url_is_refused(db_at_rest: DBConnect) -> None:
+def test_invalid_url_is_refused(db_at_rest: DBConnect) -> None:
     with pytest.raises(ArgumentError):
         db_at_rest.overridden("shop_test")

@@ -214,7 +214,7 @@ def look(ctxdb_shared_transaction):
     run(tests, "--asyncio-mode=auto").assert_outcomes(passed=1)
 
 
-def test_what_cannot_be_shown_on_one_connection_is_an_error_of_the_test(run: Run) -> None:
+def test_rollback_of_another_sessions_commit_is_an_error_of_the_test(run: Run) -> None:
     tests = """
 async def test_audit(ctxdb_shared_transaction):
     with pytest.raises(LookupError):
@@ -266,7 +266,7 @@ async def test_services_share_a_session(ctxdb_shared_transaction):
     await write()
     assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 1
 
-async def test_nothing_is_left_of_the_test_before(ctxdb_shared_transaction):
+async def test_rows_of_the_previous_test_are_gone(ctxdb_shared_transaction):
     assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 0
 
 def test_plain(): pass
@@ -300,7 +300,7 @@ async def test_fails(look, new_db_ctx):
     await write("two")
     raise LookupError
 
-def test_what_was_seen():
+def test_recorded_numbers_of_rows():
     assert seen == [1, 0]
 """
     run(tests, "--asyncio-mode=auto").assert_outcomes(passed=2, failed=1)

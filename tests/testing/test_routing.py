@@ -68,7 +68,9 @@ async def write_and_read(db: DBConnect) -> list[str]:
     return list((await session.scalars(select(Item.name))).all())
 
 
-async def test_what_they_commit_in_a_shared_transaction_is_rolled_back(db: DBConnect, database: Database) -> None:
+async def test_commits_of_routing_sessions_in_a_shared_transaction_are_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
     for _ in range(2):
         async with shared_transaction(db) as session:
             async with new_db_ctx():
@@ -105,7 +107,9 @@ async def test_other_event_loops_share_the_transaction(db: DBConnect, database: 
     assert await database.names() == []
 
 
-async def test_what_they_commit_in_a_rollback_session_is_rolled_back(db: DBConnect, database: Database) -> None:
+async def test_commits_of_routing_sessions_in_a_rollback_session_are_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
     async with rollback_session(db) as session:
         session.add(Item(name="one"))
         await session.commit()

@@ -101,7 +101,7 @@ async def test_an_autocommit_block_has_its_statement_timeout_to_itself(db: DBCon
     ],
     ids=["SET LOCAL", "in other letters", "set_config", "with a parameter", "with parameters"],
 )
-async def test_what_is_set_for_a_transaction_ends_with_it(db: DBConnect, statement: Executable) -> None:
+async def test_setting_of_a_transaction_ends_with_the_transaction(db: DBConnect, statement: Executable) -> None:
     async with shared_transaction(db) as session:
         for commit in (True, False):
             async with new_non_ctx_session(db) as own:
@@ -160,7 +160,7 @@ async def test_an_error_behind_a_savepoint_leaves_the_settings_that_were_before_
 
 
 @POSTGRESQL
-async def test_what_is_deferred_to_the_commit_is_checked_with_the_settings(db: DBConnect) -> None:
+async def test_deferred_trigger_sees_the_settings_of_its_session(db: DBConnect) -> None:
     async with shared_transaction(db) as session:
         await session.execute(
             text(

@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import StaticPool
-from tests.support.database import Database, Item, eventually, insert, insert_orphan
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.items import names
 
 from ctxdb_core import (
@@ -34,7 +34,7 @@ from ctxdb_core.adapters import Propagation
 from ctxdb_core.testing import SharedTransactionError, rollback_session, shared_transaction
 
 
-async def test_what_was_committed_is_seen_by_all_and_gone_at_the_end(db: DBConnect, database: Database) -> None:
+async def test_commit_is_seen_by_all_sessions_and_gone_at_the_end(db: DBConnect, database: Database) -> None:
     async with shared_transaction(db) as session:
         async with new_db_ctx():
             await insert(db, "one")
@@ -45,7 +45,7 @@ async def test_what_was_committed_is_seen_by_all_and_gone_at_the_end(db: DBConne
     assert await names(db) == []
 
 
-async def test_what_was_rolled_back_is_gone_at_once(db: DBConnect) -> None:
+async def test_rolled_back_work_is_gone_at_once(db: DBConnect) -> None:
     async with shared_transaction(db):
         with pytest.raises(LookupError):
             async with new_db_ctx():
@@ -85,19 +85,19 @@ async def test_callbacks_of_commits_run(db: DBConnect) -> None:
     assert called == ["committed"]
 
 
-async def test_what_is_deferred_to_the_commit_is_checked_by_it(db: DBConnect) -> None:
+async def test_deferred_constraint_is_checked_by_the_commit(db: DBConnect) -> None:
     async with shared_transaction(db):
         for _ in range(2):
             with pytest.raises(IntegrityError):
                 async with new_db_ctx():
                     await insert(db, "undone")
-                    await insert_orphan(db)
+                    await insert_row_that_fails_at_commit(db)
         async with new_db_ctx():
             await insert(db, "one")
         assert await names(db) == ["one"]
 
 
-async def test_what_is_deferred_to_the_commit_is_not_checked_earlier(db: DBConnect) -> None:
+async def test_deferred_constraint_is_not_checked_before_the_commit(db: DBConnect) -> None:
     async with shared_transaction(db):
         for number in range(2):
             async with new_db_ctx():
@@ -108,7 +108,9 @@ async def test_what_is_deferred_to_the_commit_is_not_checked_earlier(db: DBConne
             assert await session.scalar(text("SELECT count(*) FROM child")) == 2
 
 
-async def test_what_is_checked_at_once_stays_so(db: DBConnect, postgresql: None) -> None:
+async def test_deferrable_constraint_that_is_initially_immediate_stays_immediate(
+    db: DBConnect, postgresql: None
+) -> None:
     async with shared_transaction(db) as session:
         await session.execute(text("ALTER TABLE item ADD CONSTRAINT once UNIQUE (name) DEFERRABLE INITIALLY IMMEDIATE"))
         await session.execute(text("ALTER TABLE item DROP CONSTRAINT item_pkey"))
@@ -170,7 +172,7 @@ async def test_a_written_out_end_of_the_transaction_ends_no_more_than_the_sessio
 
 
 @pytest.mark.parametrize("statement", ["PREPARE TRANSACTION 'x'", "COMMIT AND CHAIN", "SELECT 1; COMMIT"])
-async def test_what_would_really_commit_is_refused(db: DBConnect, statement: str) -> None:
+async def test_statement_that_would_really_commit_is_refused(db: DBConnect, statement: str) -> None:
     async with shared_transaction(db), new_non_ctx_session(db) as session:
         with pytest.raises(SharedTransactionError, match="for good"):
             await session.execute(text(statement))
@@ -191,7 +193,7 @@ async def test_engines_are_part_of_it(db: DBConnect, database: Database) -> None
         assert await database.names() == []
 
 
-async def test_what_is_older_than_it_is_refused(db: DBConnect, database: Database) -> None:
+async def test_session_that_is_older_than_the_shared_transaction_is_refused(db: DBConnect, database: Database) -> None:
     maker = await db.session_maker()
     async with new_non_ctx_session(db) as open_session:
         await open_session.execute(text("INSERT INTO item VALUES ('older')")) if database.is_postgresql else None
@@ -275,14 +277,14 @@ async def test_a_change_of_the_host_stays_inside_of_it(db: DBConnect) -> None:
     assert db.host == "127.0.0.1"
 
 
-async def test_it_cannot_be_nested(db: DBConnect) -> None:
+async def test_shared_transactions_cannot_be_nested(db: DBConnect) -> None:
     async with shared_transaction(db):
         with pytest.raises(SharedTransactionError, match="nested"):
             async with shared_transaction(db):
                 pytest.fail("it was entered")
 
 
-async def test_who_outlives_it_is_told_so(db: DBConnect, database: Database) -> None:
+async def test_session_that_outlives_the_shared_transaction_gets_an_error(db: DBConnect, database: Database) -> None:
     async with shared_transaction(db):
         session = await db.create_session()
     with pytest.raises(SharedTransactionError, match="has ended"):
@@ -309,7 +311,7 @@ async def test_a_cancelled_statement_stops_and_the_shared_transaction_goes_on(
     assert not database.backends("query ~ 'pg_sleep'  AND state = 'active'")
 
 
-async def test_nothing_is_written_once_the_connection_is_lost(
+async def test_writes_are_refused_once_the_connection_is_lost(
     db: DBConnect, database: Database, postgresql: None
 ) -> None:
     async with shared_transaction(db):
@@ -364,7 +366,7 @@ async def test_a_database_in_memory_is_the_one_that_was_filled(url: str, options
         assert await names(db) == []
 
 
-async def test_another_threads_loop_shares_it(db: DBConnect) -> None:
+async def test_event_loop_of_another_thread_shares_the_transaction(db: DBConnect) -> None:
     def elsewhere() -> None:
         asyncio.run(run_in_new_ctx(insert, db, "there"))
 
@@ -460,7 +462,7 @@ async def test_of_two_that_begin_at_once_the_second_is_refused_and_harms_nothing
     assert await database.names() == ["really"]
 
 
-async def test_one_that_cannot_begin_leaves_its_databases_to_the_next(
+async def test_databases_are_free_after_a_shared_transaction_that_could_not_begin(
     db: DBConnect, database: Database, tmp_path: Path
 ) -> None:
     async with DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:

@@ -40,7 +40,7 @@ async def test_a_roll_back_that_undoes_the_commit_of_another_session_is_told_at_
                     raise LookupError
 
 
-async def test_what_has_only_read_stands_in_nobodys_way(db: DBConnect) -> None:
+async def test_session_that_has_only_read_does_not_block_other_sessions(db: DBConnect) -> None:
     async with shared_transaction(db):
         async with new_non_ctx_session(db) as reader:
             await reader.scalars(select(Item))
@@ -71,7 +71,7 @@ async def test_sessions_of_several_tasks_take_turns_inside_of_a_transaction(db: 
         assert await names(db) == ["a", "b", "c", "outer"]
 
 
-async def test_one_of_several_tasks_that_fails_leaves_the_others_work(db: DBConnect) -> None:
+async def test_failing_task_leaves_the_work_of_other_tasks(db: DBConnect) -> None:
     async def fail() -> None:
         await insert(db, "failed")
         raise LookupError
@@ -186,7 +186,7 @@ async def test_a_savepoint_that_is_open_keeps_others_waiting(db: DBConnect) -> N
 
 
 @pytest.mark.parametrize("lock", ["SELECT name FROM item FOR UPDATE", "SELECT pg_advisory_xact_lock(1)"])
-async def test_what_takes_a_lock_keeps_others_out(db: DBConnect, postgresql: None, lock: str) -> None:
+async def test_session_with_a_lock_blocks_other_sessions(db: DBConnect, postgresql: None, lock: str) -> None:
     async def count_up() -> None:
         session = await db_session(db)
         await session.execute(text(lock))

@@ -72,8 +72,8 @@ def _with_commit_point(
     """Return `handler` with one more commit point next to the handler of the route, if it needs one there.
 
     Middlewares of a sub-application are further in than all of those that the application around it has, and it has a
-    list of its own, which is frozen. So are those that were added to ours when it had taken its places. Where the user
-    has chosen a place, that holds.
+    list of its own, which is frozen. So are middlewares that were added after `setup` had taken its places. A place
+    that the user has chosen is kept.
     """
     commit_point, _ = commit_points
     points = [middleware for middleware in middlewares if middleware in commit_points]

@@ -1,4 +1,4 @@
-"""`WatchedWriter`: what a request's writer is told is told first to the `Delivery` of the response."""
+"""`WatchedWriter`: calls the `Delivery` of a response before its head and its end are written."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import typing
 import warnings
 
 from ctxdb_core._blocks.atomic import atomic_db_session
-from ctxdb_core._blocks.joining import joining_session
+from ctxdb_core._blocks.joining_session import joining_session
 from ctxdb_core._blocks.retry import is_conflict, retry_on_conflict
 from ctxdb_core._blocks.transaction_context import TransactionContext
 from ctxdb_core._blocks.transactional import transactional

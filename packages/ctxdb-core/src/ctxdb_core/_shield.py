@@ -1,9 +1,9 @@
-"""Running a coroutine to its end inside the current task, whoever cancels that task meanwhile.
+"""Running a coroutine to its end inside the current task, even if that task is cancelled meanwhile.
 
 A commit that has been sent must be seen through. `asyncio.shield` does it with a second task, which costs a request of
 one statement 4 % of its CPU, and waiting for it under an anyio cancel scope, which cancels again at every turn of the
-event loop, is a busy loop. Here the coroutine is stepped by hand: the current task is lent to it, waits on what it
-waits on, and takes notice of its own cancellation afterwards.
+event loop, is a busy loop. Here the coroutine is stepped by hand: the current task is lent to it, awaits the same
+futures, and raises its own cancellation when the coroutine has ended.
 """
 
 from __future__ import annotations

@@ -154,8 +154,8 @@ class _Search:
 def _stack_of(app: Any, is_bottom: IsBottom) -> tuple[list[Any], Any]:
     """Return the middlewares from `app` downwards that may be entered, and what is beneath them.
 
-    All are, if `is_bottom` says of an object beneath them that they are middlewares. Otherwise, those of the frameworks
-    are, down to the first other one.
+    All of them may be entered if `is_bottom` recognises the object beneath them. Otherwise, those of the frameworks
+    may, down to the first foreign one.
     """
     stack, beneath = _follow(app, lambda each: not is_bottom(each) and not isinstance(each, (Starlette, Router)))
     return (stack, beneath) if is_bottom(beneath) else _follow(app, _is_of_a_framework)

@@ -58,9 +58,9 @@ _lock = threading.Lock()
 
 
 def watch_engines() -> None:
-    """Listen to SQLAlchemy's engines, once and for all: whoever commits, by a session or without one, is seen.
+    """Listen to all engines of the process, once: each COMMIT is counted, by a session or a bare connection.
 
-    A transaction of those that make no attempt pays for the look at a context variable, twice.
+    A transaction outside of any attempt pays for two look-ups of a context variable.
     """
     with _lock:
         if not event.contains(Engine, "commit", _commit):
@@ -81,7 +81,7 @@ def _begin(connection: Connection) -> None:
 
 def _commit(connection: Connection) -> None:
     attempt = current_attempt.get()
-    # What can only read leaves nothing behind that a second attempt would find.
+    # A read-only transaction leaves nothing behind that a second attempt would find.
     if attempt is None or is_read_only(connection):
         return
     while attempt is not None:

@@ -1,4 +1,4 @@
-"""Join, nest or begin: how each kind of block takes part in what it finds is decided here, for all of them.
+"""The table that decides for each kind of block whether it joins a transaction, nests in it, or begins one.
 
 `ctxdb_core._blocks.place` says what there is where a block begins. The table says what each kind of block does there;
 `decide` returns that as data, and the block carries it out.
@@ -83,7 +83,7 @@ def decide(place: Place, block: Block) -> Answer:
 
 
 def beside() -> BeginBeside:
-    """Return the answer for what never takes part in what there is, on no database in particular."""
+    """Return the answer for a block that always begins a unit of work of its own."""
     return BeginBeside(unit_around())
 
 
@@ -218,11 +218,11 @@ def _no_nesting(place: Place) -> Answer:
     )
 
 
-# Where there is no unit of work that could be used, several rows agree. An inherited unit that has ended, or that a job
-# has come by, is none: a block that ends its own transaction begins one. A unit that has ended in the middle of the
-# running code is no such thing: that code expects its whole work to be committed together. Nor is one that goes on
-# elsewhere, in another task or thread, for code that would have taken part in it; only the blocks of contexts say of
-# themselves that each task has its own.
+# Where there is no unit of work that could be used, several rows agree. A block that commits by itself ignores an
+# inherited unit that has ended, or that a scheduler's job has inherited, and begins a transaction. But if the unit has
+# ended in the middle of the running code, the block is refused: that code expects all of its work to be committed
+# together. It is also refused if the unit goes on in another task or thread. Only the blocks of a `TransactionContext`
+# begin a session there, as each task has its own.
 #
 # Each cell is in the column of a `Found`, in the order of its values.
 # fmt: off

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ctxdb_core._blocks.scheduler_jobs import calling_modules, is_job
 from ctxdb_core._blocks.shared_session import is_in_block_of
 from ctxdb_core._blocks.task_unit import TaskUnit
-from ctxdb_core._blocks.tasks import calling_modules, is_job
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._units.iteration import innermost_unit
+from ctxdb_core._units.generator_blocks import innermost_unit
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 
@@ -27,7 +27,7 @@ class Found(Enum):
     BEGUN_SESSION = 2
     """A mere session of a `TransactionContext`: its statements have begun a transaction, which nobody commits."""
     SESSION = 3
-    """So is it, and no transaction has begun on it."""
+    """A mere session of a `TransactionContext` on which no transaction has begun."""
     AUTOCOMMIT = 4
     """A unit of work without transactions: each statement is committed by itself."""
 
@@ -40,13 +40,13 @@ class Found(Enum):
     """The unit of work has ended in the middle of the running code: of a block that has joined it, or of a handler that
     a middleware has given up on. What that code does now would be half of its work."""
     OTHER_JOB = 8
-    """The running task is a scheduler's job, and the unit of work that of the code in whose context it was started."""
+    """The running task is a scheduler's job; the unit belongs to the code in whose context the job was started."""
     OTHER_TASK = 9
     """The session is that of a `TransactionContext`'s block in another task."""
     OTHER_LOOP = 10
     """The unit of work is that of another event loop, such as another thread's."""
     TEST_ON_OTHER_LOOP = 11
-    """So is it, and a test's, which undoes what is done in it, and cannot undo what is done beside it."""
+    """A test's unit, on another event loop. The test can roll back work in this unit only."""
 
 
 @dataclass(slots=True)
@@ -137,8 +137,8 @@ def _is_inherited() -> bool:
     unit = current_unit.get()
     token = getattr(unit, "token", None)
     if token is None:
-        # That of an ASGI request. A job that has made it calls an application by itself, whose middleware is then
-        # among the callers of the running code.
+        # The unit is that of an ASGI request. If this very job has called the application, the middleware that made the
+        # unit is among the callers of the running code.
         return not any(module.startswith("ctxdb_core.asgi") for module in calling_modules())
     # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"). That tells a unit
     # which was entered here from one which was inherited.

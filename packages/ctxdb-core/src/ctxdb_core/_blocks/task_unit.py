@@ -11,9 +11,9 @@ from weakref import ref
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransactionOrigin
 
-from ctxdb_core._blocks.tasks import running_task
+from ctxdb_core._blocks.scheduler_jobs import running_task
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._units.iteration import seat
+from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, inherited_before_commit
 from ctxdb_core.errors import ContextNotInitiatedError
@@ -41,13 +41,13 @@ class TaskUnit(UnitOfWork):
         super().__init__(inherited_before_commit())
         self.db = db
         self.commits = commits
-        """Whether somebody commits what is open on `db`: the block itself, or one inside of it that is running."""
+        """Whether a block is going to commit the open transaction on `db`: this one, or a running one inside of it."""
         self.outer = outer
         # The unit around the block waits for its statements, too.
         self.share_statement_timeout(outer)
 
     def is_transaction(self) -> bool:
-        """Return whether what is open on `db` is somebody's to commit or undo: a block's, or by ``session.begin()``."""
+        """Return whether the open transaction on `db` has an owner: a block, or the caller of ``session.begin()``."""
         session = self._sessions.get(self.db)
         if self.commits or session is None:
             return self.commits
@@ -56,9 +56,9 @@ class TaskUnit(UnitOfWork):
             transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
         )
 
-    # `db_session` takes a session from here without another question, as in any unit of work, and asks `open_session`
-    # for what it does not find. So the question whose session it is has to be answered here: a task that is not the
-    # owner finds none, and is told why by `check_usable`, which `open_session` calls.
+    # `db_session` reads `sessions` first, and calls `open_session` only if the database is not in it. So ownership has
+    # to be checked here: a task that is not the owner gets an empty dict, and then the error of `check_usable`, which
+    # `open_session` calls.
     @property
     def sessions(self) -> dict[DBConnect, AsyncSession]:
         """The sessions by database, for the task that may use them."""
@@ -157,8 +157,8 @@ async def open_task_unit(
 class OuterCommit:
     """Marks that an enclosing block will commit, so inner blocks must not.
 
-    Only a mere session of a `TransactionContext` needs it: elsewhere the unit of work says so by itself. Entered, it
-    tells whether the transaction that is open, if any, has been begun by a statement, so that nobody else commits it.
+    Only a mere session of a `TransactionContext` needs it: any other unit of work commits by itself. ``with`` returns
+    whether a statement has begun the open transaction: then this block has to commit it.
 
     Args:
         unit: of the enclosing block.

@@ -23,7 +23,7 @@ from ctxdb_core._sqlalchemy.binds import is_autocommit
 from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
-from ctxdb_core._units.iteration import seat
+from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.lifecycle import opened
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
@@ -238,7 +238,7 @@ class _AutocommitUnit(UnitOfWork):
         engines: dict[Engine, Engine] = {}
 
         def in_autocommit(bind: Engine | Connection) -> Engine | Connection:
-            # A connection is somebody else's, as in a test, and so is what becomes of its transaction.
+            # The code that has opened a connection, such as a test, ends the transaction on it.
             if isinstance(bind, Connection) or is_autocommit(bind):
                 return bind
             if bind not in engines:

@@ -84,7 +84,7 @@ class State(NamedTuple):
 
 
 class Replacement:
-    """What a `DBConnect` goes by instead of its own, for a while.
+    """A change to the `State` of a `DBConnect` that is taken back later.
 
     Args:
         replaced: what to go on with afterwards.
@@ -404,9 +404,9 @@ class DBConnect(Generic[SessionT_co]):
         """A session maker that is there at once, for libraries that want one when they are set up (sqladmin).
 
         Each session that it makes is on the engine that this object has then, for the running event loop; a session
-        that is made before any event loop runs is on that of the loop which uses it. They are no unit of work's: who
-        makes one commits and closes it. ``before_create_session_handler`` is asynchronous and not awaited for them:
-        they go to the host that there is.
+        that is made before any event loop runs is on that of the loop which uses it. No unit of work owns them: the
+        code that makes one commits and closes it. ``before_create_session_handler`` is asynchronous and not awaited for
+        them: they go to the host that there is.
         """
         return LazySessionMaker(self._new_lazy_session, self._session_class)
 
@@ -590,7 +590,7 @@ class DBConnect(Generic[SessionT_co]):
                 self._set_state(replacement.replaced)
                 self._engine_listeners = (*self._engine_listeners, *added)
             else:
-                # One that has begun later goes on, and is to put back what this one has replaced.
+                # A later replacement goes on: at its end, it puts back the state from before this one.
                 later = self._replacements[index + 1]
                 ended, later.replaced = later.replaced, replacement.replaced
             del self._replacements[index]
@@ -694,7 +694,7 @@ class _HostlessCreator:
         """Return where the engine is that is created next."""
         engine: object = self._create()
         if not isinstance(engine, AsyncEngine):
-            # What takes the engine says so.
+            # `LoopEngine` raises the error for it.
             return "unknown"
         self._first = engine
         return host_of(engine.url)

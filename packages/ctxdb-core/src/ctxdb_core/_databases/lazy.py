@@ -21,7 +21,7 @@ class LazySessionMaker(async_sessionmaker[SessionT]):
     """
 
     def __init__(self, create: Callable[..., SessionT], find_class: Callable[[], type[SessionT]]) -> None:
-        # Not the library's, which would want the class, and with it an engine, now.
+        # `async_sessionmaker.__init__` would need the session class, and so an engine, now.
         self.kw = {}
         self._create = create
         self._find_class = find_class

@@ -72,7 +72,7 @@ async def _dispose_in_time(engine: AsyncEngine) -> None:
             async with asyncio.timeout(seconds):
                 await engine.dispose()
         except TimeoutError:
-            # The one that it was waiting for has been thrown away: the drivers do so when they are interrupted.
+            # The driver has thrown away the connection that it was closing, as drivers do on a cancellation.
             seconds = CLOSE_SECONDS / 20
         else:
             return
@@ -139,8 +139,8 @@ class LoopEngine:
             await self._dispose()
 
     async def _dispose(self) -> None:
-        # Connections in use outlive `dispose()`, in a pool that nobody would look after any more: from now on, what
-        # comes back to this engine's pools is closed instead of kept.
+        # Connections in use outlive `dispose()`, in a pool that is not disposed of again: so each connection that comes
+        # back from now on is closed instead of kept.
         drain = _drains.get(self.engine.sync_engine)
         if drain is None:
             drain = _drains[self.engine.sync_engine] = _Drain()

@@ -99,7 +99,7 @@ class _Transaction:
 
 
 class _Record:
-    """What is known of a session. It does not know the session: whoever forgets that may forget this."""
+    """What is known of a session. The record has no reference to the session: the two go together."""
 
     __slots__ = (
         "commit_tried",
@@ -123,7 +123,7 @@ class _Record:
         self.opened: float | None = None
         self.transaction: _Transaction | None = None
         self.commit_tried = False
-        """Whether a commit was asked for: what it has to write may be what takes the connection."""
+        """Whether a commit was asked for. Its flush may be the first statement, which takes the connection."""
         self.error: BaseException | None = None
 
     def tell(self, what: DBEvent) -> None:
@@ -132,7 +132,7 @@ class _Record:
                 try:
                     registration.listener(what)
                 except (Exception, asyncio.CancelledError):
-                    # Nobody cancels a plain call: it is of something that the listener has asked.
+                    # A plain call cannot be cancelled: the error comes from a future that the listener has read.
                     logger.exception("The listener %r failed; %s", registration.listener, what)
 
     def open(self) -> None:
@@ -263,8 +263,8 @@ _listen_lock = threading.Lock()
 def _listen_to_sessions() -> None:
     """Listen to SQLAlchemy's sessions, once and for all.
 
-    Listening to each one would cost it 30 microseconds. All others of the process now pay for a look into a dictionary,
-    but not before somebody wants to know something.
+    Listening to each one would cost it 30 microseconds. From the first listener or limit on, each other session of the
+    process pays for a look-up in a dictionary.
     """
     with _listen_lock:
         if not event.contains(Session, "after_begin", _after_begin):

@@ -26,7 +26,7 @@ def hide_from_connections(variable: ContextVar[T], shown: T) -> None:
 
 
 def connect_without_hidden_variables(engine: AsyncEngine) -> None:
-    """Keep what is hidden from the connections that `engine` opens from now on.
+    """Hide the variables of `hide_from_connections` from each connection that `engine` opens from now on.
 
     The event loop keeps a copy of the context in which a driver began to listen to a socket, for as long as it does:
     each connection of the pool would keep the unit of work alive that it was opened in, and what that unit knows.

@@ -33,7 +33,7 @@ from ctxdb_core.errors import ContextNotInitiatedError
 __all__ = ["Door", "Refuse", "StatementObserver"]
 
 StatementObserver: TypeAlias = Callable[[Session, Any], None]
-"""Called with the session and the statement, if that is known: a flush does not tell."""
+"""Called with the session and the statement; in a flush, the statement is ``None``."""
 
 Refuse: TypeAlias = Callable[[], NoReturn]
 """Raises the error that says why a session cannot be used any more."""
@@ -226,7 +226,7 @@ class Door:
             self._nested = nested
             return
         if isinstance(current, CallGreenlet):
-            # It has come through the door of another session, and never dies: the end of that call ends this turn.
+            # The greenlet serves a call of another session, and is used again after it: the turn ends with that call.
             current.also_entered = (*current.also_entered, self)
         else:
             self._holder = turn = _GreenletTurn(self._holder)

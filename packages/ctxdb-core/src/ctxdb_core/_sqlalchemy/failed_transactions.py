@@ -10,11 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
 from ctxdb_core.errors import TransactionAbortedError
 
-__all__ = ["trust_no_failed_transaction"]
+__all__ = ["detect_silent_rollback"]
 
 
-def trust_no_failed_transaction(engine: AsyncEngine) -> None:
-    """Make what goes wrong in a transaction on PostgreSQL show when it ends, and stay out of the pool."""
+def detect_silent_rollback(engine: AsyncEngine) -> None:
+    """Raise an error where PostgreSQL would roll back on COMMIT, and keep broken connections out of the pool."""
     event.listen(engine.sync_engine, "handle_error", _note_interruption)
     if engine.dialect.name == "postgresql":
         event.listen(engine.sync_engine, "handle_error", _handle_error)

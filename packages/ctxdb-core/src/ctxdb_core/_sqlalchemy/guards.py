@@ -1,4 +1,4 @@
-"""What every engine is taught, each guard in a module of its own."""
+"""Puts all guards on an engine; each guard has a module of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ctxdb_core._sqlalchemy.cancelled_queries import keep_cancellation_at_pool, stop_cancelled_queries
 from ctxdb_core._sqlalchemy.connection_context import connect_without_hidden_variables
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
-from ctxdb_core._sqlalchemy.failed_transactions import trust_no_failed_transaction
+from ctxdb_core._sqlalchemy.failed_transactions import detect_silent_rollback
 from ctxdb_core._sqlalchemy.lost_commits import call_lost_commits_unknown
 from ctxdb_core._sqlalchemy.poolers import tell_wrong_settings
 from ctxdb_core._sqlalchemy.savepoints import begin_before_savepoints
@@ -39,7 +39,7 @@ def teach(bind: Engine | Connection) -> None:
     replace_closed_connections(engine)
     stop_cancelled_queries(engine)
     keep_cancellation_at_pool(engine)
-    trust_no_failed_transaction(engine)
+    detect_silent_rollback(engine)
     call_lost_commits_unknown(engine)
     begin_before_savepoints(engine)
     follow_cursors(engine)

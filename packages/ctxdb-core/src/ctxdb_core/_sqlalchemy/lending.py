@@ -44,7 +44,7 @@ def lend_driver_connection(connection: Connection) -> None:
 
 
 class _LentConnection(ConnectionFairy):
-    """What a pool has handed out, and the driver's connection of which is taken back with it."""
+    """A pooled connection whose driver connection is taken back when it returns to the pool."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
 """Tells a commit whose answer was lost from one that has failed, and asks PostgreSQL what became of it.
 
-Where the dialect sends COMMIT is the one place that each commit passes, whether a session makes it or a connection, and
-the one that knows whether COMMIT was under way when the connection was lost.
+Each commit, of a session or of a connection, passes ``Dialect.do_commit``. No other place knows whether COMMIT was
+under way when the connection was lost.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Commits:
     ) -> None:
         unknown = _unknown(engine, transaction, exc)
         if not isinstance(exc, Exception):
-            # A cancellation goes on; who has limited the time of the call finds in it what that has interrupted.
+            # A cancellation goes on. Its cause tells the code that has set a time limit which commit was interrupted.
             raise exc from unknown
         if isinstance(exc, engine.dialect.loaded_dbapi.Error):
             # SQLAlchemy has listeners and the pool see the driver's error: see `_raise_unknown` of the module.
@@ -237,7 +237,7 @@ def _raise_unknown(context: ExceptionContext) -> BaseException | None:
     unknown: CommitOutcomeUnknownError | None = connection.info.pop(_LOST, None)
     if unknown is not None:
         context.is_disconnect = True
-        # Each of the others is looked at when it is taken.
+        # The pool checks each other connection at its check-out.
         context.invalidate_pool_on_disconnect = False
     # Returned, and not raised: a listener that comes later may know more of the host.
     return unknown

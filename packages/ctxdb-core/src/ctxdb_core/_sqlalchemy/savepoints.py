@@ -25,6 +25,6 @@ def _begin_sqlite(connection: Connection, name: str | None) -> None:
         # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
     driver_connection: Any = connection.connection.driver_connection
-    # Without an isolation level, the driver leaves transactions to whoever has chosen that.
+    # With ``isolation_level=None``, the driver begins none: the user's code does.
     if driver_connection.isolation_level is not None and not driver_connection.in_transaction:
         connection.exec_driver_sql("BEGIN")

@@ -97,7 +97,7 @@ class GuardedSession(Session):
         if door is not None:
             clause = kwargs.get("clause")
             door.look(self, clause)
-            # Without arguments it is no statement's question, but somebody's who looks at the session.
+            # A call without arguments comes from code that looks at the session, not from a statement.
             if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
                 self._note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
@@ -154,7 +154,7 @@ class GuardedSession(Session):
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
-            # What is done with it is not seen here.
+            # Statements on the connection itself are not seen here, so it counts as a write.
             self._note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:

@@ -104,7 +104,7 @@ class TransactionOptions:
     async def _begin(self, session: AsyncSession) -> None:
         bind = session.sync_session.get_bind()
         read_only = self.read_only and not is_read_only(bind)
-        # Also for those who want to know what was committed.
+        # The option also tells `retry_on_conflict` that such a transaction commits nothing.
         options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
         # On SQLite this is what transactions are, and setting it would change how the driver begins them.
         is_default = bind.dialect.name == "sqlite" and self.isolation_level == (

@@ -1,4 +1,4 @@
-"""Transactions that can only be rolled back any more, whoever asks for the commit."""
+"""Transactions that can only be rolled back: each commit of one raises `UnexpectedRollbackError`."""
 
 from __future__ import annotations
 

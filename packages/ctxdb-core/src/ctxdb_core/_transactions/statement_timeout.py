@@ -193,7 +193,7 @@ class _Interrupter:
     def start(self, connection: Connection, cursor: object, statement: str, *args: object) -> None:
         self.stop()
         timeout = self.current()
-        # What undoes is not limited.
+        # A roll-back is not limited.
         if timeout and not statement.startswith("ROLLBACK") and (left := timeout.left()) is not None:
             self.timer = asyncio.get_running_loop().call_later(left, self.interrupt)
 

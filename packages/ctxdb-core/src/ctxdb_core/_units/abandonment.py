@@ -54,7 +54,7 @@ class HandlerCalls:
         self.at_work: set[Call] = set()
         """The calls that have not returned, and of whose response nothing has been sent: each may be given up on."""
         self.left_open: Authors | None = None
-        """Whose work was open when a response came in the place of a handler; ``None`` while no such response did."""
+        """The authors of the work that was open when a middleware answered for a handler; ``None`` before that."""
 
     def begin(self) -> Call:
         """Begin the call of a handler in the running context; `end` ends it there."""
@@ -108,7 +108,7 @@ class HandlerCalls:
         """End `unit` for a response in the place of a handler that goes on.
 
         What the handler has written is rolled back: it is not whole, and the handler is not told of the answer. What
-        others have written is committed, if it can be told from that of the handler.
+        middlewares have written is committed, if the handler has written nothing.
 
         Args:
             unit: the unit of work of these calls.
@@ -116,7 +116,7 @@ class HandlerCalls:
             error: as for `UnitOfWork.finish`.
 
         Raises:
-            AbandonedWorkError: it does, and the work of others was rolled back with that of the handler.
+            AbandonedWorkError: it does, and a middleware's work was rolled back with the handler's.
             BaseException: as `UnitOfWork.finish`.
         """
         authors = self.left_open = find_authors(unit.sessions.values(), self.at_work)

@@ -1,4 +1,4 @@
-"""Whose work a transaction holds: that of handlers which a middleware has given up on, or that of others."""
+"""Which code has written in a transaction: a handler that a middleware has given up on, or other code."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
         if not in_transaction(session):
             continue
         try:
-            # Objects expire where the user asks for a commit; not for the one that ends a request.
+            # A commit that the user asks for expires objects; the commit at the end of a request does not.
             await (session_end.commit(session) if dbs is None else session.commit())
         except BaseException as exc:
             _name_committed(exc, db, committed)

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
-from ctxdb_core._units.iteration import innermost_unit
+from ctxdb_core._units.generator_blocks import innermost_unit
 from ctxdb_core._units.sessions import unit_for
 from ctxdb_core.errors import ContextNotInitiatedError
 

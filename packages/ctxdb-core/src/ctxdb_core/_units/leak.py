@@ -39,6 +39,6 @@ class LeakGuard:
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         if self._sessions:
             names = ", ".join(map(repr, self._sessions))
-            # Who keeps the warning keeps its source, but shall not keep the sessions from being cleaned up.
+            # The warning keeps this guard as its source; it must not keep the sessions alive, too.
             self.disarm()
             _warn(self._message.format(names), ResourceWarning, source=self)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.commit import BeforeCommit
-from ctxdb_core._units.iteration import seat
+from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError

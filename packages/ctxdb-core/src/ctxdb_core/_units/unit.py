@@ -38,7 +38,7 @@ from ctxdb_core._units.commit import (
     roll_back,
 )
 from ctxdb_core._units.leak import LeakGuard
-from ctxdb_core._units.reading import has_only_read, is_kept_for_cursor
+from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
 from ctxdb_core.errors import (
@@ -52,7 +52,7 @@ from ctxdb_core.errors import (
 __all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
-"""The unit of work of the running code. Tasks inherit it: whoever reads it must expect it to have been closed."""
+"""The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
 
 BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
 """Awaited with the session at the beginning of each of its transactions."""
@@ -621,7 +621,7 @@ def running_unit() -> UnitOfWork | None:
 def inherited_before_commit() -> BeforeCommit | None:
     """Return what a unit of work that is opened here asks before its commits, as the one around it does.
 
-    One that `before_commit` itself opens asks nothing: it would never come to an end.
+    A unit that `before_commit` itself opens has none: otherwise, the hook would call itself for ever.
     """
     unit = current_unit.get(None)
     return None if unit is None or is_in_before_commit() else unit.before_commit

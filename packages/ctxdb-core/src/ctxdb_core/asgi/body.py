@@ -1,4 +1,4 @@
-"""`Body`: the body of a response as somebody's work, which may be cut off or run ahead of its own start.
+"""`Body`: what a response's body does with sessions, if it is cut off or begins before the start is sent, too.
 
 A request whose sessions are in use when its response starts has one, and so has a request that a streamed response was
 seen in by an `ASGIStreamBoundary`. What the body does with a session is committed when its last chunk leaves, or rolled

@@ -180,7 +180,7 @@ class HTTPExchange(Exchange):
         return follow_calls(self)
 
     async def begin_stream(self, status: int) -> StreamedBody | None:
-        """End the transactions before a body begins whose start has a way to go before it is sent.
+        """End the transactions before a streamed body begins whose start is still held back by middlewares.
 
         Returns:
             The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several

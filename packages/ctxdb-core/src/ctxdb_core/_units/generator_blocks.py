@@ -51,7 +51,7 @@ def _once_for_each(read: Callable[[CodeType], T]) -> Callable[[CodeType], T]:
     def look_up(code: CodeType) -> T:
         found = known.get(id(code))
         if found is None:
-            # With the code itself, whose identity would else be given to another one.
+            # The entry keeps the code alive: otherwise, another code object could get its `id`.
             found = known[id(code)] = (code, read(code))
         return found[1]
 
@@ -133,7 +133,7 @@ def is_at_yield(generator: FrameType) -> bool:
 
 
 class IteratedUnit(UnitOfWork):
-    """What is current inside of an iterated generator's block: `unit` to the generator, what is around to its consumer.
+    """Stands in for `unit` in a block of an iterated generator, whose consumer gets the unit around it instead.
 
     Args:
         unit: the unit of work that is the generator's.

@@ -12,9 +12,9 @@ from ctxdb_core._shield import LentTask
 
 __all__ = ["calling_modules", "is_job", "running_task"]
 
-# Libraries that start a job in the context of a request which has nothing to do with it: aiojobs in that of the request
-# whose job has made room for the next one, APScheduler 3 in that of the one which has set its timer; or that, like
-# taskiq's broker in memory, stand in for another process.
+# Libraries that start a job in the context of an unrelated request. aiojobs starts it in the context of the request
+# whose job has just ended, APScheduler 3 in that of the request that has set its timer. taskiq's in-memory broker
+# stands in for a worker process.
 _SCHEDULERS = frozenset({"aiojobs", "apscheduler", "taskiq"})
 
 
@@ -30,9 +30,9 @@ def running_task() -> asyncio.Task[Any] | None:
 def is_job() -> bool:
     """Return whether the running task was started by one of the schedulers that ctxdb knows.
 
-    Nothing that asyncio records tells a job from a helper which a handler has started and waits for: neither who has
-    created a task, nor who waits for it before that has begun to. But a scheduler calls the job from code of its own,
-    or asks to be called at the end of its task, and is recognised by that. Other tasks are taken for helpers.
+    asyncio records neither which code has created a task nor which code is going to await it. So a job looks like a
+    helper that a handler has started and will await. But a scheduler calls the job from code of its own, or asks to be
+    called at the end of its task, and is recognised by that. Other tasks are taken for helpers.
     """
     if sys.modules.keys().isdisjoint(_SCHEDULERS):
         return False
