@@ -80,6 +80,16 @@ async def test_an_explicit_commit_is_refused_after_a_mark_for_rollback(db: DBCon
     assert await database.names() == []
 
 
+async def test_the_end_of_a_block_of_the_session_does_not_commit_what_was_marked(
+    db: DBConnect, database: Database
+) -> None:
+    with suppress(UnexpectedRollbackError):
+        async with new_db_ctx(), (await db_session(db)).begin():
+            await insert(db, "one")
+            set_rollback_only()
+    assert await database.names() == []
+
+
 async def test_a_block_inside_of_a_marked_unit_is_rolled_back_with_it(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         async with atomic_db_session(db):

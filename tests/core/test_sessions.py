@@ -6,12 +6,15 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
-from sqlalchemy import ForeignKey, text
+from sqlalchemy import JSON, ForeignKey, select, text
+from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
@@ -384,6 +387,16 @@ async def test_a_session_may_be_closed_after_a_commit_of_the_users(db: DBConnect
     assert await database.names() == ["one"]
 
 
+async def test_closing_the_units_session_is_refused_where_a_select_has_written(
+    db: DBConnect, database: Database
+) -> None:
+    added = insert_into(Item).values(name="one").returning(Item.name).cte()
+    with suppress(SessionOwnedError):
+        async with new_db_ctx(), await db_session(db) as session:
+            await session.execute(select(added))
+        assert await database.names() == ["one"]
+
+
 async def test_closing_the_units_session_in_run_sync_is_refused_while_it_holds_work(
     db: DBConnect, database: Database
 ) -> None:
@@ -494,6 +507,23 @@ async def test_committed_changes_are_not_taken_back_by_a_later_roll_back(shelf: 
     await (await db_session(shelf)).execute(text("SELECT 1"))
     await finalize(unit, commit=False)
     assert author.name == "Grace"
+
+
+class Note(Shelf):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tags: Mapped[dict[str, str]] = mapped_column(MutableDict.as_mutable(JSON))
+
+
+async def test_a_value_that_was_changed_in_place_is_readable_after_a_roll_back(shelf: DBConnect) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Note(id=1, tags={"colour": "red"}))
+    unit = begin()
+    assert unit is not None
+    note = await (await db_session(shelf)).get_one(Note, 1)
+    note.tags["colour"] = "blue"
+    await finalize(unit, commit=False)
+    assert note.tags["colour"] in ("red", "blue")
 
 
 async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf: DBConnect, database: Database) -> None:
