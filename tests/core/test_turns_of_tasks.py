@@ -18,7 +18,6 @@ from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
     DBConnect,
-    close_db_session,
     commit_db_session,
     db_session,
     new_db_ctx,
@@ -310,40 +309,3 @@ async def test_a_group_of_tasks_that_is_cancelled_raises_no_other_error(db: DBCo
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled() or task.exception() is None
-
-
-async def test_the_savepoint_of_one_task_does_not_undo_what_its_sibling_has_done(
-    db: DBConnect, database: Database
-) -> None:
-    is_inside, is_done = asyncio.Event(), asyncio.Event()
-
-    async def fail() -> None:
-        async with (await db_session(db)).begin_nested():
-            is_inside.set()
-            await is_done.wait()
-            raise LookupError
-
-    async def succeed() -> None:
-        await is_inside.wait()
-        try:
-            async with (await db_session(db)).begin_nested():
-                await insert(db, "one")
-        finally:
-            is_done.set()
-
-    async with new_db_ctx():
-        _, error = await asyncio.gather(fail(), succeed(), return_exceptions=True)
-    assert error is not None or await database.names() == ["one"]
-
-
-async def test_a_session_that_is_being_closed_ends_with_its_unit(db: DBConnect, database: Database) -> None:
-    with pytest.raises(LookupError):
-        async with new_db_ctx():
-            statement = asyncio.create_task((await db_session(db)).execute(text("SELECT pg_sleep(0.5)")))
-            await eventually(lambda: database.checked_out == 1, "no statement is under way")
-            closing = asyncio.create_task(close_db_session(db))
-            await asyncio.sleep(0)
-            raise LookupError
-    left = database.checked_out
-    await asyncio.wait([statement, closing])
-    assert left == 0

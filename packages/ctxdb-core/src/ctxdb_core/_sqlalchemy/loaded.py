@@ -3,7 +3,8 @@
 SQLAlchemy expires each object of a session when its transaction is rolled back, and asyncio code cannot load an expired
 attribute by reading it: an access log that reads the user's name behind a 404 would fail. So the values that had been
 loaded are put back. Where the code has changed an attribute since, the attribute shows again what had been loaded: what
-the code has set is not in the database. An attribute that was set without having been loaded stays expired.
+the code has set is not in the database. An attribute that was set without having been loaded stays expired. A container
+that was changed in place (``MutableDict``, `flag_modified`) shows the change: nobody knows what had been loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from weakref import ref
 
 from sqlalchemy import inspect
+from sqlalchemy.ext.mutable import MutableBase
 from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -20,6 +22,9 @@ from ctxdb_core._sqlalchemy.private import begin_without_statement, commit_value
 __all__ = ["LoadedValues", "note_originals"]
 
 _ORIGINALS = "ctxdb.originals"
+
+# What SQLAlchemy lets code change in place, without a copy of what was loaded.
+_CONTAINERS = (MutableBase, dict, list, set)
 
 
 def note_originals(session: Session) -> None:
@@ -64,3 +69,5 @@ class LoadedValues:
             for name, value in originals.items():
                 if not isinstance(value, LoaderCallableStatus):
                     set_committed_value(instance, name, value)
+                elif isinstance(values.get(name), _CONTAINERS):
+                    set_committed_value(instance, name, values[name])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
@@ -41,6 +41,7 @@ from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
 __all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
@@ -99,7 +100,7 @@ class GuardedSession(Session):
             door.look(self, clause)
             # A call without arguments comes from code that looks at the session, not from a statement.
             if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
-                self._note_write()
+                self.note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(_begin(self, self.on_begin))
@@ -155,7 +156,7 @@ class GuardedSession(Session):
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
             # Statements on the connection itself are not seen here, so it counts as a write.
-            self._note_write()
+            self.note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
             set_door_of_connection(connection, self.door)
@@ -177,7 +178,8 @@ class GuardedSession(Session):
             or (not beside_on_begin and self._set_up is not None and self._set_up() is self.get_transaction())
         )
 
-    def _note_write(self) -> None:
+    def note_write(self) -> None:
+        """Note that the open transaction holds work, or the next one if none is open."""
         # The statement is about to begin the transaction, if none is open.
         begin_without_statement(self)
         if not self._has_noted_write():
@@ -444,8 +446,22 @@ class DoorSession(AsyncSession):
     async def __aexit__(  # as `AsyncSession` has it
         self, type_: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
+        await _note_hidden_write(self)
         if _may_close(self, value):
             await super().__aexit__(type_, value, traceback)
+
+
+async def _note_hidden_write(session: DoorSession) -> None:
+    """Note what a ``SELECT`` has written, by a function or a CTE, before code of the user's closes the session."""
+    guard = guard_of(session)
+    door = guard.door
+    if door is None or guard.before_close is None or door.is_held() or door.has_ended:
+        return
+    if guard.in_transaction() and not guard.has_written():
+        # The statement that has aborted a transaction has raised an error already.
+        with suppress(DBAPIError):
+            if await holds_work(session, door, guard.has_written):
+                guard.note_write()
 
 
 def _may_close(session: DoorSession, exc: BaseException | None) -> bool:
@@ -460,7 +476,9 @@ def _unless_owned(close: Any) -> Any:
     @functools.wraps(close)
     async def close_unless_owned(self: DoorSession) -> None:
         # In a `finally` that an exception has led to, that one is to surface, as from an `async with` block.
-        if _may_close(self, sys.exc_info()[1]):
+        exc = sys.exc_info()[1]
+        await _note_hidden_write(self)
+        if _may_close(self, exc):
             await close(self)
 
     return close_unless_owned

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core.errors import UnexpectedRollbackError
 
-__all__ = ["refuse_if_rollback_only", "set_rollback_only"]
+__all__ = ["check_commits", "refuse_if_rollback_only", "set_rollback_only"]
 
 _DOOMED = "ctxdb.rollback_only"
+_CHECKED = "ctxdb.checked_commits"
 
 
 def set_rollback_only(
@@ -51,6 +54,21 @@ def refuse_if_rollback_only(session: Session) -> None:
             why, cause = doomed[transaction]
             raise UnexpectedRollbackError(why) from cause
         transaction = transaction.parent
+
+
+def check_commits(session: Session, check: Callable[[], None]) -> None:
+    """Have `check` called before each commit of `session`, whoever asks for it; the first `check` of a session holds.
+
+    The release of a savepoint is no commit: what it keeps is committed, or rolled back, with the transaction.
+    """
+    if _CHECKED in session.info:
+        return
+    session.info[_CHECKED] = check
+
+    @event.listens_for(session, "before_commit")
+    def _check(session: Session) -> None:
+        if not session.in_nested_transaction():
+            check()
 
 
 def innermost(session: Session) -> SessionTransaction | None:

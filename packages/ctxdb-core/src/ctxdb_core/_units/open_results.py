@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
-from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.private import innermost_block
 from ctxdb_core._sqlalchemy.sessions import guard_of
+from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import OpenCursorError
 
 __all__ = ["has_only_read", "is_kept_for_cursor"]
@@ -65,39 +60,6 @@ async def has_only_read(session: AsyncSession) -> bool:
 
 
 async def _has_written(session: AsyncSession) -> bool:
-    """Ask the database whether the open transaction holds work, where it can tell; else go by the statements."""
     guard = guard_of(session)
-    connections = {each for each in begun_connections(session) if not is_autocommit(each)}
-    if not connections:
-        return False
-    drivers = {each: f"{each.dialect.name}+{each.dialect.driver}" for each in connections}
-    if not _ANSWERS.keys() >= set(drivers.values()):
-        return guard.has_written()
-    door = guard.door
-    assert door is not None
-    async with door.turn():
-        for each, driver in drivers.items():
-            if await call_in_greenlet(_ANSWERS[driver], each):
-                return True
-    return False
-
-
-def _has_written_postgresql(connection: Connection) -> bool:
-    # A transaction has an id from its first write or row lock on (PostgreSQL, "Transactions and Identifiers"). The
-    # statements alone do not tell: a function of a SELECT may write, and `SET LOCAL` is no write.
-    return bool(connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar())
-
-
-def _has_written_sqlite(connection: Connection) -> bool:
-    # The driver begins a transaction before INSERT, UPDATE and DELETE alone (sqlite3, "Transaction control").
-    driver_connection: Any = connection.connection.driver_connection
-    return bool(driver_connection.in_transaction)
-
-
-# In a test's shared transaction, whose driver is "shared", all work has one transaction id.
-_ANSWERS: dict[str, Callable[[Connection], bool]] = {
-    "postgresql+asyncpg": _has_written_postgresql,
-    "postgresql+psycopg": _has_written_postgresql,
-    "postgresql+psycopg_async": _has_written_postgresql,
-    "sqlite+aiosqlite": _has_written_sqlite,
-}
+    assert guard.door is not None
+    return await holds_work(session, guard.door, guard.has_written)

@@ -25,6 +25,7 @@ from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._sqlalchemy.second_connections import note_second_session
 from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
+from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
 from ctxdb_core._units.abandonment import HandlerCalls
@@ -245,6 +246,8 @@ class UnitOfWork:
         guard = guard_of(guarded(session))
         guard.door = Door(self.statement_observer())
         guard.before_close = session_end.may_be_closed
+        if self.rollback_only:
+            check_commits(guard, partial(self.check_may_commit, db))
         if self.begin_hooks is not None and db in self.begin_hooks:
             guard.on_begin = partial(_run_begin_hooks, self.begin_hooks[db])
         if self.statement_timeout:
@@ -337,6 +340,8 @@ class UnitOfWork:
                 "`transactional(db)`, which begins one."
             )
         self.rollback_only |= {db}
+        for each, session in self.sessions.items():
+            check_commits(session.sync_session, partial(self.check_may_commit, each))
 
     def check_may_commit(self, db: DBConnect) -> None:
         """Raise an error if what is open on `db` is to be rolled back.

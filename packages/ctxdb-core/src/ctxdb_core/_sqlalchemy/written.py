@@ -1,0 +1,60 @@
+"""Whether an open transaction holds work, as the database says: the statements alone do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+
+__all__ = ["holds_work"]
+
+
+async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[[], bool]) -> bool:
+    """Ask the database whether the open transaction of `session` holds work.
+
+    Args:
+        session: whose transaction.
+        door: that of the session; the question takes a turn.
+        by_statements: the answer for a database that cannot be asked.
+
+    Raises:
+        DBAPIError: the transaction is aborted, for instance.
+    """
+    connections = {each for each in begun_connections(session) if not is_autocommit(each)}
+    if not connections:
+        return False
+    drivers = {each: f"{each.dialect.name}+{each.dialect.driver}" for each in connections}
+    if not _ANSWERS.keys() >= set(drivers.values()):
+        return by_statements()
+    async with door.turn():
+        for each, driver in drivers.items():
+            if await call_in_greenlet(_ANSWERS[driver], each):
+                return True
+    return False
+
+
+def _has_written_postgresql(connection: Connection) -> bool:
+    # A transaction has an id from its first write or row lock on (PostgreSQL, "Transactions and Identifiers"). The
+    # statements alone do not tell: a function of a SELECT may write, and `SET LOCAL` is no write.
+    return bool(connection.exec_driver_sql("SELECT txid_current_if_assigned() IS NOT NULL").scalar())
+
+
+def _has_written_sqlite(connection: Connection) -> bool:
+    # The driver begins a transaction before INSERT, UPDATE and DELETE alone (sqlite3, "Transaction control").
+    driver_connection: Any = connection.connection.driver_connection
+    return bool(driver_connection.in_transaction)
+
+
+# In a test's shared transaction, whose driver is "shared", all work has one transaction id.
+_ANSWERS: dict[str, Callable[[Connection], bool]] = {
+    "postgresql+asyncpg": _has_written_postgresql,
+    "postgresql+psycopg": _has_written_postgresql,
+    "postgresql+psycopg_async": _has_written_postgresql,
+    "sqlite+aiosqlite": _has_written_sqlite,
+}
