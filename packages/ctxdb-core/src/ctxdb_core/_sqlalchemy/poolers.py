@@ -52,7 +52,8 @@ def _number_of(driver_connection: Any) -> int | None:
         number: int = driver_connection.get_server_pid()
         return number
     pgconn = getattr(driver_connection, "pgconn", None)
-    return None if pgconn is None else pgconn.backend_pid
+    # Libpq has no answer for a connection that is closed.
+    return None if pgconn is None or driver_connection.closed else pgconn.backend_pid
 
 
 # --- read-only engines ------------------------------------------------------------------------------------------------

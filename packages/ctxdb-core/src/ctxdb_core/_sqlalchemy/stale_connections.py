@@ -120,18 +120,25 @@ class _BeginsOnNewConnection:
         dbapi_connection.__class__ = self._classes[cls]
 
     async def _begin(self, adapter: Any, begin: Callable[[], Any]) -> None:
-        if adapter.driver_connection.is_closed():
-            # Also in autocommit, where the statement itself would be the first thing to be sent.
-            await self._replace(adapter)
-            await begin()
-            return
+        lost: Exception | None = None
+        # Also in autocommit, where the statement itself would be the first thing to be sent.
+        if not adapter.driver_connection.is_closed():
+            try:
+                await begin()
+            except Exception as exc:
+                if not (adapter.driver_connection.is_closed() or is_connection_error(getattr(exc, "sqlstate", None))):
+                    raise
+                lost = exc
+            else:
+                return
         try:
-            await begin()
-        except Exception as exc:
-            if not (adapter.driver_connection.is_closed() or is_connection_error(getattr(exc, "sqlstate", None))):
-                raise
             await self._replace(adapter)
-            await begin()
+        except Exception as exc:
+            if lost is None:
+                raise
+            # What becomes of the transaction is what its own connection says; why there is no other comes with it.
+            raise lost from exc
+        await begin()
 
     async def _replace(self, adapter: Any) -> None:
         engine = self._engine()
