@@ -306,6 +306,16 @@ async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> No
     await engine.dispose()
 
 
+async def test_a_copied_engine_takes_connections_from_its_own_pool(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    private.replace_raw_connection(engine.sync_engine, lambda take: take())
+    copied = AsyncEngine(private.copy_engine(engine.sync_engine))
+    async with copied.connect():
+        assert [private.pool_numbers(each.pool).in_use for each in (copied, engine)] == [1, 0]
+    await copied.dispose()
+    await engine.dispose()
+
+
 async def _connect(engine: AsyncEngine) -> None:
     async with engine.connect():
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from weakref import ref
 
@@ -11,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from ctxdb_core._databases.url import sqlite_file
+from ctxdb_core._sqlalchemy.private import copy_engine
 
 __all__ = ["BorrowedEngine"]
 
@@ -46,9 +46,7 @@ class BorrowedEngine:
         return isinstance(self.engine.pool, NullPool) or is_in_memory(self.engine)
 
     def _copy(self) -> AsyncEngine:
-        sync_engine = copy.copy(self.engine.sync_engine)
-        sync_engine.pool = self.engine.sync_engine.pool.recreate()
-        return AsyncEngine(sync_engine)
+        return AsyncEngine(copy_engine(self.engine.sync_engine))
 
 
 def is_in_memory(engine: AsyncEngine) -> bool:

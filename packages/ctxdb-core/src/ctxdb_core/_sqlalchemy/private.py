@@ -7,6 +7,7 @@ version has changed one of them; it is run on the lowest version that is support
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -30,6 +31,7 @@ __all__ = [
     "begin_without_statement",
     "commit_values",
     "connections_of",
+    "copy_engine",
     "deleted_in",
     "follow_dialect",
     "forget_block",
@@ -200,6 +202,17 @@ def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], A
     There is no event before a connection is waited for.
     """
     _replace(engine, "raw_connection", take)
+
+
+def copy_engine(engine: Engine) -> Engine:
+    """Return an engine like `engine`, with a pool of its own, which is still to be taught.
+
+    What was put in the place of ``raw_connection`` is not copied: it takes connections from the pool of `engine`.
+    """
+    other = copy.copy(engine)
+    vars(other).pop("raw_connection", None)
+    other.pool = engine.pool.recreate()
+    return other
 
 
 def replace_commit(dialect: Dialect, commit: Callable[..., None]) -> None:
