@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 
+import aiosqlite
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -82,6 +83,7 @@ def test_a_closed_object_begins_with_an_empty_database() -> None:
     asyncio.run(db.close())
 
 
+@pytest.mark.skipif(not hasattr(aiosqlite.Connection, "stop"), reason="the driver cannot end its thread without a loop")
 async def test_a_database_that_is_thrown_away_after_its_event_loop_leaves_no_thread() -> None:
     threads = threading.active_count()
 
