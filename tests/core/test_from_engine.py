@@ -93,6 +93,8 @@ async def test_the_engine_is_part_of_a_shared_transaction(engine: AsyncEngine, d
     async with shared_transaction(db), new_db_ctx():
         (await db_session(db)).add(Item(name="one"))
     assert await database.names() == []
+    # Its owner could not close a connection that belongs to the loop of the shared transaction, which has ended.
+    assert await db.engine() is engine
 
 
 async def test_a_host_change_does_nothing(engine: AsyncEngine) -> None:

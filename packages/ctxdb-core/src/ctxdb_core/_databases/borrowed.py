@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from weakref import ref
+from weakref import WeakSet, ref
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
@@ -12,7 +12,10 @@ from sqlalchemy.pool import NullPool
 from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core._sqlalchemy.private import copy_engine
 
-__all__ = ["BorrowedEngine"]
+__all__ = ["BorrowedEngine", "guest_loops"]
+
+guest_loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+"""Loops that get a copy, even if they come first: the owner of the engine cannot dispose of it on them."""
 
 
 class BorrowedEngine:
@@ -35,10 +38,12 @@ class BorrowedEngine:
     def __call__(self, host: str) -> AsyncEngine:
         """Return the engine for the running event loop."""
         loop = asyncio.get_running_loop()
+        if self._serves_every_loop():
+            return self.engine
         with self._lock:
-            if self._loop is None:
+            if self._loop is None and loop not in guest_loops:
                 self._loop = ref(loop)
-        return self.engine if self._loop() is loop or self._serves_every_loop() else self._copy()
+        return self.engine if self._loop is not None and self._loop() is loop else self._copy()
 
     def _serves_every_loop(self) -> bool:
         # A pool without connections has none that belong to a loop, and a database in memory is in its one connection,

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+from ctxdb_core._databases.borrowed import guest_loops
 from ctxdb_core.testing._errors import SharedTransactionError
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class LoopThread:
         # The runner's end closes the engines that were made on its loop.
         with asyncio.Runner() as runner:
             self.loop = runner.get_loop()
+            guest_loops.add(self.loop)
             runner.run(self._wait_for_the_end())
 
     async def _wait_for_the_end(self) -> None:
