@@ -150,6 +150,30 @@ async def test_a_request_that_only_leaks_a_session_of_its_own_has_ended(client: 
     assert hold["statement"] == "SELECT 3"
 
 
+async def test_a_function_given_to_run_sync_is_the_code_that_took_the_connection(client: httpx.AsyncClient) -> None:
+    await client.get("/run_sync")
+    (hold,) = (await one_unit(client, "/run_sync"))["holds"]
+    assert hold["function"].endswith("read_in_it")
+
+
+async def test_tasks_that_wait_for_an_exhausted_pool_are_sampled_while_nobody_looks(
+    client: httpx.AsyncClient, desk: Desk
+) -> None:
+    for _ in range(3):
+        await client.get("/leak_alone")
+    waiting = asyncio.create_task(client.get("/read"))
+    while desk.db.status().pools[0].waiting == 0:
+        await asyncio.sleep(0.001)
+    pool: Any = None
+    async with asyncio.timeout(20):
+        while pool is None or not any(waiting for _, _, _, waiting in pool["samples"]):
+            await asyncio.sleep(0.05)
+            (pool,) = (await data(client))["pools"]
+    assert (pool["in_use"], pool["waiting"], pool["limit"]) == (3, 1, 3)
+    await desk.stays.pop().close()
+    assert (await waiting).status_code == 200
+
+
 async def test_a_warning_of_ctxdb_is_shown(client: httpx.AsyncClient) -> None:
     logging.getLogger("ctxdb").warning("something %s", "odd")
     (warning,) = (await data(client))["warnings"]

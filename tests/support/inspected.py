@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from litestar import Litestar, Request, Response, get
 from litestar.handlers import asgi
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request as StarletteRequest
 from starlette.responses import PlainTextResponse
@@ -79,11 +80,18 @@ class Desk:
     async def fail_idle(self) -> Answer:
         raise LookupError("nobody handles this")
 
+    async def run_sync(self) -> Answer:
+        def read_in_it(session: Session) -> None:
+            session.execute(text("SELECT 4"))
+
+        await (await db_session(self.db)).run_sync(read_in_it)
+        return 200, "read"
+
     async def idle(self) -> Answer:
         return 200, "no database"
 
 
-PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "leak_alone", "fail", "fail_idle", "idle")
+PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "leak_alone", "fail", "fail_idle", "run_sync", "idle")
 
 
 def starlette_app(desk: Desk, authorise: Authorise | None) -> Starlette:

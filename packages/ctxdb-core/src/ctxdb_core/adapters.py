@@ -6,7 +6,7 @@ Applications need none of this; theirs is `ctxdb_core` itself. What happens in s
 from ctxdb_core._blocks.atomic import CurrentTransaction
 from ctxdb_core._blocks.transactional import Propagation
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
-from ctxdb_core._databases.hold import acquiring_code
+from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.private import follow_dialect
@@ -36,6 +36,7 @@ __all__ = [
     "OnBegin",
     "OnCommit",
     "Phase",
+    "Place",
     "Propagation",
     "RequestPolicy",
     "SessionT",
@@ -43,6 +44,7 @@ __all__ = [
     "UnitOfWork",
     "UnitWatcher",
     "acquiring_code",
+    "acquiring_place",
     "before_gather",
     "begin",
     "check_transition",

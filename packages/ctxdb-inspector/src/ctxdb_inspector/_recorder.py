@@ -16,12 +16,12 @@ from typing import Any
 from weakref import WeakSet, ref
 
 from sqlalchemy import Engine, event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core import ArgumentTypeError, DBConnect
-from ctxdb_core.adapters import UnitOfWork, acquiring_code, follow_dialect, running_unit, without_secrets
+from ctxdb_core import ArgumentTypeError, DBConnect, PoolStatus
+from ctxdb_core.adapters import UnitOfWork, acquiring_place, follow_dialect, running_unit, without_secrets
 from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
 
 __all__ = ["PoolTrack", "Recorder"]
@@ -39,11 +39,17 @@ _HOLD = "ctxdb.inspector.hold"
 class PoolTrack:
     """The connections to one host of one database, over the last minutes."""
 
-    __slots__ = ("held", "host", "name", "peak", "samples")
+    __slots__ = ("changed", "held", "host", "limit", "name", "next_sample", "peak", "samples")
 
     def __init__(self, name: str, host: str) -> None:
         self.name = name
         self.host = host
+        self.limit: int | None = None
+        """How many connections there may be; ``None`` without a limit, and until it is known."""
+        self.changed = 0.0
+        """When a connection was taken last."""
+        self.next_sample = 0.0
+        """When a sample is to be taken, at the next occasion."""
         self.held = 0
         self.peak = 0
         """How many were held at once, at the most, since the last sample."""
@@ -75,8 +81,9 @@ class Recorder:
         self._pools: dict[tuple[int, str], PoolTrack] = {}
         self._engines: WeakSet[Engine] = WeakSet()
         self._live: dict[str, UnitRecord] = {}
-        self._ended: deque[UnitRecord] = deque()
-        self._held: dict[int, HoldRecord] = {}
+        self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
+        self._held: dict[int, tuple[HoldRecord, UnitRecord | None]] = {}
+        """The connections that are out, with the unit of work whose code has taken each."""
         self._warnings: deque[dict[str, Any]] = deque(maxlen=_KEPT_WARNINGS)
         self._sequence = itertools.count(1)
         self._last = 0
@@ -113,71 +120,74 @@ class Recorder:
 
         def checkout(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
             taken = now()
-            where = acquiring_code()
             unit = running_unit()
-            record = None if unit is None else self._record(unit, where)
-            hold = HoldRecord(pool, record, where, taken)
+            record = None if unit is None else self._record(unit)
+            entry.info[key] = hold = HoldRecord(pool, acquiring_place(), taken)
+            held[id(entry)] = hold, record
             if record is not None:
                 record.holds.append(hold)
-            entry.info[key] = held[id(entry)] = hold
+            pool.changed = taken
             pool.held += 1
             if pool.held > pool.peak:
-                pool.peak = pool.held
-            if self._sampling is None or self._sampling.is_closed():
-                self._sample_soon()
+                self._note_peak(pool)
 
         def checkin(dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
-            hold = held.pop(id(entry), None)
-            if hold is not None:
+            if held.pop(id(entry), None) is not None:
+                hold = entry.info.pop(key)
+                hold.returned = returned = now()
+                if returned >= pool.next_sample:
+                    self._sample()
                 pool.held -= 1
-                hold.returned = now()
-                hold.running_since = None
-                hold.is_committing = False
-                entry.info.pop(key, None)
 
-        def hold_of(connection: Any) -> HoldRecord | None:
+        def execute(
+            original: Any, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None
+        ) -> None:
             try:
-                hold: HoldRecord | None = connection.info.get(key)
-            except NotImplementedError:
-                # Before the first use of an engine, SQLAlchemy asks its server by a connection of another kind.
-                return None
-            return hold
-
-        def execute(original: Any, cursor: Any, statement: str, *rest: Any, **options: Any) -> None:
-            # The execution context is the last argument of each of the three methods.
-            context = options.get("context") or (rest[-1] if rest else None)
-            hold = None if context is None else hold_of(context.root_connection)
+                hold = context.root_connection.info.get(key)  # type: ignore[union-attr]  # as below
+            except (AttributeError, NotImplementedError):
+                # There is no context; or SQLAlchemy asks the server of a new engine by a connection of another kind.
+                hold = None
             if hold is None:
-                original(cursor, statement, *rest, **options)
+                original(cursor, statement, parameters, context)
                 return
             hold.statement = statement
             hold.statements += 1
             hold.has_begun = True
-            hold.is_committing = False
             hold.running_since = now()
             try:
-                original(cursor, statement, *rest, **options)
+                original(cursor, statement, parameters, context)
             finally:
                 hold.running_since = None
 
+        def execute_no_params(
+            original: Any, cursor: Any, statement: str, context: ExecutionContext | None = None
+        ) -> None:
+            execute(lambda cursor, statement, _, context: original(cursor, statement, context), cursor, statement, (),
+                    context)  # fmt: skip
+
         def commit(original: Any, connection: Any) -> None:
-            hold = hold_of(connection)
-            if hold is not None:
-                hold.commit_at = now()
-                hold.is_committing = True
-                hold.has_begun = False
-                hold.outcome = "committed"
+            try:
+                hold = connection.info.get(key)
+            except NotImplementedError:
+                hold = None
+            if hold is None:
+                original(connection)
+                return
+            hold.commit_at = now()
+            hold.outcome = "committing"
             original(connection)
-            if hold is not None:
-                hold.is_committing = False
+            hold.has_begun = False
+            hold.outcome = "committed"
 
         def rollback(original: Any, connection: Any) -> None:
+            try:
+                hold = connection.info.get(key)
+            except NotImplementedError:
+                hold = None
             # A pool also rolls back what it is given; nothing has begun then.
-            hold = hold_of(connection)
-            if hold is not None and (hold.has_begun or hold.is_committing):
-                hold.commit_at = hold.commit_at or now()
-                hold.is_committing = False
+            if hold is not None and hold.has_begun:
                 hold.has_begun = False
+                hold.commit_at = hold.commit_at or now()
                 if hold.outcome != "commit failed":
                     hold.outcome = "rolled back"
             original(connection)
@@ -188,24 +198,24 @@ class Recorder:
             if hold is not None:
                 hold.running_since = None
                 hold.error = describe(context.sqlalchemy_exception or context.original_exception)
-                if hold.is_committing:
-                    hold.is_committing = False
+                if hold.outcome == "committing":
                     hold.outcome = "commit failed"
 
         event.listen(engine.sync_engine, "checkout", checkout)
         event.listen(engine.sync_engine, "checkin", checkin)
         event.listen(engine.sync_engine, "handle_error", handle_error)
         dialect = engine.sync_engine.dialect
-        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            follow_dialect(dialect, name, execute)
+        follow_dialect(dialect, "do_execute", execute)
+        follow_dialect(dialect, "do_executemany", execute)
+        follow_dialect(dialect, "do_execute_no_params", execute_no_params)
         follow_dialect(dialect, "do_commit", commit)
         follow_dialect(dialect, "do_rollback", rollback)
 
-    def _record(self, unit: UnitOfWork, where: tuple[str, int, str]) -> UnitRecord:
+    def _record(self, unit: UnitOfWork) -> UnitRecord:
         for watcher in unit.watchers:
             if type(watcher) is UnitRecord and watcher.owner is self:
                 return watcher
-        record = UnitRecord(unit, where[2], self, self._end)
+        record = UnitRecord(unit, self, self._end)
         unit.watch(record)
         if self._request_key is not None and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record
@@ -215,10 +225,6 @@ class Recorder:
     def _end(self, record: UnitRecord) -> None:
         record.sequence = self._last = next(self._sequence)
         self._live.pop(record.id, None)
-        if len(self._ended) >= _KEPT_UNITS:
-            # A unit and its holds know each other: without this, each would wait for the garbage collector.
-            forgotten = self._ended.popleft()
-            forgotten.holds = [hold for hold in forgotten.holds if hold.returned is None]
         self._ended.append(record)
 
     def note_warning(self, record: logging.LogRecord) -> None:
@@ -237,36 +243,57 @@ class Recorder:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def _sample_soon(self) -> None:
-        with self._lock:
-            loop = asyncio.get_running_loop()
-            self._sampling = loop
-        self._sample()
-        loop.call_later(_SAMPLE_SECONDS, self._tick, loop)
+    # Samples are taken when a connection is given back, at most one each second, and for those who look. Only a pool
+    # that has no connection left is sampled by the clock: the tasks that wait for it cause no event.
+
+    def _note_peak(self, pool: PoolTrack) -> None:
+        pool.peak = pool.held
+        if pool.changed >= pool.next_sample:
+            # The first sample tells the limit.
+            self._sample()
+        if pool.limit is not None and pool.held >= pool.limit:
+            self.sample_while_read()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sample()
-        if self._held or self.readers:
+        is_exhausted = any(pool.limit is not None and pool.held >= pool.limit for pool in list(self._pools.values()))
+        if is_exhausted or self.readers:
             loop.call_later(_SAMPLE_SECONDS, self._tick, loop)
         else:
             self._sampling = None
 
     def sample_while_read(self) -> None:
-        """Begin to sample, for a reader who has come."""
-        if self._sampling is None or self._sampling.is_closed():
-            self._sample_soon()
+        """Sample by the clock, for a reader who has come, or for a pool that has no connection left."""
+        with self._lock:
+            if self._sampling is not None and not self._sampling.is_closed():
+                return
+            self._sampling = loop = asyncio.get_running_loop()
+        loop.call_soon(self._tick, loop)
 
     def _sample(self) -> None:
         now = perf_counter()
         for index, db in enumerate(self._dbs):
-            numbers: dict[str, tuple[int, int]] = {}
-            for pool in db.status().pools:
-                idle, waiting = numbers.get(pool.host, (0, 0))
-                numbers[pool.host] = idle + pool.idle, waiting + pool.waiting
-            for (of, host), track in list(self._pools.items()):
+            numbers: dict[str, PoolStatus] = {}
+            for status in db.status().pools:
+                numbers[status.host] = status
+            for (of, host), pool in list(self._pools.items()):
                 if of == index:
-                    track.samples.append((now, max(track.peak, track.held), *numbers.get(host, (0, 0))))
-                    track.peak = track.held
+                    self._sample_pool(pool, numbers.get(host), now)
+
+    def _sample_pool(self, pool: PoolTrack, status: PoolStatus | None, now: float) -> None:
+        idle, waiting = (0, 0) if status is None else (status.idle, status.waiting)
+        if status is not None:
+            pool.limit = status.limit
+        # Since the last change, it has been as it is.
+        last = max(pool.changed, now - _KEPT_SAMPLES * _SAMPLE_SECONDS)
+        if pool.samples:
+            last = max(last, pool.samples[-1][0])
+        while pool.held and last + 1.5 * _SAMPLE_SECONDS < now:
+            last += _SAMPLE_SECONDS
+            pool.samples.append((last, pool.held, idle, 0))
+        pool.samples.append((now, max(pool.peak, pool.held), idle, waiting))
+        pool.peak = pool.held
+        pool.next_sample = now + _SAMPLE_SECONDS
 
     # --- showing ------------------------------------------------------------------------------------------------------
 
@@ -288,10 +315,10 @@ class Recorder:
             "pools": self._pool_states(3 if since else _KEPT_SAMPLES),
             "units": [unit.as_json(self._on_wall) for unit in units],
             "others": [
-                hold.as_json(self._on_wall)
-                for hold in list(self._held.values())
+                hold.as_json(unit, self._on_wall)
+                for hold, unit in list(self._held.values())
                 # What a unit that has ended has left is not among the units of an update.
-                if hold.unit is None or hold.unit.ended is not None
+                if unit is None or unit.ended is not None
             ],
             "warnings": [warning for warning in list(self._warnings) if warning["sequence"] > since],
         }

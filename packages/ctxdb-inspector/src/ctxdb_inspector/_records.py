@@ -9,7 +9,7 @@ from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
 
-from ctxdb_core.adapters import Headers, UnitOfWork
+from ctxdb_core.adapters import Headers, Place, UnitOfWork
 
 if TYPE_CHECKING:
     from ctxdb_inspector._recorder import PoolTrack
@@ -19,6 +19,8 @@ __all__ = ["HEADER", "HoldRecord", "UnitRecord", "describe"]
 HEADER = "x-ctxdb-unit"
 """The header field of a response that tells the id of the unit of work, if that has taken a connection."""
 
+_HEADER = HEADER.encode()
+
 _LONGEST_STATEMENT = 2000
 _LONGEST_ERROR = 200
 
@@ -26,45 +28,34 @@ _LONGEST_ERROR = 200
 class HoldRecord:
     """A connection that was taken from its pool."""
 
-    __slots__ = (
-        "commit_at",
-        "error",
-        "has_begun",
-        "is_committing",
-        "outcome",
-        "pool",
-        "returned",
-        "running_since",
-        "statement",
-        "statements",
-        "taken",
-        "unit",
-        "where",
-    )
+    # Defaults are the class's: one of these is made for each connection that the application takes.
+    returned: float | None = None
+    statements = 0
+    statement: str | None = None
+    """The last statement: its text, without parameters."""
+    running_since: float | None = None
+    """Since when the statement is running; ``None`` between statements."""
+    commit_at: float | None = None
+    """When the last commit or roll-back began."""
+    has_begun = False
+    """Whether a statement was made since the last commit or roll-back."""
+    outcome: str | None = None
+    """How the last transaction has ended, in a word or two; "committing" while COMMIT is under way."""
+    error: str | None = None
 
-    def __init__(self, pool: PoolTrack, unit: UnitRecord | None, where: tuple[str, int, str], taken: float) -> None:
+    def __init__(self, pool: PoolTrack, place: Place, taken: float) -> None:
         self.pool = pool
-        self.unit = unit
-        self.where = where
+        self.place = place
         self.taken = taken
-        self.returned: float | None = None
-        self.statements = 0
-        self.statement: str | None = None
-        """The last statement: its text, without parameters."""
-        self.running_since: float | None = None
-        """Since when the statement is running; ``None`` between statements."""
-        self.commit_at: float | None = None
-        """When the last commit or roll-back began."""
-        self.has_begun = False
-        """Whether a statement was made since the last commit or roll-back."""
-        self.is_committing = False
-        self.outcome: str | None = None
-        self.error: str | None = None
 
-    def as_json(self, wall: Callable[[float | None], float | None]) -> dict[str, Any]:
-        """Return what the page shows; `wall` makes times of the clock on the wall of those of `perf_counter`."""
-        filename, line, function = self.where
-        unit = self.unit
+    def as_json(self, unit: UnitRecord | None, wall: Callable[[float | None], float | None]) -> dict[str, Any]:
+        """Return what the page shows.
+
+        Args:
+            unit: the unit of work whose code has taken the connection.
+            wall: makes times of the clock on the wall of those of `perf_counter`.
+        """
+        filename, line, function = self.place.describe()
         return {
             "pool": self.pool.name,
             "taken": wall(self.taken),
@@ -75,7 +66,7 @@ class HoldRecord:
             "statement": None if self.statement is None else self.statement[:_LONGEST_STATEMENT],
             "running_since": wall(self.running_since),
             "commit_at": wall(self.commit_at),
-            "outcome": self.outcome,
+            "outcome": None if self.outcome == "committing" else self.outcome,
             "error": self.error,
             # The unit of work has ended, or was thrown away, and the connection is still out.
             "leaked": self.returned is None and unit is not None and unit.is_over,
@@ -86,45 +77,29 @@ class HoldRecord:
 class UnitRecord:
     """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`."""
 
-    __slots__ = (
-        "_on_end",
-        "_unit",
-        "ended",
-        "error",
-        "function",
-        "holds",
-        "id",
-        "owner",
-        "request",
-        "responded",
-        "sequence",
-        "started",
-        "status",
-    )
+    # Defaults are the class's, as for `HoldRecord`.
+    ended: float | None = None
+    responded: float | None = None
+    status: int | None = None
+    error: str | None = None
+    sequence = 0
+    """The higher, the later the unit has ended; 0 while it is at work."""
 
-    def __init__(self, unit: UnitOfWork, function: str, owner: object, on_end: Callable[[UnitRecord], object]) -> None:
+    def __init__(self, unit: UnitOfWork, owner: object, on_end: Callable[[UnitRecord], object]) -> None:
         self._unit = ref(unit)
         self._on_end = on_end
         self.owner = owner
         """The recorder: several may watch one unit."""
         self.id = unit.id
         self.request = unit.request
-        self.function = function
-        """The code that took the first connection: it names a unit outside of requests."""
-        self.started = unit.opened if hasattr(unit, "opened") else perf_counter()
-        self.ended: float | None = None
-        self.responded: float | None = None
-        self.status: int | None = None
-        self.error: str | None = None
+        self.started = unit.opened if unit.sessions else perf_counter()
         self.holds: list[HoldRecord] = []
-        self.sequence = 0
-        """The higher, the later the unit has ended; 0 while it is at work."""
 
     def response_starts(self, status: int) -> Headers:
         """Note the status, and have the response tell the id."""
         self.status = status
         self.responded = perf_counter()
-        return [(HEADER.encode(), self.id.encode())]
+        return ((_HEADER, self.id.encode()),)
 
     def unit_ends(self, error: BaseException | None) -> None:
         """Note the end."""
@@ -163,7 +138,8 @@ class UnitRecord:
         commit_errors = [hold.error for hold in self.holds if hold.outcome == "commit failed"]
         return {
             "id": self.id,
-            "request": self.request or self.function,
+            # The code that took the first connection names a unit outside of requests.
+            "request": self.request or (self.holds[0].place.describe()[2] if self.holds else "a unit of work"),
             "is_request": self.request is not None,
             "started": wall(self.started),
             "ended": wall(self.ended),
@@ -171,7 +147,7 @@ class UnitRecord:
             "status": self.status,
             "outcome": self.outcome,
             "error": commit_errors[0] if commit_errors else self.error,
-            "holds": [hold.as_json(wall) for hold in self.holds],
+            "holds": [hold.as_json(self, wall) for hold in self.holds],
         }
 
 

@@ -7,12 +7,13 @@ import logging
 import sys
 import time
 from types import CodeType, FrameType
+from typing import NamedTuple
 from weakref import ref
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection
 
-__all__ = ["Hold", "acquiring_code"]
+__all__ = ["Hold", "Place", "acquiring_code", "acquiring_place"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -22,6 +23,7 @@ _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenle
 # Functions that are known to be machinery: some forty are passed over for each connection. Code that is made while the
 # program runs, as SQLAlchemy makes some, must not fill the memory.
 _machinery_codes: set[CodeType] = set()
+_application_codes: set[CodeType] = set()
 _MOST_CODES = 2000
 
 
@@ -75,24 +77,78 @@ class Hold:
         )
 
 
+class Place(NamedTuple):
+    """A place in the code, as cheap as it can be had: what it is called is found out when it is shown."""
+
+    code: CodeType | None
+    instruction: int
+    """Which one of the code's, in bytes."""
+
+    def describe(self) -> tuple[str, int, str]:
+        """Return its file, line and function."""
+        if self.code is None:
+            return "<unknown>", 0, "<unknown>"
+        line = next(
+            (line for start, end, line in self.code.co_lines() if start <= self.instruction < end and line is not None),
+            self.code.co_firstlineno,
+        )
+        return self.code.co_filename, line, self.code.co_qualname
+
+
+_UNKNOWN = Place(None, 0)
+
+
 def acquiring_code() -> tuple[str, int, str]:
     """Return file, line and function of the code that is making a statement, or taking a connection, in this call.
 
     Frames of asyncio, SQLAlchemy and ctxdb are passed over.
     """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
-    current: greenlet | None = getcurrent()
+    return acquiring_place().describe()
+
+
+def acquiring_place() -> Place:
+    """Return the place that `acquiring_code` describes; for those who need it for each connection."""
+    running = getcurrent()
+    # SQLAlchemy runs the statement in a greenlet, with some thirty frames of its own in it. The coroutine that awaits
+    # it is a few frames up the stack of the greenlet's parent. Only a function given to `run_sync` is in the greenlet.
+    outer = running.parent
+    frame = None if outer is None else outer.gr_frame
+    while frame is not None:
+        code = frame.f_code
+        if code in _machinery_codes:
+            frame = frame.f_back
+        elif code in _application_codes or not _is_machinery(frame):
+            return Place(code, frame.f_lasti)
+        elif code.co_name == "run_sync":
+            # It is never among those that are known.
+            break
+        else:
+            _remember(_machinery_codes, code)
+            frame = frame.f_back
+    frame = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
+    current: greenlet | None = running
     while current is not None:
         while frame is not None:
             code = frame.f_code
             if code not in _machinery_codes:
-                module: str = frame.f_globals.get("__name__") or ""
-                if module.partition(".")[0] not in _MACHINERY:
-                    return code.co_filename, frame.f_lineno, code.co_qualname
-                if len(_machinery_codes) < _MOST_CODES:
-                    _machinery_codes.add(code)
+                if not _is_machinery(frame):
+                    return Place(code, frame.f_lasti)
+                if code.co_name != "run_sync":
+                    _remember(_machinery_codes, code)
             frame = frame.f_back
-        # SQLAlchemy runs the statement in a greenlet; the coroutine that awaits it is on the stack of its parent.
         current = current.parent
         frame = None if current is None else current.gr_frame
-    return "<unknown>", 0, "<unknown>"
+    return _UNKNOWN
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    module: str = frame.f_globals.get("__name__") or ""
+    if module.partition(".")[0] in _MACHINERY:
+        return True
+    _remember(_application_codes, frame.f_code)
+    return False
+
+
+def _remember(codes: set[CodeType], code: CodeType) -> None:
+    if len(codes) < _MOST_CODES:
+        codes.add(code)

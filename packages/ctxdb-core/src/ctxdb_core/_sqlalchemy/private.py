@@ -195,8 +195,8 @@ def follow_dialect(dialect: Dialect, name: str, around: Callable[..., Any]) -> N
     dear: SQLAlchemy makes the object that keeps the listeners of one connection anew for each. Unlike with the other
     functions here, several may follow one dialect.
     """
-    original = getattr(dialect, name)
-    vars(dialect)[name] = lambda *args, **kwargs: around(original, *args, **kwargs)
+    # No function of Python's comes between: these run for each statement.
+    vars(dialect)[name] = partial(around, getattr(dialect, name))
 
 
 def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], Any]) -> None:
@@ -212,8 +212,7 @@ def follow_raw_connection(engine: Engine, around: Callable[[Callable[[], Any]], 
 
     Unlike with `replace_raw_connection`, several may follow one engine.
     """
-    original = engine.raw_connection
-    vars(engine)["raw_connection"] = lambda: around(original)
+    vars(engine)["raw_connection"] = partial(around, engine.raw_connection)
 
 
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:

@@ -132,7 +132,8 @@ class UnitOfWork:
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
         if self._id is None:
-            self._id = (None if self.origin is None else _given_id(self.origin)) or new_unit_id()
+            given = _given_id(self.origin) if _id_givers and self.origin is not None else None
+            self._id = f"{_process.name}-{next(_numbers)}" if given is None else given
         return self._id
 
     @property
@@ -141,6 +142,8 @@ class UnitOfWork:
 
         A unit that was opened inside of another one belongs to the request of that one.
         """
+        if self.origin is not None:
+            return request_line(self.origin)
         unit: UnitOfWork | None = self
         while unit is not None and unit.origin is None:
             unit = unit.enclosing()

@@ -49,6 +49,9 @@ def request_line(origin: Any) -> str | None:
     """
     if origin is None:
         return None
+    if type(origin) is dict and "method" in origin:
+        # An ASGI scope, as most are.
+        return f"{origin['method']} {origin['path']}"
     path = getattr(origin, "path", None)
     if path is not None:
         return f"{origin.method} {path}"

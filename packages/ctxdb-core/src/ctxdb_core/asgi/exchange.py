@@ -65,8 +65,11 @@ class Exchange(UnitOfWork):
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
         status = message.get("status", _SWITCHING_PROTOCOLS)
-        added = [field for watcher in self.watchers for field in tell(watcher.response_starts, status) or ()]
-        return {**message, "headers": [*message.get("headers", ()), *added]} if added else message
+        for watcher in self.watchers:
+            added = tell(watcher.response_starts, status)
+            if added:
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+        return message
 
     def move_to(self, phase: Phase) -> None:
         """Go over to `phase`; nothing happens if that is the current one.
