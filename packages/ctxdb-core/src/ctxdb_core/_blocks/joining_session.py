@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.sessions import door_of, guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import door_of, guard_of
 from ctxdb_core._units import session_end
 from ctxdb_core._units.sessions import db_session, unit_for
 from ctxdb_core.errors import TransactionRequiredError

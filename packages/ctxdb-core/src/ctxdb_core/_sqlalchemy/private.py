@@ -12,11 +12,14 @@ import sys
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm.session import _new_sessionid, _sessions
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -26,6 +29,7 @@ __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
     "PoolNumbers",
+    "SessionPattern",
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
@@ -52,6 +56,8 @@ __all__ = [
     "swap_driver_connections",
     "take_back_asyncpg_connection",
 ]
+
+_new = object.__new__
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -92,11 +98,78 @@ def connections_of(transaction: SessionTransaction) -> set[Connection]:
 def seed_dispatch(session: Session) -> None:
     """Give a new session its empty listeners at once.
 
-    SQLAlchemy makes the object that keeps the listeners of one session anew for each, and has it miss each event once:
-    11 times in a request of one SELECT, 16 times in one of an INSERT.
+    SQLAlchemy makes the object that keeps the listeners of one session anew for each, with a slot for each event, and
+    has it miss each event once: 10 times in a request of one SELECT, 16 times in one of an INSERT.
     """
     dispatch: Any = session.dispatch
-    vars(dispatch).update(dispatch._empty_listeners)  # noqa: SLF001 - see the module
+    listeners: dict[str, Any] = dispatch._empty_listeners  # noqa: SLF001 - see the module
+    # `any` makes all of the calls, as each returns ``None``: a loop would cost what this is to spare.
+    any(map(setattr, repeat(dispatch), listeners, listeners.values()))
+
+
+class SessionPattern:
+    """Makes sessions like those that a constructor makes, by copying what is the same in all of them.
+
+    The two constructors of a session check and store some 25 values, of which all but a few are the same for each
+    session of a session maker.
+
+    Args:
+        construct: makes a session by the constructors.
+    """
+
+    __slots__ = ("_async_class", "_async_values", "_identity_map", "_sync_class", "_sync_values")
+
+    def __init__(self, construct: Callable[[], AsyncSession]) -> None:
+        session, other = construct(), construct()
+        sync_session: Any = session.sync_session
+        self._async_class: type[AsyncSession] = type(session)
+        self._sync_class: type[Session] = type(sync_session)
+        self._identity_map: type[Any] = type(sync_session.identity_map)
+        self._async_values = _in_common(session, other, _MADE_FOR_EACH_ASYNC_SESSION)
+        self._sync_values = _in_common(sync_session, other.sync_session, _MADE_FOR_EACH_SESSION)
+
+    @classmethod
+    def of(cls, construct: Callable[[], AsyncSession]) -> SessionPattern | None:
+        """Return a pattern of the sessions that `construct` makes; ``None`` if they have more than can be copied."""
+        try:
+            return cls(construct)
+        except _CannotBeCopiedError:
+            return None
+
+    def __call__(self) -> AsyncSession:
+        """Return a new session."""
+        sync_session: Any = _new(self._sync_class)
+        sync_session.__dict__ = values = self._sync_values.copy()
+        values["identity_map"] = self._identity_map()
+        values["_new"] = {}
+        values["_deleted"] = {}
+        values["hash_key"] = key = _new_sessionid()
+        _sessions[key] = sync_session
+        seed_dispatch(sync_session)
+        session: Any = _new(self._async_class)
+        session.__dict__ = values = self._async_values.copy()
+        values["_async_binds"] = {}
+        # SQLAlchemy finds the one by the other.
+        values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
+        return session  # type: ignore[no-any-return]  # of `_async_class`
+
+
+_MADE_FOR_EACH_SESSION = frozenset({"_deleted", "_new", "hash_key", "identity_map"})
+_MADE_FOR_EACH_ASYNC_SESSION = frozenset({"_async_binds", "_proxied", "sync_session"})
+
+
+class _CannotBeCopiedError(Exception):
+    """A session has a value of its own that is not known here."""
+
+
+def _in_common(one: object, other: object, made_for_each: frozenset[str]) -> dict[str, Any]:
+    """Return what two new sessions have in common; both have, of their own, what is in `made_for_each`, and no more."""
+    values, others = vars(one), vars(other)
+    common = {name: value for name, value in values.items() if others.get(name) is value}
+    empty = all(not values[name] for name in made_for_each & values.keys() if isinstance(values[name], dict))
+    if values.keys() - common.keys() != made_for_each or others.keys() != values.keys() or not empty:
+        raise _CannotBeCopiedError
+    return common
 
 
 # --- objects of the ORM -----------------------------------------------------------------------------------------------

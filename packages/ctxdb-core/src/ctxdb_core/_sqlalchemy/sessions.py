@@ -1,7 +1,4 @@
-"""The classes of the sessions that a `DBConnect` hands out, derived from the user's own ones.
-
-`derive_async` and `derive_sync` put a class of this module into the bases of the user's class. What the user's class
-overrides stays in effect, and ``isinstance`` holds.
+"""The classes that are put into the bases of the user's own session classes (see `session_factory`).
 
 - `GuardedSession` comes before the user's synchronous class: it looks at each statement, whatever the user's
   ``get_bind`` does (SQLAlchemy, "Custom Vertical Partitioning"), and tells of the session's end.
@@ -18,12 +15,12 @@ import types
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.util import await_only
@@ -37,14 +34,14 @@ from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, seed_dispatch
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
-__all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
+__all__ = ["DoorSession", "GuardedSession", "door_of", "guard_of"]
 
 
 OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
@@ -228,29 +225,30 @@ class GuardedSession(Session):
 # --- the asynchronous session -----------------------------------------------------------------------------------------
 
 
-async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
-    session: GuardedSession = cast(Any, fn).__self__
+    # A plain function, as all three of its kind: a coroutine more would be resumed for each message from the server.
+    session: GuardedSession = fn.__self__
     if session.identity_map and session.door is not None and not session.in_transaction():
         # SQLAlchemy asks for the listeners of a query before it begins the transaction.
         session.look_back()
     if session.on_begin is not None:
-        return await _call_with_hook(session, fn, args, kwargs)
-    return await _pass(session.door, fn, args, kwargs)
+        return _call_with_hook(session, fn, args, kwargs)
+    return _pass(session.door, fn, args, kwargs)
 
 
-async def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
+def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
     if session.on_begin is not None:
-        return await _call_with_hook(session, fn, (session, *args), kwargs)
-    return await _pass(session.door, fn, (session, *args), kwargs)
+        return _call_with_hook(session, fn, (session, *args), kwargs)
+    return _pass(session.door, fn, (session, *args), kwargs)
 
 
-async def _call_of_transaction(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of a transaction, or begins one."""
-    owner: Any = cast(Any, fn).__self__
+    owner = fn.__self__
     session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
-    return await _pass(session.door, fn, args, kwargs)
+    return _pass(session.door, fn, args, kwargs)
 
 
 async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -499,96 +497,9 @@ DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of o
 )
 
 
-# --- deriving ---------------------------------------------------------------------------------------------------------
-
-# By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
-_derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
-
-
-def derive_sync(cls: type[Session]) -> type[GuardedSession]:
-    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
-    if cls is Session:
-        return GuardedSession
-    if issubclass(cls, GuardedSession):
-        return cls
-    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), closes_plainly=cls.close is Session.close)
-    return derived
-
-
-def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
-    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
-    if cls is AsyncSession:
-        return DoorSession
-    if issubclass(cls, DoorSession):
-        return cls
-    derived: type[DoorSession] = _derive(cls, (cls, DoorSession), closes_plainly=cls.close is AsyncSession.close)
-    return derived
-
-
-def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
-    known = _derived.get(cls)
-    derived = None if known is None else known()
-    if derived is None:
-        namespace = {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "closes_plainly": closes_plainly,
-        }
-        derived = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
-        _derived[cls] = ref(derived)
-    return derived
-
-
-class SessionFactory:
-    """Makes sessions as a session maker does, of the derived classes.
-
-    Args:
-        maker: the user's session maker. What ``maker.configure()`` changes later is seen.
-    """
-
-    __slots__ = ("_async_class", "_class", "_sync_class", "_sync_given", "maker")
-
-    def __init__(self, maker: async_sessionmaker[Any]) -> None:
-        self.maker = maker
-        self._class: Any = None
-        self._sync_given: Any = None
-
-    def __call__(self, **options: Any) -> AsyncSession:
-        """Return a new session, with `options` in the place of those of the session maker."""
-        maker = self.maker
-        if type(maker) is not async_sessionmaker:
-            # Its class may make sessions in a way of its own.
-            return guarded(maker(**options))
-        settings = {**maker.kw, **options} if options else maker.kw.copy()
-        sync_given = settings.get("sync_session_class") or maker.class_.sync_session_class
-        if not isinstance(sync_given, type) or not isinstance(maker.class_, type):
-            # Any callable may make sessions: their class is known when they are there.
-            return guarded(maker(**options))
-        if maker.class_ is not self._class or sync_given is not self._sync_given:
-            self._async_class, self._sync_class = derive_async(maker.class_), derive_sync(sync_given)
-            self._class, self._sync_given = maker.class_, sync_given
-        if "info" in options and "info" in maker.kw:
-            settings["info"] = {**maker.kw["info"], **options["info"]}
-        settings["sync_session_class"] = self._sync_class
-        session = self._async_class(**settings)
-        seed_dispatch(session.sync_session)
-        return session
-
-
-def guarded(session: AsyncSession) -> AsyncSession:
-    """Return a session that was made elsewhere, with its classes replaced by those that are derived from them."""
-    sync_session = session.sync_session
-    if not isinstance(sync_session, GuardedSession):
-        sync_session.__class__ = derive_sync(type(sync_session))
-    if not isinstance(session, DoorSession):
-        session.__class__ = derive_async(type(session))
-    return session
-
-
 def guard_of(session: AsyncSession) -> GuardedSession:
     """Return the synchronous session of one that is known to be guarded."""
-    return cast(GuardedSession, session.sync_session)
+    return session.sync_session  # type: ignore[return-value]  # a cast would cost time
 
 
 def door_of(session: AsyncSession) -> Door | None:

@@ -22,9 +22,10 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
-from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.second_connections import note_second_session
-from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
@@ -93,7 +94,7 @@ class UnitOfWork:
     """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
-    token: Token[UnitOfWork]
+    token: Token[UnitOfWork] | None = None
     """What `leave` makes current again."""
     origin: Any = None
     """The request that the unit belongs to: an ASGI scope, or the framework's request; ``None`` outside of requests."""
@@ -140,8 +141,7 @@ class UnitOfWork:
 
     def enclosing(self) -> UnitOfWork | None:
         """Return the unit that was current when this one was entered, unless that one has ended."""
-        token = getattr(self, "token", None)
-        around = None if token is None else token.old_value
+        around = None if self.token is None else self.token.old_value
         return around if isinstance(around, UnitOfWork) and not around.closed else None
 
     def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
@@ -162,6 +162,8 @@ class UnitOfWork:
 
     def leave(self) -> None:
         """Make the unit current again that was so before `enter`."""
+        if self.token is None:
+            return
         try:  # noqa: SIM105 - `suppress` takes a third of what an idle request costs
             current_unit.reset(self.token)
         except (ValueError, RuntimeError):
@@ -192,12 +194,15 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
-        session = await (create or db.create_session)()
-        if self.sessions is _CLOSED or db in self.sessions:
-            # Meanwhile, the unit has ended, or another of its tasks has made the session.
-            await session_end.close(session, None, db)
-            return await self.open_session(db)
-        return self.adopt_session(db, session)
+        session = db.create_session_at_once() if create is None else None
+        if session is None:
+            session = await (create or db.create_session)()
+            if self.sessions is _CLOSED or db in self.sessions:
+                # Meanwhile, the unit has ended, or another of its tasks has made the session.
+                await session_end.close(session, None, db)
+                return await self.open_session(db)
+        self._take(db, session)
+        return session
 
     def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
         """Return a new session on `db`, to be adopted; ``None`` if making one takes an ``await``.
@@ -217,6 +222,10 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
+        self._take(db, session)
+        return session
+
+    def _take(self, db: DBConnect, session: AsyncSession) -> None:
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
             self.opened = perf_counter()
@@ -224,12 +233,10 @@ class UnitOfWork:
             open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
-        outer = getattr(self, "token", None)
-        if outer is not None and isinstance(outer.old_value, UnitOfWork):
-            outer.old_value.note_second_session(db, session)
+        if self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
-        return session
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""
@@ -238,8 +245,8 @@ class UnitOfWork:
         first = self.of(db).sessions.get(db)
         if first is not None:
             note_second_session(db, session, first)
-        elif (token := getattr(self, "token", None)) is not None and isinstance(token.old_value, UnitOfWork):
-            token.old_value.note_second_session(db, session)
+        elif self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
@@ -394,7 +401,8 @@ class UnitOfWork:
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
-                    await wait_for_calls((session,))
+                    if is_busy(session):
+                        await wait_for_calls((session,))
                     if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
                         return
                     await run_to_completion(session_end.commit(session))

@@ -88,7 +88,7 @@ class HTTPExchange(Exchange):
             await self._end_transactions(message["status"])
         await self.forward(self.announce(message) if self.watchers else message)
 
-    async def _end_transactions(self, status: int) -> None:
+    def _end_transactions(self, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, and go over to the phase that follows.
 
         Raises:
@@ -96,14 +96,16 @@ class HTTPExchange(Exchange):
         """
         calls, body = self.calls, self.body
         if calls is not None and calls.at_work and not self.closed:
-            await self._abandon(calls, status)
-        elif isinstance(body, StreamedBody) and self._overrules(status, body):
-            await self._overrule(body)
-        elif body is not None and body.has_used_a_session:
-            # What is open now is the work of the body, which runs ahead of its start.
-            self.move_to(Phase.BODY)
-        else:
-            await self._settle_and_start(status)
+            return self._abandon(calls, status)
+        if isinstance(body, StreamedBody) and self._overrules(status, body):
+            return self._overrule(body)
+        if body is not None and body.has_used_a_session:
+            return self._start_behind_body()
+        return self._settle_and_start(status)
+
+    async def _start_behind_body(self) -> None:
+        """Begin a body that runs ahead of its start already: what is open now is the body's own work."""
+        self.move_to(Phase.BODY)
 
     async def _settle_and_start(self, status: int) -> None:
         """End the transactions for the start of a response, and begin its body."""
