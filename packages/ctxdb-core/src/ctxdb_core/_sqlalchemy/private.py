@@ -117,7 +117,15 @@ class SessionPattern:
         construct: makes a session by the constructors.
     """
 
-    __slots__ = ("_async_class", "_async_values", "_identity_map", "_sync_class", "_sync_values")
+    __slots__ = (
+        "_async_class",
+        "_async_dicts",
+        "_async_values",
+        "_identity_map",
+        "_sync_class",
+        "_sync_dicts",
+        "_sync_values",
+    )
 
     def __init__(self, construct: Callable[[], AsyncSession]) -> None:
         session, other = construct(), construct()
@@ -125,8 +133,8 @@ class SessionPattern:
         self._async_class: type[AsyncSession] = type(session)
         self._sync_class: type[Session] = type(sync_session)
         self._identity_map: type[Any] = type(sync_session.identity_map)
-        self._async_values = _in_common(session, other, _MADE_FOR_EACH_ASYNC_SESSION)
-        self._sync_values = _in_common(sync_session, other.sync_session, _MADE_FOR_EACH_SESSION)
+        self._async_values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
+        self._sync_values, self._sync_dicts = _in_common(sync_session, other.sync_session, {"hash_key", "identity_map"})
 
     @classmethod
     def of(cls, construct: Callable[[], AsyncSession]) -> SessionPattern | None:
@@ -140,36 +148,39 @@ class SessionPattern:
         """Return a new session."""
         sync_session: Any = _new(self._sync_class)
         sync_session.__dict__ = values = self._sync_values.copy()
+        for name in self._sync_dicts:
+            values[name] = {}
         values["identity_map"] = self._identity_map()
-        values["_new"] = {}
-        values["_deleted"] = {}
         values["hash_key"] = key = _new_sessionid()
         _sessions[key] = sync_session
         seed_dispatch(sync_session)
         session: Any = _new(self._async_class)
         session.__dict__ = values = self._async_values.copy()
-        values["_async_binds"] = {}
+        for name in self._async_dicts:
+            values[name] = {}
         # SQLAlchemy finds the one by the other.
         values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
         return session  # type: ignore[no-any-return]  # of `_async_class`
-
-
-_MADE_FOR_EACH_SESSION = frozenset({"_deleted", "_new", "hash_key", "identity_map"})
-_MADE_FOR_EACH_ASYNC_SESSION = frozenset({"_async_binds", "_proxied", "sync_session"})
 
 
 class _CannotBeCopiedError(Exception):
     """A session has a value of its own that is not known here."""
 
 
-def _in_common(one: object, other: object, made_for_each: frozenset[str]) -> dict[str, Any]:
-    """Return what two new sessions have in common; both have, of their own, what is in `made_for_each`, and no more."""
+def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the values that two new sessions have in common, and the names of those that are empty dicts of their own.
+
+    Args:
+        one: a session.
+        other: another one.
+        known: the names of what each session has for itself beside empty dicts.
+    """
     values, others = vars(one), vars(other)
-    common = {name: value for name, value in values.items() if others.get(name) is value}
-    empty = all(not values[name] for name in made_for_each & values.keys() if isinstance(values[name], dict))
-    if values.keys() - common.keys() != made_for_each or others.keys() != values.keys() or not empty:
+    own = [name for name, value in values.items() if others.get(name) is not value]
+    dicts = tuple(name for name in own if type(values[name]) is dict and not values[name])
+    if values.keys() != others.keys() or set(own) - set(dicts) != known:
         raise _CannotBeCopiedError
-    return common
+    return {name: value for name, value in values.items() if name not in own}, dicts
 
 
 # --- objects of the ORM -----------------------------------------------------------------------------------------------

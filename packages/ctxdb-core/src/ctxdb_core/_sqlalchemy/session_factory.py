@@ -7,6 +7,7 @@ overrides stays in effect, and ``isinstance`` holds.
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -110,8 +111,14 @@ class SessionFactory:
         return session
 
     def _find_pattern(self) -> SessionPattern | None:
-        """Return a pattern of the sessions that the settings make, where the user's classes construct nothing."""
+        """Return a pattern of the sessions that the settings make; ``None`` where making one may be more than that."""
+        classes: tuple[type, ...] = (self._async_class, self._sync_class)
+        if any(cls.__new__ is not object.__new__ for cls in classes):
+            return None
         if self._async_class.__init__ is not AsyncSession.__init__ or self._sync_class.__init__ is not Session.__init__:
+            return None
+        if any(isinstance(value, Mapping) for value in self.maker.kw.values()):
+            # It may change, and nothing would tell.
             return None
         return SessionPattern.of(lambda: self._async_class(**{**self.maker.kw, "sync_session_class": self._sync_class}))
 
