@@ -112,7 +112,7 @@ class SessionFactory:
 
     def _find_pattern(self) -> SessionPattern | None:
         """Return a pattern of the sessions that the settings make; ``None`` where making one may be more than that."""
-        classes: tuple[type, ...] = (self._async_class, self._sync_class)
+        classes: tuple[Any, ...] = (self._async_class, self._sync_class)
         if any(cls.__new__ is not object.__new__ for cls in classes):
             return None
         if self._async_class.__init__ is not AsyncSession.__init__ or self._sync_class.__init__ is not Session.__init__:
