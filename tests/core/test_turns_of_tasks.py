@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
     DBConnect,
+    close_db_session,
     commit_db_session,
     db_session,
     new_db_ctx,
@@ -309,3 +311,40 @@ async def test_a_group_of_tasks_that_is_cancelled_raises_no_other_error(db: DBCo
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled() or task.exception() is None
+
+
+# --- closing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_session_that_is_being_closed_ends_with_its_unit(
+    db: DBConnect, database: Database, fails: bool
+) -> None:
+    with suppress(LookupError):
+        async with new_db_ctx():
+            statement = asyncio.create_task((await db_session(db)).execute(text("SELECT pg_sleep(0.5)")))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+            closing = asyncio.create_task(close_db_session(db))
+            await asyncio.sleep(0)
+            if fails:
+                raise LookupError
+    assert database.checked_out == 0
+    await closing
+    await asyncio.wait([statement])
+    error = statement.exception()
+    assert isinstance(error, ContextClosedError) if fails else error is None
+
+
+async def test_a_session_is_closed_although_the_task_that_closes_it_is_cancelled(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        statement = asyncio.create_task((await db_session(db)).execute(text("SELECT pg_sleep(0.5)")))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        closing = asyncio.create_task(close_db_session(db))
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert database.checked_out == 0
+        await statement
