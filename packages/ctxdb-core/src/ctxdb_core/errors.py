@@ -150,8 +150,9 @@ class SessionAlreadyActiveError(CtxDBError):
 
     Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
     of the same task; and, in a unit of work, while another of its tasks is inside of a block that this task ends, such
-    as ``session.begin_nested()``: by all that would write in that block, begin another one, or end it. The way out:
-    ``reuse_if_exists=True`` to share the session of the same task; for another one ``new_session()`` or
+    as ``session.begin_nested()``: by all that would write in that block, begin another one, or end it. And raised where
+    two tasks use the sessions of two databases inside of calls of one another, and would wait for each other for ever.
+    The way out: ``reuse_if_exists=True`` to share the session of the same task; for another one ``new_session()`` or
     ``new_transaction()``, ``run_in_new_ctx(fn)`` or ``transactional(db, "requires_new")``.
     """
 

@@ -28,7 +28,7 @@ from sqlalchemy.util import await_only
 from ctxdb_core._shield import LentTask
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_at_end_of_greenlet
-from ctxdb_core.errors import ContextNotInitiatedError
+from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
 
 __all__ = ["Door", "Refuse", "StatementObserver"]
 
@@ -44,8 +44,32 @@ _FOREIGN_LOOP = (
     "on the first loop (`anyio.from_thread.run`, `await` instead of `asyncio.run`)."
 )
 
+_DEADLOCK = (
+    "Two tasks use the sessions of two databases, each one inside of a call of the other session (`run_sync`, an "
+    "`on_begin` callback, an event listener): each waits for the session that the other one has, and neither would ever "
+    "go on. Use one session after the other, nest such calls in the same order everywhere, or give the task sessions of "
+    "its own by `run_in_new_ctx(fn, ...)`."
+)
+
 _turns: ContextVar[tuple[Door, ...]] = ContextVar("ctxdb_turns", default=())
 """The doors whose turn the running code has taken by `Door.turn`: inherited by the tasks that it starts."""
+
+
+class _Waiting(NamedTuple):
+    """A task that waits for a door."""
+
+    door: Door
+    task: Any
+    within: tuple[Door, ...]
+    """The doors whose turn the code that waits has taken by `Door.turn`, or is part of."""
+
+    def keeps(self, door: Door) -> bool:
+        """Return whether `door` stays taken for as long as this task waits."""
+        return door in self.within or door.is_held_by(self.task)
+
+
+_all_waiting: set[_Waiting] = set()
+"""The tasks that wait for a door, of all event loops."""
 
 
 class Door:
@@ -133,7 +157,10 @@ class Door:
     async def _wait_in(self, waiting: deque[tuple[asyncio.Future[None], Any]], task: Any) -> None:
         handed_over = asyncio.get_running_loop().create_future()
         place = (handed_over, task)
+        mine = _Waiting(self, task, _turns.get())
+        self._refuse_deadlock(mine)
         waiting.append(place)
+        _all_waiting.add(mine)
         try:
             await handed_over
         except BaseException:
@@ -148,6 +175,24 @@ class Door:
                 finally:
                     self.leave()
             raise
+        finally:
+            _all_waiting.discard(mine)
+
+    def _refuse_deadlock(self, mine: _Waiting) -> None:
+        """Raise an error if the code that has the turn waits, by way of other doors, for one that `mine` keeps."""
+        reached, doors = {self}, [self]
+        while doors:
+            door = doors.pop()
+            for other in tuple(_all_waiting):
+                if other.door not in reached and other.keeps(door):
+                    if mine.keeps(other.door):
+                        raise SessionAlreadyActiveError(_DEADLOCK)
+                    reached.add(other.door)
+                    doors.append(other.door)
+
+    def is_held_by(self, task: Any) -> bool:
+        """Return whether `task` has the turn."""
+        return self._holder is not None and task is not None and _real(self._holder) is _real(task)
 
     def leave(self) -> None:
         """Give the turn back: to the task that has waited for the longest time."""
@@ -190,7 +235,7 @@ class Door:
         """Return whether `task` has the turn, or was started by the code that has it."""
         if self._holder is None:
             return False
-        return (task is not None and _real(self._holder) is _real(task)) or self in _turns.get()
+        return self.is_held_by(task) or self in _turns.get()
 
     def restart_limit(self, *args: object) -> None:
         """Give the running call its time anew, as it sends another statement."""
