@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import Integer, literal, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
@@ -408,3 +409,61 @@ async def test_calls_inside_of_one_another_wait_for_their_turns_in_one_order(dat
         async with asyncio.timeout(20), new_db_ctx():
             results = await asyncio.gather(*(nest(number) for number in range(4)), read(second, 4), read(first, 5))
             assert results == list(range(6))
+
+
+# --- tasks that outlive the turn in which they were started ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_task_that_a_hook_has_started_takes_its_turn_when_the_hook_is_over(
+    db: DBConnect, database: Database
+) -> None:
+    started: list[asyncio.Task[int]] = []
+
+    async def read_later() -> int:
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        return await read(db, 1)
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(read_later()))
+
+    async with new_db_ctx():
+        on_begin(db, hook)
+        await _sleep(db, 0.3)
+        assert await started[0] == 1
+        assert await read(db, 2) == 2
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_call_waits_for_the_statements_that_a_hook_has_left_running(db: DBConnect) -> None:
+    started: list[asyncio.Task[None]] = []
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(_sleep(db, 0.2)))
+        await asyncio.sleep(0)
+
+    async with new_db_ctx():
+        on_begin(db, hook)
+        assert await read(db, 1) == 1
+        await started[0]
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_no_statement_of_a_hook_that_was_cancelled_runs_on(db: DBConnect, database: Database) -> None:
+    started: list[asyncio.Task[None]] = []
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(_sleep(db, 300)))
+        await asyncio.wait(started)
+
+    with anyio.CancelScope() as scope:
+        async with new_db_ctx():
+            on_begin(db, hook)
+            reading = asyncio.create_task(read(db, 1))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+            scope.cancel()
+            await reading
+    assert database.checked_out == 0
+    assert not database.backends("query ~ 'pg_sleep' AND state = 'active'")
+    await asyncio.wait([*started, reading])
+    assert reading.cancelled()
