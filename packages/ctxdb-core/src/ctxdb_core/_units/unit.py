@@ -311,11 +311,17 @@ class UnitOfWork:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:
-            TransactionAlreadyActiveError: a transaction is open in which a statement has been made.
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
         """
         self.check_usable()
         session = self.sessions.get(db)
         guard = None if session is None else guard_of(session)
+        if guard is not None and guard.in_nested_transaction():
+            raise TransactionAlreadyActiveError(
+                f"`on_begin` was called inside of a savepoint on {db!r}: what it sets for the transaction would be "
+                "undone with the savepoint, and the transaction would go on without it. Call `on_begin` before "
+                "`session.begin_nested()`, `atomic_db_session(db, 'savepoint')` and the like."
+            )
         if guard is not None and not guard.begins_with_next_call:
             raise TransactionAlreadyActiveError(
                 f"A statement has been made on {db!r} in the open transaction, without what `on_begin` is to set for "
