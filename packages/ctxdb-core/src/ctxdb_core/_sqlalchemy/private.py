@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
@@ -40,6 +40,7 @@ __all__ = [
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "listen_once",
     "pass_on_failed_connect",
     "pool_numbers",
     "pool_of",
@@ -97,6 +98,17 @@ def seed_dispatch(session: Session) -> None:
     """
     dispatch: Any = session.dispatch
     vars(dispatch).update(dispatch._empty_listeners)  # noqa: SLF001 - see the module
+
+
+def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
+    """Have `listener` called at an event of one pool, connection or session, unless it is already.
+
+    `event.contains` looks for the ``id`` of the target. SQLAlchemy copies the listeners of a pool to the one that takes
+    its place after ``dispose``, and keeps them known by the ``id`` of the first pool, which another pool may have by
+    then: that one would be taken for one which has them.
+    """
+    if listener not in tuple(getattr(target.dispatch, name)):
+        event.listen(target, name, listener)
 
 
 # --- objects of the ORM -----------------------------------------------------------------------------------------------
