@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from tests.support.database import Database, eventually
 
 from ctxdb_core._sqlalchemy import private
@@ -172,6 +172,25 @@ async def test_sessions_of_a_factory_have_an_info_of_their_own() -> None:
     first, second = factory(), factory()
     first.info["own"] = True
     assert (second.info, factory().info) == ({"given": 1}, {"given": 1})
+
+
+def test_each_pool_gets_a_listener_once_although_others_had_its_place_in_memory() -> None:
+    heard: list[object] = []
+
+    def listener(dbapi_connection: object, record: object) -> None:
+        heard.append(dbapi_connection)
+
+    pools = []
+    for number in range(1, 301):
+        pool: Pool = create_engine("sqlite://", poolclass=QueuePool).pool
+        private.listen_once(pool, "checkin", listener)
+        # What `Engine.dispose` does: the first pool goes, and another one may take its place in memory.
+        pool = pool.recreate()
+        private.listen_once(pool, "checkin", listener)
+        pool.connect().close()
+        pool.dispose()
+        assert len(heard) == number
+        pools.append(pool)
 
 
 async def test_the_isolation_level_that_an_engine_connects_with_is_known() -> None:

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
+from ctxdb_core._sqlalchemy.private import listen_once
 from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["detect_silent_rollback"]
@@ -50,11 +51,11 @@ def _handle_error(context: ExceptionContext) -> None:
         # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
-    elif connection.in_transaction() and not event.contains(connection, "commit", _check_transaction):
+    elif connection.in_transaction():
         # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
         # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
         # The listener is on this one connection of this one session: it goes when the transaction is over.
-        event.listen(connection, "commit", _check_transaction)
+        listen_once(connection, "commit", _check_transaction)
 
 
 def _check_transaction(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
@@ -44,6 +44,7 @@ __all__ = [
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "listen_once",
     "pass_on_failed_connect",
     "pool_numbers",
     "pool_of",
@@ -181,6 +182,17 @@ def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, A
     if values.keys() != others.keys() or set(own) - set(dicts) != known:
         raise _CannotBeCopiedError
     return {name: value for name, value in values.items() if name not in own}, dicts
+
+
+def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
+    """Have `listener` called at an event of one pool, connection or session, unless it is already.
+
+    `event.contains` looks for the ``id`` of the target. SQLAlchemy copies the listeners of a pool to the one that takes
+    its place after ``dispose``, and keeps them known by the ``id`` of the first pool, which another pool may have by
+    then: that one would be taken for one which has them.
+    """
+    if listener not in tuple(getattr(target.dispatch, name)):
+        event.listen(target, name, listener)
 
 
 # --- objects of the ORM -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
-from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -34,10 +34,11 @@ from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, is_flushing
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, own_transaction, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
@@ -64,7 +65,7 @@ class Interrupted(NamedTuple):
 _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 
-class GuardedSession(Session):
+class GuardedSession(BlockedSession):
     """A synchronous session that may have a door."""
 
     door: Door | None = None
@@ -97,6 +98,9 @@ class GuardedSession(Session):
             door.look(self, clause)
             # A call without arguments comes from code that looks at the session, not from a statement.
             if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
+                if self.task_blocks and not is_flushing(self):
+                    # A flush may be that of another task's query; it writes the objects of the task in the block.
+                    refuse_in_block_of_other_task(self)
                 self.note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
@@ -120,6 +124,7 @@ class GuardedSession(Session):
         return super()._autobegin_t(begin)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        refuse_in_block_of_other_task(self)
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
             # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
             await_only(_begin(self, self.on_begin))
@@ -153,6 +158,7 @@ class GuardedSession(Session):
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
             # Statements on the connection itself are not seen here, so it counts as a write.
+            refuse_in_block_of_other_task(self)
             self.note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
@@ -470,6 +476,29 @@ def _may_close(session: DoorSession, exc: BaseException | None) -> bool:
     return not guard.door.has_ended and guard.before_close(session, exc)
 
 
+def _by_owner(start: Any) -> Any:
+    @functools.wraps(start)
+    async def start_by_owner(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        started = await start(self, is_ctxmanager)
+        guard = self.session.sync_session
+        if isinstance(guard, GuardedSession) and guard.door is not None and (self.nested or is_ctxmanager):
+            # A transaction that is begun without a block is the session's: nobody has said that it ends on an error.
+            own_transaction(guard, cast(SessionTransaction, self.sync_transaction))
+        return started
+
+    return start_by_owner
+
+
+def _outside_of_blocks(method: Any) -> Any:
+    @functools.wraps(method)
+    async def call_outside_of_blocks(self: DoorSession, *args: Any) -> None:
+        # A flush that is asked for writes what the running task has changed. The one before a query passes by.
+        refuse_in_block_of_other_task(self.sync_session)
+        await method(self, *args)
+
+    return call_outside_of_blocks
+
+
 def _unless_owned(close: Any) -> Any:
     @functools.wraps(close)
     async def close_unless_owned(self: DoorSession) -> None:
@@ -492,6 +521,9 @@ for _cls, _library_cls, _spawn in (
         setattr(_cls, _name, _method)
 for _name in ("close", "reset", "invalidate"):
     setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
+DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
+for _name in ("flush", "rollback"):
+    setattr(DoorSession, _name, _outside_of_blocks(getattr(DoorSession, _name)))
 DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )

@@ -16,6 +16,7 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import forget_block
 from ctxdb_core._sqlalchemy.sessions import DoorSession, door_of, guard_of
+from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
 
@@ -43,6 +44,7 @@ async def commit(session: AsyncSession) -> None:
         BaseException: the error of the commit.
     """
     sync_session = session.sync_session
+    release_blocks(sync_session)
     if not sync_session.expire_on_commit:
         await session.commit()
         return
@@ -62,6 +64,7 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
         if not in_transaction(session):
             return
         note_error(session, error)
+        release_blocks(session.sync_session)
         loaded = LoadedValues(session.sync_session)
         try:
             async with asyncio.timeout(ROLL_BACK_SECONDS):

@@ -90,6 +90,8 @@ class UnitOfWork:
     """What is to be awaited at the beginning of each transaction; ``None`` as long as nothing was asked for."""
     rollback_only: frozenset[DBConnect | None] = frozenset()
     """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
+    closing: tuple[AsyncSession, ...] = ()
+    """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
     blocks = 0
     """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
@@ -316,11 +318,17 @@ class UnitOfWork:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:
-            TransactionAlreadyActiveError: a transaction is open in which a statement has been made.
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
         """
         self.check_usable()
         session = self.sessions.get(db)
         guard = None if session is None else guard_of(session)
+        if guard is not None and guard.in_nested_transaction():
+            raise TransactionAlreadyActiveError(
+                f"`on_begin` was called inside of a savepoint on {db!r}: what it sets for the transaction would be "
+                "undone with the savepoint, and the transaction would go on without it. Call `on_begin` before "
+                "`session.begin_nested()`, `atomic_db_session(db, 'savepoint')` and the like."
+            )
         if guard is not None and not guard.begins_with_next_call:
             raise TransactionAlreadyActiveError(
                 f"A statement has been made on {db!r} in the open transaction, without what `on_begin` is to set for "
@@ -471,11 +479,19 @@ class UnitOfWork:
         if self.callbacks is not None:
             self.callbacks.settle([db], Outcome.ROLLED_BACK)
         if session is not None:
-            await run_to_completion(session_end.end(session, None, db, refuse))
+            self.closing = (*self.closing, session)
+            try:
+                await run_to_completion(session_end.end(session, None, db, refuse))
+            except ContextClosedError:
+                # The unit of work has ended meanwhile, and has closed the session.
+                if not self.closed:
+                    raise
+            # After an error, the end of the unit tries again.
+            self.closing = tuple(each for each in self.closing if each is not session)
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks:
+        if self.callbacks or self.closing:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
@@ -531,6 +547,12 @@ class UnitOfWork:
                 )
                 if not await turns.enter_async_context(last_turn):
                     del sessions[db]
+            for session in self.closing:
+                last_turn = session_end.last_turn(
+                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
+                )
+                if await turns.enter_async_context(last_turn):
+                    await session_end.close(session, error, "a session that was being closed")
             try:
                 if commit:
                     await self._commit(sessions, None)
