@@ -15,7 +15,7 @@ from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import CreateSession
-from ctxdb_core.asgi.body import Body, StreamedBody, running_task
+from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange, discard
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.types import Message, Receive
@@ -161,6 +161,7 @@ class HTTPExchange(Exchange):
 
     async def _end_body(self, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
+        await let_failure_arrive()
         try:
             await self.commit(ends_body=True)
         except Exception:
