@@ -8,6 +8,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
+from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
+from ctxdb_core._sqlalchemy.mysql_rollbacks import detect_rollback_by_server
 from ctxdb_core._sqlalchemy.private import listen_once
 from ctxdb_core.errors import TransactionAbortedError
 
@@ -15,10 +17,12 @@ __all__ = ["detect_silent_rollback"]
 
 
 def detect_silent_rollback(engine: AsyncEngine) -> None:
-    """Raise an error where PostgreSQL would roll back on COMMIT, and keep broken connections out of the pool."""
+    """Raise an error where COMMIT would store a part or nothing, and keep broken connections out of the pool."""
     event.listen(engine.sync_engine, "handle_error", _note_interruption)
     if engine.dialect.name == "postgresql":
         event.listen(engine.sync_engine, "handle_error", _handle_error)
+    elif is_mysql(engine.dialect):
+        detect_rollback_by_server(engine)
 
 
 def _note_interruption(context: ExceptionContext) -> None:

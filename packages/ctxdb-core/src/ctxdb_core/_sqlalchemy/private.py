@@ -1,7 +1,8 @@
-"""All that is used of SQLAlchemy and asyncpg beyond their public names; nothing else in the workspace uses any of it.
+"""All that is used of SQLAlchemy and drivers beyond their public names; nothing else in the workspace uses any of it.
 
-Checked on SQLAlchemy 2.0.55 and 2.1.9, and on asyncpg 0.32. `tests/core/test_private_names.py` fails where another
-version has changed one of them; it is run on the lowest version that is supported and on the newest.
+Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on asyncmy 0.2.18 and on aiomysql 0.3.2.
+`tests/core/test_private_names.py` fails where another version has changed one of them; it is run on the lowest version
+that is supported and on the newest. What is used of asyncmy and aiomysql is tested in `tests/mariadb`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ __all__ = [
     "seed_dispatch",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
+    "transport_of",
 ]
 
 _new = object.__new__
@@ -400,3 +402,14 @@ def forget_prepared_statements(adapted: Any) -> None:
     cache = adapted._prepared_statement_cache  # noqa: SLF001 - see the module
     if cache is not None:
         cache.clear()
+
+
+# --- asyncmy, aiomysql ------------------------------------------------------------------------------------------------
+
+
+def transport_of(connection: Any) -> asyncio.BaseTransport | None:
+    """Return what a connection of asyncmy or aiomysql sends by; ``None`` where the driver has changed."""
+    transport = getattr(connection, "_transport", None)
+    if transport is None:
+        transport = getattr(getattr(connection, "_writer", None), "transport", None)
+    return transport
