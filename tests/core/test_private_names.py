@@ -380,14 +380,14 @@ async def test_a_pool_hands_out_the_class_that_a_lent_connection_is_derived_from
 
 async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> None:
     engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
-    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1)
+    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1, 1)
     async with engine.connect():
         waiting = asyncio.create_task(_connect(engine))
         while private.pool_numbers(engine.pool).waiting == 0:
             await asyncio.sleep(0)
-        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1)
+        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1, 1)
     await waiting
-    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1)
+    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1, 1)
     await engine.dispose()
 
 
@@ -398,6 +398,35 @@ async def test_a_copied_engine_takes_connections_from_its_own_pool(database: Dat
     async with copied.connect():
         assert [private.pool_numbers(each.pool).in_use for each in (copied, engine)] == [1, 0]
     await copied.dispose()
+    await engine.dispose()
+
+
+async def test_several_can_follow_who_takes_connections_of_an_engine(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    told: list[str] = []
+
+    def follow(name: str) -> None:
+        def around(original: Any) -> Any:
+            told.append(name)
+            return original()
+
+        private.follow_raw_connection(engine.sync_engine, around)
+
+    follow("inner")
+    follow("outer")
+    await _connect(engine)
+    assert told == ["outer", "inner"]
+    await engine.dispose()
+
+
+async def test_a_listener_can_come_before_older_ones(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    told: list[str] = []
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: told.append("older"))
+    private.listen_first(engine.sync_engine, "before_cursor_execute", lambda *args: told.append("younger"))
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+    assert told == ["younger", "older"]
     await engine.dispose()
 
 

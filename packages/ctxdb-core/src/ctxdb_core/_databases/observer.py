@@ -152,7 +152,7 @@ class _Record:
             if self.opened is None:
                 self.open()
             self.transactions += 1
-            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id))
+            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id, connection=connection))
 
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None

@@ -39,12 +39,14 @@ __all__ = [
     "copy_engine",
     "deleted_in",
     "follow_dialect",
+    "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "listen_first",
     "listen_once",
     "pass_on_failed_connect",
     "pool_numbers",
@@ -228,18 +230,19 @@ def pool_of(connection: PoolProxiedConnection, default: Pool | None = None) -> P
 
 
 class PoolNumbers(NamedTuple):
-    """How many connections of a pool there are; ``limit`` is ``None`` without a limit."""
+    """How many connections of a pool there are, and may be; ``None`` is no limit."""
 
     in_use: int
     idle: int
     waiting: int
     limit: int | None
+    idle_limit: int | None
 
 
 def pool_numbers(pool: Pool) -> PoolNumbers:
     """Return what a pool holds, and how many tasks wait for it; zeros for the kinds of pools that do not count."""
     if not isinstance(pool, QueuePool):
-        return PoolNumbers(0, 0, 0, None)
+        return PoolNumbers(0, 0, 0, None, None)
     # An overflow of -1 is none, and a size of 0 none either.
     size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001 - see the module
     limit = None if overflow < 0 or size == 0 else size + overflow
@@ -249,7 +252,7 @@ def pool_numbers(pool: Pool) -> PoolNumbers:
         queue: Any = vars(pool._pool).get("_queue")  # noqa: SLF001 - see the module
         getters = () if queue is None else tuple(queue._getters)  # noqa: SLF001 - see the module
     waiting = sum(not getter.done() for getter in getters)
-    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit)
+    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit, size or None)
 
 
 def pass_on_failed_connect(pool: Pool) -> None:
@@ -300,6 +303,25 @@ def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], A
     There is no event before a connection is waited for.
     """
     _replace(engine, "raw_connection", take)
+
+
+def follow_raw_connection(engine: Engine, around: Callable[[Callable[[], Any]], Any]) -> None:
+    """Have `around` called in the place of ``Engine.raw_connection``, with that.
+
+    Unlike with `replace_raw_connection`, several may follow one engine.
+    """
+    original = engine.raw_connection
+    vars(engine)["raw_connection"] = lambda: around(original)
+
+
+def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
+    """Listen to an event of an engine, before those who listen to it already.
+
+    ``event.listen(..., insert=True)`` does not do it: the events of engines drop the argument.
+    """
+    event.listen(engine, name, listener)
+    listeners = getattr(engine.dispatch, name).listeners
+    listeners.appendleft(listeners.pop())
 
 
 def copy_engine(engine: Engine) -> Engine:

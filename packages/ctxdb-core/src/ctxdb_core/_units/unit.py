@@ -495,7 +495,7 @@ class UnitOfWork:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
-            if self.leak_guard is not None:
+            if self.leak_guard is not None or self.watchers:
                 self._note_end(None)
             return True
         for session in self.sessions.values():
