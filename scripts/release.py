@@ -195,6 +195,8 @@ def cut(root: Path, version: str, today: dt.date) -> None:
     text = changelog.read_text(encoding="utf-8")
     if f"## [{version}]" in text:
         raise NotReadyError(f"CHANGELOG.md has a section of {version} already")
+    if not text.partition(f"{UNRELEASED}\n")[2].partition("\n## ")[0].strip():
+        raise NotReadyError("CHANGELOG.md has nothing that is not released")
     changelog.write_text(
         text.replace(f"{UNRELEASED}\n", f"{UNRELEASED}\n\n## [{version}] - {today.isoformat()}\n", 1), encoding="utf-8"
     )

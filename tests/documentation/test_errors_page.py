@@ -53,10 +53,8 @@ def test_an_error_leads_to_the_site_that_the_distribution_names(monkeypatch: pyt
     named = Message()
     named["Project-URL"] = "Documentation, https://docs.example/ctxdb/"
     monkeypatch.setattr(errors, "metadata", lambda name: named)
-    for cached in (errors._errors_page, errors._entry_of):
-        cached.cache_clear()
+    errors._errors_page.cache_clear()
     try:
         assert str(CtxDBError("It fails.")) == "It fails. (See https://docs.example/ctxdb/errors.html#ctxdberror)"
     finally:
-        for cached in (errors._errors_page, errors._entry_of):
-            cached.cache_clear()
+        errors._errors_page.cache_clear()

@@ -29,9 +29,15 @@ def copy(tmp_path: Path) -> Path:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    change(tmp_path)
     git(tmp_path, "init", "--quiet")
     commit(tmp_path)
     return tmp_path
+
+
+def change(root: Path) -> None:
+    file = root / "CHANGELOG.md"
+    file.write_text(file.read_text().replace("## [Unreleased]\n", "## [Unreleased]\n\n- A late change.\n", 1))
 
 
 def commit(root: Path) -> None:
@@ -51,6 +57,11 @@ def test_what_was_cut_can_be_released(ready: Path) -> None:
     held = "\n".join(release.check_release(ready))
     assert "all members are 7.1.0" in held
     assert "v7.1.0 is a new tag" in held
+
+
+def test_nothing_is_cut_where_nothing_has_changed(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert release.main(["cut", "7.2.0"], ready) == 1
+    assert "nothing that is not released" in capsys.readouterr().err
 
 
 def test_a_cut_sets_the_bounds_between_members(ready: Path) -> None:
@@ -81,8 +92,7 @@ def test_members_of_different_versions_are_not_released(ready: Path) -> None:
 
 
 def test_changes_above_the_section_of_the_version_are_not_released(ready: Path) -> None:
-    file = ready / "CHANGELOG.md"
-    file.write_text(file.read_text().replace("## [Unreleased]\n", "## [Unreleased]\n\n- A late change.\n", 1))
+    change(ready)
     commit(ready)
     with pytest.raises(release.NotReadyError, match="changes above"):
         list(release.check_release(ready))

@@ -68,7 +68,6 @@ class CtxDBError(Exception):
         return f"{super().__str__()} (See {_entry_of(type(self))})".lstrip()
 
 
-@cache
 def _entry_of(error: type[CtxDBError]) -> str:
     """Return the address of the entry of an error, or of its base where an application has derived it from that."""
     name = next(
