@@ -399,3 +399,26 @@ async def test_an_exception_undoes_what_a_joining_session_has_not_committed(db: 
                 await session.flush()
                 raise LookupError
     assert await database.names() == ["kept"]
+
+
+@KINDS
+async def test_a_commit_of_the_unit_commits_what_a_joining_session_has_sent(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx(), joining_session(db) as session:
+        session.add(Item(name="sent"))
+        await session.flush()
+        await commit_db_session(db)
+        assert await database.names() == ["sent"]
+        await insert(db, "later")
+    assert sorted(await database.names()) == ["later", "sent"]
+
+
+async def test_a_joining_session_that_adds_after_a_commit_of_the_unit_is_told_so(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        with pytest.raises(TransactionRequiredError, match="open another"):
+            async with joining_session(db) as session:
+                await session.scalars(select(Item))
+                await commit_db_session(db)
+                session.add(Item(name="lost"))
+    assert await database.names() == []

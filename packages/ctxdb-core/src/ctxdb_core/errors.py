@@ -27,6 +27,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
 
 from sqlalchemy.exc import InvalidRequestError
 
@@ -56,7 +59,34 @@ __all__ = [
 
 
 class CtxDBError(Exception):
-    """The base of every error that ctxdb raises on its own behalf."""
+    """The base of every error that ctxdb raises on its own behalf.
+
+    The text of an error ends in the address of its entry on the page of errors.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (See {_entry_of(type(self))})".lstrip()
+
+
+def _entry_of(error: type[CtxDBError]) -> str:
+    """Return the address of the entry of an error, or of its base where an application has derived it from that."""
+    name = next(
+        base.__name__
+        for base in error.__mro__
+        if base.__module__.startswith("ctxdb_") and not base.__name__.startswith("_")
+    )
+    return f"{_errors_page()}#{name.lower()}"
+
+
+@cache
+def _errors_page() -> str:
+    """Return the address of the page: within the site that the distribution names, or else within the repository."""
+    with suppress(PackageNotFoundError):
+        for url in metadata("ctxdb-core").get_all("Project-URL") or ():
+            label, _, address = url.partition(",")
+            if label.strip().lower() == "documentation":
+                return f"{address.strip().rstrip('/')}/errors.html"
+    return "ctxdb's docs/errors.md"
 
 
 class ContextNotInitiatedError(CtxDBError):
