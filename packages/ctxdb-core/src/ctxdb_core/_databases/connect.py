@@ -584,6 +584,11 @@ class DBConnect(Generic[SessionT_co]):
             )
         return Override(self, self._host or "localhost", _taking_host(url_or_creator))
 
+    @property
+    def is_overridden(self) -> bool:
+        """Whether this object leads to another database at the moment: by `overridden`, or by a testing tool."""
+        return bool(self._replacements)
+
     def _replace(self, **changes: Any) -> Replacement:
         """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
         with self._lock:

@@ -41,6 +41,7 @@ from ctxdb_core._units.commit import (
 )
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
+from ctxdb_core._units.reading import ReadsFrom
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
 from ctxdb_core.errors import (
@@ -98,6 +99,8 @@ class UnitOfWork:
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
     token: Token[UnitOfWork] | None = None
     """What `leave` makes current again."""
+    reads_from: ReadsFrom | None = None
+    """Whose sessions the unit has in the place of those of other databases; ``None`` for nobody else's."""
     origin: Any = None
     """The request that the unit belongs to: an ASGI scope, or the framework's request; ``None`` outside of requests."""
     watchers: tuple[UnitWatcher, ...] = ()
@@ -196,15 +199,25 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
-        session = db.create_session_at_once() if create is None else None
+        source = db if self.reads_from is None else self.source_of(db)
+        session = source.create_session_at_once() if create is None else None
         if session is None:
-            session = await (create or db.create_session)()
+            session = await (create or source.create_session)()
             if self.sessions is _CLOSED or db in self.sessions:
                 # Meanwhile, the unit has ended, or another of its tasks has made the session.
                 await session_end.close(session, None, db)
                 return await self.open_session(db)
         self._take(db, session)
         return session
+
+    def source_of(self, db: DBConnect) -> DBConnect:
+        """Return the database whose sessions this unit uses where the code asks for `db`.
+
+        That is `db` itself, or a reader in its place (see `reads_from`). Where a test leads `db` alone to another
+        database, such as to the connection that it shares with the application, there is no other reader of that.
+        """
+        reader = None if self.reads_from is None else self.reads_from.get(db)
+        return db if reader is None or (db.is_overridden and not reader.is_overridden) else reader
 
     def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
         """Return a new session on `db`, to be adopted; ``None`` if making one takes an ``await``.
@@ -213,7 +226,8 @@ class UnitOfWork:
             db: where.
             create: makes it, if this unit does not know better.
         """
-        return create()
+        source = self.source_of(db)
+        return create() if source is db else source.create_session_at_once()
 
     def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
         """Take `session`, which is new, as the one on `db`; return the one that is there instead, if one is.
@@ -244,9 +258,12 @@ class UnitOfWork:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""
         if self.sessions is _CLOSED or not self.is_on_its_loop():
             return
-        first = self.of(db).sessions.get(db)
+        unit = self.of(db)
+        first = unit.sessions.get(db)
         if first is not None:
-            note_second_session(db, session, first)
+            # A reader in the place of `db` has a pool of its own.
+            if unit.source_of(db) is db:
+                note_second_session(db, session, first)
         elif self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
             outer.note_second_session(db, session)
 
