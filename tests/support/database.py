@@ -65,7 +65,7 @@ class Database:
     def watch_new(self, **options: Any) -> AsyncEngine:
         """Return a new engine, with a pool of five, whose connections are counted."""
         if self.is_postgresql:
-            options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10, **options}
+            options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30, **options}
         return self.watch(create_async_engine(self.url, **options))
 
     def watch(self, engine: AsyncEngine) -> AsyncEngine:
