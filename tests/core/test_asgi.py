@@ -120,6 +120,74 @@ async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_can
     assert await database.names() == []
 
 
+async def test_a_body_that_is_cancelled_before_it_has_sent_anything_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        has_written = asyncio.Event()
+
+        async def make_body() -> None:
+            on_commit(db, lambda: called.append("body"))
+            await insert(db, "half")
+            has_written.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "one")
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await has_written.wait()
+        body.cancel()
+        await asyncio.wait([body])
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert (await database.names(), called) == (["one"], [])
+
+
+async def test_a_body_that_is_cancelled_while_it_waits_for_a_connection_commits_nothing(database: Database) -> None:
+    called: list[str] = []
+    async with database.connect(pool_size=1, max_overflow=0) as db:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def make_body() -> None:
+                on_commit(db, lambda: called.append("body"))
+                await insert(db, "half")
+
+            await insert(db, "one")
+            await send(START)
+            engine = await db.engine()
+            async with engine.connect():
+                body = asyncio.create_task(make_body())
+                await asyncio.sleep(0)
+                body.cancel()
+                await asyncio.wait([body])
+
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert (await database.names(), called) == (["one"], [])
+
+
+async def test_background_work_is_committed_behind_a_helper_that_was_cancelled(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        helper = asyncio.create_task(insert(db, "helper"))
+        await helper
+        waiting = asyncio.create_task(_wait_behind_a_statement(db))
+        await insert(db, "background")
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "helper"]
+
+
+async def _wait_behind_a_statement(db: DBConnect) -> None:
+    await (await db_session(db)).execute(text("SELECT 1"))
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("writes_before", [True, False])
 async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
     db: DBConnect, database: Database, writes_before: bool

@@ -13,7 +13,7 @@ it gets one. The request ends: they are rolled back, too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -45,7 +45,7 @@ class Body:
     """
 
     # By weak reference: the context of a task knows the exchange, and its error the frames of a body to be closed.
-    __slots__ = ("__weakref__", "has_used_a_session", "is_complete", "parked", "senders")
+    __slots__ = ("__weakref__", "cancelled_users", "has_used_a_session", "is_complete", "parked", "senders", "users")
 
     def __init__(self, *senders: ref[Any]) -> None:
         self.senders: frozenset[ref[Any]] = frozenset(senders)
@@ -56,6 +56,10 @@ class Body:
         """Whether the last of the body was sent, or nothing more of it is going to be."""
         self.parked: ParkedSessions | None = None
         """The transactions that the body had open when it was cut off."""
+        self.users: frozenset[ref[Any]] = frozenset()
+        """The tasks that have used a session while the body was not complete."""
+        self.cancelled_users: frozenset[ref[Any]] = frozenset()
+        """Those of `users` that were cancelled."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Note what is about to be forwarded to the server."""
@@ -78,19 +82,27 @@ class Body:
 
     def note_use(self, unit: UnitOfWork) -> None:
         """Note that a session is used: from now on, the end of a sender matters."""
+        task = running_task()
+        if task not in self.users and not self.is_complete:
+            # It may be about to send the first of the body.
+            self.users |= {task}
+            self._follow_end(task, partial(_note_end_of_user, ref(self), task))
         if not self.has_used_a_session:
             self.has_used_a_session = True
             # If no sender is known, as no session was open when the response started, the running task may be one.
-            for sender in self.senders or (running_task(),):
+            for sender in self.senders or (task,):
                 self._await_end(sender, unit)
 
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
-        task: asyncio.Task[Any] | None = sender()
+        self._follow_end(sender, partial(_note_end, ref(self), ref(unit)))
+
+    def _follow_end(self, task_ref: ref[Any], callback: Callable[[asyncio.Task[Any]], None]) -> None:
+        task: asyncio.Task[Any] | None = task_ref()
         if task is not None and not task.done():
             # A task may live much longer than the request, and must not keep it. The tasks of Granian's
             # `--task-impl rust` are none of asyncio's, and cannot tell of their end: "uninitialized Future object".
             with suppress(RuntimeError):
-                task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
+                task.add_done_callback(callback)
 
     def park(self, unit: UnitOfWork) -> None:
         """Put the open transactions out of reach, as the body has ended in the middle."""
@@ -119,11 +131,19 @@ class Body:
             await parked.roll_back(unit)
         finally:
             self.parked = None
+            # What they have done is undone.
+            self.users = self.cancelled_users = frozenset()
 
     def is_cut_off(self) -> bool:
-        """Return whether the body is not complete, and another task than the running one was to send the rest."""
+        """Return whether the body is not complete, and another task than the running one was to send the rest.
+
+        That task may have been cancelled before it has sent anything. It is taken for such a one if all that was done
+        with sessions since the response has started was done in tasks that were cancelled.
+        """
         if not self.has_used_a_session or self.is_complete:
             return False
+        if self.users and self.users == self.cancelled_users:
+            return True
         tasks = [sender() for sender in self.senders]
         return any(task is not None and not task.done() and task is not asyncio.current_task() for task in tasks)
 
@@ -186,6 +206,12 @@ class ParkedSessions:
 def running_task() -> ref[Any]:
     """Return the running task, by a weak reference."""
     return ref(asyncio.current_task())
+
+
+def _note_end_of_user(body_ref: ref[Body], task_ref: ref[Any], task: asyncio.Task[Any]) -> None:
+    body = body_ref()
+    if body is not None and task.cancelled():
+        body.cancelled_users |= {task_ref}
 
 
 def _note_end(body_ref: ref[Body], unit_ref: ref[UnitOfWork], task: asyncio.Task[Any]) -> None:
