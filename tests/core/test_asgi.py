@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
-from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx, on_commit
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, new_db_ctx, on_commit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -165,6 +165,28 @@ async def test_a_body_that_is_cancelled_while_it_waits_for_a_connection_commits_
 
         await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert (await database.names(), called) == (["one"], [])
+
+
+async def test_a_body_that_is_cancelled_before_its_first_statement_has_no_callback_called(db: DBConnect) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def make_body() -> None:
+            await insert(db, "one")
+            await commit_db_session(db)
+            await send({**BODY, "more_body": True})
+            on_commit(db, lambda: called.append("body"))
+            await asyncio.Event().wait()
+
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await eventually(lambda: bool(connection.types[1:]), "nothing of the body was sent")
+        body.cancel()
+        await asyncio.wait([body])
+
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == []
 
 
 async def test_background_work_is_committed_behind_a_helper_that_was_cancelled(

@@ -109,7 +109,7 @@ class Body:
         if unit.closed or self.is_complete or (self.parked is not None and self.parked.recovering is not None):
             return
         dbs = [db for db, session in unit.sessions.items() if session_end.in_transaction(session)]
-        if dbs:
+        if dbs or unit.callbacks:
             if self.parked is None:
                 self.parked = ParkedSessions()
             self.parked.take(dbs, unit)
@@ -181,10 +181,10 @@ class ParkedSessions:
         """The roll-back of these transactions, once it has begun."""
 
     def take(self, dbs: list[DBConnect], unit: UnitOfWork) -> None:
-        """Take the sessions on `dbs` out of `unit`."""
+        """Take the sessions on `dbs` out of `unit`, and all callbacks: some may wait for a first statement."""
         self.sessions.update({db: unit.sessions.pop(db) for db in dbs})
         if unit.callbacks is not None:
-            self.callbacks.update(unit.callbacks.set_aside(dbs))
+            self.callbacks.update(unit.callbacks.set_aside())
 
     def put_back(self, unit: UnitOfWork) -> None:
         """Let `unit` go on with the transactions."""
