@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
-from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, new_db_ctx, on_commit
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, new_db_ctx, on_commit, on_rollback
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -187,6 +187,32 @@ async def test_a_body_that_is_cancelled_before_its_first_statement_has_no_callba
     connection = Connection()
     await connection.run(ASGIHTTPDBSessionMiddleware(app))
     assert called == []
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_the_roll_back_of_a_cut_off_body_is_told(db: DBConnect, background: bool) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def make_body() -> None:
+            await insert(db, "one")
+            on_rollback(db, lambda: called.append("body"))
+            await send({**BODY, "more_body": True})
+            await asyncio.Event().wait()
+
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await eventually(lambda: bool(connection.types[1:]), "nothing of the body was sent")
+        body.cancel()
+        await asyncio.wait([body])
+        if background:
+            on_rollback(db, lambda: called.append("background, undone"))
+            on_commit(db, lambda: called.append("background"))
+            await insert(db, "background")
+
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == (["body", "background"] if background else ["body"])
 
 
 async def test_background_work_is_committed_behind_a_helper_that_was_cancelled(

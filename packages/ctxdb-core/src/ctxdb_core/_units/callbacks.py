@@ -136,6 +136,12 @@ class Callbacks:
         for db, callbacks in waiting.items():
             self._waiting[db] = [*callbacks, *self._waiting.get(db, [])]
 
+    def roll_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
+        """Call those of the callbacks that were set aside which wait for a roll-back, and forget the others."""
+        for callbacks in waiting.values():
+            self._due += [each for each in callbacks if each.outcome is Outcome.ROLLED_BACK]
+        self.start()
+
     def start(self) -> None:
         """Run the callbacks that are due, in a task."""
         if self._due:

@@ -196,11 +196,16 @@ class ParkedSessions:
     async def roll_back(self, unit: UnitOfWork) -> None:
         """Roll the transactions back, and let `unit` use the sessions again."""
         prepare_next_call(self.sessions.values(), None)
+        # What the code behind the body has asked for is about transactions that are still to come.
+        of_others = {} if unit.callbacks is None else unit.callbacks.set_aside()
         try:
             for db, session in self.sessions.items():
                 await session_end.roll_back(session, None, db)
         finally:
             unit.sessions.update(self.sessions)
+            if unit.callbacks is not None:
+                unit.callbacks.roll_back(self.callbacks)
+                unit.callbacks.take_back(of_others)
 
 
 def running_task() -> ref[Any]:
