@@ -190,8 +190,9 @@ def _give_up_cursors(context: ExceptionContext) -> None:
         return
     for cursor in tuple(_open.get(context.connection, ())):
         cursor.give_up()
-    if context.cursor is not None:
-        close_psycopg_cursor(context.cursor)
+    execution = context.execution_context
+    if execution is not None and execution.cursor is not None:
+        close_psycopg_cursor(execution.cursor)
 
 
 def _end_cursors(connection: Connection, *args: object) -> None:
