@@ -190,9 +190,10 @@ def _give_up_cursors(context: ExceptionContext) -> None:
         return
     for cursor in tuple(_open.get(context.connection, ())):
         cursor.give_up()
-    execution = context.execution_context
-    if execution is not None and execution.cursor is not None:
-        close_psycopg_cursor(execution.cursor)
+    # There is none where the connection was lost before it could be made.
+    cursor_of_statement = getattr(context.execution_context, "cursor", None)
+    if cursor_of_statement is not None:
+        close_psycopg_cursor(cursor_of_statement)
 
 
 def _end_cursors(connection: Connection, *args: object) -> None:
