@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.ext.asyncio import (
@@ -362,6 +363,31 @@ async def test_a_lent_connection_of_asyncpg_is_taken_back_with_what_it_has_made(
         with pytest.raises(asyncpg.InterfaceError, match="released"):
             await use()
     assert await connection.scalar(text("SELECT 1")) == 1
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_stand_in_of_psycopgs_connection_shares_its_state_until_it_is_taken_back(
+    connection: AsyncConnection,
+) -> None:
+    own: Any = (await connection.get_raw_connection()).driver_connection
+    loan = private.lend_psycopg_connection(own)
+    cursor = await loan.execute("SELECT 1")
+    assert await cursor.fetchone() == (1,)
+    assert own.info.transaction_status == loan.info.transaction_status
+    private.take_back_psycopg_connection(loan)
+    with pytest.raises(psycopg.InterfaceError):
+        await loan.execute("SELECT 1")
+    with pytest.raises(psycopg.InterfaceError):
+        await cursor.execute("SELECT 1")
+    assert not own.closed
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_cursor_of_psycopg_is_closed_without_its_server(connection: AsyncConnection) -> None:
+    result: Any = await connection.stream(text("SELECT 1"))
+    cursor = result._real_result.cursor
+    private.close_psycopg_cursor(cursor)
+    assert cursor._cursor.closed
 
 
 async def test_the_result_of_a_cursor_on_the_server_asks_its_execution_for_a_strategy(database: Database) -> None:

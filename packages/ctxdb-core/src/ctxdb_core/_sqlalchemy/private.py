@@ -1,6 +1,6 @@
 """All that is used of SQLAlchemy and drivers beyond their public names; nothing else in the workspace uses any of it.
 
-Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on asyncmy 0.2.18 and on aiomysql 0.3.2.
+Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on psycopg 3.3, on asyncmy 0.2.18 and on aiomysql 0.3.2.
 `tests/core/test_private_names.py` fails where another version has changed one of them; it is run on the lowest version
 that is supported and on the newest. What is used of asyncmy and aiomysql is tested in `tests/mariadb`.
 """
@@ -34,6 +34,7 @@ __all__ = [
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
+    "close_psycopg_cursor",
     "commit_values",
     "connections_of",
     "copy_engine",
@@ -46,6 +47,7 @@ __all__ = [
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "lend_psycopg_connection",
     "listen_first",
     "listen_once",
     "pass_on_failed_connect",
@@ -59,6 +61,7 @@ __all__ = [
     "seed_dispatch",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
+    "take_back_psycopg_connection",
     "transport_of",
 ]
 
@@ -424,6 +427,56 @@ def forget_prepared_statements(adapted: Any) -> None:
     cache = adapted._prepared_statement_cache  # noqa: SLF001 - see the module
     if cache is not None:
         cache.clear()
+
+
+# --- psycopg ----------------------------------------------------------------------------------------------------------
+
+
+def close_psycopg_cursor(adapted: Any) -> None:
+    """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; pass over those of other drivers."""
+    cursor: Any = getattr(adapted, "_cursor", None)
+    if type(cursor).__module__.partition(".")[0] == "psycopg":
+        cursor._close()  # noqa: SLF001 - see the module
+
+
+def lend_psycopg_connection(connection: Any) -> Any:
+    """Return a stand-in of a connection, of a derived class and with the very same state, until it is taken back.
+
+    Cursors, transactions and pipelines that are made by the stand-in ask it for all that they do.
+    """
+    cls = type(connection)
+    if cls not in _psycopg_loans:
+        # Both have the same layout, so that a stand-in may become one that refuses.
+        lent = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__del__": _delete_nothing})
+        refusing = type(cls.__name__, (lent,), {"__module__": cls.__module__, "__getattribute__": _refuse_attribute})
+        _psycopg_loans[cls] = (lent, refusing)
+    loan: Any = object.__new__(_psycopg_loans[cls][0])
+    loan.__dict__ = connection.__dict__
+    return loan
+
+
+def take_back_psycopg_connection(loan: Any) -> None:
+    """Have a stand-in, and all cursors, transactions and pipelines made by it, refuse every further call."""
+    for lent, refusing in _psycopg_loans.values():
+        if type(loan) is lent:
+            loan.__class__ = refusing
+
+
+_psycopg_loans: dict[type, tuple[type, type]] = {}
+"""For each class of connections, that of their stand-ins, and that of stand-ins which were taken back."""
+
+
+def _delete_nothing(self: Any) -> None:
+    """Stand in for the method that warns of a connection which is deleted while it is open: the pool has it still."""
+
+
+def _refuse_attribute(self: Any, name: str) -> Any:
+    if name.startswith("__"):
+        return object.__getattribute__(self, name)
+    raise sys.modules["psycopg"].InterfaceError(
+        "This connection was released back to the pool, as its transaction has ended: it may serve another one. Ask "
+        "the session for its connection in each transaction."
+    )
 
 
 # --- asyncmy, aiomysql ------------------------------------------------------------------------------------------------
