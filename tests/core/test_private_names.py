@@ -12,6 +12,7 @@ import asyncpg
 import psycopg
 import pytest
 from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -23,6 +24,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from tests.support.database import Database, eventually
 
@@ -77,6 +79,34 @@ def test_a_session_says_that_it_is_flushing(session: Session) -> None:
     session.flush()
     assert seen == [True]
     assert not private.is_flushing(session)
+
+
+def test_a_session_says_whether_it_has_to_flush(session: Session) -> None:
+    assert not private.has_to_flush(session)
+    session.add(Thing(id=1))
+    assert private.has_to_flush(session)
+
+
+def test_a_session_keeps_its_changed_and_its_pending_objects(session: Session) -> None:
+    thing = Thing(id=1)
+    session.add(thing)
+    state = instance_state(thing)
+    assert list(private.pending_states(session)) == [state]
+    session.flush()
+    assert private.changed_states(session) == set()
+    thing.id = 2
+    assert private.changed_states(session) == {state}
+    private.changed_states(session).discard(state)
+    assert not session.identity_map.check_modified()
+
+
+def test_a_session_warns_of_objects_that_are_added_while_it_flushes(session: Session) -> None:
+    session.add(Thing(id=1))
+    assert private.set_warning_of_changes(session, enabled=True) is False
+    with pytest.warns(SAWarning, match="within the execution stage of the flush"):
+        session.add(Thing(id=2))
+    assert private.set_warning_of_changes(session, enabled=False) is True
+    session.add(Thing(id=3))
 
 
 def test_a_transaction_begun_without_a_statement_is_like_one_of_a_statement(session: Session) -> None:

@@ -32,6 +32,16 @@ class Leavable(Protocol):
         """Give the turn back."""
 
 
+class Waiting(Protocol):
+    """What is told when a call waits."""
+
+    def begin_waiting(self) -> None:
+        """Note that other tasks are about to run."""
+
+    def end_waiting(self) -> None:
+        """Note that the call goes on."""
+
+
 class CallGreenlet(greenlet):
     """Runs calls in which SQLAlchemy may wait for awaitables (``sqlalchemy.util.await_only``).
 
@@ -45,6 +55,9 @@ class CallGreenlet(greenlet):
     """The door through which the running call has come, if it has come through one."""
     also_entered: tuple[Leavable, ...] = ()
     """The doors of other sessions that the running call has used, and which are left when it ends."""
+
+    waiting: Waiting | None = None
+    """What is told when the running call waits, if anything is."""
 
     parent: greenlet  # of the call that is running: the one that awaits what the call waits for
 
@@ -121,8 +134,16 @@ async def call_in_greenlet(
     answer = worker.switch((fn, args, kwargs))
     while type(answer) is not _Outcome:
         has_awaited = True
+        waiting = worker.waiting
         try:
-            value = await answer
+            if waiting is None:
+                value = await answer
+            else:
+                waiting.begin_waiting()
+                try:
+                    value = await answer
+                finally:
+                    waiting.end_waiting()
         except GeneratorExit:
             # The coroutine is thrown away in the middle of the call, by garbage collection for instance. The greenlet
             # unwinds its call like any other error; it is not used again, as a clean-up in it may wait for something.

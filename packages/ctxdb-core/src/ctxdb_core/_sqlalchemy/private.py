@@ -34,6 +34,7 @@ __all__ = [
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
+    "changed_states",
     "close_psycopg_cursor",
     "commit_values",
     "connections_of",
@@ -43,6 +44,7 @@ __all__ = [
     "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
+    "has_to_flush",
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
@@ -51,6 +53,7 @@ __all__ = [
     "listen_first",
     "listen_once",
     "pass_on_failed_connect",
+    "pending_states",
     "pool_numbers",
     "pool_of",
     "replace_commit",
@@ -59,6 +62,7 @@ __all__ = [
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
+    "set_warning_of_changes",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
     "take_back_psycopg_connection",
@@ -91,6 +95,27 @@ def forget_block(session: Session) -> None:
 def is_flushing(session: Session) -> bool:
     """Return whether the session is in the middle of a flush."""
     return session._flushing  # noqa: SLF001 - see the module
+
+
+def has_to_flush(session: Session) -> bool:
+    """Return whether a flush has something to do, as far as can be told without a look at each object."""
+    return not session._is_clean()  # noqa: SLF001 - see the module
+
+
+def changed_states(session: Session) -> set[InstanceState[Any]]:
+    """Return the very set in which the session keeps the persistent objects that were changed."""
+    return session.identity_map._modified  # noqa: SLF001 - see the module
+
+
+def pending_states(session: Session) -> Collection[InstanceState[Any]]:
+    """Return the objects that were added to the session and not written yet."""
+    return session._new.keys()  # noqa: SLF001 - see the module
+
+
+def set_warning_of_changes(session: Session, *, enabled: bool) -> bool:
+    """Have SQLAlchemy warn of objects that are added while it flushes, or not; return whether it has done so."""
+    warns, session._warn_on_events = session._warn_on_events, enabled  # noqa: SLF001 - see the module
+    return warns
 
 
 def begin_without_statement(session: Session) -> None:

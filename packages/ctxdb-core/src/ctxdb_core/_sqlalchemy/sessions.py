@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import ref
 
+from greenlet import getcurrent
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -30,11 +31,18 @@ from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
-from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, is_flushing
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    connections_of,
+    has_to_flush,
+    innermost_block,
+    is_flushing,
+)
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
@@ -150,10 +158,24 @@ class GuardedSession(BlockedSession):
         return found
 
     def flush(self, objects: Any = None) -> None:
+        if self.door is None or not has_to_flush(self):
+            super().flush(objects)
+            return
         # An object of the identity map has been changed: `session.dirty` would look at each of them.
-        if self.door is not None and self.identity_map.check_modified():
+        if self.identity_map.check_modified():
             note_originals(self)
-        super().flush(objects)
+        worker: Any = getcurrent()
+        if type(worker) is not CallGreenlet:
+            # SQLAlchemy's own, in which attributes of `AsyncAttrs` are loaded: it tells nobody that it waits.
+            super().flush(objects)
+            return
+        changes, outer = ConcurrentChanges(self), worker.waiting
+        worker.waiting = changes
+        try:
+            super().flush(objects)
+        finally:
+            worker.waiting = outer
+            changes.mark()
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
