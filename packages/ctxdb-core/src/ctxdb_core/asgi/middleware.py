@@ -140,11 +140,34 @@ class ASGIHTTPDBSessionMiddleware:
         error = exchange.error_to_answer
         assert error is not None
         exchange.begin_answer()
+        if exchange.closed:
+            await self._answer_in_unit_of_its_own(error, exchange, scope, receive, root_app)
+            return
         try:
             await self.answer_error(error, scope, exchange.request_again(receive), exchange.send, root_app)
         except BaseException as exc:
             if await exchange.fail(exc):
                 raise
+
+    async def _answer_in_unit_of_its_own(
+        self, error: Exception, exchange: Exchange, scope: Scope, receive: Receive, root_app: Any | None
+    ) -> None:
+        """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
+        answering = HTTPExchange(self.before_commit)
+        answering.is_idle = False
+        answering.origin, answering.options, answering.scope = scope, self, scope
+        answering.forward, answering.answer_route = exchange.forward, None
+        scope[REQUEST_KEY] = answering
+        token = _set_current_unit(answering)
+        try:
+            try:
+                await self.answer_error(error, scope, exchange.request_again(receive), answering.send, root_app)
+            except BaseException as exc:
+                if await answering.fail(exc):
+                    raise
+            await answering.conclude()
+        finally:
+            _reset_current_unit(token)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for a lifespan, say, which lasts longer than any unit of work around its server."""
