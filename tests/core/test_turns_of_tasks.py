@@ -14,7 +14,7 @@ from sqlalchemy import Integer, literal, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, column_property, mapped_column
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 from tests.support.database import Database, Item, eventually, insert
 
 from ctxdb_core import (
@@ -467,3 +467,30 @@ async def test_no_statement_of_a_hook_that_was_cancelled_runs_on(db: DBConnect, 
     assert not database.backends("query ~ 'pg_sleep' AND state = 'active'")
     await asyncio.wait([*started, reading])
     assert reading.cancelled()
+
+
+class Executing(AsyncSession):
+    """Has a call of its own, as SQLModel's session has."""
+
+    async def names(self, name: str) -> list[str]:
+        found = await greenlet_spawn(self.sync_session.scalars, select(Item.name).where(Item.name == name))
+        return list(found)
+
+    async def answer(self, number: int) -> int:
+        return await greenlet_spawn(lambda: number)
+
+
+@KINDS
+async def test_a_call_of_the_users_session_class_is_whole_with_its_autoflush(database: Database) -> None:
+    async def add(session: Executing, name: str) -> list[str]:
+        session.add(Item(name=name))
+        return await session.names(name)
+
+    db = DBConnect(
+        lambda host: database.watch_new(), lambda engine: async_sessionmaker(engine, class_=Executing), host="a"
+    )
+    async with db, new_db_ctx():
+        session = await db_session(db)
+        assert await asyncio.gather(*(add(session, name) for name in "abcd")) == [["a"], ["b"], ["c"], ["d"]]
+        assert await session.answer(7) == 7
+    assert await database.names() == ["a", "b", "c", "d"]

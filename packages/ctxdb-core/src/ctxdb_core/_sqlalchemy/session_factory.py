@@ -13,9 +13,15 @@ from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from ctxdb_core._sqlalchemy.private import SessionPattern, seed_dispatch
-from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession
+from ctxdb_core._sqlalchemy.sessions import (
+    DoorSession,
+    GuardedSession,
+    call_of_users_class,
+    through_the_door,
+)
 
 __all__ = ["SessionFactory", "guarded"]
 
@@ -29,7 +35,7 @@ def derive_sync(cls: type[Session]) -> type[GuardedSession]:
         return GuardedSession
     if issubclass(cls, GuardedSession):
         return cls
-    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), closes_plainly=cls.close is Session.close)
+    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), {}, closes_plainly=cls.close is Session.close)
     return derived
 
 
@@ -39,15 +45,32 @@ def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
         return DoorSession
     if issubclass(cls, DoorSession):
         return cls
-    derived: type[DoorSession] = _derive(cls, (cls, DoorSession), closes_plainly=cls.close is AsyncSession.close)
+    derived: type[DoorSession] = _derive(
+        cls, (cls, DoorSession), _own_calls(cls), closes_plainly=cls.close is AsyncSession.close
+    )
     return derived
 
 
-def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
+def _own_calls(cls: type[AsyncSession]) -> dict[str, Any]:
+    """Return those methods of the user's class that start a greenlet themselves, through the door.
+
+    SQLModel's ``exec`` is one: it would take its turn after the autoflush that it begins with.
+    """
+    classes = cls.__mro__[: cls.__mro__.index(AsyncSession)]
+    own = {name: method for each in reversed(classes) for name, method in vars(each).items()}
+    return {
+        name: through_the_door(method, {"greenlet_spawn": call_of_users_class})
+        for name, method in own.items()
+        if isinstance(method, types.FunctionType) and method.__globals__.get("greenlet_spawn") is greenlet_spawn
+    }
+
+
+def _derive(cls: type, bases: tuple[type, ...], methods: dict[str, Any], *, closes_plainly: bool) -> Any:
     known = _derived.get(cls)
     derived = None if known is None else known()
     if derived is None:
         namespace = {
+            **methods,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,

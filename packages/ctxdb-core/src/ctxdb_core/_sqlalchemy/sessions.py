@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
 from sqlalchemy.orm import InstanceState, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
@@ -50,7 +50,7 @@ from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, own_transaction, 
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
-__all__ = ["DoorSession", "GuardedSession", "door_of", "guard_of"]
+__all__ = ["DoorSession", "GuardedSession", "call_of_users_class", "door_of", "guard_of", "through_the_door"]
 
 
 OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
@@ -265,6 +265,13 @@ def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     return _pass(session.door, fn, args, kwargs)
 
 
+def call_of_users_class(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Stand in for ``greenlet_spawn`` in a method of the user's class, where `fn` may be anything."""
+    if isinstance(getattr(fn, "__self__", None), GuardedSession):
+        return _call(fn, *args, **kwargs)
+    return greenlet_spawn(fn, *args, **kwargs)
+
+
 def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
     if session.on_begin is not None:
@@ -434,7 +441,7 @@ def _async_session_of(session: GuardedSession) -> AsyncSession:
     return found
 
 
-def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
+def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
     """Return a method of SQLAlchemy's with other names in the place of some that its module has.
 
     So SQLAlchemy's own code runs, in whichever version is installed, and no object of SQLAlchemy is changed.
@@ -451,7 +458,7 @@ def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
 
 def _methods_through_the_door(cls: type, stand_ins: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _through_the_door(method, stand_ins)
+        name: through_the_door(method, stand_ins)
         for name, method in vars(cls).items()
         if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names)
     }
@@ -546,7 +553,7 @@ for _name in ("close", "reset", "invalidate"):
 DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
 for _name in ("flush", "rollback"):
     setattr(DoorSession, _name, _outside_of_blocks(getattr(DoorSession, _name)))
-DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of our own class
+DoorSession.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )
 
