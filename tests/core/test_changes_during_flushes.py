@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from sqlalchemy import ForeignKey, event, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, relationship
 from tests.support.database import Database, Item
 
@@ -17,7 +17,7 @@ from ctxdb_core import DBConnect, db_session, new_db_ctx
 pytestmark = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
 
-class Base(DeclarativeBase):
+class Base(AsyncAttrs, DeclarativeBase):
     pass
 
 
@@ -27,6 +27,7 @@ class User(Base):
     name: Mapped[str] = mapped_column(default="old")
     visits: Mapped[int] = mapped_column(default=0)
     mails: Mapped[list[Mail]] = relationship(back_populates="user", lazy="selectin")
+    notes: Mapped[list[Draft]] = relationship(viewonly=True)
     drafts: WriteOnlyMapped[Draft] = relationship()
 
 
@@ -54,7 +55,9 @@ async def users(db: DBConnect) -> AsyncIterator[DBConnect]:
         await connection.run_sync(Base.metadata.drop_all)
 
 
-async def change_during_flush(session: AsyncSession, change: Callable[[], None]) -> None:
+async def change_during_flush(
+    session: AsyncSession, change: Callable[[], None], flush: Callable[[], Awaitable[object]] | None = None
+) -> None:
     """Flush `session`, and have another task call `change` while the first statement of the flush is under way."""
     loop = asyncio.get_running_loop()
 
@@ -69,7 +72,7 @@ async def change_during_flush(session: AsyncSession, change: Callable[[], None])
     engine = session.get_bind().engine
     event.listen(engine, "before_cursor_execute", schedule)
     try:
-        await session.flush()
+        await (flush or session.flush)()
     finally:
         event.remove(engine, "before_cursor_execute", schedule)
     await changes[0]
@@ -117,6 +120,15 @@ async def test_an_object_that_is_added_is_stored_without_a_warning(users: DBConn
         session.add(Item(name="one"))
         await change_during_flush(session, lambda: session.add(Item(name="two")))
     assert await database.names() == ["one", "two"]
+
+
+async def test_change_during_the_flush_before_a_lazy_load_is_stored(users: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(users)
+        user = await session.get_one(User, 1)
+        session.add(Item(name="one"))
+        await change_during_flush(session, lambda: setattr(user, "name", "new"), lambda: user.awaitable_attrs.notes)
+    assert await stored(database, "SELECT name FROM users ORDER BY id") == ["new", "old"]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["clean", "in_the_flush"])

@@ -166,8 +166,11 @@ class GuardedSession(BlockedSession):
             note_originals(self)
         worker: Any = getcurrent()
         if type(worker) is not CallGreenlet:
-            # SQLAlchemy's own, in which attributes of `AsyncAttrs` are loaded: it tells nobody that it waits.
-            super().flush(objects)
+            if in_greenlet():
+                # SQLAlchemy's own, in which attributes of `AsyncAttrs` are loaded: it has not come through the door.
+                await_only(_pass(self.door, self.flush, (objects,), {}))
+            else:
+                super().flush(objects)
             return
         changes, outer = ConcurrentChanges(self), worker.waiting
         worker.waiting = changes
