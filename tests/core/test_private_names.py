@@ -268,6 +268,14 @@ async def test_a_replaced_method_is_the_one_that_sqlalchemy_calls(database: Data
     assert calls == [name]
 
 
+async def test_the_transport_of_a_connection_of_asyncpg_has_its_socket(connection: AsyncConnection) -> None:
+    raw: Any = await connection.get_raw_connection()
+    transport = private.transport_of(raw.driver_connection)
+    assert transport is not None
+    assert transport.get_extra_info("socket").fileno() > 0
+    assert not transport.is_closing()
+
+
 async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_connections(database: Database) -> None:
     begun: list[Any] = []
 

@@ -27,8 +27,42 @@ class Point(Enum):
     """What the server answers to that statement."""
     COMMIT = auto()
     """The client's COMMIT."""
+    SAVEPOINT = auto()
+    """The client's SAVEPOINT."""
+    RELEASE = auto()
+    """The client's RELEASE of a savepoint."""
+    RELEASED = auto()
+    """What the server answers to that."""
+    ROLLBACK = auto()
+    """The client's ROLLBACK, or ROLLBACK TO a savepoint."""
+    PREPARE = auto()
+    """The client's PREPARE TRANSACTION."""
+    PREPARED = auto()
+    """What the server answers to that: the transaction waits for COMMIT PREPARED."""
+    COMMIT_PREPARED = auto()
+    """The client's COMMIT PREPARED."""
+    COMMITTED_PREPARED = auto()
+    """The server's answer to COMMIT PREPARED."""
     COMMITTED = auto()
     """The server's answer to COMMIT: the transaction has been committed."""
+
+
+# By how a statement begins.
+_POINTS_OF_CLIENT = {
+    b"SAVEPOINT": Point.SAVEPOINT,
+    b"RELEASE": Point.RELEASE,
+    b"ROLLBACK": Point.ROLLBACK,
+    b"PREPARE TRANSACTION": Point.PREPARE,
+    b"COMMIT PREPARED": Point.COMMIT_PREPARED,
+}
+
+# By the tag of CommandComplete.
+_POINTS_OF_SERVER = {
+    b"COMMIT\0": Point.COMMITTED,
+    b"RELEASE\0": Point.RELEASED,
+    b"PREPARE TRANSACTION\0": Point.PREPARED,
+    b"COMMIT PREPARED\0": Point.COMMITTED_PREPARED,
+}
 
 
 class Fault(Enum):
@@ -92,6 +126,10 @@ class FaultyNetwork:
         """Fail in this way when `point` is reached next, on that one connection."""
         self._fault = point, fault
         self.failed.clear()
+
+    def heal(self) -> None:
+        """Let nothing fail any more that has not failed yet."""
+        self._fault = None
 
     def break_all(self, fault: Fault) -> None:
         """Fail now, on each connection that there is."""
@@ -231,6 +269,9 @@ class _Link:
         if text.startswith(b"BEGIN"):
             self._is_in_transaction = True
             return Point.BEGIN
+        for word, named in _POINTS_OF_CLIENT.items():
+            if text.startswith(word):
+                return named
         if text.startswith(b"COMMIT"):
             self._is_in_transaction = False
             return Point.COMMIT
@@ -245,10 +286,8 @@ class _Link:
             message = await _read_message(self.server_reader)
             if network.delay:
                 await asyncio.sleep(network.delay)
-            point = None
-            if message[:1] == b"C" and message[5:] == b"COMMIT\0":
-                point = Point.COMMITTED
-            elif self._awaits_answer:
+            point = _POINTS_OF_SERVER.get(message[5:]) if message[:1] == b"C" else None
+            if point is None and self._awaits_answer:
                 self._awaits_answer = False
                 point = Point.ANSWER
             if self.is_broken() or (point is not None and reached(point, self)):

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import Database, eventually
 
@@ -21,7 +23,9 @@ pymysql: Any = None
 with suppress(ImportError):
     pymysql = importlib.import_module("pymysql")
 
-__all__ = ["WHY_NOT", "EmbeddedMariaDB", "MariaDatabase"]
+__all__ = ["MARIADB_DRIVERS", "WHY_NOT", "EmbeddedMariaDB", "MariaDatabase", "maria_database"]
+
+MARIADB_DRIVERS = ("asyncmy", "aiomysql")
 
 _PROGRAMS = {
     name: shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin")
@@ -137,6 +141,17 @@ class EmbeddedMariaDB:
                 return
 
 
+@asynccontextmanager
+async def maria_database(driver: str, server: EmbeddedMariaDB) -> AsyncIterator[MariaDatabase]:
+    """Provide the tests' tables on a server, with nothing in them."""
+    pytest.importorskip(driver)
+    database = MariaDatabase(server, driver, "test_items")
+    try:
+        yield database
+    finally:
+        database.close()
+
+
 class MariaDatabase(Database):
     """A database with the tests' empty tables on MariaDB, watched through every connection that is made to it.
 
@@ -154,8 +169,13 @@ class MariaDatabase(Database):
             f"CREATE DATABASE IF NOT EXISTS {name}",
             f"USE {name}",
             "CREATE TABLE IF NOT EXISTS item (name VARCHAR(40) PRIMARY KEY) ENGINE=InnoDB",
+            "CREATE TABLE IF NOT EXISTS parent (name VARCHAR(40) PRIMARY KEY) ENGINE=InnoDB",
+            # MariaDB has no constraint that is checked at COMMIT.
+            "CREATE TABLE IF NOT EXISTS child (parent VARCHAR(40) REFERENCES parent (name)) ENGINE=InnoDB",
             "CREATE TABLE IF NOT EXISTS counter (id INT PRIMARY KEY, value INT NOT NULL) ENGINE=InnoDB",
             "DELETE FROM item",
+            "DELETE FROM child",
+            "DELETE FROM parent",
             "REPLACE INTO counter VALUES (1, 0), (2, 0)",
         ):
             self._observer.cursor().execute(statement)

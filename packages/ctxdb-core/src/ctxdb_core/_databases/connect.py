@@ -30,6 +30,7 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker
 from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
@@ -802,6 +803,8 @@ def _check_host(host: str) -> None:
 async def close_all(*dbs: DBConnect[Any]) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
+    The queries of tasks that have just been cancelled are stopped on the server before it returns.
+
     Raises:
         ArgumentTypeError: one of `dbs` is no `DBConnect`; the others are closed.
         Exception: the one error there was; an ``ExceptionGroup`` if there were several.
@@ -811,7 +814,7 @@ async def close_all(*dbs: DBConnect[Any]) -> None:
         check_database(db)
         await db.close()
 
-    await _attempt_all([partial(close, db) for db in dbs])
+    await _attempt_all([*(partial(close, db) for db in dbs), wait_for_cancelled_queries])
 
 
 async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:

@@ -23,6 +23,8 @@ from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_termi
 
 logger = logging.getLogger("ctxdb")
 
+__all__ = ["keep_cancellation_at_pool", "stop_cancelled_queries", "stop_seconds", "stops_under_way"]
+
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
 LATE_STOP_TIMEOUT_SECONDS = 1.0
 
@@ -56,7 +58,7 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
             return
         handled = sys.exc_info()[1]
         try:
-            await_only(run_to_completion(close(dbapi_connection.driver_connection, stop_seconds())))
+            await_only(run_to_completion(_noted(close(dbapi_connection.driver_connection, stop_seconds()))))
         except asyncio.CancelledError:
             # A cancellation that brought us here goes on, and is what the task gets to see.
             if not isinstance(handled, asyncio.CancelledError):
@@ -127,7 +129,7 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
     if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
         request = _send_cancel_request(key) if hasattr(key, "poll") else asyncio.to_thread(key.cancel)
         try:
-            await_only(run_to_completion(asyncio.wait_for(request, stop_seconds())))
+            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
         except asyncio.CancelledError:
             # The cancellation that brought us here goes on.
             pass
@@ -181,7 +183,7 @@ class _MySQLKiller:
         # A pool of its own: the engine's may be at its limit.
         request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
         try:
-            await_only(run_to_completion(asyncio.wait_for(request, stop_seconds())))
+            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
         except asyncio.CancelledError:
             # The cancellation that brought us here goes on.
             pass
@@ -202,6 +204,27 @@ def _kill(pool: Pool, number: int) -> None:
     finally:
         connection.close()
         pool.dispose()
+
+
+# --- what is under way ------------------------------------------------------------------------------------------------
+
+# One for each query that is being stopped.
+_stops: set[asyncio.Future[None]] = set()
+
+
+async def _noted(stop: Coroutine[Any, Any, None]) -> None:
+    under_way = asyncio.get_running_loop().create_future()
+    _stops.add(under_way)
+    try:
+        await stop
+    finally:
+        _stops.discard(under_way)
+        under_way.set_result(None)
+
+
+def stops_under_way(loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+    """Return what will be done when a query that is being stopped on `loop` has been stopped, or given up."""
+    return [stop for stop in _stops if stop.get_loop() is loop]
 
 
 def stop_seconds() -> float:

@@ -504,11 +504,11 @@ def _refuse_attribute(self: Any, name: str) -> Any:
     )
 
 
-# --- asyncmy, aiomysql ------------------------------------------------------------------------------------------------
+# --- asyncpg, asyncmy, aiomysql ---------------------------------------------------------------------------------------
 
 
 def transport_of(connection: Any) -> asyncio.BaseTransport | None:
-    """Return what a connection of asyncmy or aiomysql sends by; ``None`` where the driver has changed."""
+    """Return what a connection of asyncpg, asyncmy or aiomysql sends by; ``None`` where the driver has changed."""
     transport = getattr(connection, "_transport", None)
     if transport is None:
         transport = getattr(getattr(connection, "_writer", None), "transport", None)

@@ -43,7 +43,6 @@ def replace_closed_connections(engine: AsyncEngine) -> None:
         event.listen(sync_engine, "connect", _keep_socket_check)
         event.listen(sync_engine, "checkout", _check_psycopg)
     elif driver in ("asyncmy", "aiomysql"):
-        event.listen(sync_engine, "connect", _keep_socket_check_of_transport)
         event.listen(sync_engine, "checkout", _check_transport)
     elif driver == "aiosqlite":
         event.listen(sync_engine, "checkout", _check_aiosqlite)
@@ -58,14 +57,15 @@ def is_connection_error(sqlstate: object) -> bool:
     return isinstance(sqlstate, str) and sqlstate.startswith(("08", "57P"))
 
 
-def _check_asyncpg(dbapi_connection: Any, record: object, proxy: object) -> None:
+def _check_asyncpg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
     try:
         # Of SQLAlchemy's adapter. Its property of that name costs as much again.
         is_closed = dbapi_connection._connection.is_closed()  # noqa: SLF001 - see above
     except AttributeError:
         # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
-    if is_closed:
+    # In autocommit there is no BEGIN that could be sent again.
+    if is_closed or (dbapi_connection.isolation_level == "autocommit" and _is_gone(record)):
         raise DisconnectionError("The connection was closed while it was idle.")
 
 
@@ -103,30 +103,35 @@ def _check_psycopg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: ob
         raise DisconnectionError("The connection was closed while it was idle.")
 
 
-# --- asyncmy and aiomysql ---------------------------------------------------------------------------------------------
+# --- asyncmy, aiomysql, and asyncpg in autocommit ---------------------------------------------------------------------
 
 _TRANSPORT = "ctxdb.transport"
 
 
-def _keep_socket_check_of_transport(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    transport = transport_of(dbapi_connection.driver_connection)
-    record.info[_TRANSPORT] = transport
+def _keep_transport(driver_connection: Any, info: dict[str, Any]) -> None:
+    transport = info[_TRANSPORT] = transport_of(driver_connection)
     socket = None if transport is None else transport.get_extra_info("socket")
     if socket is not None and hasattr(select, "poll"):
         poll = select.poll()
         poll.register(socket.fileno(), _GONE)
-        record.info[_SOCKET_CHECK] = poll.poll
+        info[_SOCKET_CHECK] = poll.poll
 
 
-def _check_transport(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+def _check_transport(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
+    if _is_gone(record):
+        raise DisconnectionError("The connection was closed while it was idle.")
+
+
+def _is_gone(record: ConnectionPoolEntry) -> bool:
+    """Return whether the peer has closed a connection, also where the event loop has not come round to it."""
     info = record.info
-    transport: Any = info.get(_TRANSPORT)
-    if transport is None:
-        return
+    if _TRANSPORT not in info:
+        # Opened before there were guards, or not looked at so far.
+        _keep_transport(record.driver_connection, info)
+    transport: Any = info[_TRANSPORT]
     is_gone: Callable[[int], list[tuple[int, int]]] | None = info.get(_SOCKET_CHECK)
     # The number of a socket that the transport has closed may be another connection's by now.
-    if transport.is_closing() or (is_gone is not None and is_gone(0)):
-        raise DisconnectionError("The connection was closed while it was idle.")
+    return transport is not None and (transport.is_closing() or (is_gone is not None and bool(is_gone(0))))
 
 
 # --- asyncpg: between check-out and BEGIN -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from typing import Any
 
+from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
@@ -13,7 +14,7 @@ from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
-from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
+from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
 
@@ -171,6 +172,8 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for a lifespan, say, which lasts longer than any unit of work around its server."""
+        if scope["type"] == "lifespan":
+            send = _shutting_down(send)
         inherited = _get_current_unit(None)
         if inherited is None or inherited.shared:
             await self.app(scope, receive, send)
@@ -180,6 +183,17 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
         finally:
             _reset_current_unit(token)
+
+
+def _shutting_down(send: Send) -> Send:
+    """Return what sends a lifespan's messages, and lets the shutdown end when cancelled queries have been stopped."""
+
+    async def send_when_stopped(message: Message) -> None:
+        if message["type"].startswith("lifespan.shutdown."):
+            await wait_for_cancelled_queries()
+        await send(message)
+
+    return send_when_stopped
 
 
 _new = object.__new__
