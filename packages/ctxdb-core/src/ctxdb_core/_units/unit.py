@@ -52,7 +52,15 @@ from ctxdb_core.errors import (
     UnexpectedRollbackError,
 )
 
-__all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
+__all__ = [
+    "CreateSession",
+    "UnitOfWork",
+    "current_unit",
+    "give_unit_ids",
+    "inherited_before_commit",
+    "new_unit_id",
+    "running_unit",
+]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
@@ -130,7 +138,7 @@ class UnitOfWork:
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
         if self._id is None:
-            self._id = f"{_process.name}-{next(_numbers)}"
+            self._id = (None if self.origin is None else _given_id(self.origin)) or new_unit_id()
         return self._id
 
     @property
@@ -649,6 +657,28 @@ class _Process:
 
 _process = _Process()
 _numbers = itertools.count(1)
+
+_id_givers: list[Callable[[Any], str | None]] = []
+
+
+def give_unit_ids(giver: Callable[[Any], str | None]) -> None:
+    """Ask `giver` for the id of a request's unit of work, when that is first wanted; once for each function.
+
+    Args:
+        giver: given the ASGI scope, or the framework's request, returns an id that `new_unit_id` has made for it;
+            ``None`` where there is none.
+    """
+    if giver not in _id_givers:
+        _id_givers.append(giver)
+
+
+def _given_id(origin: Any) -> str | None:
+    return next((given for giver in _id_givers if (given := giver(origin)) is not None), None)
+
+
+def new_unit_id() -> str:
+    """Return an id that no unit of work has, of this process or of any other one."""
+    return f"{_process.name}-{next(_numbers)}"
 
 
 async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
