@@ -20,9 +20,9 @@ def warn_of_lost_promises(version: str = sqlalchemy.__version__) -> None:
     first = next((release for release in _FIRST_RELEASES if release[:2] >= numbers[:2]), None)
     if first is not None and numbers < first:
         warnings.warn(
-            f"ctxdb needs SQLAlchemy {'.'.join(map(str, first))}, and this is {version}. With it, a request or task that "
-            "is cancelled while its transaction begins or ends may lose its connection, until the pool is empty. See "
-            "ctxdb's docs/migration/older-sqlalchemy.md.",
+            f"ctxdb needs SQLAlchemy {'.'.join(map(str, first))}, and this is {version}. With it, a request or task "
+            "that is cancelled while its transaction begins or ends may lose its connection, until the pool is empty. "
+            "See ctxdb's docs/migration/older-sqlalchemy.md.",
             RuntimeWarning,
             stacklevel=3,
         )
