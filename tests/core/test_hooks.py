@@ -249,6 +249,16 @@ async def test_tasks_at_once_find_what_the_hook_has_set(db: DBConnect) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_hook_is_refused_inside_of_a_savepoint(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        async with session.begin_nested():
+            with pytest.raises(TransactionAlreadyActiveError, match="savepoint"):
+                on_begin(db, set_tenant)
+        # No statement has been made in the transaction.
+        on_begin(db, set_tenant)
+
+
 async def test_a_hook_s_statements_come_before_what_was_added_before_the_transaction(db: DBConnect) -> None:
     seen = []
 

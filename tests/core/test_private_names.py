@@ -16,17 +16,20 @@ from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     AsyncSessionTransaction,
+    async_object_session,
+    async_session,
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from tests.support.database import Database, eventually
 
 from ctxdb_core._sqlalchemy import private
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.sessions import DoorSession, DoorTransaction, GuardedSession, SessionFactory
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory
+from ctxdb_core._sqlalchemy.sessions import DoorSession, DoorTransaction, GuardedSession
 
 
 class Base(DeclarativeBase):
@@ -104,8 +107,90 @@ def test_a_seeded_session_has_its_listeners_and_those_that_come_later(session: S
 def test_a_seeded_session_misses_no_event(session: Session) -> None:
     private.seed_dispatch(session)
     dispatch: Any = session.dispatch
-    missing = [name for name in dispatch._event_names if name not in vars(dispatch)]
-    assert missing == []
+    for name in dispatch._event_names:
+        # As SQLAlchemy looks for it, without the Python method that makes what is missing.
+        object.__getattribute__(dispatch, name)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"expire_on_commit": False, "autoflush": False}, {"join_transaction_mode": "create_savepoint"}]
+)
+async def test_sessions_of_a_pattern_are_like_constructed_ones(settings: dict[str, Any]) -> None:
+    maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), **settings)
+    pattern = private.SessionPattern.of(maker)
+    assert pattern is not None
+    copied, constructed = pattern(), maker()
+    for one, other in ((copied, constructed), (copied.sync_session, constructed.sync_session)):
+        values, others = vars(one), vars(other)
+        assert type(one) is type(other)
+        assert values.keys() - {"dispatch"} == others.keys()
+        assert {name: type(value) for name, value in values.items() if name in others} == {
+            name: type(value) for name, value in others.items()
+        }
+
+
+async def test_sessions_of_a_pattern_have_all_that_changes_for_themselves() -> None:
+    pattern = private.SessionPattern.of(async_sessionmaker(create_async_engine("sqlite+aiosqlite://")))
+    assert pattern is not None
+    first, second = pattern(), pattern()
+    thing = Thing(id=1)
+    first.add(thing)
+    assert (list(first.new), list(second.new)) == ([thing], [])
+    assert object_session(thing) is first.sync_session
+    assert async_object_session(thing) is first
+    assert async_session(second.sync_session) is second
+    first.info["own"] = True
+    assert second.info == {}
+    assert first.identity_map is not second.identity_map
+    first.expunge(thing)
+
+
+class Marked(AsyncSession):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mark = object()
+
+
+async def test_a_factory_makes_what_the_session_maker_says_now() -> None:
+    engines = [create_async_engine("sqlite+aiosqlite://") for _ in range(2)]
+    maker = async_sessionmaker(engines[0])
+    factory = SessionFactory(maker)
+    assert [factory().bind for _ in range(2)] == engines[:1] * 2
+    maker.configure(bind=engines[1], expire_on_commit=False)
+    assert [factory().bind for _ in range(2)] == engines[1:] * 2
+    assert not factory().sync_session.expire_on_commit
+    assert factory(expire_on_commit=True).sync_session.expire_on_commit
+
+
+async def test_a_factory_calls_the_constructors_of_the_users_classes() -> None:
+    factory = SessionFactory(async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), class_=Marked))
+    assert len({factory().mark for _ in range(3)}) == 3  # type: ignore[attr-defined]  # it is a `Marked`
+
+
+async def test_sessions_of_a_factory_have_an_info_of_their_own() -> None:
+    factory = SessionFactory(async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), info={"given": 1}))
+    first, second = factory(), factory()
+    first.info["own"] = True
+    assert (second.info, factory().info) == ({"given": 1}, {"given": 1})
+
+
+def test_each_pool_gets_a_listener_once_although_others_had_its_place_in_memory() -> None:
+    heard: list[object] = []
+
+    def listener(dbapi_connection: object, record: object) -> None:
+        heard.append(dbapi_connection)
+
+    pools = []
+    for number in range(1, 301):
+        pool: Pool = create_engine("sqlite://", poolclass=QueuePool).pool
+        private.listen_once(pool, "checkin", listener)
+        # What `Engine.dispose` does: the first pool goes, and another one may take its place in memory.
+        pool = pool.recreate()
+        private.listen_once(pool, "checkin", listener)
+        pool.connect().close()
+        pool.dispose()
+        assert len(heard) == number
+        pools.append(pool)
 
 
 async def test_the_isolation_level_that_an_engine_connects_with_is_known() -> None:
@@ -295,14 +380,14 @@ async def test_a_pool_hands_out_the_class_that_a_lent_connection_is_derived_from
 
 async def test_a_pool_tells_how_many_tasks_wait_for_it(database: Database) -> None:
     engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
-    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1)
+    assert private.pool_numbers(engine.pool) == (0, 0, 0, 1, 1)
     async with engine.connect():
         waiting = asyncio.create_task(_connect(engine))
         while private.pool_numbers(engine.pool).waiting == 0:
             await asyncio.sleep(0)
-        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1)
+        assert private.pool_numbers(engine.pool) == (1, 0, 1, 1, 1)
     await waiting
-    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1)
+    assert private.pool_numbers(engine.pool) == (0, 1, 0, 1, 1)
     await engine.dispose()
 
 
@@ -313,6 +398,35 @@ async def test_a_copied_engine_takes_connections_from_its_own_pool(database: Dat
     async with copied.connect():
         assert [private.pool_numbers(each.pool).in_use for each in (copied, engine)] == [1, 0]
     await copied.dispose()
+    await engine.dispose()
+
+
+async def test_several_can_follow_who_takes_connections_of_an_engine(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    told: list[str] = []
+
+    def follow(name: str) -> None:
+        def around(original: Any) -> Any:
+            told.append(name)
+            return original()
+
+        private.follow_raw_connection(engine.sync_engine, around)
+
+    follow("inner")
+    follow("outer")
+    await _connect(engine)
+    assert told == ["outer", "inner"]
+    await engine.dispose()
+
+
+async def test_a_listener_can_come_before_older_ones(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    told: list[str] = []
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: told.append("older"))
+    private.listen_first(engine.sync_engine, "before_cursor_execute", lambda *args: told.append("younger"))
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+    assert told == ["younger", "older"]
     await engine.dispose()
 
 

@@ -105,6 +105,15 @@ async def test_a_connection_that_outlives_its_request_is_shown_as_a_leak(client:
     assert left["statement"] == "SELECT 2"
 
 
+async def test_a_request_that_only_leaks_a_session_of_its_own_has_ended(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/leak_alone")).status_code == 200
+    unit = await one_unit(client, "/leak_alone")
+    assert unit["outcome"] == "ended"
+    (hold,) = unit["holds"]
+    assert hold["leaked"]
+    assert hold["statement"] == "SELECT 3"
+
+
 async def test_a_warning_of_ctxdb_is_shown(client: httpx.AsyncClient) -> None:
     logging.getLogger("ctxdb").warning("something %s", "odd")
     (warning,) = (await data(client))["warnings"]

@@ -66,11 +66,17 @@ class Desk:
         self.stays.append(session)
         return 200, "leaked"
 
+    async def leak_alone(self) -> Answer:
+        session = await self.db.create_session()
+        await session.execute(text("SELECT 3"))
+        self.stays.append(session)
+        return 200, "leaked"
+
     async def idle(self) -> Answer:
         return 200, "no database"
 
 
-PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "idle")
+PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "leak_alone", "idle")
 
 
 def starlette_app(desk: Desk, authorise: Authorise | None) -> Starlette:

@@ -16,6 +16,7 @@ from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.hooks import OnBegin
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
+from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
 from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -23,6 +24,7 @@ from ctxdb_core.policy import CommitPolicy, RequestPolicy, with_request
 
 __all__ = [
     "FINISHING",
+    "SAFE_METHODS",
     "TRANSITIONS",
     "BeforeCommit",
     "Call",
@@ -37,6 +39,7 @@ __all__ = [
     "OnCommit",
     "Phase",
     "Propagation",
+    "ReadsFrom",
     "RequestPolicy",
     "SessionT",
     "SessionT_co",
@@ -45,6 +48,7 @@ __all__ = [
     "acquiring_code",
     "before_gather",
     "begin",
+    "check_reads_from",
     "check_transition",
     "close_all",
     "default_session_maker",

@@ -6,7 +6,7 @@ CtxDBError
 ├── SessionClosedError           a session was used after ``close_db_session``
 ├── SessionOwnedError            code of the application's was to close a unit of work's session, and lose its work
 ├── NoSessionError               a ``TransactionContext`` was asked for its session where no block has opened one
-├── SessionAlreadyActiveError    ``TransactionContext.session()`` was entered inside of another block
+├── SessionAlreadyActiveError    a block was entered inside of another one, or another task's block is in the way
 ├── TransactionAlreadyActiveError    a transaction was open where the call said that none may be
 ├── TransactionOptionsError      an isolation level, say, was asked for that the transaction at hand cannot have
 ├── DeadlineExceededError        the deadline of the unit of work had passed when a statement was to be sent
@@ -179,10 +179,11 @@ class SessionAlreadyActiveError(CtxDBError):
     """A session was to be opened inside of a block that has opened one already.
 
     Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
-    of the same task; and, in a unit of work, while another of its tasks is inside of a block: by both, by
-    ``atomic_db_session`` and by ``transactional(db, "nested")``. The way out: ``reuse_if_exists=True`` to share the
-    session of the same task; for another one ``new_session()`` or ``new_transaction()``, ``run_in_new_ctx(fn)`` or
-    ``transactional(db, "requires_new")``.
+    of the same task; and, in a unit of work, while another of its tasks is inside of a block that this task ends, such
+    as ``session.begin_nested()``: by all that would write in that block, begin another one, or end it. And raised where
+    two tasks use the sessions of two databases inside of calls of one another, and would wait for each other for ever.
+    The way out: ``reuse_if_exists=True`` to share the session of the same task; for another one ``new_session()`` or
+    ``new_transaction()``, ``run_in_new_ctx(fn)`` or ``transactional(db, "requires_new")``.
     """
 
     def __init__(self, message: str | None = None) -> None:

@@ -337,5 +337,6 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         recorder = self._recorder()
-        if recorder is not None:
+        # `ctxdb.units` tells how units of work end, which the page shows anyway.
+        if recorder is not None and record.name == "ctxdb":
             recorder.note_warning(record)

@@ -31,7 +31,6 @@ if typing.TYPE_CHECKING:
     )
     from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
     from ctxdb_pgstatus.locality import Locality
-    from ctxdb_pgstatus.method_switch import MethodSwitch
     from ctxdb_pgstatus.monitor import HostMonitor
     from ctxdb_pgstatus.read_your_writes import ReadYourWrites
     from ctxdb_pgstatus.reading import ReadRule
@@ -57,7 +56,6 @@ __all__ = [
     "KnowsServers",
     "Locality",
     "MasterChangedError",
-    "MethodSwitch",
     "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
@@ -100,7 +98,6 @@ if not typing.TYPE_CHECKING:
         ),
         "follow": ("FollowHandler", "follow_master", "follow_replica"),
         "locality": ("Locality",),
-        "method_switch": ("MethodSwitch",),
         "monitor": ("HostMonitor",),
         "read_your_writes": ("ReadYourWrites",),
         "reading": ("ReadRule",),

@@ -12,7 +12,9 @@ from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.binds import begun_connections
-from ctxdb_core._sqlalchemy.sessions import door_of, guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import door_of, guard_of
+from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._units import session_end
 from ctxdb_core._units.sessions import db_session, unit_for
 from ctxdb_core.errors import TransactionRequiredError
@@ -46,7 +48,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             "`transactional(db)`, which begins one."
         )
     session = await db_session(db)
-    with SharedSessionBlock(unit, db, may_nest=True):
+    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session):
         # What is only added to the unit's session would not be seen.
         await session.flush()
         connection = await session.connection()

@@ -33,7 +33,8 @@ from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
-from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
@@ -204,6 +205,8 @@ class DBConnect(Generic[SessionT_co]):
         self._lock = threading.Lock()
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
         self._engine_listeners: tuple[EngineListener, ...] = ()
+        # Told of the engines of `overridden`, too.
+        self._observing_listeners: tuple[EngineListener, ...] = ()
         self._read_only = False
         self._resolve_commits = resolve_commits
         self._keeps_host = False
@@ -492,14 +495,22 @@ class DBConnect(Generic[SessionT_co]):
         """
         return status_of(self, self._host_engines().all)
 
-    def on_engine(self, listener: EngineListener) -> None:
+    def on_engine(self, listener: EngineListener, *, overridden: bool = False) -> None:
         """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.
 
         It is called before the engine is used, on the event loop that the engine is for, or else now. It must not use
         this object.
+
+        Args:
+            listener: what is called.
+            overridden: whether it is told of the engines that blocks of `overridden` make, too: for listeners that
+                only look. Those that teach an engine something of this database's own had better not be.
         """
         with self._lock:
-            self._engine_listeners = (*self._engine_listeners, listener)
+            if overridden:
+                self._observing_listeners = (*self._observing_listeners, listener)
+            else:
+                self._engine_listeners = (*self._engine_listeners, listener)
             for engine in self._host_engines().all:
                 listener(engine.host, engine.engine)
 
@@ -542,7 +553,8 @@ class DBConnect(Generic[SessionT_co]):
         block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
         and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
         `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` nor
-        `resolve_commits` is in effect, and listeners of `on_engine` are not told, unless they are added in the block.
+        `resolve_commits` is in effect, and listeners of `on_engine` are not told, unless they are added in the block or
+        for such blocks, too.
         Engines and sessions that are older than the block stay what they are. Blocks may be nested, and end in any
         order.
 
@@ -571,6 +583,11 @@ class DBConnect(Generic[SessionT_co]):
                 f"overridden() takes {', '.join(engine_options)} with a URL alone: let the creator pass it on."
             )
         return Override(self, self._host or "localhost", _taking_host(url_or_creator))
+
+    @property
+    def is_overridden(self) -> bool:
+        """Whether this object leads to another database at the moment: by `overridden`, or by a testing tool."""
+        return bool(self._replacements)
 
     def _replace(self, **changes: Any) -> Replacement:
         """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
@@ -636,7 +653,7 @@ class DBConnect(Generic[SessionT_co]):
             # The other database of a block of `overridden` may be none that could.
             resolve_commits=self._resolve_commits and not self._keeps_host,
         )
-        for listener in self._engine_listeners:
+        for listener in (*self._engine_listeners, *self._observing_listeners):
             listener(host, engine.engine)
         return engine
 

@@ -7,12 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import ref
 
 import sqlalchemy
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
-from sqlalchemy import Dialect, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -41,6 +42,8 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
     elif driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "connect", _keep_cancel_key)
         event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
+    elif driver in ("asyncmy", "aiomysql"):
+        event.listen(engine.sync_engine, "invalidate", _MySQLKiller(engine.sync_engine).kill)
 
 
 def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], Coroutine[Any, Any, None]]) -> None:
@@ -155,6 +158,50 @@ async def _send_cancel_request(key: Any) -> None:
 def _set_ready(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
+
+
+class _MySQLKiller:
+    """Ends the connections of cancelled tasks on the server.
+
+    asyncmy and aiomysql close the socket, which neither MySQL nor MariaDB looks at while a statement runs or waits for
+    a lock: it goes on, and holds its locks. Another connection has to say KILL.
+
+    Args:
+        engine: whose connections.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = ref(engine)
+
+    def kill(self, dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
+        engine = self._engine()
+        if engine is None or not isinstance(exception, asyncio.CancelledError):
+            return
+        connection: Any = record.driver_connection
+        # A pool of its own: the engine's may be at its limit.
+        request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
+        try:
+            await_only(run_to_completion(asyncio.wait_for(request, stop_seconds())))
+        except asyncio.CancelledError:
+            # The cancellation that brought us here goes on.
+            pass
+        except Exception:
+            logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+def _kill(pool: Pool, number: int) -> None:
+    connection = pool.connect()
+    try:
+        driver_connection: Any = connection.driver_connection
+        cursor = connection.cursor()
+        cursor.execute("SELECT CONNECTION_ID()")
+        # A proxy may give connections numbers of its own. By one of these, the server would end somebody else's.
+        if cursor.fetchone() == (driver_connection.thread_id(),):
+            cursor.execute(f"KILL {number}")
+        cursor.close()
+    finally:
+        connection.close()
+        pool.dispose()
 
 
 def stop_seconds() -> float:

@@ -58,7 +58,7 @@ class CallGreenlet(greenlet):
         # The first switch into a greenlet hands its arguments to `run`; all calls come alike by the one in the loop.
         call = self.parent.switch(None)
         while True:
-            outcome = _Outcome(None, None)
+            outcome = _Outcome()
             outcome.set_by(*call)
             call = None
             # The switch keeps its argument until it returns, which is at the next call: the caller empties the outcome.
@@ -71,12 +71,12 @@ class _Outcome:
 
     __slots__ = ("error", "result")
 
-    def __init__(self, result: Any, error: BaseException | None) -> None:
-        self.result = result
-        self.error = error
+    result: Any
+    error: BaseException | None
 
     def set_by(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the call. The traceback of its error shows this frame, and none that goes on with other calls."""
+        self.error = None
         try:
             self.result = fn(*args, **kwargs)
         except BaseException as exc:  # noqa: BLE001 - handed to the caller, who raises it
@@ -140,14 +140,15 @@ async def call_in_greenlet(
         worker.leave_doors()
     if len(idle) < MOST_IDLE:
         idle.append(worker)
-    error, answer.error = answer.error, None
-    result, answer.result = answer.result, None
+    error = answer.error
     if error is not None:
+        answer.error = None
         try:
             raise error
         finally:
             # The error's traceback knows this frame: left in it, the two would be in a reference cycle.
             del error
+    result, answer.result = answer.result, None
     if _require_await and not has_awaited:
         raise AwaitRequired(
             "The current operation required an async execution but none was detected. This will usually happen when "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._sqlalchemy.private import (
@@ -22,6 +22,7 @@ from ctxdb_core._sqlalchemy.private import (
     begin_asyncpg_transaction,
     forget_prepared_statements,
     lend_asyncpg_connection,
+    listen_once,
     pool_of,
     take_back_asyncpg_connection,
 )
@@ -56,9 +57,7 @@ class _LentConnection(ConnectionFairy):
             return super().driver_connection
         if _LOAN not in info:
             info[_LOAN] = lend_asyncpg_connection(super().driver_connection)
-            pool = pool_of(self)
-            if not event.contains(pool, "checkin", _take_back):
-                event.listen(pool, "checkin", _take_back)
+            listen_once(pool_of(self), "checkin", _take_back)
         return info[_LOAN]
 
 

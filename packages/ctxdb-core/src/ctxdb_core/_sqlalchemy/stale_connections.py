@@ -2,7 +2,8 @@
 
 A pool does not look at idle connections: after a restart of the server, each of them would fail one request. Here each
 is looked at when it is taken, without a round trip: asyncpg learns of a closed socket from the event loop; psycopg does
-not listen to an idle connection, so its socket is asked.
+not listen to an idle connection, so its socket is asked. So are those of asyncmy and aiomysql, whose transactions have
+no BEGIN that could be sent again: what the event loop has not come round to must be seen as well.
 
 asyncpg may learn of the end only after a busy event loop has come round to it. So a BEGIN that fails because its
 connection was lost is sent once more, on a new one: a transaction that has not begun has done nothing yet.
@@ -21,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
-from ctxdb_core._sqlalchemy.private import asyncpg_adapter_that_begins, swap_driver_connections
+from ctxdb_core._sqlalchemy.private import asyncpg_adapter_that_begins, swap_driver_connections, transport_of
 
 __all__ = ["is_connection_error", "replace_closed_connections"]
 
@@ -41,6 +42,9 @@ def replace_closed_connections(engine: AsyncEngine) -> None:
     elif driver.startswith("psycopg"):
         event.listen(sync_engine, "connect", _keep_socket_check)
         event.listen(sync_engine, "checkout", _check_psycopg)
+    elif driver in ("asyncmy", "aiomysql"):
+        event.listen(sync_engine, "connect", _keep_socket_check_of_transport)
+        event.listen(sync_engine, "checkout", _check_transport)
     elif driver == "aiosqlite":
         event.listen(sync_engine, "checkout", _check_aiosqlite)
 
@@ -96,6 +100,32 @@ def _keep_socket_check(dbapi_connection: Any, record: ConnectionPoolEntry) -> No
 def _check_psycopg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
     is_gone: Callable[[int], list[tuple[int, int]]] | None = record.info.get(_SOCKET_CHECK)
     if is_gone is not None and (dbapi_connection.driver_connection.closed or is_gone(0)):
+        raise DisconnectionError("The connection was closed while it was idle.")
+
+
+# --- asyncmy and aiomysql ---------------------------------------------------------------------------------------------
+
+_TRANSPORT = "ctxdb.transport"
+
+
+def _keep_socket_check_of_transport(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    transport = transport_of(dbapi_connection.driver_connection)
+    record.info[_TRANSPORT] = transport
+    socket = None if transport is None else transport.get_extra_info("socket")
+    if socket is not None and hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(socket.fileno(), _GONE)
+        record.info[_SOCKET_CHECK] = poll.poll
+
+
+def _check_transport(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+    info = record.info
+    transport: Any = info.get(_TRANSPORT)
+    if transport is None:
+        return
+    is_gone: Callable[[int], list[tuple[int, int]]] | None = info.get(_SOCKET_CHECK)
+    # The number of a socket that the transport has closed may be another connection's by now.
+    if transport.is_closing() or (is_gone is not None and is_gone(0)):
         raise DisconnectionError("The connection was closed while it was idle.")
 
 

@@ -29,10 +29,14 @@ from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.asgi.types import Message
 
-__all__ = ["Body", "StreamedBody", "running_task"]
+__all__ = ["Body", "StreamedBody", "let_failure_arrive", "running_task"]
 
 # What a body is sent in (ASGI, "Response Body", "Path Send" and "Zero Copy Send").
 _BODY_MESSAGES = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+# How many turns of the event loop a failed task is given to end, and its task group to cancel the task that sends.
+# FastAPI needs one; each further task between the two may need one more.
+_TURNS_FOR_A_FAILURE = 3
 
 
 class Body:
@@ -186,6 +190,17 @@ class ParkedSessions:
 def running_task() -> ref[Any]:
     """Return the running task, by a weak reference."""
     return ref(asyncio.current_task())
+
+
+async def let_failure_arrive() -> None:
+    """Give the failure of the task that makes a body the time to cancel the running task, which sends its end.
+
+    FastAPI's server-sent events, for instance, are made in one task and sent in another. If the first one fails, it
+    closes the stream between the two, as if the body had come to its end, and its task group cancels the second one
+    some turns of the event loop later: without this, the work of a body that has failed would have been committed.
+    """
+    for _ in range(_TURNS_FOR_A_FAILURE):
+        await asyncio.sleep(0)
 
 
 def _note_end(body_ref: ref[Body], unit_ref: ref[UnitOfWork], task: asyncio.Task[Any]) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
+from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.unit import _CLOSED, UnitOfWork, current_unit
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
+from ctxdb_core.asgi.reading import ReadingFrom
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
@@ -38,9 +40,12 @@ class ASGIHTTPDBSessionMiddleware:
         statement_timeout: how many seconds each statement of a request may take; see `set_statement_timeout`.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
             ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
+        reads_from: for databases, the one whose sessions requests by GET, HEAD, OPTIONS and TRACE get in their place:
+            ``{master: replica}``. Units of work of their own that such a request opens do not.
 
     Raises:
-        TypeError: `commit_policy` is no plain function of a status, or of a status and a scope.
+        TypeError: `commit_policy` is no plain function of a status, or of a status and a scope; `reads_from` is no
+            mapping of `DBConnect`s.
     """
 
     has_boundary = True
@@ -58,10 +63,14 @@ class ASGIHTTPDBSessionMiddleware:
         *,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
+        reads_from: ReadsFrom | None = None,
     ) -> None:
         self.app: ASGIApp = app
+        reads_from = check_reads_from(reads_from)
+        if reads_from is not None:
+            self.app = ReadingFrom(self.app, reads_from)
         if statement_timeout is not None or deadline is not None:
-            self.app = LimitingStatements(app, statement_timeout, deadline)
+            self.app = LimitingStatements(self.app, statement_timeout, deadline)
         self.before_commit = before_commit
         self.commits: RequestPolicy = with_request(commit_policy)
         """Whether a response with a status is committed, in a request with a scope."""

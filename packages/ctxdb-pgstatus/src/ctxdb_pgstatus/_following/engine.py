@@ -359,8 +359,9 @@ class FollowedEngine:
             return
         adapted: Any = connection.connection.dbapi_connection
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
-            # A transaction that the user has made read-only is refused with the same code.
-            if not driver.in_recovery(adapted.driver_connection):
+            # A transaction that the user has made read-only is refused with the same code. A replica that is asked to
+            # write is what it should be.
+            if self._follower.guard is None or not driver.in_recovery(adapted.driver_connection):
                 return
             context.is_disconnect = True
         if context.is_disconnect:

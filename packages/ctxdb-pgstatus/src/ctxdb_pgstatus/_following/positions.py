@@ -45,11 +45,9 @@ class _Written:
 class Positions:
     """What the code of one request has written, or of one task that serves none."""
 
-    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task", "reads_only")
+    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task")
 
     def __init__(self) -> None:
-        self.reads_only: bool = False
-        """Whether the request is by a method that changes nothing (RFC 9110, 9.2.1)."""
         # All of clusters by their identity: there is hardly ever more than one.
         self._limits: dict[int, tuple[float, float]] = {}
         self._own: dict[int, _Written] = {}
@@ -73,7 +71,6 @@ class Positions:
         positions._task = ref(task) if task is not None else lambda: None
         if found is not None:
             positions._own = dict(found._own)  # noqa: SLF001 - its own
-            positions.reads_only = found.reads_only
             positions._parent = ref(found)
         current_positions.set(positions)
         return positions
