@@ -259,6 +259,19 @@ async def test_a_hook_is_refused_inside_of_a_savepoint(db: DBConnect) -> None:
         on_begin(db, set_tenant)
 
 
+async def test_a_hook_s_statements_come_before_what_was_added_before_the_transaction(db: DBConnect) -> None:
+    seen = []
+
+    async def look(session: AsyncSession) -> None:
+        seen.append((await session.scalars(select(Item.name))).all())
+
+    async with new_db_ctx():
+        on_begin(db, look)
+        (await db_session(db)).add(Item(name="added"))
+        assert (await (await db_session(db)).scalars(select(Item.name))).all() == ["added"]
+    assert seen == [[]]
+
+
 async def test_what_the_hook_has_set_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)

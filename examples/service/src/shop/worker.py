@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
@@ -37,9 +38,10 @@ async def while_there_is_any(work: Callable[..., Awaitable[bool]], *args: object
 def create_scheduler(post: mails.Post, provider: payments.Provider) -> AsyncIOScheduler:
     """Return the scheduler with its jobs. A job that fails is logged by it, rolled back, and comes again."""
     scheduler = AsyncIOScheduler(job_defaults={"coalesce": True, "max_instances": 1})
-    scheduler.add_job(while_there_is_any, "interval", seconds=5, args=[mails.send_next, post])
-    scheduler.add_job(while_there_is_any, "interval", minutes=1, args=[payments.settle_next_left, LEFT_FOR, provider])
-    scheduler.add_job(while_there_is_any, "interval", minutes=10, args=[orders.cancel_next_unpaid, UNPAID_FOR])
+    add = partial(scheduler.add_job, while_there_is_any, "interval")
+    add(seconds=5, args=[mails.send_next, post], name="send mails")
+    add(minutes=1, args=[payments.settle_next_left, LEFT_FOR, provider], name="settle payments")
+    add(minutes=10, args=[orders.cancel_next_unpaid, UNPAID_FOR], name="cancel unpaid orders")
     return scheduler
 
 

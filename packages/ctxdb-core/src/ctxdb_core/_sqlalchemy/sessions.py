@@ -425,8 +425,10 @@ async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: 
     assert door is not None
     try:
         # The hook may have tasks of its own make its statements, as `asyncio.wait_for` does on Python 3.11.
+        # What was only added so far must not be flushed by the hook's statements: it would be written before them.
         async with door.turn():
-            await on_begin(_async_session_of(session))
+            with session.no_autoflush:
+                await on_begin(_async_session_of(session))
         session.note_set_up()
     except BaseException:
         # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In the
