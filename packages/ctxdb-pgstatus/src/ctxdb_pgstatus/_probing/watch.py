@@ -14,6 +14,7 @@ from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
+from ctxdb_pgstatus.source import Promotion
 
 __all__ = ["Watch"]
 
@@ -52,6 +53,7 @@ class Watch:
         was_asked: whether an attempt has ended.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
+        promotion: what it had replayed before it was promoted, if that was seen.
         error: what the last failure was, without secrets.
         since: since when it has been alive or not, in its role.
     """
@@ -73,6 +75,7 @@ class Watch:
         self.was_asked = False
         self.server: Server | None = None
         self.is_shared = False
+        self.promotion: Promotion | None = None
         self.error: str | None = None
         self.since = datetime.now(UTC)
         self._account = account
@@ -246,6 +249,7 @@ class Watch:
     def _answered(self, answer: Answer) -> None:
         before = self.answer
         self._disarm()
+        self._note_promotion(self._last, answer)
         self.answer = self._last = answer
         self.failures = self.refusals = 0
         self._meet(answer.server)
@@ -255,6 +259,16 @@ class Watch:
             role = "replica" if answer.in_recovery else "master"
             extra = {"host": self.address.name, "role": role, "timeline": answer.timeline}
             logger.info("Host %s answers: it is a %s.", self.address.name, role, extra=extra)
+
+    def _note_promotion(self, before: Answer | None, now: Answer) -> None:
+        """Remember up to where it had replayed the timeline that its promotion has left."""
+        if before is None or before.in_recovery == now.in_recovery:
+            return
+        self.promotion = None
+        if now.in_recovery or before.timeline is None or before.position is None or now.timeline is None:
+            return
+        if before.timeline < now.timeline:
+            self.promotion = Promotion(before.timeline, before.position)
 
     def _failed(self, exc: Exception) -> None:
         name = self.address.name
