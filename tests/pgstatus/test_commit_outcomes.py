@@ -135,17 +135,22 @@ async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
 ) -> None:
     old, standbys = cluster.primary, cluster.standbys
 
+    async def is_left() -> bool:
+        return not await old.execute("SELECT 1 FROM pg_stat_replication")
+
     async def lose_standbys() -> None:
         # What is written is sent with the next commit.
         position = await old.write_wal(1)
         await cluster.wait_for_replay()
         await until(lambda: standbys[0].host in monitor.replayed(position))
-        await kill_all(standbys)
+        # They follow each other, and receive nothing more.
+        for node, other in (standbys, reversed(standbys)):
+            await node.follow(other, wait=False)
+        await until(is_left)
 
     committing = asyncio.create_task(insert(db, inserted=lose_standbys))
     await until_commit_waits(old)
     await old.kill()
-    await standbys[0].start()
     await standbys[0].promote()
     with pytest.raises(ConnectionLostError) as raised:
         await committing

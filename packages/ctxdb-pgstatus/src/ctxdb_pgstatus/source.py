@@ -88,10 +88,10 @@ class KnowsServers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """What a host had replayed before it was promoted.
+    """What a host had replayed before it went on on another timeline.
 
     Attributes:
-        timeline: the timeline of that.
+        timeline: the timeline before.
         position: up to where at least, in bytes.
     """
 

@@ -428,7 +428,9 @@ class FollowedEngine:
                 raise
             # The master has assigned no such identifier yet: it was promoted without the transaction.
             return "aborted"
-        if timeline != lost.timeline and not self._follower.has_seen(master.host, lost):
+        # Another host on the same timeline was no standby of this one: it is a copy that was started as a primary.
+        is_same = timeline == lost.timeline and master.host == self.host
+        if not is_same and not self._follower.has_seen(master.host, lost):
             return None
         if status == "committed" and not await guard.is_master(master.host):
             return "in progress"

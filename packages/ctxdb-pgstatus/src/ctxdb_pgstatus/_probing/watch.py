@@ -53,7 +53,7 @@ class Watch:
         was_asked: whether an attempt has ended.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
-        promotion: what it had replayed before it was promoted, if that was seen.
+        promotion: what it had replayed of the timeline that it has left, if that was seen.
         error: what the last failure was, without secrets.
         since: since when it has been alive or not, in its role.
     """
@@ -87,6 +87,8 @@ class Watch:
         self._impatient: list[asyncio.Future[bool]] = []
         # What it said last, also if it has been dead since.
         self._last: Answer | None = None
+        # Up to where it had replayed its timeline then.
+        self._replayed: Promotion | None = None
         # How long answers take, over a connection that is there and over one that is not.
         self._usual = {True: 0.0, False: 0.0}
         self._is_late = False
@@ -261,14 +263,17 @@ class Watch:
             logger.info("Host %s answers: it is a %s.", self.address.name, role, extra=extra)
 
     def _note_promotion(self, before: Answer | None, now: Answer) -> None:
-        """Remember up to where it had replayed the timeline that its promotion has left."""
-        if before is None or before.in_recovery == now.in_recovery:
+        """Remember up to where it had replayed the timeline that it has left: by its promotion, or by another's."""
+        if before is None or not _is_one_run(before, now):
+            # A server is promoted while it runs. Another one behind the same name has not replayed what this one has.
+            self._replayed = self.promotion = None
+        if now.timeline is None:
             return
-        self.promotion = None
-        if now.in_recovery or before.timeline is None or before.position is None or now.timeline is None:
-            return
-        if before.timeline < now.timeline:
-            self.promotion = Promotion(before.timeline, before.position)
+        if self._replayed is not None and self._replayed.timeline < now.timeline:
+            self.promotion = self._replayed
+        if now.in_recovery and now.position is not None:
+            # In the middle of its promotion, a server is in recovery on its new timeline.
+            self._replayed = Promotion(now.timeline, now.position)
 
     def _failed(self, exc: Exception) -> None:
         name = self.address.name
@@ -379,6 +384,10 @@ class Watch:
             self.is_shared = False
             logger.info("One server is behind the name %s again: %s.", name, kept, extra={"host": name})
             self._report(self)
+
+
+def _is_one_run(before: Answer, now: Answer) -> bool:
+    return before.server is not None and now.server is not None and now.server.is_run_of(before.server)
 
 
 def _resolve(futures: list[asyncio.Future[bool]], *, result: bool) -> None:
