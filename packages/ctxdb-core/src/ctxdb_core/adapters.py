@@ -9,6 +9,7 @@ from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co,
 from ctxdb_core._databases.hold import acquiring_code
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
 from ctxdb_core._sqlalchemy.private import follow_dialect
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
@@ -26,6 +27,7 @@ __all__ = [
     "FINISHING",
     "SAFE_METHODS",
     "TRANSITIONS",
+    "AskOutcome",
     "BeforeCommit",
     "Call",
     "CommitPolicy",
@@ -35,6 +37,7 @@ __all__ = [
     "Headers",
     "IllegalTransitionError",
     "IsolationLevel",
+    "LostCommit",
     "OnBegin",
     "OnCommit",
     "Phase",
@@ -46,6 +49,7 @@ __all__ = [
     "UnitOfWork",
     "UnitWatcher",
     "acquiring_code",
+    "ask_outcome_by",
     "before_gather",
     "begin",
     "check_reads_from",

@@ -34,7 +34,15 @@ if typing.TYPE_CHECKING:
     from ctxdb_pgstatus.monitor import HostMonitor
     from ctxdb_pgstatus.read_your_writes import ReadYourWrites
     from ctxdb_pgstatus.reading import ReadRule
-    from ctxdb_pgstatus.source import HostSource, KnownMaster, KnowsServers, ReadsByRule, RemembersMaster
+    from ctxdb_pgstatus.source import (
+        HostSource,
+        KnownMaster,
+        KnowsPromotions,
+        KnowsServers,
+        Promotion,
+        ReadsByRule,
+        RemembersMaster,
+    )
     from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Role, SyncCondition
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "HostStatus",
     "HostUnreachableError",
     "KnownMaster",
+    "KnowsPromotions",
     "KnowsServers",
     "Locality",
     "MasterChangedError",
@@ -63,6 +72,7 @@ __all__ = [
     "PatroniDiscovery",
     "PgStatusClient",
     "PgStatusError",
+    "Promotion",
     "ReadRule",
     "ReadYourWrites",
     "ReadsByRule",
@@ -101,7 +111,15 @@ if not typing.TYPE_CHECKING:
         "monitor": ("HostMonitor",),
         "read_your_writes": ("ReadYourWrites",),
         "reading": ("ReadRule",),
-        "source": ("HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"),
+        "source": (
+            "HostSource",
+            "KnownMaster",
+            "KnowsPromotions",
+            "KnowsServers",
+            "Promotion",
+            "ReadsByRule",
+            "RemembersMaster",
+        ),
         "status": ("ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"),
     }
     _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
