@@ -8,9 +8,9 @@ import pytest
 from ctxdb_pgstatus.testing import PostgresCluster
 
 
-@pytest.fixture(scope="module")
-def module_cluster() -> Iterator[PostgresCluster]:
-    """A primary and two standbys, which the tests of a module share; a test takes `cluster`."""
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[PostgresCluster]:
+    """A primary and two standbys, which all tests of a worker share; a test takes `cluster`."""
     cluster = PostgresCluster(standbys=2)
     asyncio.run(cluster.start())
     yield cluster
@@ -18,10 +18,10 @@ def module_cluster() -> Iterator[PostgresCluster]:
 
 
 @pytest.fixture
-async def cluster(module_cluster: PostgresCluster) -> AsyncIterator[PostgresCluster]:
-    """The module's cluster, put back afterwards: the first node is the primary, the others stream from it.
+async def cluster(shared_cluster: PostgresCluster) -> AsyncIterator[PostgresCluster]:
+    """The shared cluster, put back afterwards: the first node is the primary, the others stream from it.
 
     What a test writes there may be found by the next one.
     """
-    yield module_cluster
-    await module_cluster.restore()
+    yield shared_cluster
+    await shared_cluster.restore()

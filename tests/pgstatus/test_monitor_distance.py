@@ -56,8 +56,8 @@ async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_ali
     cluster: PostgresCluster,
 ) -> None:
     async with (
-        Proxy(cluster.primary, delay=0.4) as proxy,
-        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, connect_timeout=PATIENCE) as monitor,
+        Proxy(cluster.primary, delay=0.15) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, connect_timeout=PATIENCE, max_fails=1) as monitor,
     ):
         watch = monitor._members[proxy.host].watch
         await watch.ask()
@@ -91,7 +91,7 @@ async def test_a_slow_host_is_asked_one_question_at_a_time_and_delays_no_other(
 
     monkeypatch.setattr(Probe, "ask", count)
     async with (
-        Proxy(cluster.standbys[0], delay=0.3) as slow,
+        Proxy(cluster.standbys[0], delay=0.15) as slow,
         monitor_of(cluster, hosts=[cluster.primary.host, slow.host], poll_interval=0.05, connect_timeout=PATIENCE),
     ):
         start = answers[cluster.primary.host]

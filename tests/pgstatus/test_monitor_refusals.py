@@ -160,7 +160,7 @@ async def test_a_password_is_found_in_the_password_file_of_libpq(
     file.write_text(f"{guarded.primary.host}:{guarded.port}:*:watcher:first\n")
     file.chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(file))
-    async with monitor_of(guarded, user="watcher") as monitor:
+    async with monitor_of(guarded, user="watcher", connect_timeout=PATIENCE) as monitor:
         assert monitor.master() == guarded.primary.host
 
 

@@ -69,6 +69,37 @@ async def test_a_name_whose_address_stays_is_followed_to_another_server(
     assert f"The name {proxy.host} leads to another server now" in caplog.text
 
 
+async def test_a_promotion_is_known_with_what_the_host_had_replayed(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    timeline = await old.fetch_value(TIMELINE)
+    async with monitor_of(cluster, poll_interval=0.3) as monitor:
+        assert monitor.promotion_of(new.host) is None
+        position = await old.write_wal(1)
+        await old.kill()
+        await until(monitor, lambda: monitor.master() is None)
+        await monitor.poll()
+        await new.promote()
+        await until(monitor, lambda: monitor.master() == new.host)
+        promotion = monitor.promotion_of(new.host)
+        assert promotion is not None
+        assert promotion.timeline == timeline
+        assert promotion.position >= position
+        assert monitor.promotion_of("unknown") is None
+
+
+async def test_a_name_that_has_left_a_standby_for_a_primary_tells_of_no_promotion(cluster: PostgresCluster) -> None:
+    _, new, other = cluster.nodes
+    async with (
+        Proxy(other) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
+    ):
+        await new.promote()
+        proxy.nodes = (new,)
+        await until_server(monitor, proxy.host, new)
+        await until(monitor, lambda: monitor.hosts()[0].role == "master")
+        assert monitor.promotion_of(proxy.host) is None
+
+
 TIMELINE = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int"
 
 

@@ -417,6 +417,39 @@ async def test_other_clients_are_not_slowed_by_one_that_waits(
         assert answer["server"] in {node.host for node in cluster.standbys}
 
 
+async def test_a_browser_that_writes_by_two_requests_at_once_reads_both_writes(
+    cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
+) -> None:
+    shop = Shop(master, replica)
+    first_is_committed, second_is_answered = asyncio.Event(), asyncio.Event()
+
+    async def write(request: Request) -> Response:
+        number = int(request.query_params["number"])
+        await shop.write(number)
+        await commit_db_session(master)
+        if number == 1:
+            first_is_committed.set()
+            await second_is_answered.wait()
+        return PlainTextResponse("written", status_code=201)
+
+    async def read(request: Request) -> Response:
+        return JSONResponse(await shop.read())
+
+    app = Starlette(routes=[Route("/", write, methods=["POST"]), Route("/", read)])
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(ryw)
+    async with _asgi(app) as make_client, make_client() as browser:
+        first = asyncio.create_task(browser.post("/", params={"number": 1}))
+        await first_is_committed.wait()
+        await cluster.wait_for_replay()
+        async with paused(cluster):
+            await browser.post("/", params={"number": 2})
+            second_is_answered.set()
+            # Its response comes last, and so does its cookie.
+            await first
+            assert (await browser.get("/")).json() == {"numbers": [1, 2], "server": cluster.primary.host}
+
+
 async def test_tokens_that_are_not_ours_are_ignored(
     cluster: PostgresCluster,
     master: DBConnect,

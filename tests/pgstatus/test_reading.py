@@ -1,4 +1,4 @@
-"""Reads by rule: limits of their own, near replicas first, without the master, and by the method of a request."""
+"""Reads by rule: limits of their own, near replicas first, and without the master."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
-from sqlalchemy import Column, Integer, MetaData, Table, insert, text
-from sqlalchemy.exc import DBAPIError
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
-from tests.support.followers import SERVER, Engines, following, server_of, until
+from sqlalchemy import Column, Integer, MetaData, Table, insert
+from tests.support.followers import Engines, following, server_of, until
 from tests.support.hosts import FakeSource
 from tests.support.monitors import HOUR, monitor_of
 from tests.support.sidecar import serve_sidecar
@@ -26,19 +18,16 @@ from ctxdb_pgstatus import (
     HostMonitor,
     HostStatus,
     Locality,
-    MethodSwitch,
     NoReplicaError,
     OptionError,
     PgStatusClient,
     ReadRule,
-    ReadYourWrites,
     follow_master,
     follow_replica,
 )
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
-from ctxdb_starlette import DBSessionMiddleware
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
 numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
@@ -190,105 +179,3 @@ def test_a_source_that_knows_no_rules_is_told_at_once() -> None:
         follow_replica(FakeSource(), fallback=False)
     with pytest.raises(OptionError, match="max_lag_ms=-1"):
         follow_replica(FakeSource(), max_lag_ms=-1)
-
-
-# --- by the method of a request ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def switch(cluster: PostgresCluster, engines: Engines) -> AsyncIterator[tuple[MethodSwitch, HostMonitor]]:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
-    await cluster.wait_for_replay()
-    async with (
-        monitor_of(cluster, poll_interval=0.3) as monitor,
-        following(engines, follow_master(monitor)) as master,
-        following(engines, follow_replica(monitor)) as replica,
-    ):
-        yield MethodSwitch(master, replica), monitor
-
-
-SECRET = "sixteen bytes or more"
-
-
-async def test_requests_by_safe_methods_read_from_replicas_and_see_what_their_client_has_written(
-    cluster: PostgresCluster,
-    switch: tuple[MethodSwitch, HostMonitor],
-) -> None:
-    db, monitor = switch
-
-    async def handle(request: Request) -> Response:
-        session = await db_session(db.current)
-        if request.method == "POST":
-            await session.execute(text("INSERT INTO number SELECT coalesce(max(number), 0) + 1 FROM number"))
-        count = await session.scalar(text("SELECT count(*) FROM number"))
-        return PlainTextResponse(f"{await session.scalar(SERVER)} {count}")
-
-    app = Starlette(routes=[Route("/", handle, methods=["GET", "POST"])])
-    app.add_middleware(DBSessionMiddleware)
-    app.add_middleware(ReadYourWrites(monitor, secret=SECRET))
-    standbys = {node.host for node in cluster.standbys}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        for number in range(1, 6):
-            assert (await client.post("/")).text == f"{cluster.primary.host} {number}"
-            server, count = (await client.get("/")).text.split()
-            assert int(count) == number
-            assert server in standbys | {cluster.primary.host}
-        await cluster.wait_for_replay()
-        await monitor.poll()
-        servers = {(await client.get("/")).text.split()[0] for _ in range(4)}
-        assert servers == standbys
-
-
-async def test_requests_of_aiohttp_are_told_apart_by_their_methods(
-    cluster: PostgresCluster,
-    switch: tuple[MethodSwitch, HostMonitor],
-) -> None:
-    db, monitor = switch
-
-    async def handle(request: web.Request) -> web.Response:
-        return web.Response(text=await server_of(db.current))
-
-    app = web.Application()
-    app.router.add_route("*", "/", handle)
-    ReadYourWrites(monitor, secret=SECRET).setup(app)
-    async with TestClient(TestServer(app)) as client:
-        assert await (await client.get("/")).text() in {node.host for node in cluster.standbys}
-        assert await (await client.delete("/")).text() == cluster.primary.host
-
-
-async def test_a_block_may_write_whatever_the_method(
-    cluster: PostgresCluster,
-    switch: tuple[MethodSwitch, HostMonitor],
-) -> None:
-    db, monitor = switch
-
-    async def count_visit(request: Request) -> Response:
-        with db.writing():
-            await (await db_session(db.current)).execute(insert(numbers).values(number=1))
-        return Response()
-
-    async def write(request: Request) -> Response:
-        try:
-            await (await db_session(db.current)).execute(insert(numbers).values(number=2))
-        except DBAPIError as exc:
-            return PlainTextResponse(str(exc), status_code=500)
-        return Response()
-
-    app = Starlette(routes=[Route("/visit", count_visit), Route("/write", write)])
-    app.add_middleware(DBSessionMiddleware)
-    app.add_middleware(ReadYourWrites(monitor, secret=SECRET))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        assert (await client.get("/visit")).status_code == 200
-        assert (await client.get("/write")).status_code == 500
-    assert [tuple(row) for row in await cluster.primary.execute("SELECT number FROM number")] == [(1,)]
-
-
-async def test_code_outside_of_requests_goes_to_the_master(
-    cluster: PostgresCluster,
-    switch: tuple[MethodSwitch, HostMonitor],
-) -> None:
-    db, _ = switch
-    assert db.current is db.master
-    assert await server_of(db.current) == cluster.primary.host

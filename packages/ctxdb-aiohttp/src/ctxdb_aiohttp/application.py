@@ -10,7 +10,15 @@ from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_core import ArgumentTypeError, ArgumentValueError, DBConnect, commit_below_400
-from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy, close_all, with_request
+from ctxdb_core.adapters import (
+    BeforeCommit,
+    CommitPolicy,
+    ReadsFrom,
+    RequestPolicy,
+    check_reads_from,
+    close_all,
+    with_request,
+)
 
 __all__ = ["DATABASES", "setup"]
 
@@ -26,6 +34,7 @@ def setup(
     position: int | None = None,
     statement_timeout: float | None = None,
     deadline: Deadline | None = None,
+    reads_from: ReadsFrom | None = None,
 ) -> None:
     """Give each request of `app` and of its sub-applications a unit of work.
 
@@ -54,10 +63,13 @@ def setup(
             `ctxdb_core.set_statement_timeout`.
         deadline: given a request: when its last statement has to be done, on the event loop's clock; ``None`` for no
             deadline. Streamed bodies are part of the request.
+        reads_from: for databases, the one whose sessions requests by GET, HEAD, OPTIONS and TRACE get in their place:
+            ``{master: replica}``. A websocket is opened by a GET, and is left alone.
 
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
-        TypeError: `app` is no application, one of `dbs` is no `DBConnect`, or `commit_policy` is no policy.
+        TypeError: `app` is no application, one of `dbs` is no `DBConnect`, `reads_from` is no mapping of them, or
+            `commit_policy` is no policy.
         ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
@@ -78,7 +90,9 @@ def setup(
         )
     if app.on_startup.frozen:
         raise ApplicationFrozenError
-    outer = unit_of_work(before_commit, with_request(commit_policy), statement_timeout, deadline)
+    outer = unit_of_work(
+        before_commit, with_request(commit_policy), statement_timeout, deadline, check_reads_from(reads_from)
+    )
     inner = commit_point if position is None else placed_commit_point
 
     async def close_databases(app: web.Application) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from ctxdb_aiohttp.exchange import UNSTARTED, Exchange, Opened, exchange_of
@@ -15,7 +15,16 @@ from ctxdb_aiohttp.response import is_complete
 from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
-from ctxdb_core.adapters import FINISHING, BeforeCommit, RequestPolicy, UnitOfWork, begin, follow_calls
+from ctxdb_core.adapters import (
+    FINISHING,
+    SAFE_METHODS,
+    BeforeCommit,
+    ReadsFrom,
+    RequestPolicy,
+    UnitOfWork,
+    begin,
+    follow_calls,
+)
 
 __all__ = ["Deadline", "commit_point", "placed_commit_point", "unit_of_work"]
 
@@ -28,6 +37,7 @@ def unit_of_work(
     commits: RequestPolicy,
     statement_timeout: float | None,
     deadline: Deadline | None,
+    reads_from: ReadsFrom | None,
 ) -> Middleware:
     """Return the outermost middleware, which gives each request a unit of work.
 
@@ -36,6 +46,7 @@ def unit_of_work(
         commits: given the status of the response and the request: whether to commit.
         statement_timeout: how many seconds each statement of a request may take.
         deadline: when its last one has to be done.
+        reads_from: for databases, the one that requests by safe methods read from in their place.
     """
 
     @web.middleware
@@ -55,6 +66,8 @@ def unit_of_work(
         if unit is None:
             return await handler(request)
         unit.origin = request
+        if reads_from is not None and request.method in SAFE_METHODS and not _asks_for_websocket(request):
+            unit.reads_from = reads_from
         opened: Opened = (unit, commits)
         writer.ctxdb_exchange = opened
         try:
@@ -89,6 +102,10 @@ def unit_of_work(
         return response
 
     return open_unit
+
+
+def _asks_for_websocket(request: web.Request) -> bool:
+    return request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
 
 
 def _exchange_with(unit: UnitOfWork, commits: RequestPolicy, request: web.Request) -> Exchange:

@@ -9,6 +9,7 @@ from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co,
 from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
 from ctxdb_core._sqlalchemy.private import follow_dialect
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
@@ -16,6 +17,7 @@ from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.hooks import OnBegin
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
+from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
 from ctxdb_core._units.unit import UnitOfWork, give_unit_ids, new_unit_id, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -23,7 +25,9 @@ from ctxdb_core.policy import CommitPolicy, RequestPolicy, with_request
 
 __all__ = [
     "FINISHING",
+    "SAFE_METHODS",
     "TRANSITIONS",
+    "AskOutcome",
     "BeforeCommit",
     "Call",
     "CommitPolicy",
@@ -33,11 +37,13 @@ __all__ = [
     "Headers",
     "IllegalTransitionError",
     "IsolationLevel",
+    "LostCommit",
     "OnBegin",
     "OnCommit",
     "Phase",
     "Place",
     "Propagation",
+    "ReadsFrom",
     "RequestPolicy",
     "SessionT",
     "SessionT_co",
@@ -45,8 +51,10 @@ __all__ = [
     "UnitWatcher",
     "acquiring_code",
     "acquiring_place",
+    "ask_outcome_by",
     "before_gather",
     "begin",
+    "check_reads_from",
     "check_transition",
     "close_all",
     "default_session_maker",

@@ -11,7 +11,15 @@ from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
 
 from ctxdb_core import ArgumentTypeError, DBConnect, commit_below_400
-from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy, close_all, with_request
+from ctxdb_core.adapters import (
+    BeforeCommit,
+    CommitPolicy,
+    ReadsFrom,
+    RequestPolicy,
+    check_reads_from,
+    close_all,
+    with_request,
+)
 from ctxdb_core.asgi import ASGIApp, Deadline
 from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
 from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider
@@ -37,13 +45,15 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             `ctxdb_core.set_statement_timeout`.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock;
             ``None`` for no deadline. Streamed bodies and background tasks are part of the request.
+        reads_from: for databases, the one whose sessions requests by GET, HEAD, OPTIONS and TRACE get in their place,
+            injected ones as well: ``{master: replica}``.
         **dependency_names: databases whose sessions are injected, by the names of the parameters: with
             ``CtxDBPlugin(session=db)``, ``session: NamedDependency[AsyncSession]`` is what ``await db_session(db)``
             returns. They are closed like the others.
 
     Raises:
-        TypeError: a database is not a `DBConnect`, `deadline` is no function, or `commit_policy` none of a status, or
-            of a status and a scope.
+        TypeError: a database is not a `DBConnect`, `reads_from` is no mapping of them, `deadline` is no function, or
+            `commit_policy` none of a status, or of a status and a scope.
         ValueError: `statement_timeout` is not positive; raised when the application is made.
         ImproperlyConfiguredException: Litestar reserves one of the names for itself.
     """
@@ -55,6 +65,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
+        reads_from: ReadsFrom | None = None,
         **dependency_names: DBConnect,
     ) -> None:
         for db in dbs:
@@ -73,6 +84,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             )
         self._statement_timeout = statement_timeout
         self._deadline = deadline
+        self._reads_from = check_reads_from(reads_from)
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Edit the configuration of an application.
@@ -113,6 +125,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             self._commits,
             statement_timeout=self._statement_timeout,
             deadline=self._deadline,
+            reads_from=self._reads_from,
         )
 
     async def _close(self) -> None:
@@ -162,6 +175,6 @@ def _check_database(name: str, db: object) -> None:
     if not isinstance(db, DBConnect):
         raise ArgumentTypeError(
             f"CtxDBPlugin({name}<{type(db).__name__}>): this is no DBConnect. Pass the DBConnects of the application, "
-            "those to be injected by name; its options are `before_commit`, `commit_policy`, `statement_timeout` and "
-            "`deadline`."
+            "those to be injected by name; its options are `before_commit`, `commit_policy`, `statement_timeout`, "
+            "`deadline` and `reads_from`."
         )

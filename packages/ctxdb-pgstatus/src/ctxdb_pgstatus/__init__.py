@@ -31,11 +31,18 @@ if typing.TYPE_CHECKING:
     )
     from ctxdb_pgstatus.follow import FollowHandler, follow_master, follow_replica
     from ctxdb_pgstatus.locality import Locality
-    from ctxdb_pgstatus.method_switch import MethodSwitch
     from ctxdb_pgstatus.monitor import HostMonitor
     from ctxdb_pgstatus.read_your_writes import ReadYourWrites
     from ctxdb_pgstatus.reading import ReadRule
-    from ctxdb_pgstatus.source import HostSource, KnownMaster, KnowsServers, ReadsByRule, RemembersMaster
+    from ctxdb_pgstatus.source import (
+        HostSource,
+        KnownMaster,
+        KnowsPromotions,
+        KnowsServers,
+        Promotion,
+        ReadsByRule,
+        RemembersMaster,
+    )
     from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Role, SyncCondition
 
 __all__ = [
@@ -54,10 +61,10 @@ __all__ = [
     "HostStatus",
     "HostUnreachableError",
     "KnownMaster",
+    "KnowsPromotions",
     "KnowsServers",
     "Locality",
     "MasterChangedError",
-    "MethodSwitch",
     "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
@@ -65,6 +72,7 @@ __all__ = [
     "PatroniDiscovery",
     "PgStatusClient",
     "PgStatusError",
+    "Promotion",
     "ReadRule",
     "ReadYourWrites",
     "ReadsByRule",
@@ -100,11 +108,18 @@ if not typing.TYPE_CHECKING:
         ),
         "follow": ("FollowHandler", "follow_master", "follow_replica"),
         "locality": ("Locality",),
-        "method_switch": ("MethodSwitch",),
         "monitor": ("HostMonitor",),
         "read_your_writes": ("ReadYourWrites",),
         "reading": ("ReadRule",),
-        "source": ("HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"),
+        "source": (
+            "HostSource",
+            "KnownMaster",
+            "KnowsPromotions",
+            "KnowsServers",
+            "Promotion",
+            "ReadsByRule",
+            "RemembersMaster",
+        ),
         "status": ("ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"),
     }
     _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}

@@ -168,6 +168,11 @@ class CommitGuard:
             self._committed(connection.connection, state)
 
     def _committed(self, connection: PoolProxiedConnection, state: ConnectionState) -> None:
+        if connection.dbapi_connection is None:
+            # It was lost while it committed, and the commit has been found on the master.
+            state.wrote = False
+            self._note(state, UNKNOWN_POSITION)
+            return
         if not state.wrote and not (self._handed_out and _driver_connection(connection) in self._handed_out):
             return
         state.wrote = False
@@ -181,6 +186,14 @@ class CommitGuard:
                 raise
         if positions_wanted(self._source):
             self._note_position(connection, state)
+
+    async def is_master(self, host: str) -> bool:
+        """Return whether `host` is the master, if commits are to be confirmed at all.
+
+        Raises:
+            Exception: it cannot be found out.
+        """
+        return not self._confirms or await self._source.confirm_master(host)
 
     def _confirm(self, connection: PoolProxiedConnection, host: str) -> None:
         """Return if `host`, which a commit has returned from on `connection`, is the master.
@@ -239,14 +252,17 @@ class CommitGuard:
         return timeline is not None and known.timeline in (None, timeline)
 
     def _note_position(self, connection: PoolProxiedConnection, state: ConnectionState) -> None:
-        holders = {id(each): each for each in (current_positions.get(), state.positions) if each is not None}
-        if not holders:
+        if current_positions.get() is None and state.positions is None:
             return
         try:
             position = driver.read_position(connection)
         except Exception:  # noqa: BLE001 - the commit stands, and only the master is sure to have it
             position = UNKNOWN_POSITION
             driver.abort(_driver_connection(connection))
+        self._note(state, position)
+
+    def _note(self, state: ConnectionState, position: int) -> None:
+        holders = {id(each): each for each in (current_positions.get(), state.positions) if each is not None}
         for holder in holders.values():
             holder.note(self._source, state.host, position)
 

@@ -11,12 +11,13 @@ from weakref import WeakSet, ref
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core import DBConnect
+from ctxdb_core.adapters import LostCommit
 from ctxdb_pgstatus._commit_guard import CommitGuard
 from ctxdb_pgstatus._following.engine import FollowedEngine
 from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
 from ctxdb_pgstatus.reading import ReadRule
-from ctxdb_pgstatus.source import HostSource, KnowsServers, ReadsByRule
+from ctxdb_pgstatus.source import HostSource, KnowsPromotions, KnowsServers, ReadsByRule
 from ctxdb_pgstatus.status import SyncCondition
 
 __all__ = ["FollowHandler", "follow_master", "follow_replica"]
@@ -162,6 +163,18 @@ class _Follower:
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
         self.source.report_failure(host)
+
+    def has_seen(self, host: str, lost: LostCommit) -> bool:
+        """Return whether the last promotion of `host` was after all of a transaction, except for its end.
+
+        Then the host knows the transaction's identifier, and gives it to no other transaction.
+        """
+        promotion = self.source.promotion_of(host) if isinstance(self.source, KnowsPromotions) else None
+        return (
+            promotion is not None
+            and promotion.timeline == int(lost.timeline, 16)
+            and promotion.position >= lost.position
+        )
 
     def forget_position(self, host: str, positions: Positions) -> None:
         """Trust a host no more to have what the running code has to see, until it is asked again."""

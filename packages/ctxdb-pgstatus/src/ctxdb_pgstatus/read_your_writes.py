@@ -20,9 +20,6 @@ _SHORTEST_SECRET = 16
 # A token of RFC 9110, which names of cookies and of header fields both are.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
-# RFC 9110, section 9.2.1.
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-
 _KEY = "ctxdb_pgstatus.positions"
 
 
@@ -106,7 +103,6 @@ class ReadYourWrites:
             writer = request.writer
             values = request.headers.getall(self._asked_field.decode(), ())
             positions = self.begin(vars(writer), (value.encode("utf-8", "surrogateescape") for value in values))
-            positions.reads_only = request.method in _SAFE_METHODS
             # Each request has a context of its own, which lasts until its body is sent.
             current_positions.set(positions)
             forward = _by_weak_reference(writer.write_headers)
@@ -189,7 +185,6 @@ class _ReadYourWritesMiddleware:
         options = self._options
         asked_field = options.asked_field
         positions = options.begin(scope, (value for name, value in scope["headers"] if name == asked_field))
-        positions.reads_only = scope.get("method") in _SAFE_METHODS
         token = current_positions.set(positions)
 
         def send_with_position(message: Message) -> Awaitable[None]:

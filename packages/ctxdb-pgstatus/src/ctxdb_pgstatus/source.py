@@ -9,7 +9,15 @@ from typing import Protocol, runtime_checkable
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.status import SyncCondition
 
-__all__ = ["HostSource", "KnownMaster", "KnowsServers", "ReadsByRule", "RemembersMaster"]
+__all__ = [
+    "HostSource",
+    "KnownMaster",
+    "KnowsPromotions",
+    "KnowsServers",
+    "Promotion",
+    "ReadsByRule",
+    "RemembersMaster",
+]
 
 
 class HostSource(Protocol):
@@ -76,6 +84,30 @@ class KnowsServers(Protocol):
 
     async def ask_server_of(self, host: str) -> datetime | None:
         """Find out over a new connection where the name leads now, and return what `server_of` does then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """What a host had replayed before it went on on another timeline.
+
+    Attributes:
+        timeline: the timeline before.
+        position: up to where at least, in bytes.
+    """
+
+    timeline: int
+    position: int
+
+
+@runtime_checkable
+class KnowsPromotions(Protocol):
+    """A `HostSource` that has seen hosts being promoted.
+
+    What became of a commit whose answer was lost can be told by the new master then (see ``resolve_commits``).
+    """
+
+    def promotion_of(self, host: str) -> Promotion | None:
+        """Return what a host had replayed when it was promoted last; ``None`` if that was not seen."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from ctxdb_core import commit_below_400
-from ctxdb_core.adapters import BeforeCommit, CommitPolicy, RequestPolicy
+from ctxdb_core.adapters import BeforeCommit, CommitPolicy, ReadsFrom, RequestPolicy
 from ctxdb_core.asgi import (
     ASGIApp,
     ASGIHTTPDBSessionMiddleware,
@@ -36,6 +36,8 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
             commit.
         statement_timeout: how many seconds each statement of a request may take.
         deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock.
+        reads_from: for databases, the one whose sessions requests by GET, HEAD, OPTIONS and TRACE get in their place:
+            ``{master: replica}``.
     """
 
     def __init__(
@@ -46,8 +48,16 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         commit_policy: CommitPolicy | RequestPolicy = commit_below_400,
         statement_timeout: float | None = None,
         deadline: Deadline | None = None,
+        reads_from: ReadsFrom | None = None,
     ) -> None:
-        super().__init__(app, before_commit, commit_policy, statement_timeout=statement_timeout, deadline=deadline)
+        super().__init__(
+            app,
+            before_commit,
+            commit_policy,
+            statement_timeout=statement_timeout,
+            deadline=deadline,
+            reads_from=reads_from,
+        )
         self.has_boundary: bool = False
         mark_stream_boundaries(app, self._note_boundary)
 

@@ -30,10 +30,12 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker
 from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
-from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
@@ -583,6 +585,11 @@ class DBConnect(Generic[SessionT_co]):
             )
         return Override(self, self._host or "localhost", _taking_host(url_or_creator))
 
+    @property
+    def is_overridden(self) -> bool:
+        """Whether this object leads to another database at the moment: by `overridden`, or by a testing tool."""
+        return bool(self._replacements)
+
     def _replace(self, **changes: Any) -> Replacement:
         """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
         with self._lock:
@@ -796,6 +803,8 @@ def _check_host(host: str) -> None:
 async def close_all(*dbs: DBConnect[Any]) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
+    The queries of tasks that have just been cancelled are stopped on the server before it returns.
+
     Raises:
         ArgumentTypeError: one of `dbs` is no `DBConnect`; the others are closed.
         Exception: the one error there was; an ``ExceptionGroup`` if there were several.
@@ -805,7 +814,7 @@ async def close_all(*dbs: DBConnect[Any]) -> None:
         check_database(db)
         await db.close()
 
-    await _attempt_all([partial(close, db) for db in dbs])
+    await _attempt_all([*(partial(close, db) for db in dbs), wait_for_cancelled_queries])
 
 
 async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:

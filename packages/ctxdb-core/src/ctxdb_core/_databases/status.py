@@ -81,6 +81,9 @@ class OpenUnit(Protocol):
     def request(self) -> str | None:
         """Method and path of its request."""
 
+    def source_of(self, db: DBConnect) -> DBConnect:
+        """Return whose session it has where its code asks for `db`."""
+
 
 open_units: set[ref[Any]] = set()
 """Leads to the units of work that have opened a session and have not ended; a unit that is thrown away leaves it."""
@@ -108,7 +111,7 @@ def _unit_statuses(db: DBConnect) -> Iterable[UnitStatus]:
     # Copied first: other threads have units of their own.
     units: list[OpenUnit] = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
     for unit in sorted(units, key=lambda unit: unit.opened):
-        session = unit.sessions.get(db)
+        session = next((each for asked, each in tuple(unit.sessions.items()) if unit.source_of(asked) is db), None)
         if session is not None:
             yield UnitStatus(
                 id=unit.id,

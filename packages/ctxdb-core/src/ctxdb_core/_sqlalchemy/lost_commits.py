@@ -7,8 +7,8 @@ under way when the connection was lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Engine, event
@@ -18,12 +18,22 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ctxdb_core._sqlalchemy.mysql_errors import (
+    CONNECTION_KILLED,
+    SERVER_GONE,
+    SERVER_SHUTDOWN,
+    error_number,
+    is_mysql,
+)
 from ctxdb_core._sqlalchemy.private import connections_of, replace_commit
 from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
 from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
 
 __all__ = [
     "RESOLVE_SECONDS",
+    "AskOutcome",
+    "LostCommit",
+    "ask_outcome_by",
     "call_lost_commits_unknown",
     "check_can_resolve",
     "note_readers",
@@ -43,19 +53,40 @@ _DEADLINE = "ctxdb.commit_deadline"
 # master gives the same identifier to another transaction. A standby, which has no position to write at, has assigned
 # no identifier either.
 _ASK_ID = (
-    "SELECT CAST(pg_current_xact_id_if_assigned() AS text), CASE WHEN pg_current_xact_id_if_assigned() IS NOT NULL "
-    "THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END"
+    "SELECT CAST(id AS text), CASE WHEN id IS NOT NULL THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END, "
+    "CASE WHEN id IS NOT NULL THEN CAST(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0') AS text) END "
+    "FROM pg_current_xact_id_if_assigned() AS id"
 )
 _ASK_OUTCOME = (
     "SELECT pg_xact_status(CAST(CAST({} AS text) AS xid8)), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 )
 
 
-class _Transaction(NamedTuple):
-    """What PostgreSQL knows a transaction by."""
+class LostCommit(NamedTuple):
+    """A transaction, as PostgreSQL knew it right before its COMMIT."""
 
     id: int
+    """Its identifier."""
     timeline: str
+    """The timeline that the server wrote: 8 hexadecimal digits."""
+    position: int
+    """Up to where the server had written its WAL, in bytes: all of the transaction's is before, except for its end."""
+
+    async def ask(self, pool: Pool) -> tuple[str | None, str]:
+        """Ask a server what it knows of the transaction: ``pg_xact_status``, and the timeline that the server writes.
+
+        Args:
+            pool: of which a connection is taken; it is disposed of.
+
+        Raises:
+            Exception: the server does not answer, or is a standby.
+        """
+        status, timeline = await greenlet_spawn(_ask_outcome, pool, self)
+        return status, timeline
+
+
+AskOutcome: TypeAlias = Callable[[PoolProxiedConnection, LostCommit], Awaitable[bool | None]]
+"""Given the connection that a commit was lost on: whether it has been committed; ``None`` if that cannot be told."""
 
 
 _commits: WeakKeyDictionary[Engine, _Commits] = WeakKeyDictionary()
@@ -74,6 +105,14 @@ def resolve_lost_commits(engine: AsyncEngine) -> None:
     """
     check_can_resolve(engine.dialect.name)
     _commits_of(engine).resolves = True
+
+
+def ask_outcome_by(engine: AsyncEngine, ask: AskOutcome) -> None:
+    """Ask `ask` for the outcome of lost commits, where they are resolved, and not the server that the engine is for.
+
+    For databases that move from one server to another. It is cancelled when there is no more time.
+    """
+    _commits_of(engine).ask = ask
 
 
 def check_can_resolve(backend: str) -> None:
@@ -114,6 +153,8 @@ class _Commits:
 
     resolves = False
     """Whether PostgreSQL is asked what became of one whose answer was lost."""
+    ask: AskOutcome | None = None
+    """Who is asked, if not the engine's own server."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
@@ -131,7 +172,7 @@ class _Commits:
                 raise
             if transaction is not None and isinstance(exc, Exception):
                 try:
-                    has_committed = await_only(self._resolve(engine, transaction, connection.info.get(_DEADLINE)))
+                    has_committed = await_only(self._resolve(engine, connection, transaction))
                 except asyncio.CancelledError as cancelled:
                     self._raise_unknown(engine, connection, cancelled, transaction)
                 if has_committed:
@@ -143,7 +184,7 @@ class _Commits:
 
     @staticmethod
     def _raise_unknown(
-        engine: Engine, connection: PoolProxiedConnection, exc: BaseException, transaction: _Transaction | None
+        engine: Engine, connection: PoolProxiedConnection, exc: BaseException, transaction: LostCommit | None
     ) -> None:
         unknown = _unknown(engine, transaction, exc)
         if not isinstance(exc, Exception):
@@ -156,38 +197,41 @@ class _Commits:
         connection.invalidate(exc)
         raise unknown from exc
 
-    def _identify(self, connection: PoolProxiedConnection) -> _Transaction | None:
+    def _identify(self, connection: PoolProxiedConnection) -> LostCommit | None:
         if connection.info.pop(_ONLY_READS, False):
             return None
         cursor = connection.cursor()
         cursor.execute(_ASK_ID)
         row = cursor.fetchone()
         cursor.close()
-        return None if row is None or row[0] is None else _Transaction(int(row[0]), row[1])
+        return None if row is None or row[0] is None else LostCommit(int(row[0]), row[1], int(row[2]))
 
-    async def _resolve(self, engine: Engine, transaction: _Transaction, deadline: float | None) -> bool | None:
+    async def _resolve(self, engine: Engine, connection: PoolProxiedConnection, transaction: LostCommit) -> bool | None:
         """Return whether `transaction` has been committed; ``None`` if that cannot be told."""
+        deadline: float | None = connection.info.get(_DEADLINE)
         latest = asyncio.get_running_loop().time() + RESOLVE_SECONDS
         # A pool of its own: the connections of the engine's may be as dead as the one of the commit.
         pool = engine.pool.recreate()
         try:
             async with asyncio.timeout_at(latest if deadline is None else min(deadline, latest)):
+                if self.ask is not None:
+                    return await self.ask(connection, transaction)
                 while True:
                     try:
-                        status, timeline = await greenlet_spawn(_ask_outcome, pool, transaction)
+                        status, timeline = await transaction.ask(pool)
                     except Exception:  # noqa: BLE001 - the server is not there yet, or not there any more
                         status = "in progress"
                     else:
                         if timeline != transaction.timeline:
                             return None
                     if status != "in progress":
-                        return {"committed": True, "aborted": False}.get(status)
+                        return {"committed": True, "aborted": False}.get(status or "")
                     await asyncio.sleep(_PAUSE_SECONDS)
         except TimeoutError:
             return None
 
 
-def _ask_outcome(pool: Pool, transaction: _Transaction) -> Any:
+def _ask_outcome(pool: Pool, transaction: LostCommit) -> Any:
     connection = pool.connect()
     try:
         cursor = connection.cursor()
@@ -209,6 +253,12 @@ def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseExcepti
     if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
+    if is_mysql(engine.dialect):
+        number = error_number(exc)
+        # The first is asyncmy's, which has sent nothing. The others are told by a server that ends the connection.
+        return number != SERVER_GONE and (
+            number in (CONNECTION_KILLED, SERVER_SHUTDOWN) or engine.dialect.is_disconnect(exc, connection, None)
+        )
     sqlstate = getattr(exc, "sqlstate", None)
     if sqlstate is not None and not is_connection_error(sqlstate):
         # The server has answered: it has rolled back.
@@ -216,7 +266,7 @@ def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseExcepti
     return sqlstate is not None or engine.dialect.is_disconnect(exc, connection, None)
 
 
-def _unknown(engine: Engine, transaction: _Transaction | None, exc: BaseException) -> CommitOutcomeUnknownError:
+def _unknown(engine: Engine, transaction: LostCommit | None, exc: BaseException) -> CommitOutcomeUnknownError:
     url = engine.url
     name = "/".join(filter(None, (url.host, url.database)))
     told = "" if transaction is None else f", transaction {transaction.id}"

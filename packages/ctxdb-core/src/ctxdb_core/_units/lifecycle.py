@@ -13,6 +13,7 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.generator_blocks import seat
+from ctxdb_core._units.reading import ReadsFrom
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
@@ -42,6 +43,7 @@ def begin(
     before_commit: BeforeCommit | None = None,
     statement_timeout: float | None = None,
     deadline: float | None = None,
+    reads_from: ReadsFrom | None = None,
 ) -> UnitOfWork | None:
     """Open a unit of work for a request and make it the current one; each call needs its `finalize`.
 
@@ -51,6 +53,8 @@ def begin(
         before_commit: awaited with each session that is about to be committed.
         statement_timeout: how many seconds each statement may take; see `set_statement_timeout`.
         deadline: when the last of them has to be done, on the event loop's clock.
+        reads_from: for databases, the one whose sessions the unit has in their place: for a request that only reads
+            (see `SAFE_METHODS`).
 
     Raises:
         ValueError: `statement_timeout` is not positive.
@@ -65,6 +69,8 @@ def begin(
     unit = UnitOfWork(before_commit)
     if statement_timeout is not None or deadline is not None:
         unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
+    if reads_from is not None:
+        unit.reads_from = reads_from
     if request is not None:
         request[REQUEST_KEY] = unit
         unit.origin = request

@@ -22,9 +22,10 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
-from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.second_connections import note_second_session
-from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
@@ -40,6 +41,7 @@ from ctxdb_core._units.commit import (
 )
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
+from ctxdb_core._units.reading import ReadsFrom
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
 from ctxdb_core.errors import (
@@ -97,12 +99,16 @@ class UnitOfWork:
     """What is to be awaited at the beginning of each transaction; ``None`` as long as nothing was asked for."""
     rollback_only: frozenset[DBConnect | None] = frozenset()
     """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
+    closing: tuple[AsyncSession, ...] = ()
+    """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
     blocks = 0
     """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
-    token: Token[UnitOfWork]
+    token: Token[UnitOfWork] | None = None
     """What `leave` makes current again."""
+    reads_from: ReadsFrom | None = None
+    """Whose sessions the unit has in the place of those of other databases; ``None`` for nobody else's."""
     origin: Any = None
     """The request that the unit belongs to: an ASGI scope, or the framework's request; ``None`` outside of requests."""
     watchers: tuple[UnitWatcher, ...] = ()
@@ -151,8 +157,7 @@ class UnitOfWork:
 
     def enclosing(self) -> UnitOfWork | None:
         """Return the unit that was current when this one was entered, unless that one has ended."""
-        token = getattr(self, "token", None)
-        around = None if token is None else token.old_value
+        around = None if self.token is None else self.token.old_value
         return around if isinstance(around, UnitOfWork) and not around.closed else None
 
     def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
@@ -173,6 +178,8 @@ class UnitOfWork:
 
     def leave(self) -> None:
         """Make the unit current again that was so before `enter`."""
+        if self.token is None:
+            return
         try:  # noqa: SIM105 - `suppress` takes a third of what an idle request costs
             current_unit.reset(self.token)
         except (ValueError, RuntimeError):
@@ -203,12 +210,25 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
-        session = await (create or db.create_session)()
-        if self.sessions is _CLOSED or db in self.sessions:
-            # Meanwhile, the unit has ended, or another of its tasks has made the session.
-            await session_end.close(session, None, db)
-            return await self.open_session(db)
-        return self.adopt_session(db, session)
+        source = db if self.reads_from is None else self.source_of(db)
+        session = source.create_session_at_once() if create is None else None
+        if session is None:
+            session = await (create or source.create_session)()
+            if self.sessions is _CLOSED or db in self.sessions:
+                # Meanwhile, the unit has ended, or another of its tasks has made the session.
+                await session_end.close(session, None, db)
+                return await self.open_session(db)
+        self._take(db, session)
+        return session
+
+    def source_of(self, db: DBConnect) -> DBConnect:
+        """Return the database whose sessions this unit uses where the code asks for `db`.
+
+        That is `db` itself, or a reader in its place (see `reads_from`). Where a test leads `db` alone to another
+        database, such as to the connection that it shares with the application, there is no other reader of that.
+        """
+        reader = None if self.reads_from is None else self.reads_from.get(db)
+        return db if reader is None or (db.is_overridden and not reader.is_overridden) else reader
 
     def create_session_at_once(self, db: DBConnect, create: Callable[[], AsyncSession | None]) -> AsyncSession | None:
         """Return a new session on `db`, to be adopted; ``None`` if making one takes an ``await``.
@@ -217,7 +237,8 @@ class UnitOfWork:
             db: where.
             create: makes it, if this unit does not know better.
         """
-        return create()
+        source = self.source_of(db)
+        return create() if source is db else source.create_session_at_once()
 
     def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
         """Take `session`, which is new, as the one on `db`; return the one that is there instead, if one is.
@@ -228,6 +249,10 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
+        self._take(db, session)
+        return session
+
+    def _take(self, db: DBConnect, session: AsyncSession) -> None:
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
             self.opened = perf_counter()
@@ -235,22 +260,23 @@ class UnitOfWork:
             open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
-        outer = getattr(self, "token", None)
-        if outer is not None and isinstance(outer.old_value, UnitOfWork):
-            outer.old_value.note_second_session(db, session)
+        if self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
-        return session
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""
         if self.sessions is _CLOSED or not self.is_on_its_loop():
             return
-        first = self.of(db).sessions.get(db)
+        unit = self.of(db)
+        first = unit.sessions.get(db)
         if first is not None:
-            note_second_session(db, session, first)
-        elif (token := getattr(self, "token", None)) is not None and isinstance(token.old_value, UnitOfWork):
-            token.old_value.note_second_session(db, session)
+            # A reader in the place of `db` has a pool of its own.
+            if unit.source_of(db) is db:
+                note_second_session(db, session, first)
+        elif self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
@@ -320,11 +346,17 @@ class UnitOfWork:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:
-            TransactionAlreadyActiveError: a transaction is open in which a statement has been made.
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
         """
         self.check_usable()
         session = self.sessions.get(db)
         guard = None if session is None else guard_of(session)
+        if guard is not None and guard.in_nested_transaction():
+            raise TransactionAlreadyActiveError(
+                f"`on_begin` was called inside of a savepoint on {db!r}: what it sets for the transaction would be "
+                "undone with the savepoint, and the transaction would go on without it. Call `on_begin` before "
+                "`session.begin_nested()`, `atomic_db_session(db, 'savepoint')` and the like."
+            )
         if guard is not None and not guard.begins_with_next_call:
             raise TransactionAlreadyActiveError(
                 f"A statement has been made on {db!r} in the open transaction, without what `on_begin` is to set for "
@@ -405,7 +437,8 @@ class UnitOfWork:
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
-                    await wait_for_calls((session,))
+                    if is_busy(session):
+                        await wait_for_calls((session,))
                     if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
                         return
                     await run_to_completion(session_end.commit(session))
@@ -474,11 +507,19 @@ class UnitOfWork:
         if self.callbacks is not None:
             self.callbacks.settle([db], Outcome.ROLLED_BACK)
         if session is not None:
-            await run_to_completion(session_end.end(session, None, db, refuse))
+            self.closing = (*self.closing, session)
+            try:
+                await run_to_completion(session_end.end(session, None, db, refuse))
+            except ContextClosedError:
+                # The unit of work has ended meanwhile, and has closed the session.
+                if not self.closed:
+                    raise
+            # After an error, the end of the unit tries again.
+            self.closing = tuple(each for each in self.closing if each is not session)
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks:
+        if self.callbacks or self.closing:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
@@ -534,6 +575,12 @@ class UnitOfWork:
                 )
                 if not await turns.enter_async_context(last_turn):
                     del sessions[db]
+            for session in self.closing:
+                last_turn = session_end.last_turn(
+                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
+                )
+                if await turns.enter_async_context(last_turn):
+                    await session_end.close(session, error, "a session that was being closed")
             try:
                 if commit:
                     await self._commit(sessions, None)

@@ -17,7 +17,7 @@ from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointC
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ctxdb_core import DBConnect
-from ctxdb_core.adapters import is_autocommit
+from ctxdb_core.adapters import LostCommit, ask_outcome_by, is_autocommit
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import Positions, current_positions
@@ -39,6 +39,8 @@ WATCH_SECONDS = 0.1
 """How often the cluster is looked at while connections are in use."""
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
+# As `pg_xact_status` calls an identifier that was not assigned: an invalid parameter.
+_TRANSACTION_IN_THE_FUTURE = "22023"
 # How many connections to other servers than the source knows are given away before there is an error: as many as a
 # small pool holds, as a name that has moved leaves them all behind.
 _MOST_STRAYS = 20
@@ -64,6 +66,9 @@ class Follower(Protocol):
 
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
+
+    def has_seen(self, host: str, lost: LostCommit) -> bool:
+        """Return whether the last promotion of `host` was after all of a transaction, except for its end."""
 
     def forget_position(self, host: str, positions: Positions) -> None:
         """Trust the host no more to have what the running code has to see, until it is asked again."""
@@ -143,6 +148,7 @@ class FollowedEngine:
         dialect.connect = self._connect_in_time
         if follower.guard is not None:
             follower.guard.attach(sync_engine)
+            ask_outcome_by(engine, self._find_outcome)
         else:
             event.listen(sync_engine, "before_execute", self._before_execute)
             event.listen(sync_engine, "before_cursor_execute", self._before_cursor_execute)
@@ -359,8 +365,9 @@ class FollowedEngine:
             return
         adapted: Any = connection.connection.dbapi_connection
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
-            # A transaction that the user has made read-only is refused with the same code.
-            if not driver.in_recovery(adapted.driver_connection):
+            # A transaction that the user has made read-only is refused with the same code. A replica that is asked to
+            # write is what it should be.
+            if self._follower.guard is None or not driver.in_recovery(adapted.driver_connection):
                 return
             context.is_disconnect = True
         if context.is_disconnect:
@@ -386,6 +393,48 @@ class FollowedEngine:
             f"committed: {reason}. Nothing of it is stored: do it again, in a new unit of work.",
             state.host,
         )
+
+    # --- commits whose answers were lost ------------------------------------------------------------------------------
+
+    async def _find_outcome(self, connection: PoolProxiedConnection, lost: LostCommit) -> bool | None:
+        """Ask the host that is the master now, once there is one, what became of a commit (see `ask_outcome_by`)."""
+        state = state_of(connection)
+        while True:
+            try:
+                status = await self._ask_master(lost)
+            except Exception:  # noqa: BLE001 - there is no master yet, or it does not answer
+                status = "in progress"
+            if status == "in progress":
+                await asyncio.sleep(WATCH_SECONDS)
+                continue
+            if state is not None:
+                state.is_committing = status is None
+            return None if status is None else status == "committed"
+
+    async def _ask_master(self, lost: LostCommit) -> str | None:
+        """Return ``pg_xact_status`` of the master for a transaction; ``None`` if it cannot know.
+
+        Raises:
+            Exception: there is no master at the moment, or it does not answer.
+        """
+        db, guard = self._db(), self._follower.guard
+        master = None if db is None else await self._follower.choose(db, None)
+        if master is None or guard is None:
+            return None
+        try:
+            status, timeline = await lost.ask(master._sync_engine.pool.recreate())  # noqa: SLF001 - its own
+        except Exception as exc:
+            if getattr(exc, "sqlstate", None) != _TRANSACTION_IN_THE_FUTURE:
+                raise
+            # The master has assigned no such identifier yet: it was promoted without the transaction.
+            return "aborted"
+        # Another host on the same timeline was no standby of this one: it is a copy that was started as a primary.
+        is_same = timeline == lost.timeline and master.host == self.host
+        if not is_same and not self._follower.has_seen(master.host, lost):
+            return None
+        if status == "committed" and not await guard.is_master(master.host):
+            return "in progress"
+        return status
 
     # --- leaving the host ---------------------------------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ UNKNOWN_POSITION = (1 << 64) - 1
 """Something was written, and nobody knows where: only the master is sure to have it."""
 
 
+_AT_ONCE_SECONDS = 10.0
+"""Within this time, requests of one client are taken to run at once."""
+
+
 class _Written:
     """Up to where one cluster was written."""
 
@@ -45,11 +49,9 @@ class _Written:
 class Positions:
     """What the code of one request has written, or of one task that serves none."""
 
-    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task", "reads_only")
+    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task")
 
     def __init__(self) -> None:
-        self.reads_only: bool = False
-        """Whether the request is by a method that changes nothing (RFC 9110, 9.2.1)."""
         # All of clusters by their identity: there is hardly ever more than one.
         self._limits: dict[int, tuple[float, float]] = {}
         self._own: dict[int, _Written] = {}
@@ -73,7 +75,6 @@ class Positions:
         positions._task = ref(task) if task is not None else lambda: None
         if found is not None:
             positions._own = dict(found._own)  # noqa: SLF001 - its own
-            positions.reads_only = found.reads_only
             positions._parent = ref(found)
         current_positions.set(positions)
         return positions
@@ -106,6 +107,7 @@ class Positions:
             position: one after its commit record.
         """
         _note(self._own, source, host, position)
+        _note_latest(source, host, position)
         parent = self._parent()
         while parent is not None:
             _note(parent._of_others, source, host, position)  # noqa: SLF001 - its own
@@ -133,9 +135,19 @@ class Positions:
             written.replayed[host] = position
 
     def written_by(self, source: HostSource) -> int | None:
-        """Return the position of the last commit, other than what the client has brought along."""
+        """Return the position that the client of this request has to see from now on; ``None`` if nothing was written.
+
+        The commits that this process has made meanwhile for others are included: they may have been the same client's.
+        A browser that writes by two requests at once keeps the cookie of the response that comes last, which may be
+        that of the earlier commit.
+        """
         written = self._written(source)
-        return None if written is None or written.host is None else written.position
+        if written is None or written.host is None:
+            return None
+        latest = _latest_of(source)
+        if latest is None or latest.host != written.host or time.monotonic() - latest.at > _AT_ONCE_SECONDS:
+            return written.position
+        return max(written.position, latest.position)
 
     def _written(self, source: HostSource) -> _Written | None:
         own = self._current(self._own, source)
@@ -178,19 +190,43 @@ def _time(written: _Written) -> float:
     return written.at
 
 
-# Sources that somebody reads from replicas of: by weak reference, and compared by identity, as they are anything.
-_wanted: list[Callable[[], Any]] = []
+class _Wanted:
+    """A source whose replicas somebody reads from, and the last commit that was noted for it."""
+
+    __slots__ = ("find", "latest")
+
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self.find = find
+        self.latest: _Written | None = None
+
+
+# By weak reference, and compared by identity, as sources are anything.
+_wanted: list[_Wanted] = []
 
 
 def want_positions(source: HostSource) -> None:
     """Have the commits that are made on this cluster from now on leave their positions."""
-    _wanted[:] = [each for each in _wanted if each() is not None]
+    _wanted[:] = [each for each in _wanted if each.find() is not None]
     if positions_wanted(source):
         return
     try:
-        _wanted.append(ref(source))
+        _wanted.append(_Wanted(ref(source)))
     except TypeError:
-        _wanted.append(lambda: source)
+        _wanted.append(_Wanted(lambda: source))
+
+
+def _note_latest(source: HostSource, host: str, position: int) -> None:
+    if position == UNKNOWN_POSITION:
+        return
+    for each in _wanted:
+        if each.find() is source:
+            latest = each.latest
+            if latest is None or latest.host != host or latest.position <= position:
+                each.latest = _Written(source, host, position)
+
+
+def _latest_of(source: HostSource) -> _Written | None:
+    return next((each.latest for each in _wanted if each.find() is source), None)
 
 
 def _begin_before_gather() -> None:
@@ -204,4 +240,4 @@ before_gather(_begin_before_gather)
 
 def positions_wanted(source: HostSource) -> bool:
     """Return whether `want_positions` was called for `source`."""
-    return any(each() is source for each in _wanted)
+    return any(each.find() is source for each in _wanted)

@@ -14,6 +14,7 @@ from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
+from ctxdb_pgstatus.source import Promotion
 
 __all__ = ["Watch"]
 
@@ -52,6 +53,7 @@ class Watch:
         was_asked: whether an attempt has ended.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
+        promotion: what it had replayed of the timeline that it has left, if that was seen.
         error: what the last failure was, without secrets.
         since: since when it has been alive or not, in its role.
     """
@@ -73,6 +75,7 @@ class Watch:
         self.was_asked = False
         self.server: Server | None = None
         self.is_shared = False
+        self.promotion: Promotion | None = None
         self.error: str | None = None
         self.since = datetime.now(UTC)
         self._account = account
@@ -84,6 +87,8 @@ class Watch:
         self._impatient: list[asyncio.Future[bool]] = []
         # What it said last, also if it has been dead since.
         self._last: Answer | None = None
+        # Up to where it had replayed its timeline then.
+        self._replayed: Promotion | None = None
         # How long answers take, over a connection that is there and over one that is not.
         self._usual = {True: 0.0, False: 0.0}
         self._is_late = False
@@ -246,6 +251,7 @@ class Watch:
     def _answered(self, answer: Answer) -> None:
         before = self.answer
         self._disarm()
+        self._note_promotion(self._last, answer)
         self.answer = self._last = answer
         self.failures = self.refusals = 0
         self._meet(answer.server)
@@ -255,6 +261,19 @@ class Watch:
             role = "replica" if answer.in_recovery else "master"
             extra = {"host": self.address.name, "role": role, "timeline": answer.timeline}
             logger.info("Host %s answers: it is a %s.", self.address.name, role, extra=extra)
+
+    def _note_promotion(self, before: Answer | None, now: Answer) -> None:
+        """Remember up to where it had replayed the timeline that it has left: by its promotion, or by another's."""
+        if before is None or not _is_one_run(before, now):
+            # A server is promoted while it runs. Another one behind the same name has not replayed what this one has.
+            self._replayed = self.promotion = None
+        if now.timeline is None:
+            return
+        if self._replayed is not None and self._replayed.timeline < now.timeline:
+            self.promotion = self._replayed
+        if now.in_recovery and now.position is not None:
+            # In the middle of its promotion, a server is in recovery on its new timeline.
+            self._replayed = Promotion(now.timeline, now.position)
 
     def _failed(self, exc: Exception) -> None:
         name = self.address.name
@@ -365,6 +384,10 @@ class Watch:
             self.is_shared = False
             logger.info("One server is behind the name %s again: %s.", name, kept, extra={"host": name})
             self._report(self)
+
+
+def _is_one_run(before: Answer, now: Answer) -> bool:
+    return before.server is not None and now.server is not None and now.server.is_run_of(before.server)
 
 
 def _resolve(futures: list[asyncio.Future[bool]], *, result: bool) -> None:

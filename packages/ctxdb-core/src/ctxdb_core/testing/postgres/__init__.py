@@ -8,6 +8,7 @@ from ctxdb_core.testing.postgres._launcher import (
     USER,
     EmbeddedPostgresError,
     Launcher,
+    find_binaries,
     initdb,
     postgres_is_available,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
     "Launcher",
+    "find_binaries",
     "find_free_port",
     "initdb",
     "postgres_is_available",

@@ -1,0 +1,33 @@
+"""`ReadingFrom`: requests by safe methods read from other databases than those that are written to."""
+
+from __future__ import annotations
+
+from ctxdb_core._units.lifecycle import REQUEST_KEY
+from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom
+from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
+
+__all__ = ["ReadingFrom"]
+
+
+class ReadingFrom:
+    """Has requests by safe methods read elsewhere, beneath the middleware that gives each request a unit of work.
+
+    This is an application of its own, so that requests without such an option do not pay for it. The handshake of a
+    websocket is a GET, and tells nothing of what is done over the connection: it is left alone.
+
+    Args:
+        app: the ASGI application.
+        reads_from: for databases, the one that is read from in their place.
+    """
+
+    def __init__(self, app: ASGIApp, reads_from: ReadsFrom) -> None:
+        self.app = app
+        self._reads_from = reads_from
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say where the request reads from, and run the application."""
+        exchange = scope.get(REQUEST_KEY)
+        if isinstance(exchange, HTTPExchange) and scope["method"] in SAFE_METHODS:
+            exchange.reads_from = self._reads_from
+        await self.app(scope, receive, send)
