@@ -82,7 +82,7 @@ class Recorder:
         self._engines: WeakSet[Engine] = WeakSet()
         self._live: dict[str, UnitRecord] = {}
         self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
-        self._held: dict[int, tuple[HoldRecord, UnitRecord | None]] = {}
+        self._held: dict[ConnectionPoolEntry, tuple[HoldRecord, UnitRecord | None]] = {}
         """The connections that are out, with the unit of work whose code has taken each."""
         self._warnings: deque[dict[str, Any]] = deque(maxlen=_KEPT_WARNINGS)
         self._sequence = itertools.count(1)
@@ -123,7 +123,7 @@ class Recorder:
             unit = running_unit()
             record = None if unit is None else self._record(unit)
             entry.info[key] = hold = HoldRecord(pool, acquiring_place(), taken)
-            held[id(entry)] = hold, record
+            held[entry] = hold, record
             if record is not None:
                 record.holds.append(hold)
             pool.changed = taken
@@ -132,9 +132,10 @@ class Recorder:
                 self._note_peak(pool)
 
         def checkin(dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
-            if held.pop(id(entry), None) is not None:
-                hold = entry.info.pop(key)
-                hold.returned = returned = now()
+            found = held.pop(entry, None)
+            if found is not None:
+                # What the connection's `info` has is replaced when it is taken again.
+                found[0].returned = returned = now()
                 if returned >= pool.next_sample:
                     self._sample()
                 pool.held -= 1

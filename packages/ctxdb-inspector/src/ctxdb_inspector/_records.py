@@ -48,6 +48,13 @@ class HoldRecord:
         self.place = place
         self.taken = taken
 
+    @property
+    def result(self) -> str | None:
+        """What is shown as the outcome: a connection that is lost in the middle of COMMIT tells nothing more."""
+        if self.outcome != "committing":
+            return self.outcome
+        return None if self.returned is None else "commit failed"
+
     def as_json(self, unit: UnitRecord | None, wall: Callable[[float | None], float | None]) -> dict[str, Any]:
         """Return what the page shows.
 
@@ -66,7 +73,7 @@ class HoldRecord:
             "statement": None if self.statement is None else self.statement[:_LONGEST_STATEMENT],
             "running_since": wall(self.running_since),
             "commit_at": wall(self.commit_at),
-            "outcome": None if self.outcome == "committing" else self.outcome,
+            "outcome": self.result,
             "error": self.error,
             # The unit of work has ended, or was thrown away, and the connection is still out.
             "leaked": self.returned is None and unit is not None and unit.is_over,
@@ -123,7 +130,7 @@ class UnitRecord:
         """How it ended: in one word or two, the worst of what its transactions have come to."""
         if self.is_lost:
             return "never ended"
-        outcomes = {hold.outcome for hold in self.holds}
+        outcomes = {hold.result for hold in self.holds}
         for outcome in ("commit failed", "rolled back"):
             if outcome in outcomes:
                 return outcome
@@ -135,7 +142,7 @@ class UnitRecord:
 
     def as_json(self, wall: Callable[[float | None], float | None]) -> dict[str, Any]:
         """Return what the page shows; `wall` as for `HoldRecord`."""
-        commit_errors = [hold.error for hold in self.holds if hold.outcome == "commit failed"]
+        commit_errors = [hold.error for hold in self.holds if hold.result == "commit failed"]
         return {
             "id": self.id,
             # The code that took the first connection names a unit outside of requests.
