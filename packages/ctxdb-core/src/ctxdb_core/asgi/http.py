@@ -233,7 +233,7 @@ class HTTPExchange(Exchange):
     def watch(self, watcher: UnitWatcher) -> None:
         # Its end is to be told, also if there is nothing else to end.
         self.is_idle = False
-        super().watch(watcher)
+        self.watchers = (*self.watchers, watcher)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement
