@@ -183,6 +183,15 @@ async def test_engines_of_the_block_are_told_to_listeners_of_the_block(db: DBCon
     assert inside == [make_url(url).database, "127.0.0.1"]
 
 
+async def test_engines_of_the_block_are_told_to_listeners_that_want_them(db: DBConnect, url: str) -> None:
+    told: list[str] = []
+    db.on_engine(lambda host, engine: told.append(host), overridden=True)
+    async with db.overridden(url):
+        await db.engine()
+    await db.engine()
+    assert told == [make_url(url).database, "127.0.0.1"]
+
+
 async def test_options_are_given_to_the_engine(db: DBConnect, url: str) -> None:
     async with db.overridden(url, execution_options={"marked": True}):
         assert (await db.engine()).sync_engine.get_execution_options()["marked"]
