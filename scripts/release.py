@@ -144,7 +144,7 @@ def install(root: Path, dist: Path, wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         metadata = archive.read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/METADATA").decode()
         files = archive.namelist()
-    # Modules of their own, which nothing imports that does without them.
+    # Those that have a module of their own, which nothing imports that does without them.
     extras = [
         extra for extra in re.findall("^Provides-Extra: (.+)$", metadata, re.MULTILINE) if f"{name}/{extra}.py" in files
     ]
