@@ -31,7 +31,10 @@ def places(diagnostics: list[dict[str, Any]]) -> list[str]:
     """Return what is wrong and where, each once."""
     return sorted(
         {
+            # What a base class lacks has no place of its own.
             f"{each['file']}:{each['range']['start']['line'] + 1}: {each['message']}"
+            if "range" in each
+            else each["message"]
             for each in diagnostics
             if each["severity"] == "error"
         }

@@ -25,6 +25,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -137,15 +138,28 @@ def check_wheels(root: Path, dist: Path, folders: Sequence[Path]) -> None:
 
 
 def install(root: Path, dist: Path, wheel: Path) -> None:
-    """Install a wheel into an environment that holds nothing else, and import all of it."""
+    """Install a wheel into an environment that holds nothing else, and import all of it; then once more with extras."""
     name = wheel.name.partition("-")[0]
+    distribution = name.replace("_", "-")
+    with ZipFile(wheel) as archive:
+        metadata = archive.read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/METADATA").decode()
+        files = archive.namelist()
+    # Those that have a module of their own, which nothing imports that does without them.
+    extras = [
+        extra for extra in re.findall("^Provides-Extra: (.+)$", metadata, re.MULTILINE) if f"{name}/{extra}.py" in files
+    ]
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder, "environment")
         python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
         run("uv", "venv", "--quiet", "--no-project", "--python", sys.executable, environment)
         # By links, as a reference to a file would lose the extras that a member asks of another.
         run("uv", "pip", "install", "--quiet", "--python", environment, "--find-links", dist, wheel)
-        run(python, "-I", root / "scripts" / "import_all.py", name.replace("_", "-"), cwd=Path(folder))
+        import_all = (python, "-I", root / "scripts" / "import_all.py", distribution)
+        run(*import_all, cwd=Path(folder))
+        if extras:
+            with_extras = f"{distribution}[{','.join(extras)}]"
+            run("uv", "pip", "install", "--quiet", "--python", environment, "--find-links", dist, with_extras)
+            run(*import_all, *extras, cwd=Path(folder))
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

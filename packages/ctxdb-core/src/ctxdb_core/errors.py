@@ -262,7 +262,7 @@ class CommitOutcomeUnknownError(CtxDBError):
     ) -> None:
         super().__init__(message)
         self.databases = databases
-        self.transaction_ids = dict(transaction_ids or {})
+        self.transaction_ids: dict[str, int] = dict(transaction_ids or {})
 
 
 class TransactionAbortedError(CtxDBError, InvalidRequestError):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from ctxdb_core.errors import CtxDBError
 
@@ -53,7 +54,9 @@ class Phase(Enum):
     complete."""
 
     # Each member is made once. `Enum` hashes its name by a Python function, which each look-up in the table would call.
-    __hash__ = object.__hash__
+    # Type checkers would take the assignment for a method of another signature.
+    if not TYPE_CHECKING:
+        __hash__ = object.__hash__
 
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
