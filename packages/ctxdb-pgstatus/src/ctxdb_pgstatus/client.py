@@ -23,7 +23,7 @@ from ctxdb_pgstatus.errors import OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, Role, SyncCondition
 
 __all__ = ["PgStatusClient"]
 
@@ -273,6 +273,15 @@ class PgStatusClient:
         answer = None if start is None else datetime.fromisoformat(start)
         self._servers[host] = _Kept(answer, at, self._doubts)
         return answer
+
+    async def promotion_of(self, host: str) -> Promotion | None:
+        """Return what a host had replayed when it was promoted last; ``None`` if the sidecar has not seen that.
+
+        Raises:
+            SidecarError: the sidecar could not be asked.
+        """
+        cluster = await self._share(self._cluster, under_way=False)
+        return next((each.promotion for each in cluster.status.hosts if each.host == host), None)
 
     def report_failure(self, host: str) -> None:
         """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
@@ -613,7 +622,12 @@ class _ClusterReader:
             fault=entry.get("fault"),
             system_identifier=entry.get("system_identifier"),
             started_at=datetime.fromisoformat(entry["started_at"]) if entry.get("started_at") else None,
+            promotion=_read_promotion(entry.get("promotion")),
         )
+
+
+def _read_promotion(content: Any) -> Promotion | None:
+    return None if content is None else Promotion(int(content["timeline"]), parse_lsn(content["lsn"]))
 
 
 def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
