@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
@@ -19,13 +19,13 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def members() -> list[Path]:
+def members(root: Path = ROOT) -> list[Path]:
     """Return the folders of the workspace's members."""
-    workspace = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["workspace"]
+    workspace = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["workspace"]
     return sorted(
         folder
         for pattern in workspace["members"]
-        for folder in ROOT.glob(pattern)
+        for folder in root.glob(pattern)
         if (folder / "pyproject.toml").exists()
     )
 
@@ -64,11 +64,16 @@ def problems_of(wheel: Path, member: Path) -> Iterator[str]:
             yield f"the requirement {requirement} has no upper bound"
 
 
-def main(directory: Path) -> int:
-    """Check every wheel in `directory`; return the exit status."""
+def main(directory: Path, folders: Sequence[Path] | None = None) -> int:
+    """Check every wheel in `directory`; return the exit status.
+
+    Args:
+        directory: where the wheels are.
+        folders: those of the members that have wheels there; all by default.
+    """
     status = 0
     left = set(directory.glob("*.whl"))
-    for member in members():
+    for member in members() if folders is None else folders:
         package = tomllib.loads((member / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
         wheels = list(directory.glob(f"{package.replace('-', '_')}-*.whl"))
         left.difference_update(wheels)

@@ -24,7 +24,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs"
 
-MODULES = ("ctxdb_core.adapters", "ctxdb_core.testing.pytest_plugin")
+MODULES = (
+    "ctxdb_core.adapters",
+    "ctxdb_core.logs",
+    "ctxdb_core.otel",
+    "ctxdb_core.prometheus",
+    "ctxdb_core.sentry",
+    "ctxdb_core.testing.pytest_plugin",
+)
 """What is public beside the packages, which are the folders whose names start with no underscore."""
 
 ORDER = ("core", "starlette", "litestar", "aiohttp", "inspector", "pgstatus")

@@ -4,12 +4,14 @@ import asyncio
 import functools
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
+from tests.support.mariadb import MARIADB_DRIVERS, WHY_NOT, EmbeddedMariaDB, maria_database
 from tests.support.signals import let_children_be_interrupted
 from tests.support.workers import use_workers
 
@@ -37,6 +39,15 @@ def postgres_server() -> Iterator[EmbeddedPostgres]:
         close_observers()
 
 
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[EmbeddedMariaDB]:
+    """The one MariaDB of a run, or of each of its workers."""
+    if WHY_NOT:
+        pytest.skip(f"these are not installed: {WHY_NOT}")
+    with EmbeddedMariaDB() as server:
+        yield server
+
+
 @pytest.fixture(params=["asyncpg"])
 def database_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
@@ -45,7 +56,7 @@ def database_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 async def database(
-    database_kind: str, postgres_server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory
+    database_kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Database]:
     """A fresh database; the test fails if it leaves a connection, transaction, query, context or task behind."""
     tasks = asyncio.all_tasks()
@@ -53,7 +64,12 @@ async def database(
     def make_directory() -> Path:
         return tmp_path_factory.mktemp("database")
 
-    async with fresh_database(database_kind, postgres_server, make_directory) as database:
+    made: AbstractAsyncContextManager[Database]
+    if database_kind in MARIADB_DRIVERS:
+        made = maria_database(database_kind, request.getfixturevalue("mariadb_server"))
+    else:
+        made = fresh_database(database_kind, request.getfixturevalue("postgres_server"), make_directory)
+    async with made as database:
         yield database
         await database.assert_quiet()
 

@@ -61,6 +61,15 @@ class CtxDBReadOnly(CtxDB):
     read_only: ClassVar[bool] = True
 
 
+class CtxDBResolving(CtxDB):
+    """The same, which has PostgreSQL asked what became of a commit whose answer is lost."""
+
+    name: ClassVar[str] = "ctxdb, resolve_commits"
+
+    def __init__(self, url: str, options: EngineOptions) -> None:
+        self.db = DBConnect.from_url(url, resolve_commits=True, **options)
+
+
 class CtxDBObserved(CtxDB):
     """The same, with a listener, and with a limit for holding connections that is never reached."""
 

@@ -19,7 +19,7 @@ class FastAPIAsync(Contender):
     """Its ``SQLAlchemyMiddleware`` with ``commit_on_exit=True``, and ``db.session`` in the handler."""
 
     name: ClassVar[str] = "fastapi-async-sqlalchemy"
-    remark: ClassVar[str] = "on BaseHTTPMiddleware"
+    remark: ClassVar[str] = "on BaseHTTPMiddleware until 0.7"
 
     def __init__(self, url: str, options: EngineOptions) -> None:
         super().__init__(url, options)

@@ -7,6 +7,7 @@ from benchmarks.questions.inspector import Inspected
 from benchmarks.questions.lookup import SessionLookup
 from benchmarks.questions.monitor import MonitorLookup
 from benchmarks.questions.requests import Requests
+from benchmarks.questions.resolving import Resolving
 from benchmarks.questions.sidecar import SidecarRequests
 from benchmarks.questions.slow_readers import SlowReaders
 from benchmarks.questions.testing import Tests
@@ -22,6 +23,7 @@ QUESTIONS: dict[str, type[Question]] = {
         MonitorLookup,
         SidecarRequests,
         Inspected,
+        Resolving,
         Tests,
     )
 }

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
-from ctxdb_core import ContextClosedError, DBConnect, db_session, new_db_ctx, on_commit
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, new_db_ctx, on_commit, on_rollback
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -118,6 +118,122 @@ async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_can
         await request
     assert database.checked_out == 0
     assert await database.names() == []
+
+
+async def test_a_body_that_is_cancelled_before_it_has_sent_anything_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        has_written = asyncio.Event()
+
+        async def make_body() -> None:
+            on_commit(db, lambda: called.append("body"))
+            await insert(db, "half")
+            has_written.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "one")
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await has_written.wait()
+        body.cancel()
+        await asyncio.wait([body])
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert (await database.names(), called) == (["one"], [])
+
+
+async def test_a_body_that_is_cancelled_while_it_waits_for_a_connection_commits_nothing(database: Database) -> None:
+    called: list[str] = []
+    async with database.connect(pool_size=1, max_overflow=0) as db:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def make_body() -> None:
+                on_commit(db, lambda: called.append("body"))
+                await insert(db, "half")
+
+            await insert(db, "one")
+            await send(START)
+            engine = await db.engine()
+            async with engine.connect():
+                body = asyncio.create_task(make_body())
+                await asyncio.sleep(0)
+                body.cancel()
+                await asyncio.wait([body])
+
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert (await database.names(), called) == (["one"], [])
+
+
+async def test_a_body_that_is_cancelled_before_its_first_statement_has_no_callback_called(db: DBConnect) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def make_body() -> None:
+            await insert(db, "one")
+            await commit_db_session(db)
+            await send({**BODY, "more_body": True})
+            on_commit(db, lambda: called.append("body"))
+            await asyncio.Event().wait()
+
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await eventually(lambda: bool(connection.types[1:]), "nothing of the body was sent")
+        body.cancel()
+        await asyncio.wait([body])
+
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == []
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_the_roll_back_of_a_cut_off_body_is_told(db: DBConnect, background: bool) -> None:
+    called: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def make_body() -> None:
+            await insert(db, "one")
+            on_rollback(db, lambda: called.append("body"))
+            await send({**BODY, "more_body": True})
+            await asyncio.Event().wait()
+
+        await send(START)
+        body = asyncio.create_task(make_body())
+        await eventually(lambda: bool(connection.types[1:]), "nothing of the body was sent")
+        body.cancel()
+        await asyncio.wait([body])
+        if background:
+            on_rollback(db, lambda: called.append("background, undone"))
+            on_commit(db, lambda: called.append("background"))
+            await insert(db, "background")
+
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == (["body", "background"] if background else ["body"])
+
+
+async def test_background_work_is_committed_behind_a_helper_that_was_cancelled(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        helper = asyncio.create_task(insert(db, "helper"))
+        await helper
+        waiting = asyncio.create_task(_wait_behind_a_statement(db))
+        await insert(db, "background")
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "helper"]
+
+
+async def _wait_behind_a_statement(db: DBConnect) -> None:
+    await (await db_session(db)).execute(text("SELECT 1"))
+    await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("writes_before", [True, False])

@@ -3,62 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import suppress
-from typing import Any
+from collections.abc import Awaitable, Callable
 
-import anyio
 import pytest
 from sqlalchemy import event, text
 from tests.support.database import Database, eventually
-from tests.support.interruption import Interruption
+from tests.support.interruption import CANCELLERS, at_each_step
 
 from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_atomic_session
-
-
-async def at_each_step(
-    run_cancelled: Callable[..., Awaitable[None]], work: Callable[[int], Coroutine[Any, Any, None]]
-) -> AsyncIterator[int]:
-    """Run `work`, cancelled when it waits for the first time, for the second, and so on, until it is done before."""
-    for step in range(1, 1000):
-        interruption = Interruption(step)
-        await run_cancelled(lambda: interruption.run(work(step)), interruption.cancel_when)  # noqa: B023 - awaited here
-        yield step
-        if interruption.has_been_missed:
-            return
-    raise AssertionError("the work does not come to an end")
-
-
-async def _natively(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
-    task = asyncio.ensure_future(work())
-    cancel_when(task.cancel)
-    with suppress(asyncio.CancelledError):
-        await task
-
-
-async def _again_and_again(
-    work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]
-) -> None:
-    task = asyncio.ensure_future(work())
-    loop = asyncio.get_running_loop()
-
-    def cancel() -> None:
-        if not task.done():
-            task.cancel()
-            loop.call_soon(cancel)
-
-    cancel_when(cancel)
-    with suppress(asyncio.CancelledError):
-        await task
-
-
-async def _by_anyio(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:
-    with anyio.CancelScope() as scope:
-        cancel_when(scope.cancel)
-        await work()
-
-
-CANCELLERS = pytest.mark.parametrize("run_cancelled", [_natively, _again_and_again, _by_anyio])
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:

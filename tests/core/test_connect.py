@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from tests.support.database import Database, eventually, insert
 
-from ctxdb_core import DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import CtxDBError, DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
@@ -282,6 +282,28 @@ def test_by_default_objects_stay_readable_after_a_commit() -> None:
 def test_repr_shows_no_password(host: str) -> None:
     db = DBConnect(create_async_engine, host=host)
     assert "s3cret" not in repr(db)
+
+
+async def _make_no_engine(host: str) -> None:
+    await DBConnect(lambda host: object(), host=host).engine()  # type: ignore[arg-type]  # the mistake
+
+
+async def _change_the_host_of_a_file(host: str) -> None:
+    await DBConnect.from_url("sqlite+aiosqlite:///app.db").connect(host)
+
+
+async def _keep_a_wrong_host(host: str) -> None:
+    await DBConnect(lambda host: object(), host="db.example").change_host(host)  # type: ignore[arg-type]  # the mistake
+
+
+@pytest.mark.parametrize("use", [_make_no_engine, _change_the_host_of_a_file, _keep_a_wrong_host])
+async def test_an_error_shows_no_password_of_a_dsn_that_was_given_as_a_host(
+    use: Callable[[str], Awaitable[None]],
+) -> None:
+    with pytest.raises(CtxDBError) as raised:
+        await use("postgresql+asyncpg://user:s3cret@db.example/app")
+    assert "db.example" in str(raised.value)
+    assert "s3cret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("host", ["db.example", "db.example:5433", "10.0.0.1", "[::1]:5432", "/run/postgresql"])

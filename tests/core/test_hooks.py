@@ -249,6 +249,29 @@ async def test_tasks_at_once_find_what_the_hook_has_set(db: DBConnect) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_hook_is_refused_inside_of_a_savepoint(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        async with session.begin_nested():
+            with pytest.raises(TransactionAlreadyActiveError, match="savepoint"):
+                on_begin(db, set_tenant)
+        # No statement has been made in the transaction.
+        on_begin(db, set_tenant)
+
+
+async def test_a_hook_s_statements_come_before_what_was_added_before_the_transaction(db: DBConnect) -> None:
+    seen = []
+
+    async def look(session: AsyncSession) -> None:
+        seen.append((await session.scalars(select(Item.name))).all())
+
+    async with new_db_ctx():
+        on_begin(db, look)
+        (await db_session(db)).add(Item(name="added"))
+        assert (await (await db_session(db)).scalars(select(Item.name))).all() == ["added"]
+    assert seen == [[]]
+
+
 async def test_what_the_hook_has_set_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)
@@ -389,3 +412,26 @@ async def test_an_exception_undoes_what_a_joining_session_has_not_committed(db: 
                 await session.flush()
                 raise LookupError
     assert await database.names() == ["kept"]
+
+
+@KINDS
+async def test_a_commit_of_the_unit_commits_what_a_joining_session_has_sent(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx(), joining_session(db) as session:
+        session.add(Item(name="sent"))
+        await session.flush()
+        await commit_db_session(db)
+        assert await database.names() == ["sent"]
+        await insert(db, "later")
+    assert sorted(await database.names()) == ["later", "sent"]
+
+
+async def test_a_joining_session_that_adds_after_a_commit_of_the_unit_is_told_so(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        with pytest.raises(TransactionRequiredError, match="open another"):
+            async with joining_session(db) as session:
+                await session.scalars(select(Item))
+                await commit_db_session(db)
+                session.add(Item(name="lost"))
+    assert await database.names() == []

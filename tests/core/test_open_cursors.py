@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import anyio
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -138,6 +141,71 @@ async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: 
             # SQLAlchemy's own statements, of which one was prepared before, go on.
             assert (await (await db_session(db)).execute(text("SELECT name FROM item"))).all() == [("innocent",)]
     assert await database.names() == ["innocent"]
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_connection_of_psycopg_is_refused_once_it_was_given_back(database: Database) -> None:
+    async with database.connect(pool_size=1) as db:
+        async with new_db_ctx():
+            driver = await driver_connection_of(await db_session(db))
+            assert isinstance(driver, psycopg.AsyncConnection)
+            cursor, of_server = driver.cursor(), driver.cursor("of_server")
+            await of_server.execute("SELECT generate_series(1, 9)")
+            assert await of_server.fetchmany(2) == [(1,), (2,)]
+            async with driver.transaction(), cursor.copy("COPY item FROM STDIN") as copy:
+                await copy.write_row(("copied",))
+        async with new_db_ctx():
+            await insert(db, "innocent")
+            uses: list[Callable[[], Awaitable[object]]] = [
+                lambda: driver.execute("INSERT INTO item VALUES ('intruder')"),
+                lambda: cursor.execute("INSERT INTO item VALUES ('intruder')"),
+                lambda: of_server.fetchmany(2),
+                lambda: driver.set_autocommit(True),
+                lambda: driver.cursor().execute("INSERT INTO item VALUES ('intruder')"),
+            ]
+            for use in uses:
+                with pytest.raises(psycopg.InterfaceError, match="released back to the pool"):
+                    await use()
+        # The application's own object, which psycopg would warn of.
+        of_server._close()
+    assert await database.names() == ["copied", "innocent"]
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_stand_in_of_psycopgs_connection_can_be_thrown_away(database: Database) -> None:
+    async with database.connect(pool_size=1) as db:
+        for number in range(3):
+            async with new_db_ctx():
+                driver = await driver_connection_of(await db_session(db))
+                await driver.execute(f"INSERT INTO item VALUES ('{number}')")
+                del driver
+                gc.collect()
+    assert await database.names() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_streamed_result_that_is_cancelled_leaves_no_cursor_open(db: DBConnect, database: Database) -> None:
+    async def read() -> None:
+        async with new_db_ctx():
+            async for _ in await (await db_session(db)).stream(ROWS, execution_options={"yield_per": 50}):
+                pass
+
+    for steps in range(15):
+        with anyio.CancelScope() as scope:
+            loop = asyncio.get_running_loop()
+            after_steps(loop, steps, scope.cancel)
+            await read()
+        # psycopg warns of a cursor that is thrown away open, and the tests take a warning for an error.
+        gc.collect()
+        assert database.checked_out == 0
+
+
+def after_steps(loop: asyncio.AbstractEventLoop, steps: int, callback: Callable[[], None]) -> None:
+    """Call `callback` after so many turns of the event loop."""
+    if steps == 0:
+        callback()
+    else:
+        loop.call_soon(after_steps, loop, steps - 1, callback)
 
 
 async def test_a_connection_can_be_lent_again(database: Database) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import Integer, literal, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, column_property, mapped_column
+from sqlalchemy.util import await_only, greenlet_spawn
 from tests.support.database import Database, Item, eventually, insert
 
 from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
     DBConnect,
+    SessionAlreadyActiveError,
+    close_db_session,
     commit_db_session,
     db_session,
     new_db_ctx,
@@ -149,8 +154,6 @@ async def test_a_sibling_that_is_stopped_as_its_turn_comes_is_told_why(db: DBCon
 
 
 async def test_an_event_listener_may_use_the_session_inside_of_a_call(db: DBConnect) -> None:
-    from sqlalchemy.util import await_only
-
     async with new_db_ctx():
         session = await db_session(db)
 
@@ -309,3 +312,185 @@ async def test_a_group_of_tasks_that_is_cancelled_raises_no_other_error(db: DBCo
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled() or task.exception() is None
+
+
+# --- closing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_session_that_is_being_closed_ends_with_its_unit(
+    db: DBConnect, database: Database, fails: bool
+) -> None:
+    with suppress(LookupError):
+        async with new_db_ctx():
+            statement = asyncio.create_task((await db_session(db)).execute(text("SELECT pg_sleep(0.5)")))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+            closing = asyncio.create_task(close_db_session(db))
+            await asyncio.sleep(0)
+            if fails:
+                raise LookupError
+    assert database.checked_out == 0
+    await closing
+    await asyncio.wait([statement])
+    error = statement.exception()
+    assert isinstance(error, ContextClosedError) if fails else error is None
+
+
+async def test_a_session_is_closed_although_the_task_that_closes_it_is_cancelled(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        statement = asyncio.create_task((await db_session(db)).execute(text("SELECT pg_sleep(0.5)")))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        closing = asyncio.create_task(close_db_session(db))
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert database.checked_out == 0
+        await statement
+
+
+# --- several sessions -------------------------------------------------------------------------------------------------
+
+
+async def test_calls_of_two_sessions_inside_of_one_another_are_no_deadlock(database: Database) -> None:
+    async with database.connect() as first, database.connect() as second:
+        are_inside = asyncio.Barrier(2)
+
+        async def nest(outer: DBConnect, inner: DBConnect) -> int:
+            inner_session = await db_session(inner)
+
+            def call(session: Session) -> Any:
+                session.execute(select(literal(1)))
+                await_only(are_inside.wait())
+                return await_only(inner_session.scalar(select(literal(2))))
+
+            return await (await db_session(outer)).run_sync(call)
+
+        async with asyncio.timeout(20), new_db_ctx():
+            results = await asyncio.gather(nest(first, second), nest(second, first), return_exceptions=True)
+            assert 2 in results
+            assert sorted(type(result).__name__ for result in results) == ["SessionAlreadyActiveError", "int"]
+            assert [await read(db, 1) for db in (first, second)] == [1, 1]
+
+
+async def test_hooks_that_use_the_session_of_one_another_are_no_deadlock(database: Database) -> None:
+    async with database.connect() as first, database.connect() as second:
+        inside: list[DBConnect] = []
+
+        def read_from(other: DBConnect) -> Callable[[AsyncSession], Awaitable[None]]:
+            async def hook(session: AsyncSession) -> None:
+                inside.append(other)
+                await eventually(lambda: len(inside) >= 2, "the other hook was not called")
+                await asyncio.create_task(read(other, 1))
+
+            return hook
+
+        async with asyncio.timeout(20), new_db_ctx():
+            on_begin(first, read_from(second))
+            on_begin(second, read_from(first))
+            results = await asyncio.gather(read(first, 1), read(second, 2), return_exceptions=True)
+        assert any(isinstance(result, SessionAlreadyActiveError) for result in results)
+
+
+async def test_calls_inside_of_one_another_wait_for_their_turns_in_one_order(database: Database) -> None:
+    async with database.connect() as first, database.connect() as second:
+
+        async def nest(number: int) -> int:
+            inner_session = await db_session(second)
+
+            def call(session: Session) -> Any:
+                session.execute(select(literal(number)))
+                return await_only(inner_session.scalar(select(literal(number))))
+
+            return await (await db_session(first)).run_sync(call)
+
+        async with asyncio.timeout(20), new_db_ctx():
+            results = await asyncio.gather(*(nest(number) for number in range(4)), read(second, 4), read(first, 5))
+            assert results == list(range(6))
+
+
+# --- tasks that outlive the turn in which they were started ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_task_that_a_hook_has_started_takes_its_turn_when_the_hook_is_over(
+    db: DBConnect, database: Database
+) -> None:
+    started: list[asyncio.Task[int]] = []
+
+    async def read_later() -> int:
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+        return await read(db, 1)
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(read_later()))
+
+    async with new_db_ctx():
+        on_begin(db, hook)
+        await _sleep(db, 0.3)
+        assert await started[0] == 1
+        assert await read(db, 2) == 2
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_call_waits_for_the_statements_that_a_hook_has_left_running(db: DBConnect) -> None:
+    started: list[asyncio.Task[None]] = []
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(_sleep(db, 0.2)))
+        await asyncio.sleep(0)
+
+    async with new_db_ctx():
+        on_begin(db, hook)
+        assert await read(db, 1) == 1
+        await started[0]
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_no_statement_of_a_hook_that_was_cancelled_runs_on(db: DBConnect, database: Database) -> None:
+    started: list[asyncio.Task[None]] = []
+
+    async def hook(session: AsyncSession) -> None:
+        started.append(asyncio.create_task(_sleep(db, 300)))
+        await asyncio.wait(started)
+
+    with anyio.CancelScope() as scope:
+        async with new_db_ctx():
+            on_begin(db, hook)
+            reading = asyncio.create_task(read(db, 1))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep'")), "the statement does not run")
+            scope.cancel()
+            await reading
+    assert database.checked_out == 0
+    assert not database.backends("query ~ 'pg_sleep' AND state = 'active'")
+    await asyncio.wait([*started, reading])
+    assert reading.cancelled()
+
+
+class Executing(AsyncSession):
+    """Has a call of its own, as SQLModel's session has."""
+
+    async def names(self, name: str) -> list[str]:
+        found = await greenlet_spawn(self.sync_session.scalars, select(Item.name).where(Item.name == name))
+        return list(found)
+
+    async def answer(self, number: int) -> int:
+        return await greenlet_spawn(lambda: number)
+
+
+@KINDS
+async def test_a_call_of_the_users_session_class_is_whole_with_its_autoflush(database: Database) -> None:
+    async def add(session: Executing, name: str) -> list[str]:
+        session.add(Item(name=name))
+        return await session.names(name)
+
+    db = DBConnect(
+        lambda host: database.watch_new(), lambda engine: async_sessionmaker(engine, class_=Executing), host="a"
+    )
+    async with db, new_db_ctx():
+        session = await db_session(db)
+        assert await asyncio.gather(*(add(session, name) for name in "abcd")) == [["a"], ["b"], ["c"], ["d"]]
+        assert await session.answer(7) == 7
+    assert await database.names() == ["a", "b", "c", "d"]

@@ -25,7 +25,14 @@ pytest.importorskip("mkdocstrings", reason="the group `docs` is not installed")
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md"))
-MODULES = ("ctxdb_core.adapters", "ctxdb_core.testing.pytest_plugin")
+MODULES = (
+    "ctxdb_core.adapters",
+    "ctxdb_core.logs",
+    "ctxdb_core.otel",
+    "ctxdb_core.prometheus",
+    "ctxdb_core.sentry",
+    "ctxdb_core.testing.pytest_plugin",
+)
 
 pytestmark = pytest.mark.xdist_group("site")
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.inspected import Desk
+from tests.support.database import Database
+from tests.support.inspected import Desk, starlette_app
+from tests.support.server import http_client, serve
+
+from ctxdb_core import DBConnect
 
 
 async def data(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -58,10 +62,42 @@ async def test_the_id_of_the_unit_is_in_the_response_and_leads_to_it(client: htt
     assert (await client.get("/_ctxdb/units.json?unit=unheard-of")).status_code == 404
 
 
-async def test_a_request_that_uses_no_database_has_no_id_and_is_not_shown(client: httpx.AsyncClient) -> None:
+async def test_a_request_that_uses_no_database_has_an_id_and_is_not_shown(client: httpx.AsyncClient) -> None:
     response = await client.get("/idle")
-    assert "x-ctxdb-unit" not in response.headers
+    assert response.headers["x-ctxdb-unit"]
     assert (await data(client))["units"] == []
+
+
+async def test_what_the_framework_answers_for_an_error_has_the_id(client: httpx.AsyncClient) -> None:
+    response = await client.get("/fail")
+    assert response.status_code == 500
+    unit = await one_unit(client, "/fail")
+    assert (unit["id"], unit["outcome"]) == (response.headers["x-ctxdb-unit"], "rolled back")
+    assert response.headers.get_list("x-ctxdb-unit") == [unit["id"]]
+    idle = await client.get("/fail_idle")
+    assert idle.status_code == 500
+    assert idle.headers["x-ctxdb-unit"] not in ("", unit["id"])
+
+
+async def test_without_anything_around_the_application_responses_of_units_with_a_connection_have_the_id(
+    desk: Desk,
+) -> None:
+    async with serve(starlette_app(desk, None)) as url, http_client(url) as client:
+        assert "x-ctxdb-unit" in (await client.get("/read")).headers
+        for path in ("/idle", "/_ctxdb/"):
+            assert "x-ctxdb-unit" not in (await client.get(path)).headers
+
+
+async def test_a_block_of_overridden_is_followed(desk: Desk, database: Database) -> None:
+    db = DBConnect.from_url("postgresql+asyncpg://nowhere.invalid/app")
+    elsewhere = Desk(db)
+    async with (
+        serve(starlette_app(elsewhere, None)) as url,
+        http_client(url) as client,
+        db.overridden(database.url),
+    ):
+        assert (await client.get("/read")).status_code == 200
+        assert (await one_unit(client, "/read"))["outcome"] == "committed"
 
 
 async def test_a_refusal_is_shown_as_rolled_back(client: httpx.AsyncClient) -> None:
@@ -105,6 +141,15 @@ async def test_a_connection_that_outlives_its_request_is_shown_as_a_leak(client:
     assert left["statement"] == "SELECT 2"
 
 
+async def test_a_request_that_only_leaks_a_session_of_its_own_has_ended(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/leak_alone")).status_code == 200
+    unit = await one_unit(client, "/leak_alone")
+    assert unit["outcome"] == "ended"
+    (hold,) = unit["holds"]
+    assert hold["leaked"]
+    assert hold["statement"] == "SELECT 3"
+
+
 async def test_a_warning_of_ctxdb_is_shown(client: httpx.AsyncClient) -> None:
     logging.getLogger("ctxdb").warning("something %s", "odd")
     (warning,) = (await data(client))["warnings"]
@@ -145,7 +190,6 @@ async def test_the_page_has_a_strict_policy_and_names_no_other_address(client: h
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; connect-src 'self';")
     assert "unsafe" not in policy
-    assert "x-ctxdb-unit" not in response.headers
     assert "https://" not in response.text
     assert "http://" not in response.text.replace("http://www.w3.org/2000/svg", "")
 

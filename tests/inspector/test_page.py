@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from tests.support.browser import Tab, browser, find_browser
 from tests.support.inspected import Desk, serve_app, starlette_app
 from tests.support.server import http_client
 
-# Where someone wants to look at it: pictures are left in this folder.
+# Where someone wants to look at it: pictures are left in this folder. Those of the documentation are made so.
 PICTURES = os.environ.get("CTXDB_PICTURES")
+ROOT = Path(__file__).parents[2]
+MOST_BYTES = 150_000
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
 
 
 @asynccontextmanager
-async def some_traffic(desk: Desk) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
+async def some_traffic(tab: Tab, desk: Desk) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
     """Serve the application after a request of each kind, while one is holding a connection."""
     async with serve_app(starlette_app(desk, None)) as url, http_client(url) as client:
         for path in ("read", "refuse", "fail_at_commit", "leak"):
@@ -38,11 +41,29 @@ async def some_traffic(desk: Desk) -> AsyncIterator[tuple[str, httpx.AsyncClient
         finally:
             desk.go_on.set()
             await held
+            # A server waits for the stream of updates, which lasts for as long as somebody looks.
+            await tab.call("Page.navigate", url="about:blank")
 
 
-async def picture(tab: Tab, name: str) -> None:
+HIDE_MACHINE = r"""
+(() => {
+  document.querySelector("#pause").click();
+  document.querySelector("#pause").replaceChildren("Pause");
+  document.querySelector("#worker").textContent = "worker web-1, process 7";
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    texts.currentNode.data = texts.currentNode.data
+      .replace(/\S*\/tests\/support\/inspected/g, "shop/desk").replace(/127\.0\.0\.1:\d+/g, "shop.example");
+  }
+})()
+"""
+"""Takes out of the page what is of this machine alone, and keeps it as it is then."""
+
+
+async def picture(tab: Tab, name: str, *size: int) -> None:
     if PICTURES:
-        (Path(PICTURES) / f"inspector-{name}.png").write_bytes(await tab.screenshot())
+        await tab.run(HIDE_MACHINE)
+        (Path(PICTURES) / f"inspector-{name}.png").write_bytes(await tab.screenshot(*size))
 
 
 async def open_page(tab: Tab, url: str, query: str = "") -> None:
@@ -54,7 +75,7 @@ NAMES = "[...document.querySelectorAll('.unit .name')].map(each => each.innerTex
 
 
 async def test_the_page_shows_who_holds_what_and_what_went_wrong(tab: Tab, desk: Desk) -> None:
-    async with some_traffic(desk) as (url, _):
+    async with some_traffic(tab, desk) as (url, _):
         await open_page(tab, url)
         held = await tab.run("[...document.querySelectorAll('#held tbody tr')].map(row => row.innerText)")
         assert len(held) == 2
@@ -75,11 +96,10 @@ async def test_the_page_shows_who_holds_what_and_what_went_wrong(tab: Tab, desk:
         assert [await tab.run(drawn % kind) for kind in ("fail", "undo", "run")] == [1, 1, 2]
         assert tab.complaints() == []
         assert all(each.startswith((url, "data:")) for each in tab.requests())
-        await picture(tab, "light")
 
 
 async def test_a_click_on_a_request_shows_it_and_makes_a_permalink(tab: Tab, desk: Desk) -> None:
-    async with some_traffic(desk) as (url, client):
+    async with some_traffic(tab, desk) as (url, client):
         unit = (await client.get("/read")).headers["x-ctxdb-unit"]
         await open_page(tab, url)
         await tab.until(f"document.querySelector('[data-unit=\"{unit}\"]') !== null")
@@ -89,14 +109,13 @@ async def test_a_click_on_a_request_shows_it_and_makes_a_permalink(tab: Tab, des
         assert "SELECT name FROM item" in detail
         assert "Desk.read()" in detail
         assert await tab.run("location.search") == f"?unit={unit}"
-        await picture(tab, "request")
         # Whoever is given the address sees the same.
         await open_page(tab, url, f"?unit={unit}")
         await tab.until(f"document.querySelector('#detail').innerText.includes('{unit}')")
 
 
 async def test_filters_leave_what_matches(tab: Tab, desk: Desk) -> None:
-    async with some_traffic(desk) as (url, _):
+    async with some_traffic(tab, desk) as (url, _):
         await open_page(tab, url)
         fill = """
         (() => {{ const field = document.querySelector("{0}"); field.value = "{1}";
@@ -114,7 +133,7 @@ async def test_filters_leave_what_matches(tab: Tab, desk: Desk) -> None:
 
 
 async def test_the_page_follows_the_application(tab: Tab, desk: Desk) -> None:
-    async with some_traffic(desk) as (url, client):
+    async with some_traffic(tab, desk) as (url, client):
         await open_page(tab, url)
         desk.go_on.set()
         await client.get("/read")
@@ -146,7 +165,7 @@ async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab, desk: Desk) -
     })()
     """
     grounds = []
-    async with some_traffic(desk) as (url, _):
+    async with some_traffic(tab, desk) as (url, _):
         for scheme in ("light", "dark"):
             await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             await open_page(tab, url)
@@ -158,12 +177,12 @@ async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab, desk: Desk) -
 
 
 async def test_the_page_fits_a_phone(tab: Tab, desk: Desk) -> None:
-    async with some_traffic(desk) as (url, _):
-        await tab.call("Emulation.setDeviceMetricsOverride", width=375, height=700, deviceScaleFactor=2, mobile=True)
+    async with some_traffic(tab, desk) as (url, _):
+        await tab.call("Emulation.setDeviceMetricsOverride", width=375, height=700, deviceScaleFactor=1, mobile=True)
         await open_page(tab, url)
         await tab.run("document.querySelector('.unit').click()")
         assert await tab.run("document.documentElement.scrollWidth") <= 375
-        await picture(tab, "phone")
+        await picture(tab, "phone", 375, 1100)
 
 
 async def test_the_keyboard_alone_opens_a_request_and_comes_back(tab: Tab, desk: Desk) -> None:
@@ -172,7 +191,7 @@ async def test_the_keyboard_alone_opens_a_request_and_comes_back(tab: Tab, desk:
         await tab.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         await tab.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
-    async with some_traffic(desk) as (url, _):
+    async with some_traffic(tab, desk) as (url, _):
         await open_page(tab, url)
         for _ in range(60):
             await press("Tab", 9)
@@ -187,3 +206,13 @@ async def test_the_keyboard_alone_opens_a_request_and_comes_back(tab: Tab, desk:
         await press("Escape", 27)
         assert not await tab.run("document.querySelector('#detail').checkVisibility()")
         assert await tab.run("document.activeElement.dataset.unit") == unit
+
+
+def test_the_documentation_shows_pictures_that_are_there_and_small() -> None:
+    page = (ROOT / "docs" / "inspector.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"assets/inspector-(\w+)\.png", page))
+    assert shown == {"light", "dark", "phone"}
+    for name in shown:
+        content = (ROOT / "docs" / "assets" / f"inspector-{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) < MOST_BYTES

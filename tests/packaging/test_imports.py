@@ -44,6 +44,11 @@ def _declared(member: Member) -> set[str]:
     return names
 
 
+def _is_allowed_extra(found: Import, member: Member) -> bool:
+    """Return whether an extra is imported by a function that needs it, or by the module that is there for it."""
+    return (found.deferred or member.is_of_an_extra(member.module_of(found.file))) and _is_extra(found, member)
+
+
 def _is_extra(found: Import, member: Member) -> bool:
     extras = {normalized(requirement.name) for requirement in member.extras}
     return bool(DISTRIBUTIONS.get(found.root, set()) & extras)
@@ -51,8 +56,8 @@ def _is_extra(found: Import, member: Member) -> bool:
 
 def test_the_core_imports_sqlalchemy_and_nothing_else() -> None:
     # `sqlalchemy[asyncio]` brings these along; `typing_extensions` is for type checkers alone. What is an extra is
-    # imported by the functions that need it.
-    imports = [found for found in _imports(CORE) if not (found.deferred and _is_extra(found, CORE))]
+    # imported by the functions that need it, or by a module of its own.
+    imports = [found for found in _imports(CORE) if not _is_allowed_extra(found, CORE)]
     assert _foreign(imports, {"sqlalchemy", "greenlet", "typing_extensions", "ctxdb_core"}) == []
 
 
@@ -71,7 +76,7 @@ def test_each_imported_package_is_a_declared_dependency(member: Member) -> None:
         for found in _imports(member)
         if found.root not in sys.stdlib_module_names
         and not DISTRIBUTIONS.get(found.root, set()) & declared
-        and not (found.deferred and _is_extra(found, member))
+        and not _is_allowed_extra(found, member)
     ]
     assert undeclared == []
 

@@ -73,6 +73,11 @@ class Member:
         extras = self.pyproject["project"].get("optional-dependencies", {}).values()
         return [Requirement(text) for extra in extras for text in extra]
 
+    def is_of_an_extra(self, module: str) -> bool:
+        """Return whether a module is called as an extra, so that those who import it have what that names."""
+        extras: dict[str, Any] = self.pyproject["project"].get("optional-dependencies", {})
+        return module in {f"{self.package}.{extra}" for extra in extras}
+
     @property
     def pytest_plugins(self) -> set[str]:
         """The modules that pytest imports by itself; they need not declare it."""

@@ -14,6 +14,11 @@ from tests.support.world import Setting, World
 
 def _settings() -> list[Setting]:
     by_name = {adapter.name: adapter for adapter in ADAPTERS}
+    if os.environ.get("CTXDB_SCENARIOS") == "on-mariadb":
+        return [
+            Setting(by_name["starlette"], "asyncmy", over_sockets=True),
+            Setting(by_name["asgi"], "aiomysql", over_sockets=False),
+        ]
     flavours = (True,) if os.environ.get("CTXDB_SCENARIOS") == "on-sockets" else (False, True)
     settings = [Setting(adapter, "asyncpg", sockets) for adapter in ADAPTERS for sockets in flavours]
     # The other drivers differ below the adapters: once each is enough.
@@ -28,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     settings = _settings()
     if metafunc.definition.get_closest_marker("postgresql"):
-        settings = [setting for setting in settings if setting.database_kind != "sqlite"]
+        settings = [setting for setting in settings if setting.database_kind in ("asyncpg", "psycopg")]
     if metafunc.definition.get_closest_marker("asyncpg"):
         settings = [setting for setting in settings if setting.database_kind == "asyncpg"]
     if metafunc.definition.get_closest_marker("sockets"):

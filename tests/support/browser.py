@@ -83,9 +83,10 @@ class Tab:
             while not await self.run(script):
                 await asyncio.sleep(0.02)
 
-    async def screenshot(self) -> bytes:
-        """Return the page as a PNG."""
-        answer = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    async def screenshot(self, width: int | None = None, height: int | None = None) -> bytes:
+        """Return the page as a PNG; with a size, its upper part."""
+        area = {} if width is None else {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}}
+        answer = await self.call("Page.captureScreenshot", captureBeyondViewport=True, **area)
         return base64.b64decode(answer["data"])
 
     def requests(self) -> list[str]:

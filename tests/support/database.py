@@ -65,14 +65,13 @@ class Database:
     def watch_new(self, **options: Any) -> AsyncEngine:
         """Return a new engine, with a pool of five, whose connections are counted."""
         if self.is_postgresql:
-            options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10, **options}
+            options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30, **options}
         return self.watch(create_async_engine(self.url, **options))
 
     def watch(self, engine: AsyncEngine) -> AsyncEngine:
         def connected(*args: object) -> None:
             self.connections += 1
-            if not self.is_postgresql:
-                args[0].cursor().execute("PRAGMA foreign_keys = ON")  # type: ignore[attr-defined]
+            self.prepare_connection(args[0])
 
         def checked_out(connection: object, record: ConnectionPoolEntry, *args: object) -> None:
             self.checkouts += 1
@@ -86,6 +85,11 @@ class Database:
         event.listen(engine.sync_engine, "checkin", checked_in)
         self.engines.append(engine)
         return engine
+
+    def prepare_connection(self, connection: Any) -> None:
+        """Set up a driver's connection that has just been made."""
+        if not self.is_postgresql:
+            connection.cursor().execute("PRAGMA foreign_keys = ON")
 
     async def names(self, table: str = "item", column: str = "name") -> list[str]:
         """Return what another connection sees in `table` right now."""

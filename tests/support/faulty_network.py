@@ -1,4 +1,4 @@
-"""`FaultyNetwork`: a way to PostgreSQL that fails at a named point of its protocol.
+"""`FaultyNetwork`: a way to PostgreSQL, or to MariaDB, that fails at a named point of its protocol.
 
 It reads the messages of both sides (PostgreSQL, "Frontend/Backend Protocol"), so a test can say: the network fails when
 the client sends BEGIN, or when the server answers COMMIT.
@@ -27,8 +27,42 @@ class Point(Enum):
     """What the server answers to that statement."""
     COMMIT = auto()
     """The client's COMMIT."""
+    SAVEPOINT = auto()
+    """The client's SAVEPOINT."""
+    RELEASE = auto()
+    """The client's RELEASE of a savepoint."""
+    RELEASED = auto()
+    """What the server answers to that."""
+    ROLLBACK = auto()
+    """The client's ROLLBACK, or ROLLBACK TO a savepoint."""
+    PREPARE = auto()
+    """The client's PREPARE TRANSACTION."""
+    PREPARED = auto()
+    """What the server answers to that: the transaction waits for COMMIT PREPARED."""
+    COMMIT_PREPARED = auto()
+    """The client's COMMIT PREPARED."""
+    COMMITTED_PREPARED = auto()
+    """The server's answer to COMMIT PREPARED."""
     COMMITTED = auto()
     """The server's answer to COMMIT: the transaction has been committed."""
+
+
+# By how a statement begins.
+_POINTS_OF_CLIENT = {
+    b"SAVEPOINT": Point.SAVEPOINT,
+    b"RELEASE": Point.RELEASE,
+    b"ROLLBACK": Point.ROLLBACK,
+    b"PREPARE TRANSACTION": Point.PREPARE,
+    b"COMMIT PREPARED": Point.COMMIT_PREPARED,
+}
+
+# By the tag of CommandComplete.
+_POINTS_OF_SERVER = {
+    b"COMMIT\0": Point.COMMITTED,
+    b"RELEASE\0": Point.RELEASED,
+    b"PREPARE TRANSACTION\0": Point.PREPARED,
+    b"COMMIT PREPARED\0": Point.COMMITTED_PREPARED,
+}
 
 
 class Fault(Enum):
@@ -44,7 +78,7 @@ class Fault(Enum):
     """Nothing arrives any more, and nobody is told."""
 
 
-_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = 80877103, 80877104, 80877102
+_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = (struct.pack("!i", code) for code in (80877103, 80877104, 80877102))
 
 
 class FaultyNetwork:
@@ -93,6 +127,10 @@ class FaultyNetwork:
         self._fault = point, fault
         self.failed.clear()
 
+    def heal(self) -> None:
+        """Let nothing fail any more that has not failed yet."""
+        self._fault = None
+
     def break_all(self, fault: Fault) -> None:
         """Fail now, on each connection that there is."""
         for link in list(self._links):
@@ -111,6 +149,10 @@ class FaultyNetwork:
         self.failed.set()
         return True
 
+    @property
+    def _link_class(self) -> type[_Link]:
+        return _Link
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -119,17 +161,13 @@ class FaultyNetwork:
         try:
             if not self.lets_in:
                 return
-            startup, code = await _read_startup(reader, writer)
-            if code == _CANCEL_REQUEST:
-                self.cancel_requests += 1
-            else:
-                self.connections += 1
+            startup = await self._read_startup(reader, writer)
             if self._is_dark:
                 await asyncio.Event().wait()
             server_reader, server_writer = await asyncio.open_connection(*self._target)
-            link = _Link(reader, writer, server_reader, server_writer)
+            link = self._link_class(reader, writer, server_reader, server_writer)
             self._links.add(link)
-            if code == _CANCEL_REQUEST or not self._reached(Point.STARTUP, link):
+            if startup[4:8] == _CANCEL_REQUEST or not self._reached(Point.STARTUP, link):
                 server_writer.write(startup)
             await link.run(self, self._reached)
         except (OSError, EOFError, asyncio.CancelledError):
@@ -140,6 +178,28 @@ class FaultyNetwork:
                 self._links.discard(link)
                 link.server_writer.transport.abort()
             self._tasks.discard(task)
+
+    async def _read_startup(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        """Read the client's first message, and count what it begins."""
+        startup = await _read_startup(reader, writer)
+        if startup[4:8] == _CANCEL_REQUEST:
+            self.cancel_requests += 1
+        else:
+            self.connections += 1
+        return startup
+
+
+class FaultyMariaDBNetwork(FaultyNetwork):
+    """The same for MariaDB, whose transactions begin without a BEGIN: with `STATEMENT`, `COMMIT` and `COMMITTED`."""
+
+    @property
+    def _link_class(self) -> type[_Link]:
+        return _MariaDBLink
+
+    async def _read_startup(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        # The server is the first to speak.
+        self.connections += 1
+        return b""
 
 
 class _Link:
@@ -209,6 +269,9 @@ class _Link:
         if text.startswith(b"BEGIN"):
             self._is_in_transaction = True
             return Point.BEGIN
+        for word, named in _POINTS_OF_CLIENT.items():
+            if text.startswith(word):
+                return named
         if text.startswith(b"COMMIT"):
             self._is_in_transaction = False
             return Point.COMMIT
@@ -223,10 +286,8 @@ class _Link:
             message = await _read_message(self.server_reader)
             if network.delay:
                 await asyncio.sleep(network.delay)
-            point = None
-            if message[:1] == b"C" and message[5:] == b"COMMIT\0":
-                point = Point.COMMITTED
-            elif self._awaits_answer:
+            point = _POINTS_OF_SERVER.get(message[5:]) if message[:1] == b"C" else None
+            if point is None and self._awaits_answer:
                 self._awaits_answer = False
                 point = Point.ANSWER
             if self.is_broken() or (point is not None and reached(point, self)):
@@ -234,12 +295,45 @@ class _Link:
             self.client_writer.write(message)
 
 
-async def _read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[bytes, int]:
+class _MariaDBLink(_Link):
+    """One connection to MariaDB (MariaDB, "Client/Server Protocol")."""
+
+    _awaits_commit = False
+
+    async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
+        while not self.is_broken():
+            packet = await _read_packet(self.client_reader)
+            point = None
+            # The first packet of a command; COM_QUERY is 3.
+            if packet[3:5] == b"\0\3":
+                statement = packet[5:].decode()
+                network.on_statement(statement)
+                is_commit = statement.upper() == "COMMIT"
+                point = Point.COMMIT if is_commit else Point.STATEMENT
+            if self.is_broken() or (point is not None and reached(point, self)):
+                return
+            self._awaits_commit = point is Point.COMMIT
+            self.server_writer.write(packet)
+
+    async def _relay_server(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
+        while not self.is_broken():
+            packet = await _read_packet(self.server_reader)
+            if self.is_broken() or (self._awaits_commit and reached(Point.COMMITTED, self)):
+                return
+            self.client_writer.write(packet)
+
+
+async def _read_packet(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readexactly(4)
+    return head + await reader.readexactly(int.from_bytes(head[:3], "little"))
+
+
+async def _read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
     while True:
         head = await reader.readexactly(8)
-        size, code = struct.unpack("!ii", head)
-        if code not in (_SSL_REQUEST, _GSS_REQUEST):
-            return head + await reader.readexactly(size - 8), code
+        (size,) = struct.unpack("!i", head[:4])
+        if head[4:] not in (_SSL_REQUEST, _GSS_REQUEST):
+            return head + await reader.readexactly(size - 8)
         writer.write(b"N")
 
 

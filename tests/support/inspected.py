@@ -22,7 +22,7 @@ from tests.support.server import serve
 import ctxdb_aiohttp
 import ctxdb_inspector
 from ctxdb_core import DBConnect, db_session
-from ctxdb_inspector import Authorise, inspector
+from ctxdb_inspector import Authorise, UnitHeader, inspector
 from ctxdb_litestar import CtxDBPlugin
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -66,11 +66,24 @@ class Desk:
         self.stays.append(session)
         return 200, "leaked"
 
+    async def leak_alone(self) -> Answer:
+        session = await self.db.create_session()
+        await session.execute(text("SELECT 3"))
+        self.stays.append(session)
+        return 200, "leaked"
+
+    async def fail(self) -> Answer:
+        await self.read()
+        raise LookupError("nobody handles this")
+
+    async def fail_idle(self) -> Answer:
+        raise LookupError("nobody handles this")
+
     async def idle(self) -> Answer:
         return 200, "no database"
 
 
-PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "idle")
+PATHS = ("read", "refuse", "fail_at_commit", "hold", "leak", "leak_alone", "fail", "fail_idle", "idle")
 
 
 def starlette_app(desk: Desk, authorise: Authorise | None) -> Starlette:
@@ -128,7 +141,7 @@ def aiohttp_app(desk: Desk, authorise: Authorise | None) -> web.Application:
 async def serve_app(app: Any) -> AsyncIterator[str]:
     """Serve an application of any of the frameworks, and yield the server's base URL."""
     if not isinstance(app, web.Application):
-        async with serve(app) as url:
+        async with serve(UnitHeader(app)) as url:
             yield url
         return
     runner = web.AppRunner(app, access_log=None)

@@ -53,7 +53,9 @@ def _run(arguments: Sequence[str] | None, signals: _Signals) -> int:
     # Imported here, as this takes a moment: a Ctrl-C in it must already be no traceback, and `--help` does without it.
     from ctxdb_demo.errors import DemoError  # noqa: PLC0415
 
-    if options.cluster:
+    if options.watch:
+        from ctxdb_demo.watch import run_watch as run  # noqa: PLC0415
+    elif options.cluster:
         from ctxdb_demo.cluster_demo import run_cluster as run  # noqa: PLC0415
     else:
         from ctxdb_demo.demo import run  # noqa: PLC0415
@@ -102,13 +104,23 @@ def _parse(arguments: Sequence[str] | None) -> Options:
         help="another show: a primary with two replicas, clients that write and read, a failover (on FastAPI, with "
         "its own servers)",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="another show: the inspector's page over the application under load, with faults to be switched on, until "
+        "Ctrl-C (on FastAPI; with --cluster, over a primary with two replicas)",
+    )
     parsed = parser.parse_args(arguments)
+    if parsed.watch and (parsed.serve or parsed.framework != DEFAULT):
+        parser.error(f"--watch runs on {DEFAULT} until Ctrl-C: give neither --framework nor --serve with it")
     if parsed.cluster and (parsed.database_url is not None or parsed.serve or parsed.framework != DEFAULT):
         parser.error(
             f"--cluster brings its own databases, runs on {DEFAULT}, and ends: give none of --framework, "
             "--database-url and --serve with it"
         )
-    return Options(FRAMEWORKS[parsed.framework], parsed.database_url, parsed.port, parsed.serve, parsed.cluster)
+    return Options(
+        FRAMEWORKS[parsed.framework], parsed.database_url, parsed.port, parsed.serve, parsed.cluster, parsed.watch
+    )
 
 
 def _port(text: str) -> int:

@@ -70,6 +70,7 @@ def create_app(
             await close_all(master, replica)
 
     app = FastAPI(title="Payments", lifespan=lifespan, exception_handlers={PgStatusError: answer_unavailable})
+    app.state.master, app.state.replica = master, replica
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ReadYourWrites(source, secret=secret))
 

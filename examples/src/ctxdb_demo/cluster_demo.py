@@ -27,7 +27,7 @@ from ctxdb_demo.server import HOST, listen
 from ctxdb_pgstatus import ClusterStatus, HostMonitor
 from ctxdb_pgstatus.testing import EmbeddedPostgresError, PostgresCluster, PostgresNode
 
-__all__ = ["run_cluster"]
+__all__ = ["POLL_SECONDS", "create_tables", "fail_over", "run_cluster", "started"]
 
 CLIENTS = 20
 POLL_SECONDS = 1.0
@@ -54,8 +54,8 @@ async def run_cluster(options: Options) -> bool:
 
 
 async def _run(listener: socket.socket, progress: Progress) -> bool:
-    async with _started(progress) as cluster:
-        await _create_tables(cluster)
+    async with started(progress) as cluster:
+        await create_tables(cluster)
         monitor = HostMonitor(
             cluster.hosts,
             port=cluster.port,
@@ -77,7 +77,12 @@ async def _run(listener: socket.socket, progress: Progress) -> bool:
 
 
 @asynccontextmanager
-async def _started(progress: Progress) -> AsyncIterator[PostgresCluster]:
+async def started(progress: Progress) -> AsyncIterator[PostgresCluster]:
+    """Start a primary with two replicas, for the length of a block.
+
+    Raises:
+        DemoError: it does not start.
+    """
     cluster = PostgresCluster(standbys=2, password=secrets.token_hex(16))
     try:
         with progress.step("Starting a primary and two replicas ..."):
@@ -94,12 +99,37 @@ async def _started(progress: Progress) -> AsyncIterator[PostgresCluster]:
             await see_through(cluster.stop())
 
 
-async def _create_tables(cluster: PostgresCluster) -> None:
+async def create_tables(cluster: PostgresCluster) -> None:
+    """Make the tables of the payments, on every host."""
     engine = create_async_engine(cluster.primary.url())
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     await engine.dispose()
     await cluster.wait_for_replay()
+
+
+async def _promote(cluster: PostgresCluster) -> tuple[PostgresNode, list[PostgresNode]]:
+    """Do what an operator does, or a tool like Patroni: the standby that has received most takes over.
+
+    Returns:
+        The new primary, and the other standbys.
+    """
+    received = {node: await node.fetch_value("SELECT pg_last_wal_receive_lsn()") for node in cluster.standbys}
+    new, *others = sorted(received, key=lambda node: -received[node])
+    await new.promote()
+    return new, others
+
+
+async def fail_over(cluster: PostgresCluster) -> None:
+    """Kill the primary, promote a replica, and have the old primary come back as a replica."""
+    old = cluster.primary
+    await old.kill()
+    new, others = await _promote(cluster)
+    for node in others:
+        if node is not old:
+            await node.follow(new)
+    await old.start()
+    await old.rewind(new)
 
 
 @dataclass
@@ -160,10 +190,7 @@ class _Show:
         self._tell(f"{old.name} is killed (SIGKILL)")
         await self._until(lambda: self._monitor.master() is None, "the death of the master was not noticed")
         self._tell(f"... which is noticed after {perf_counter() - killed:.2f} s; requests are refused at once")
-        # What an operator does, or a tool like Patroni: the standby that has received most takes over.
-        received = {node: await node.fetch_value("SELECT pg_last_wal_receive_lsn()") for node in self._cluster.standbys}
-        new, *others = sorted(received, key=lambda node: -received[node])
-        await new.promote()
+        new, others = await _promote(self._cluster)
         promoted = perf_counter()
         self._tell(f"{new.name} is promoted")
         # Its commits wait until another host follows.

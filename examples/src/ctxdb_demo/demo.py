@@ -23,7 +23,7 @@ from ctxdb_demo.report import print_report
 from ctxdb_demo.scenarios import SCENARIOS, SEED, Outcome, connect, play
 from ctxdb_demo.server import HOST, listen
 
-__all__ = ["run"]
+__all__ = ["connected", "run"]
 
 
 async def run(options: Options) -> bool:
@@ -41,7 +41,7 @@ async def run(options: Options) -> bool:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         async with (
             open_database(options.database_url, progress) as database,
-            _connected(database),
+            connected(database),
             framework.serve(listener),
         ):
             outcomes = await _play_all(url, database, progress)
@@ -57,7 +57,7 @@ async def run(options: Options) -> bool:
 
 
 @asynccontextmanager
-async def _connected(database: DemoDatabase) -> AsyncIterator[None]:
+async def connected(database: DemoDatabase) -> AsyncIterator[None]:
     """Connect the application's `db` to the database, and open some accounts."""
     await db.connect(database.url)
     try:

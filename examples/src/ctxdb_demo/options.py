@@ -18,3 +18,4 @@ class Options:
     port: int | None = None
     serve: bool = False
     cluster: bool = False
+    watch: bool = False

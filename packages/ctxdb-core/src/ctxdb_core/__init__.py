@@ -15,6 +15,8 @@ from ctxdb_core._blocks.transaction_context import TransactionContext
 from ctxdb_core._blocks.transactional import transactional
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._databases.status import DBStatus, PoolStatus, UnitStatus
+from ctxdb_core._sqlalchemy.versions import warn_of_lost_promises as _warn_of_lost_promises
+from ctxdb_core._units import log_fields as _log_fields  # noqa: F401 - gives the records of the logger their fields
 from ctxdb_core._units.hooks import on_begin, on_commit, on_rollback, set_rollback_only
 from ctxdb_core._units.lifecycle import gather_in_new_ctx, new_db_ctx, run_in_new_ctx, unit_of_work
 from ctxdb_core._units.sessions import (
@@ -161,6 +163,8 @@ _MOVED = {
     ],
 }
 """Names that were here once, by the module that they are in now."""
+
+_warn_of_lost_promises()
 
 if not typing.TYPE_CHECKING:  # type checkers would take every name for one that is here
 

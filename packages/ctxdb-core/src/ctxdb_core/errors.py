@@ -6,7 +6,7 @@ CtxDBError
 ├── SessionClosedError           a session was used after ``close_db_session``
 ├── SessionOwnedError            code of the application's was to close a unit of work's session, and lose its work
 ├── NoSessionError               a ``TransactionContext`` was asked for its session where no block has opened one
-├── SessionAlreadyActiveError    ``TransactionContext.session()`` was entered inside of another block
+├── SessionAlreadyActiveError    a block was entered inside of another one, or another task's block is in the way
 ├── TransactionAlreadyActiveError    a transaction was open where the call said that none may be
 ├── TransactionOptionsError      an isolation level, say, was asked for that the transaction at hand cannot have
 ├── DeadlineExceededError        the deadline of the unit of work had passed when a statement was to be sent
@@ -27,6 +27,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
 
 from sqlalchemy.exc import InvalidRequestError
 
@@ -56,7 +59,34 @@ __all__ = [
 
 
 class CtxDBError(Exception):
-    """The base of every error that ctxdb raises on its own behalf."""
+    """The base of every error that ctxdb raises on its own behalf.
+
+    The text of an error ends in the address of its entry on the page of errors.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (See {_entry_of(type(self))})".lstrip()
+
+
+def _entry_of(error: type[CtxDBError]) -> str:
+    """Return the address of the entry of an error, or of its base where an application has derived it from that."""
+    name = next(
+        base.__name__
+        for base in error.__mro__
+        if base.__module__.startswith("ctxdb_") and not base.__name__.startswith("_")
+    )
+    return f"{_errors_page()}#{name.lower()}"
+
+
+@cache
+def _errors_page() -> str:
+    """Return the address of the page: within the site that the distribution names, or else within the repository."""
+    with suppress(PackageNotFoundError):
+        for url in metadata("ctxdb-core").get_all("Project-URL") or ():
+            label, _, address = url.partition(",")
+            if label.strip().lower() == "documentation":
+                return f"{address.strip().rstrip('/')}/errors.html"
+    return "ctxdb's docs/errors.md"
 
 
 class ContextNotInitiatedError(CtxDBError):
@@ -149,10 +179,11 @@ class SessionAlreadyActiveError(CtxDBError):
     """A session was to be opened inside of a block that has opened one already.
 
     Raised by ``TransactionContext.session()``, and by ``transaction(reuse_if_exists=False)``, inside of another block
-    of the same task; and, in a unit of work, while another of its tasks is inside of a block: by both, by
-    ``atomic_db_session`` and by ``transactional(db, "nested")``. The way out: ``reuse_if_exists=True`` to share the
-    session of the same task; for another one ``new_session()`` or ``new_transaction()``, ``run_in_new_ctx(fn)`` or
-    ``transactional(db, "requires_new")``.
+    of the same task; and, in a unit of work, while another of its tasks is inside of a block that this task ends, such
+    as ``session.begin_nested()``: by all that would write in that block, begin another one, or end it. And raised where
+    two tasks use the sessions of two databases inside of calls of one another, and would wait for each other for ever.
+    The way out: ``reuse_if_exists=True`` to share the session of the same task; for another one ``new_session()`` or
+    ``new_transaction()``, ``run_in_new_ctx(fn)`` or ``transactional(db, "requires_new")``.
     """
 
     def __init__(self, message: str | None = None) -> None:

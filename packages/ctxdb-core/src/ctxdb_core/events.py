@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from sqlalchemy import Connection
+
 if TYPE_CHECKING:
     from ctxdb_core._databases.connect import DBConnect
 
@@ -51,6 +53,9 @@ class SessionOpened(DBEvent):
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TransactionBegun(DBEvent):
     """A transaction has taken its connection: sent before its first statement is."""
+
+    connection: Connection = field(repr=False)
+    """What it has taken. The transaction owns it: a listener must make no statement on it, and not keep it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

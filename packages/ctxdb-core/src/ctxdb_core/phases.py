@@ -52,6 +52,9 @@ class Phase(Enum):
     """A commit failed when a part of the response had left: the response breaks off, so that no client takes it for
     complete."""
 
+    # Each member is made once. `Enum` hashes its name by a Python function, which each look-up in the table would call.
+    __hash__ = object.__hash__
+
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.HANDLING: frozenset({Phase.AHEAD, Phase.BODY, Phase.REFUSED, Phase.ABANDONED}),

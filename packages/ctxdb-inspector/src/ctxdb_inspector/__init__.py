@@ -3,5 +3,6 @@
 from ctxdb_inspector._access import Authorise
 from ctxdb_inspector._aiohttp import setup
 from ctxdb_inspector._asgi import Inspector, inspector
+from ctxdb_inspector._unit_header import UnitHeader
 
-__all__ = ["Authorise", "Inspector", "inspector", "setup"]
+__all__ = ["Authorise", "Inspector", "UnitHeader", "inspector", "setup"]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import MutableMapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ctxdb_core import DBConnect
+from ctxdb_core.adapters import give_unit_ids, new_unit_id
 from ctxdb_inspector._access import Authorise, check_authorise, is_allowed
 from ctxdb_inspector._content import STREAM_SECONDS, UPDATE_SECONDS, Content, as_event, security_headers
 from ctxdb_inspector._pages import EVENTS, answer, refusal, since_of
 from ctxdb_inspector._recorder import Recorder
-from ctxdb_inspector._records import UnitRecord
+from ctxdb_inspector._records import HEADER, UnitRecord
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from aiohttp.typedefs import Handler
 
 __all__ = ["setup"]
 
 
 def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authorise: Authorise | None = None) -> None:
     """Add to an aiohttp application the page that `inspector` is for ASGI.
+
+    Every response has the header field ``x-ctxdb-unit``, also those of requests that take no connection.
 
     Args:
         app: the application.
@@ -36,6 +42,8 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
     check_authorise(authorise)
     # Newer versions of aiohttp warn of keys that are strings, older ones have nothing else.
     request_key = web.RequestKey("ctxdb_inspected", UnitRecord) if hasattr(web, "RequestKey") else "ctxdb_inspected"
+    id_key = _id_key()
+    give_unit_ids(_id_in)
     recorder = Recorder(dbs, request_key)
     root = path.rstrip("/")
 
@@ -83,7 +91,16 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
     async def redirect(request: web.Request) -> web.StreamResponse:
         raise web.HTTPPermanentRedirect(f"{request.path}/")
 
+    @web.middleware
+    async def choose_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # Before the unit of work begins: it has ended when most responses are prepared.
+        if id_key not in request:
+            request[id_key] = new_unit_id()
+        return await handler(request)
+
     async def tell_unit(request: web.Request, response: web.StreamResponse) -> None:
+        if id_key in request:
+            response.headers[HEADER] = request[id_key]
         record = request.get(request_key)
         if isinstance(record, UnitRecord):
             for name, value in record.response_starts(response.status):
@@ -94,8 +111,22 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
     async def stop(app: web.Application) -> None:
         stopping.set()
 
+    app.middlewares.insert(0, choose_id)
     app.on_shutdown.append(stop)
     app.on_response_prepare.append(tell_unit)
     app.router.add_get(root, redirect)
     for name in ("", "units.json", EVENTS):
         app.router.add_get(f"{root}/{name}", show)
+
+
+@cache
+def _id_key() -> Any:
+    """Return where a request has the id of its unit of work."""
+    from aiohttp import web  # noqa: PLC0415 - as above
+
+    return web.RequestKey("ctxdb_unit_id", str) if hasattr(web, "RequestKey") else "ctxdb_unit_id"
+
+
+def _id_in(origin: Any) -> str | None:
+    given: str | None = origin.get(_id_key()) if isinstance(origin, MutableMapping) else None
+    return given

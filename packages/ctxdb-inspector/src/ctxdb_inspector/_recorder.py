@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterable, MutableMapping
 from time import perf_counter
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -73,6 +73,7 @@ class Recorder:
                 raise ArgumentTypeError(f"The inspector looks at `DBConnect`s, not at {type(db).__name__}.")
         self._key = f"{_HOLD}.{id(self)}"
         self._pools: dict[tuple[int, str], PoolTrack] = {}
+        self._engines: WeakSet[Engine] = WeakSet()
         self._live: dict[str, UnitRecord] = {}
         self._ended: deque[UnitRecord] = deque()
         self._held: dict[int, HoldRecord] = {}
@@ -92,9 +93,12 @@ class Recorder:
 
     def _follow(self, index: int, db: DBConnect) -> None:
         def listen(host: str, engine: AsyncEngine) -> None:
-            self._listen(self._pool(index, without_secrets(host)), engine)
+            # A database in memory has one engine for all event loops.
+            if engine.sync_engine not in self._engines:
+                self._engines.add(engine.sync_engine)
+                self._listen(self._pool(index, without_secrets(host)), engine)
 
-        db.on_engine(listen)
+        db.on_engine(listen, overridden=True)
 
     def _pool(self, index: int, host: str) -> PoolTrack:
         track = self._pools.get((index, host))
@@ -337,5 +341,6 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         recorder = self._recorder()
-        if recorder is not None:
+        # `ctxdb.units` tells how units of work end, which the page shows anyway.
+        if recorder is not None and record.name == "ctxdb":
             recorder.note_warning(record)

@@ -13,6 +13,7 @@ from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import OuterCommit
 from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
+from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._transactions.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.sessions import check_no_block, commit_db_session
@@ -74,7 +75,7 @@ async def atomic_db_session(
         raise answer.error
     unit = place.usable_unit
     session = cast("SessionT", await unit.open_session(db))
-    with SharedSessionBlock(unit, db):
+    with SharedSessionBlock(unit, db), hold_block(session.sync_session):
         if options:
             options.check(session, db)
         # Another task may have begun a transaction meanwhile.

@@ -6,12 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.sessions import door_of, guard_of, guarded
+from ctxdb_core._sqlalchemy.binds import begun_connections
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import door_of, guard_of
+from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._units import session_end
 from ctxdb_core._units.sessions import db_session, unit_for
 from ctxdb_core.errors import TransactionRequiredError
@@ -26,13 +29,15 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     For libraries that commit the session which they are given (fastapi-users, advanced-alchemy's `auto_commit`): what
     they have committed is committed with the rest, by the unit of work, and rolled back with the rest. Their
     ``rollback()`` goes back to their last commit. What is open at the end of the block is committed in the same way,
-    and undone if an exception leaves the block.
+    and undone if an exception leaves the block. If the unit itself commits meanwhile (`commit_db_session`), what was
+    sent by then is committed with it, and the session can be used no more.
 
     ``async with joining_session(db) as session: await SQLAlchemyUserDatabase(session, User).create(...)``
 
     Raises:
         SessionAlreadyActiveError: another task of the unit of work is inside of a block that shares its session.
-        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`); or the unit has
+            ended the transaction, and something was changed in the session since then.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised.
     """
@@ -43,24 +48,34 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             "`transactional(db)`, which begins one."
         )
     session = await db_session(db)
-    with SharedSessionBlock(unit, db, may_nest=True):
+    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session):
         # What is only added to the unit's session would not be seen.
         await session.flush()
-        joined = await _create(db, session)
+        connection = await session.connection()
+        joined = await _create(db, session, connection)
         try:
             yield joined
         except BaseException as exc:
             await run_to_completion(session_end.close(joined, exc, db))
             raise
         try:
-            await joined.commit()
+            # Where the unit itself has committed or rolled back meanwhile, by `commit_db_session` for instance, the
+            # savepoint has ended with its transaction, and nothing is left to release.
+            if connection.in_transaction() and (connection.in_nested_transaction() or not begun_connections(joined)):
+                await joined.commit()
+            elif joined.new or joined.dirty or joined.deleted:
+                raise TransactionRequiredError(
+                    "The unit of work has ended the transaction that this joining session was in, and what was changed "
+                    "in it since then cannot be stored. Flush it before `commit_db_session(db)`, or open another "
+                    "`joining_session(db)` for it."
+                )
         finally:
             await run_to_completion(session_end.close(joined, None, db))
 
 
-async def _create(db: DBConnect[SessionT], session: AsyncSession) -> SessionT:
+async def _create(db: DBConnect[SessionT], session: AsyncSession, connection: AsyncConnection) -> SessionT:
     maker = await db.session_maker()
-    joined = guarded(maker(bind=await session.connection(), join_transaction_mode="create_savepoint"))
+    joined = guarded(maker(bind=connection, join_transaction_mode="create_savepoint"))
     # Calls of both take turns: they have one connection.
     guard_of(joined).door = door_of(session)
     return cast("SessionT", joined)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
 from ctxdb_core._blocks.entry import beside
+from ctxdb_core._sqlalchemy.mysql_errors import CONFLICTS as MYSQL_CONFLICTS
+from ctxdb_core._sqlalchemy.mysql_errors import error_number
 from ctxdb_core._units.lifecycle import opened
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
@@ -39,14 +41,15 @@ _LONGEST_WAIT_SECONDS = 2.0
 def is_conflict(error: BaseException) -> bool:
     """Return whether `error` comes from a conflict with another transaction, so that another try may well succeed.
 
-    A serialization failure or a deadlock (SQLSTATE 40001, 40P01), or SQLite's "database is locked": `error` itself, one
-    that it was raised from or for, or one of a group.
+    A serialization failure or a deadlock (SQLSTATE 40001, 40P01), SQLite's "database is locked", or a deadlock, a lock
+    wait time-out or a changed record of MySQL's and MariaDB's (1213, 1205, 1020): `error` itself, one that it was
+    raised from or for, or one of a group.
     """
     for each in _origins(error, set()):
         # SQLAlchemy's errors hold the driver's one, the drivers' ones the code; by either name.
         if (getattr(each, "sqlstate", None) or getattr(each, "pgcode", None)) in _CONFLICTS:
             return True
-        if getattr(each, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY:
+        if getattr(each, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY or error_number(each) in MYSQL_CONFLICTS:
             return True
     return False
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterable
 from types import FrameType
-from typing import Any
 
-from ctxdb_core._shield import LentTask
+from ctxdb_core._sqlalchemy.task_blocks import running_task
 
-__all__ = ["calling_modules", "is_job", "running_task"]
+__all__ = ["calling_modules", "is_job"]
 
 # Libraries that start a job in the context of an unrelated request. aiojobs starts it in the context of the request
 # whose job has just ended, APScheduler 3 in that of the request that has set its timer. taskiq's in-memory broker
 # stands in for a worker process.
 _SCHEDULERS = frozenset({"aiojobs", "apscheduler", "taskiq"})
-
-
-def running_task() -> asyncio.Task[Any] | None:
-    """Return the task that the running code belongs to; ``None`` in a callback, and in a thread without a loop."""
-    try:
-        task: Any = asyncio.current_task()
-    except RuntimeError:
-        return None
-    return task.host if isinstance(task, LentTask) else task
 
 
 def is_job() -> bool:

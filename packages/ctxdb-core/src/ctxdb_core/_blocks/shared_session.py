@@ -6,9 +6,9 @@ from contextvars import ContextVar
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from ctxdb_core._blocks.scheduler_jobs import running_task
 from ctxdb_core._blocks.task_unit import TaskUnit
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.task_blocks import running_task
 from ctxdb_core._units.generator_blocks import IteratedUnit, is_at_yield, iterated_generator
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import SessionAlreadyActiveError

@@ -11,8 +11,8 @@ from weakref import ref
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransactionOrigin
 
-from ctxdb_core._blocks.scheduler_jobs import running_task
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.task_blocks import running_task
 from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, inherited_before_commit

@@ -30,10 +30,12 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker
 from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
-from ctxdb_core._sqlalchemy.sessions import SessionFactory, guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 
@@ -204,6 +206,8 @@ class DBConnect(Generic[SessionT_co]):
         self._lock = threading.Lock()
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
         self._engine_listeners: tuple[EngineListener, ...] = ()
+        # Told of the engines of `overridden`, too.
+        self._observing_listeners: tuple[EngineListener, ...] = ()
         self._read_only = False
         self._resolve_commits = resolve_commits
         self._keeps_host = False
@@ -492,14 +496,22 @@ class DBConnect(Generic[SessionT_co]):
         """
         return status_of(self, self._host_engines().all)
 
-    def on_engine(self, listener: EngineListener) -> None:
+    def on_engine(self, listener: EngineListener, *, overridden: bool = False) -> None:
         """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.
 
         It is called before the engine is used, on the event loop that the engine is for, or else now. It must not use
         this object.
+
+        Args:
+            listener: what is called.
+            overridden: whether it is told of the engines that blocks of `overridden` make, too: for listeners that
+                only look. Those that teach an engine something of this database's own had better not be.
         """
         with self._lock:
-            self._engine_listeners = (*self._engine_listeners, listener)
+            if overridden:
+                self._observing_listeners = (*self._observing_listeners, listener)
+            else:
+                self._engine_listeners = (*self._engine_listeners, listener)
             for engine in self._host_engines().all:
                 listener(engine.host, engine.engine)
 
@@ -542,7 +554,8 @@ class DBConnect(Generic[SessionT_co]):
         block's idle connections are closed. Inside of it, this object leads to the other database in each task, thread
         and event loop, which gets an engine of its own. It makes sessions as before, is read-only if it was so by
         `from_url`, and stays on the other database: neither `before_create_session_handler` nor `change_host` nor
-        `resolve_commits` is in effect, and listeners of `on_engine` are not told, unless they are added in the block.
+        `resolve_commits` is in effect, and listeners of `on_engine` are not told, unless they are added in the block or
+        for such blocks, too.
         Engines and sessions that are older than the block stay what they are. Blocks may be nested, and end in any
         order.
 
@@ -641,7 +654,7 @@ class DBConnect(Generic[SessionT_co]):
             # The other database of a block of `overridden` may be none that could.
             resolve_commits=self._resolve_commits and not self._keeps_host,
         )
-        for listener in self._engine_listeners:
+        for listener in (*self._engine_listeners, *self._observing_listeners):
             listener(host, engine.engine)
         return engine
 
@@ -790,6 +803,8 @@ def _check_host(host: str) -> None:
 async def close_all(*dbs: DBConnect[Any]) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
+    The queries of tasks that have just been cancelled are stopped on the server before it returns.
+
     Raises:
         ArgumentTypeError: one of `dbs` is no `DBConnect`; the others are closed.
         Exception: the one error there was; an ``ExceptionGroup`` if there were several.
@@ -799,7 +814,7 @@ async def close_all(*dbs: DBConnect[Any]) -> None:
         check_database(db)
         await db.close()
 
-    await _attempt_all([partial(close, db) for db in dbs])
+    await _attempt_all([*(partial(close, db) for db in dbs), wait_for_cancelled_queries])
 
 
 async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:

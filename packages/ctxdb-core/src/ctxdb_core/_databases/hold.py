@@ -60,16 +60,18 @@ class Hold:
     def _warn(self, was: str) -> None:
         self._timer = None
         filename, line, function = self._where
+        held = time.perf_counter() - self._started
         logger.warning(
             "A connection of %s %s held for %.3f s, longer than %g s. It was taken at %s:%d in %s(), and is given back "
             "when the transaction ends: commit, or close the session, before long work that needs no database.",
             self._name,
             was,
-            time.perf_counter() - self._started,
+            held,
             self._limit,
             filename,
             line,
             function,
+            extra={"ctxdb_held": held},
         )
 
 

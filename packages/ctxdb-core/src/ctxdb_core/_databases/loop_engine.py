@@ -18,7 +18,7 @@ from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lost_commits import resolve_lost_commits
-from ctxdb_core._sqlalchemy.sessions import SessionFactory
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
 EngineCreator = Callable[[str], AsyncEngine]

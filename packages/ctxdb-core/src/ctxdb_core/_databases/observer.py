@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.hold import Hold
 from ctxdb_core._databases.url import without_secrets
-from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.events import (
     DBEvent,
     EventListener,
@@ -151,7 +152,7 @@ class _Record:
             if self.opened is None:
                 self.open()
             self.transactions += 1
-            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id))
+            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id, connection=connection))
 
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None

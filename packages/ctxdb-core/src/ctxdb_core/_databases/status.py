@@ -10,7 +10,7 @@ from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._databases.url import without_secrets
+from ctxdb_core._databases.url import pool_name, without_secrets
 from ctxdb_core._sqlalchemy.private import pool_numbers
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class PoolStatus:
 
     host: str
     """Without any password."""
+    name: str
+    """Server, port and database; the pools of one database on several event loops have the same."""
     in_use: int
     """How many connections are held."""
     idle: int
@@ -34,6 +36,8 @@ class PoolStatus:
     """How many tasks wait for a connection."""
     limit: int | None
     """How many connections there may be; ``None`` without a limit."""
+    idle_limit: int | None
+    """How many of them are kept while they are idle; ``None`` without a limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,11 @@ def status_of(db: DBConnect, engines: Collection[LoopEngine]) -> DBStatus:
     return DBStatus(
         host=None if db.host is None else without_secrets(db.host),
         pools=tuple(
-            PoolStatus(host=without_secrets(engine.host), **pool_numbers(engine.engine.pool)._asdict())
+            PoolStatus(
+                host=without_secrets(engine.host),
+                name=pool_name(engine.engine.url),
+                **pool_numbers(engine.engine.pool)._asdict(),
+            )
             for engine in engines
             if not engine.loop.is_closed()
         ),

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-__all__ = ["host_of", "sqlite_file", "without_secrets"]
+__all__ = ["host_of", "pool_name", "sqlite_file", "without_secrets"]
 
 _PLAIN_HOST = re.compile(r"[\w.\-:\[\],%/]+")
 
@@ -20,6 +20,18 @@ def host_of(url: URL) -> str:
     if isinstance(query_host, tuple):
         query_host = ",".join(query_host)
     return url.host or query_host or url.database or ":memory:"
+
+
+def pool_name(url: URL) -> str:
+    """Return what to call the pool of connections to `url`: server, port and database, without any secret.
+
+    It is the form that OpenTelemetry has for ``db.client.connection.pool.name`` where a pool has no name of its own.
+    """
+    host = without_secrets(host_of(url))
+    if url.host is None and not url.query.get("host"):
+        return host
+    port = "" if url.port is None else f":{url.port}"
+    return f"{host}{port}/{url.database}" if url.database else f"{host}{port}"
 
 
 def sqlite_file(url: URL) -> Path | None:

@@ -7,12 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import ref
 
 import sqlalchemy
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
-from sqlalchemy import Dialect, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -21,6 +22,8 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
 
 logger = logging.getLogger("ctxdb")
+
+__all__ = ["keep_cancellation_at_pool", "stop_cancelled_queries", "stop_seconds", "stops_under_way"]
 
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
 LATE_STOP_TIMEOUT_SECONDS = 1.0
@@ -41,6 +44,8 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
     elif driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "connect", _keep_cancel_key)
         event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
+    elif driver in ("asyncmy", "aiomysql"):
+        event.listen(engine.sync_engine, "invalidate", _MySQLKiller(engine.sync_engine).kill)
 
 
 def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], Coroutine[Any, Any, None]]) -> None:
@@ -53,7 +58,7 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
             return
         handled = sys.exc_info()[1]
         try:
-            await_only(run_to_completion(close(dbapi_connection.driver_connection, stop_seconds())))
+            await_only(run_to_completion(_noted(close(dbapi_connection.driver_connection, stop_seconds()))))
         except asyncio.CancelledError:
             # A cancellation that brought us here goes on, and is what the task gets to see.
             if not isinstance(handled, asyncio.CancelledError):
@@ -124,7 +129,7 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
     if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
         request = _send_cancel_request(key) if hasattr(key, "poll") else asyncio.to_thread(key.cancel)
         try:
-            await_only(run_to_completion(asyncio.wait_for(request, stop_seconds())))
+            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
         except asyncio.CancelledError:
             # The cancellation that brought us here goes on.
             pass
@@ -155,6 +160,71 @@ async def _send_cancel_request(key: Any) -> None:
 def _set_ready(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
+
+
+class _MySQLKiller:
+    """Ends the connections of cancelled tasks on the server.
+
+    asyncmy and aiomysql close the socket, which neither MySQL nor MariaDB looks at while a statement runs or waits for
+    a lock: it goes on, and holds its locks. Another connection has to say KILL.
+
+    Args:
+        engine: whose connections.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = ref(engine)
+
+    def kill(self, dbapi_connection: object, record: ConnectionPoolEntry, exception: BaseException | None) -> None:
+        engine = self._engine()
+        if engine is None or not isinstance(exception, asyncio.CancelledError):
+            return
+        connection: Any = record.driver_connection
+        # A pool of its own: the engine's may be at its limit.
+        request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
+        try:
+            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
+        except asyncio.CancelledError:
+            # The cancellation that brought us here goes on.
+            pass
+        except Exception:
+            logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+def _kill(pool: Pool, number: int) -> None:
+    connection = pool.connect()
+    try:
+        driver_connection: Any = connection.driver_connection
+        cursor = connection.cursor()
+        cursor.execute("SELECT CONNECTION_ID()")
+        # A proxy may give connections numbers of its own. By one of these, the server would end somebody else's.
+        if cursor.fetchone() == (driver_connection.thread_id(),):
+            cursor.execute(f"KILL {number}")
+        cursor.close()
+    finally:
+        connection.close()
+        pool.dispose()
+
+
+# --- what is under way ------------------------------------------------------------------------------------------------
+
+# One for each query that is being stopped.
+_stops: set[asyncio.Future[None]] = set()
+
+
+async def _noted(stop: Coroutine[Any, Any, None]) -> None:
+    under_way = asyncio.get_running_loop().create_future()
+    _stops.add(under_way)
+    try:
+        await stop
+    finally:
+        _stops.discard(under_way)
+        under_way.set_result(None)
+
+
+def stops_under_way(loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+    """Return what will be done when a query that is being stopped on `loop` has been stopped, or given up."""
+    return [stop for stop in _stops if stop.get_loop() is loop]
 
 
 def stop_seconds() -> float:

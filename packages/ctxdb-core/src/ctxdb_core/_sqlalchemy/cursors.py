@@ -24,13 +24,14 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Connection, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from ctxdb_core._sqlalchemy.binds import begun_connections
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.private import BufferedRowCursorFetchStrategy
+from ctxdb_core._sqlalchemy.private import BufferedRowCursorFetchStrategy, close_psycopg_cursor
 from ctxdb_core.errors import OpenCursorError
 
 __all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection"]
@@ -48,6 +49,8 @@ def follow_cursors(engine: AsyncEngine) -> None:
     made_by = dialect.execution_ctx_cls
     if not issubclass(made_by, _FollowedExecution):
         dialect.execution_ctx_cls = type(made_by.__name__, (_FollowedExecution, made_by), {})
+    if dialect.driver.startswith("psycopg"):
+        event.listen(engine.sync_engine, "handle_error", _give_up_cursors)
 
 
 def has_open_cursor(session: AsyncSession) -> bool:
@@ -107,9 +110,18 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
         if self.is_open:
             self._is_closed = self._has_ended = True
             self._rowbuffer.clear()
-            with suppress(Exception):
-                # What the server has closed, or does not answer for, needs no closing.
-                self._cursor.close()
+            try:
+                with suppress(Exception):
+                    # What the server has closed, or does not answer for, needs no closing.
+                    self._cursor.close()
+            except BaseException:
+                self.give_up()
+                raise
+
+    def give_up(self) -> None:
+        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open."""
+        self._is_closed = True
+        close_psycopg_cursor(self._cursor)
 
     # --- what the result asks for -------------------------------------------------------------------------------------
 
@@ -169,6 +181,19 @@ def _refuse() -> NoReturn:
         "nothing more was read. Read the result to its end before the transaction is committed or rolled back, or "
         "open it where it is read."
     )
+
+
+def _give_up_cursors(context: ExceptionContext) -> None:
+    if context.connection is None or not (
+        context.is_disconnect or not isinstance(context.original_exception, Exception)
+    ):
+        return
+    for cursor in tuple(_open.get(context.connection, ())):
+        cursor.give_up()
+    # There is none where the connection was lost before it could be made.
+    cursor_of_statement = getattr(context.execution_context, "cursor", None)
+    if cursor_of_statement is not None:
+        close_psycopg_cursor(cursor_of_statement)
 
 
 def _end_cursors(connection: Connection, *args: object) -> None:

@@ -25,10 +25,11 @@ from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ctxdb_core._shield import LentTask
+from ctxdb_core._shield import LentTask, run_to_completion
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_at_end_of_greenlet
-from ctxdb_core.errors import ContextNotInitiatedError
+from ctxdb_core._sqlalchemy.task_blocks import running_task
+from ctxdb_core.errors import ContextNotInitiatedError, SessionAlreadyActiveError
 
 __all__ = ["Door", "Refuse", "StatementObserver"]
 
@@ -44,14 +45,51 @@ _FOREIGN_LOOP = (
     "on the first loop (`anyio.from_thread.run`, `await` instead of `asyncio.run`)."
 )
 
-_turns: ContextVar[tuple[Door, ...]] = ContextVar("ctxdb_turns", default=())
-"""The doors whose turn the running code has taken by `Door.turn`: inherited by the tasks that it starts."""
+_DEADLOCK = (
+    "Two tasks use the sessions of two databases, each one inside of a call of the other session (`run_sync`, an "
+    "`on_begin` callback, an event listener): each waits for the session that the other one has, and neither would "
+    "ever go on. Use one session after the other, nest such calls in the same order everywhere, or give the task "
+    "sessions of its own by `run_in_new_ctx(fn, ...)`."
+)
+
+
+class _Turn:
+    """A turn that was taken for several calls."""
+
+    __slots__ = ("door", "is_over")
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.is_over = False
+
+
+_turns: ContextVar[tuple[_Turn, ...]] = ContextVar("ctxdb_turns", default=())
+"""The turns that the running code has taken by `Door.turn`: inherited by the tasks that it starts, which may last."""
+
+
+class _Waiting(NamedTuple):
+    """A task that waits for a door."""
+
+    door: Door
+    task: Any
+    turns: tuple[_Turn, ...]
+    """The turns that the code which waits is part of."""
+
+    def keeps(self, door: Door) -> bool:
+        """Return whether `door` stays taken for as long as this task waits."""
+        return door.is_held_by(self.task) or door.is_taken_by(self.turns)
+
+
+_all_waiting: set[_Waiting] = set()
+"""The tasks that wait for a door, of all event loops."""
 
 
 class Door:
     """The door of one session. It is made on the event loop that the session belongs to."""
 
     __slots__ = (
+        "_guests",
+        "_guests_wake",
         "_holder",
         "_interrupted",
         "_loop",
@@ -84,6 +122,10 @@ class Door:
         """The task whose turn it is, or a greenlet's that has not come through the door; ``None`` where it is free."""
         self._nested = 0
         """How many calls of the holder are made inside of its first one, by an event listener for instance."""
+        self._guests: tuple[Any, ...] = ()
+        """The tasks that were started inside of a turn, once for each call that they have under way in it."""
+        self._guests_wake: tuple[asyncio.Future[None], ...] = ()
+        """Done when a call of a guest has ended."""
         self._waiting: deque[tuple[asyncio.Future[None], Any]] | None = None
         """The tasks that wait for their turn, in the order in which they came."""
         self._prepare: Callable[[], Awaitable[object]] | None = None
@@ -107,8 +149,11 @@ class Door:
         if loop is self._loop and self._holder is None and self._prepare is None:
             self._holder = current_task(loop)
             return True
-        if self._is_within(current_task(loop)):
+        task = current_task(loop)
+        if self._is_within(task):
             self._nested += 1
+            if not self.is_held_by(task):
+                self._guests = (*self._guests, _real(task))
             return True
         if loop is not self._loop:
             self._refuse_call()
@@ -133,7 +178,10 @@ class Door:
     async def _wait_in(self, waiting: deque[tuple[asyncio.Future[None], Any]], task: Any) -> None:
         handed_over = asyncio.get_running_loop().create_future()
         place = (handed_over, task)
+        mine = _Waiting(self, task, _turns.get())
+        self._refuse_deadlock(mine)
         waiting.append(place)
+        _all_waiting.add(mine)
         try:
             await handed_over
         except BaseException:
@@ -148,11 +196,31 @@ class Door:
                 finally:
                     self.leave()
             raise
+        finally:
+            _all_waiting.discard(mine)
+
+    def _refuse_deadlock(self, mine: _Waiting) -> None:
+        """Raise an error if the code that has the turn waits, by way of other doors, for one that `mine` keeps."""
+        reached, doors = {self}, [self]
+        while doors:
+            door = doors.pop()
+            for other in tuple(_all_waiting):
+                if other.door not in reached and other.keeps(door):
+                    if mine.keeps(other.door):
+                        raise SessionAlreadyActiveError(_DEADLOCK)
+                    reached.add(other.door)
+                    doors.append(other.door)
+
+    def is_held_by(self, task: Any) -> bool:
+        """Return whether `task` has the turn."""
+        return self._holder is not None and task is not None and _real(self._holder) is _real(task)
 
     def leave(self) -> None:
         """Give the turn back: to the task that has waited for the longest time."""
         if self._nested:
             self._nested -= 1
+            if self._guests:
+                self._leave_as_guest()
             return
         if self._interrupted is not None:
             # The call has ended well although it was cancelled: its driver has kept the cancellation to itself.
@@ -168,6 +236,16 @@ class Door:
                 return
         self._holder = None
 
+    def _leave_as_guest(self) -> None:
+        guests, task = list(self._guests), running_task()
+        if task in guests:
+            guests.remove(task)
+        self._guests = tuple(guests)
+        waking, self._guests_wake = self._guests_wake, ()
+        for future in waking:
+            if not future.done():
+                future.set_result(None)
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Take the turn for several calls, which may also be made by tasks that these start and wait for.
@@ -176,21 +254,51 @@ class Door:
         """
         if not self.enter():
             await self.wait()
-        token = _turns.set((*_turns.get(), self))
+        async with self._shared():
+            yield
+
+    @asynccontextmanager
+    async def _shared(self) -> AsyncIterator[None]:
+        """Let tasks that are started in the block make their calls in the turn that was taken; give it back at the end.
+
+        A call that such a task has under way then is waited for, or cancelled if an error leaves the block: the
+        connection serves one call at a time. Its later calls wait for their turns as those of any other task.
+        """
+        depth = self._nested
+        turn = _Turn(self)
+        token = _turns.set((*_turns.get(), turn))
         try:
             yield
         except BaseException:
+            if self._nested > depth:
+                for task in self._guests:
+                    task.cancel()
             self.answer_interruption()
             raise
         finally:
             _turns.reset(token)
-            self.leave()
+            turn.is_over = True
+            try:
+                if self._nested > depth:
+                    await run_to_completion(self._wait_for_guests(depth))
+            finally:
+                self.leave()
+
+    async def _wait_for_guests(self, depth: int) -> None:
+        while self._nested > depth:
+            future = asyncio.get_running_loop().create_future()
+            self._guests_wake = (*self._guests_wake, future)
+            await future
 
     def _is_within(self, task: Any) -> bool:
         """Return whether `task` has the turn, or was started by the code that has it."""
         if self._holder is None:
             return False
-        return (task is not None and _real(self._holder) is _real(task)) or self in _turns.get()
+        return self.is_held_by(task) or self.is_taken_by(_turns.get())
+
+    def is_taken_by(self, turns: tuple[_Turn, ...]) -> bool:
+        """Return whether the turn is had by code that is part of `turns`, the innermost of this door counting."""
+        return next((not turn.is_over for turn in reversed(turns) if turn.door is self), False)
 
     def restart_limit(self, *args: object) -> None:
         """Give the running call its time anew, as it sends another statement."""
@@ -221,13 +329,15 @@ class Door:
         nested = self._nested
         if not self.enter():
             await_only(self.wait())
-        elif self._nested > nested:
+        elif self._nested > nested and self.is_held_by(current_task()):
             # The running task has the turn already, and keeps it for longer than this statement takes.
-            self._nested = nested
+            self.leave()
             return
         if isinstance(current, CallGreenlet):
             # The greenlet serves a call of another session, and is used again after it: the turn ends with that call.
             current.also_entered = (*current.also_entered, self)
+        elif self._nested > nested:
+            call_at_end_of_greenlet(current, self.leave)
         else:
             self._holder = turn = _GreenletTurn(self._holder)
             call_at_end_of_greenlet(current, partial(self._leave_with_greenlet, turn))
@@ -240,12 +350,19 @@ class Door:
 
     def is_held(self) -> bool:
         """Return whether the running code has taken the turn by `turn` or `last_turn`."""
-        return self._holder is not None and self in _turns.get()
+        return self._holder is not None and self.is_taken_by(_turns.get())
 
     @property
     def is_busy(self) -> bool:
         """Whether a call is under way."""
         return self._holder is not None
+
+    @property
+    def cancelled_task(self) -> asyncio.Task[Any] | None:
+        """The task that has a call under way, if it has been cancelled."""
+        task = None if self._holder is None else _real(self._holder)
+        is_cancelled = isinstance(task, asyncio.Task) and not task.done() and task.cancelling() > 0
+        return task if is_cancelled else None
 
     def prepare_next_call(self, prepare: Callable[[], Awaitable[object]] | None) -> None:
         """Have the next call await `prepare` before it takes its turn; ``None`` takes that back.
@@ -295,17 +412,15 @@ class Door:
         task = current_task()
         if self._is_within(task):
             self._nested += 1
+            if not self.is_held_by(task):
+                self._guests = (*self._guests, _real(task))
         elif self._holder is None:
             self._holder = task
         else:
             self._waiting = deque()
             await self._wait_in(self._waiting, task)
-        token = _turns.set((*_turns.get(), self))
-        try:
+        async with self._shared():
             yield
-        finally:
-            _turns.reset(token)
-            self.leave()
 
     @property
     def has_ended(self) -> bool:

@@ -8,16 +8,21 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
+from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
+from ctxdb_core._sqlalchemy.mysql_rollbacks import detect_rollback_by_server
+from ctxdb_core._sqlalchemy.private import listen_once
 from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["detect_silent_rollback"]
 
 
 def detect_silent_rollback(engine: AsyncEngine) -> None:
-    """Raise an error where PostgreSQL would roll back on COMMIT, and keep broken connections out of the pool."""
+    """Raise an error where COMMIT would store a part or nothing, and keep broken connections out of the pool."""
     event.listen(engine.sync_engine, "handle_error", _note_interruption)
     if engine.dialect.name == "postgresql":
         event.listen(engine.sync_engine, "handle_error", _handle_error)
+    elif is_mysql(engine.dialect):
+        detect_rollback_by_server(engine)
 
 
 def _note_interruption(context: ExceptionContext) -> None:
@@ -50,11 +55,11 @@ def _handle_error(context: ExceptionContext) -> None:
         # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
-    elif connection.in_transaction() and not event.contains(connection, "commit", _check_transaction):
+    elif connection.in_transaction():
         # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
         # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
         # The listener is on this one connection of this one session: it goes when the transaction is over.
-        event.listen(connection, "commit", _check_transaction)
+        listen_once(connection, "commit", _check_transaction)
 
 
 def _check_transaction(connection: Connection) -> None:

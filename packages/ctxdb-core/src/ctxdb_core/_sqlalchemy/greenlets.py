@@ -32,6 +32,16 @@ class Leavable(Protocol):
         """Give the turn back."""
 
 
+class Waiting(Protocol):
+    """What is told when a call waits."""
+
+    def begin_waiting(self) -> None:
+        """Note that other tasks are about to run."""
+
+    def end_waiting(self) -> None:
+        """Note that the call goes on."""
+
+
 class CallGreenlet(greenlet):
     """Runs calls in which SQLAlchemy may wait for awaitables (``sqlalchemy.util.await_only``).
 
@@ -46,6 +56,9 @@ class CallGreenlet(greenlet):
     also_entered: tuple[Leavable, ...] = ()
     """The doors of other sessions that the running call has used, and which are left when it ends."""
 
+    waiting: Waiting | None = None
+    """What is told when the running call waits, if anything is."""
+
     parent: greenlet  # of the call that is running: the one that awaits what the call waits for
 
     def leave_doors(self) -> None:
@@ -58,7 +71,7 @@ class CallGreenlet(greenlet):
         # The first switch into a greenlet hands its arguments to `run`; all calls come alike by the one in the loop.
         call = self.parent.switch(None)
         while True:
-            outcome = _Outcome(None, None)
+            outcome = _Outcome()
             outcome.set_by(*call)
             call = None
             # The switch keeps its argument until it returns, which is at the next call: the caller empties the outcome.
@@ -71,12 +84,12 @@ class _Outcome:
 
     __slots__ = ("error", "result")
 
-    def __init__(self, result: Any, error: BaseException | None) -> None:
-        self.result = result
-        self.error = error
+    result: Any
+    error: BaseException | None
 
     def set_by(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the call. The traceback of its error shows this frame, and none that goes on with other calls."""
+        self.error = None
         try:
             self.result = fn(*args, **kwargs)
         except BaseException as exc:  # noqa: BLE001 - handed to the caller, who raises it
@@ -121,8 +134,16 @@ async def call_in_greenlet(
     answer = worker.switch((fn, args, kwargs))
     while type(answer) is not _Outcome:
         has_awaited = True
+        waiting = worker.waiting
         try:
-            value = await answer
+            if waiting is None:
+                value = await answer
+            else:
+                waiting.begin_waiting()
+                try:
+                    value = await answer
+                finally:
+                    waiting.end_waiting()
         except GeneratorExit:
             # The coroutine is thrown away in the middle of the call, by garbage collection for instance. The greenlet
             # unwinds its call like any other error; it is not used again, as a clean-up in it may wait for something.
@@ -140,14 +161,15 @@ async def call_in_greenlet(
         worker.leave_doors()
     if len(idle) < MOST_IDLE:
         idle.append(worker)
-    error, answer.error = answer.error, None
-    result, answer.result = answer.result, None
+    error = answer.error
     if error is not None:
+        answer.error = None
         try:
             raise error
         finally:
             # The error's traceback knows this frame: left in it, the two would be in a reference cycle.
             del error
+    result, answer.result = answer.result, None
     if _require_await and not has_awaited:
         raise AwaitRequired(
             "The current operation required an async execution but none was detected. This will usually happen when "

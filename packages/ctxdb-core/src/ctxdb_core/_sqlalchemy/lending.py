@@ -5,16 +5,18 @@
 transaction with its own first statement, so that what the driver is told before that is committed at once. And a driver
 connection that is kept for longer than the transaction reaches into the transaction of another request.
 
-So `begin_on_server` begins the transaction when the session's connection is asked for; and what is handed out is
-asyncpg's own stand-in for connections of a pool (``PoolConnectionProxy``), which refuses each call once the connection
-was given back. Cursors, prepared statements and transactions that were made by it refuse theirs, too.
+So the transaction is begun when the session's connection is asked for; and what is handed out is a stand-in, which
+refuses each call once the connection was given back: asyncpg's own one for connections of a pool
+(``PoolConnectionProxy``), or one that shares the state of psycopg's connection. Cursors, prepared statements and
+transactions that were made by it refuse theirs, too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._sqlalchemy.private import (
@@ -22,8 +24,11 @@ from ctxdb_core._sqlalchemy.private import (
     begin_asyncpg_transaction,
     forget_prepared_statements,
     lend_asyncpg_connection,
+    lend_psycopg_connection,
+    listen_once,
     pool_of,
     take_back_asyncpg_connection,
+    take_back_psycopg_connection,
 )
 
 __all__ = ["lend_driver_connection"]
@@ -33,10 +38,12 @@ _LOAN = "ctxdb.loan"
 
 def lend_driver_connection(connection: Connection) -> None:
     """Begin the transaction of `connection` on the server, and lend the driver's connection for as long as it lasts."""
-    if connection.dialect.driver != "asyncpg":
-        # psycopg begins by itself before anything that it sends.
+    driver = connection.dialect.driver
+    if driver not in _LENDERS:
         return
-    begin_asyncpg_transaction(connection)
+    if driver == "asyncpg":
+        # psycopg begins by itself before anything that it sends.
+        begin_asyncpg_transaction(connection)
     pooled: Any = connection.connection
     if type(pooled) is ConnectionFairy:
         # An object of this one loan: the pool makes another one each time.
@@ -55,17 +62,43 @@ class _LentConnection(ConnectionFairy):
             # It was detached from its pool, and is nobody else's from then on.
             return super().driver_connection
         if _LOAN not in info:
-            info[_LOAN] = lend_asyncpg_connection(super().driver_connection)
-            pool = pool_of(self)
-            if not event.contains(pool, "checkin", _take_back):
-                event.listen(pool, "checkin", _take_back)
-        return info[_LOAN]
+            driver_connection = super().driver_connection
+            lender = _lender_of(driver_connection)
+            if lender is None:
+                return driver_connection
+            lend, take_back = lender
+            info[_LOAN] = (lend(driver_connection), take_back)
+            listen_once(pool_of(self), "checkin", _take_back)
+        return info[_LOAN][0]
+
+
+def _lender_of(driver_connection: object) -> _Lender | None:
+    # Applications derive classes of their own from the driver's.
+    names = (cls.__module__.partition(".")[0] for cls in type(driver_connection).__mro__)
+    return next((_LENDERS[name] for name in names if name in _LENDERS), None)
 
 
 def _take_back(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    loan = record.record_info.pop(_LOAN, None) if record.record_info else None
-    if loan is not None:
-        take_back_asyncpg_connection(loan)
-        if dbapi_connection is not None:
-            # SQLAlchemy's own prepared statements are refused from now on as well.
-            forget_prepared_statements(dbapi_connection)
+    loan, take_back = record.record_info.pop(_LOAN, (None, None)) if record.record_info else (None, None)
+    if take_back is not None:
+        take_back(loan, dbapi_connection)
+
+
+def _take_back_asyncpg(loan: Any, dbapi_connection: Any) -> None:
+    take_back_asyncpg_connection(loan)
+    if dbapi_connection is not None:
+        # SQLAlchemy's own prepared statements are refused from now on as well.
+        forget_prepared_statements(dbapi_connection)
+
+
+def _take_back_psycopg(loan: Any, dbapi_connection: Any) -> None:
+    take_back_psycopg_connection(loan)
+
+
+_Lender: TypeAlias = tuple[Callable[[Any], Any], Callable[[Any, Any], None]]
+
+_LENDERS: dict[str, _Lender] = {
+    "asyncpg": (lend_asyncpg_connection, _take_back_asyncpg),
+    "psycopg": (lend_psycopg_connection, _take_back_psycopg),
+}
+_LENDERS["psycopg_async"] = _LENDERS["psycopg"]

@@ -18,6 +18,13 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ctxdb_core._sqlalchemy.mysql_errors import (
+    CONNECTION_KILLED,
+    SERVER_GONE,
+    SERVER_SHUTDOWN,
+    error_number,
+    is_mysql,
+)
 from ctxdb_core._sqlalchemy.private import connections_of, replace_commit
 from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
 from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
@@ -246,6 +253,12 @@ def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseExcepti
     if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
+    if is_mysql(engine.dialect):
+        number = error_number(exc)
+        # The first is asyncmy's, which has sent nothing. The others are told by a server that ends the connection.
+        return number != SERVER_GONE and (
+            number in (CONNECTION_KILLED, SERVER_SHUTDOWN) or engine.dialect.is_disconnect(exc, connection, None)
+        )
     sqlstate = getattr(exc, "sqlstate", None)
     if sqlstate is not None and not is_connection_error(sqlstate):
         # The server has answered: it has rolled back.

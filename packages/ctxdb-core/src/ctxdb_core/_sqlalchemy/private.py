@@ -1,7 +1,8 @@
-"""All that is used of SQLAlchemy and asyncpg beyond their public names; nothing else in the workspace uses any of it.
+"""All that is used of SQLAlchemy and drivers beyond their public names; nothing else in the workspace uses any of it.
 
-Checked on SQLAlchemy 2.0.55 and 2.1.9, and on asyncpg 0.32. `tests/core/test_private_names.py` fails where another
-version has changed one of them; it is run on the lowest version that is supported and on the newest.
+Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on psycopg 3.3, on asyncmy 0.2.18 and on aiomysql 0.3.2.
+`tests/core/test_private_names.py` fails where another version has changed one of them; it is run on the lowest version
+that is supported and on the newest. What is used of asyncmy and aiomysql is tested in `tests/mariadb`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import sys
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm.session import _new_sessionid, _sessions
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -26,21 +30,30 @@ __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
     "PoolNumbers",
+    "SessionPattern",
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
+    "changed_states",
+    "close_psycopg_cursor",
     "commit_values",
     "connections_of",
     "copy_engine",
     "deleted_in",
     "follow_dialect",
+    "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
+    "has_to_flush",
     "innermost_block",
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
+    "lend_psycopg_connection",
+    "listen_first",
+    "listen_once",
     "pass_on_failed_connect",
+    "pending_states",
     "pool_numbers",
     "pool_of",
     "replace_commit",
@@ -49,9 +62,14 @@ __all__ = [
     "replace_raw_connection",
     "replace_terminate",
     "seed_dispatch",
+    "set_warning_of_changes",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
+    "take_back_psycopg_connection",
+    "transport_of",
 ]
+
+_new = object.__new__
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -79,6 +97,27 @@ def is_flushing(session: Session) -> bool:
     return session._flushing  # noqa: SLF001 - see the module
 
 
+def has_to_flush(session: Session) -> bool:
+    """Return whether a flush has something to do, as far as can be told without a look at each object."""
+    return not session._is_clean()  # noqa: SLF001 - see the module
+
+
+def changed_states(session: Session) -> set[InstanceState[Any]]:
+    """Return the very set in which the session keeps the persistent objects that were changed."""
+    return session.identity_map._modified  # noqa: SLF001 - see the module
+
+
+def pending_states(session: Session) -> Collection[InstanceState[Any]]:
+    """Return the objects that were added to the session and not written yet."""
+    return session._new.keys()  # noqa: SLF001 - see the module
+
+
+def set_warning_of_changes(session: Session, *, enabled: bool) -> bool:
+    """Have SQLAlchemy warn of objects that are added while it flushes, or not; return whether it has done so."""
+    warns, session._warn_on_events = session._warn_on_events, enabled  # noqa: SLF001 - see the module
+    return warns
+
+
 def begin_without_statement(session: Session) -> None:
     """Have the session begin a transaction as its next statement would: `Session.begin` would claim its commit."""
     session._autobegin_t()  # noqa: SLF001 - see the module
@@ -92,11 +131,100 @@ def connections_of(transaction: SessionTransaction) -> set[Connection]:
 def seed_dispatch(session: Session) -> None:
     """Give a new session its empty listeners at once.
 
-    SQLAlchemy makes the object that keeps the listeners of one session anew for each, and has it miss each event once:
-    11 times in a request of one SELECT, 16 times in one of an INSERT.
+    SQLAlchemy makes the object that keeps the listeners of one session anew for each, with a slot for each event, and
+    has it miss each event once: 10 times in a request of one SELECT, 16 times in one of an INSERT.
     """
     dispatch: Any = session.dispatch
-    vars(dispatch).update(dispatch._empty_listeners)  # noqa: SLF001 - see the module
+    listeners: dict[str, Any] = dispatch._empty_listeners  # noqa: SLF001 - see the module
+    # `any` makes all of the calls, as each returns ``None``: a loop would cost what this is to spare.
+    any(map(setattr, repeat(dispatch), listeners, listeners.values()))
+
+
+class SessionPattern:
+    """Makes sessions like those that a constructor makes, by copying what is the same in all of them.
+
+    The two constructors of a session check and store some 25 values, of which all but a few are the same for each
+    session of a session maker.
+
+    Args:
+        construct: makes a session by the constructors.
+    """
+
+    __slots__ = (
+        "_async_class",
+        "_async_dicts",
+        "_async_values",
+        "_identity_map",
+        "_sync_class",
+        "_sync_dicts",
+        "_sync_values",
+    )
+
+    def __init__(self, construct: Callable[[], AsyncSession]) -> None:
+        session, other = construct(), construct()
+        sync_session: Any = session.sync_session
+        self._async_class: type[AsyncSession] = type(session)
+        self._sync_class: type[Session] = type(sync_session)
+        self._identity_map: type[Any] = type(sync_session.identity_map)
+        self._async_values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
+        self._sync_values, self._sync_dicts = _in_common(sync_session, other.sync_session, {"hash_key", "identity_map"})
+
+    @classmethod
+    def of(cls, construct: Callable[[], AsyncSession]) -> SessionPattern | None:
+        """Return a pattern of the sessions that `construct` makes; ``None`` if they have more than can be copied."""
+        try:
+            return cls(construct)
+        except _CannotBeCopiedError:
+            return None
+
+    def __call__(self) -> AsyncSession:
+        """Return a new session."""
+        sync_session: Any = _new(self._sync_class)
+        sync_session.__dict__ = values = self._sync_values.copy()
+        for name in self._sync_dicts:
+            values[name] = {}
+        values["identity_map"] = self._identity_map()
+        values["hash_key"] = key = _new_sessionid()
+        _sessions[key] = sync_session
+        seed_dispatch(sync_session)
+        session: Any = _new(self._async_class)
+        session.__dict__ = values = self._async_values.copy()
+        for name in self._async_dicts:
+            values[name] = {}
+        # SQLAlchemy finds the one by the other.
+        values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
+        return session  # type: ignore[no-any-return]  # of `_async_class`
+
+
+class _CannotBeCopiedError(Exception):
+    """A session has a value of its own that is not known here."""
+
+
+def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the values that two new sessions have in common, and the names of those that are empty dicts of their own.
+
+    Args:
+        one: a session.
+        other: another one.
+        known: the names of what each session has for itself beside empty dicts.
+    """
+    values, others = vars(one), vars(other)
+    own = [name for name, value in values.items() if others.get(name) is not value]
+    dicts = tuple(name for name in own if type(values[name]) is dict and not values[name])
+    if values.keys() != others.keys() or set(own) - set(dicts) != known:
+        raise _CannotBeCopiedError
+    return {name: value for name, value in values.items() if name not in own}, dicts
+
+
+def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
+    """Have `listener` called at an event of one pool, connection or session, unless it is already.
+
+    `event.contains` looks for the ``id`` of the target. SQLAlchemy copies the listeners of a pool to the one that takes
+    its place after ``dispose``, and keeps them known by the ``id`` of the first pool, which another pool may have by
+    then: that one would be taken for one which has them.
+    """
+    if listener not in tuple(getattr(target.dispatch, name)):
+        event.listen(target, name, listener)
 
 
 # --- objects of the ORM -----------------------------------------------------------------------------------------------
@@ -130,18 +258,19 @@ def pool_of(connection: PoolProxiedConnection, default: Pool | None = None) -> P
 
 
 class PoolNumbers(NamedTuple):
-    """How many connections of a pool there are; ``limit`` is ``None`` without a limit."""
+    """How many connections of a pool there are, and may be; ``None`` is no limit."""
 
     in_use: int
     idle: int
     waiting: int
     limit: int | None
+    idle_limit: int | None
 
 
 def pool_numbers(pool: Pool) -> PoolNumbers:
     """Return what a pool holds, and how many tasks wait for it; zeros for the kinds of pools that do not count."""
     if not isinstance(pool, QueuePool):
-        return PoolNumbers(0, 0, 0, None)
+        return PoolNumbers(0, 0, 0, None, None)
     # An overflow of -1 is none, and a size of 0 none either.
     size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001 - see the module
     limit = None if overflow < 0 or size == 0 else size + overflow
@@ -151,7 +280,7 @@ def pool_numbers(pool: Pool) -> PoolNumbers:
         queue: Any = vars(pool._pool).get("_queue")  # noqa: SLF001 - see the module
         getters = () if queue is None else tuple(queue._getters)  # noqa: SLF001 - see the module
     waiting = sum(not getter.done() for getter in getters)
-    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit)
+    return PoolNumbers(pool.checkedout(), pool.checkedin(), waiting, limit, size or None)
 
 
 def pass_on_failed_connect(pool: Pool) -> None:
@@ -202,6 +331,25 @@ def replace_raw_connection(engine: Engine, take: Callable[[Callable[[], Any]], A
     There is no event before a connection is waited for.
     """
     _replace(engine, "raw_connection", take)
+
+
+def follow_raw_connection(engine: Engine, around: Callable[[Callable[[], Any]], Any]) -> None:
+    """Have `around` called in the place of ``Engine.raw_connection``, with that.
+
+    Unlike with `replace_raw_connection`, several may follow one engine.
+    """
+    original = engine.raw_connection
+    vars(engine)["raw_connection"] = lambda: around(original)
+
+
+def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
+    """Listen to an event of an engine, before those who listen to it already.
+
+    ``event.listen(..., insert=True)`` does not do it: the events of engines drop the argument.
+    """
+    event.listen(engine, name, listener)
+    listeners = getattr(engine.dispatch, name).listeners
+    listeners.appendleft(listeners.pop())
 
 
 def copy_engine(engine: Engine) -> Engine:
@@ -304,3 +452,64 @@ def forget_prepared_statements(adapted: Any) -> None:
     cache = adapted._prepared_statement_cache  # noqa: SLF001 - see the module
     if cache is not None:
         cache.clear()
+
+
+# --- psycopg ----------------------------------------------------------------------------------------------------------
+
+
+def close_psycopg_cursor(adapted: Any) -> None:
+    """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; pass over those of other drivers."""
+    cursor: Any = getattr(adapted, "_cursor", None)
+    if type(cursor).__module__.partition(".")[0] == "psycopg":
+        cursor._close()  # noqa: SLF001 - see the module
+
+
+def lend_psycopg_connection(connection: Any) -> Any:
+    """Return a stand-in of a connection, of a derived class and with the very same state, until it is taken back.
+
+    Cursors, transactions and pipelines that are made by the stand-in ask it for all that they do.
+    """
+    cls = type(connection)
+    if cls not in _psycopg_loans:
+        # Both have the same layout, so that a stand-in may become one that refuses.
+        lent = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__del__": _delete_nothing})
+        refusing = type(cls.__name__, (lent,), {"__module__": cls.__module__, "__getattribute__": _refuse_attribute})
+        _psycopg_loans[cls] = (lent, refusing)
+    loan: Any = object.__new__(_psycopg_loans[cls][0])
+    loan.__dict__ = connection.__dict__
+    return loan
+
+
+def take_back_psycopg_connection(loan: Any) -> None:
+    """Have a stand-in, and all cursors, transactions and pipelines made by it, refuse every further call."""
+    for lent, refusing in _psycopg_loans.values():
+        if type(loan) is lent:
+            loan.__class__ = refusing
+
+
+_psycopg_loans: dict[type, tuple[type, type]] = {}
+"""For each class of connections, that of their stand-ins, and that of stand-ins which were taken back."""
+
+
+def _delete_nothing(self: Any) -> None:
+    """Stand in for the method that warns of a connection which is deleted while it is open: the pool has it still."""
+
+
+def _refuse_attribute(self: Any, name: str) -> Any:
+    if name.startswith("__"):
+        return object.__getattribute__(self, name)
+    raise sys.modules["psycopg"].InterfaceError(
+        "This connection was released back to the pool, as its transaction has ended: it may serve another one. Ask "
+        "the session for its connection in each transaction."
+    )
+
+
+# --- asyncpg, asyncmy, aiomysql ---------------------------------------------------------------------------------------
+
+
+def transport_of(connection: Any) -> asyncio.BaseTransport | None:
+    """Return what a connection of asyncpg, asyncmy or aiomysql sends by; ``None`` where the driver has changed."""
+    transport = getattr(connection, "_transport", None)
+    if transport is None:
+        transport = getattr(getattr(connection, "_writer", None), "transport", None)
+    return transport

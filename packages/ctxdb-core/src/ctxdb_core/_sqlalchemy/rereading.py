@@ -19,6 +19,8 @@ from sqlalchemy import event, inspect
 from sqlalchemy.orm import InstanceState, ORMExecuteState, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
+from ctxdb_core._sqlalchemy.private import listen_once
+
 __all__ = ["Rereading"]
 
 
@@ -32,8 +34,7 @@ class Rereading:
         """Whether the other transaction has not begun."""
         self._relationships: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
         """What each object's relationships have loaded; looked up at the first query, as it may never come."""
-        if not event.contains(session, "do_orm_execute", _read_anew):
-            event.listen(session, "do_orm_execute", _read_anew)
+        listen_once(session, "do_orm_execute", _read_anew)
 
     def objects(self, session: Session) -> WeakKeyDictionary[InstanceState[Any], dict[str, Any]]:
         """Return the objects that have not been read again, with what their relationships have loaded."""

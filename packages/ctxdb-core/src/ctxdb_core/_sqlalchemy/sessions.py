@@ -1,7 +1,4 @@
-"""The classes of the sessions that a `DBConnect` hands out, derived from the user's own ones.
-
-`derive_async` and `derive_sync` put a class of this module into the bases of the user's class. What the user's class
-overrides stays in effect, and ``isinstance`` holds.
+"""The classes that are put into the bases of the user's own session classes (see `session_factory`).
 
 - `GuardedSession` comes before the user's synchronous class: it looks at each statement, whatever the user's
   ``get_bind`` does (SQLAlchemy, "Custom Vertical Partitioning"), and tells of the session's end.
@@ -18,33 +15,42 @@ import types
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
+from greenlet import getcurrent
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session, async_sessionmaker
-from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
+from sqlalchemy.orm import InstanceState, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
-from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, innermost_block, seed_dispatch
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    connections_of,
+    has_to_flush,
+    innermost_block,
+    is_flushing,
+)
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, own_transaction, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
-__all__ = ["DoorSession", "GuardedSession", "SessionFactory", "door_of", "guard_of", "guarded"]
+__all__ = ["DoorSession", "GuardedSession", "call_of_users_class", "door_of", "guard_of", "through_the_door"]
 
 
 OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
@@ -67,7 +73,7 @@ class Interrupted(NamedTuple):
 _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 
-class GuardedSession(Session):
+class GuardedSession(BlockedSession):
     """A synchronous session that may have a door."""
 
     door: Door | None = None
@@ -100,6 +106,9 @@ class GuardedSession(Session):
             door.look(self, clause)
             # A call without arguments comes from code that looks at the session, not from a statement.
             if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
+                if self.task_blocks and not is_flushing(self):
+                    # A flush may be that of another task's query; it writes the objects of the task in the block.
+                    refuse_in_block_of_other_task(self)
                 self.note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
@@ -123,6 +132,7 @@ class GuardedSession(Session):
         return super()._autobegin_t(begin)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        refuse_in_block_of_other_task(self)
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
             # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
             await_only(_begin(self, self.on_begin))
@@ -148,14 +158,32 @@ class GuardedSession(Session):
         return found
 
     def flush(self, objects: Any = None) -> None:
+        if self.door is None or not has_to_flush(self):
+            super().flush(objects)
+            return
         # An object of the identity map has been changed: `session.dirty` would look at each of them.
-        if self.door is not None and self.identity_map.check_modified():
+        if self.identity_map.check_modified():
             note_originals(self)
-        super().flush(objects)
+        worker: Any = getcurrent()
+        if type(worker) is not CallGreenlet:
+            if in_greenlet():
+                # SQLAlchemy's own, in which attributes of `AsyncAttrs` are loaded: it has not come through the door.
+                await_only(_pass(self.door, self.flush, (objects,), {}))
+            else:
+                super().flush(objects)
+            return
+        changes, outer = ConcurrentChanges(self), worker.waiting
+        worker.waiting = changes
+        try:
+            super().flush(objects)
+        finally:
+            worker.waiting = outer
+            changes.mark()
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
             # Statements on the connection itself are not seen here, so it counts as a write.
+            refuse_in_block_of_other_task(self)
             self.note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
@@ -228,29 +256,37 @@ class GuardedSession(Session):
 # --- the asynchronous session -----------------------------------------------------------------------------------------
 
 
-async def _call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
-    session: GuardedSession = cast(Any, fn).__self__
+    # A plain function, as all three of its kind: a coroutine more would be resumed for each message from the server.
+    session: GuardedSession = fn.__self__
     if session.identity_map and session.door is not None and not session.in_transaction():
         # SQLAlchemy asks for the listeners of a query before it begins the transaction.
         session.look_back()
     if session.on_begin is not None:
-        return await _call_with_hook(session, fn, args, kwargs)
-    return await _pass(session.door, fn, args, kwargs)
+        return _call_with_hook(session, fn, args, kwargs)
+    return _pass(session.door, fn, args, kwargs)
 
 
-async def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
+def call_of_users_class(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Stand in for ``greenlet_spawn`` in a method of the user's class, where `fn` may be anything."""
+    if isinstance(getattr(fn, "__self__", None), GuardedSession):
+        return _call(fn, *args, **kwargs)
+    return greenlet_spawn(fn, *args, **kwargs)
+
+
+def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
     if session.on_begin is not None:
-        return await _call_with_hook(session, fn, (session, *args), kwargs)
-    return await _pass(session.door, fn, (session, *args), kwargs)
+        return _call_with_hook(session, fn, (session, *args), kwargs)
+    return _pass(session.door, fn, (session, *args), kwargs)
 
 
-async def _call_of_transaction(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of a transaction, or begins one."""
-    owner: Any = cast(Any, fn).__self__
+    owner = fn.__self__
     session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
-    return await _pass(session.door, fn, args, kwargs)
+    return _pass(session.door, fn, args, kwargs)
 
 
 async def _pass(door: Door | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -389,8 +425,10 @@ async def _begin(session: GuardedSession, on_begin: OnBegin, *, has_connection: 
     assert door is not None
     try:
         # The hook may have tasks of its own make its statements, as `asyncio.wait_for` does on Python 3.11.
+        # What was only added so far must not be flushed by the hook's statements: it would be written before them.
         async with door.turn():
-            await on_begin(_async_session_of(session))
+            with session.no_autoflush:
+                await on_begin(_async_session_of(session))
         session.note_set_up()
     except BaseException:
         # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In the
@@ -408,7 +446,7 @@ def _async_session_of(session: GuardedSession) -> AsyncSession:
     return found
 
 
-def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
+def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
     """Return a method of SQLAlchemy's with other names in the place of some that its module has.
 
     So SQLAlchemy's own code runs, in whichever version is installed, and no object of SQLAlchemy is changed.
@@ -425,7 +463,7 @@ def _through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
 
 def _methods_through_the_door(cls: type, stand_ins: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _through_the_door(method, stand_ins)
+        name: through_the_door(method, stand_ins)
         for name, method in vars(cls).items()
         if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names)
     }
@@ -472,6 +510,29 @@ def _may_close(session: DoorSession, exc: BaseException | None) -> bool:
     return not guard.door.has_ended and guard.before_close(session, exc)
 
 
+def _by_owner(start: Any) -> Any:
+    @functools.wraps(start)
+    async def start_by_owner(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        started = await start(self, is_ctxmanager)
+        guard = self.session.sync_session
+        if isinstance(guard, GuardedSession) and guard.door is not None and (self.nested or is_ctxmanager):
+            # A transaction that is begun without a block is the session's: nobody has said that it ends on an error.
+            own_transaction(guard, cast(SessionTransaction, self.sync_transaction))
+        return started
+
+    return start_by_owner
+
+
+def _outside_of_blocks(method: Any) -> Any:
+    @functools.wraps(method)
+    async def call_outside_of_blocks(self: DoorSession, *args: Any) -> None:
+        # A flush that is asked for writes what the running task has changed. The one before a query passes by.
+        refuse_in_block_of_other_task(self.sync_session)
+        await method(self, *args)
+
+    return call_outside_of_blocks
+
+
 def _unless_owned(close: Any) -> Any:
     @functools.wraps(close)
     async def close_unless_owned(self: DoorSession) -> None:
@@ -494,101 +555,17 @@ for _cls, _library_cls, _spawn in (
         setattr(_cls, _name, _method)
 for _name in ("close", "reset", "invalidate"):
     setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
-DoorSession.run_sync = _through_the_door(  # type: ignore[method-assign]  # of our own class
+DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
+for _name in ("flush", "rollback"):
+    setattr(DoorSession, _name, _outside_of_blocks(getattr(DoorSession, _name)))
+DoorSession.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )
 
 
-# --- deriving ---------------------------------------------------------------------------------------------------------
-
-# By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
-_derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
-
-
-def derive_sync(cls: type[Session]) -> type[GuardedSession]:
-    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
-    if cls is Session:
-        return GuardedSession
-    if issubclass(cls, GuardedSession):
-        return cls
-    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), closes_plainly=cls.close is Session.close)
-    return derived
-
-
-def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
-    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
-    if cls is AsyncSession:
-        return DoorSession
-    if issubclass(cls, DoorSession):
-        return cls
-    derived: type[DoorSession] = _derive(cls, (cls, DoorSession), closes_plainly=cls.close is AsyncSession.close)
-    return derived
-
-
-def _derive(cls: type, bases: tuple[type, ...], *, closes_plainly: bool) -> Any:
-    known = _derived.get(cls)
-    derived = None if known is None else known()
-    if derived is None:
-        namespace = {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "closes_plainly": closes_plainly,
-        }
-        derived = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
-        _derived[cls] = ref(derived)
-    return derived
-
-
-class SessionFactory:
-    """Makes sessions as a session maker does, of the derived classes.
-
-    Args:
-        maker: the user's session maker. What ``maker.configure()`` changes later is seen.
-    """
-
-    __slots__ = ("_async_class", "_class", "_sync_class", "_sync_given", "maker")
-
-    def __init__(self, maker: async_sessionmaker[Any]) -> None:
-        self.maker = maker
-        self._class: Any = None
-        self._sync_given: Any = None
-
-    def __call__(self, **options: Any) -> AsyncSession:
-        """Return a new session, with `options` in the place of those of the session maker."""
-        maker = self.maker
-        if type(maker) is not async_sessionmaker:
-            # Its class may make sessions in a way of its own.
-            return guarded(maker(**options))
-        settings = {**maker.kw, **options} if options else maker.kw.copy()
-        sync_given = settings.get("sync_session_class") or maker.class_.sync_session_class
-        if not isinstance(sync_given, type) or not isinstance(maker.class_, type):
-            # Any callable may make sessions: their class is known when they are there.
-            return guarded(maker(**options))
-        if maker.class_ is not self._class or sync_given is not self._sync_given:
-            self._async_class, self._sync_class = derive_async(maker.class_), derive_sync(sync_given)
-            self._class, self._sync_given = maker.class_, sync_given
-        if "info" in options and "info" in maker.kw:
-            settings["info"] = {**maker.kw["info"], **options["info"]}
-        settings["sync_session_class"] = self._sync_class
-        session = self._async_class(**settings)
-        seed_dispatch(session.sync_session)
-        return session
-
-
-def guarded(session: AsyncSession) -> AsyncSession:
-    """Return a session that was made elsewhere, with its classes replaced by those that are derived from them."""
-    sync_session = session.sync_session
-    if not isinstance(sync_session, GuardedSession):
-        sync_session.__class__ = derive_sync(type(sync_session))
-    if not isinstance(session, DoorSession):
-        session.__class__ = derive_async(type(session))
-    return session
-
-
 def guard_of(session: AsyncSession) -> GuardedSession:
     """Return the synchronous session of one that is known to be guarded."""
-    return cast(GuardedSession, session.sync_session)
+    return session.sync_session  # type: ignore[return-value]  # a cast would cost time
 
 
 def door_of(session: AsyncSession) -> Door | None:

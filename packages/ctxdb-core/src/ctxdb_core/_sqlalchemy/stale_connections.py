@@ -2,7 +2,8 @@
 
 A pool does not look at idle connections: after a restart of the server, each of them would fail one request. Here each
 is looked at when it is taken, without a round trip: asyncpg learns of a closed socket from the event loop; psycopg does
-not listen to an idle connection, so its socket is asked.
+not listen to an idle connection, so its socket is asked. So are those of asyncmy and aiomysql, whose transactions have
+no BEGIN that could be sent again: what the event loop has not come round to must be seen as well.
 
 asyncpg may learn of the end only after a busy event loop has come round to it. So a BEGIN that fails because its
 connection was lost is sent once more, on a new one: a transaction that has not begun has done nothing yet.
@@ -21,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
-from ctxdb_core._sqlalchemy.private import asyncpg_adapter_that_begins, swap_driver_connections
+from ctxdb_core._sqlalchemy.private import asyncpg_adapter_that_begins, swap_driver_connections, transport_of
 
 __all__ = ["is_connection_error", "replace_closed_connections"]
 
@@ -41,6 +42,8 @@ def replace_closed_connections(engine: AsyncEngine) -> None:
     elif driver.startswith("psycopg"):
         event.listen(sync_engine, "connect", _keep_socket_check)
         event.listen(sync_engine, "checkout", _check_psycopg)
+    elif driver in ("asyncmy", "aiomysql"):
+        event.listen(sync_engine, "checkout", _check_transport)
     elif driver == "aiosqlite":
         event.listen(sync_engine, "checkout", _check_aiosqlite)
 
@@ -54,14 +57,15 @@ def is_connection_error(sqlstate: object) -> bool:
     return isinstance(sqlstate, str) and sqlstate.startswith(("08", "57P"))
 
 
-def _check_asyncpg(dbapi_connection: Any, record: object, proxy: object) -> None:
+def _check_asyncpg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
     try:
         # Of SQLAlchemy's adapter. Its property of that name costs as much again.
         is_closed = dbapi_connection._connection.is_closed()  # noqa: SLF001 - see above
     except AttributeError:
         # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
-    if is_closed:
+    # In autocommit there is no BEGIN that could be sent again.
+    if is_closed or (dbapi_connection.isolation_level == "autocommit" and _is_gone(record)):
         raise DisconnectionError("The connection was closed while it was idle.")
 
 
@@ -97,6 +101,37 @@ def _check_psycopg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: ob
     is_gone: Callable[[int], list[tuple[int, int]]] | None = record.info.get(_SOCKET_CHECK)
     if is_gone is not None and (dbapi_connection.driver_connection.closed or is_gone(0)):
         raise DisconnectionError("The connection was closed while it was idle.")
+
+
+# --- asyncmy, aiomysql, and asyncpg in autocommit ---------------------------------------------------------------------
+
+_TRANSPORT = "ctxdb.transport"
+
+
+def _keep_transport(driver_connection: Any, info: dict[str, Any]) -> None:
+    transport = info[_TRANSPORT] = transport_of(driver_connection)
+    socket = None if transport is None else transport.get_extra_info("socket")
+    if socket is not None and hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(socket.fileno(), _GONE)
+        info[_SOCKET_CHECK] = poll.poll
+
+
+def _check_transport(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
+    if _is_gone(record):
+        raise DisconnectionError("The connection was closed while it was idle.")
+
+
+def _is_gone(record: ConnectionPoolEntry) -> bool:
+    """Return whether the peer has closed a connection, also where the event loop has not come round to it."""
+    info = record.info
+    if _TRANSPORT not in info:
+        # Opened before there were guards, or not looked at so far.
+        _keep_transport(record.driver_connection, info)
+    transport: Any = info[_TRANSPORT]
+    is_gone: Callable[[int], list[tuple[int, int]]] | None = info.get(_SOCKET_CHECK)
+    # The number of a socket that the transport has closed may be another connection's by now.
+    return transport is not None and (transport.is_closing() or (is_gone is not None and bool(is_gone(0))))
 
 
 # --- asyncpg: between check-out and BEGIN -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ctxdb_core._sqlalchemy.binds import (
     is_read_only,
     isolation_level_of,
 )
+from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, TransactionOptionsError
 
@@ -25,6 +26,9 @@ IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEA
 """What one transaction sees of others; which of them there are depends on the database."""
 
 _READ_ONLY_QUERIES = {"postgresql": "SHOW transaction_read_only", "sqlite": "PRAGMA query_only"}
+
+# What may be read-only, by SQLAlchemy's names. MySQL and MariaDB cannot be asked whether the open transaction is.
+_READ_ONLY = {"postgresql": "PostgreSQL", "sqlite": "SQLite", "mysql": "MySQL", "mariadb": "MariaDB"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ class TransactionOptions:
                     f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has."
                 )
         if self.read_only and not is_read_only(bind):
-            if bind.dialect.name not in _READ_ONLY_QUERIES:
+            if bind.dialect.name not in _READ_ONLY:
                 raise TransactionOptionsError(
-                    f"read_only=True is known for {' and '.join(_READ_ONLY_QUERIES)}, not for {bind.dialect.name}."
+                    f"read_only=True is known for {', '.join(_READ_ONLY.values())}, not for {bind.dialect.name}."
                 )
             if is_autocommit(bind):
                 raise TransactionOptionsError(
@@ -123,6 +127,9 @@ class TransactionOptions:
             assert connection.sync_connection is not None
             undo_on_return(connection.sync_connection, "PRAGMA query_only = OFF")
             await connection.exec_driver_sql("PRAGMA query_only = ON")
+        elif read_only and is_mysql(bind.dialect):
+            # The driver begins no transaction by itself, as autocommit is off.
+            await connection.exec_driver_sql("START TRANSACTION READ ONLY")
         elif read_only and "postgresql_readonly" not in options:
             # SQLAlchemy resets psycopg's option to READ WRITE, not to the server's default: on a hot standby, every
             # later transaction of that connection would fail.
@@ -155,8 +162,8 @@ async def _answers_read_only(connection: AsyncConnection) -> bool:
     assert connection.sync_connection is not None
     if is_read_only(connection.sync_connection):
         return True
-    answer = await connection.exec_driver_sql(_READ_ONLY_QUERIES[connection.dialect.name])
-    return answer.scalar() in ("on", 1)
+    query = _READ_ONLY_QUERIES.get(connection.dialect.name)
+    return query is not None and (await connection.exec_driver_sql(query)).scalar() in ("on", 1)
 
 
 def _levels(bind: Engine | Connection) -> list[str]:

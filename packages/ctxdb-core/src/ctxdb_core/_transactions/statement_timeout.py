@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._sqlalchemy.sessions import GuardedSession, door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
@@ -157,8 +158,12 @@ def _limit(session: Session, connection: Connection, timeout: StatementTimeout, 
         if connection not in _interrupted:
             _interrupted.add(connection)
             _Interrupter(session, connection, current)
-    else:
-        raise TransactionOptionsError(f"A statement timeout is known for PostgreSQL and SQLite, not for {backend}.")
+    elif not is_mysql(connection.dialect):
+        # Those two have no common limit, and MySQL's is for SELECT alone. The client's side holds the limit there: it
+        # has the server end the connection.
+        raise TransactionOptionsError(
+            f"A statement timeout is known for PostgreSQL, SQLite, MySQL and MariaDB, not for {backend}."
+        )
 
 
 def _set_on_server(connection: Connection, milliseconds: int | None) -> None:

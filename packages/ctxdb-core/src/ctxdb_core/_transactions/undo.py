@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from ctxdb_core._sqlalchemy.private import pool_of
+from ctxdb_core._sqlalchemy.private import listen_once, pool_of
 
 __all__ = ["undo_on_return"]
 
@@ -23,8 +23,7 @@ def undo_on_return(connection: Connection, statement: str) -> None:
     pooled.info.setdefault(_UNDO, set()).add(statement)
     # `ctxdb_pgstatus` lets engines take connections of other pools than their own.
     pool = pool_of(pooled, connection.engine.pool)
-    if not event.contains(pool, "reset", _undo):
-        event.listen(pool, "reset", _undo)
+    listen_once(pool, "reset", _undo)
 
 
 def _undo(dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:

@@ -126,14 +126,21 @@ class Callbacks:
         for db in list(self._waiting) if dbs is None else dbs:
             self._due += [each for each in self._waiting.pop(db, ()) if each.outcome is outcome]
 
-    def set_aside(self, dbs: Collection[DBConnect]) -> Mapping[DBConnect, Sequence[WaitingCallback]]:
-        """Take out what waits on `dbs`, until `take_back`: others end their transactions first."""
-        return {db: self._waiting.pop(db) for db in dbs if db in self._waiting}
+    def set_aside(self) -> Mapping[DBConnect, Sequence[WaitingCallback]]:
+        """Take out what waits, until `take_back`: others end their transactions first."""
+        waiting, self._waiting = self._waiting, {}
+        return waiting
 
     def take_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
         """Let callbacks that were set aside wait again, before those that have come since."""
         for db, callbacks in waiting.items():
             self._waiting[db] = [*callbacks, *self._waiting.get(db, [])]
+
+    def roll_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
+        """Call those of the callbacks that were set aside which wait for a roll-back, and forget the others."""
+        for callbacks in waiting.values():
+            self._due += [each for each in callbacks if each.outcome is Outcome.ROLLED_BACK]
+        self.start()
 
     def start(self) -> None:
         """Run the callbacks that are due, in a task."""

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._units import session_end
 from ctxdb_core._units.session_end import in_transaction
@@ -50,6 +51,9 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
     await wait_for_calls(sessions.values())
     if before_commit is None and len(sessions) < 2:
         return
+    if dbs is None:
+        for session in sessions.values():
+            release_blocks(session.sync_session)
     prepared: set[DBConnect] = set()
     # The hook may open sessions of its own, or write on others.
     while pending := [db for db in affected(sessions, dbs) if db not in prepared and in_transaction(sessions[db])]:

@@ -70,7 +70,8 @@ def on_begin(db: DBConnect[SessionT], callback: Callable[[SessionT], Awaitable[o
         callback: given the session; its own statements are the first of the transaction.
 
     Raises:
-        TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback.
+        TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback; or this
+            is inside of a savepoint, with which what the callback sets would be undone.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
     unit_for(db).add_begin_hook(db, cast("OnBegin", callback))

@@ -15,7 +15,8 @@ from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import forget_block
-from ctxdb_core._sqlalchemy.sessions import DoorSession, GuardedSession, door_of, guard_of
+from ctxdb_core._sqlalchemy.sessions import DoorSession, door_of, guard_of
+from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
 
@@ -43,6 +44,7 @@ async def commit(session: AsyncSession) -> None:
         BaseException: the error of the commit.
     """
     sync_session = session.sync_session
+    release_blocks(sync_session)
     if not sync_session.expire_on_commit:
         await session.commit()
         return
@@ -62,6 +64,7 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
         if not in_transaction(session):
             return
         note_error(session, error)
+        release_blocks(session.sync_session)
         loaded = LoadedValues(session.sync_session)
         try:
             async with asyncio.timeout(ROLL_BACK_SECONDS):
@@ -145,31 +148,23 @@ def leave_blocks(session: AsyncSession) -> None:
 
 def end_at_once(session: AsyncSession, refuse: Callable[[], NoReturn]) -> None:
     """Close a session for which `ends_without_io` is true; every use of it from now on raises the error of `refuse`."""
-    session.sync_session.close()
-    door = door_of(session)
-    if door is not None:
-        door.end(refuse)
+    guard = guard_of(session)
+    guard.close()
+    if guard.door is not None:
+        guard.door.end(refuse)
 
 
 def ends_without_io(session: AsyncSession) -> bool:
     """Return whether the session can be closed by a plain call: nothing of it needs the database, or is overridden."""
-    sync_session = session.sync_session
-    return (
-        not sync_session.in_transaction()
-        and isinstance(sync_session, GuardedSession)
-        and (sync_session.door is None or not sync_session.door.is_busy)
-        and _closes_plainly(session)
-    )
+    if not _closes_plainly(session):
+        return False
+    guard = guard_of(session)
+    return not guard.in_transaction() and (guard.door is None or not guard.door.is_busy)
 
 
 def _closes_plainly(session: AsyncSession) -> bool:
-    sync_session = session.sync_session
-    return (
-        isinstance(sync_session, GuardedSession)
-        and sync_session.closes_plainly
-        and isinstance(session, DoorSession)
-        and session.closes_plainly
-    )
+    # A session of no unit may be of another class.
+    return isinstance(session, DoorSession) and session.closes_plainly and guard_of(session).closes_plainly
 
 
 def may_be_closed(session: AsyncSession, exc: BaseException | None) -> bool:

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
+from ctxdb_core._sqlalchemy.task_blocks import refuse_in_block_of_other_task
 from ctxdb_core._units import session_end
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
@@ -59,6 +60,7 @@ async def commit_db_session(db: DBConnect) -> None:
     Raises:
         TransactionAlreadyActiveError: this is inside of the block of a savepoint, such as ``async with
             session.begin_nested():``, which would be ended with the transaction; nothing has been committed.
+        SessionAlreadyActiveError: another task of the unit of work is inside of such a block.
         UnexpectedRollbackError: `set_rollback_only` was called.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: the error of the commit; the transaction has been rolled back then.
@@ -80,10 +82,14 @@ async def rollback_db_session(db: DBConnect) -> None:
     The objects of the session expire, as by ``session.rollback()``: what is read after it is what the database has.
 
     Raises:
+        SessionAlreadyActiveError: another task of the unit of work is inside of the block of a savepoint, or of another
+            one that its own task ends (`atomic_db_session`, `joining_session`, ``session.begin()``).
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
     unit = _usable_unit(db)
     session = unit.sessions.get(db)
+    if session is not None:
+        refuse_in_block_of_other_task(session.sync_session)
     has_begun = session is not None and session_end.in_transaction(session)
     await unit.roll_back(None, [db])
     if session is not None and has_begun:
@@ -142,6 +148,7 @@ def check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: boo
 
     SQLAlchemy refuses all that follows in such a block, when the transaction has ended already.
     """
+    refuse_in_block_of_other_task(session.sync_session)
     block = innermost_block(session.sync_session)
     if block is None or (savepoints_only and not block.nested):
         return

@@ -22,9 +22,10 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
-from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.second_connections import note_second_session
-from ctxdb_core._sqlalchemy.sessions import guard_of, guarded
+from ctxdb_core._sqlalchemy.session_factory import guarded
+from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end
@@ -51,7 +52,15 @@ from ctxdb_core.errors import (
     UnexpectedRollbackError,
 )
 
-__all__ = ["CreateSession", "UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
+__all__ = [
+    "CreateSession",
+    "UnitOfWork",
+    "current_unit",
+    "give_unit_ids",
+    "inherited_before_commit",
+    "new_unit_id",
+    "running_unit",
+]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
@@ -90,11 +99,13 @@ class UnitOfWork:
     """What is to be awaited at the beginning of each transaction; ``None`` as long as nothing was asked for."""
     rollback_only: frozenset[DBConnect | None] = frozenset()
     """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
+    closing: tuple[AsyncSession, ...] = ()
+    """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
     blocks = 0
     """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
-    token: Token[UnitOfWork]
+    token: Token[UnitOfWork] | None = None
     """What `leave` makes current again."""
     reads_from: ReadsFrom | None = None
     """Whose sessions the unit has in the place of those of other databases; ``None`` for nobody else's."""
@@ -127,7 +138,7 @@ class UnitOfWork:
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
         if self._id is None:
-            self._id = f"{_process.name}-{next(_numbers)}"
+            self._id = (None if self.origin is None else _given_id(self.origin)) or new_unit_id()
         return self._id
 
     @property
@@ -143,8 +154,7 @@ class UnitOfWork:
 
     def enclosing(self) -> UnitOfWork | None:
         """Return the unit that was current when this one was entered, unless that one has ended."""
-        token = getattr(self, "token", None)
-        around = None if token is None else token.old_value
+        around = None if self.token is None else self.token.old_value
         return around if isinstance(around, UnitOfWork) and not around.closed else None
 
     def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
@@ -165,6 +175,8 @@ class UnitOfWork:
 
     def leave(self) -> None:
         """Make the unit current again that was so before `enter`."""
+        if self.token is None:
+            return
         try:  # noqa: SIM105 - `suppress` takes a third of what an idle request costs
             current_unit.reset(self.token)
         except (ValueError, RuntimeError):
@@ -195,12 +207,16 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
-        session = await (create or self.source_of(db).create_session)()
-        if self.sessions is _CLOSED or db in self.sessions:
-            # Meanwhile, the unit has ended, or another of its tasks has made the session.
-            await session_end.close(session, None, db)
-            return await self.open_session(db)
-        return self.adopt_session(db, session)
+        source = db if self.reads_from is None else self.source_of(db)
+        session = source.create_session_at_once() if create is None else None
+        if session is None:
+            session = await (create or source.create_session)()
+            if self.sessions is _CLOSED or db in self.sessions:
+                # Meanwhile, the unit has ended, or another of its tasks has made the session.
+                await session_end.close(session, None, db)
+                return await self.open_session(db)
+        self._take(db, session)
+        return session
 
     def source_of(self, db: DBConnect) -> DBConnect:
         """Return the database whose sessions this unit uses where the code asks for `db`.
@@ -230,6 +246,10 @@ class UnitOfWork:
         self.check_usable()
         if db in self.sessions:
             return self.sessions[db]
+        self._take(db, session)
+        return session
+
+    def _take(self, db: DBConnect, session: AsyncSession) -> None:
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
             self.opened = perf_counter()
@@ -237,12 +257,10 @@ class UnitOfWork:
             open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
-        outer = getattr(self, "token", None)
-        if outer is not None and isinstance(outer.old_value, UnitOfWork):
-            outer.old_value.note_second_session(db, session)
+        if self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
         if self.callbacks is not None:
             self.callbacks.watch_new(db, session)
-        return session
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""
@@ -254,8 +272,8 @@ class UnitOfWork:
             # A reader in the place of `db` has a pool of its own.
             if unit.source_of(db) is db:
                 note_second_session(db, session, first)
-        elif (token := getattr(self, "token", None)) is not None and isinstance(token.old_value, UnitOfWork):
-            token.old_value.note_second_session(db, session)
+        elif self.token is not None and isinstance(outer := self.token.old_value, UnitOfWork):
+            outer.note_second_session(db, session)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
@@ -325,11 +343,17 @@ class UnitOfWork:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:
-            TransactionAlreadyActiveError: a transaction is open in which a statement has been made.
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
         """
         self.check_usable()
         session = self.sessions.get(db)
         guard = None if session is None else guard_of(session)
+        if guard is not None and guard.in_nested_transaction():
+            raise TransactionAlreadyActiveError(
+                f"`on_begin` was called inside of a savepoint on {db!r}: what it sets for the transaction would be "
+                "undone with the savepoint, and the transaction would go on without it. Call `on_begin` before "
+                "`session.begin_nested()`, `atomic_db_session(db, 'savepoint')` and the like."
+            )
         if guard is not None and not guard.begins_with_next_call:
             raise TransactionAlreadyActiveError(
                 f"A statement has been made on {db!r} in the open transaction, without what `on_begin` is to set for "
@@ -410,7 +434,8 @@ class UnitOfWork:
                 # The common case, without what several sessions, hooks and callbacks need.
                 (session,) = self.sessions.values()
                 if in_transaction(session):
-                    await wait_for_calls((session,))
+                    if is_busy(session):
+                        await wait_for_calls((session,))
                     if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
                         return
                     await run_to_completion(session_end.commit(session))
@@ -479,15 +504,23 @@ class UnitOfWork:
         if self.callbacks is not None:
             self.callbacks.settle([db], Outcome.ROLLED_BACK)
         if session is not None:
-            await run_to_completion(session_end.end(session, None, db, refuse))
+            self.closing = (*self.closing, session)
+            try:
+                await run_to_completion(session_end.end(session, None, db, refuse))
+            except ContextClosedError:
+                # The unit of work has ended meanwhile, and has closed the session.
+                if not self.closed:
+                    raise
+            # After an error, the end of the unit tries again.
+            self.closing = tuple(each for each in self.closing if each is not session)
 
     def finish_idle(self) -> bool:
         """End the unit without waiting for anything, if nothing is left to do; return whether it was ended so."""
-        if self.callbacks:
+        if self.callbacks or self.closing:
             return False
         if not self.sessions:
             self.sessions = _CLOSED
-            if self.leak_guard is not None:
+            if self.leak_guard is not None or self.watchers:
                 self._note_end(None)
             return True
         for session in self.sessions.values():
@@ -539,6 +572,12 @@ class UnitOfWork:
                 )
                 if not await turns.enter_async_context(last_turn):
                     del sessions[db]
+            for session in self.closing:
+                last_turn = session_end.last_turn(
+                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
+                )
+                if await turns.enter_async_context(last_turn):
+                    await session_end.close(session, error, "a session that was being closed")
             try:
                 if commit:
                     await self._commit(sessions, None)
@@ -618,6 +657,28 @@ class _Process:
 
 _process = _Process()
 _numbers = itertools.count(1)
+
+_id_givers: list[Callable[[Any], str | None]] = []
+
+
+def give_unit_ids(giver: Callable[[Any], str | None]) -> None:
+    """Ask `giver` for the id of a request's unit of work, when that is first wanted; once for each function.
+
+    Args:
+        giver: given the ASGI scope, or the framework's request, returns an id that `new_unit_id` has made for it;
+            ``None`` where there is none.
+    """
+    if giver not in _id_givers:
+        _id_givers.append(giver)
+
+
+def _given_id(origin: Any) -> str | None:
+    return next((given for giver in _id_givers if (given := giver(origin)) is not None), None)
+
+
+def new_unit_id() -> str:
+    """Return an id that no unit of work has, of this process or of any other one."""
+    return f"{_process.name}-{next(_numbers)}"
 
 
 async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:

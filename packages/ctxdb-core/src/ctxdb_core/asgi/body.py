@@ -13,7 +13,7 @@ it gets one. The request ends: they are rolled back, too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -29,10 +29,14 @@ from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.asgi.types import Message
 
-__all__ = ["Body", "StreamedBody", "running_task"]
+__all__ = ["Body", "StreamedBody", "let_failure_arrive", "running_task"]
 
 # What a body is sent in (ASGI, "Response Body", "Path Send" and "Zero Copy Send").
 _BODY_MESSAGES = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+# How many turns of the event loop a failed task is given to end, and its task group to cancel the task that sends.
+# FastAPI needs one; each further task between the two may need one more.
+_TURNS_FOR_A_FAILURE = 3
 
 
 class Body:
@@ -45,7 +49,7 @@ class Body:
     """
 
     # By weak reference: the context of a task knows the exchange, and its error the frames of a body to be closed.
-    __slots__ = ("__weakref__", "has_used_a_session", "is_complete", "parked", "senders")
+    __slots__ = ("__weakref__", "cancelled_users", "has_used_a_session", "is_complete", "parked", "senders", "users")
 
     def __init__(self, *senders: ref[Any]) -> None:
         self.senders: frozenset[ref[Any]] = frozenset(senders)
@@ -56,6 +60,10 @@ class Body:
         """Whether the last of the body was sent, or nothing more of it is going to be."""
         self.parked: ParkedSessions | None = None
         """The transactions that the body had open when it was cut off."""
+        self.users: frozenset[ref[Any]] = frozenset()
+        """The tasks that have used a session while the body was not complete."""
+        self.cancelled_users: frozenset[ref[Any]] = frozenset()
+        """Those of `users` that were cancelled."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Note what is about to be forwarded to the server."""
@@ -78,26 +86,34 @@ class Body:
 
     def note_use(self, unit: UnitOfWork) -> None:
         """Note that a session is used: from now on, the end of a sender matters."""
+        task = running_task()
+        if task not in self.users and not self.is_complete:
+            # It may be about to send the first of the body.
+            self.users |= {task}
+            self._follow_end(task, partial(_note_end_of_user, ref(self), task))
         if not self.has_used_a_session:
             self.has_used_a_session = True
             # If no sender is known, as no session was open when the response started, the running task may be one.
-            for sender in self.senders or (running_task(),):
+            for sender in self.senders or (task,):
                 self._await_end(sender, unit)
 
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
-        task: asyncio.Task[Any] | None = sender()
+        self._follow_end(sender, partial(_note_end, ref(self), ref(unit)))
+
+    def _follow_end(self, task_ref: ref[Any], callback: Callable[[asyncio.Task[Any]], None]) -> None:
+        task: asyncio.Task[Any] | None = task_ref()
         if task is not None and not task.done():
             # A task may live much longer than the request, and must not keep it. The tasks of Granian's
             # `--task-impl rust` are none of asyncio's, and cannot tell of their end: "uninitialized Future object".
             with suppress(RuntimeError):
-                task.add_done_callback(partial(_note_end, ref(self), ref(unit)))
+                task.add_done_callback(callback)
 
     def park(self, unit: UnitOfWork) -> None:
         """Put the open transactions out of reach, as the body has ended in the middle."""
         if unit.closed or self.is_complete or (self.parked is not None and self.parked.recovering is not None):
             return
         dbs = [db for db, session in unit.sessions.items() if session_end.in_transaction(session)]
-        if dbs:
+        if dbs or unit.callbacks:
             if self.parked is None:
                 self.parked = ParkedSessions()
             self.parked.take(dbs, unit)
@@ -119,11 +135,19 @@ class Body:
             await parked.roll_back(unit)
         finally:
             self.parked = None
+            # What they have done is undone.
+            self.users = self.cancelled_users = frozenset()
 
     def is_cut_off(self) -> bool:
-        """Return whether the body is not complete, and another task than the running one was to send the rest."""
+        """Return whether the body is not complete, and another task than the running one was to send the rest.
+
+        That task may have been cancelled before it has sent anything. It is taken for such a one if all that was done
+        with sessions since the response has started was done in tasks that were cancelled.
+        """
         if not self.has_used_a_session or self.is_complete:
             return False
+        if self.users and self.users == self.cancelled_users:
+            return True
         tasks = [sender() for sender in self.senders]
         return any(task is not None and not task.done() and task is not asyncio.current_task() for task in tasks)
 
@@ -161,10 +185,10 @@ class ParkedSessions:
         """The roll-back of these transactions, once it has begun."""
 
     def take(self, dbs: list[DBConnect], unit: UnitOfWork) -> None:
-        """Take the sessions on `dbs` out of `unit`."""
+        """Take the sessions on `dbs` out of `unit`, and all callbacks: some may wait for a first statement."""
         self.sessions.update({db: unit.sessions.pop(db) for db in dbs})
         if unit.callbacks is not None:
-            self.callbacks.update(unit.callbacks.set_aside(dbs))
+            self.callbacks.update(unit.callbacks.set_aside())
 
     def put_back(self, unit: UnitOfWork) -> None:
         """Let `unit` go on with the transactions."""
@@ -176,16 +200,38 @@ class ParkedSessions:
     async def roll_back(self, unit: UnitOfWork) -> None:
         """Roll the transactions back, and let `unit` use the sessions again."""
         prepare_next_call(self.sessions.values(), None)
+        # What the code behind the body has asked for is about transactions that are still to come.
+        of_others = {} if unit.callbacks is None else unit.callbacks.set_aside()
         try:
             for db, session in self.sessions.items():
                 await session_end.roll_back(session, None, db)
         finally:
             unit.sessions.update(self.sessions)
+            if unit.callbacks is not None:
+                unit.callbacks.roll_back(self.callbacks)
+                unit.callbacks.take_back(of_others)
 
 
 def running_task() -> ref[Any]:
     """Return the running task, by a weak reference."""
     return ref(asyncio.current_task())
+
+
+async def let_failure_arrive() -> None:
+    """Give the failure of the task that makes a body the time to cancel the running task, which sends its end.
+
+    FastAPI's server-sent events, for instance, are made in one task and sent in another. If the first one fails, it
+    closes the stream between the two, as if the body had come to its end, and its task group cancels the second one
+    some turns of the event loop later: without this, the work of a body that has failed would have been committed.
+    """
+    for _ in range(_TURNS_FOR_A_FAILURE):
+        await asyncio.sleep(0)
+
+
+def _note_end_of_user(body_ref: ref[Body], task_ref: ref[Any], task: asyncio.Task[Any]) -> None:
+    body = body_ref()
+    if body is not None and task.cancelled():
+        body.cancelled_users |= {task_ref}
 
 
 def _note_end(body_ref: ref[Body], unit_ref: ref[UnitOfWork], task: asyncio.Task[Any]) -> None:

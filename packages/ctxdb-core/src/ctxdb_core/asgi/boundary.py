@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from ctxdb_core._units.abandonment import current_call
 from ctxdb_core._units.lifecycle import REQUEST_KEY
-from ctxdb_core.asgi.body import StreamedBody
+from ctxdb_core._units.session_end import in_transaction
+from ctxdb_core.asgi.body import StreamedBody, let_failure_arrive
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.errors import ContextClosedError
@@ -76,6 +77,8 @@ class ASGIStreamBoundary:
             return send(message)
 
         async def send_part(body: StreamedBody, message: Message) -> None:
+            if not message.get("more_body", False) and any(map(in_transaction, exchange.sessions.values())):
+                await let_failure_arrive()
             body.note_progress(message, exchange)
             await _end_reading(message, exchange)
             await send(message)

@@ -15,7 +15,8 @@ from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import CreateSession
-from ctxdb_core.asgi.body import Body, StreamedBody, running_task
+from ctxdb_core._units.watcher import UnitWatcher
+from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange, discard
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.types import Message, Receive
@@ -88,7 +89,7 @@ class HTTPExchange(Exchange):
             await self._end_transactions(message["status"])
         await self.forward(self.announce(message) if self.watchers else message)
 
-    async def _end_transactions(self, status: int) -> None:
+    def _end_transactions(self, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, and go over to the phase that follows.
 
         Raises:
@@ -96,14 +97,16 @@ class HTTPExchange(Exchange):
         """
         calls, body = self.calls, self.body
         if calls is not None and calls.at_work and not self.closed:
-            await self._abandon(calls, status)
-        elif isinstance(body, StreamedBody) and self._overrules(status, body):
-            await self._overrule(body)
-        elif body is not None and body.has_used_a_session:
-            # What is open now is the work of the body, which runs ahead of its start.
-            self.move_to(Phase.BODY)
-        else:
-            await self._settle_and_start(status)
+            return self._abandon(calls, status)
+        if isinstance(body, StreamedBody) and self._overrules(status, body):
+            return self._overrule(body)
+        if body is not None and body.has_used_a_session:
+            return self._start_behind_body()
+        return self._settle_and_start(status)
+
+    async def _start_behind_body(self) -> None:
+        """Begin a body that runs ahead of its start already: what is open now is the body's own work."""
+        self.move_to(Phase.BODY)
 
     async def _settle_and_start(self, status: int) -> None:
         """End the transactions for the start of a response, and begin its body."""
@@ -159,6 +162,7 @@ class HTTPExchange(Exchange):
 
     async def _end_body(self, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
+        await let_failure_arrive()
         try:
             await self.commit(ends_body=True)
         except Exception:
@@ -225,6 +229,11 @@ class HTTPExchange(Exchange):
         elif self.phase in _STARTED and self.body is None:
             self.body = Body()
         super().prepare_session(db, session)
+
+    def watch(self, watcher: UnitWatcher) -> None:
+        # Its end is to be told, also if there is nothing else to end.
+        self.is_idle = False
+        super().watch(watcher)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from typing import Any
 
+from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
@@ -13,7 +14,7 @@ from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
-from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
+from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
 
@@ -140,14 +141,39 @@ class ASGIHTTPDBSessionMiddleware:
         error = exchange.error_to_answer
         assert error is not None
         exchange.begin_answer()
+        if exchange.closed:
+            await self._answer_in_unit_of_its_own(error, exchange, scope, receive, root_app)
+            return
         try:
             await self.answer_error(error, scope, exchange.request_again(receive), exchange.send, root_app)
         except BaseException as exc:
             if await exchange.fail(exc):
                 raise
 
+    async def _answer_in_unit_of_its_own(
+        self, error: Exception, exchange: Exchange, scope: Scope, receive: Receive, root_app: Any | None
+    ) -> None:
+        """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
+        answering = HTTPExchange(self.before_commit)
+        answering.is_idle = False
+        answering.origin, answering.options, answering.scope = scope, self, scope
+        answering.forward, answering.answer_route = exchange.forward, None
+        scope[REQUEST_KEY] = answering
+        token = _set_current_unit(answering)
+        try:
+            try:
+                await self.answer_error(error, scope, exchange.request_again(receive), answering.send, root_app)
+            except BaseException as exc:
+                if await answering.fail(exc):
+                    raise
+            await answering.conclude()
+        finally:
+            _reset_current_unit(token)
+
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for a lifespan, say, which lasts longer than any unit of work around its server."""
+        if scope["type"] == "lifespan":
+            send = _shutting_down(send)
         inherited = _get_current_unit(None)
         if inherited is None or inherited.shared:
             await self.app(scope, receive, send)
@@ -157,6 +183,17 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
         finally:
             _reset_current_unit(token)
+
+
+def _shutting_down(send: Send) -> Send:
+    """Return what sends a lifespan's messages, and lets the shutdown end when cancelled queries have been stopped."""
+
+    async def send_when_stopped(message: Message) -> None:
+        if message["type"].startswith("lifespan.shutdown."):
+            await wait_for_cancelled_queries()
+        await send(message)
+
+    return send_when_stopped
 
 
 _new = object.__new__

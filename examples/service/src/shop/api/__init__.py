@@ -1,0 +1,1 @@
+"""REST: what clients send and get, and which function does it."""

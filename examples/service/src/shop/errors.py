@@ -1,0 +1,35 @@
+"""What the functions of the shop refuse, and how that is answered."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+
+class ShopError(Exception):
+    """The base of what a client has done wrong. The message is for the client."""
+
+    status = HTTPStatus.CONFLICT
+
+
+class OutOfStockError(ShopError):
+    """There are not as many of a product as were ordered."""
+
+
+class CouponError(ShopError):
+    """There is no such coupon, or it is used up."""
+
+
+class OrderStatusError(ShopError):
+    """An order is not in the state in which this could be done."""
+
+
+class PaymentDeclinedError(ShopError):
+    """The provider refuses the payment."""
+
+    status = HTTPStatus.PAYMENT_REQUIRED
+
+
+class NotBoughtError(ShopError):
+    """Only those who have bought a product may review it."""
+
+    status = HTTPStatus.FORBIDDEN

@@ -1,0 +1,156 @@
+"""Makes the sessions that a `DBConnect` hands out: of classes that are derived from the user's own ones.
+
+`_derive` puts a class of `ctxdb_core._sqlalchemy.sessions` into the bases of the user's class. What the user's class
+overrides stays in effect, and ``isinstance`` holds.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
+
+from ctxdb_core._sqlalchemy.private import SessionPattern, seed_dispatch
+from ctxdb_core._sqlalchemy.sessions import (
+    DoorSession,
+    GuardedSession,
+    call_of_users_class,
+    through_the_door,
+)
+
+__all__ = ["SessionFactory", "guarded"]
+
+# By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
+_derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
+
+
+def derive_sync(cls: type[Session]) -> type[GuardedSession]:
+    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
+    if cls is Session:
+        return GuardedSession
+    if issubclass(cls, GuardedSession):
+        return cls
+    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), {}, closes_plainly=cls.close is Session.close)
+    return derived
+
+
+def derive_async(cls: type[AsyncSession]) -> type[DoorSession]:
+    """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
+    if cls is AsyncSession:
+        return DoorSession
+    if issubclass(cls, DoorSession):
+        return cls
+    derived: type[DoorSession] = _derive(
+        cls, (cls, DoorSession), _own_calls(cls), closes_plainly=cls.close is AsyncSession.close
+    )
+    return derived
+
+
+def _own_calls(cls: type[AsyncSession]) -> dict[str, Any]:
+    """Return those methods of the user's class that start a greenlet themselves, through the door.
+
+    SQLModel's ``exec`` is one: it would take its turn after the autoflush that it begins with.
+    """
+    classes = cls.__mro__[: cls.__mro__.index(AsyncSession)]
+    own = {name: method for each in reversed(classes) for name, method in vars(each).items()}
+    return {
+        name: through_the_door(method, {"greenlet_spawn": call_of_users_class})
+        for name, method in own.items()
+        if isinstance(method, types.FunctionType) and method.__globals__.get("greenlet_spawn") is greenlet_spawn
+    }
+
+
+def _derive(cls: type, bases: tuple[type, ...], methods: dict[str, Any], *, closes_plainly: bool) -> Any:
+    known = _derived.get(cls)
+    derived = None if known is None else known()
+    if derived is None:
+        namespace = {
+            **methods,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "closes_plainly": closes_plainly,
+        }
+        derived = types.new_class(cls.__name__, bases, {}, lambda body: body.update(namespace))
+        _derived[cls] = ref(derived)
+    return derived
+
+
+class SessionFactory:
+    """Makes sessions as a session maker does, of the derived classes.
+
+    Args:
+        maker: the user's session maker. What ``maker.configure()`` changes later is seen.
+    """
+
+    __slots__ = ("_async_class", "_class", "_pattern", "_settings", "_sync_class", "_sync_given", "maker")
+
+    def __init__(self, maker: async_sessionmaker[Any]) -> None:
+        self.maker = maker
+        self._class: Any = None
+        self._sync_given: Any = None
+        self._settings: dict[str, Any] | None = None
+        """What the session maker said when the pattern was looked for; ``None`` where it is to be looked for."""
+        self._pattern: SessionPattern | None = None
+
+    def __call__(self, **options: Any) -> AsyncSession:
+        """Return a new session, with `options` in the place of those of the session maker."""
+        maker = self.maker
+        if self._pattern is not None and not options and maker.kw == self._settings and self._is_as_it_was():
+            return self._pattern()
+        if type(maker) is not async_sessionmaker:
+            # Its class may make sessions in a way of its own.
+            return guarded(maker(**options))
+        if not isinstance(self._class_given(), type) or not isinstance(maker.class_, type):
+            # Any callable may make sessions: their class is known when they are there.
+            return guarded(maker(**options))
+        if not self._is_as_it_was():
+            self._class, self._sync_given = maker.class_, self._class_given()
+            self._async_class, self._sync_class = derive_async(self._class), derive_sync(self._sync_given)
+            self._settings = self._pattern = None
+        if not options and maker.kw != self._settings:
+            self._settings = maker.kw.copy()
+            self._pattern = self._find_pattern()
+        settings = {**maker.kw, **options}
+        if "info" in options and "info" in maker.kw:
+            settings["info"] = {**maker.kw["info"], **options["info"]}
+        return self._construct(settings)
+
+    def _class_given(self) -> Any:
+        return self.maker.kw.get("sync_session_class") or self.maker.class_.sync_session_class
+
+    def _is_as_it_was(self) -> bool:
+        return self.maker.class_ is self._class and self._class_given() is self._sync_given
+
+    def _construct(self, settings: dict[str, Any]) -> AsyncSession:
+        settings["sync_session_class"] = self._sync_class
+        session: AsyncSession = self._async_class(**settings)
+        seed_dispatch(session.sync_session)
+        return session
+
+    def _find_pattern(self) -> SessionPattern | None:
+        """Return a pattern of the sessions that the settings make; ``None`` where making one may be more than that."""
+        classes: tuple[Any, ...] = (self._async_class, self._sync_class)
+        if any(cls.__new__ is not object.__new__ for cls in classes):
+            return None
+        if self._async_class.__init__ is not AsyncSession.__init__ or self._sync_class.__init__ is not Session.__init__:
+            return None
+        if any(isinstance(value, Mapping) for value in self.maker.kw.values()):
+            # It may change, and nothing would tell.
+            return None
+        return SessionPattern.of(lambda: self._async_class(**{**self.maker.kw, "sync_session_class": self._sync_class}))
+
+
+def guarded(session: AsyncSession) -> AsyncSession:
+    """Return a session that was made elsewhere, with its classes replaced by those that are derived from them."""
+    sync_session = session.sync_session
+    if not isinstance(sync_session, GuardedSession):
+        sync_session.__class__ = derive_sync(type(sync_session))
+    if not isinstance(session, DoorSession):
+        session.__class__ = derive_async(type(session))
+    return session

@@ -1,0 +1,28 @@
+"""What is lost with a SQLAlchemy that is older than the declared bound, which an installer can be told to ignore."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import sqlalchemy
+
+__all__ = ["warn_of_lost_promises"]
+
+_FIRST_RELEASES = ((2, 0, 55), (2, 1, 5))
+"""The first release of each minor version that sees the end of a session through when its task is cancelled."""
+
+
+def warn_of_lost_promises(version: str = sqlalchemy.__version__) -> None:
+    """Name what ctxdb cannot promise with this version of SQLAlchemy; say nothing if that is none."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    # The first release of the same minor version, or of the oldest one that has any.
+    first = next((release for release in _FIRST_RELEASES if release[:2] >= numbers[:2]), None)
+    if first is not None and numbers < first:
+        warnings.warn(
+            f"ctxdb needs SQLAlchemy {'.'.join(map(str, first))}, and this is {version}. With it, a request or task "
+            "that is cancelled while its transaction begins or ends may lose its connection, until the pool is empty. "
+            "See ctxdb's docs/migration/older-sqlalchemy.md.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
