@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import logging
 from base64 import b64encode
 from collections import Counter
@@ -382,6 +383,43 @@ async def test_malformed_answer_is_an_error(
             await client.master()
         with pytest.raises(SidecarError):
             await client.hosts()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("host", 5),
+        ("lag_ms", "5"),
+        ("lag_bytes", 1.5),
+        ("timeline", True),
+        ("lsn", "0/x"),
+        ("since", "2026-03-01T12:00:00"),
+        ("started_at", "2026-03-01T12:00:00"),
+        ("system_identifier", "5"),
+        ("error", []),
+        ("promotion", {"timeline": "1", "lsn": "0/1"}),
+        ("promotion", 5),
+    ],
+)
+async def test_an_answer_with_a_value_that_cannot_be_is_an_error_and_not_taken_for_one(
+    url: str, sidecar: OriginalSidecar, name: str, value: object
+) -> None:
+    sidecar.raw = json.dumps([{"host": "n2", "alive": True, "master": False, name: value}]).encode()
+    async with PgStatusClient(url) as client:
+        for question in (
+            client.hosts,
+            client.find_replicas,
+            lambda: client.find_reader(ReadRule(max_lag_ms=5, max_lag_bytes=5)),
+            lambda: client.promotion_of("n2"),
+        ):
+            with pytest.raises(SidecarError, match="is no answer"):
+                await question()
+
+
+async def test_a_fault_that_a_newer_sidecar_tells_of_is_no_error(url: str, sidecar: OriginalSidecar) -> None:
+    sidecar.raw = json.dumps([{"host": "n2", "alive": True, "master": False, "fault": "new"}]).encode()
+    async with PgStatusClient(url) as client:
+        assert [host.fault for host in await client.hosts()] == [None]
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,7 @@ async def test_a_transaction_that_the_new_master_has_never_seen_is_not_taken_for
     assert not await stored_on(standbys[0])
 
 
-async def test_a_commit_is_unknown_where_nobody_has_seen_the_promotion(
-    cluster: PostgresCluster, monitor: HostMonitor
-) -> None:
+async def test_a_service_that_follows_a_sidecar_is_told_as_well(cluster: PostgresCluster, monitor: HostMonitor) -> None:
     new = cluster.standbys[0]
     app = SidecarApp(History())
     app.monitor = monitor
@@ -191,5 +189,24 @@ async def test_a_commit_is_unknown_where_nobody_has_seen_the_promotion(
         committing = await lose_answer(cluster, db)
         await until_replayed(monitor, new)
         await new.promote()
+        await committing
+        assert await stored_on(new)
+        assert await client.promotion_of(new.host) == await monitor.promotion_of(new.host)
+
+
+async def test_a_commit_is_unknown_where_nobody_has_seen_the_promotion(
+    cluster: PostgresCluster, monitor: HostMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing_was_seen(host: str) -> None:
+        return None
+
+    # As of a monitor that has been started since.
+    monkeypatch.setattr(monitor, "promotion_of", nothing_was_seen)
+    new = cluster.standbys[0]
+    async with resolving(cluster, monitor) as db:
+        committing = await lose_answer(cluster, db)
+        await until_replayed(monitor, new)
+        await new.promote()
         with pytest.raises(CommitUnconfirmedError):
             await committing
+        assert await stored_on(new)

@@ -73,18 +73,18 @@ async def test_a_promotion_is_known_with_what_the_host_had_replayed(cluster: Pos
     old, new, _ = cluster.nodes
     timeline = await old.fetch_value(TIMELINE)
     async with monitor_of(cluster, poll_interval=0.3) as monitor:
-        assert monitor.promotion_of(new.host) is None
+        assert await monitor.promotion_of(new.host) is None
         position = await old.write_wal(1)
         await old.kill()
         await until(monitor, lambda: monitor.master() is None)
         await monitor.poll()
         await new.promote()
         await until(monitor, lambda: monitor.master() == new.host)
-        promotion = monitor.promotion_of(new.host)
+        promotion = await monitor.promotion_of(new.host)
         assert promotion is not None
         assert promotion.timeline == timeline
         assert promotion.position >= position
-        assert monitor.promotion_of("unknown") is None
+        assert await monitor.promotion_of("unknown") is None
 
 
 async def test_a_name_that_has_left_a_standby_for_a_primary_tells_of_no_promotion(cluster: PostgresCluster) -> None:
@@ -97,7 +97,7 @@ async def test_a_name_that_has_left_a_standby_for_a_primary_tells_of_no_promotio
         proxy.nodes = (new,)
         await until_server(monitor, proxy.host, new)
         await until(monitor, lambda: monitor.hosts()[0].role == "master")
-        assert monitor.promotion_of(proxy.host) is None
+        assert await monitor.promotion_of(proxy.host) is None
 
 
 TIMELINE = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int"

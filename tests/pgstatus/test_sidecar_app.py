@@ -247,6 +247,7 @@ async def test_hosts_tells_all_of_every_host() -> None:
         "fault": None,
         "system_identifier": None,
         "started_at": None,
+        "promotion": None,
     }
     assert (second["lag_ms"], second["sync_by_time"], second["sync_by_bytes"]) == (6193, False, True)
     assert (third["alive"], third["lag_ms"], third["lag_bytes"], third["lsn"]) == (False, None, None, None)

@@ -39,11 +39,10 @@ if typing.TYPE_CHECKING:
         KnownMaster,
         KnowsPromotions,
         KnowsServers,
-        Promotion,
         ReadsByRule,
         RemembersMaster,
     )
-    from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Role, SyncCondition
+    from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition
 
 __all__ = [
     "ClusterStatus",
@@ -116,11 +115,10 @@ if not typing.TYPE_CHECKING:
             "KnownMaster",
             "KnowsPromotions",
             "KnowsServers",
-            "Promotion",
             "ReadsByRule",
             "RemembersMaster",
         ),
-        "status": ("ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"),
+        "status": ("ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition"),
     }
     _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
 

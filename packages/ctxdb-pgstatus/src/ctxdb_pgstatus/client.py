@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import count
 from threading import Lock
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, get_args
 from urllib.parse import urlencode
 
 import httpx
@@ -23,7 +23,7 @@ from ctxdb_pgstatus.errors import OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Role, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition
 
 __all__ = ["PgStatusClient"]
 
@@ -273,6 +273,15 @@ class PgStatusClient:
         answer = None if start is None else datetime.fromisoformat(start)
         self._servers[host] = _Kept(answer, at, self._doubts)
         return answer
+
+    async def promotion_of(self, host: str) -> Promotion | None:
+        """Return what a host had replayed when it was promoted last; ``None`` if the sidecar has not seen that.
+
+        Raises:
+            SidecarError: the sidecar could not be asked.
+        """
+        cluster = await self._share(self._cluster, under_way=False)
+        return next((each.promotion for each in cluster.status.hosts if each.host == host), None)
 
     def report_failure(self, host: str) -> None:
         """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
@@ -586,34 +595,64 @@ class _ClusterReader:
         return _Cluster(status, replicas, any("timeline" in entry for entry in content))
 
     def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
-        name, alive = str(entry["host"]), bool(entry["alive"])
+        name, alive = _text(entry["host"]), bool(entry["alive"])
         role: Role | None = None
         if alive:
             # A host that merely says that it is the master is not one, and no replica either.
             role = "master" if entry.get("role", "master" if entry["master"] else "replica") == "master" else "replica"
         before = self._before.get(name)
-        if "since" in entry:
-            since = datetime.fromisoformat(entry["since"])
-        else:
+        since = _time(entry.get("since"))
+        if since is None:
             since = before.since if before is not None and (before.alive, before.role) == (alive, role) else now
+        fault = entry.get("fault")
         return HostStatus(
             name,
             alive,
             role,
             since,
-            timeline=entry.get("timeline"),
+            timeline=_number(entry.get("timeline")),
             position=parse_lsn(entry["lsn"]) if entry.get("lsn") else None,
-            lag_ms=entry.get("lag_ms"),
-            lag_bytes=entry.get("lag_bytes"),
-            error=entry.get("error"),
+            lag_ms=_number(entry.get("lag_ms")),
+            lag_bytes=_number(entry.get("lag_bytes")),
+            error=None if entry.get("error") is None else _text(entry["error"]),
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
             possible_dead=bool(entry.get("possible_dead")),
             takes_reads=bool(entry.get("takes_reads", True)),
-            fault=entry.get("fault"),
-            system_identifier=entry.get("system_identifier"),
-            started_at=datetime.fromisoformat(entry["started_at"]) if entry.get("started_at") else None,
+            # A newer sidecar may know more of them.
+            fault=fault if fault in get_args(Fault) else None,
+            system_identifier=_number(entry.get("system_identifier")),
+            started_at=_time(entry.get("started_at")),
+            promotion=_read_promotion(entry.get("promotion")),
         )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _time(value: Any) -> datetime | None:
+    if value is None:
+        return None
+    time = datetime.fromisoformat(value)
+    if time.tzinfo is None:
+        raise ValueError(f"{value!r} has no time zone")
+    return time
+
+
+def _read_promotion(content: Any) -> Promotion | None:
+    if content is None:
+        return None
+    timeline = _number(content["timeline"])
+    return None if timeline is None else Promotion(timeline, parse_lsn(content["lsn"]))
 
 
 def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
@@ -623,9 +662,8 @@ def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[
 
 def _read_start(content: Any) -> str | None:
     start = None if content.get("possible_dead") else content.get("started_at")
-    if start is not None:
-        datetime.fromisoformat(start)
-    return start
+    _time(start)
+    return None if start is None else _text(start)
 
 
 def _read_host(content: Any) -> str | None:

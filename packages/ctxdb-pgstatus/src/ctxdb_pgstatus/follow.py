@@ -164,12 +164,12 @@ class _Follower:
         """Have a host looked at."""
         self.source.report_failure(host)
 
-    def has_seen(self, host: str, lost: LostCommit) -> bool:
+    async def has_seen(self, host: str, lost: LostCommit) -> bool:
         """Return whether the last promotion of `host` was after all of a transaction, except for its end.
 
         Then the host knows the transaction's identifier, and gives it to no other transaction.
         """
-        promotion = self.source.promotion_of(host) if isinstance(self.source, KnowsPromotions) else None
+        promotion = await self.source.promotion_of(host) if isinstance(self.source, KnowsPromotions) else None
         return (
             promotion is not None
             and promotion.timeline == int(lost.timeline, 16)

@@ -29,8 +29,8 @@ from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.election import Claim, Election, elect
 from ctxdb_pgstatus.reading import ReadRule
-from ctxdb_pgstatus.source import KnownMaster, Promotion
-from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, SyncCondition
+from ctxdb_pgstatus.source import KnownMaster
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, SyncCondition
 
 __all__ = ["HostMonitor"]
 
@@ -352,7 +352,7 @@ class HostMonitor:
         """
         return await self._on_own_loop(lambda: self._ask_server_of(host))
 
-    def promotion_of(self, host: str) -> Promotion | None:
+    async def promotion_of(self, host: str) -> Promotion | None:
         """Return what a host had replayed when it was promoted last; ``None`` if that was not seen."""
         member = self._members.get(host)
         return None if member is None else member.watch.promotion

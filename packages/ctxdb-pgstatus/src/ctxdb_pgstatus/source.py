@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Protocol, runtime_checkable
 
 from ctxdb_pgstatus.reading import ReadRule
-from ctxdb_pgstatus.status import SyncCondition
+from ctxdb_pgstatus.status import Promotion, SyncCondition
 
 __all__ = [
     "HostSource",
@@ -86,19 +86,6 @@ class KnowsServers(Protocol):
         """Find out over a new connection where the name leads now, and return what `server_of` does then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Promotion:
-    """What a host had replayed before it went on on another timeline.
-
-    Attributes:
-        timeline: the timeline before.
-        position: up to where at least, in bytes.
-    """
-
-    timeline: int
-    position: int
-
-
 @runtime_checkable
 class KnowsPromotions(Protocol):
     """A `HostSource` that has seen hosts being promoted.
@@ -106,8 +93,12 @@ class KnowsPromotions(Protocol):
     What became of a commit whose answer was lost can be told by the new master then (see ``resolve_commits``).
     """
 
-    def promotion_of(self, host: str) -> Promotion | None:
-        """Return what a host had replayed when it was promoted last; ``None`` if that was not seen."""
+    async def promotion_of(self, host: str) -> Promotion | None:
+        """Return what a host had replayed when it was promoted last; ``None`` if that was not seen.
+
+        Raises:
+            Exception: it cannot be found out at the moment.
+        """
 
 
 @runtime_checkable

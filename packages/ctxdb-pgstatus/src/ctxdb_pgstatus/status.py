@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-__all__ = ["ClusterStatus", "Fault", "HostStatus", "Role", "SyncCondition"]
+__all__ = ["ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition"]
 
 Role = Literal["master", "replica"]
 """What a host is: ``"master"`` takes writes, ``"replica"`` is in recovery."""
@@ -19,6 +19,19 @@ SyncCondition = Literal["time", "bytes", "time_or_bytes", "time_and_bytes"]
 Fault = Literal["stranger", "shared_name", "rival", "stale"]
 """Why a living host is not what it says: it is of another cluster; several servers take turns behind its name; it takes
 writes on the same timeline as another one; or it says "master" on a timeline that a promotion has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """What a host had replayed before it went on on another timeline.
+
+    Attributes:
+        timeline: the timeline before.
+        position: up to where at least, in bytes.
+    """
+
+    timeline: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,7 @@ class HostStatus:
         fault: why it is not what it says; ``None`` if it is.
         system_identifier: that of the database cluster that it serves; ``None`` if unknown.
         started_at: when its server was started: another time, and it is another server, or has restarted.
+        promotion: what it had replayed when it was promoted last, if that was seen.
         possible_dead: whether it counts as alive, and has not answered since it last did: it may be about to count as
             dead.
     """
@@ -63,6 +77,7 @@ class HostStatus:
     system_identifier: int | None = None
     started_at: datetime | None = None
     possible_dead: bool = False
+    promotion: Promotion | None = None
 
     def in_sync(self, condition: SyncCondition | None) -> bool:
         """Return whether `condition` holds; ``None`` always does."""

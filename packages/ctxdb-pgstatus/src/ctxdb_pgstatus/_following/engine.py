@@ -67,7 +67,7 @@ class Follower(Protocol):
     def report_failure(self, host: str) -> None:
         """Have a host looked at."""
 
-    def has_seen(self, host: str, lost: LostCommit) -> bool:
+    async def has_seen(self, host: str, lost: LostCommit) -> bool:
         """Return whether the last promotion of `host` was after all of a transaction, except for its end."""
 
     def forget_position(self, host: str, positions: Positions) -> None:
@@ -430,7 +430,7 @@ class FollowedEngine:
             return "aborted"
         # Another host on the same timeline was no standby of this one: it is a copy that was started as a primary.
         is_same = timeline == lost.timeline and master.host == self.host
-        if not is_same and not self._follower.has_seen(master.host, lost):
+        if not is_same and not await self._follower.has_seen(master.host, lost):
             return None
         if status == "committed" and not await guard.is_master(master.host):
             return "in progress"

@@ -153,5 +153,6 @@ class Member:
             fault=fault,
             system_identifier=None if server is None else server.system_identifier,
             started_at=None if server is None else server.started_at,
+            promotion=self.watch.promotion,
             possible_dead=watch.failures > 0 or watch.refusals > 0,
         )

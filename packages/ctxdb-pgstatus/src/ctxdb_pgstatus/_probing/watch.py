@@ -14,7 +14,7 @@ from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
-from ctxdb_pgstatus.source import Promotion
+from ctxdb_pgstatus.status import Promotion
 
 __all__ = ["Watch"]
 

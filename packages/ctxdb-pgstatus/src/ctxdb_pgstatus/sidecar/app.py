@@ -15,7 +15,7 @@ from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.sidecar.server import Request, Response
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition
 
 __all__ = ["Monitor", "SidecarApp"]
 
@@ -312,7 +312,12 @@ class SidecarApp:
             "fault": host.fault,
             "system_identifier": host.system_identifier,
             "started_at": None if host.started_at is None else host.started_at.isoformat(),
+            "promotion": None if host.promotion is None else _describe_promotion(host.promotion),
         }
+
+
+def _describe_promotion(promotion: Promotion) -> dict[str, Any]:
+    return {"timeline": promotion.timeline, "lsn": format_lsn(promotion.position)}
 
 
 async def _confirm_master(monitor: Monitor) -> None:
