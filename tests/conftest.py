@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[EmbeddedPostgres]:
     """The one server of a run, or of each of its workers; each test has a database of its own on it."""
-    with EmbeddedPostgres() as server:
+    with EmbeddedPostgres({"max_prepared_transactions": "10"}) as server:
         yield server
         close_observers()
 

@@ -1,7 +1,7 @@
 """Tells a commit whose answer was lost from one that has failed, and asks PostgreSQL what became of it.
 
-Each commit, of a session or of a connection, passes ``Dialect.do_commit``. No other place knows whether COMMIT was
-under way when the connection was lost.
+Each commit, of a session or of a connection, passes ``Dialect.do_commit``, or ``do_commit_twophase`` if it was prepared
+before. No other place knows whether COMMIT was under way when the connection was lost.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool, PoolProxiedConnection
@@ -25,7 +26,7 @@ from ctxdb_core._sqlalchemy.mysql_errors import (
     error_number,
     is_mysql,
 )
-from ctxdb_core._sqlalchemy.private import connections_of, replace_commit
+from ctxdb_core._sqlalchemy.private import connections_of, follow_dialect, replace_commit
 from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
 from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
 
@@ -159,6 +160,8 @@ class _Commits:
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
         replace_commit(engine.dialect, self._commit)
+        follow_dialect(engine.dialect, "do_prepare_twophase", self._prepare)
+        follow_dialect(engine.dialect, "do_commit_twophase", self._commit_prepared)
         event.listen(engine, "handle_error", _raise_unknown)
 
     def _commit(self, do_commit: Callable[[Any], None], connection: PoolProxiedConnection) -> None:
@@ -181,6 +184,46 @@ class _Commits:
                 if has_committed is False:
                     raise
             self._raise_unknown(engine, connection, exc, transaction)
+
+    def _prepare(self, original: Callable[..., None], connection: Connection, xid: Any) -> None:
+        try:
+            original(connection, xid)
+        except BaseException as exc:
+            if self._has_lost(connection, exc):
+                exc.add_note(
+                    f"ctxdb: the connection was lost while the transaction was prepared as {xid!r}: not committed. "
+                    "The database may still hold it, with its locks, until `ROLLBACK PREPARED` ends it: see "
+                    "pg_prepared_xacts."
+                )
+            raise
+
+    def _commit_prepared(
+        self, original: Callable[..., None], connection: Connection, xid: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        try:
+            original(connection, xid, *args, **kwargs)
+        except BaseException as exc:
+            if not self._has_lost(connection, exc):
+                raise
+            # Whether or not it was sent: what was prepared can still be committed.
+            engine = self._engine()
+            assert engine is not None, "it has a connection in use"
+            cause = (exc.orig or exc) if isinstance(exc, DBAPIError) else exc
+            unknown = _unknown(
+                engine, None, cause, f"It was prepared as {xid!r}, and is open as long as pg_prepared_xacts has it."
+            )
+            if not isinstance(exc, Exception):
+                raise exc from unknown
+            if not connection.invalidated:
+                connection.invalidate(exc)
+            raise unknown from exc
+
+    def _has_lost(self, connection: Connection, exc: BaseException) -> bool:
+        engine = self._engine()
+        assert engine is not None, "it has a connection in use"
+        if isinstance(exc, DBAPIError):
+            return exc.connection_invalidated
+        return connection.invalidated or _is_lost(engine, connection.connection, exc)
 
     @staticmethod
     def _raise_unknown(
@@ -266,14 +309,18 @@ def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseExcepti
     return sqlstate is not None or engine.dialect.is_disconnect(exc, connection, None)
 
 
-def _unknown(engine: Engine, transaction: LostCommit | None, exc: BaseException) -> CommitOutcomeUnknownError:
+def _unknown(
+    engine: Engine,
+    transaction: LostCommit | None,
+    exc: BaseException,
+    hint: str = "`DBConnect(..., resolve_commits=True)` has PostgreSQL asked.",
+) -> CommitOutcomeUnknownError:
     url = engine.url
     name = "/".join(filter(None, (url.host, url.database)))
     told = "" if transaction is None else f", transaction {transaction.id}"
     return CommitOutcomeUnknownError(
         f"The connection to {name!r} was lost while COMMIT was under way{told} ({str(exc) or type(exc).__name__}): "
-        "the work may be stored, or not. Look whether it is there before it is done again; "
-        "`DBConnect(..., resolve_commits=True)` has PostgreSQL asked.",
+        f"the work may be stored, or not. Look whether it is there before it is done again. {hint}",
         (name,),
         {} if transaction is None else {name: transaction.id},
     )
