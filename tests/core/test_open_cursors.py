@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -141,6 +142,24 @@ async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: 
             # SQLAlchemy's own statements, of which one was prepared before, go on.
             assert (await (await db_session(db)).execute(text("SELECT name FROM item"))).all() == [("innocent",)]
     assert await database.names() == ["innocent"]
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_result_ends_with_the_savepoint_that_it_was_opened_in(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        before = await session.stream(ROWS, execution_options={"yield_per": 10})
+        with suppress(LookupError):
+            async with session.begin_nested():
+                inside = await session.stream(ROWS, execution_options={"yield_per": 10})
+                assert await inside.fetchone() == (1,)
+                raise LookupError
+        with pytest.raises(OpenCursorError, match="savepoint"):
+            await inside.all()
+        assert len(await before.all()) == 2000
+        async with session.begin_nested():
+            inside = await session.stream(ROWS, execution_options={"yield_per": 10})
+        assert len(await inside.all()) == 2000
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)

@@ -109,6 +109,18 @@ def test_a_seeded_session_misses_no_event(session: Session) -> None:
     assert missing == []
 
 
+def test_savepoints_are_numbered(session: Session) -> None:
+    seen: list[int] = []
+    connection = session.connection()
+    event.listen(
+        connection, "rollback_savepoint", lambda conn, name, context: seen.append(private.number_of_savepoint(name))
+    )
+    assert private.savepoints_set_on(connection) == 0
+    for _ in range(2):
+        connection.begin_nested().rollback()
+    assert (private.savepoints_set_on(connection), seen) == (2, [1, 2])
+
+
 def test_each_pool_gets_a_listener_once_although_others_had_its_place_in_memory() -> None:
     heard: list[object] = []
 

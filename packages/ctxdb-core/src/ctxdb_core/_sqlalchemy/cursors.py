@@ -31,7 +31,12 @@ from sqlalchemy.util import await_only
 
 from ctxdb_core._sqlalchemy.binds import begun_connections
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.private import BufferedRowCursorFetchStrategy, close_psycopg_cursor
+from ctxdb_core._sqlalchemy.private import (
+    BufferedRowCursorFetchStrategy,
+    close_psycopg_cursor,
+    number_of_savepoint,
+    savepoints_set_on,
+)
 from ctxdb_core.errors import OpenCursorError
 
 __all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection"]
@@ -97,7 +102,10 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             _open[connection] = WeakSet()
             for name in ("commit", "rollback", "commit_twophase", "rollback_twophase"):
                 event.listen(connection, name, _end_cursors)
+            event.listen(connection, "rollback_savepoint", _end_cursors_of_savepoint)
         _open[connection].add(self)
+        self.savepoints_before = savepoints_set_on(connection)
+        """How many savepoints had been set on the connection before the cursor was opened."""
 
     @property
     def is_open(self) -> bool:
@@ -177,9 +185,9 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
 
 def _refuse() -> NoReturn:
     raise OpenCursorError(
-        "The transaction that this result was opened in has ended, and its connection may serve another request: "
-        "nothing more was read. Read the result to its end before the transaction is committed or rolled back, or "
-        "open it where it is read."
+        "The transaction that this result was opened in has ended, and its connection may serve another request; or a "
+        "savepoint was rolled back, and the cursor went with it: nothing more was read. Read the result to its end "
+        "before the transaction is committed or rolled back, or open it where it is read."
     )
 
 
@@ -194,6 +202,14 @@ def _give_up_cursors(context: ExceptionContext) -> None:
     cursor_of_statement = getattr(context.execution_context, "cursor", None)
     if cursor_of_statement is not None:
         close_psycopg_cursor(cursor_of_statement)
+
+
+def _end_cursors_of_savepoint(connection: Connection, name: str, context: None) -> None:
+    # PostgreSQL closes the cursors that were opened since, and a read of one would abort the transaction.
+    number = number_of_savepoint(name)
+    for cursor in tuple(_open.get(connection, ())):
+        if cursor.savepoints_before >= number:
+            cursor.end()
 
 
 def _end_cursors(connection: Connection, *args: object) -> None:

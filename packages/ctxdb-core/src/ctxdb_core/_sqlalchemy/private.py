@@ -43,6 +43,7 @@ __all__ = [
     "lend_asyncpg_connection",
     "lend_psycopg_connection",
     "listen_once",
+    "number_of_savepoint",
     "pass_on_failed_connect",
     "pool_numbers",
     "pool_of",
@@ -51,6 +52,7 @@ __all__ = [
     "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
+    "savepoints_set_on",
     "seed_dispatch",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
@@ -127,6 +129,20 @@ def commit_values(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
     """Give an object `values` as if they had just been loaded."""
     state.dict.update(values)
     state._commit(state.dict, values)  # noqa: SLF001 - see the module
+
+
+# --- savepoints -------------------------------------------------------------------------------------------------------
+
+
+def savepoints_set_on(connection: Connection) -> int:
+    """Return how many savepoints have been set on a connection: SQLAlchemy numbers them, and its event has no name."""
+    number: int = getattr(connection, "_Connection__savepoint_seq")  # noqa: B009 - Python mangles such a name
+    return number
+
+
+def number_of_savepoint(name: str) -> int:
+    """Return the number of the savepoint of that name, as `savepoints_set_on` counts them."""
+    return int(name.rpartition("_")[2])
 
 
 # --- engines, dialects, pools -----------------------------------------------------------------------------------------
