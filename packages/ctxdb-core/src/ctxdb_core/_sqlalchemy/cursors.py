@@ -26,6 +26,7 @@ from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
@@ -34,15 +35,19 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import (
     BufferedRowCursorFetchStrategy,
     close_psycopg_cursor,
+    driver_cursor_of,
     number_of_savepoint,
     savepoints_set_on,
 )
 from ctxdb_core.errors import OpenCursorError
 
-__all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection"]
+__all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection", "take_left_cursors"]
 
 _open: WeakKeyDictionary[Connection, WeakSet[ServerCursor]] = WeakKeyDictionary()
 """The cursors that may be open on the server, by the connection that they were opened on."""
+
+_left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""The driver's cursors that are to be closed before a connection is, by the driver's connection."""
 
 _doors: WeakKeyDictionary[Connection, Door] = WeakKeyDictionary()
 """The doors of the sessions whose connection the user's code has asked for."""
@@ -54,7 +59,7 @@ def follow_cursors(engine: AsyncEngine) -> None:
     made_by = dialect.execution_ctx_cls
     if not issubclass(made_by, _FollowedExecution):
         dialect.execution_ctx_cls = type(made_by.__name__, (_FollowedExecution, made_by), {})
-    if dialect.driver.startswith("psycopg"):
+    if dialect.driver == "aiosqlite" or dialect.driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "handle_error", _give_up_cursors)
 
 
@@ -126,10 +131,15 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
                 self.give_up()
                 raise
 
-    def give_up(self) -> None:
-        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open."""
+    def give_up(self) -> Any:
+        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open.
+
+        Returns:
+            SQLAlchemy's adapter of the driver's cursor.
+        """
         self._is_closed = True
         close_psycopg_cursor(self._cursor)
+        return self._cursor
 
     # --- what the result asks for -------------------------------------------------------------------------------------
 
@@ -191,17 +201,29 @@ def _refuse() -> NoReturn:
     )
 
 
+def take_left_cursors(driver_connection: object) -> list[Any]:
+    """Return the driver's cursors that are to be closed before a connection of aiosqlite's is."""
+    return _left.pop(driver_connection, [])
+
+
 def _give_up_cursors(context: ExceptionContext) -> None:
-    if context.connection is None or not (
-        context.is_disconnect or not isinstance(context.original_exception, Exception)
-    ):
+    """Close the cursors of a connection that is about to be given up, as its task was cancelled for instance."""
+    connection = context.connection
+    is_given_up = context.is_disconnect or not isinstance(context.original_exception, Exception)
+    if connection is None or not is_given_up:
         return
-    for cursor in tuple(_open.get(context.connection, ())):
-        cursor.give_up()
+    cursors = [cursor.give_up() for cursor in tuple(_open.get(connection, ()))]
     # There is none where the connection was lost before it could be made.
     cursor_of_statement = getattr(context.execution_context, "cursor", None)
     if cursor_of_statement is not None:
         close_psycopg_cursor(cursor_of_statement)
+        cursors.append(cursor_of_statement)
+    if connection.dialect.driver == "aiosqlite":
+        # SQLite keeps the transaction of a closed connection, and its lock, until the last of its statements is
+        # closed: that would be when the traceback of the error is thrown away.
+        with suppress(InvalidRequestError):
+            left = _left.setdefault(connection.connection.driver_connection, [])
+            left.extend(filter(None, map(driver_cursor_of, cursors)))
 
 
 def _end_cursors_of_savepoint(connection: Connection, name: str, context: None) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "connections_of",
     "copy_engine",
     "deleted_in",
+    "driver_cursor_of",
     "follow_dialect",
     "forget_block",
     "forget_prepared_statements",
@@ -291,6 +292,11 @@ def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:
         attributes[name] = lambda *args, **kwargs: replacement(original, *args, **kwargs)
 
 
+def driver_cursor_of(adapted: Any) -> Any:
+    """Return the driver's cursor in SQLAlchemy's adapter; ``None`` where it has none."""
+    return getattr(adapted, "_cursor", None)
+
+
 # --- asyncpg ----------------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +348,7 @@ def forget_prepared_statements(adapted: Any) -> None:
 
 def close_psycopg_cursor(adapted: Any) -> None:
     """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; pass over those of other drivers."""
-    cursor: Any = getattr(adapted, "_cursor", None)
+    cursor = driver_cursor_of(adapted)
     if type(cursor).__module__.partition(".")[0] == "psycopg":
         cursor._close()  # noqa: SLF001 - see the module
 
