@@ -54,7 +54,8 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             await run_to_completion(session_end.close(joined, exc, db))
             raise
         try:
-            await joined.commit()
+            # Interrupted, it would take the connection with it.
+            await run_to_completion(joined.commit())
         finally:
             await run_to_completion(session_end.close(joined, None, db))
 
