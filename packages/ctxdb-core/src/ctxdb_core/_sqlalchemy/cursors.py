@@ -124,12 +124,12 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             self._is_closed = self._has_ended = True
             self._rowbuffer.clear()
             try:
-                with suppress(Exception):
-                    # What the server has closed, or does not answer for, needs no closing.
-                    self._cursor.close()
-            except BaseException:
+                self._cursor.close()
+            except BaseException as exc:
+                # What the server has closed, or does not answer for, needs no closing there.
                 self.give_up()
-                raise
+                if not isinstance(exc, Exception):
+                    raise
 
     def give_up(self) -> Any:
         """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open.
@@ -183,6 +183,9 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             self._refuse_if_ended()
             yield
         except BaseException:
+            if self._is_closed:
+                # The result has been read to its end, and closing its cursor was interrupted.
+                self.give_up()
             door.answer_interruption()
             raise
         finally:
