@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert as insert_into
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
     DBConnect,
     SessionAlreadyActiveError,
+    TransactionAlreadyActiveError,
     TransactionContext,
     atomic_db_session,
     commit_db_session,
@@ -302,3 +303,70 @@ async def test_the_blocks_of_a_worker_are_forgotten(db: DBConnect) -> None:
 async def _enter(block: Any) -> Any:
     await block.__aenter__()
     return block
+
+
+@pytest.mark.parametrize("end", [commit_db_session, rollback_db_session, commit, rollback])
+async def test_an_end_that_waits_for_its_turn_is_refused_in_a_block_that_has_begun_meanwhile(
+    db: DBConnect, database: Database, end: Callable[[DBConnect], Awaitable[Any]]
+) -> None:
+    is_done = asyncio.Event()
+
+    async def stay() -> None:
+        async with savepoint(db):
+            await insert(db, "block")
+            await is_done.wait()
+
+    async with new_db_ctx():
+        session = await insert(db, "first")
+        # Both wait for the turn of the statement: the savepoint first.
+        statement = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.1)")))
+        await asyncio.sleep(0)
+        staying = asyncio.create_task(stay())
+        await asyncio.sleep(0)
+        ending = asyncio.ensure_future(end(db))
+        await asyncio.wait([statement, ending])
+        is_done.set()
+        await staying
+        assert isinstance(ending.exception(), SessionAlreadyActiveError)
+    assert await database.names() == ["block", "first"]
+
+
+# SQLAlchemy warns of an object that is added in the middle of a flush.
+@pytest.mark.filterwarnings("ignore:Usage of the")
+async def test_an_object_that_is_added_while_another_task_sets_a_savepoint_is_stored(
+    db: DBConnect, database: Database
+) -> None:
+    refused: list[BaseException] = []
+
+    async def fail() -> None:
+        async with savepoint(db):
+            raise LookupError
+
+    async with new_db_ctx():
+        session = await db_session(db)
+        session.add(Item(name="first"))
+        failing = asyncio.create_task(fail())
+        added = 0
+        while not failing.done():
+            # In the middle of the flush that comes before the savepoint, too.
+            await asyncio.sleep(0)
+            try:
+                session.add(Item(name=f"added {added}"))
+                added += 1
+            except SessionAlreadyActiveError as exc:
+                refused.append(exc)
+        assert isinstance(failing.exception(), LookupError)
+    assert refused
+    assert len(await database.names()) == added + 1
+
+
+async def test_a_commit_is_refused_inside_of_a_joining_session(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with joining_session(db) as session:
+            session.add(Item(name="one"))
+            await session.commit()
+            with pytest.raises(TransactionAlreadyActiveError, match="joining_session"):
+                await commit_db_session(db)
+            session.add(Item(name="two"))
+        await commit_db_session(db)
+    assert await database.names() == ["one", "two"]

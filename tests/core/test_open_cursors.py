@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -143,6 +144,24 @@ async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: 
     assert await database.names() == ["innocent"]
 
 
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_result_ends_with_the_savepoint_that_it_was_opened_in(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        before = await session.stream(ROWS, execution_options={"yield_per": 10})
+        with suppress(LookupError):
+            async with session.begin_nested():
+                inside = await session.stream(ROWS, execution_options={"yield_per": 10})
+                assert await inside.fetchone() == (1,)
+                raise LookupError
+        with pytest.raises(OpenCursorError, match="savepoint"):
+            await inside.all()
+        assert len(await before.all()) == 2000
+        async with session.begin_nested():
+            inside = await session.stream(ROWS, execution_options={"yield_per": 10})
+        assert len(await inside.all()) == 2000
+
+
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
 async def test_a_connection_of_psycopg_is_refused_once_it_was_given_back(database: Database) -> None:
     async with database.connect(pool_size=1) as db:
@@ -200,7 +219,28 @@ async def test_a_streamed_result_that_is_cancelled_leaves_no_cursor_open(db: DBC
         assert database.checked_out == 0
 
 
-def after_steps(loop: asyncio.AbstractEventLoop, steps: int, callback: Callable[[], None]) -> None:
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+async def test_a_cancelled_result_of_sqlite_leaves_the_database_unlocked(db: DBConnect, database: Database) -> None:
+    is_reading = asyncio.Event()
+
+    async def read() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "one")
+            async for _ in await session.stream(ROWS, execution_options={"yield_per": 1}):
+                is_reading.set()
+
+    task = asyncio.create_task(read())
+    await is_reading.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    # The task has the traceback of its error, and that has the cursor.
+    assert task.cancelled()
+    async with new_db_ctx():
+        await insert(db, "two")
+    assert await database.names() == ["two"]
+
+
+def after_steps(loop: asyncio.AbstractEventLoop, steps: int, callback: Callable[[], object]) -> None:
     """Call `callback` after so many turns of the event loop."""
     if steps == 0:
         callback()

@@ -205,6 +205,18 @@ async def test_sessions_of_a_factory_have_an_info_of_their_own() -> None:
     assert (second.info, factory().info) == ({"given": 1}, {"given": 1})
 
 
+def test_savepoints_are_numbered(session: Session) -> None:
+    seen: list[int] = []
+    connection = session.connection()
+    event.listen(
+        connection, "rollback_savepoint", lambda conn, name, context: seen.append(private.number_of_savepoint(name))
+    )
+    assert private.savepoints_set_on(connection) == 0
+    for _ in range(2):
+        connection.begin_nested().rollback()
+    assert (private.savepoints_set_on(connection), seen) == (2, [1, 2])
+
+
 def test_each_pool_gets_a_listener_once_although_others_had_its_place_in_memory() -> None:
     heard: list[object] = []
 

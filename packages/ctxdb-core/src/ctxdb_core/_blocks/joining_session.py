@@ -48,7 +48,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             "`transactional(db)`, which begins one."
         )
     session = await db_session(db)
-    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session):
+    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session, is_joined=True):
         # What is only added to the unit's session would not be seen.
         await session.flush()
         connection = await session.connection()
@@ -62,7 +62,8 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             # Where the unit itself has committed or rolled back meanwhile, by `commit_db_session` for instance, the
             # savepoint has ended with its transaction, and nothing is left to release.
             if connection.in_transaction() and (connection.in_nested_transaction() or not begun_connections(joined)):
-                await joined.commit()
+                # Interrupted, it would take the connection with it.
+                await run_to_completion(joined.commit())
             elif joined.new or joined.dirty or joined.deleted:
                 raise TransactionRequiredError(
                     "The unit of work has ended the transaction that this joining session was in, and what was changed "

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 from weakref import ref
 
@@ -18,6 +19,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._shield import run_to_completion
+from ctxdb_core._sqlalchemy.cursors import take_left_cursors
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
 
@@ -80,6 +82,9 @@ async def _close_asyncpg(connection: Any, seconds: float) -> None:
 
 async def _close_aiosqlite(connection: Any, seconds: float) -> None:
     await connection.interrupt()
+    for cursor in take_left_cursors(connection):
+        with suppress(Exception):
+            await cursor.close()
     await connection.close()
 
 

@@ -26,18 +26,28 @@ from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from ctxdb_core._sqlalchemy.binds import begun_connections
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.private import BufferedRowCursorFetchStrategy, close_psycopg_cursor
+from ctxdb_core._sqlalchemy.private import (
+    BufferedRowCursorFetchStrategy,
+    close_psycopg_cursor,
+    driver_cursor_of,
+    number_of_savepoint,
+    savepoints_set_on,
+)
 from ctxdb_core.errors import OpenCursorError
 
-__all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection"]
+__all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection", "take_left_cursors"]
 
 _open: WeakKeyDictionary[Connection, WeakSet[ServerCursor]] = WeakKeyDictionary()
 """The cursors that may be open on the server, by the connection that they were opened on."""
+
+_left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""The driver's cursors that are to be closed before a connection is, by the driver's connection."""
 
 _doors: WeakKeyDictionary[Connection, Door] = WeakKeyDictionary()
 """The doors of the sessions whose connection the user's code has asked for."""
@@ -49,7 +59,7 @@ def follow_cursors(engine: AsyncEngine) -> None:
     made_by = dialect.execution_ctx_cls
     if not issubclass(made_by, _FollowedExecution):
         dialect.execution_ctx_cls = type(made_by.__name__, (_FollowedExecution, made_by), {})
-    if dialect.driver.startswith("psycopg"):
+    if dialect.driver == "aiosqlite" or dialect.driver.startswith("psycopg"):
         event.listen(engine.sync_engine, "handle_error", _give_up_cursors)
 
 
@@ -97,7 +107,10 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             _open[connection] = WeakSet()
             for name in ("commit", "rollback", "commit_twophase", "rollback_twophase"):
                 event.listen(connection, name, _end_cursors)
+            event.listen(connection, "rollback_savepoint", _end_cursors_of_savepoint)
         _open[connection].add(self)
+        self.savepoints_before = savepoints_set_on(connection)
+        """How many savepoints had been set on the connection before the cursor was opened."""
 
     @property
     def is_open(self) -> bool:
@@ -111,17 +124,22 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             self._is_closed = self._has_ended = True
             self._rowbuffer.clear()
             try:
-                with suppress(Exception):
-                    # What the server has closed, or does not answer for, needs no closing.
-                    self._cursor.close()
-            except BaseException:
+                self._cursor.close()
+            except BaseException as exc:
+                # What the server has closed, or does not answer for, needs no closing there.
                 self.give_up()
-                raise
+                if not isinstance(exc, Exception):
+                    raise
 
-    def give_up(self) -> None:
-        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open."""
+    def give_up(self) -> Any:
+        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open.
+
+        Returns:
+            SQLAlchemy's adapter of the driver's cursor.
+        """
         self._is_closed = True
         close_psycopg_cursor(self._cursor)
+        return self._cursor
 
     # --- what the result asks for -------------------------------------------------------------------------------------
 
@@ -165,6 +183,9 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             self._refuse_if_ended()
             yield
         except BaseException:
+            if self._is_closed:
+                # The result has been read to its end, and closing its cursor was interrupted.
+                self.give_up()
             door.answer_interruption()
             raise
         finally:
@@ -177,23 +198,43 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
 
 def _refuse() -> NoReturn:
     raise OpenCursorError(
-        "The transaction that this result was opened in has ended, and its connection may serve another request: "
-        "nothing more was read. Read the result to its end before the transaction is committed or rolled back, or "
-        "open it where it is read."
+        "The transaction that this result was opened in has ended, and its connection may serve another request; or a "
+        "savepoint was rolled back, and the cursor went with it: nothing more was read. Read the result to its end "
+        "before the transaction is committed or rolled back, or open it where it is read."
     )
 
 
+def take_left_cursors(driver_connection: object) -> list[Any]:
+    """Return the driver's cursors that are to be closed before a connection of aiosqlite's is."""
+    return _left.pop(driver_connection, [])
+
+
 def _give_up_cursors(context: ExceptionContext) -> None:
-    if context.connection is None or not (
-        context.is_disconnect or not isinstance(context.original_exception, Exception)
-    ):
+    """Close the cursors of a connection that is about to be given up, as its task was cancelled for instance."""
+    connection = context.connection
+    is_given_up = context.is_disconnect or not isinstance(context.original_exception, Exception)
+    if connection is None or not is_given_up:
         return
-    for cursor in tuple(_open.get(context.connection, ())):
-        cursor.give_up()
+    cursors = [cursor.give_up() for cursor in tuple(_open.get(connection, ()))]
     # There is none where the connection was lost before it could be made.
     cursor_of_statement = getattr(context.execution_context, "cursor", None)
     if cursor_of_statement is not None:
         close_psycopg_cursor(cursor_of_statement)
+        cursors.append(cursor_of_statement)
+    if connection.dialect.driver == "aiosqlite":
+        # SQLite keeps the transaction of a closed connection, and its lock, until the last of its statements is
+        # closed: that would be when the traceback of the error is thrown away.
+        with suppress(InvalidRequestError):
+            left = _left.setdefault(connection.connection.driver_connection, [])
+            left.extend(filter(None, map(driver_cursor_of, cursors)))
+
+
+def _end_cursors_of_savepoint(connection: Connection, name: str, context: None) -> None:
+    # PostgreSQL closes the cursors that were opened since, and a read of one would abort the transaction.
+    number = number_of_savepoint(name)
+    for cursor in tuple(_open.get(connection, ())):
+        if cursor.savepoints_before >= number:
+            cursor.end()
 
 
 def _end_cursors(connection: Connection, *args: object) -> None:

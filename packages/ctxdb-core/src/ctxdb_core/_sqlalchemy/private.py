@@ -40,6 +40,7 @@ __all__ = [
     "connections_of",
     "copy_engine",
     "deleted_in",
+    "driver_cursor_of",
     "follow_dialect",
     "follow_raw_connection",
     "forget_block",
@@ -52,6 +53,7 @@ __all__ = [
     "lend_psycopg_connection",
     "listen_first",
     "listen_once",
+    "number_of_savepoint",
     "pass_on_failed_connect",
     "pending_states",
     "pool_numbers",
@@ -61,6 +63,7 @@ __all__ = [
     "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
+    "savepoints_set_on",
     "seed_dispatch",
     "set_warning_of_changes",
     "swap_driver_connections",
@@ -242,6 +245,20 @@ def commit_values(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
     state._commit(state.dict, values)  # noqa: SLF001 - see the module
 
 
+# --- savepoints -------------------------------------------------------------------------------------------------------
+
+
+def savepoints_set_on(connection: Connection) -> int:
+    """Return how many savepoints have been set on a connection: SQLAlchemy numbers them, and its event has no name."""
+    number: int = getattr(connection, "_Connection__savepoint_seq")  # noqa: B009 - Python mangles such a name
+    return number
+
+
+def number_of_savepoint(name: str) -> int:
+    """Return the number of the savepoint of that name, as `savepoints_set_on` counts them."""
+    return int(name.rpartition("_")[2])
+
+
 # --- engines, dialects, pools -----------------------------------------------------------------------------------------
 
 
@@ -407,6 +424,11 @@ def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:
         attributes[name] = lambda *args, **kwargs: replacement(original, *args, **kwargs)
 
 
+def driver_cursor_of(adapted: Any) -> Any:
+    """Return the driver's cursor in SQLAlchemy's adapter; ``None`` where it has none."""
+    return getattr(adapted, "_cursor", None)
+
+
 # --- asyncpg ----------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +480,7 @@ def forget_prepared_statements(adapted: Any) -> None:
 
 def close_psycopg_cursor(adapted: Any) -> None:
     """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; pass over those of other drivers."""
-    cursor: Any = getattr(adapted, "_cursor", None)
+    cursor = driver_cursor_of(adapted)
     if type(cursor).__module__.partition(".")[0] == "psycopg":
         cursor._close()  # noqa: SLF001 - see the module
 

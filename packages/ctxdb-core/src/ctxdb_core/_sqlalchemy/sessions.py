@@ -46,7 +46,7 @@ from ctxdb_core._sqlalchemy.private import (
 from ctxdb_core._sqlalchemy.rereading import Rereading
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
-from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, own_transaction, refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
@@ -136,7 +136,17 @@ class GuardedSession(BlockedSession):
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
             # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
             await_only(_begin(self, self.on_begin))
-        return super().begin(nested)
+        if not nested or self.door is None:
+            return super().begin(nested)
+        # What was added before is flushed before the savepoint; what another task adds meanwhile would be part of it.
+        block = enter_block(self)
+        try:
+            savepoint = super().begin(nested)
+        except BaseException:
+            block.end()
+            raise
+        block.follow(savepoint)
+        return savepoint
 
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
@@ -515,9 +525,9 @@ def _by_owner(start: Any) -> Any:
     async def start_by_owner(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
         started = await start(self, is_ctxmanager)
         guard = self.session.sync_session
-        if isinstance(guard, GuardedSession) and guard.door is not None and (self.nested or is_ctxmanager):
+        if isinstance(guard, GuardedSession) and guard.door is not None and is_ctxmanager and not self.nested:
             # A transaction that is begun without a block is the session's: nobody has said that it ends on an error.
-            own_transaction(guard, cast(SessionTransaction, self.sync_transaction))
+            enter_block(guard).follow(cast(SessionTransaction, self.sync_transaction))
         return started
 
     return start_by_owner
@@ -531,6 +541,22 @@ def _outside_of_blocks(method: Any) -> Any:
         await method(self, *args)
 
     return call_outside_of_blocks
+
+
+def _in_turn_outside_of_blocks(method: Any) -> Any:
+    @functools.wraps(method)
+    async def call_in_turn_outside_of_blocks(self: DoorSession) -> None:
+        door = getattr(self.sync_session, "door", None)
+        if door is None or not door.is_busy:
+            refuse_in_block_of_other_task(self.sync_session)
+            await method(self)
+            return
+        # No other task enters a block in between.
+        async with door.turn():
+            refuse_in_block_of_other_task(self.sync_session)
+            await method(self)
+
+    return call_in_turn_outside_of_blocks
 
 
 def _unless_owned(close: Any) -> Any:
@@ -556,8 +582,10 @@ for _cls, _library_cls, _spawn in (
 for _name in ("close", "reset", "invalidate"):
     setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
 DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
-for _name in ("flush", "rollback"):
-    setattr(DoorSession, _name, _outside_of_blocks(getattr(DoorSession, _name)))
+DoorSession.flush = _outside_of_blocks(DoorSession.flush)  # type: ignore[method-assign]  # of our own class
+DoorSession.rollback = _in_turn_outside_of_blocks(  # type: ignore[method-assign]  # of our own class
+    DoorSession.rollback
+)
 DoorSession.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )

@@ -27,8 +27,9 @@ from ctxdb_core.errors import SessionAlreadyActiveError
 
 __all__ = [
     "BlockedSession",
+    "enter_block",
     "hold_block",
-    "own_transaction",
+    "is_joined",
     "refuse_in_block_of_other_task",
     "release_blocks",
     "running_task",
@@ -36,19 +37,21 @@ __all__ = [
 
 
 class TaskBlock:
-    """A block of the running task on a session.
+    """A block of the running task on a session: it ends with a transaction, if it is to `follow` one, or by `end`."""
 
-    Args:
-        transaction: the transaction or savepoint that the block lasts as long as; ``None`` if it ends by `end`.
-    """
+    __slots__ = ("_has_ended", "_task", "_transaction", "is_joined")
 
-    __slots__ = ("_has_ended", "_task", "_transaction")
-
-    def __init__(self, transaction: SessionTransaction | None = None) -> None:
+    def __init__(self, *, is_joined: bool = False) -> None:
+        self.is_joined = is_joined
+        """Whether another session works on the connection meanwhile."""
         task = running_task()
         self._task = None if task is None else ref(task)
-        self._transaction = None if transaction is None else ref(transaction)
+        self._transaction: ref[SessionTransaction] | None = None
         self._has_ended = False
+
+    def follow(self, transaction: SessionTransaction) -> None:
+        """End together with `transaction`."""
+        self._transaction = ref(transaction)
 
     def end(self) -> None:
         """End the block."""
@@ -97,16 +100,23 @@ _around: ContextVar[tuple[TaskBlock, ...]] = ContextVar("ctxdb_task_blocks", def
 """The blocks that the running code is in, on any session. Tasks inherit it; some of the blocks may have ended."""
 
 
-def own_transaction(session: BlockedSession, transaction: SessionTransaction) -> None:
-    """Let the block of `transaction`, which has just been entered, be the running task's."""
-    block = TaskBlock(transaction)
-    _add(session, block)
+def enter_block(session: BlockedSession, *, is_joined: bool = False) -> TaskBlock:
+    """Return a block that the running task is in from now on, and that it has to `TaskBlock.end`, or let `follow`."""
+    block = TaskBlock(is_joined=is_joined)
+    if "task_blocks" not in vars(session):
+        event.listen(session, "before_attach", _refuse_new_object)
+    session.task_blocks = (*_open(session.task_blocks), block)
     _around.set((*_open(_around.get()), block))
+    return block
 
 
 @contextmanager
-def hold_block(session: Session) -> Iterator[None]:
+def hold_block(session: Session, *, is_joined: bool = False) -> Iterator[None]:
     """Run a block that belongs to the running task.
+
+    Args:
+        session: where.
+        is_joined: whether another session works on the connection meanwhile.
 
     Raises:
         SessionAlreadyActiveError: another task is in one.
@@ -115,10 +125,8 @@ def hold_block(session: Session) -> Iterator[None]:
         yield
         return
     refuse_in_block_of_other_task(session)
-    block = TaskBlock()
-    _add(session, block)
     outer = _around.get()
-    _around.set((*outer, block))
+    block = enter_block(session, is_joined=is_joined)
     try:
         yield
     finally:
@@ -140,6 +148,11 @@ def refuse_in_block_of_other_task(session: Session) -> None:
             raise SessionAlreadyActiveError(_IN_BLOCK_OF_OTHER_TASK)
 
 
+def is_joined(session: Session) -> bool:
+    """Return whether another session works on the connection of `session`."""
+    return isinstance(session, BlockedSession) and any(each.is_joined and each.is_open for each in session.task_blocks)
+
+
 def release_blocks(session: Session) -> None:
     """Let the blocks on `session` be nobody's, as their unit of work is about to end their transaction."""
     if isinstance(session, BlockedSession) and session.task_blocks:
@@ -153,12 +166,6 @@ def running_task() -> asyncio.Task[Any] | None:
     except RuntimeError:
         return None
     return task.host if isinstance(task, LentTask) else task
-
-
-def _add(session: BlockedSession, block: TaskBlock) -> None:
-    if "task_blocks" not in vars(session):
-        event.listen(session, "before_attach", _refuse_new_object)
-    session.task_blocks = (*_open(session.task_blocks), block)
 
 
 def _open(blocks: Iterable[TaskBlock]) -> Iterator[TaskBlock]:

@@ -44,6 +44,12 @@ async def commit(session: AsyncSession) -> None:
         BaseException: the error of the commit.
     """
     sync_session = session.sync_session
+    door = door_of(session)
+    if door is not None and door.is_busy and not door.is_held():
+        # No other task enters a block in between, which the commit would be refused for.
+        async with door.turn():
+            await commit(session)
+        return
     release_blocks(sync_session)
     if not sync_session.expire_on_commit:
         await session.commit()
@@ -60,7 +66,7 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
 
     The failure is attached to `error`, the one that made the roll-back necessary; it is logged where there is none.
     """
-    async with _turn(session):
+    async with turn(session):
         if not in_transaction(session):
             return
         note_error(session, error)
@@ -77,7 +83,7 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
 
 async def close(session: AsyncSession, error: BaseException | None, name: object) -> None:
     """Close, or throw the connection away if that fails; a failure is reported as by `roll_back`."""
-    async with _turn(session):
+    async with turn(session):
         if not in_transaction(session) and _closes_plainly(session):
             session.sync_session.close()
             return
@@ -217,7 +223,8 @@ def _because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> 
     return refuse_because_of_error
 
 
-def _turn(session: AsyncSession) -> AbstractAsyncContextManager[None]:
+def turn(session: AsyncSession) -> AbstractAsyncContextManager[None]:
+    """Take the turn of `session`, if it has turns, for several calls."""
     door = door_of(session)
     return nullcontext() if door is None else door.turn()
 

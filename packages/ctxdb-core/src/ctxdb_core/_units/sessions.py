@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
-from ctxdb_core._sqlalchemy.task_blocks import refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.task_blocks import is_joined, refuse_in_block_of_other_task
 from ctxdb_core._units import session_end
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
@@ -68,9 +68,13 @@ async def commit_db_session(db: DBConnect) -> None:
     unit = _usable_unit(db)
     unit.check_may_commit(db)
     session = unit.sessions.get(db)
-    if session is not None:
+    if session is None:
+        await unit.commit([db])
+        return
+    # In one turn: no other task enters a block between the look and the commit.
+    async with session_end.turn(session):
         check_no_block(session, db, savepoints_only=True)
-    await unit.commit([db])
+        await unit.commit([db])
 
 
 async def rollback_db_session(db: DBConnect) -> None:
@@ -88,12 +92,15 @@ async def rollback_db_session(db: DBConnect) -> None:
     """
     unit = _usable_unit(db)
     session = unit.sessions.get(db)
-    if session is not None:
+    if session is None:
+        await unit.roll_back(None, [db])
+        return
+    async with session_end.turn(session):
         refuse_in_block_of_other_task(session.sync_session)
-    has_begun = session is not None and session_end.in_transaction(session)
-    await unit.roll_back(None, [db])
-    if session is not None and has_begun:
-        session.expire_all()
+        has_begun = session_end.in_transaction(session)
+        await unit.roll_back(None, [db])
+        if has_begun:
+            session.expire_all()
 
 
 async def close_db_session(db: DBConnect) -> None:
@@ -149,6 +156,11 @@ def check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: boo
     SQLAlchemy refuses all that follows in such a block, when the transaction has ended already.
     """
     refuse_in_block_of_other_task(session.sync_session)
+    if is_joined(session.sync_session):
+        raise TransactionAlreadyActiveError(
+            f"This code is inside of the block of a `joining_session` on {db!r}, whose connection would be given back "
+            "with the transaction: nothing was done. Commit after the block; the session of the block may commit."
+        )
     block = innermost_block(session.sync_session)
     if block is None or (savepoints_only and not block.nested):
         return
