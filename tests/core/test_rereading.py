@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from sqlalchemy import ForeignKey, event, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload
 from tests.support.database import Database
 
@@ -128,3 +130,41 @@ async def test_a_deleted_row_is_not_found_by_get_any_more(library: DBConnect, da
         assert await session.get(Book, 1) is None
         assert book is not None
         assert book.title == "Notes"
+
+
+async def by_query(session: AsyncSession) -> Author:
+    return (await session.scalars(select(Author))).one()
+
+
+async def by_get(session: AsyncSession) -> Author:
+    return await session.get_one(Author, 1)
+
+
+async def by_query_with_books(session: AsyncSession) -> Author:
+    return (await session.scalars(select(Author).options(selectinload(Author.books)))).one()
+
+
+@pytest.mark.parametrize("read", [by_query, by_get, by_query_with_books])
+async def test_what_another_task_changes_while_an_object_is_read_again_is_stored(
+    library: DBConnect, database: Database, read: Callable[[AsyncSession], Awaitable[Author]]
+) -> None:
+    async def change() -> None:
+        author.name = "changed"
+
+    def schedule(*args: object) -> None:
+        changes.append(asyncio.get_running_loop().create_task(change()))
+
+    changes: list[asyncio.Task[None]] = []
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = await session.get_one(Author, 1)
+        await commit_db_session(library)
+        engine = session.get_bind().engine
+        event.listen(engine, "before_cursor_execute", schedule)
+        try:
+            assert await read(session) is author
+        finally:
+            event.remove(engine, "before_cursor_execute", schedule)
+        await asyncio.gather(*changes)
+        assert author.name == "changed"
+    assert await database.names("author") == ["changed"]

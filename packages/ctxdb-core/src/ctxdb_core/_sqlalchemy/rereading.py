@@ -12,16 +12,20 @@ keeps what it has.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import event, inspect
+from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
+from sqlalchemy import Result, event, inspect
 from sqlalchemy.orm import InstanceState, ORMExecuteState, Session
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.attributes import set_attribute, set_committed_value
 
-from ctxdb_core._sqlalchemy.private import listen_once
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
+from ctxdb_core._sqlalchemy.private import changed_states, listen_once
 
-__all__ = ["Rereading"]
+__all__ = ["Rereading", "keeping_changes"]
 
 
 class Rereading:
@@ -61,17 +65,67 @@ def _rereading_of(session: Session) -> Rereading | None:
     return getattr(session, "rereading", None)
 
 
-def _read_anew(execution: ORMExecuteState) -> None:
+def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
     session = execution.session
     rereading = _rereading_of(session)
     if rereading is None or not execution.is_select or execution.is_column_load:
-        return
-    flushes = session.autoflush and execution.execution_options.get("autoflush", True)
+        return None
+    options = execution.execution_options
+    flushes = session.autoflush and options.get("autoflush", True)
     if not flushes and session.identity_map.check_modified():
         # What the code has set, and not flushed, is not to be overwritten.
+        return None
+    if not rereading.objects(session) or "populate_existing" in options:
+        return None
+    execution.update_execution_options(populate_existing=True)
+    if options.get("stream_results") or options.get("yield_per"):
+        # The rows of a streamed result are not read by this call.
+        return None
+    with keeping_changes(session):
+        return execution.invoke_statement()
+
+
+@contextmanager
+def keeping_changes(session: Session) -> Iterator[None]:
+    """Keep what other tasks change on the objects of `session` while the block waits, and fills these objects anew."""
+    worker: Any = getcurrent()
+    if type(worker) is not CallGreenlet:
+        yield
         return
-    if rereading.objects(session) and "populate_existing" not in execution.execution_options:
-        execution.update_execution_options(populate_existing=True)
+    changes, outer = ChangesDuringQuery(session), worker.waiting
+    worker.waiting = changes
+    try:
+        yield
+    finally:
+        worker.waiting = outer
+        changes.restore()
+
+
+class ChangesDuringQuery:
+    """What other tasks change while `session` waits for the rows of a query that fills its objects anew."""
+
+    __slots__ = ("_changed", "_session")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._changed: dict[InstanceState[Any], dict[str, Any]] = {}
+
+    def begin_waiting(self) -> None:
+        """Do nothing: objects that were changed before the query have been flushed."""
+
+    def end_waiting(self) -> None:
+        """Note what has been set, as the rows are read next."""
+        for state in changed_states(self._session):
+            values = {name: state.dict[name] for name in state.committed_state if name in state.dict}
+            self._changed.setdefault(state, {}).update(values)
+
+    def restore(self) -> None:
+        """Set again what the query has overwritten."""
+        for state, values in self._changed.items():
+            instance = state.obj()
+            for name, value in values.items():
+                if instance is not None and name in state.dict and state.dict[name] is not value:
+                    set_attribute(instance, name, value)
 
 
 def _keep_relationships(instance: object, context: Any, attributes: object) -> None:

@@ -43,7 +43,7 @@ from ctxdb_core._sqlalchemy.private import (
     innermost_block,
     is_flushing,
 )
-from ctxdb_core._sqlalchemy.rereading import Rereading
+from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, enter_block, refuse_in_block_of_other_task
@@ -163,7 +163,8 @@ class GuardedSession(BlockedSession):
         if state not in earlier or state.modified:
             return found
         # Asked for once, so that what is got again and again in one transaction costs one query.
-        found = super().get(entity, ident, **{**options, "populate_existing": True})
+        with keeping_changes(self):
+            found = super().get(entity, ident, **{**options, "populate_existing": True})
         earlier.pop(state, None)
         return found
 
