@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -494,3 +494,36 @@ async def test_a_call_of_the_users_session_class_is_whole_with_its_autoflush(dat
         assert await asyncio.gather(*(add(session, name) for name in "abcd")) == [["a"], ["b"], ["c"], ["d"]]
         assert await session.answer(7) == 7
     assert await database.names() == ["a", "b", "c", "d"]
+
+
+async def by_unit(db: DBConnect) -> None:
+    await commit_db_session(db)
+
+
+async def by_session(db: DBConnect) -> None:
+    await (await db_session(db)).commit()
+
+
+@pytest.mark.parametrize("commit", [by_unit, by_session])
+async def test_what_is_added_or_changed_while_another_task_commits_is_stored(
+    db: DBConnect, database: Database, commit: Callable[[DBConnect], Coroutine[Any, Any, None]]
+) -> None:
+    await database.query("INSERT INTO item VALUES ('old')")
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "first")
+            item = await session.get_one(Item, "old")
+            committing = asyncio.create_task(commit(db))
+            await database.commit_is_held()
+            session.add(Item(name="added"))
+            item.name = "new"
+            is_changed.set()
+            await committing
+
+    is_changed = asyncio.Event()
+    with database.held_commits():
+        running = asyncio.create_task(unit())
+        await is_changed.wait()
+    await running
+    assert await database.names() == ["added", "first", "new"]

@@ -14,7 +14,7 @@ from ctxdb_core._databases.observer import note_error
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import forget_block
+from ctxdb_core._sqlalchemy.private import forget_block, has_to_flush
 from ctxdb_core._sqlalchemy.sessions import DoorSession, door_of, guard_of
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
@@ -33,8 +33,10 @@ _stragglers: set[asyncio.Task[None]] = set()
 
 
 def in_transaction(session: AsyncSession) -> bool:
-    """Return whether `session` has begun a transaction: only then can it hold a connection."""
-    return session.sync_session.in_transaction()
+    """Return whether `session` has begun a transaction: only then can it hold a connection, or work."""
+    sync_session = session.sync_session
+    # What a task adds or changes while another task's COMMIT is under way begins no transaction.
+    return sync_session.in_transaction() or has_to_flush(sync_session)
 
 
 async def commit(session: AsyncSession) -> None:
@@ -165,7 +167,7 @@ def ends_without_io(session: AsyncSession) -> bool:
     if not _closes_plainly(session):
         return False
     guard = guard_of(session)
-    return not guard.in_transaction() and (guard.door is None or not guard.door.is_busy)
+    return not in_transaction(session) and (guard.door is None or not guard.door.is_busy)
 
 
 def _closes_plainly(session: AsyncSession) -> bool:
