@@ -56,7 +56,7 @@ async def users(db: DBConnect) -> AsyncIterator[DBConnect]:
 
 
 async def change_during_flush(
-    session: AsyncSession, change: Callable[[], None], flush: Callable[[], Awaitable[object]] | None = None
+    session: AsyncSession, change: Callable[[], object], flush: Callable[[], Awaitable[object]] | None = None
 ) -> None:
     """Flush `session`, and have another task call `change` while the first statement of the flush is under way."""
     loop = asyncio.get_running_loop()
@@ -172,6 +172,26 @@ async def test_listeners_of_a_flush_work_as_ever(users: DBConnect, database: Dat
             await session.flush()
         event.remove(session.sync_session, "after_flush", change)
     assert await stored(database, "SELECT visits FROM users ORDER BY id") == [1, 0]
+
+
+async def test_objects_can_be_used_on_after_a_flush_that_has_failed(users: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(users)
+        user, other = await session.get_one(User, 1), await session.get_one(User, 2)
+
+        def change() -> None:
+            user.name = other.name = "new"
+
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                user.visits = 1
+                await session.execute(text("INSERT INTO item VALUES ('one')"))
+                session.add(Item(name="one"))
+                await change_during_flush(session, change)
+        await session.refresh(user)
+        await session.refresh(other)
+        user.visits = other.visits = 3
+    assert await stored(database, "SELECT name, visits FROM users ORDER BY id") == [("old", 3), ("old", 3)]
 
 
 async def test_a_flush_that_fails_leaves_its_own_error(users: DBConnect, database: Database) -> None:

@@ -76,14 +76,21 @@ class ConcurrentChanges:
         del self._watched, self._were_changed
 
     def mark(self) -> None:
-        """Mark the objects as changed, now that the flush has ended."""
+        """Mark the objects as changed, now that the flush has ended well."""
+        self.leave()
         for state, before in self._changed.items():
             instance = state.obj()
             if instance is not None and state.persistent:
                 for name, value in before.items():
-                    state.committed_state.setdefault(name, value)
+                    # The database has a value of its own for what is expired now.
+                    if name not in state.expired_attributes:
+                        state.committed_state.setdefault(name, value)
                 flag_dirty(instance)
                 changed_states(self._session).add(state)
+
+    def leave(self) -> None:
+        """Put back what SQLAlchemy was not to see. A flush that has failed rolls back, and expires its objects."""
+        changed_states(self._session).update(state for state in self._clean if state.modified)
 
     def _note(self, state: InstanceState[Any], before: dict[str, Any]) -> None:
         if before:

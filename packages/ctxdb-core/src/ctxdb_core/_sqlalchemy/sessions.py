@@ -187,9 +187,13 @@ class GuardedSession(BlockedSession):
         worker.waiting = changes
         try:
             super().flush(objects)
+        except BaseException:
+            changes.leave()
+            raise
+        else:
+            changes.mark()
         finally:
             worker.waiting = outer
-            changes.mark()
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         if self.door is not None:
