@@ -89,7 +89,8 @@ def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
 def keeping_changes(session: Session) -> Iterator[None]:
     """Keep what other tasks change on the objects of `session` while the block waits, and fills these objects anew."""
     worker: Any = getcurrent()
-    if type(worker) is not CallGreenlet:
+    if type(worker) is not CallGreenlet or isinstance(worker.waiting, ChangesDuringQuery):
+        # SQLAlchemy's own greenlet tells nobody that it waits; and a block inside of another one is a part of that.
         yield
         return
     changes, outer = ChangesDuringQuery(session), worker.waiting
