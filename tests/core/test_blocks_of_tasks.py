@@ -16,7 +16,6 @@ from tests.support.database import Database, Item, insert
 from ctxdb_core import (
     DBConnect,
     SessionAlreadyActiveError,
-    TransactionAlreadyActiveError,
     TransactionContext,
     atomic_db_session,
     commit_db_session,
@@ -358,15 +357,3 @@ async def test_an_object_that_is_added_while_another_task_sets_a_savepoint_is_st
         assert isinstance(failing.exception(), LookupError)
     assert refused
     assert len(await database.names()) == added + 1
-
-
-async def test_a_commit_is_refused_inside_of_a_joining_session(db: DBConnect, database: Database) -> None:
-    async with new_db_ctx():
-        async with joining_session(db) as session:
-            session.add(Item(name="one"))
-            await session.commit()
-            with pytest.raises(TransactionAlreadyActiveError, match="joining_session"):
-                await commit_db_session(db)
-            session.add(Item(name="two"))
-        await commit_db_session(db)
-    assert await database.names() == ["one", "two"]

@@ -48,7 +48,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             "`transactional(db)`, which begins one."
         )
     session = await db_session(db)
-    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session, is_joined=True):
+    with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session):
         # What is only added to the unit's session would not be seen.
         await session.flush()
         connection = await session.connection()

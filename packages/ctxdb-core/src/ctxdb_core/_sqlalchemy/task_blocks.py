@@ -29,7 +29,6 @@ __all__ = [
     "BlockedSession",
     "enter_block",
     "hold_block",
-    "is_joined",
     "refuse_in_block_of_other_task",
     "release_blocks",
     "running_task",
@@ -39,11 +38,9 @@ __all__ = [
 class TaskBlock:
     """A block of the running task on a session: it ends with a transaction, if it is to `follow` one, or by `end`."""
 
-    __slots__ = ("_has_ended", "_task", "_transaction", "is_joined")
+    __slots__ = ("_has_ended", "_task", "_transaction")
 
-    def __init__(self, *, is_joined: bool = False) -> None:
-        self.is_joined = is_joined
-        """Whether another session works on the connection meanwhile."""
+    def __init__(self) -> None:
         task = running_task()
         self._task = None if task is None else ref(task)
         self._transaction: ref[SessionTransaction] | None = None
@@ -100,9 +97,9 @@ _around: ContextVar[tuple[TaskBlock, ...]] = ContextVar("ctxdb_task_blocks", def
 """The blocks that the running code is in, on any session. Tasks inherit it; some of the blocks may have ended."""
 
 
-def enter_block(session: BlockedSession, *, is_joined: bool = False) -> TaskBlock:
+def enter_block(session: BlockedSession) -> TaskBlock:
     """Return a block that the running task is in from now on, and that it has to `TaskBlock.end`, or let `follow`."""
-    block = TaskBlock(is_joined=is_joined)
+    block = TaskBlock()
     if "task_blocks" not in vars(session):
         event.listen(session, "before_attach", _refuse_new_object)
     session.task_blocks = (*_open(session.task_blocks), block)
@@ -111,12 +108,8 @@ def enter_block(session: BlockedSession, *, is_joined: bool = False) -> TaskBloc
 
 
 @contextmanager
-def hold_block(session: Session, *, is_joined: bool = False) -> Iterator[None]:
+def hold_block(session: Session) -> Iterator[None]:
     """Run a block that belongs to the running task.
-
-    Args:
-        session: where.
-        is_joined: whether another session works on the connection meanwhile.
 
     Raises:
         SessionAlreadyActiveError: another task is in one.
@@ -126,7 +119,7 @@ def hold_block(session: Session, *, is_joined: bool = False) -> Iterator[None]:
         return
     refuse_in_block_of_other_task(session)
     outer = _around.get()
-    block = enter_block(session, is_joined=is_joined)
+    block = enter_block(session)
     try:
         yield
     finally:
@@ -146,11 +139,6 @@ def refuse_in_block_of_other_task(session: Session) -> None:
     for block in session.task_blocks:
         if block not in around and block.is_of_other_task(task) and block.is_open:
             raise SessionAlreadyActiveError(_IN_BLOCK_OF_OTHER_TASK)
-
-
-def is_joined(session: Session) -> bool:
-    """Return whether another session works on the connection of `session`."""
-    return isinstance(session, BlockedSession) and any(each.is_joined and each.is_open for each in session.task_blocks)
 
 
 def release_blocks(session: Session) -> None:

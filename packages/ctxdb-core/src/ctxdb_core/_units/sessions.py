@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
-from ctxdb_core._sqlalchemy.task_blocks import is_joined, refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.task_blocks import refuse_in_block_of_other_task
 from ctxdb_core._units import session_end
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
@@ -156,11 +156,6 @@ def check_no_block(session: AsyncSession, db: DBConnect, *, savepoints_only: boo
     SQLAlchemy refuses all that follows in such a block, when the transaction has ended already.
     """
     refuse_in_block_of_other_task(session.sync_session)
-    if is_joined(session.sync_session):
-        raise TransactionAlreadyActiveError(
-            f"This code is inside of the block of a `joining_session` on {db!r}, whose connection would be given back "
-            "with the transaction: nothing was done. Commit after the block; the session of the block may commit."
-        )
     block = innermost_block(session.sync_session)
     if block is None or (savepoints_only and not block.nested):
         return
