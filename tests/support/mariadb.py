@@ -98,22 +98,20 @@ class EmbeddedMariaDB:
             self.port: int = free.getsockname()[1]
         # It refuses to run as root by accident.
         account = ["--user=root"] if os.getuid() == 0 else []
-        data = f"--datadir={self._directory / 'data'}"
-        install = [
-            _PROGRAMS["mariadb-install-db"],
-            "--no-defaults",
-            *account,
-            data,
-            "--skip-test-db",
-            "--skip-name-resolve",
-        ]
-        subprocess.run(
-            [*map(str, install), "--auth-root-authentication-method=normal", "--innodb-log-file-size=8M"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        # A server that starts deletes what others have in the directory for temporary files.
+        temporary = self._directory / "tmp"
+        temporary.mkdir()
+        places = [f"--datadir={self._directory / 'data'}", f"--tmpdir={temporary}"]
+        install = [str(_PROGRAMS["mariadb-install-db"]), "--no-defaults", *account, *places, "--skip-test-db"]
+        installed = subprocess.run(
+            [*install, "--auth-root-authentication-method=normal", "--innodb-log-file-size=8M", "--skip-name-resolve"],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        serve = [str(_PROGRAMS["mariadbd"]), "--no-defaults", *account, data, f"--port={self.port}"]
+        assert installed.returncode == 0, installed.stdout.decode(errors="replace")[-4000:]
+        serve = [str(_PROGRAMS["mariadbd"]), "--no-defaults", *account, *places, f"--port={self.port}"]
         serve += [f"--bind-address={self.host}", f"--socket={self._directory / 'socket'}", "--skip-name-resolve"]
         # What is lost when the machine goes down is not needed any more.
         serve += [
