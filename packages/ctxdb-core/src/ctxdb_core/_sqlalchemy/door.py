@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
@@ -54,13 +55,45 @@ _DEADLOCK = (
 
 
 class _Turn:
-    """A turn that was taken for several calls."""
+    """A turn that is taken for several calls, which may also be made by tasks that these start and wait for.
 
-    __slots__ = ("door", "is_over")
+    A call that such a task has under way at the end of the block is waited for, or cancelled if an error leaves the
+    block: the connection serves one call at a time. Its later calls wait for their turns as those of any other task.
+    """
+
+    __slots__ = ("_depth", "_token", "door", "is_over")
 
     def __init__(self, door: Door) -> None:
         self.door = door
         self.is_over = False
+
+    async def __aenter__(self) -> None:
+        if not self.door.enter():
+            await self.door.wait()
+        self.begin()
+
+    def begin(self) -> None:
+        """Let tasks that are started from now on make their calls in the turn, which the door has been asked for."""
+        self._depth = self.door.depth
+        self._token = _turns.set((*_turns.get(), self))
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        door = self.door
+        try:
+            if exc is not None:
+                if door.depth > self._depth:
+                    door.cancel_guests()
+                door.answer_interruption()
+        finally:
+            _turns.reset(self._token)
+            self.is_over = True
+            try:
+                if door.depth > self._depth:
+                    await run_to_completion(door.wait_for_guests(self._depth))
+            finally:
+                door.leave()
 
 
 _turns: ContextVar[tuple[_Turn, ...]] = ContextVar("ctxdb_turns", default=())
@@ -246,45 +279,25 @@ class Door:
             if not future.done():
                 future.set_result(None)
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    def turn(self) -> _Turn:
         """Take the turn for several calls, which may also be made by tasks that these start and wait for.
 
         A session class of the user's may commit or close in a task of its own, for instance.
         """
-        if not self.enter():
-            await self.wait()
-        async with self._shared():
-            yield
+        return _Turn(self)
 
-    @asynccontextmanager
-    async def _shared(self) -> AsyncIterator[None]:
-        """Let tasks that are started in the block make their calls in the turn that was taken; give it back at the end.
+    @property
+    def depth(self) -> int:
+        """How many calls are made inside of the one that has the turn."""
+        return self._nested
 
-        A call that such a task has under way then is waited for, or cancelled if an error leaves the block: the
-        connection serves one call at a time. Its later calls wait for their turns as those of any other task.
-        """
-        depth = self._nested
-        turn = _Turn(self)
-        token = _turns.set((*_turns.get(), turn))
-        try:
-            yield
-        except BaseException:
-            if self._nested > depth:
-                for task in self._guests:
-                    task.cancel()
-            self.answer_interruption()
-            raise
-        finally:
-            _turns.reset(token)
-            turn.is_over = True
-            try:
-                if self._nested > depth:
-                    await run_to_completion(self._wait_for_guests(depth))
-            finally:
-                self.leave()
+    def cancel_guests(self) -> None:
+        """Cancel the tasks that were started inside of a turn, and have a call under way in it."""
+        for task in self._guests:
+            task.cancel()
 
-    async def _wait_for_guests(self, depth: int) -> None:
+    async def wait_for_guests(self, depth: int) -> None:
+        """Wait until no more than `depth` calls are made inside of the one that has the turn."""
         while self._nested > depth:
             future = asyncio.get_running_loop().create_future()
             self._guests_wake = (*self._guests_wake, future)
@@ -419,8 +432,14 @@ class Door:
         else:
             self._waiting = deque()
             await self._wait_in(self._waiting, task)
-        async with self._shared():
+        turn = _Turn(self)
+        turn.begin()
+        try:
             yield
+        except BaseException as exc:
+            await turn.__aexit__(type(exc), exc, exc.__traceback__)
+            raise
+        await turn.__aexit__(None, None, None)
 
     @property
     def has_ended(self) -> bool:
