@@ -26,7 +26,7 @@ async def test_a_host_that_takes_longer_to_connect_to_than_a_poll_interval_is_re
 ) -> None:
     async with (
         Proxy(cluster.primary, delay=0.1) as proxy,
-        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.5, connect_timeout=10) as monitor,
+        monitor_of(cluster, hosts=[proxy.host, cluster.primary.host], poll_interval=0.5, connect_timeout=10) as monitor,
     ):
         assert monitor.master() == proxy.host
         changes = changes_of(monitor)
@@ -57,7 +57,13 @@ async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_ali
 ) -> None:
     async with (
         Proxy(cluster.primary, delay=0.15) as proxy,
-        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, connect_timeout=PATIENCE, max_fails=1) as monitor,
+        monitor_of(
+            cluster,
+            hosts=[proxy.host, cluster.primary.host],
+            poll_interval=0.2,
+            connect_timeout=PATIENCE,
+            max_fails=1,
+        ) as monitor,
     ):
         watch = monitor._members[proxy.host].watch
         await watch.ask()

@@ -69,6 +69,22 @@ async def test_a_name_whose_address_stays_is_followed_to_another_server(
     assert f"The name {proxy.host} leads to another server now" in caplog.text
 
 
+async def test_the_only_name_of_a_cluster_is_followed_to_another_server_long_before_its_connection_is_old(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, _ = cluster.nodes
+    async with (
+        Proxy(old) as proxy,
+        monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=HOUR) as monitor,
+    ):
+        assert monitor.server_of(proxy.host) == await old.fetch_value(STARTED_AT)
+        await new.promote()
+        # The old one goes on, and so does the connection to it.
+        proxy.nodes = (new,)
+        await until_server(monitor, proxy.host, new)
+        assert await monitor.confirm_master(proxy.host)
+
+
 async def test_a_promotion_is_known_with_what_the_host_had_replayed(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     timeline = await old.fetch_value(TIMELINE)

@@ -92,7 +92,8 @@ class HostMonitor:
             connection.
         conn_max_age: how old a connection to a host may get before it is replaced, in seconds: so long it may take
             until it is noticed that a name, whose address stays the same, leads to another server. A name whose address
-            changes is noticed at the next poll.
+            changes is noticed at the next poll. Where there is one name only, no other host tells of a promotion: its
+            connection is replaced every `poll_interval`, but not more than once a second.
         nofailover: the hosts that are never promoted. None of them is ever taken for the master, and no commit waits
             for their confirmation: name a slow or distant replica here.
         noloadbalance: the hosts that take no reads.
@@ -534,6 +535,8 @@ class HostMonitor:
                 member.watch.hurry()
                 if self._is_settled:
                     logger.info("There is another host: %s.", name, extra={"host": name})
+        for member in self._members.values():
+            member.watch.is_alone = len(self._members) == 1
         for name, member in before.items():
             if self._members.get(name) is not member:
                 logger.info("Host %s is not there any more.", name, extra={"host": name})

@@ -27,11 +27,14 @@ class Pace:
         poll_interval: how often a host is asked, in seconds.
         longest: how long an attempt may take at most, in seconds.
         max_fails: how many failures in a row make a host a dead one.
+
+    Attributes:
+        interval: how often a host is asked, in seconds.
     """
 
     def __init__(self, poll_interval: float, longest: float, max_fails: int) -> None:
         self.max_fails = max_fails
-        self._interval = poll_interval
+        self.interval = poll_interval
         self._longest = longest
         self._share = _SHARE_OF_INTERVAL * poll_interval / max_fails
 
@@ -49,7 +52,7 @@ class Pace:
         Args:
             usual: how long answers of this host usually take.
         """
-        of_interval = max(_SHARE_OF_INTERVAL * self._interval, _SHORTEST_PATIENCE_SECONDS * self.max_fails)
+        of_interval = max(_SHARE_OF_INTERVAL * self.interval, _SHORTEST_PATIENCE_SECONDS * self.max_fails)
         return max(of_interval, min(_UNUSUAL * usual, self._longest))
 
     def pause(self, failures: int, elapsed: float) -> float:
@@ -64,4 +67,4 @@ class Pace:
             is_busy: whether time alone may mend it: too many connections, or it starts up.
         """
         longest = _LONGEST_BACK_OFF_OF_BUSY_SECONDS if is_busy else _LONGEST_BACK_OFF_SECONDS
-        return min(_FIRST_BACK_OFF_SECONDS * 2.0 ** min(refusals - 1, 20), max(longest, self._interval))
+        return min(_FIRST_BACK_OFF_SECONDS * 2.0 ** min(refusals - 1, 20), max(longest, self.interval))

@@ -85,13 +85,14 @@ class Probe:
             self._drop()
             raise
 
-    async def renew(self, *, anyway: bool = False) -> bool:
+    async def renew(self, *, anyway: bool = False, age: float | None = None) -> bool:
         """Open another connection if the kept one is too old, or the name leads elsewhere by now.
 
         The next question goes over it. If it cannot be had, the kept one stays.
 
         Args:
             anyway: do so in any case.
+            age: how old the kept one may get, in seconds, if that is less than the limit.
 
         Returns:
             whether there is another one.
@@ -105,10 +106,18 @@ class Probe:
             return False
         async with asyncio.timeout(self._limits.connect):
             addresses = await self._lookup.addresses()
-        age = asyncio.get_running_loop().time() - link.opened_at
-        if not anyway and addresses == link.addresses and age < self._limits.age:
+        limit = self._limits.age if age is None else min(age, self._limits.age)
+        is_young = asyncio.get_running_loop().time() - link.opened_at < limit
+        if not anyway and addresses == link.addresses and is_young:
             return False
-        self._next = await self._open()
+        following = await self._open()
+        try:
+            # The first answer takes more round trips than later ones: it is not to be taken for a host that hangs.
+            await following.ask(self._limits.query)
+        except BaseException:
+            following.close()
+            raise
+        self._next = following
         return True
 
     async def visit(self, times: int) -> list[Server]:

@@ -53,6 +53,7 @@ class Watch:
         was_asked: whether an attempt has ended.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
+        is_alone: whether the cluster has no other name: if it comes to lead to another server, no other host tells.
         promotion: what it had replayed of the timeline that it has left, if that was seen.
         error: what the last failure was, without secrets.
         since: since when it has been alive or not, in its role.
@@ -75,6 +76,7 @@ class Watch:
         self.was_asked = False
         self.server: Server | None = None
         self.is_shared = False
+        self.is_alone = False
         self.promotion: Promotion | None = None
         self.error: str | None = None
         self.since = datetime.now(UTC)
@@ -352,7 +354,8 @@ class Watch:
         What goes wrong here is no failure of the host: the connection that there is stays.
         """
         try:
-            renewed = await self._probe.renew(anyway=anyway)
+            age = self._pace.interval if self.is_alone else None
+            renewed = await self._probe.renew(anyway=anyway, age=age)
             if renewed:
                 await self.ask()
             visits = _FIRST_VISITS if anyway or self._has_moved else 0
