@@ -16,9 +16,10 @@ from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.hooks import OnBegin
+from ctxdb_core._units.ids import give_unit_ids, new_unit_id
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
-from ctxdb_core._units.unit import UnitOfWork, give_unit_ids, new_unit_id, running_unit
+from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, with_request

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
@@ -39,6 +37,7 @@ from ctxdb_core._units.commit import (
     prepare,
     roll_back,
 )
+from ctxdb_core._units.ids import id_of_request, new_unit_id
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.reading import ReadsFrom
@@ -56,9 +55,7 @@ __all__ = [
     "CreateSession",
     "UnitOfWork",
     "current_unit",
-    "give_unit_ids",
     "inherited_before_commit",
-    "new_unit_id",
     "running_unit",
 ]
 
@@ -138,8 +135,7 @@ class UnitOfWork:
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
         if self._id is None:
-            given = _given_id(self.origin) if _id_givers and self.origin is not None else None
-            self._id = f"{_process.name}-{next(_numbers)}" if given is None else given
+            self._id = id_of_request(self.origin) or new_unit_id()
         return self._id
 
     @property
@@ -644,44 +640,6 @@ class UnitOfWork:
         watchers, self.watchers = self.watchers, ()
         for watcher in watchers:
             tell(watcher.unit_ends, error)
-
-
-class _Process:
-    """What the units of this process are called by: processes that are forked from one another have different names."""
-
-    def __init__(self) -> None:
-        self.rename()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.rename)
-
-    def rename(self) -> None:
-        self.name = os.urandom(4).hex()
-
-
-_process = _Process()
-_numbers = itertools.count(1)
-
-_id_givers: list[Callable[[Any], str | None]] = []
-
-
-def give_unit_ids(giver: Callable[[Any], str | None]) -> None:
-    """Ask `giver` for the id of a request's unit of work, when that is first wanted; once for each function.
-
-    Args:
-        giver: given the ASGI scope, or the framework's request, returns an id that `new_unit_id` has made for it;
-            ``None`` where there is none.
-    """
-    if giver not in _id_givers:
-        _id_givers.append(giver)
-
-
-def _given_id(origin: Any) -> str | None:
-    return next((given for giver in _id_givers if (given := giver(origin)) is not None), None)
-
-
-def new_unit_id() -> str:
-    """Return an id that no unit of work has, of this process or of any other one."""
-    return f"{_process.name}-{next(_numbers)}"
 
 
 async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
