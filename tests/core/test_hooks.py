@@ -34,7 +34,7 @@ from ctxdb_core import (
     transactional,
     unit_of_work,
 )
-from ctxdb_core._sqlalchemy.sessions import guard_of
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 

@@ -31,8 +31,9 @@ from tests.support.database import Database, eventually
 from ctxdb_core._sqlalchemy import private
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.door_session import DoorSession, DoorTransaction
+from ctxdb_core._sqlalchemy.guarded_session import GuardedSession
 from ctxdb_core._sqlalchemy.session_factory import SessionFactory
-from ctxdb_core._sqlalchemy.sessions import DoorSession, DoorTransaction, GuardedSession
 
 
 class Base(DeclarativeBase):

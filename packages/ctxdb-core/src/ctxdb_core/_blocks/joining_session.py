@@ -12,8 +12,8 @@ from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.binds import begun_connections
+from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.session_factory import guarded
-from ctxdb_core._sqlalchemy.sessions import door_of, guard_of
 from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._units import session_end
 from ctxdb_core._units.sessions import db_session, unit_for

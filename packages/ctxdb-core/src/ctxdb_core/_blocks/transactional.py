@@ -20,7 +20,7 @@ from ctxdb_core._blocks.place import find
 from ctxdb_core._blocks.shared_session import JoinedBlock, SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
-from ctxdb_core._sqlalchemy.sessions import guard_of
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.generator_blocks import seat

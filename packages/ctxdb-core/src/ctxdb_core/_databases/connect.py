@@ -33,9 +33,9 @@ from ctxdb_core._databases.observer import Observer
 from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
 from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
-from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
 

@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.hold import Hold
 from ctxdb_core._databases.url import without_secrets
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.session_factory import guarded
-from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core.events import (
     DBEvent,
     EventListener,

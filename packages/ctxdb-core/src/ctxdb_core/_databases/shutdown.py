@@ -7,7 +7,7 @@ from typing import Any
 
 from ctxdb_core._databases.status import open_units
 from ctxdb_core._sqlalchemy.cancelled_queries import STOP_QUERY_TIMEOUT_SECONDS, stops_under_way
-from ctxdb_core._sqlalchemy.sessions import door_of
+from ctxdb_core._sqlalchemy.guarded_session import door_of
 
 __all__ = ["wait_for_cancelled_queries"]
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._sqlalchemy.door import Door, StatementObserver
-from ctxdb_core._sqlalchemy.sessions import door_of
+from ctxdb_core._sqlalchemy.guarded_session import door_of
 
 __all__ = ["is_busy", "observe_statements", "prepare_next_call", "wait_for_calls"]
 

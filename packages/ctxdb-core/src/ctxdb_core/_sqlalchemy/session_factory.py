@@ -1,6 +1,6 @@
 """Makes the sessions that a `DBConnect` hands out: of classes that are derived from the user's own ones.
 
-`_derive` puts a class of `ctxdb_core._sqlalchemy.sessions` into the bases of the user's class. What the user's class
+`_derive` puts `GuardedSession` or `DoorSession` into the bases of the user's class. What the user's class
 overrides stays in effect, and ``isinstance`` holds.
 """
 
@@ -15,13 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
+from ctxdb_core._sqlalchemy.door_session import DoorSession, call_of_users_class, through_the_door
+from ctxdb_core._sqlalchemy.guarded_session import GuardedSession
 from ctxdb_core._sqlalchemy.private import SessionPattern, seed_dispatch
-from ctxdb_core._sqlalchemy.sessions import (
-    DoorSession,
-    GuardedSession,
-    call_of_users_class,
-    through_the_door,
-)
 
 __all__ = ["SessionFactory", "guarded"]
 

@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, door_of
 from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
-from ctxdb_core._sqlalchemy.sessions import GuardedSession, door_of
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
 from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError

@@ -6,8 +6,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.private import innermost_block
-from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._sqlalchemy.written import holds_work
 from ctxdb_core.errors import OpenCursorError
 

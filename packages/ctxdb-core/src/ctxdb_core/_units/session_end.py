@@ -13,9 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ctxdb_core._databases.observer import note_error
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.door_session import DoorSession
+from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import forget_block, has_to_flush
-from ctxdb_core._sqlalchemy.sessions import DoorSession, door_of, guard_of
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError

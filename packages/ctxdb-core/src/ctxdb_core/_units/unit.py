@@ -21,9 +21,9 @@ from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.second_connections import note_second_session
 from ctxdb_core._sqlalchemy.session_factory import guarded
-from ctxdb_core._sqlalchemy.sessions import guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._transactions.statement_timeout import StatementTimeout, limit_open_transaction, limit_statements
 from ctxdb_core._units import session_end

@@ -1,0 +1,213 @@
+"""`DoorSession`: the class that is put behind the user's asynchronous session class (see `session_factory`).
+
+It comes in the place of ``AsyncSession``: that is where every call passes to the synchronous session, through its
+`Door` and in a greenlet that is used again.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.orm import SessionTransaction
+from sqlalchemy.util import greenlet_spawn
+
+from ctxdb_core._sqlalchemy.calls import pass_door
+from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
+from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.written import holds_work
+
+__all__ = ["DoorSession", "DoorTransaction", "call_of_users_class", "through_the_door"]
+
+_ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
+
+
+def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
+    # A plain function, as all three of its kind: a coroutine more would be resumed for each message from the server.
+    session: GuardedSession = fn.__self__
+    if session.identity_map and session.door is not None and not session.in_transaction():
+        # SQLAlchemy asks for the listeners of a query before it begins the transaction.
+        session.look_back()
+    if session.on_begin is not None:
+        return _call_with_hook(session, fn, args, kwargs)
+    return pass_door(session.door, fn, args, kwargs)
+
+
+def call_of_users_class(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Stand in for ``greenlet_spawn`` in a method of the user's class, where `fn` may be anything."""
+    if isinstance(getattr(fn, "__self__", None), GuardedSession):
+        return _call(fn, *args, **kwargs)
+    return greenlet_spawn(fn, *args, **kwargs)
+
+
+def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
+    if session.on_begin is not None:
+        return _call_with_hook(session, fn, (session, *args), kwargs)
+    return pass_door(session.door, fn, (session, *args), kwargs)
+
+
+def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Stand in for ``greenlet_spawn`` where `fn` is a method of a transaction, or begins one."""
+    owner = fn.__self__
+    session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
+    return pass_door(session.door, fn, args, kwargs)
+
+
+async def _call_with_hook(
+    session: GuardedSession, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make a call of a session that has an `on_begin`, which comes before the first statement of a transaction."""
+    door, on_begin = session.door, session.on_begin
+    assert door is not None and on_begin is not None  # noqa: PT018 - one thing
+    name = getattr(fn, "__name__", "")
+    # What is only added is flushed by a commit; other ends of a transaction make no statement.
+    makes_statements = name not in _ENDS or (name == "commit" and bool(session.new or session.dirty or session.deleted))
+    # Options of the connection are those of its transaction, which must not have begun then.
+    comes_first = "execution_options" in kwargs and name == "connection"
+    async with door.turn():
+        if makes_statements and not comes_first:
+            await session.begin_with_hook(on_begin)
+        if not comes_first or not session.begins_with_next_call:
+            return await pass_door(door, fn, args, kwargs)
+        session.on_begin = None
+        try:
+            result = await pass_door(door, fn, args, kwargs)
+        finally:
+            session.on_begin = on_begin
+        await session.begin_with_hook(on_begin, has_connection=True)
+        return result
+
+
+def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
+    """Return a method of SQLAlchemy's with other names in the place of some that its module has.
+
+    So SQLAlchemy's own code runs, in whichever version is installed, and no object of SQLAlchemy is changed.
+    """
+    copy = types.FunctionType(
+        method.__code__, {**method.__globals__, **stand_ins}, method.__name__, method.__defaults__, method.__closure__
+    )
+    copy.__kwdefaults__ = method.__kwdefaults__
+    copy.__qualname__ = method.__qualname__
+    copy.__doc__ = method.__doc__
+    copy.__annotations__ = method.__annotations__
+    return copy
+
+
+def _methods_through_the_door(cls: type, stand_ins: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: through_the_door(method, stand_ins)
+        for name, method in vars(cls).items()
+        if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names)
+    }
+
+
+class DoorTransaction(AsyncSessionTransaction):
+    """What ``session.begin()`` and ``session.begin_nested()`` return."""
+
+    __slots__ = ()
+
+
+class DoorSession(AsyncSession):
+    """An asynchronous session whose calls pass the door of its synchronous session."""
+
+    closes_plainly = True
+    """Whether the user's class leaves closing to SQLAlchemy."""
+
+    async def __aexit__(  # as `AsyncSession` has it
+        self, type_: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        await _note_hidden_write(self)
+        if guard_of(self).may_be_closed(self, value):
+            await super().__aexit__(type_, value, traceback)
+
+
+async def _note_hidden_write(session: DoorSession) -> None:
+    """Note what a ``SELECT`` has written, by a function or a CTE, before code of the user's closes the session."""
+    guard = guard_of(session)
+    door = guard.door
+    if door is None or guard.before_close is None or door.is_held() or door.has_ended:
+        return
+    if guard.in_transaction() and not guard.has_written():
+        # The statement that has aborted a transaction has raised an error already.
+        with suppress(DBAPIError):
+            if await holds_work(session, door, guard.has_written):
+                guard.note_write()
+
+
+def _by_owner(start: Any) -> Any:
+    @functools.wraps(start)
+    async def start_by_owner(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        started = await start(self, is_ctxmanager)
+        guard = self.session.sync_session
+        if isinstance(guard, GuardedSession) and guard.door is not None and is_ctxmanager and not self.nested:
+            # A transaction that is begun without a block is the session's: nobody has said that it ends on an error.
+            enter_block(guard).follow(cast(SessionTransaction, self.sync_transaction))
+        return started
+
+    return start_by_owner
+
+
+def _outside_of_blocks(method: Any) -> Any:
+    @functools.wraps(method)
+    async def call_outside_of_blocks(self: DoorSession, *args: Any) -> None:
+        # A flush that is asked for writes what the running task has changed. The one before a query passes by.
+        refuse_in_block_of_other_task(self.sync_session)
+        await method(self, *args)
+
+    return call_outside_of_blocks
+
+
+def _in_turn_outside_of_blocks(method: Any) -> Any:
+    @functools.wraps(method)
+    async def call_in_turn_outside_of_blocks(self: DoorSession) -> None:
+        door = getattr(self.sync_session, "door", None)
+        if door is None or not door.is_busy:
+            refuse_in_block_of_other_task(self.sync_session)
+            await method(self)
+            return
+        # No other task enters a block in between.
+        async with door.turn():
+            refuse_in_block_of_other_task(self.sync_session)
+            await method(self)
+
+    return call_in_turn_outside_of_blocks
+
+
+def _unless_owned(close: Any) -> Any:
+    @functools.wraps(close)
+    async def close_unless_owned(self: DoorSession) -> None:
+        # In a `finally` that an exception has led to, that one is to surface, as from an `async with` block.
+        exc = sys.exc_info()[1]
+        await _note_hidden_write(self)
+        if guard_of(self).may_be_closed(self, exc):
+            await close(self)
+
+    return close_unless_owned
+
+
+for _cls, _library_cls, _spawn in (
+    (DoorTransaction, AsyncSessionTransaction, _call_of_transaction),
+    (DoorSession, AsyncSession, _call),
+):
+    for _name, _method in _methods_through_the_door(
+        _library_cls, {"greenlet_spawn": _spawn, "AsyncSessionTransaction": DoorTransaction}
+    ).items():
+        setattr(_cls, _name, _method)
+for _name in ("close", "reset", "invalidate"):
+    setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
+DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
+DoorSession.flush = _outside_of_blocks(DoorSession.flush)  # type: ignore[method-assign]  # of our own class
+DoorSession.rollback = _in_turn_outside_of_blocks(  # type: ignore[method-assign]  # of our own class
+    DoorSession.rollback
+)
+DoorSession.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
+    AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
+)

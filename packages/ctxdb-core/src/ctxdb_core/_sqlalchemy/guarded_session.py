@@ -1,0 +1,250 @@
+"""`GuardedSession`: the class that is put before the user's synchronous session class (see `session_factory`).
+
+It looks at each statement, whatever the user's ``get_bind`` does (SQLAlchemy, "Custom Vertical Partitioning"), and
+tells of the session's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+from greenlet import getcurrent
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.orm import InstanceState, SessionTransaction
+from sqlalchemy.orm.attributes import instance_state as object_state
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+from ctxdb_core._sqlalchemy.calls import pass_door
+from ctxdb_core._sqlalchemy.cursors import set_door_of_connection
+from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
+from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
+from ctxdb_core._sqlalchemy.guards import teach
+from ctxdb_core._sqlalchemy.lending import lend_driver_connection
+from ctxdb_core._sqlalchemy.loaded import note_originals
+from ctxdb_core._sqlalchemy.private import (
+    has_to_flush,
+    is_flushing,
+)
+from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
+from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.traced_session import TracedSession
+
+__all__ = ["GuardedSession", "OnBegin", "door_of", "guard_of"]
+
+OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
+"""Awaited with the session at the beginning of a transaction."""
+
+BeforeClose: TypeAlias = Callable[[AsyncSession, BaseException | None], bool]
+"""Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
+
+
+class GuardedSession(TracedSession):
+    """A synchronous session that may have a door."""
+
+    on_begin: OnBegin | None = None
+    """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
+    before_close: BeforeClose | None = None
+    """Asked before code of the user's closes the session."""
+    deadline: Callable[[], float | None] | None = None
+    """Returns when the session's work has to be done, on the event loop's clock; ``None`` where there is no limit."""
+    on_end: Callable[[], None] | None = None
+    """Called when the session was closed or invalidated."""
+    translate_bind: Callable[[Engine | Connection], Engine | Connection] | None = None
+    """Given what a statement is to be executed on, returns what it is executed on instead."""
+    closes_plainly = True
+    """Whether the user's classes leave closing to SQLAlchemy."""
+    rereading: Rereading | None = None
+    """What the open transaction has of the objects that were loaded before it began, if there are any."""
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        door = self.door
+        if door is not None:
+            clause = kwargs.get("clause")
+            door.look(self, clause)
+            # A call without arguments comes from code that looks at the session, not from a statement.
+            if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
+                if self.task_blocks and not is_flushing(self):
+                    # A flush may be that of another task's query; it writes the objects of the task in the block.
+                    refuse_in_block_of_other_task(self)
+                self.note_write()
+            if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
+                # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
+                await_only(self.begin_with_hook(self.on_begin))
+        bind = super().get_bind(*args, **kwargs)
+        if bind is not self.bind:
+            # The user's class, or `binds`, has chosen an engine of its own.
+            teach(bind)
+        return bind if self.translate_bind is None else self.translate_bind(bind)
+
+    def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it
+        # An object that is only added to a session which has ended would be lost without a statement; and a statement
+        # may name its engine itself, so that `get_bind` is not asked.
+        if self.door is not None:
+            self.door.refuse_if_ended()
+            if not self.in_transaction():
+                self.interrupted = None
+                self.look_back()
+                if self.rereading is not None:
+                    self.rereading.is_ahead = False
+        return super()._autobegin_t(begin)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        refuse_in_block_of_other_task(self)
+        if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
+            # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
+            await_only(self.begin_with_hook(self.on_begin))
+        if not nested or self.door is None:
+            return super().begin(nested)
+        # What was added before is flushed before the savepoint; what another task adds meanwhile would be part of it.
+        block = enter_block(self)
+        try:
+            savepoint = super().begin(nested)
+        except BaseException:
+            block.end()
+            raise
+        block.follow(savepoint)
+        return savepoint
+
+    def look_back(self) -> None:
+        """Note whether there are objects that were loaded before the transaction that is about to begin."""
+        if self.rereading is None or not self.rereading.is_ahead:
+            self.rereading = Rereading(self) if self.identity_map else None
+
+    def get(self, entity: Any, ident: Any, **options: Any) -> Any:
+        # Asked for now: an object that is expired is read by the next line.
+        earlier = None if self.rereading is None else self.rereading.objects(self)
+        found = super().get(entity, ident, **options)
+        if found is None or earlier is None:
+            return found
+        state: InstanceState[Any] = object_state(found)
+        if state not in earlier or state.modified:
+            return found
+        # Asked for once, so that what is got again and again in one transaction costs one query.
+        with keeping_changes(self):
+            found = super().get(entity, ident, **{**options, "populate_existing": True})
+        earlier.pop(state, None)
+        return found
+
+    def flush(self, objects: Any = None) -> None:
+        if self.door is None or not has_to_flush(self):
+            super().flush(objects)
+            return
+        # An object of the identity map has been changed: `session.dirty` would look at each of them.
+        if self.identity_map.check_modified():
+            note_originals(self)
+        worker: Any = getcurrent()
+        if type(worker) is not CallGreenlet:
+            if in_greenlet():
+                # SQLAlchemy's own, in which attributes of `AsyncAttrs` are loaded: it has not come through the door.
+                await_only(pass_door(self.door, self.flush, (objects,), {}))
+            else:
+                super().flush(objects)
+            return
+        changes, outer = ConcurrentChanges(self), worker.waiting
+        worker.waiting = changes
+        try:
+            super().flush(objects)
+        except BaseException:
+            changes.leave()
+            raise
+        else:
+            changes.mark()
+        finally:
+            worker.waiting = outer
+
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        if self.door is not None:
+            # Statements on the connection itself are not seen here, so it counts as a write.
+            refuse_in_block_of_other_task(self)
+            self.note_write()
+        connection = super().connection(*args, **kwargs)
+        if self.door is not None:
+            set_door_of_connection(connection, self.door)
+            if in_greenlet():
+                lend_driver_connection(connection)
+        return connection
+
+    async def begin_with_hook(self, on_begin: OnBegin, *, has_connection: bool = False) -> None:
+        """Begin the transaction by what `on_begin` does, unless a statement has been made in it.
+
+        Args:
+            on_begin: the session's own.
+            has_connection: whether the transaction has taken its connection just now, for `on_begin` to come next.
+        """
+        session = async_session(self)
+        assert session is not None, "the asynchronous session is making this call"
+        if not has_connection and not self.begins_with_next_call:
+            return
+        # The hook's own statements are the first ones of the transaction.
+        self.on_begin = None
+        door = self.door
+        assert door is not None
+        try:
+            # The hook may have tasks of its own make its statements, as `asyncio.wait_for` does on Python 3.11.
+            # What was only added so far must not be flushed by the hook's statements: it would be written before them.
+            async with door.turn():
+                with self.no_autoflush:
+                    await on_begin(session)
+            self.note_set_up()
+        except BaseException:
+            # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In
+            # the middle of a flush or a commit, SQLAlchemy rolls it back by itself when it gets the error.
+            with suppress(IllegalStateChangeError):
+                await call_in_greenlet(self.rollback)
+            raise
+        finally:
+            self.on_begin = on_begin
+
+    def close(self) -> None:
+        if not self._may_be_closed_here():
+            return
+        try:
+            super().close()
+        finally:
+            self._tell_end()
+
+    def _may_be_closed_here(self) -> bool:
+        """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
+        if self.door is None or not self.in_transaction():
+            return True
+        session = async_session(self)
+        return session is None or self.may_be_closed(session, None)
+
+    def may_be_closed(self, session: AsyncSession, exc: BaseException | None) -> bool:
+        """Return whether the running code may close the session; a unit of work that ends its own session may.
+
+        Args:
+            session: the asynchronous session of this one.
+            exc: the exception that leaves an ``async with`` block of the session.
+        """
+        if self.door is None or self.before_close is None or self.door.is_held():
+            return True
+        return not self.door.has_ended and self.before_close(session, exc)
+
+    def invalidate(self) -> None:
+        try:
+            super().invalidate()
+        finally:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        if self.on_end is not None and not self.in_transaction():
+            self.on_end()
+
+
+def guard_of(session: AsyncSession) -> GuardedSession:
+    """Return the synchronous session of one that is known to be guarded."""
+    return session.sync_session  # type: ignore[return-value]  # a cast would cost time
+
+
+def door_of(session: AsyncSession) -> Door | None:
+    """Return the door of a session; ``None`` where no unit of work has taken it."""
+    sync_session = session.sync_session
+    return sync_session.door if isinstance(sync_session, GuardedSession) else None
