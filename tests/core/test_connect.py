@@ -212,7 +212,10 @@ async def test_each_event_loop_has_an_engine_of_its_own(db: DBConnect, database:
     engines = [await asyncio.to_thread(asyncio.run, use()) for _ in range(3)]
     assert id(await db.engine()) not in engines
     # The loops that have ended took their connections with them.
-    await eventually(lambda: len(database.backends("true")) == 1, "an ended loop's connection is still open")
+    await eventually(
+        lambda: len(database.backends("true")) == 1,
+        lambda: f"an ended loop's connection is still open: {database.backends('true')}",
+    )
     async with new_non_ctx_session(db) as session:
         await session.scalar(SELECT_PID)
 

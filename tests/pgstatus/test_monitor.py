@@ -346,6 +346,7 @@ async def test_an_old_primary_is_refused_by_what_a_replica_has_received(cluster:
             assert status_of(monitor, old).role == "master"
             assert status_of(monitor, replica).role == "replica"
             assert monitor.master() is None
+    await old.execute("DROP ROLE watcher")
 
 
 async def _promote_both(cluster: PostgresCluster) -> tuple[PostgresNode, PostgresNode]:

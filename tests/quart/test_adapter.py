@@ -384,8 +384,6 @@ async def test_a_refused_websocket_counts_by_its_status(
     assert await database.names() == (["one"] if committed else [])
 
 
-# Late in a whole run, its server has been seen not to answer: the run shall not wait for it.
-@pytest.mark.timeout(45)
 @pytest.mark.parametrize("refused", [False, True])
 async def test_a_teardown_function_of_a_websocket_has_ended_before_its_answer(
     app: Quart, db: DBConnect, database: Database, refused: bool

@@ -141,7 +141,8 @@ class Database:
         try:
             yield
         finally:
-            observer.execute("SELECT pg_advisory_unlock(1)")
+            # All of them, as locks of a connection count: one more, left by another test, would hold every commit.
+            observer.execute("SELECT pg_advisory_unlock_all()")
 
     async def commit_is_held(self) -> None:
         """Wait until a COMMIT waits for the end of `held_commits`."""
