@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
+from tests.support.faulty_network import FaultyNetwork
 from tests.support.mariadb import MARIADB_DRIVERS, WHY_NOT, EmbeddedMariaDB, maria_database
 from tests.support.signals import let_children_be_interrupted
 from tests.support.workers import use_workers
@@ -86,6 +88,17 @@ async def db(database: Database) -> AsyncIterator[DBConnect]:
         yield db
         # Closing it would hide that a connection is still in use.
         await database.assert_quiet()
+
+
+@pytest.fixture
+async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBConnect]:
+    """The database, on the other side of the folder's `network`."""
+    near = database.url
+    database.url = make_url(near).set(port=network.port).render_as_string(hide_password=False)
+    async with database.connect() as far:
+        yield far
+        await database.assert_quiet()
+    database.url = near
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

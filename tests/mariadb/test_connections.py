@@ -10,7 +10,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Item, eventually, insert
 from tests.support.faulty_network import Fault, FaultyMariaDBNetwork, Point
-from tests.support.interruption import CANCELLERS, at_each_step
+from tests.support.interruption import CANCELLERS, assert_units_are_whole_or_absent
 from tests.support.mariadb import MariaDatabase
 
 from ctxdb_core import (
@@ -159,20 +159,7 @@ async def test_the_query_of_a_cancelled_task_stops_on_the_server(
 async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
     database: MariaDatabase, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
 ) -> None:
-    async def work(step: int) -> None:
-        async with new_db_ctx():
-            session = await db_session(db)
-            for half in ("a", "b"):
-                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
-
-    step = 0
-    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
-        assert database.checked_out == 0
-        if not connected:
-            await db.close()
-    names = await database.names()
-    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
-    assert names[-1] == f"{step:03}b"
+    await assert_units_are_whole_or_absent(database, db, run_cancelled, connected=connected)
 
 
 # --- streamed results -------------------------------------------------------------------------------------------------
