@@ -6,7 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import make_url
@@ -20,6 +20,9 @@ from tests.support.workers import use_workers
 from ctxdb_core import DBConnect
 from ctxdb_core._units.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
+
+if TYPE_CHECKING:
+    from tests.support.browser import Tab
 
 
 # Before pytest-xdist looks at its options.
@@ -99,6 +102,17 @@ async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBCon
         yield far
         await database.assert_quiet()
     database.url = near
+
+
+@pytest.fixture
+async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
+    """An empty tab of a browser of the test's own."""
+    # Tests of single packages run where the libraries that drive the browser are not installed.
+    from tests.support.browser import browser, find_browser
+
+    find_browser()
+    async with browser(tmp_path) as tab:
+        yield tab
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
