@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
 
 from ctxdb_core.adapters import Headers, Place, UnitOfWork
-
-if TYPE_CHECKING:
-    from ctxdb_inspector._recorder import PoolTrack
+from ctxdb_inspector._pool_track import PoolTrack
 
 __all__ = ["HEADER", "HoldRecord", "UnitRecord", "describe"]
 
