@@ -139,7 +139,7 @@ def test_a_seeded_session_misses_no_event(session: Session) -> None:
     private.seed_dispatch(session)
     dispatch: Any = session.dispatch
     for name in dispatch._event_names:
-        # As SQLAlchemy looks for it, without the Python method that makes what is missing.
+        # SQLAlchemy looks for the listeners in this way, without the Python method that makes missing ones.
         object.__getattribute__(dispatch, name)
 
 

@@ -31,7 +31,7 @@ async def some_traffic(tab: Tab, desk: Desk) -> AsyncIterator[tuple[str, httpx.A
         finally:
             desk.go_on.set()
             await held
-            # A server waits for the stream of updates, which lasts for as long as somebody looks.
+            # A server waits for the stream of updates, which lasts for as long as the page is open.
             await tab.call("Page.navigate", url="about:blank")
 
 
@@ -47,7 +47,7 @@ HIDE_MACHINE = r"""
   }
 })()
 """
-"""Takes out of the page what is of this machine alone, and keeps it as it is then."""
+"""Stops the page's updates, and replaces the names and addresses of this machine in it."""
 
 
 async def picture(tab: Tab, name: str, *size: int) -> None:

@@ -165,7 +165,9 @@ async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
 # --- streamed results -------------------------------------------------------------------------------------------------
 
 
-async def test_a_streamed_result_that_was_left_early_is_in_nobodys_way(db: DBConnect, database: MariaDatabase) -> None:
+async def test_a_streamed_result_that_was_closed_early_blocks_no_other_statement(
+    db: DBConnect, database: MariaDatabase
+) -> None:
     await database.query("INSERT INTO item SELECT seq FROM seq_1_to_5000")
     for _ in range(3):
         async with new_db_ctx():
@@ -264,7 +266,7 @@ async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_o
 # --- what was read ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_read_stays_readable_after_the_end(db: DBConnect, database: MariaDatabase) -> None:
+async def test_an_object_stays_readable_after_the_end_of_its_unit(db: DBConnect, database: MariaDatabase) -> None:
     await database.query("INSERT INTO item VALUES ('loaded')")
     with pytest.raises(ZeroDivisionError):
         async with new_db_ctx():

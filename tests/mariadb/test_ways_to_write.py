@@ -1,4 +1,4 @@
-"""Each way to write, with a connection that is lost at each point of the protocol: what is told is what is stored."""
+"""Each way to write, with a connection that is lost at each point of the protocol: no result contradicts the rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ctxdb_core import DBConnect
 
 
 @pytest.mark.parametrize("write", WAYS_TO_WRITE)
-async def test_what_is_told_is_what_is_stored(
+async def test_a_way_to_write_succeeds_exactly_if_its_row_is_stored(
     far: DBConnect, network: FaultyMariaDBNetwork, database: MariaDatabase, write: WayToWrite
 ) -> None:
     points = (Point.STATEMENT, Point.COMMIT, Point.COMMITTED)

@@ -30,6 +30,6 @@ class PaymentDeclinedError(ShopError):
 
 
 class NotBoughtError(ShopError):
-    """Only those who have bought a product may review it."""
+    """Only a customer who has bought a product may review it."""
 
     status = HTTPStatus.FORBIDDEN

@@ -26,6 +26,6 @@ class PoolTrack:
         """When a sample is to be taken, at the next occasion."""
         self.held = 0
         self.peak = 0
-        """How many were held at once, at the most, since the last sample."""
+        """The most connections that were held at once since the last sample."""
         self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=KEPT_SAMPLES)
-        """Time, the most that were in use, idle, waiting tasks."""
+        """Time, the most connections in use since the last sample, idle connections, waiting tasks."""

@@ -1,4 +1,4 @@
-"""What is remembered of one unit of work, and of one connection that was taken."""
+"""The inspector's records of a unit of work, and of a connection that was taken."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HoldRecord:
 
     @property
     def result(self) -> str | None:
-        """What is shown as the outcome: a connection that is lost in the middle of COMMIT tells nothing more."""
+        """The outcome as the page shows it: a connection that is lost in the middle of COMMIT tells nothing more."""
         if self.outcome != "committing":
             return self.outcome
         return None if self.returned is None else "commit failed"
