@@ -477,7 +477,7 @@ async def test_a_copied_engine_takes_connections_from_its_own_pool(database: Dat
     await engine.dispose()
 
 
-async def test_several_can_follow_who_takes_connections_of_an_engine(database: Database) -> None:
+async def test_an_engine_has_several_followers_of_its_connections(database: Database) -> None:
     engine = create_async_engine(database.url)
     told: list[str] = []
 

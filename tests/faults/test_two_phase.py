@@ -46,7 +46,7 @@ async def test_a_commit_is_prepared_and_stored(prepared: DBConnect, database: Da
 
 
 @pytest.mark.parametrize("point", [Point.COMMIT_PREPARED, Point.COMMITTED_PREPARED])
-async def test_a_lost_commit_of_what_was_prepared_is_an_unknown_outcome(
+async def test_a_lost_commit_of_a_prepared_transaction_is_an_unknown_outcome(
     prepared: DBConnect, network: FaultyNetwork, database: Database, point: Point
 ) -> None:
     outcomes: list[str] = []

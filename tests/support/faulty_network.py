@@ -33,7 +33,7 @@ class Point(Enum):
     RELEASE = auto()
     """The client's RELEASE of a savepoint."""
     RELEASED = auto()
-    """What the server answers to that."""
+    """The server's answer to RELEASE."""
     ROLLBACK = auto()
     """The client's ROLLBACK, or ROLLBACK TO a savepoint."""
     PREPARE = auto()

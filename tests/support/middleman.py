@@ -1,4 +1,4 @@
-"""`Middleman`: what stands between a client and a server has in common; and how PostgreSQL's messages are read."""
+"""`Middleman`: the base of proxies between a client and a server; and functions that read PostgreSQL's messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Middleman:
 
 
 async def read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """Return the client's first message, once it has been told that there is no encryption."""
+    """Return the client's first message; a client that asks for encryption before is told that there is none."""
     while True:
         head = await reader.readexactly(8)
         size, code = struct.unpack("!ii", head)
@@ -65,6 +65,6 @@ async def answer_ssl_request(reader: asyncio.StreamReader, writer: asyncio.Strea
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes:
-    """Return any other message."""
+    """Return a message that is not the first of a client."""
     head = await reader.readexactly(5)
     return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)

@@ -113,7 +113,7 @@ class Recorder:
         def checkin(dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
             found = held.pop(entry, None)
             if found is not None:
-                # What the connection's `info` has is replaced when it is taken again.
+                # The hold in the connection's `info` is replaced when the connection is taken again.
                 found[0].returned = returned = now()
                 if returned >= pool.next_sample:
                     self._sample()
@@ -223,7 +223,7 @@ class Recorder:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    # Samples are taken when a connection is given back, at most one each second, and for those who look. Only a pool
+    # Samples are taken when a connection is given back, at most one each second, and for open pages. Only a pool
     # that has no connection left is sampled by the clock: the tasks that wait for it cause no event.
 
     def _note_peak(self, pool: PoolTrack) -> None:
@@ -264,7 +264,7 @@ class Recorder:
         idle, waiting = (0, 0) if status is None else (status.idle, status.waiting)
         if status is not None:
             pool.limit = status.limit
-        # Since the last change, it has been as it is.
+        # The numbers of the pool have been the same since its last change.
         last = max(pool.changed, now - KEPT_SAMPLES * _SAMPLE_SECONDS)
         if pool.samples:
             last = max(last, pool.samples[-1][0])

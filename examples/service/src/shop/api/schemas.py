@@ -1,4 +1,4 @@
-"""What clients send and get."""
+"""The schemas of requests and responses."""
 
 from __future__ import annotations
 
