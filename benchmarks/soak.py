@@ -1,4 +1,4 @@
-"""A soak: a mixed load for minutes, and what becomes of the process that serves it, as a plot in the terminal.
+"""A soak: a mixed load for minutes, and a plot in the terminal of the resources that the serving process takes.
 
 ``python -m benchmarks.soak --minutes 30``; ``--help`` tells its options. The application runs behind uvicorn in a
 process of its own. Once a second that process tells its memory, file descriptors, tasks, objects and connections; at
@@ -60,7 +60,7 @@ _MOST_GROWTH = {"memory, MiB": 0.05, "descriptors": 0.2, "tasks": 0.2, "objects"
 
 
 def application(url: str) -> Starlette:
-    """Return the application whose paths are what the clients ask for."""
+    """Return the application, with a path for each kind of request."""
     db = DBConnect.from_url(
         url,
         pool_size=10,
@@ -167,7 +167,7 @@ _EXPECTED = {
 
 @dataclass
 class _Load:
-    """What the clients have asked for, and what they were answered."""
+    """Counts the clients' requests, by their kinds and their answers."""
 
     port: int
     dice: random.Random

@@ -43,7 +43,7 @@ class NotReadyError(Exception):
     """Something stands in the way of a release. The message says what to do."""
 
 
-# --- what is committed ------------------------------------------------------------------------------------------------
+# --- the commit -------------------------------------------------------------------------------------------------------
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -111,7 +111,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> None:
 
 
 def export(root: Path, folder: Path) -> None:
-    """Put what is committed into a folder, with the addresses of the project in each member's metadata."""
+    """Put the committed files into a folder, with the addresses of the project in each member's metadata."""
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=root, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
@@ -144,7 +144,7 @@ def install(root: Path, dist: Path, wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         metadata = archive.read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/METADATA").decode()
         files = archive.namelist()
-    # Those that have a module of their own, which nothing imports that does without them.
+    # The extras that have a module of their own: no other module imports their libraries.
     extras = [
         extra for extra in re.findall("^Provides-Extra: (.+)$", metadata, re.MULTILINE) if f"{name}/{extra}.py" in files
     ]

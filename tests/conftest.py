@@ -6,11 +6,13 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import make_url
 from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
+from tests.support.faulty_network import FaultyNetwork
 from tests.support.mariadb import MARIADB_DRIVERS, WHY_NOT, EmbeddedMariaDB, maria_database
 from tests.support.signals import let_children_be_interrupted
 from tests.support.workers import use_workers
@@ -18,6 +20,9 @@ from tests.support.workers import use_workers
 from ctxdb_core import DBConnect
 from ctxdb_core._units.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
+
+if TYPE_CHECKING:
+    from tests.support.browser import Tab
 
 
 # Before pytest-xdist looks at its options.
@@ -86,6 +91,28 @@ async def db(database: Database) -> AsyncIterator[DBConnect]:
         yield db
         # Closing it would hide that a connection is still in use.
         await database.assert_quiet()
+
+
+@pytest.fixture
+async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBConnect]:
+    """The database, on the other side of the folder's `network`."""
+    near = database.url
+    database.url = make_url(near).set(port=network.port).render_as_string(hide_password=False)
+    async with database.connect() as far:
+        yield far
+        await database.assert_quiet()
+    database.url = near
+
+
+@pytest.fixture
+async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
+    """An empty tab of a browser of the test's own."""
+    # Tests of single packages run where the libraries that drive the browser are not installed.
+    from tests.support.browser import browser, find_browser
+
+    find_browser()
+    async with browser(tmp_path) as tab:
+        yield tab
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -45,7 +45,7 @@ def test_a_plot_has_the_oldest_value_on_the_left() -> None:
 
 
 @pytest.mark.parametrize(("last", "is_steady"), [(100.0, True), (200.0, False)])
-def test_what_has_grown_is_told(last: float, is_steady: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_tells_growth_from_none(last: float, is_steady: bool, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("memory, MiB", "descriptors", "tasks", "objects", "connections in use")
     samples = [dict.fromkeys(names, 100.0 if number < 6 else last) for number in range(8)]
     assert report(samples, Counter()) is is_steady

@@ -153,7 +153,7 @@ async def test_the_hosts_of_a_cluster_are_told_and_change_with_a_failover() -> N
 
 
 @pytest.mark.parametrize("option", [["--serve"], ["--framework", "litestar"]])
-async def test_what_watch_does_not_go_with_is_told(option: list[str]) -> None:
+async def test_watch_refuses_an_option_that_it_cannot_be_combined_with(option: list[str]) -> None:
     process = await asyncio.create_subprocess_exec(COMMAND, "--watch", *option, stderr=asyncio.subprocess.PIPE)
     _, complaint = await process.communicate()
     assert process.returncode == 2

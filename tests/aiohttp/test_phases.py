@@ -13,43 +13,22 @@ from aiohttp.typedefs import Handler, Middleware
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
+from tests.support.phases import ShownTransitions, Transition, noted_transitions
 from tests.support.wire import Wire, ask
 from websockets.exceptions import ConnectionClosedError
 
 from ctxdb_aiohttp import setup
 from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
-from ctxdb_core.adapters import TRANSITIONS, Phase, check_transition
-
-Test = Callable[..., Awaitable[None]]
-Transition = tuple[Phase, Phase]
+from ctxdb_core.adapters import Phase
 
 # No middleware of aiohttp can hold the start of a response back while its body runs.
-_SKIPPED = {Phase.AHEAD, Phase.OVERRULED}
-
-_shown: set[Transition] = set()
-
-
-def shows(current: Phase, following: Phase) -> Callable[[Test], Test]:
-    """Mark the test of one row of the table."""
-
-    def mark(test: Test) -> Test:
-        _shown.add((current, following))
-        return test
-
-    return mark
+shows = ShownTransitions(skipped={Phase.AHEAD, Phase.OVERRULED})
 
 
 @pytest.fixture
 def transitions(monkeypatch: pytest.MonkeyPatch) -> list[Transition]:
     """Return the transitions of the requests of the test, in their order."""
-    seen: list[Transition] = []
-
-    def check(current: Phase, following: Phase) -> None:
-        check_transition(current, following)
-        seen.append((current, following))
-
-    monkeypatch.setattr("ctxdb_aiohttp.exchange.check_transition", check)
-    return seen
+    return noted_transitions(monkeypatch, "ctxdb_aiohttp.exchange.check_transition")
 
 
 def application(handler: Handler, *middlewares: Middleware) -> web.Application:
@@ -57,6 +36,19 @@ def application(handler: Handler, *middlewares: Middleware) -> web.Application:
     app.router.add_get("/", handler)
     setup(app)
     return app
+
+
+def whose_commit_fails(db: DBConnect, *, prepares: bool) -> Handler:
+    """Return a handler whose commit fails in its own ``prepare()``, if it calls that, and else in aiohttp's."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert_row_that_fails_at_commit(db)
+        response = web.Response(text="success")
+        if prepares:
+            await response.prepare(request)
+        return response
+
+    return handler
 
 
 @web.middleware
@@ -156,14 +148,7 @@ async def test_a_body_that_aiohttp_sends_passes_from_its_head_to_its_end(
 async def test_a_response_whose_commit_fails_is_refused(
     db: DBConnect, database: Database, serve: Serve, transitions: list[Transition], prepares: bool
 ) -> None:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_row_that_fails_at_commit(db)
-        response = web.Response(text="success")
-        if prepares:
-            await response.prepare(request)
-        return response
-
-    answer = await ask(await serve(application(handler)))
+    answer = await ask(await serve(application(whose_commit_fails(db, prepares=prepares))))
     assert answer.status == 500
     assert "success" not in answer.text
     assert transitions == [(Phase.HANDLING, Phase.REFUSED)]
@@ -174,14 +159,8 @@ async def test_a_response_whose_commit_fails_is_refused(
 async def test_the_answer_to_a_refused_response_is_handled_anew(
     db: DBConnect, database: Database, serve: Serve, transitions: list[Transition], prepares: bool
 ) -> None:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        await insert_row_that_fails_at_commit(db)
-        response = web.Response(text="success")
-        if prepares:
-            await response.prepare(request)
-        return response
-
-    assert (await ask(await serve(application(handler, answer_409)))).summary == (409, "handled")
+    app = application(whose_commit_fails(db, prepares=prepares), answer_409)
+    assert (await ask(await serve(app))).summary == (409, "handled")
     assert transitions == [(Phase.HANDLING, Phase.REFUSED), (Phase.REFUSED, Phase.HANDLING)]
 
 
@@ -387,10 +366,4 @@ async def test_a_success_for_work_of_an_abandoned_handler_and_its_own_is_refused
 
 
 def test_each_row_that_aiohttp_can_reach_has_a_test() -> None:
-    reachable = {
-        (current, following)
-        for current in Phase
-        for following in TRANSITIONS[current]
-        if not {current, following} & _SKIPPED
-    }
-    assert _shown == reachable
+    shows.assert_complete()

@@ -8,7 +8,13 @@ from collections.abc import Awaitable, Callable
 import pytest
 from sqlalchemy import event, text
 from tests.support.database import Database, eventually
-from tests.support.interruption import CANCELLERS, at_each_step
+from tests.support.interruption import (
+    CANCELLERS,
+    assert_halves_belong_together,
+    assert_units_are_whole_or_absent,
+    at_each_step,
+    insert_halves,
+)
 
 from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_atomic_session
 
@@ -32,20 +38,7 @@ def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
 async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
     database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
 ) -> None:
-    async def work(step: int) -> None:
-        async with new_db_ctx():
-            session = await db_session(db)
-            for half in ("a", "b"):
-                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
-
-    step = 0
-    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
-        assert database.checked_out == 0
-        if not connected:
-            await db.close()
-    names = await database.names()
-    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
-    assert names[-1] == f"{step:03}b"
+    await assert_units_are_whole_or_absent(database, db, run_cancelled, connected=connected)
 
 
 @CANCELLERS
@@ -61,16 +54,13 @@ async def test_cancelled_at_any_step_a_block_is_whole_or_absent(
             # In a session, what has begun the transaction.
             await context.execute(text("SELECT 1"))
             async with context.transaction():
-                for half in ("a", "b"):
-                    await context.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
+                await insert_halves(context.execute, step)
 
     step = 0
     async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
         assert database.checked_out == 0
         assert context.get_session(strict=False) is None
-    names = await database.names()
-    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
-    assert names[-1] == f"{step:03}b"
+    await assert_halves_belong_together(database, step)
 
 
 @CANCELLERS

@@ -82,7 +82,7 @@ async def stored(database: Database, query: str) -> list[object]:
     return [row[0] if len(row) == 1 else tuple(row) for row in await database.query(query)]
 
 
-async def test_change_of_an_object_that_is_not_in_the_flush_is_stored(users: DBConnect, database: Database) -> None:
+async def test_a_change_of_an_object_that_is_not_in_the_flush_is_stored(users: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await db_session(users)
         user = await session.get_one(User, 1)
@@ -93,7 +93,7 @@ async def test_change_of_an_object_that_is_not_in_the_flush_is_stored(users: DBC
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("name", "new"), ("visits", 7)])
-async def test_change_of_an_object_that_is_being_updated_is_stored(
+async def test_a_change_of_an_object_that_is_being_updated_is_stored(
     users: DBConnect, database: Database, attribute: str, value: object
 ) -> None:
     async with new_db_ctx():
@@ -105,7 +105,7 @@ async def test_change_of_an_object_that_is_being_updated_is_stored(
     assert await stored(database, "SELECT name, visits FROM users WHERE id = 1") == expected[attribute]
 
 
-async def test_change_of_an_object_that_is_being_inserted_is_stored(users: DBConnect, database: Database) -> None:
+async def test_a_change_of_an_object_that_is_being_inserted_is_stored(users: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await db_session(users)
         user = User(id=3, visits=1)
@@ -122,7 +122,7 @@ async def test_an_object_that_is_added_is_stored_without_a_warning(users: DBConn
     assert await database.names() == ["one", "two"]
 
 
-async def test_change_during_the_flush_before_a_lazy_load_is_stored(users: DBConnect, database: Database) -> None:
+async def test_a_change_during_the_flush_before_a_lazy_load_is_stored(users: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await db_session(users)
         user = await session.get_one(User, 1)
@@ -148,7 +148,7 @@ async def test_changed_relationships_are_stored(users: DBConnect, database: Data
     assert await stored(database, "SELECT user_id FROM draft") == [1]
 
 
-async def test_plain_attributes_of_an_object_are_nobodys_business(users: DBConnect) -> None:
+async def test_plain_attributes_of_an_object_are_left_alone(users: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(users)
         user = await session.get_one(User, 1)
@@ -158,7 +158,7 @@ async def test_plain_attributes_of_an_object_are_nobodys_business(users: DBConne
 
 
 async def test_listeners_of_a_flush_work_as_ever(users: DBConnect, database: Database) -> None:
-    """What a listener changes on another object is reset with a warning, and is not written for ever."""
+    """A listener's change of another object is reset with a warning, and is not written for ever."""
     async with new_db_ctx():
         session = await db_session(users)
         first, second = await session.get_one(User, 1), await session.get_one(User, 2)

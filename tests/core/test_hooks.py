@@ -259,7 +259,7 @@ async def test_a_hook_is_refused_inside_of_a_savepoint(db: DBConnect) -> None:
         on_begin(db, set_tenant)
 
 
-async def test_a_hook_s_statements_come_before_what_was_added_before_the_transaction(db: DBConnect) -> None:
+async def test_a_hook_s_statements_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:
     seen = []
 
     async def look(session: AsyncSession) -> None:
@@ -415,7 +415,9 @@ async def test_an_exception_undoes_what_a_joining_session_has_not_committed(db: 
 
 
 @KINDS
-async def test_a_commit_of_the_unit_commits_what_a_joining_session_has_sent(db: DBConnect, database: Database) -> None:
+async def test_a_commit_of_the_unit_commits_the_statements_of_a_joining_session(
+    db: DBConnect, database: Database
+) -> None:
     async with new_db_ctx(), joining_session(db) as session:
         session.add(Item(name="sent"))
         await session.flush()

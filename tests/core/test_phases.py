@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert, insert_row_that_fails_at_commit
+from tests.support.phases import ShownTransitions
 
 from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -22,19 +23,7 @@ TRAILERS: Message = {"type": "http.response.trailers", "headers": []}
 
 ROWS = [(current, following) for current in Phase for following in Phase if following in TRANSITIONS[current]]
 
-Test = Callable[..., Awaitable[None]]
-
-_shown: set[tuple[Phase, Phase]] = set()
-
-
-def shows(current: Phase, following: Phase) -> Callable[[Test], Test]:
-    """Mark the test of one row of the table."""
-
-    def mark(test: Test) -> Test:
-        _shown.add((current, following))
-        return test
-
-    return mark
+shows = ShownTransitions()
 
 
 class Trace:
@@ -491,7 +480,7 @@ async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db
 
 
 def test_each_row_of_the_table_has_a_test() -> None:
-    assert sorted(_shown, key=str) == sorted(ROWS, key=str)
+    shows.assert_complete()
 
 
 # --- the end of a request in each phase -------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_a_seeded_session_misses_no_event(session: Session) -> None:
     private.seed_dispatch(session)
     dispatch: Any = session.dispatch
     for name in dispatch._event_names:
-        # As SQLAlchemy looks for it, without the Python method that makes what is missing.
+        # SQLAlchemy looks for the listeners in this way, without the Python method that makes missing ones.
         object.__getattribute__(dispatch, name)
 
 
@@ -478,7 +478,7 @@ async def test_a_copied_engine_takes_connections_from_its_own_pool(database: Dat
     await engine.dispose()
 
 
-async def test_several_can_follow_who_takes_connections_of_an_engine(database: Database) -> None:
+async def test_an_engine_has_several_followers_of_its_connections(database: Database) -> None:
     engine = create_async_engine(database.url)
     told: list[str] = []
 

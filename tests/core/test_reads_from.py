@@ -1,4 +1,4 @@
-"""`reads_from`: another database's sessions in the place of the one that the code asks for."""
+"""`reads_from`: the code asks for one database, and gets sessions of another one."""
 
 from __future__ import annotations
 

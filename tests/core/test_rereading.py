@@ -145,7 +145,7 @@ async def by_query_with_books(session: AsyncSession) -> Author:
 
 
 @pytest.mark.parametrize("read", [by_query, by_get, by_query_with_books])
-async def test_what_another_task_changes_while_an_object_is_read_again_is_stored(
+async def test_a_change_by_another_task_while_an_object_is_read_again_is_stored(
     library: DBConnect, database: Database, read: Callable[[AsyncSession], Awaitable[Author]]
 ) -> None:
     async def change() -> None:

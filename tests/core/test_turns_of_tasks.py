@@ -505,7 +505,7 @@ async def by_session(db: DBConnect) -> None:
 
 
 @pytest.mark.parametrize("commit", [by_unit, by_session])
-async def test_what_is_added_or_changed_while_another_task_commits_is_stored(
+async def test_additions_and_changes_while_another_task_commits_are_stored(
     db: DBConnect, database: Database, commit: Callable[[DBConnect], Coroutine[Any, Any, None]]
 ) -> None:
     await database.query("INSERT INTO item VALUES ('old')")

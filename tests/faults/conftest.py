@@ -3,11 +3,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import make_url
 from tests.support.database import Database
 from tests.support.faulty_network import FaultyNetwork
-
-from ctxdb_core import DBConnect
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
@@ -21,14 +18,3 @@ async def network(database: Database) -> AsyncIterator[FaultyNetwork]:
     assert database.server is not None
     async with FaultyNetwork(database.server.host, database.server.port) as network:
         yield network
-
-
-@pytest.fixture
-async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBConnect]:
-    """The database, on the other side of the network."""
-    near = database.url
-    database.url = make_url(near).set(port=network.port).render_as_string(hide_password=False)
-    async with database.connect() as far:
-        yield far
-        await database.assert_quiet()
-    database.url = near

@@ -1,4 +1,4 @@
-"""Two-phase commits that lose their connection: what is told, what is stored, and what stays prepared."""
+"""Two-phase commits that lose their connection: the error, the stored rows, and the transactions that stay prepared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_a_commit_is_prepared_and_stored(prepared: DBConnect, database: Da
 
 
 @pytest.mark.parametrize("point", [Point.COMMIT_PREPARED, Point.COMMITTED_PREPARED])
-async def test_a_lost_commit_of_what_was_prepared_is_an_unknown_outcome(
+async def test_a_lost_commit_of_a_prepared_transaction_is_an_unknown_outcome(
     prepared: DBConnect, network: FaultyNetwork, database: Database, point: Point
 ) -> None:
     outcomes: list[str] = []
@@ -76,7 +76,7 @@ async def test_a_lost_preparation_is_a_failure_that_says_what_may_be_left(
     assert len(await _names_of_prepared(database)) == (1 if point is Point.PREPARED else 0)
 
 
-async def test_nothing_of_several_databases_is_stored_if_one_cannot_be_prepared(
+async def test_several_databases_store_nothing_if_one_cannot_be_prepared(
     prepared: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     assert database.server is not None

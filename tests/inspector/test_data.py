@@ -68,7 +68,7 @@ async def test_a_request_that_uses_no_database_has_an_id_and_is_not_shown(client
     assert (await data(client))["units"] == []
 
 
-async def test_what_the_framework_answers_for_an_error_has_the_id(client: httpx.AsyncClient) -> None:
+async def test_the_answer_that_the_framework_itself_gives_to_an_error_has_the_id(client: httpx.AsyncClient) -> None:
     response = await client.get("/fail")
     assert response.status_code == 500
     unit = await one_unit(client, "/fail")

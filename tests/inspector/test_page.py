@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
-import pytest
-from tests.support.browser import Tab, browser, find_browser
+from tests.support.browser import PICTURES, Tab
 from tests.support.inspected import Desk, serve_app, starlette_app
 from tests.support.server import http_client
 
-# Where someone wants to look at it: pictures are left in this folder. Those of the documentation are made so.
-PICTURES = os.environ.get("CTXDB_PICTURES")
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 150_000
-
-
-@pytest.fixture
-async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
-    find_browser()
-    async with browser(tmp_path) as tab:
-        yield tab
+TEXTS = "h1, h2, p, th, td, td *, li, li span, a, button, label, code"
 
 
 @asynccontextmanager
@@ -41,7 +31,7 @@ async def some_traffic(tab: Tab, desk: Desk) -> AsyncIterator[tuple[str, httpx.A
         finally:
             desk.go_on.set()
             await held
-            # A server waits for the stream of updates, which lasts for as long as somebody looks.
+            # A server waits for the stream of updates, which lasts for as long as the page is open.
             await tab.call("Page.navigate", url="about:blank")
 
 
@@ -57,7 +47,7 @@ HIDE_MACHINE = r"""
   }
 })()
 """
-"""Takes out of the page what is of this machine alone, and keeps it as it is then."""
+"""Stops the page's updates, and replaces the names and addresses of this machine in it."""
 
 
 async def picture(tab: Tab, name: str, *size: int) -> None:
@@ -143,35 +133,14 @@ async def test_the_page_follows_the_application(tab: Tab, desk: Desk) -> None:
 
 
 async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab, desk: Desk) -> None:
-    contrasts = """
-    (() => {
-      const light = color => {
-        const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(part => {
-          const share = part / 255;
-          return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
-        });
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      };
-      const ground = element => {
-        const color = getComputedStyle(element).backgroundColor;
-        return color === "rgba(0, 0, 0, 0)" && element.parentElement ? ground(element.parentElement) : color;
-      };
-      return [...document.querySelectorAll("h1, h2, p, th, td, td *, li, li span, a, button, label, code")]
-        .filter(element => element.innerText && element.checkVisibility())
-        .map(element => {
-          const pair = [light(getComputedStyle(element).color), light(ground(element))];
-          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        });
-    })()
-    """
     grounds = []
     async with some_traffic(tab, desk) as (url, _):
         for scheme in ("light", "dark"):
-            await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            await tab.prefer_colors(scheme)
             await open_page(tab, url)
             grounds.append(await tab.run("getComputedStyle(document.body).backgroundColor"))
             # What WCAG asks of text, level AA.
-            assert min(await tab.run(contrasts)) >= 4.5, scheme
+            assert await tab.least_contrast(TEXTS) >= 4.5, scheme
             await picture(tab, scheme)
     assert grounds[0] != grounds[1]
 

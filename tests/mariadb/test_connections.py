@@ -10,7 +10,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Item, eventually, insert
 from tests.support.faulty_network import Fault, FaultyMariaDBNetwork, Point
-from tests.support.interruption import CANCELLERS, at_each_step
+from tests.support.interruption import CANCELLERS, assert_units_are_whole_or_absent
 from tests.support.mariadb import MariaDatabase
 
 from ctxdb_core import (
@@ -159,26 +159,15 @@ async def test_the_query_of_a_cancelled_task_stops_on_the_server(
 async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
     database: MariaDatabase, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
 ) -> None:
-    async def work(step: int) -> None:
-        async with new_db_ctx():
-            session = await db_session(db)
-            for half in ("a", "b"):
-                await session.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
-
-    step = 0
-    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
-        assert database.checked_out == 0
-        if not connected:
-            await db.close()
-    names = await database.names()
-    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
-    assert names[-1] == f"{step:03}b"
+    await assert_units_are_whole_or_absent(database, db, run_cancelled, connected=connected)
 
 
 # --- streamed results -------------------------------------------------------------------------------------------------
 
 
-async def test_a_streamed_result_that_was_left_early_is_in_nobodys_way(db: DBConnect, database: MariaDatabase) -> None:
+async def test_a_streamed_result_that_was_closed_early_blocks_no_other_statement(
+    db: DBConnect, database: MariaDatabase
+) -> None:
     await database.query("INSERT INTO item SELECT seq FROM seq_1_to_5000")
     for _ in range(3):
         async with new_db_ctx():
@@ -277,7 +266,7 @@ async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_o
 # --- what was read ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_read_stays_readable_after_the_end(db: DBConnect, database: MariaDatabase) -> None:
+async def test_an_object_stays_readable_after_the_end_of_its_unit(db: DBConnect, database: MariaDatabase) -> None:
     await database.query("INSERT INTO item VALUES ('loaded')")
     with pytest.raises(ZeroDivisionError):
         async with new_db_ctx():

@@ -103,7 +103,7 @@ async def test_a_transaction_outside_of_units_is_logged_by_itself(db: DBConnect,
     assert (record.ctxdb_unit, record.ctxdb_outcome) == (None, "committed")
 
 
-async def test_what_ctxdb_warns_of_has_the_unit_and_the_hold_time(database: Database) -> None:
+async def test_a_warning_has_the_unit_and_the_hold_time(database: Database) -> None:
     with records_of("ctxdb") as records:
         async with (
             DBConnect.from_url(database.url, warn_connection_held_after=0) as strict,

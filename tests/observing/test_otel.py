@@ -36,7 +36,7 @@ SELECT = text("SELECT 1")
 
 
 class Telemetry:
-    """What is exported."""
+    """Spans and metrics as they are exported."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -296,7 +296,7 @@ async def test_a_block_of_overridden_is_followed_too(telemetry: Telemetry, datab
     assert telemetry.tree() == ["unit", "unit > transaction", "unit > transaction > COMMIT"]
 
 
-async def test_nothing_is_told_after_its_end(telemetry: Telemetry, url_db: DBConnect) -> None:
+async def test_an_instrumentation_that_has_ended_tells_nothing(telemetry: Telemetry, url_db: DBConnect) -> None:
     stop = telemetry.instrument(url_db)
     async with new_db_ctx():
         await (await db_session(url_db)).execute(SELECT)

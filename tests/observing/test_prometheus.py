@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from tests.support.dashboards import assert_panels_do_not_overlap, expressions_of, needs
 from tests.support.database import Database, insert_row_that_fails_at_commit
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
@@ -75,9 +74,7 @@ async def test_the_end_takes_the_metrics_away(database: Database, registry: Coll
 
 
 async def test_prometheus_accepts_the_metrics(registry: CollectorRegistry, url_db: DBConnect) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("there is no promtool")
+    promtool = needs("promtool")
     async with new_db_ctx():
         await (await db_session(url_db)).execute(SELECT)
     content = generate_latest(registry)
@@ -85,16 +82,6 @@ async def test_prometheus_accepts_the_metrics(registry: CollectorRegistry, url_d
 
 
 # --- the dashboard ----------------------------------------------------------------------------------------------------
-
-
-def expressions() -> Iterator[str]:
-    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    for panel in dashboard["panels"]:
-        for target in panel["targets"]:
-            yield target["expr"]
-    for variable in dashboard["templating"]["list"]:
-        query = variable["query"]
-        yield query if isinstance(query, str) else query["query"]
 
 
 async def test_every_metric_that_the_dashboard_names_exists_and_is_shown(
@@ -109,7 +96,7 @@ async def test_every_metric_that_the_dashboard_names_exists_and_is_shown(
         for suffix in (("_bucket", "_count", "_sum") if line.endswith(" histogram") else ("",))
         if not line.split(" ")[2].endswith("_created")
     }
-    named = {name for expression in expressions() for name in METRIC.findall(expression)}
+    named = {name for expression in expressions_of(DASHBOARD) for name in METRIC.findall(expression)}
     assert named - told == set()
     # Of each metric, something is shown.
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in told}
@@ -117,13 +104,4 @@ async def test_every_metric_that_the_dashboard_names_exists_and_is_shown(
 
 
 def test_the_panels_of_the_dashboard_are_told_apart_and_do_not_overlap() -> None:
-    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        place = panel["gridPos"]
-        columns = range(place["x"], place["x"] + place["w"])
-        cells = {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
-        assert not cells & taken, panel["title"]
-        assert max(x for x, _ in cells) < 24, panel["title"]
-        taken |= cells
+    assert_panels_do_not_overlap(DASHBOARD)

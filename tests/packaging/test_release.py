@@ -1,4 +1,4 @@
-"""The release checklist, on a copy of what is committed: it finds what stands in the way, and tags only what holds."""
+"""The release checklist, on a copy of the committed files: it finds obstacles, and tags only a version without any."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def ready(copy: Path) -> Path:
     return copy
 
 
-def test_what_was_cut_can_be_released(ready: Path) -> None:
+def test_a_version_that_was_cut_can_be_released(ready: Path) -> None:
     held = "\n".join(release.check_release(ready))
     assert "all members are 7.1.0" in held
     assert "v7.1.0 is a new tag" in held
 
 
-def test_nothing_is_cut_where_nothing_has_changed(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_without_changes_cannot_be_cut(ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert release.main(["cut", "7.2.0"], ready) == 1
     assert "nothing that is not released" in capsys.readouterr().err
 

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from tests.support.followers import monitoring
 
+from ctxdb_pgstatus import HostMonitor
 from ctxdb_pgstatus.testing import PostgresCluster
 
 
@@ -25,3 +27,18 @@ async def cluster(shared_cluster: PostgresCluster) -> AsyncIterator[PostgresClus
     """
     yield shared_cluster
     await shared_cluster.restore()
+
+
+@pytest.fixture
+async def number_table(cluster: PostgresCluster) -> None:
+    """Leave the table `number` empty on every host of the cluster."""
+    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
+    await cluster.primary.execute("TRUNCATE number")
+    await cluster.wait_for_replay()
+
+
+@pytest.fixture
+async def monitor(cluster: PostgresCluster, number_table: None) -> AsyncIterator[HostMonitor]:
+    """A monitor that knows all hosts of the cluster, whose table `number` is empty."""
+    async with monitoring(cluster) as monitor:
+        yield monitor

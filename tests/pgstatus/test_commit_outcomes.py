@@ -21,11 +21,8 @@ from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 
 @pytest.fixture
-async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
+async def monitor(cluster: PostgresCluster, number_table: None) -> AsyncIterator[HostMonitor]:
     await cluster.set_synchronous("ANY 1 (*)")
-    await cluster.wait_for_replay()
     async with monitoring(cluster) as monitor:
         yield monitor
 

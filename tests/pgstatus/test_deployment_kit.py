@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.dashboards import assert_panels_do_not_overlap, expressions_of, needs
 from tests.support.server import http_client
 from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
 
@@ -29,17 +29,6 @@ RULES = KIT / "prometheus" / "rules.yaml"
 METRIC = re.compile(r"\b(?:ctxdb_pgstatus|process)_\w+")
 
 
-def needs(program: str) -> str:
-    """Return where a program is; skip the test where it is not installed."""
-    found = shutil.which(program)
-    if found is None:
-        # Those that the tests' own environment brings along.
-        found = shutil.which(program, path=str(Path(sys.executable).parent))
-    if found is None:
-        pytest.skip(f"there is no {program}")
-    return found
-
-
 def told_metrics() -> set[str]:
     content = render(cluster(master("n1"), replica("n2"), dead("n3")), changes=1).decode()
     return {line.partition("{")[0].partition(" ")[0] for line in content.splitlines() if not line.startswith("#")}
@@ -50,13 +39,7 @@ def expressions() -> Iterator[str]:
     for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             yield rule["expr"]
-    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    for panel in dashboard["panels"]:
-        for target in panel["targets"]:
-            yield target["expr"]
-    for variable in dashboard["templating"]["list"]:
-        query = variable["query"]
-        yield query if isinstance(query, str) else query["query"]
+    yield from expressions_of(DASHBOARD)
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -92,19 +75,7 @@ def test_every_alert_says_how_bad_it_is_and_what_has_happened() -> None:
 
 
 def test_the_panels_of_the_dashboard_are_told_apart_and_do_not_overlap() -> None:
-    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken, panel["title"]
-        assert max(x for x, _ in cells) < 24, panel["title"]
-        taken |= cells
+    assert_panels_do_not_overlap(DASHBOARD)
 
 
 def test_prometheus_accepts_rules_and_configuration() -> None:

@@ -8,17 +8,27 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, insert, select, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from tests.support.followers import SERVER, Engines, following, monitoring, server_of, until
+from tests.support.followers import (
+    NUMBERS,
+    SERVER,
+    Engines,
+    following,
+    monitoring,
+    numbers_on,
+    server_of,
+    until,
+    write_number,
+)
 from tests.support.hosts import FakeSource
 from tests.support.sidecar import serve_sidecar
 
-from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import db_session, new_non_ctx_session
 from ctxdb_pgstatus import (
     ConnectionLostError,
     HostMonitor,
@@ -34,20 +44,7 @@ from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
 from ctxdb_starlette import DBSessionMiddleware
 
-numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
-
-
-@pytest.fixture(autouse=True)
-async def table(cluster: PostgresCluster) -> None:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
-    await cluster.wait_for_replay()
-
-
-@pytest.fixture
-async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
-    async with monitoring(cluster) as monitor:
-        yield monitor
+pytestmark = pytest.mark.usefixtures("number_table")
 
 
 @pytest.fixture
@@ -62,15 +59,6 @@ def engines(cluster: PostgresCluster) -> Engines:
     return Engines(cluster)
 
 
-async def _write(db: DBConnect, number: int) -> None:
-    async with new_db_ctx():
-        await (await db_session(db)).execute(insert(numbers).values(number=number))
-
-
-async def _numbers(cluster: PostgresCluster) -> list[int]:
-    return [row[0] for row in await cluster.primary.execute("SELECT number FROM number ORDER BY number")]
-
-
 async def test_a_host_that_has_been_demoted_loses_its_pool_and_is_looked_at(
     cluster: PostgresCluster, engines: Engines
 ) -> None:
@@ -80,7 +68,7 @@ async def test_a_host_that_has_been_demoted_loses_its_pool_and_is_looked_at(
         assert await server_of(db) == demoted.host
         assert engines.connections[demoted.host] == 1
         with pytest.raises(ConnectionLostError, match="read-only") as raised:
-            await _write(db, 1)
+            await write_number(db, 1)
         assert raised.value.retryable
         assert source.failures == [demoted.host]
         assert await server_of(db) == demoted.host
@@ -95,7 +83,7 @@ async def test_a_commit_on_a_host_that_another_one_was_promoted_over_is_answered
 
         async def write(request: Request) -> Response:
             session = await db_session(db)
-            await session.execute(insert(numbers).values(number=int(request.query_params["number"])))
+            await session.execute(insert(NUMBERS).values(number=int(request.query_params["number"])))
             return Response(status_code=201)
 
         app = Starlette(routes=[Route("/", write, methods=["POST"])])
@@ -109,7 +97,7 @@ async def test_a_commit_on_a_host_that_another_one_was_promoted_over_is_answered
             assert (await client.post("/?number=2")).status_code == 500
             assert forgetful.master() == new.host
             assert (await client.post("/?number=3")).status_code == 201
-        assert await _numbers(cluster) == [1, 3]
+        assert await numbers_on(cluster.primary) == [1, 3]
         await until(lambda: _none_left(engines, old.host, cluster))
 
 
@@ -123,15 +111,15 @@ async def test_a_commit_on_a_host_that_was_frozen_and_thawed_raises(
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
     async with following(engines, follow_master(forgetful)) as db, new_non_ctx_session(db) as session:
-        await session.execute(insert(numbers).values(number=1))
+        await session.execute(insert(NUMBERS).values(number=1))
         await old.freeze()
         commit = asyncio.create_task(session.commit())
         await new.promote()
         await old.thaw()
         with pytest.raises(MasterChangedError, match=old.host):
             await commit
-        await _write(db, 2)
-    assert await _numbers(cluster) == [2]
+        await write_number(db, 2)
+    assert await numbers_on(cluster.primary) == [2]
 
 
 async def test_an_old_master_that_returns_as_one_gets_no_write(
@@ -139,19 +127,19 @@ async def test_an_old_master_that_returns_as_one_gets_no_write(
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
     async with following(engines, follow_master(monitor)) as db:
-        await _write(db, 1)
+        await write_number(db, 1)
         await cluster.wait_for_replay()
         await old.kill()
         with pytest.raises((HostUnreachableError, ConnectionLostError, NoMasterError)):
-            await _write(db, 2)
+            await write_number(db, 2)
         await new.promote()
         await until(lambda: monitor.master() == new.host)
-        await _write(db, 3)
+        await write_number(db, 3)
         await old.start()
         await monitor.poll()
         for number in range(4, 10):
-            await _write(db, number)
-        assert await _numbers(cluster) == [1, 3, *range(4, 10)]
+            await write_number(db, number)
+        assert await numbers_on(cluster.primary) == [1, 3, *range(4, 10)]
         assert [row[0] for row in await old.execute("SELECT number FROM number")] == [1]
 
 
@@ -172,10 +160,10 @@ async def test_requests_stuck_on_a_frozen_master_fail_when_the_monitor_has_notic
         await new.promote()
         await until(lambda: monitor.master() == new.host)
         assert await server_of(db) == new.host
-        await _write(db, 1)
+        await write_number(db, 1)
         await old.thaw()
         await until(lambda: _none_left(engines, old.host, cluster))
-    assert await _numbers(cluster) == [1]
+    assert await numbers_on(cluster.primary) == [1]
 
 
 async def test_reading_on_the_master_needs_no_confirmation(
@@ -183,7 +171,7 @@ async def test_reading_on_the_master_needs_no_confirmation(
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
     async with following(engines, follow_master(monitor)) as db, new_non_ctx_session(db) as session:
-        await session.execute(select(numbers))
+        await session.execute(select(NUMBERS))
         await new.promote()
         await session.commit()
         assert old.host != new.host
@@ -254,9 +242,9 @@ async def test_a_second_event_loop_follows_the_same_monitor(
     ):
 
         async def work(number: int) -> str:
-            await _write(master, number)
+            await write_number(master, number)
             async with new_non_ctx_session(replica) as session:
-                assert number in (await session.scalars(select(numbers.c.number))).all()
+                assert number in (await session.scalars(select(NUMBERS.c.number))).all()
             return await server_of(master)
 
         def in_thread(number: int) -> str:
@@ -268,7 +256,7 @@ async def test_a_second_event_loop_follows_the_same_monitor(
         await cluster.standbys[1].follow(new)
         await until(lambda: monitor.master() == new.host)
         assert {*await asyncio.gather(work(3), asyncio.to_thread(in_thread, 4))} == {new.host}
-    assert await _numbers(cluster) == [1, 2, 3, 4]
+    assert await numbers_on(cluster.primary) == [1, 2, 3, 4]
 
 
 async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_pool(
@@ -278,8 +266,8 @@ async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_
         async with new_non_ctx_session(db) as session:
             await session.execute(text("SET TRANSACTION READ ONLY"))
             with pytest.raises(DBAPIError, match="read-only"):
-                await session.execute(insert(numbers).values(number=1))
-        await _write(db, 2)
+                await session.execute(insert(NUMBERS).values(number=1))
+        await write_number(db, 2)
         assert engines.connections.total() == 1
 
 
@@ -297,18 +285,18 @@ async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
     ):
 
         async def write_and_read(number: int) -> None:
-            await _write(master, number)
+            await write_number(master, number)
             async with new_non_ctx_session(replica) as session:
-                assert number in (await session.scalars(select(numbers.c.number))).all()
+                assert number in (await session.scalars(select(NUMBERS.c.number))).all()
 
         await write_and_read(1)
         await cluster.wait_for_replay()
         async with new_non_ctx_session(master) as session:
-            await session.execute(insert(numbers).values(number=2))
+            await session.execute(insert(NUMBERS).values(number=2))
             await old.freeze()
             # It waits for an answer until the sidecar says that the host is dead.
             with pytest.raises(ConnectionLostError, match="was left while it was in use"):
-                await session.scalars(select(numbers))
+                await session.scalars(select(NUMBERS))
         with pytest.raises(NoMasterError):
             await write_and_read(3)
         await new.promote()
@@ -319,7 +307,7 @@ async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
         # As if it had been frozen in the middle of a commit.
         assert not await client.confirm_master(old.host)
         await until(lambda: _none_left(engines, old.host, cluster))
-    assert await _numbers(cluster) == [1, 4]
+    assert await numbers_on(cluster.primary) == [1, 4]
 
 
 async def _follows(client: PgStatusClient, host: str) -> bool:

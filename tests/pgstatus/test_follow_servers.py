@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from sqlalchemy import URL, Column, Integer, MetaData, Table, func, insert, select
+from sqlalchemy import URL, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from tests.support.followers import server_of
+from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
 from tests.support.monitors import HOUR, monitor_of, until
 from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_sidecar
@@ -30,14 +30,7 @@ from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
-numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
-
-
-@pytest.fixture(autouse=True)
-async def table(cluster: PostgresCluster) -> None:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
-    await cluster.wait_for_replay()
+pytestmark = pytest.mark.usefixtures("number_table")
 
 
 @asynccontextmanager
@@ -53,18 +46,9 @@ async def following(handler: FollowHandler, driver: str = "asyncpg") -> AsyncIte
         yield db
 
 
-async def write(db: DBConnect, number: int) -> None:
-    async with new_db_ctx():
-        await (await db_session(db)).execute(insert(numbers).values(number=number))
-
-
 async def until_server(monitor: HostMonitor, name: str, node: PostgresNode) -> None:
     started_at = await node.fetch_value("SELECT pg_postmaster_start_time()")
     await until(monitor, lambda: monitor.server_of(name) == started_at)
-
-
-async def numbers_on(node: PostgresNode) -> list[int]:
-    return [row[0] for row in await node.execute("SELECT number FROM number ORDER BY number")]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +68,7 @@ async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_p
         monitor_of(ipv6_cluster, hosts=[name]) as monitor,
         following(follow_master(monitor)) as db,
     ):
-        await write(db, 1)
+        await write_number(db, 1)
         assert await numbers_on(ipv6_cluster.primary) == [1]
 
 
@@ -99,13 +83,13 @@ async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresC
         monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
         following(follow_master(monitor), driver) as db,
     ):
-        await write(db, 1)
+        await write_number(db, 1)
         await cluster.wait_for_replay()
         await new.promote()
         # The old primary goes on, and so do the connections to it that the pool keeps.
         proxy.nodes = (new,)
         await until_server(monitor, proxy.host, new)
-        await write(db, 2)
+        await write_number(db, 2)
         assert await numbers_on(old) == [1]
         assert await numbers_on(new) == [1, 2]
 
@@ -120,7 +104,7 @@ async def test_a_commit_on_a_server_that_a_name_leads_to_no_more_is_answered_as_
         following(follow_master(monitor)) as db,
         new_non_ctx_session(db) as session,
     ):
-        await session.execute(insert(numbers).values(number=1))
+        await session.execute(insert(NUMBERS).values(number=1))
         await new.promote()
         proxy.nodes = (new,)
         await until_server(monitor, proxy.host, new)
@@ -140,7 +124,7 @@ async def test_a_connection_that_leads_elsewhere_tells_the_monitor_that_the_name
         await new.promote()
         proxy.nodes = (new,)
         # Without it, the monitor would trust the old primary for another hour.
-        await write(db, 1)
+        await write_number(db, 1)
         assert monitor.server_of(proxy.host) == await new.fetch_value("SELECT pg_postmaster_start_time()")
         assert await numbers_on(new) == [1]
 
@@ -153,7 +137,7 @@ async def test_writes_that_follow_a_sidecar_leave_the_server_that_a_name_has_led
         asking_sidecar(monitor) as client,
         following(follow_master(client)) as db,
     ):
-        await write(db, 1)
+        await write_number(db, 1)
         await cluster.wait_for_replay()
         await new.promote()
         proxy.nodes = (new,)
@@ -161,7 +145,7 @@ async def test_writes_that_follow_a_sidecar_leave_the_server_that_a_name_has_led
         client.report_failure(proxy.host)
         await client.hosts()
         assert client.server_of(proxy.host) == monitor.server_of(proxy.host)
-        await write(db, 2)
+        await write_number(db, 2)
         assert await numbers_on(new) == [1, 2]
 
 
@@ -178,7 +162,7 @@ async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_lead
         await client.hosts()
         await new.promote()
         proxy.nodes = (new,)
-        await write(db, 1)
+        await write_number(db, 1)
         started_at = await new.fetch_value("SELECT pg_postmaster_start_time()")
         assert monitor.server_of(proxy.host) == client.server_of(proxy.host) == started_at
 
@@ -207,9 +191,9 @@ async def test_a_reader_behind_a_shared_name_sees_what_it_has_written(cluster: P
             for number in range(1, 11):
                 async with new_db_ctx():
                     session = await db_session(master)
-                    await session.execute(insert(numbers).values(number=number))
+                    await session.execute(insert(NUMBERS).values(number=number))
                     await session.commit()
-                    assert await (await db_session(replica)).scalar(select(func.max(numbers.c.number))) == number
+                    assert await (await db_session(replica)).scalar(select(func.max(NUMBERS.c.number))) == number
 
 
 async def test_a_reader_that_has_written_nothing_reads_from_a_shared_name(cluster: PostgresCluster) -> None:
@@ -231,7 +215,7 @@ async def test_a_shared_name_gets_no_writes(cluster: PostgresCluster) -> None:
     ):
         await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
         with pytest.raises(NoMasterError):
-            await write(db, 1)
+            await write_number(db, 1)
 
 
 # --- while a server refuses the monitor -------------------------------------------------------------------------------
@@ -249,7 +233,7 @@ async def refusing(cluster: PostgresCluster) -> AsyncIterator[tuple[HostMonitor,
             monitor_of(cluster, hosts=hosts, user="refused") as monitor,
             following(follow_master(monitor)) as db,
         ):
-            await write(db, 0)
+            await write_number(db, 0)
             await primary.execute("ALTER ROLE refused CONNECTION LIMIT 0")
             await primary.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'refused'")
             while monitor.known_master() is None:
@@ -264,7 +248,7 @@ async def test_commits_are_confirmed_on_their_own_connection_while_the_master_re
 ) -> None:
     async with refusing(cluster) as (_, db):
         for number in range(1, 4):
-            await write(db, number)
+            await write_number(db, number)
         assert await numbers_on(cluster.primary) == [0, 1, 2, 3]
 
 
@@ -275,5 +259,5 @@ async def test_a_commit_is_no_success_if_another_host_was_promoted_while_the_mas
     async with refusing(cluster) as (monitor, db):
         await new.promote()
         with pytest.raises((MasterChangedError, CommitUnconfirmedError)):
-            await write(db, 1)
+            await write_number(db, 1)
         assert monitor.master() == f"{new.host}:{new.port}"

@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from sqlalchemy import URL, Column, Integer, MetaData, Table, func, insert, select
+from sqlalchemy import URL, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from tests.support.followers import NUMBERS
 from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor, follow_master, follow_replica
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
-numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
 DDL = "CREATE TABLE number (number integer PRIMARY KEY)"
 
 
@@ -165,10 +165,10 @@ async def test_readers_see_on_a_subscriber_what_they_have_written(
         for number in range(1, 6):
             async with new_db_ctx():
                 session = await db_session(master)
-                await session.execute(insert(numbers).values(number=number))
+                await session.execute(insert(NUMBERS).values(number=number))
                 await session.commit()
                 reader = await db_session(replica)
-                assert await reader.scalar(select(func.max(numbers.c.number))) == number
+                assert await reader.scalar(select(func.max(NUMBERS.c.number))) == number
                 assert await reader.scalar(select(func.inet_server_port())) == subscriber.port
     await publishing.standbys[0].resume_replay()
 

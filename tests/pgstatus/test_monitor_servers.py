@@ -268,8 +268,8 @@ async def test_a_cluster_that_is_made_anew_begins_with_its_own_timelines(
         proxy.nodes = (stranger,)
         proxy.drop()
         await old.kill()
-        await until(monitor, lambda: monitor.master() == proxy.host)
-        assert monitor.hosts()[1].timeline == await stranger.fetch_value(TIMELINE)
+        timeline = await stranger.fetch_value(TIMELINE)
+        await until(monitor, lambda: monitor.hosts()[1].timeline == timeline and monitor.master() == proxy.host)
         assert monitor.hosts()[1].fault is None
     assert "The cluster was made anew" in caplog.text
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from litestar import Litestar, get, post
 from litestar import Request as LitestarRequest
 from litestar.exceptions import ImproperlyConfiguredException
-from sqlalchemy import Column, Integer, MetaData, Table, insert, select, text
+from sqlalchemy import insert, select, text
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
-from tests.support.followers import SERVER, Engines, following, monitoring, server_of
+from tests.support.followers import NUMBERS, SERVER, Engines, following, server_of
 from tests.support.hosts import FakeSource
 
 import ctxdb_aiohttp
@@ -56,16 +56,6 @@ from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 from ctxdb_starlette import DBSessionMiddleware
 
 SECRET = b"0123456789abcdef0123456789abcdef"
-numbers = Table("number", MetaData(), Column("number", Integer, primary_key=True))
-
-
-@pytest.fixture
-async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
-    await cluster.wait_for_replay()
-    async with monitoring(cluster) as monitor:
-        yield monitor
 
 
 @pytest.fixture
@@ -115,11 +105,11 @@ class Shop:
         self.replica = replica
 
     async def write(self, number: int) -> None:
-        await (await db_session(self.master)).execute(insert(numbers).values(number=number))
+        await (await db_session(self.master)).execute(insert(NUMBERS).values(number=number))
 
     async def read(self) -> dict[str, Any]:
         session = await db_session(self.replica)
-        found = (await session.scalars(select(numbers.c.number).order_by(numbers.c.number))).all()
+        found = (await session.scalars(select(NUMBERS.c.number).order_by(NUMBERS.c.number))).all()
         return {"numbers": list(found), "server": await session.scalar(SERVER)}
 
 
@@ -330,7 +320,7 @@ async def test_a_position_is_one_after_the_commit_record(
     positions = Positions.of_task()
     for number in range(20):
         async with new_db_ctx():
-            await (await db_session(master)).execute(insert(numbers).values(number=number))
+            await (await db_session(master)).execute(insert(NUMBERS).values(number=number))
             before = await cluster.primary.position()
         position = positions.required(monitor)
         assert position is not None
@@ -581,7 +571,7 @@ async def test_a_reader_in_the_middle_of_a_transaction_goes_on_where_the_write_i
     async with paused(cluster), new_db_ctx(statement_timeout=12.5):
         session = await db_session(replica)
         for number in range(3):
-            assert (await session.scalars(select(numbers.c.number))).all() == list(range(number))
+            assert (await session.scalars(select(NUMBERS.c.number))).all() == list(range(number))
             assert (await session.scalar(SERVER) in standbys) == (number == 0)
             assert await session.scalar(text("SHOW statement_timeout")) == "12500ms"
             await shop.write(number)
@@ -597,10 +587,10 @@ async def test_a_reader_that_has_its_own_snapshot_keeps_it(
     shop = Shop(master, replica)
     async with paused(cluster), new_db_ctx():
         async with atomic_db_session(replica, isolation_level="REPEATABLE READ") as session:
-            await session.scalars(select(numbers))
+            await session.scalars(select(NUMBERS))
             await shop.write(1)
             await commit_db_session(master)
-            assert (await session.scalars(select(numbers))).all() == []
+            assert (await session.scalars(select(NUMBERS))).all() == []
         assert (await shop.read())["numbers"] == [1]
 
 
@@ -613,18 +603,18 @@ async def test_a_reader_that_cannot_go_on_elsewhere_says_so(
         async with AsyncExitStack() as stack:
             options = {"read_only": True} if bound_by == "options" else {}
             session = await stack.enter_async_context(atomic_db_session(replica, **options))  # type: ignore[arg-type]
-            await session.scalars(select(numbers))
+            await session.scalars(select(NUMBERS))
             if bound_by == "savepoint":
                 await stack.enter_async_context(session.begin_nested())
-                await session.scalars(select(numbers))
+                await session.scalars(select(NUMBERS))
             elif bound_by == "setting":
                 await (await session.connection()).exec_driver_sql("SET work_mem = '1MB'")
             elif bound_by == "stream":
-                await session.stream(select(numbers))
+                await session.stream(select(NUMBERS))
             await shop.write(1)
             await commit_db_session(master)
             with pytest.raises(StaleReaderError, match="commit_db_session"):
-                await session.scalars(select(numbers))
+                await session.scalars(select(NUMBERS))
         assert (await shop.read())["numbers"] == [1]
 
 
@@ -673,7 +663,7 @@ async def test_readers_go_back_to_replicas_without_new_connections(
 ) -> None:
     async def write_and_read(number: int) -> None:
         async with new_db_ctx():
-            await (await db_session(master)).execute(insert(numbers).values(number=number))
+            await (await db_session(master)).execute(insert(NUMBERS).values(number=number))
         assert await server_of(replica) == cluster.primary.host
 
     async with paused(cluster):

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
-from tests.support.followers import SERVER, Engines, following, monitoring
+from tests.support.followers import SERVER, Engines, following
 
 import ctxdb_aiohttp
 from ctxdb_core import DBConnect, TransactionContext, db_session, gather_in_new_ctx, rollback_db_session, run_in_new_ctx
@@ -38,15 +38,6 @@ from ctxdb_pgstatus.testing import PostgresCluster
 from ctxdb_starlette import DBSessionMiddleware
 
 SECRET = b"0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture
-async def monitor(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
-    await cluster.primary.execute("CREATE TABLE IF NOT EXISTS number (number integer PRIMARY KEY)")
-    await cluster.primary.execute("TRUNCATE number")
-    await cluster.wait_for_replay()
-    async with monitoring(cluster) as monitor:
-        yield monitor
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.support.browser import Tab, browser, find_browser
+from tests.support.browser import PICTURES, Tab
 from tests.support.sidecar import START, ToldMonitor, cluster, dead, lagging_history, master, replica, serve_sidecar
 
 from ctxdb_pgstatus import HostStatus
@@ -18,8 +16,7 @@ from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import Change, History, changes_between
 from ctxdb_pgstatus.sidecar.page import render
 
-# Where someone wants to look at it: pictures are left in this folder.
-PICTURES = os.environ.get("CTXDB_PICTURES")
+TEXTS = "h1, h2, p, th, .badge, .error, .warn, li, footer, footer a, td.number"
 
 
 class Structure(HTMLParser):
@@ -35,13 +32,6 @@ class Structure(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-
-
-@pytest.fixture
-async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
-    find_browser()
-    async with browser(tmp_path) as tab:
-        yield tab
 
 
 def a_cluster(history: History | None = None) -> tuple[SidecarApp, ToldMonitor]:
@@ -97,35 +87,14 @@ async def test_the_page_shows_hosts_roles_lag_and_changes(tab: Tab) -> None:
 
 async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab) -> None:
     app, _ = a_cluster()
-    contrasts = """
-    (() => {
-      const light = color => {
-        const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(part => {
-          const share = part / 255;
-          return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
-        });
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      };
-      const ground = element => {
-        const color = getComputedStyle(element).backgroundColor;
-        return color === "rgba(0, 0, 0, 0)" && element.parentElement ? ground(element.parentElement) : color;
-      };
-      return [...document.querySelectorAll("h1, h2, p, th, .badge, .error, .warn, li, footer, footer a, td.number")]
-        .filter(element => element.innerText)
-        .map(element => {
-          const pair = [light(getComputedStyle(element).color), light(ground(element))].sort();
-          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        });
-    })()
-    """
     async with serve_sidecar(app) as url:
         grounds = []
         for scheme in ("light", "dark"):
-            await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            await tab.prefer_colors(scheme)
             await tab.open(url)
             grounds.append(await tab.run("getComputedStyle(document.body).backgroundColor"))
             # What WCAG asks of text, level AA.
-            assert min(await tab.run(contrasts)) >= 4.5, scheme
+            assert await tab.least_contrast(TEXTS) >= 4.5, scheme
             await picture(tab, scheme)
     assert grounds == ["rgb(246, 247, 249)", "rgb(18, 22, 28)"]
 

@@ -1,4 +1,4 @@
-"""Code that was written for a session of its own: it closes what it is given, or commits it."""
+"""Code that was written for a session of its own: it closes the session that it is given, or commits it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_helper_that_closes_the_requests_session_loses_nothing_behind_a_
     assert await world.names() == []
 
 
-async def test_a_helper_that_closes_what_it_has_only_read_with_is_left_alone(world: World) -> None:
+async def test_a_helper_that_closes_a_session_which_has_only_read_is_left_alone(world: World) -> None:
     async def order() -> Reply:
         await only_reads_in_its_block(await db_session(world.db))
         await insert(world.db, "order")
@@ -56,7 +56,7 @@ async def test_a_helper_that_closes_what_it_has_only_read_with_is_left_alone(wor
 
 
 async def register(session: AsyncSession, name: str) -> None:
-    """Do as a library does that commits what it is given."""
+    """Do as a library does that commits the session that it is given."""
     session.add(Item(name=name))
     await session.commit()
     item = await session.get_one(Item, name)

@@ -65,7 +65,7 @@ async def test_a_log_behind_an_error_names_its_user_as_the_database_does(world: 
     assert [line_of(user) for user in seen] == ["ada (admin)"]
 
 
-async def test_a_log_behind_a_success_names_what_was_committed(world: World) -> None:
+async def test_a_log_behind_a_success_names_the_committed_user(world: World) -> None:
     seen: list[User] = []
 
     async def page() -> Reply:

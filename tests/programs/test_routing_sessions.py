@@ -86,7 +86,7 @@ async def test_a_body_reads_by_one_engine_what_it_writes_by_the_other(routing_wo
     assert await world.names() == ["0", "1", "2"]
 
 
-async def test_a_shared_transaction_of_a_test_undoes_what_both_engines_were_told(routing_world: World) -> None:
+async def test_a_shared_transaction_of_a_test_undoes_the_work_of_both_engines(routing_world: World) -> None:
     world = routing_world
 
     async def order() -> Reply:

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 
 import pytest
 from quart import Quart, websocket
 from sqlalchemy.exc import IntegrityError
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
+from tests.support.phases import ShownTransitions, Transition, noted_transitions
 from tests.support.server import RawClient, serve
 from websockets import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from ctxdb_core import DBConnect
-from ctxdb_core.adapters import TRANSITIONS, Phase, check_transition
+from ctxdb_core.adapters import Phase
 from ctxdb_quart import setup
 
-Test = Callable[..., Awaitable[None]]
-Transition = tuple[Phase, Phase]
-
 # Quart passes no messages on through middlewares of its own, and nothing in it answers in the place of a handler.
-_SKIPPED = {Phase.AHEAD, Phase.OVERRULED, Phase.ABANDONED}
-
-_shown: set[Transition] = set()
-
-
-def shows(current: Phase, following: Phase) -> Callable[[Test], Test]:
-    """Mark the test of one row of the table."""
-
-    def mark(test: Test) -> Test:
-        _shown.add((current, following))
-        return test
-
-    return mark
+shows = ShownTransitions(skipped={Phase.AHEAD, Phase.OVERRULED, Phase.ABANDONED})
 
 
 @pytest.fixture
@@ -46,14 +32,7 @@ def app() -> Quart:
 @pytest.fixture
 def transitions(monkeypatch: pytest.MonkeyPatch) -> list[Transition]:
     """Return the transitions of the requests of the test, in their order."""
-    seen: list[Transition] = []
-
-    def check(current: Phase, following: Phase) -> None:
-        check_transition(current, following)
-        seen.append((current, following))
-
-    monkeypatch.setattr("ctxdb_quart.check_transition", check)
-    return seen
+    return noted_transitions(monkeypatch, "ctxdb_quart.check_transition")
 
 
 async def close_code(app: Quart, database: Database) -> int:
@@ -244,10 +223,4 @@ async def test_an_error_that_debugging_answers_closes_a_websocket_with_an_error(
 
 
 def test_each_row_that_quart_can_reach_has_a_test() -> None:
-    reachable = {
-        (current, following)
-        for current in Phase
-        for following in TRANSITIONS[current]
-        if not {current, following} & _SKIPPED
-    }
-    assert _shown == reachable
+    shows.assert_complete()

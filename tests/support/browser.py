@@ -20,6 +20,9 @@ from websockets.asyncio.client import ClientConnection, connect
 NEEDED = "CTXDB_BROWSER"
 """The environment variable that makes a missing browser an error: ``CTXDB_BROWSER=needed``."""
 
+PICTURES = os.environ.get("CTXDB_PICTURES")
+"""The folder in which tests of pages leave pictures; none are taken without it."""
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _OPTIONS = (
     "--headless",
@@ -43,6 +46,29 @@ def find_browser() -> str:
             pytest.fail(f"There is no Chromium, and {NEEDED} says that it is needed.")
         pytest.skip("there is no Chromium")
     return found
+
+
+_CONTRASTS = r"""
+(() => {
+  const light = color => {
+    const [r, g, b] = color.match(/[\d.]+/g).slice(0, 3).map(part => {
+      const share = part / 255;
+      return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = element => {
+    const color = getComputedStyle(element).backgroundColor;
+    return color === "rgba(0, 0, 0, 0)" && element.parentElement ? ground(element.parentElement) : color;
+  };
+  return [...document.querySelectorAll(%s)]
+    .filter(element => element.innerText && element.checkVisibility())
+    .map(element => {
+      const pair = [light(getComputedStyle(element).color), light(ground(element))];
+      return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    });
+})()
+"""
 
 
 class Tab:
@@ -88,6 +114,16 @@ class Tab:
         area = {} if width is None else {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}}
         answer = await self.call("Page.captureScreenshot", captureBeyondViewport=True, **area)
         return base64.b64decode(answer["data"])
+
+    async def prefer_colors(self, scheme: str) -> None:
+        """Show pages as a reader sees them whose system is ``"light"`` or ``"dark"``."""
+        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    async def least_contrast(self, selector: str) -> float:
+        """Return the lowest contrast, by WCAG's formula, of the texts that are visible and match `selector`."""
+        contrasts = await self.run(_CONTRASTS % json.dumps(selector))
+        assert contrasts, "there is no text"
+        return float(min(contrasts))
 
     def requests(self) -> list[str]:
         """Return the URLs that the page has asked for."""

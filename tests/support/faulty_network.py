@@ -11,7 +11,8 @@ import socket
 import struct
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Self
+
+from tests.support.middleman import Middleman, read_message, read_startup
 
 
 class Point(Enum):
@@ -32,7 +33,7 @@ class Point(Enum):
     RELEASE = auto()
     """The client's RELEASE of a savepoint."""
     RELEASED = auto()
-    """What the server answers to that."""
+    """The server's answer to RELEASE."""
     ROLLBACK = auto()
     """The client's ROLLBACK, or ROLLBACK TO a savepoint."""
     PREPARE = auto()
@@ -78,10 +79,10 @@ class Fault(Enum):
     """Nothing arrives any more, and nobody is told."""
 
 
-_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = (struct.pack("!i", code) for code in (80877103, 80877104, 80877102))
+_CANCEL_REQUEST = struct.pack("!i", 80877102)
 
 
-class FaultyNetwork:
+class FaultyNetwork(Middleman):
     """Listens on a port of its own, and passes on to a server what comes there.
 
     Args:
@@ -99,6 +100,7 @@ class FaultyNetwork:
     """
 
     def __init__(self, host: str, port: int) -> None:
+        super().__init__()
         self._target = host, port
         self.connections = 0
         self.cancel_requests = 0
@@ -109,18 +111,6 @@ class FaultyNetwork:
         self._fault: tuple[Point, Fault] | None = None
         self._is_dark = False
         self._links: set[_Link] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = int(self._server.sockets[0].getsockname()[1])
-        return self
-
-    async def __aexit__(self, *args: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def fail(self, point: Point, fault: Fault) -> None:
         """Fail in this way when `point` is reached next, on that one connection."""
@@ -153,10 +143,7 @@ class FaultyNetwork:
     def _link_class(self) -> type[_Link]:
         return _Link
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link: _Link | None = None
         try:
             if not self.lets_in:
@@ -170,18 +157,14 @@ class FaultyNetwork:
             if startup[4:8] == _CANCEL_REQUEST or not self._reached(Point.STARTUP, link):
                 server_writer.write(startup)
             await link.run(self, self._reached)
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
         finally:
-            writer.transport.abort()
             if link is not None:
                 self._links.discard(link)
                 link.server_writer.transport.abort()
-            self._tasks.discard(task)
 
     async def _read_startup(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         """Read the client's first message, and count what it begins."""
-        startup = await _read_startup(reader, writer)
+        startup = await read_startup(reader, writer)
         if startup[4:8] == _CANCEL_REQUEST:
             self.cancel_requests += 1
         else:
@@ -253,7 +236,7 @@ class _Link:
 
     async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         while not self.is_broken():
-            message = await _read_message(self.client_reader)
+            message = await read_message(self.client_reader)
             point = self._point_of(message, network)
             if self.is_broken() or (point is not None and reached(point, self)):
                 return
@@ -283,7 +266,7 @@ class _Link:
 
     async def _relay_server(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         while not self.is_broken():
-            message = await _read_message(self.server_reader)
+            message = await read_message(self.server_reader)
             if network.delay:
                 await asyncio.sleep(network.delay)
             point = _POINTS_OF_SERVER.get(message[5:]) if message[:1] == b"C" else None
@@ -326,17 +309,3 @@ class _MariaDBLink(_Link):
 async def _read_packet(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readexactly(4)
     return head + await reader.readexactly(int.from_bytes(head[:3], "little"))
-
-
-async def _read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    while True:
-        head = await reader.readexactly(8)
-        (size,) = struct.unpack("!i", head[:4])
-        if head[4:] not in (_SSL_REQUEST, _GSS_REQUEST):
-            return head + await reader.readexactly(size - 8)
-        writer.write(b"N")
-
-
-async def _read_message(reader: asyncio.StreamReader) -> bytes:
-    head = await reader.readexactly(5)
-    return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)

@@ -8,14 +8,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import event, text
+from sqlalchemy import Column, Integer, MetaData, Table, event, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ctxdb_core import DBConnect, new_non_ctx_session
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_pgstatus import FollowHandler, HostMonitor
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 SERVER = text("SELECT host(inet_server_addr())")
+NUMBERS = Table("number", MetaData(), Column("number", Integer, primary_key=True))
+"""The table of the fixture `number_table`."""
 
 
 class Engines:
@@ -62,6 +64,17 @@ async def monitoring(cluster: PostgresCluster, **options: Any) -> AsyncIterator[
 async def following(engines: Engines, handler: FollowHandler) -> AsyncIterator[DBConnect]:
     async with DBConnect(engines, before_create_session_handler=handler) as db:
         yield db
+
+
+async def write_number(db: DBConnect, number: int) -> None:
+    """Write a number in a unit of work of its own."""
+    async with new_db_ctx():
+        await (await db_session(db)).execute(insert(NUMBERS).values(number=number))
+
+
+async def numbers_on(node: PostgresNode) -> list[int]:
+    """Return the numbers that a node has, in their order."""
+    return [row[0] for row in await node.execute("SELECT number FROM number ORDER BY number")]
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 30.0) -> None:

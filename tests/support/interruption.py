@@ -10,6 +10,12 @@ from typing import Any
 
 import anyio
 import pytest
+from sqlalchemy import text
+from tests.support.database import Database
+
+from ctxdb_core import DBConnect, db_session, new_db_ctx
+
+Execute = Callable[..., Awaitable[object]]
 
 
 class Interruption:
@@ -63,6 +69,43 @@ async def at_each_step(
         if interruption.has_been_missed:
             return
     raise AssertionError("the work does not come to an end")
+
+
+async def insert_halves(execute: Execute, step: int) -> None:
+    """Insert two rows that belong together, and are named after `step`."""
+    for half in ("a", "b"):
+        await execute(text("INSERT INTO item VALUES (:name)"), {"name": f"{step:03}{half}"})
+
+
+async def assert_halves_belong_together(database: Database, last_step: int) -> None:
+    """Check that of each step both rows or none are stored, and those of the last one, which nothing cancelled."""
+    names = await database.names()
+    assert names == [f"{name[:3]}{half}" for name in names[::2] for half in ("a", "b")]
+    assert names[-1] == f"{last_step:03}b"
+
+
+async def assert_units_are_whole_or_absent(
+    database: Database, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], *, connected: bool
+) -> None:
+    """Check that a unit of work that is cancelled at any step leaves both of its rows or none, and no connection.
+
+    Args:
+        database: where they are stored.
+        db: leads there.
+        run_cancelled: one of `CANCELLERS`.
+        connected: whether the pool keeps its connection from one step to the next.
+    """
+
+    async def work(step: int) -> None:
+        async with new_db_ctx():
+            await insert_halves((await db_session(db)).execute, step)
+
+    step = 0
+    async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
+        assert database.checked_out == 0
+        if not connected:
+            await db.close()
+    await assert_halves_belong_together(database, step)
 
 
 async def _natively(work: Callable[[], Awaitable[None]], cancel_when: Callable[[Callable[[], object]], None]) -> None:

@@ -38,7 +38,7 @@ WHY_NOT = ", ".join(
         *(["the drivers of the group mariadb"] if pymysql is None else []),
     ]
 )
-"""What is missing for these tests; empty if nothing is."""
+"""Names what these tests lack; empty if they can run."""
 
 # The shell outlives a test that is killed. It reads to the end of its standard input, which closes however this process
 # ends, and then nothing is left of the server.
@@ -113,7 +113,7 @@ class EmbeddedMariaDB:
         assert installed.returncode == 0, installed.stdout.decode(errors="replace")[-4000:]
         serve = [str(_PROGRAMS["mariadbd"]), "--no-defaults", *account, *places, f"--port={self.port}"]
         serve += [f"--bind-address={self.host}", f"--socket={self._directory / 'socket'}", "--skip-name-resolve"]
-        # What is lost when the machine goes down is not needed any more.
+        # The data need not survive the machine.
         serve += [
             "--innodb-flush-log-at-trx-commit=0",
             "--innodb-buffer-pool-size=16M",

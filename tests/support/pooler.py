@@ -7,15 +7,13 @@ outside of the transaction that uses it is not there.
 from __future__ import annotations
 
 import asyncio
-import struct
-from typing import Self
+
+from tests.support.middleman import Middleman, read_message, read_startup
 
 from ctxdb_pgstatus.testing import PostgresNode
 
-_SSL_REQUEST = 80877103
 
-
-class Pooler:
+class Pooler(Middleman):
     """Listens on a port of its own, and passes transactions on to a server that asks for no password.
 
     Attributes:
@@ -24,35 +22,25 @@ class Pooler:
     """
 
     def __init__(self, node: PostgresNode) -> None:
+        super().__init__()
         self._node = node
         self.transactions = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
-    async def __aexit__(self, *args: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = [writer]
         relays: list[asyncio.Task[None]] = []
         try:
-            startup = await _read_startup(reader, writer)
+            startup = await read_startup(reader, writer)
             servers = []
             for number in range(2):
                 server_reader, server_writer = await asyncio.open_connection(self._node.host, self._node.port)
                 writers.append(server_writer)
                 server_writer.write(startup)
-                while (message := await _read_message(server_reader))[:1] != b"Z":
+                while (message := await read_message(server_reader))[:1] != b"Z":
                     if number == 0:
                         writer.write(message)
                 if number == 0:
@@ -61,8 +49,6 @@ class Pooler:
                 relays.append(asyncio.create_task(_relay(server_reader, writer, ready)))
                 servers.append((server_writer, ready))
             await self._pass_on(reader, servers)
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
         finally:
             # First, as the wait for the relays may be cancelled.
             for each in writers:
@@ -70,13 +56,12 @@ class Pooler:
             for relay in relays:
                 relay.cancel()
             await asyncio.gather(*relays, return_exceptions=True)
-            self._tasks.discard(task)
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, servers: list[tuple[asyncio.StreamWriter, asyncio.Queue[bytes]]]
     ) -> None:
         while True:
-            message = await _read_message(reader)
+            message = await read_message(reader)
             server, ready = servers[0]
             server.write(message)
             if message[:1] in (b"S", b"Q") and await ready.get() == b"I":
@@ -85,23 +70,9 @@ class Pooler:
                 servers.reverse()
 
 
-async def _read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    while True:
-        head = await reader.readexactly(8)
-        size, code = struct.unpack("!ii", head)
-        if code != _SSL_REQUEST:
-            return head + await reader.readexactly(size - 8)
-        writer.write(b"N")
-
-
-async def _read_message(reader: asyncio.StreamReader) -> bytes:
-    head = await reader.readexactly(5)
-    return head + await reader.readexactly(struct.unpack("!i", head[1:])[0] - 4)
-
-
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Queue[bytes]) -> None:
     while True:
-        message = await _read_message(reader)
+        message = await read_message(reader)
         writer.write(message)
         if message[:1] == b"Z":
             ready.put_nowait(message[5:6])

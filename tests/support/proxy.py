@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from typing import Protocol, Self
+from typing import Protocol
+
+from tests.support.middleman import Middleman, read_startup
 
 
 class Place(Protocol):
@@ -18,7 +20,7 @@ class Place(Protocol):
     def port(self) -> int: ...
 
 
-class Proxy:
+class Proxy(Middleman):
     """A way to a node that can be closed, blocked, made long, and led elsewhere.
 
     Args:
@@ -36,6 +38,7 @@ class Proxy:
     """
 
     def __init__(self, *nodes: Place, delay: float = 0.0) -> None:
+        super().__init__()
         self.nodes: tuple[Place, ...] = nodes
         self.delay = delay
         self.refusals = 0
@@ -43,51 +46,36 @@ class Proxy:
         self.blocked = False
         self.error: tuple[str, str] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     async def __aexit__(self, *args: object) -> None:
-        self._server.close()
         self.drop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().__aexit__(*args)
 
     def drop(self) -> None:
         """Break all connections."""
         for writer in self._writers:
             writer.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.attempts += 1
         self._writers.add(writer)
-        try:
-            if self.refusals:
-                self.refusals -= 1
-                return
-            if self.error is not None:
-                await _refuse(reader, writer, *self.error)
-                return
-            if self.blocked:
-                await reader.read(-1)
-                return
-            node = self.nodes[self.attempts % len(self.nodes)]
-            upstream, up = await asyncio.open_connection(node.host, node.port)
-            self._writers.add(up)
-            with contextlib.suppress(OSError):
-                await asyncio.gather(self._pump(reader, up), self._pump(upstream, writer))
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.transport.abort()
-            self._tasks.discard(task)
+        if self.refusals:
+            self.refusals -= 1
+            return
+        if self.error is not None:
+            await _refuse(reader, writer, *self.error)
+            return
+        if self.blocked:
+            await reader.read(-1)
+            return
+        node = self.nodes[self.attempts % len(self.nodes)]
+        upstream, up = await asyncio.open_connection(node.host, node.port)
+        self._writers.add(up)
+        await asyncio.gather(self._pump(reader, up), self._pump(upstream, writer))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -99,17 +87,9 @@ class Proxy:
             writer.transport.abort()
 
 
-_SSL_REQUEST = 80877103
-
-
 async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sqlstate: str, message: str) -> None:
     """Answer the first message of a connection with an error (PostgreSQL's "Message Formats")."""
-    while True:
-        size, code = struct.unpack("!ii", await reader.readexactly(8))
-        await reader.readexactly(size - 8)
-        if code != _SSL_REQUEST:
-            break
-        writer.write(b"N")
+    await read_startup(reader, writer)
     fields = {"S": "FATAL", "V": "FATAL", "C": sqlstate, "M": message}
     body = b"".join(name.encode() + value.encode() + b"\0" for name, value in fields.items()) + b"\0"
     writer.write(b"E" + struct.pack("!i", len(body) + 4) + body)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
 from sqlalchemy import text
-from tests.support.database import insert
+from tests.support.database import Database, insert
+from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
 from ctxdb_core import (
+    CommitOutcomeUnknownError,
     DBConnect,
     TransactionContext,
     atomic_db_session,
@@ -20,7 +22,7 @@ from ctxdb_core import (
     transactional,
 )
 
-__all__ = ["WAYS_TO_WRITE", "WayToWrite"]
+__all__ = ["WAYS_TO_WRITE", "WayToWrite", "assert_told_is_stored"]
 
 
 async def _select(db: DBConnect) -> None:
@@ -116,3 +118,35 @@ WAYS_TO_WRITE: tuple[WayToWrite, ...] = (
     by_a_library_that_commits,
     early,
 )
+
+
+async def assert_told_is_stored(
+    write: WayToWrite, points: Iterable[Point], far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    """Check that a way to write raises nothing if its row is stored, and an error if it is not.
+
+    Only a connection that is lost with COMMIT leaves the outcome unknown.
+
+    Args:
+        write: the way to write.
+        points: where the connection is lost, one after the other.
+        far: leads to the database through the network.
+        network: loses the connection.
+        database: where the row is stored.
+    """
+    for point in points:
+        await database.query("DELETE FROM item")
+        network.fail(point, Fault.DROP)
+        told = "success"
+        try:
+            await write(far)
+        except CommitOutcomeUnknownError:
+            told = "unknown"
+            assert point in (Point.COMMIT, Point.COMMITTED)
+        except Exception:  # noqa: BLE001 - any of a driver's
+            told = "failure"
+            assert network.failed.is_set()
+        network.heal()
+        if told != "unknown":
+            assert await database.names() == (["a"] if told == "success" else []), point
+        await database.assert_quiet()

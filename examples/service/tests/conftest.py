@@ -30,7 +30,7 @@ ALEMBIC = Config(Path(__file__).parents[1] / "alembic.ini")
 
 @pytest.fixture(scope="session")
 def ctxdb_dbs() -> Iterator[DBConnect]:
-    """Which database the fixtures of ctxdb's pytest plugin are for. Its tables are made by the migrations."""
+    """The database that the fixtures of ctxdb's pytest plugin work on. The migrations make its tables."""
     with EmbeddedPostgres() as server:
         url = server.url(database="shop_test")
         asyncio.run(create_database(url))
@@ -40,7 +40,7 @@ def ctxdb_dbs() -> Iterator[DBConnect]:
 
 
 class FakeProvider:
-    """A provider that grants what it is told to, and remembers what it was asked."""
+    """A provider that grants payments as a test says, and remembers its calls."""
 
     def __init__(self) -> None:
         self.grants = True
@@ -65,7 +65,7 @@ def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def app() -> FastAPI:
-    """One application for all tests: making it is what costs time."""
+    """One application for all tests: to make one takes the most time."""
     return create_app()
 
 

@@ -14,7 +14,7 @@ from shop.worker import UNPAID_FOR, create_scheduler, while_there_is_any
 
 
 class Post:
-    """Keeps the mails, and refuses those to some."""
+    """Keeps the mails, and refuses mails to some addresses."""
 
     def __init__(self, *refuses: str) -> None:
         self.sent: list[str] = []

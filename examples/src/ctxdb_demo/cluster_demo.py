@@ -27,7 +27,7 @@ from ctxdb_demo.server import HOST, listen
 from ctxdb_pgstatus import ClusterStatus, HostMonitor
 from ctxdb_pgstatus.testing import EmbeddedPostgresError, PostgresCluster, PostgresNode
 
-__all__ = ["POLL_SECONDS", "create_tables", "fail_over", "run_cluster", "started"]
+__all__ = ["create_tables", "engines_of", "fail_over", "monitor_of", "run_cluster", "started"]
 
 CLIENTS = 20
 POLL_SECONDS = 1.0
@@ -56,20 +56,8 @@ async def run_cluster(options: Options) -> bool:
 async def _run(listener: socket.socket, progress: Progress) -> bool:
     async with started(progress) as cluster:
         await create_tables(cluster)
-        monitor = HostMonitor(
-            cluster.hosts,
-            port=cluster.port,
-            user="postgres",
-            password=cluster.password,
-            database="postgres",
-            poll_interval=POLL_SECONDS,
-        )
-
-        def create_engine(host: str) -> AsyncEngine:
-            url = next(node for node in cluster.nodes if node.host == host).url()
-            return create_async_engine(url, pool_size=CLIENTS, max_overflow=0, pool_timeout=5)
-
-        app = create_app(monitor, create_engine, secrets.token_hex(16))
+        monitor = monitor_of(cluster)
+        app = create_app(monitor, engines_of(cluster, pool_size=CLIENTS), secrets.token_hex(16))
         async with monitor, serve(app, listener):
             show = _Show(cluster, monitor, f"http://{HOST}:{listener.getsockname()[1]}")
             await show.play()
@@ -97,6 +85,33 @@ async def started(progress: Progress) -> AsyncIterator[PostgresCluster]:
     finally:
         with progress.step("Stopping the cluster ..."):
             await see_through(cluster.stop())
+
+
+def monitor_of(cluster: PostgresCluster) -> HostMonitor:
+    """Return a monitor of the cluster's hosts; the caller enters it."""
+    return HostMonitor(
+        cluster.hosts,
+        port=cluster.port,
+        user="postgres",
+        password=cluster.password,
+        database="postgres",
+        poll_interval=POLL_SECONDS,
+    )
+
+
+def engines_of(cluster: PostgresCluster, *, pool_size: int) -> Callable[[str], AsyncEngine]:
+    """Return a function that makes the engine of a host of the cluster.
+
+    Args:
+        cluster: the cluster.
+        pool_size: how many connections each engine has at most.
+    """
+
+    def create_engine(host: str) -> AsyncEngine:
+        url = next(node for node in cluster.nodes if node.host == host).url()
+        return create_async_engine(url, pool_size=pool_size, max_overflow=0, pool_timeout=5)
+
+    return create_engine
 
 
 async def create_tables(cluster: PostgresCluster) -> None:

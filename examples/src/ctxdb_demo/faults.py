@@ -36,7 +36,7 @@ class Faults:
     """Switches faults on and off; an asynchronous context manager that switches them off at its end.
 
     Args:
-        faults: those that there are, by name.
+        faults: all faults, by name.
     """
 
     def __init__(self, faults: Mapping[str, Fault]) -> None:
@@ -115,7 +115,7 @@ class Leak:
     async def _close(self) -> None:
         sessions, self._sessions = self._sessions, []
         for session in sessions:
-            # Its connection may be one that was killed.
+            # The killer may have ended this very connection.
             with suppress(Exception):
                 await session.close()
 

@@ -16,13 +16,12 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ctxdb_core import DBConnect
 from ctxdb_demo import cluster_app, fastapi_app
 from ctxdb_demo.asgi_server import serve
 from ctxdb_demo.cleanup import see_through
-from ctxdb_demo.cluster_demo import POLL_SECONDS, create_tables, fail_over, started
+from ctxdb_demo.cluster_demo import create_tables, engines_of, fail_over, monitor_of, started
 from ctxdb_demo.database import POOL_SIZE, db
 from ctxdb_demo.demo import connected
 from ctxdb_demo.demo_database import open_database
@@ -33,7 +32,6 @@ from ctxdb_demo.progress import Progress
 from ctxdb_demo.server import HOST, listen
 from ctxdb_demo.watch_page import WatchPage
 from ctxdb_inspector import inspector
-from ctxdb_pgstatus import HostMonitor
 
 __all__ = ["run_watch"]
 
@@ -141,19 +139,7 @@ _BANK_LOAD: Load = (
 async def _watch_cluster(url: str, progress: Progress) -> AsyncIterator[tuple[FastAPI, Load]]:
     async with started(progress) as cluster, httpx.AsyncClient(base_url=url, timeout=30) as client:
         await create_tables(cluster)
-        monitor = HostMonitor(
-            cluster.hosts,
-            port=cluster.port,
-            user="postgres",
-            password=cluster.password,
-            database="postgres",
-            poll_interval=POLL_SECONDS,
-        )
-
-        def create_engine(host: str) -> AsyncEngine:
-            url = next(node for node in cluster.nodes if node.host == host).url()
-            return create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=5)
-
+        monitor = monitor_of(cluster)
         names = {node.host: node.name for node in cluster.nodes}
 
         def hosts() -> Sequence[Mapping[str, str]]:
@@ -168,7 +154,7 @@ async def _watch_cluster(url: str, progress: Progress) -> AsyncIterator[tuple[Fa
                 for host in status.hosts
             ]
 
-        app = cluster_app.create_app(monitor, create_engine, secrets.token_hex(16))
+        app = cluster_app.create_app(monitor, engines_of(cluster, pool_size=POOL_SIZE), secrets.token_hex(16))
         master: DBConnect = app.state.master
         leak = Leak(master, POOL_SIZE - LEFT_TO_OTHERS)
 

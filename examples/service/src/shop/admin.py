@@ -22,7 +22,7 @@ class EmployeesOnly(AuthenticationBackend):
     """Employees log in with the password that they have in the shop."""
 
     async def login(self, request: Request) -> bool:
-        """Look at the password, and remember who has come."""
+        """Check the password, and remember the employee."""
         form = await request.form()
         given = OAuth2PasswordRequestForm(username=str(form["username"]), password=str(form["password"]))
         async with joining_session(db) as session:
@@ -33,12 +33,12 @@ class EmployeesOnly(AuthenticationBackend):
         return True
 
     async def logout(self, request: Request) -> bool:
-        """Forget who has come."""
+        """Forget the employee."""
         request.session.clear()
         return True
 
     async def authenticate(self, request: Request) -> bool:
-        """Look whether the employee is still one: a session may be older than that."""
+        """Check that the user is still an employee: the browser may have logged in before that changed."""
         known = request.session.get("employee")
         user = await (await db_session(db)).get(User, uuid.UUID(known)) if known else None
         return user is not None and _may_enter(user)
@@ -71,7 +71,7 @@ class Products(ModelView, model=Product):
 
 
 class Stocks(ModelView, model=Stock):
-    """How many there are."""
+    """The stock of each product."""
 
     column_list: ClassVar = [Stock.product, Stock.quantity]
     name_plural = "Stock"
@@ -99,7 +99,7 @@ class Payments(ModelView, model=Payment):
 
 
 class Reviews(ModelView, model=Review):
-    """What customers say; it can be deleted."""
+    """Reviews by customers; they can be deleted."""
 
     column_list: ClassVar = [Review.product_id, Review.stars, Review.words]
     can_create = can_edit = False

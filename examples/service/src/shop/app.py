@@ -16,7 +16,7 @@ from shop.users import UserCreate, UserRead, UserUpdate, backend, fastapi_users
 
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
-    """Answer what the shop's functions refuse."""
+    """Answer an error of the shop's functions."""
     assert isinstance(error, ShopError)
     return JSONResponse({"detail": str(error)}, error.status)
 

@@ -1,4 +1,4 @@
-"""Products, their stock, and what customers say of them."""
+"""Products, their stock, and their reviews."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one `DBConnect` of the service. Whatever needs a session asks `await db_session(db)`."""
+"""The one `DBConnect` of the service. A function that needs a session asks `await db_session(db)`."""
 
 from __future__ import annotations
 

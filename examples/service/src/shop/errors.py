@@ -1,4 +1,4 @@
-"""What the functions of the shop refuse, and how that is answered."""
+"""The errors by which the shop's functions refuse, each with its HTTP status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 
 class ShopError(Exception):
-    """The base of what a client has done wrong. The message is for the client."""
+    """The base of errors that a client has caused. The message is for the client."""
 
     status = HTTPStatus.CONFLICT
 
@@ -30,6 +30,6 @@ class PaymentDeclinedError(ShopError):
 
 
 class NotBoughtError(ShopError):
-    """Only those who have bought a product may review it."""
+    """Only a customer who has bought a product may review it."""
 
     status = HTTPStatus.FORBIDDEN

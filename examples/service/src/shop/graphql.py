@@ -25,7 +25,7 @@ async def load_reviews(product_ids: Sequence[int]) -> list[list[models.Review]]:
 
 @dataclass
 class Context(BaseContext):
-    """What resolvers know of the request. The session is not among it: they ask `db_session(db)`."""
+    """The data of a request that resolvers get. The session is not among it: they ask `db_session(db)`."""
 
     user: models.User | None
 
@@ -47,7 +47,7 @@ def get_context(user: OptionalUser) -> Context:
 
 @strawberry.type
 class Review:
-    """What a customer says of a product."""
+    """A customer's review of a product."""
 
     stars: int
     words: str
@@ -55,7 +55,7 @@ class Review:
 
 @strawberry.type
 class Product:
-    """What can be bought."""
+    """A product of the catalogue."""
 
     id: strawberry.ID
     name: str
@@ -63,7 +63,7 @@ class Product:
 
     @strawberry.field
     async def reviews(self, info: strawberry.Info[Context, None]) -> list[Review]:
-        """Return what customers say of it."""
+        """Return the product's reviews."""
         loaded = await info.context.reviews.load(int(self.id))
         return [Review(stars=review.stars, words=review.words) for review in loaded]
 
@@ -74,7 +74,7 @@ class Product:
 
 @strawberry.type
 class Order:
-    """What a customer has ordered."""
+    """A customer's order."""
 
     id: strawberry.ID
     status: str
@@ -87,7 +87,7 @@ class Order:
 
 @strawberry.input
 class Item:
-    """So many of a product."""
+    """A quantity of a product."""
 
     product: strawberry.ID
     quantity: int = 1
@@ -95,7 +95,7 @@ class Item:
 
 @strawberry.type
 class Query:
-    """What can be asked."""
+    """The queries."""
 
     @strawberry.field
     async def products(self, category: str | None = None, after: int = 0, limit: int = 20) -> list[Product]:
@@ -111,7 +111,7 @@ class Query:
 
 @strawberry.type
 class Mutation:
-    """What can be done."""
+    """The mutations."""
 
     @strawberry.mutation
     async def place_order(
@@ -126,7 +126,7 @@ class RollBackFailedMutations(SchemaExtension):
     """A failed mutation is answered by a 200, which would commit the half of it that was done."""
 
     async def on_operation(self) -> AsyncIterator[None]:
-        """Look at the operation's end whether it has failed."""
+        """Roll back an operation that has failed, when it ends."""
         yield
         result = self.execution_context.result
         if result and result.errors and self.execution_context.operation_type is OperationType.MUTATION:

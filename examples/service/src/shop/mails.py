@@ -12,7 +12,7 @@ from shop.models import Mail
 
 
 class Post(Protocol):
-    """Whatever sends mails."""
+    """A service that sends mails."""
 
     async def send(self, to: str, subject: str) -> None:
         """Send a mail, or raise."""

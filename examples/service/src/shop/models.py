@@ -41,7 +41,7 @@ class Base(DeclarativeBase):
 
 
 class OrderStatus(StrEnum):
-    """What may follow is in `orders` and `payments`."""
+    """The status of an order. `orders` and `payments` decide which one may follow another."""
 
     PLACED = "placed"
     PAYING = "paying"
@@ -67,7 +67,7 @@ class User(SQLAlchemyBaseUserTableUUID, Base):
 
 
 class AccessToken(SQLAlchemyBaseAccessTokenTableUUID, Base):
-    """What a client shows that has logged in."""
+    """The token of a client that has logged in."""
 
     __tablename__ = "access_token"
 
@@ -87,7 +87,7 @@ class Category(Base):
 
 
 class Product(Base):
-    """What can be bought."""
+    """A product of the catalogue."""
 
     __tablename__ = "product"
 
@@ -117,7 +117,7 @@ class Stock(Base):
 
 
 class Review(Base):
-    """What a customer says of a product."""
+    """A customer's review of a product."""
 
     __tablename__ = "review"
     __table_args__ = (
@@ -147,7 +147,7 @@ class Coupon(Base):
 
 
 class Order(Base):
-    """What a customer has ordered."""
+    """A customer's order."""
 
     __tablename__ = "orders"
 
@@ -165,7 +165,7 @@ class Order(Base):
 
 
 class OrderLine(Base):
-    """So many of one product, at the price of the day."""
+    """A quantity of one product, at the price of the day."""
 
     __tablename__ = "order_line"
     __table_args__ = (CheckConstraint("quantity > 0", name="quantity"),)

@@ -18,7 +18,7 @@ from shop.models import Order, OrderStatus, Payment, PaymentStatus, User
 
 
 class Provider(Protocol):
-    """Who moves the money."""
+    """A provider of payments, which moves the money."""
 
     async def charge(self, payment_id: uuid.UUID, amount: Decimal) -> bool:
         """Take the amount, once for each `payment_id` however often it is asked; return whether it was granted."""
@@ -74,7 +74,7 @@ async def settle(payment: Payment, provider: Provider) -> Payment:
         order.status = OrderStatus.PAID if granted else OrderStatus.PLACED
         user = await session.get_one(User, order.user_id)
         await mails.write(user.email, f"Your order {order.id} is {'paid' if granted else 'not paid'}")
-    # An answer of 402 rolls back what its request has written: what shall stay is committed before.
+    # An answer of 402 rolls back the request's open work: the status, which shall stay, is committed before.
     await commit_db_session(db)
     return payment
 

@@ -1,4 +1,4 @@
-"""What differs from one environment to the next."""
+"""The settings, which differ from one environment to the next."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ class UserRead(schemas.BaseUser[uuid.UUID]):
 
 
 class UserCreate(schemas.BaseUserCreate):
-    """What a new user says."""
+    """The data of a new user."""
 
 
 class UserUpdate(schemas.BaseUserUpdate):
-    """What a user may change."""
+    """The data that a user may change."""
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
@@ -57,7 +57,7 @@ password_helper = PasswordHelper()
 
 
 class UserManager(UUIDIDMixin, BaseUserManager[User, uuid.UUID]):
-    """What happens to users."""
+    """The rules of fastapi-users, with the shop's own hook for new users."""
 
     reset_password_token_secret = settings.SECRET
     verification_token_secret = settings.SECRET

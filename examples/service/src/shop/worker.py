@@ -1,4 +1,4 @@
-"""What is done outside of requests, by APScheduler: ``python -m shop.worker``. Several may run at once."""
+"""The work outside of requests, by APScheduler: ``python -m shop.worker``. Several workers may run at once."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def unit_of_work(
         commits: given the status of the response and the request: whether to commit.
         statement_timeout: how many seconds each statement of a request may take.
         deadline: when its last one has to be done.
-        reads_from: for databases, the one that requests by safe methods read from in their place.
+        reads_from: maps a database to the one that requests by safe methods read from in its place.
     """
 
     @web.middleware

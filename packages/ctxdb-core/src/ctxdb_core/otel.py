@@ -43,7 +43,7 @@ _POOL_NAME = "db.client.connection.pool.name"
 def instrument(
     *dbs: DBConnect, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None
 ) -> Callable[[], None]:
-    """Make spans and metrics of what is done on `dbs` from now on.
+    """Make spans and metrics of all work on `dbs` from now on.
 
     A unit of work that takes a connection has a span beneath the span that is current then, which is the request's
     where the framework is instrumented; each of its transactions has one beneath that, and the COMMIT one beneath the
@@ -54,8 +54,8 @@ def instrument(
 
     Args:
         *dbs: the databases.
-        tracer_provider: makes the spans; by default, the one that is set for the process.
-        meter_provider: makes the metrics; by default, the one that is set for the process.
+        tracer_provider: makes the spans; by default, the provider of the process.
+        meter_provider: makes the metrics; by default, the provider of the process.
 
     Returns:
         What ends it: a function to be called without arguments.

@@ -22,7 +22,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 def instrument(*dbs: DBConnect, registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
-    """Let `registry` have metrics of what is done on `dbs` from now on; call it once for each registry.
+    """Let `registry` have metrics of all work on `dbs` from now on; call this once for each registry.
 
     ``prometheus_client.make_asgi_app()`` serves those of the default registry. Each worker process tells its own, as
     each has pools of its own: let Prometheus ask each of them.

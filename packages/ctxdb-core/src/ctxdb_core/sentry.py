@@ -14,7 +14,7 @@ __all__ = ["instrument"]
 
 
 def instrument(*dbs: DBConnect) -> Callable[[], None]:
-    """Tell Sentry of what is done on `dbs` from now on.
+    """Tell Sentry of all work on `dbs` from now on.
 
     - Each end of a transaction is a breadcrumb of the category ``ctxdb``: an error is shown with what was committed and
       what was rolled back before it.

@@ -22,39 +22,18 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core import ArgumentTypeError, DBConnect, PoolStatus
 from ctxdb_core.adapters import UnitOfWork, acquiring_place, follow_dialect, running_unit, without_secrets
+from ctxdb_inspector._pool_track import KEPT_SAMPLES, PoolTrack
 from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
 
-__all__ = ["PoolTrack", "Recorder"]
+__all__ = ["Recorder"]
 
 _KEPT_UNITS = 500
 _KEPT_WARNINGS = 100
-_KEPT_SAMPLES = 300
 _SAMPLE_SECONDS = 1.0
 _LONGEST_WARNING = 1000
 
 _HOLD = "ctxdb.inspector.hold"
 """Where a pool's record of a connection, and so `Connection.info`, has the `HoldRecord`; each recorder adds its id."""
-
-
-class PoolTrack:
-    """The connections to one host of one database, over the last minutes."""
-
-    __slots__ = ("changed", "held", "host", "limit", "name", "next_sample", "peak", "samples")
-
-    def __init__(self, name: str, host: str) -> None:
-        self.name = name
-        self.host = host
-        self.limit: int | None = None
-        """How many connections there may be; ``None`` without a limit, and until it is known."""
-        self.changed = 0.0
-        """When a connection was taken last."""
-        self.next_sample = 0.0
-        """When a sample is to be taken, at the next occasion."""
-        self.held = 0
-        self.peak = 0
-        """How many were held at once, at the most, since the last sample."""
-        self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=_KEPT_SAMPLES)
-        """Time, the most that were in use, idle, waiting tasks."""
 
 
 class Recorder:
@@ -134,7 +113,7 @@ class Recorder:
         def checkin(dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
             found = held.pop(entry, None)
             if found is not None:
-                # What the connection's `info` has is replaced when it is taken again.
+                # The hold in the connection's `info` is replaced when the connection is taken again.
                 found[0].returned = returned = now()
                 if returned >= pool.next_sample:
                     self._sample()
@@ -244,7 +223,7 @@ class Recorder:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    # Samples are taken when a connection is given back, at most one each second, and for those who look. Only a pool
+    # Samples are taken when a connection is given back, at most one each second, and for open pages. Only a pool
     # that has no connection left is sampled by the clock: the tasks that wait for it cause no event.
 
     def _note_peak(self, pool: PoolTrack) -> None:
@@ -285,8 +264,8 @@ class Recorder:
         idle, waiting = (0, 0) if status is None else (status.idle, status.waiting)
         if status is not None:
             pool.limit = status.limit
-        # Since the last change, it has been as it is.
-        last = max(pool.changed, now - _KEPT_SAMPLES * _SAMPLE_SECONDS)
+        # The numbers of the pool have been the same since its last change.
+        last = max(pool.changed, now - KEPT_SAMPLES * _SAMPLE_SECONDS)
         if pool.samples:
             last = max(last, pool.samples[-1][0])
         while pool.held and last + 1.5 * _SAMPLE_SECONDS < now:
@@ -313,7 +292,7 @@ class Recorder:
             "worker": {"host": socket.gethostname(), "pid": os.getpid()},
             "now": round(time.time(), 6),
             "sequence": last,
-            "pools": self._pool_states(3 if since else _KEPT_SAMPLES),
+            "pools": self._pool_states(3 if since else KEPT_SAMPLES),
             "units": [unit.as_json(self._on_wall) for unit in units],
             "others": [
                 hold.as_json(unit, self._on_wall)

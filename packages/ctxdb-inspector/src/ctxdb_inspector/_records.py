@@ -1,18 +1,16 @@
-"""What is remembered of one unit of work, and of one connection that was taken."""
+"""The inspector's records of a unit of work, and of a connection that was taken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
 
 from ctxdb_core.adapters import Headers, Place, UnitOfWork
-
-if TYPE_CHECKING:
-    from ctxdb_inspector._recorder import PoolTrack
+from ctxdb_inspector._pool_track import PoolTrack
 
 __all__ = ["HEADER", "HoldRecord", "UnitRecord", "describe"]
 
@@ -50,7 +48,7 @@ class HoldRecord:
 
     @property
     def result(self) -> str | None:
-        """What is shown as the outcome: a connection that is lost in the middle of COMMIT tells nothing more."""
+        """The outcome as the page shows it: a connection that is lost in the middle of COMMIT tells nothing more."""
         if self.outcome != "committing":
             return self.outcome
         return None if self.returned is None else "commit failed"

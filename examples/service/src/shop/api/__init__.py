@@ -1,1 +1,1 @@
-"""REST: what clients send and get, and which function does it."""
+"""REST: schemas, and endpoints that call the shop's functions."""

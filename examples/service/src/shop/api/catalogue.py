@@ -38,7 +38,7 @@ async def get_product(product_id: int) -> Product:
 
 @router.get("/products/{product_id}/reviews", response_model=list[ReviewOut])
 async def list_reviews(product_id: int) -> object:
-    """Return what customers say of a product."""
+    """Return the reviews of a product."""
     await catalogue.get_product(product_id)
     return (await catalogue.reviews_of([product_id]))[product_id]
 

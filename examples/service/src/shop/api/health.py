@@ -1,4 +1,4 @@
-"""What an orchestrator asks."""
+"""Health checks for an orchestrator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients send and get."""
+"""The schemas of requests and responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shop.models import OrderStatus, PaymentStatus
 
 
 class Sent(BaseModel):
-    """What is read from a model."""
+    """A schema that is filled from a model."""
 
     model_config = ConfigDict(from_attributes=True)
 

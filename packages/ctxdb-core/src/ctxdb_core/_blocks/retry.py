@@ -42,8 +42,8 @@ def is_conflict(error: BaseException) -> bool:
     """Return whether `error` comes from a conflict with another transaction, so that another try may well succeed.
 
     A serialization failure or a deadlock (SQLSTATE 40001, 40P01), SQLite's "database is locked", or a deadlock, a lock
-    wait time-out or a changed record of MySQL's and MariaDB's (1213, 1205, 1020): `error` itself, one that it was
-    raised from or for, or one of a group.
+    wait time-out or a changed record of MySQL's and MariaDB's (1213, 1205, 1020). `error` may be such an error itself,
+    or have one as its cause, its context, or a member of its group.
     """
     for each in _origins(error, set()):
         # SQLAlchemy's errors hold the driver's one, the drivers' ones the code; by either name.

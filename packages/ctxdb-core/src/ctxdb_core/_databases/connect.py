@@ -503,9 +503,9 @@ class DBConnect(Generic[SessionT_co]):
         this object.
 
         Args:
-            listener: what is called.
-            overridden: whether it is told of the engines that blocks of `overridden` make, too: for listeners that
-                only look. Those that teach an engine something of this database's own had better not be.
+            listener: is called with the host and the engine.
+            overridden: whether the listener is also told of the engines that blocks of `overridden` make. Leave it out
+                for a listener that teaches an engine something of this database's own.
         """
         with self._lock:
             if overridden:

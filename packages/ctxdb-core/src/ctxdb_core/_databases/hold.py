@@ -78,11 +78,11 @@ class Hold:
 
 
 class Place(NamedTuple):
-    """A place in the code, as cheap as it can be had: what it is called is found out when it is shown."""
+    """A place in the code. Its file, line and function are looked up only when they are shown, as that costs more."""
 
     code: CodeType | None
     instruction: int
-    """Which one of the code's, in bytes."""
+    """The offset of the instruction in the code, in bytes."""
 
     def describe(self) -> tuple[str, int, str]:
         """Return its file, line and function."""
@@ -107,7 +107,7 @@ def acquiring_code() -> tuple[str, int, str]:
 
 
 def acquiring_place() -> Place:
-    """Return the place that `acquiring_code` describes; for those who need it for each connection."""
+    """Return the place that `acquiring_code` describes; cheap enough to be called for each connection."""
     running = getcurrent()
     # SQLAlchemy runs the statement in a greenlet, with some thirty frames of its own in it. The coroutine that awaits
     # it is a few frames up the stack of the greenlet's parent. Only a function given to `run_sync` is in the greenlet.
@@ -120,7 +120,7 @@ def acquiring_place() -> Place:
         elif code in _application_codes or not _is_machinery(frame):
             return Place(code, frame.f_lasti)
         elif code.co_name == "run_sync":
-            # It is never among those that are known.
+            # `run_sync` is never among the known codes, so the search ends here each time.
             break
         else:
             _remember(_machinery_codes, code)

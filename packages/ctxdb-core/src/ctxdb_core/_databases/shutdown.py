@@ -11,8 +11,8 @@ from ctxdb_core._sqlalchemy.guarded_session import door_of
 
 __all__ = ["wait_for_cancelled_queries"]
 
-# A cancellation goes from task to task on its way to the one that waits for the database: through each middleware that
-# runs the rest of the application in a task group. A turn of the event loop takes some microseconds.
+# A cancellation passes through each middleware that runs the rest of the application in a task group before it reaches
+# the task that waits for the database. Each step takes a turn of the event loop, which is some microseconds.
 _TURNS = 50
 
 
@@ -20,7 +20,7 @@ async def wait_for_cancelled_queries() -> None:
     """Wait until the queries of tasks that have been cancelled on this event loop are stopped, or given up.
 
     A server that shuts down cancels the requests that have run out of time, and ends its process right after the
-    application's shutdown: without this, it would end before the database is told.
+    application's shutdown. Without this wait, the process would end before the database is told.
     """
     loop = asyncio.get_running_loop()
     for _ in range(_TURNS):
@@ -31,7 +31,7 @@ async def wait_for_cancelled_queries() -> None:
 
 
 def _cancelled_tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
-    """Return the tasks that were cancelled in a call of their unit's session, and have not left it."""
+    """Return the tasks that were cancelled during a call of their unit's session, and whose call has not ended."""
     units = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
     doors = [door_of(session) for unit in units for session in tuple(unit.sessions.values())]
     tasks = {door.cancelled_task for door in doors if door is not None} - {asyncio.current_task()}

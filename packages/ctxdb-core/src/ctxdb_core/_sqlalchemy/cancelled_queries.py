@@ -174,7 +174,7 @@ class _MySQLKiller:
     a lock: it goes on, and holds its locks. Another connection has to say KILL.
 
     Args:
-        engine: whose connections.
+        engine: the engine whose connections are ended.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -185,7 +185,7 @@ class _MySQLKiller:
         if engine is None or not isinstance(exception, asyncio.CancelledError):
             return
         connection: Any = record.driver_connection
-        # A pool of its own: the engine's may be at its limit.
+        # KILL takes a pool of its own, as the engine's may be at its limit.
         request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
         try:
             await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
@@ -202,7 +202,8 @@ def _kill(pool: Pool, number: int) -> None:
         driver_connection: Any = connection.driver_connection
         cursor = connection.cursor()
         cursor.execute("SELECT CONNECTION_ID()")
-        # A proxy may give connections numbers of its own. By one of these, the server would end somebody else's.
+        # A proxy may give connections numbers of its own. By such a number, the server would end a connection of
+        # another client.
         if cursor.fetchone() == (driver_connection.thread_id(),):
             cursor.execute(f"KILL {number}")
         cursor.close()
@@ -211,10 +212,10 @@ def _kill(pool: Pool, number: int) -> None:
         pool.dispose()
 
 
-# --- what is under way ------------------------------------------------------------------------------------------------
+# --- stops that are under way -----------------------------------------------------------------------------------------
 
-# One for each query that is being stopped.
 _stops: set[asyncio.Future[None]] = set()
+"""A future for each query that is being stopped."""
 
 
 async def _noted(stop: Coroutine[Any, Any, None]) -> None:
@@ -228,7 +229,7 @@ async def _noted(stop: Coroutine[Any, Any, None]) -> None:
 
 
 def stops_under_way(loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
-    """Return what will be done when a query that is being stopped on `loop` has been stopped, or given up."""
+    """Return a future for each query that is being stopped on `loop`: done when it is stopped, or given up."""
     return [stop for stop in _stops if stop.get_loop() is loop]
 
 

@@ -47,7 +47,7 @@ _open: WeakKeyDictionary[Connection, WeakSet[ServerCursor]] = WeakKeyDictionary(
 """The cursors that may be open on the server, by the connection that they were opened on."""
 
 _left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-"""The driver's cursors that are to be closed before a connection is, by the driver's connection."""
+"""By the driver's connection, the driver's cursors that must be closed before it."""
 
 _doors: WeakKeyDictionary[Connection, Door] = WeakKeyDictionary()
 """The doors of the sessions whose connection the user's code has asked for."""
@@ -126,13 +126,13 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             try:
                 self._cursor.close()
             except BaseException as exc:
-                # What the server has closed, or does not answer for, needs no closing there.
+                # A cursor that the server has closed, or does not answer for, needs no closing there.
                 self.give_up()
                 if not isinstance(exc, Exception):
                     raise
 
     def give_up(self) -> Any:
-        """Close the driver's object alone, as its connection is given up: psycopg warns of those that are left open.
+        """Close the driver's object alone, as its connection is given up: psycopg warns of cursors that are left open.
 
         Returns:
             SQLAlchemy's adapter of the driver's cursor.

@@ -73,7 +73,7 @@ class _Turn:
         self.begin()
 
     def begin(self) -> None:
-        """Let tasks that are started from now on make their calls in the turn, which the door has been asked for."""
+        """Let tasks that are started from now on make their calls in this turn; the door has given it."""
         self._depth = self.door.depth
         self._token = _turns.set((*_turns.get(), self))
 
@@ -97,7 +97,7 @@ class _Turn:
 
 
 _turns: ContextVar[tuple[_Turn, ...]] = ContextVar("ctxdb_turns", default=())
-"""The turns that the running code has taken by `Door.turn`: inherited by the tasks that it starts, which may last."""
+"""The turns that the running code has taken by `Door.turn`. Tasks that it starts inherit them, and may outlast them."""
 
 
 class _Waiting(NamedTuple):
@@ -106,7 +106,7 @@ class _Waiting(NamedTuple):
     door: Door
     task: Any
     turns: tuple[_Turn, ...]
-    """The turns that the code which waits is part of."""
+    """The turns that the waiting code is part of."""
 
     def keeps(self, door: Door) -> bool:
         """Return whether `door` stays taken for as long as this task waits."""
@@ -233,7 +233,7 @@ class Door:
             _all_waiting.discard(mine)
 
     def _refuse_deadlock(self, mine: _Waiting) -> None:
-        """Raise an error if the code that has the turn waits, by way of other doors, for one that `mine` keeps."""
+        """Raise an error if the task that has the turn waits, even by way of other doors, for one that `mine` keeps."""
         reached, doors = {self}, [self]
         while doors:
             door = doors.pop()
@@ -288,16 +288,16 @@ class Door:
 
     @property
     def depth(self) -> int:
-        """How many calls are made inside of the one that has the turn."""
+        """How many calls are under way inside of the call that has the turn."""
         return self._nested
 
     def cancel_guests(self) -> None:
-        """Cancel the tasks that were started inside of a turn, and have a call under way in it."""
+        """Cancel the tasks that were started inside of a turn and have a call under way in it."""
         for task in self._guests:
             task.cancel()
 
     async def wait_for_guests(self, depth: int) -> None:
-        """Wait until no more than `depth` calls are made inside of the one that has the turn."""
+        """Wait until no more than `depth` calls are under way inside of the call that has the turn."""
         while self._nested > depth:
             future = asyncio.get_running_loop().create_future()
             self._guests_wake = (*self._guests_wake, future)
@@ -310,7 +310,7 @@ class Door:
         return self.is_held_by(task) or self.is_taken_by(_turns.get())
 
     def is_taken_by(self, turns: tuple[_Turn, ...]) -> bool:
-        """Return whether the turn is had by code that is part of `turns`, the innermost of this door counting."""
+        """Return whether the innermost of `turns` that is of this door goes on: its code has the turn."""
         return next((not turn.is_over for turn in reversed(turns) if turn.door is self), False)
 
     def restart_limit(self, *args: object) -> None:

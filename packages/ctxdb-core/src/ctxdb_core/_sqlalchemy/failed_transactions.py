@@ -17,7 +17,7 @@ __all__ = ["detect_silent_rollback"]
 
 
 def detect_silent_rollback(engine: AsyncEngine) -> None:
-    """Raise an error where COMMIT would store a part or nothing, and keep broken connections out of the pool."""
+    """Raise an error where COMMIT would store only a part, or nothing; keep broken connections out of the pool."""
     event.listen(engine.sync_engine, "handle_error", _note_interruption)
     if engine.dialect.name == "postgresql":
         event.listen(engine.sync_engine, "handle_error", _handle_error)

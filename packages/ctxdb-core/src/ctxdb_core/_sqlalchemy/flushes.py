@@ -2,9 +2,9 @@
 
 A flush waits for the database several times. Meanwhile, another task of the unit of work may change an object, which is
 no call of the session that could wait for its turn. At its end, the flush takes all objects for written, those changes
-included: a row would keep its old value, and the response would be a success. So it is noted what has changed whenever
-the flush has waited, and the objects are marked as changed once more when it has ended. The next flush writes them,
-that of the commit at the latest.
+included: a row would keep its old value, and the response would be a success. So this module notes the changes whenever
+the flush has waited, and marks the objects as changed once more when the flush has ended. The next flush writes them,
+at the latest the flush of the commit.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["ConcurrentChanges"]
 _NO_VALUE = LoaderCallableStatus.NO_VALUE
 
 MOST_WATCHED = 1000
-"""How many objects may be in a flush for their changes to be noted, too.
+"""Up to how many objects in a flush their own changes are noted.
 
-A flush waits once for each thousand rows: to look at all objects each time would take the square of their number. In a
-larger flush, changes are noted of the objects alone that it has nothing to do with.
+A flush waits once for each thousand rows: to look at all of its objects each time would take time by the square of
+their number. A larger flush notes the changes only of objects that it does not write.
 """
 
 Changes = dict[InstanceState[Any], dict[str, Any]]
-"""The attributes that were changed, with what each of them was before."""
+"""The attributes that were changed, each with its value from before."""
 
 
 class ConcurrentChanges:
-    """What other tasks change while `session` flushes."""
+    """The changes that other tasks make while `session` flushes."""
 
     __slots__ = ("_changed", "_clean", "_session", "_warns", "_watched", "_were_changed")
 
@@ -40,10 +40,10 @@ class ConcurrentChanges:
         self._session = session
         self._changed: Changes = {}
         self._clean: set[InstanceState[Any]] = set()
-        """Those of the changed objects that the flush has nothing to do with."""
+        """The changed objects that the flush does not write."""
 
     def begin_waiting(self) -> None:
-        """Note how the objects are, as other tasks are about to run."""
+        """Note the state of the objects, as other tasks are about to run."""
         session = self._session
         self._were_changed = changed_states(session).copy()
         watched = [*self._were_changed, *pending_states(session), *self._clean]
@@ -52,23 +52,23 @@ class ConcurrentChanges:
             if len(watched) <= MOST_WATCHED
             else ()
         )
-        # What another task adds is written by the next flush: there is nothing to warn of.
+        # An object that another task adds is written by the next flush: SQLAlchemy has nothing to warn of.
         self._warns = set_warning_of_changes(session, enabled=False)
 
     def end_waiting(self) -> None:
-        """Note what has changed, as the flush goes on."""
+        """Note the changes, as the flush goes on."""
         set_warning_of_changes(self._session, enabled=self._warns)
         changed_now = changed_states(self._session)
         if len(changed_now) != len(self._were_changed):
             for state in changed_now - self._were_changed:
                 self._note(state, state.committed_state)
-                # Otherwise, SQLAlchemy would warn that the change is lost.
+                # SQLAlchemy would warn at the end of the flush that the change of such an object is lost.
                 changed_now.discard(state)
                 self._clean.add(state)
         for state, values, were_changed in self._watched:
             now, originals = state.dict, state.committed_state
             if len(originals) != len(were_changed):
-                # Collections that were changed in place are among them.
+                # New originals tell of first changes, and of collections that were changed in place.
                 self._note(state, {name: value for name, value in originals.items() if name not in were_changed})
             if not _are_equal(now, values):
                 before = {name: value for name, value in values.items() if now.get(name, _NO_VALUE) is not value}
@@ -82,19 +82,19 @@ class ConcurrentChanges:
             instance = state.obj()
             if instance is not None and state.persistent:
                 for name, value in before.items():
-                    # The database has a value of its own for what is expired now.
+                    # For an attribute that has been expired, the database has the value that counts.
                     if name not in state.expired_attributes:
                         state.committed_state.setdefault(name, value)
                 flag_dirty(instance)
                 changed_states(self._session).add(state)
 
     def leave(self) -> None:
-        """Put back what SQLAlchemy was not to see. A flush that has failed rolls back, and expires its objects."""
+        """Put back the changes that were hidden from SQLAlchemy. A failed flush rolls back and expires its objects."""
         changed_states(self._session).update(state for state in self._clean if state.modified)
 
     def _note(self, state: InstanceState[Any], before: dict[str, Any]) -> None:
         if before:
-            # The first change is the one of what the flush has found.
+            # The oldest note has the value that the flush has seen.
             self._changed[state] = {**before, **self._changed.get(state, {})}
 
 

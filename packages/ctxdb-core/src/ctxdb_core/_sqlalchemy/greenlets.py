@@ -33,7 +33,7 @@ class Leavable(Protocol):
 
 
 class Waiting(Protocol):
-    """What is told when a call waits."""
+    """An object that is told when a call waits."""
 
     def begin_waiting(self) -> None:
         """Note that other tasks are about to run."""
@@ -57,7 +57,7 @@ class CallGreenlet(greenlet):
     """The doors of other sessions that the running call has used, and which are left when it ends."""
 
     waiting: Waiting | None = None
-    """What is told when the running call waits, if anything is."""
+    """Told when the running call waits; ``None`` where nothing needs to know."""
 
     parent: greenlet  # of the call that is running: the one that awaits what the call waits for
 

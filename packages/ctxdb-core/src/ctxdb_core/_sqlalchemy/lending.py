@@ -2,13 +2,13 @@
 
 ``(await (await session.connection()).get_raw_connection()).driver_connection`` is asyncpg's own connection, for
 ``copy_records_to_table`` and for cursors of its own. Two things go wrong with it by itself. SQLAlchemy begins the
-transaction with its own first statement, so that what the driver is told before that is committed at once. And a driver
-connection that is kept for longer than the transaction reaches into the transaction of another request.
+transaction with its own first statement, so the work that the driver does before that is committed at once. And a
+driver connection that is kept for longer than the transaction reaches into the transaction of another request.
 
-So the transaction is begun when the session's connection is asked for; and what is handed out is a stand-in, which
-refuses each call once the connection was given back: asyncpg's own one for connections of a pool
-(``PoolConnectionProxy``), or one that shares the state of psycopg's connection. Cursors, prepared statements and
-transactions that were made by it refuse theirs, too.
+So the transaction is begun when the session's connection is asked for. The user's code gets a stand-in, which refuses
+each call once the connection was given back: for asyncpg, its own proxy for connections of a pool
+(``PoolConnectionProxy``); for psycopg, an object that shares the state of its connection. Cursors, prepared statements
+and transactions that were made by the stand-in refuse their calls, too.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def lend_driver_connection(connection: Connection) -> None:
     if driver not in _LENDERS:
         return
     if driver == "asyncpg":
-        # psycopg begins by itself before anything that it sends.
+        # psycopg needs no help: it sends BEGIN by itself before the first statement.
         begin_asyncpg_transaction(connection)
     pooled: Any = connection.connection
     if type(pooled) is ConnectionFairy:
-        # An object of this one loan: the pool makes another one each time.
+        # The object belongs to this one loan: the pool makes another one each time.
         pooled.__class__ = _LentConnection
 
 

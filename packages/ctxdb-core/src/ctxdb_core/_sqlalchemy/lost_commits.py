@@ -205,7 +205,7 @@ class _Commits:
         except BaseException as exc:
             if not self._has_lost(connection, exc):
                 raise
-            # Whether or not it was sent: what was prepared can still be committed.
+            # Whether or not COMMIT PREPARED was sent, the prepared transaction can still be committed.
             engine = self._engine()
             assert engine is not None, "it has a connection in use"
             cause = (exc.orig or exc) if isinstance(exc, DBAPIError) else exc
@@ -253,7 +253,7 @@ class _Commits:
         """Return whether `transaction` has been committed; ``None`` if that cannot be told."""
         deadline: float | None = connection.info.get(_DEADLINE)
         latest = asyncio.get_running_loop().time() + RESOLVE_SECONDS
-        # A pool of its own: the connections of the engine's may be as dead as the one of the commit.
+        # The question takes a pool of its own: the engine's connections may be as dead as the one of the commit.
         pool = engine.pool.recreate()
         try:
             async with asyncio.timeout_at(latest if deadline is None else min(deadline, latest)):

@@ -1,4 +1,4 @@
-"""The numbers of MySQL's and MariaDB's errors, by which asyncmy and aiomysql tell what has happened."""
+"""The numbers of MySQL's and MariaDB's errors, which asyncmy and aiomysql pass on."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Keeps a transaction that MySQL or MariaDB has rolled back by itself from being committed in part.
 
 By a deadlock, InnoDB rolls back the whole transaction; by a lock wait time-out the statement, or the transaction with
-``innodb_rollback_on_timeout`` (MySQL, "InnoDB Error Handling"). The server does not mind what comes then: the next
-statement begins another transaction, and COMMIT succeeds, with what came after the error alone. So a transaction that
-has met such an error is treated as PostgreSQL treats one in which a statement has failed: what follows is refused, and
-so is its commit. A savepoint contains a lock wait time-out, if the server still has the savepoint; nothing contains a
+``innodb_rollback_on_timeout`` (MySQL, "InnoDB Error Handling"). The server goes on after that: the next statement
+begins another transaction, and COMMIT succeeds, with the work after the error alone. So a transaction that has met such
+an error is treated as PostgreSQL treats one in which a statement has failed: its further statements are refused, and so
+is its commit. A savepoint contains a lock wait time-out, if the server still has the savepoint; nothing contains a
 deadlock. Other errors undo their statement alone, whatever the settings, and an application may go on after them.
 """
 
@@ -31,14 +31,14 @@ _watched: WeakSet[Connection] = WeakSet()
 
 
 class _Doom:
-    """What a transaction has met that cannot be committed any more."""
+    """Marks a transaction that cannot be committed any more."""
 
     is_whole = False
     """Whether the server has rolled back all of it, savepoints included."""
 
 
 def detect_rollback_by_server(engine: AsyncEngine) -> None:
-    """Raise an error where MySQL or MariaDB would commit what came after a transaction that it has rolled back."""
+    """Raise an error where MySQL or MariaDB would commit only the work after a roll-back of its own."""
     event.listen(engine.sync_engine, "handle_error", _note)
     follow_dialect(engine.dialect, "do_rollback_to_savepoint", _roll_back_to_savepoint)
 
@@ -49,7 +49,7 @@ def _note(context: ExceptionContext) -> None:
     if connection is None or context.is_disconnect or (number not in ROLLED_BACK and number != LOCK_WAIT_TIMEOUT):
         return
     if context.statement is None or not connection.in_transaction() or is_autocommit(connection):
-        # Refused at COMMIT, which tells of it; or there is nothing but the statement.
+        # An error of COMMIT is raised anyway. Outside of a transaction, there is only the statement to undo.
         return
     note_failure(connection, context)
     doom = _doomed.setdefault(connection, _Doom())
@@ -90,11 +90,11 @@ def _roll_back_to_savepoint(original: Callable[..., None], connection: Connectio
         except DBAPIError as exc:
             if error_number(exc.orig) != NO_SUCH_SAVEPOINT:
                 raise
-            # It has rolled back the whole transaction, as it may be set to.
+            # The server has rolled back the whole transaction, as `innodb_rollback_on_timeout` has it do.
             doom.is_whole = True
         else:
             _forget(connection)
-    # Else the server has no such savepoint any more: the error that has come from it is the one to surface.
+    # Otherwise the server has no such savepoint any more, and nothing is sent: the error that cost it shall surface.
 
 
 def _aborted(connection: Connection) -> TransactionAbortedError:

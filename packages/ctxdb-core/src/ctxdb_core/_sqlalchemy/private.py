@@ -1,8 +1,8 @@
-"""All that is used of SQLAlchemy and drivers beyond their public names; nothing else in the workspace uses any of it.
+"""The private names of SQLAlchemy and of drivers that ctxdb uses; no other module in the workspace uses one.
 
 Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on psycopg 3.3, on asyncmy 0.2.18 and on aiomysql 0.3.2.
 `tests/core/test_private_names.py` fails where another version has changed one of them; it is run on the lowest version
-that is supported and on the newest. What is used of asyncmy and aiomysql is tested in `tests/mariadb`.
+that is supported and on the newest. `tests/mariadb` tests the private names of asyncmy and aiomysql.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def seed_dispatch(session: Session) -> None:
     """
     dispatch: Any = session.dispatch
     listeners: dict[str, Any] = dispatch._empty_listeners  # noqa: SLF001 - see the module
-    # `any` makes all of the calls, as each returns ``None``: a loop would cost what this is to spare.
+    # `any` makes all of the calls, as each returns ``None``. A loop would cost the time that this function saves.
     any(map(setattr, repeat(dispatch), listeners, listeners.values()))
 
 
 class SessionPattern:
-    """Makes sessions like those that a constructor makes, by copying what is the same in all of them.
+    """Makes sessions like a constructor does, by copying the values that are the same in all of them.
 
     The two constructors of a session check and store some 25 values, of which all but a few are the same for each
     session of a session maker.
@@ -200,16 +200,16 @@ class SessionPattern:
 
 
 class _CannotBeCopiedError(Exception):
-    """A session has a value of its own that is not known here."""
+    """A session has a value of its own that this module does not know."""
 
 
 def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the values that two new sessions have in common, and the names of those that are empty dicts of their own.
+    """Return the values that two new sessions share, and the names under which each has an empty dict of its own.
 
     Args:
         one: a session.
         other: another one.
-        known: the names of what each session has for itself beside empty dicts.
+        known: the names of the other values that each session has for itself.
     """
     values, others = vars(one), vars(other)
     own = [name for name, value in values.items() if others.get(name) is not value]
@@ -222,9 +222,9 @@ def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, A
 def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
     """Have `listener` called at an event of one pool, connection or session, unless it is already.
 
-    `event.contains` looks for the ``id`` of the target. SQLAlchemy copies the listeners of a pool to the one that takes
-    its place after ``dispose``, and keeps them known by the ``id`` of the first pool, which another pool may have by
-    then: that one would be taken for one which has them.
+    `event.contains` does not do: it looks for the ``id`` of the target. SQLAlchemy copies the listeners of a disposed
+    pool to its successor, and keeps them known by the ``id`` of the disposed pool. A new pool may get that ``id``, and
+    would be taken for a pool that has the listeners.
     """
     if listener not in tuple(getattr(target.dispatch, name)):
         event.listen(target, name, listener)
@@ -359,7 +359,7 @@ def follow_raw_connection(engine: Engine, around: Callable[[Callable[[], Any]], 
 
 
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
-    """Listen to an event of an engine, before those who listen to it already.
+    """Listen to an event of an engine, before the listeners that it has.
 
     ``event.listen(..., insert=True)`` does not do it: the events of engines drop the argument.
     """
@@ -492,7 +492,7 @@ def lend_psycopg_connection(connection: Any) -> Any:
     """
     cls = type(connection)
     if cls not in _psycopg_loans:
-        # Both have the same layout, so that a stand-in may become one that refuses.
+        # Both classes have the same layout, so a stand-in of the first can be turned into one of the second.
         lent = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__del__": _delete_nothing})
         refusing = type(cls.__name__, (lent,), {"__module__": cls.__module__, "__getattribute__": _refuse_attribute})
         _psycopg_loans[cls] = (lent, refusing)

@@ -143,7 +143,7 @@ class SessionFactory:
 
 
 def guarded(session: AsyncSession) -> AsyncSession:
-    """Return a session that was made elsewhere, with its classes replaced by those that are derived from them."""
+    """Return a session that was made elsewhere, with its classes replaced by ctxdb's derived ones."""
     sync_session = session.sync_session
     if not isinstance(sync_session, GuardedSession):
         sync_session.__class__ = derive_sync(type(sync_session))

@@ -1,9 +1,9 @@
 """Blocks on a session that end a part of its work: while one is open, only its own task may add to that part.
 
-Tasks of a unit of work share its session, and a savepoint is one of the session and not of a task: its roll-back undoes
-whatever was written since, by whichever task. A task whose write was undone so would never hear of it. So a session
-knows the task that each open block belongs to, and refuses what another task would write in it. Tasks that were started
-inside of the block belong to it, as they inherit the context of the code that is in it.
+Tasks of a unit of work share its session. A savepoint belongs to the session and not to a task: its roll-back undoes
+every write since, of all tasks. A task whose write was undone so would never hear of it. So a session knows the task
+that each open block belongs to, and refuses the writes of other tasks in it. Tasks that were started inside of the
+block belong to it, as they inherit the context of the code in it.
 
 A refused task gets an error instead of its turn after the block: the code in the block may be waiting for that very
 task, and then neither would ever go on.
@@ -64,14 +64,14 @@ class TaskBlock:
         each = None if session is None else session.get_nested_transaction() or session.get_transaction()
         while each is not None and each is not mine:
             each = each.parent
-        # It is not looked for any more once it has ended.
+        # An ended transaction never comes back: the next look is spared.
         self._has_ended = each is None
         return not self._has_ended
 
     def is_of_other_task(self, task: asyncio.Task[Any] | None) -> bool:
-        """Return whether the block is that of a task which goes on, and is not `task`."""
+        """Return whether the block belongs to a task other than `task`, and that task goes on."""
         owner = None if self._task is None else self._task()
-        # A framework enters what a handler depends on in tasks that end before the handler begins.
+        # A framework may enter dependencies in tasks of their own, which end before the handler begins.
         return owner is not None and owner is not task and not owner.done()
 
 
@@ -128,7 +128,7 @@ def hold_block(session: Session) -> Iterator[None]:
 
 
 def refuse_in_block_of_other_task(session: Session) -> None:
-    """Raise an error if what the running code is about to do would be part of another task's block, or end it.
+    """Raise an error if the running code's next write would be part of another task's block, or end that block.
 
     Raises:
         SessionAlreadyActiveError: another task is in a block on `session`, and this code was not started in it.
@@ -142,7 +142,7 @@ def refuse_in_block_of_other_task(session: Session) -> None:
 
 
 def release_blocks(session: Session) -> None:
-    """Let the blocks on `session` be nobody's, as their unit of work is about to end their transaction."""
+    """Forget which tasks the blocks on `session` belong to, as their unit of work is about to end their transaction."""
     if isinstance(session, BlockedSession) and session.task_blocks:
         session.task_blocks = ()
 

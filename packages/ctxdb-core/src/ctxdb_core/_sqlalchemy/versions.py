@@ -1,4 +1,4 @@
-"""What is lost with a SQLAlchemy that is older than the declared bound, which an installer can be told to ignore."""
+"""A warning of a SQLAlchemy below the declared bound, which an installer can be told to ignore: it names the loss."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _FIRST_RELEASES = ((2, 0, 55), (2, 1, 5))
 
 
 def warn_of_lost_promises(version: str = sqlalchemy.__version__) -> None:
-    """Name what ctxdb cannot promise with this version of SQLAlchemy; say nothing if that is none."""
+    """Warn of the promise that ctxdb cannot keep with this version of SQLAlchemy, if there is one."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    # The first release of the same minor version, or of the oldest one that has any.
+    # The first good release of the same minor version; for an older minor version, of the oldest one in the table.
     first = next((release for release in _FIRST_RELEASES if release[:2] >= numbers[:2]), None)
     if first is not None and numbers < first:
         warnings.warn(

@@ -51,7 +51,7 @@ class PoolFollower:
     application takes, and must not wait for anything. All times are in seconds.
 
     Args:
-        dbs: what to follow.
+        dbs: the databases to follow.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect`.
@@ -67,7 +67,7 @@ class PoolFollower:
             db.on_engine(self._follow, overridden=True)
 
     def stop(self) -> None:
-        """Tell nothing more. What was put on the engines stays there, and does nothing."""
+        """Tell nothing more. The listeners stay on the engines, and do nothing."""
         self.is_active = False
 
     def totals(self) -> dict[str, PoolTotal]:
@@ -88,7 +88,7 @@ class PoolFollower:
         """Be told that a connection to the server was opened."""
 
     def connection_timed_out(self, pool: str) -> None:
-        """Be told that none was free within the pool's time-out."""
+        """Be told that no connection was free within the pool's time-out."""
 
     def _follow(self, host: str, engine: AsyncEngine) -> None:
         sync_engine = engine.sync_engine

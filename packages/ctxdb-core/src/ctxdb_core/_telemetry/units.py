@@ -15,7 +15,7 @@ from ctxdb_core.events import DBEvent, TransactionBegun, TransactionCommitted, T
 __all__ = ["FollowedTransaction", "FollowedUnit", "Outcome", "UnitFollower", "check_databases"]
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "commit_failed"]
-"""How a transaction has ended; and a unit of work, by the worst of its transactions."""
+"""How a transaction has ended. A unit of work has the worst outcome of its transactions."""
 
 _WORST_FIRST: tuple[Outcome, ...] = ("commit_failed", "rolled_back", "committed")
 
@@ -78,7 +78,7 @@ class FollowedUnit:
     def __init__(self, unit: UnitOfWork, follower: UnitFollower, on_end: Callable[[FollowedUnit], object]) -> None:
         self._on_end = on_end
         self.follower = follower
-        """Who follows it: several may follow one unit."""
+        """The follower that this object belongs to: one unit may have several."""
         self.id = unit.id
         self.request = unit.request
         """Method and path, without the query; ``None`` outside of requests."""
@@ -90,7 +90,7 @@ class FollowedUnit:
         self.outcome: Outcome | None = None
         """``None`` until the first of its transactions has ended."""
         self.status: int | None = None
-        """Of the response, where an ASGI adapter tells it."""
+        """The status of the response, where an ASGI adapter tells it."""
         self.error: BaseException | None = None
         self.state: Any = None
         """The follower's own."""
@@ -104,7 +104,7 @@ class FollowedUnit:
         """Tell the follower."""
         self.error = error
         self._on_end(self)
-        # Its traceback knows what has failed, and that knows the unit.
+        # The traceback refers to the failed code, and that to the unit: kept, they would be a reference cycle.
         self.error = None
 
     def add(self, transaction: FollowedTransaction) -> None:
@@ -121,7 +121,7 @@ class UnitFollower:
     must not wait for anything.
 
     Args:
-        dbs: what to follow.
+        dbs: the databases to follow.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect`.
@@ -175,7 +175,7 @@ class UnitFollower:
     ) -> None:
         transaction = self._under_way.pop(event.session_id, None)
         if transaction is None:
-            # It had begun before it was followed.
+            # The transaction had begun before this follower listened.
             return
         transaction.outcome = outcome
         transaction.duration = event.duration

@@ -1,4 +1,4 @@
-"""Requests that only read: by which methods they come, and whose sessions they get."""
+"""Requests that only read: their methods, and the databases that they read from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """The methods of requests that ask for no change (RFC 9110, section 9.2.1)."""
 
 ReadsFrom: TypeAlias = Mapping[DBConnect, DBConnect]
-"""For databases that are written to, the one that reads in their place."""
+"""Maps a database that is written to, to the database that reads in its place."""
 
 
 def check_reads_from(reads_from: object) -> ReadsFrom | None:

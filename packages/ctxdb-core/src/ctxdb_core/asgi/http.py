@@ -105,7 +105,7 @@ class HTTPExchange(Exchange):
         return self._settle_and_start(status)
 
     async def _start_behind_body(self) -> None:
-        """Begin a body that runs ahead of its start already: what is open now is the body's own work."""
+        """Begin a body that runs ahead of its start already: the open transactions are the body's own work."""
         self.move_to(Phase.BODY)
 
     async def _settle_and_start(self, status: int) -> None:

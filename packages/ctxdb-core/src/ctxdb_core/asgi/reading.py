@@ -1,4 +1,4 @@
-"""`ReadingFrom`: requests by safe methods read from other databases than those that are written to."""
+"""`ReadingFrom`: requests by safe methods read from other databases than the ones that other requests write to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["ReadingFrom"]
 class ReadingFrom:
     """Has requests by safe methods read elsewhere, beneath the middleware that gives each request a unit of work.
 
-    This is an application of its own, so that requests without such an option do not pay for it. The handshake of a
-    websocket is a GET, and tells nothing of what is done over the connection: it is left alone.
+    This is an application of its own, so that requests without such an option do not pay for it. Websockets are left
+    alone: their handshake is a GET, but their connection may be used for writes.
 
     Args:
         app: the ASGI application.
-        reads_from: for databases, the one that is read from in their place.
+        reads_from: maps a database to the one that is read from in its place.
     """
 
     def __init__(self, app: ASGIApp, reads_from: ReadsFrom) -> None:

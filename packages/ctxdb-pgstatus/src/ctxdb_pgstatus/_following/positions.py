@@ -25,7 +25,7 @@ DEFAULT_MAX_AGE = 300.0
 """For how many seconds a write is remembered."""
 
 UNKNOWN_POSITION = (1 << 64) - 1
-"""Something was written, and nobody knows where: only the master is sure to have it."""
+"""Something was written, at a position that is not known: only the master is sure to have it."""
 
 
 _AT_ONCE_SECONDS = 10.0
@@ -191,7 +191,7 @@ def _time(written: _Written) -> float:
 
 
 class _Wanted:
-    """A source whose replicas somebody reads from, and the last commit that was noted for it."""
+    """A source whose replicas are read from, and the last commit that was noted for it."""
 
     __slots__ = ("find", "latest")
 
@@ -200,7 +200,7 @@ class _Wanted:
         self.latest: _Written | None = None
 
 
-# By weak reference, and compared by identity, as sources are anything.
+# A source may be any object: it is kept by weak reference where it allows that, and compared by identity.
 _wanted: list[_Wanted] = []
 
 
@@ -230,7 +230,7 @@ def _latest_of(source: HostSource) -> _Written | None:
 
 
 def _begin_before_gather() -> None:
-    """Have what gathered tasks write reach the code that waits for them, whatever that has done before."""
+    """Let the positions of gathered tasks reach the code that waits for them, even if it has written nothing before."""
     if _wanted:
         Positions.of_task()
 

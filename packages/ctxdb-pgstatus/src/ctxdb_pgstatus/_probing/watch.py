@@ -50,7 +50,6 @@ class Watch:
         answer: what it said last; ``None`` if it is not alive, or has said nothing since the monitor began.
         failures: how many attempts have failed since the last answer.
         refusals: how often in a row its server has refused the monitor, and so shown that it is there.
-        was_asked: whether an attempt has ended.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
         is_alone: whether the cluster has no other name: if it comes to lead to another server, no other host tells.
@@ -73,7 +72,6 @@ class Watch:
         self.answer: Answer | None = None
         self.failures = 0
         self.refusals = 0
-        self.was_asked = False
         self.server: Server | None = None
         self.is_shared = False
         self.is_alone = False
@@ -202,7 +200,6 @@ class Watch:
                 answered = True
                 self._usual[was_connected] = max(loop.time() - start, usual * _MEMORY)
                 self._answered(answer)
-            self.was_asked = True
             self._report(self)
         finally:
             late.cancel()

@@ -1,0 +1,31 @@
+"""`PoolTrack`: how many connections to one host were in use, over the last minutes."""
+
+from __future__ import annotations
+
+from collections import deque
+
+__all__ = ["KEPT_SAMPLES", "PoolTrack"]
+
+KEPT_SAMPLES = 300
+"""How many samples are kept of each pool."""
+
+
+class PoolTrack:
+    """The connections to one host of one database, over the last minutes."""
+
+    __slots__ = ("changed", "held", "host", "limit", "name", "next_sample", "peak", "samples")
+
+    def __init__(self, name: str, host: str) -> None:
+        self.name = name
+        self.host = host
+        self.limit: int | None = None
+        """How many connections there may be; ``None`` without a limit, and until it is known."""
+        self.changed = 0.0
+        """When a connection was taken last."""
+        self.next_sample = 0.0
+        """When a sample is to be taken, at the next occasion."""
+        self.held = 0
+        self.peak = 0
+        """The most connections that were held at once since the last sample."""
+        self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=KEPT_SAMPLES)
+        """Time, the most connections in use since the last sample, idle connections, waiting tasks."""
