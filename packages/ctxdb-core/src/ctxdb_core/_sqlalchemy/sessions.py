@@ -148,6 +148,13 @@ class GuardedSession(BlockedSession):
         block.follow(savepoint)
         return savepoint
 
+    def rollback(self) -> None:
+        if self.door is not None and not self.in_transaction() and has_to_flush(self):
+            # What a task adds or changes while another task's COMMIT is under way begins no transaction. Without one,
+            # SQLAlchemy rolls nothing back, and the next flush would write it.
+            begin_without_statement(self)
+        super().rollback()
+
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
         if self.rereading is None or not self.rereading.is_ahead:
@@ -252,7 +259,7 @@ class GuardedSession(BlockedSession):
 
     def _may_be_closed_here(self) -> bool:
         """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
-        if self.door is None or not self.in_transaction():
+        if self.door is None or not (self.in_transaction() or has_to_flush(self)):
             return True
         session = async_session(self)
         return not isinstance(session, DoorSession) or _may_close(session, None)
