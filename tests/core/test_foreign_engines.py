@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, eventually
 
-from ctxdb_core import DBConnect, TransactionAbortedError, db_session, new_db_ctx
+from ctxdb_core import DBConnect, TransactionAbortedError, db_session, joining_session, new_db_ctx
 
 pytestmark = pytest.mark.postgresql
 
@@ -71,3 +71,28 @@ async def test_a_cancelled_query_is_stopped_on_the_server(db: DBConnect, databas
     with pytest.raises(asyncio.CancelledError):
         await task
     await eventually(lambda: not database.backends("strpos(query, 'pg_sleep') > 0"), "the query still runs")
+
+
+async def test_commits_of_a_joining_session_are_rolled_back_with_the_unit(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            async with joining_session(db) as session:
+                await insert(session)
+                await session.commit()
+                assert await database.names() == []
+                session.add(Item(name="two"))
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_what_a_joining_session_leaves_open_is_committed_with_the_unit(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        async with joining_session(db) as session:
+            await insert(session)
+        assert await database.names() == []
+        with pytest.raises(LookupError):
+            async with joining_session(db) as session:
+                session.add(Item(name="undone"))
+                await session.flush()
+                raise LookupError
+    assert await database.names() == ["one"]

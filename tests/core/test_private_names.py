@@ -6,12 +6,14 @@ import asyncio
 import gc
 import inspect
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import asyncpg
 import psycopg
 import pytest
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, select, text
+from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -204,6 +206,24 @@ async def test_sessions_of_a_factory_have_an_info_of_their_own() -> None:
     first, second = factory(), factory()
     first.info["own"] = True
     assert (second.info, factory().info) == ({"given": 1}, {"given": 1})
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 1, 2])
+def test_the_parts_of_a_result_can_be_followed(session: Session, rows_at_once: int | None) -> None:
+    def follow(parts: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        for part in parts:
+            sizes.append(len(part))
+            yield part
+
+    sizes: list[int] = []
+    session.add_all([Thing(id=number) for number in range(3)])
+    session.flush()
+    options = {} if rows_at_once is None else {"yield_per": rows_at_once}
+    result = session.execute(select(Thing).order_by(Thing.id), execution_options=options)
+    assert isinstance(result, ChunkedIteratorResult)
+    private.follow_parts(result, follow)
+    assert [thing.id for thing in result.scalars()] == [0, 1, 2]
+    assert sizes == {None: [3], 1: [1, 1, 1], 2: [2, 1]}[rows_at_once]
 
 
 def test_savepoints_are_numbered(session: Session) -> None:

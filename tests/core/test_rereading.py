@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from sqlalchemy import ForeignKey, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload
+from sqlalchemy.orm import DeclarativeBase, Mapped, load_only, mapped_column, relationship, selectinload, undefer
 from tests.support.database import Database
 
 from ctxdb_core import DBConnect, commit_db_session, db_session, new_db_ctx, rollback_db_session
@@ -22,6 +22,7 @@ class Author(Base):
     __tablename__ = "author"
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
+    about: Mapped[str] = mapped_column(deferred=True)
     books: Mapped[list[Book]] = relationship(back_populates="author")
 
 
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.parametrize("database_kind", ["asyncpg", "sqlite"], ind
 async def library(db: DBConnect, database: Database) -> AsyncIterator[DBConnect]:
     async with (await db.engine()).begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-        await connection.execute(text("INSERT INTO author VALUES (1, 'Ada')"))
+        await connection.execute(text("INSERT INTO author VALUES (1, 'Ada', 'long')"))
         await connection.execute(text("INSERT INTO book VALUES (1, 'Notes', 1)"))
     yield db
     async with (await db.engine()).begin() as connection:
@@ -110,6 +111,15 @@ async def test_relationships_that_a_query_does_not_load_keep_what_they_have(
         assert (author.name, [book.title for book in author.books]) == ("Grace", ["Notes"])
 
 
+async def test_deferred_columns_that_a_query_does_not_load_keep_what_they_have(library: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = await session.get_one(Author, 1, options=[undefer(Author.about)])
+        await commit_db_session(library)
+        await session.scalars(select(Author))
+        assert author.about == "long"
+
+
 async def test_relationships_that_a_query_loads_are_fresh(library: DBConnect, database: Database) -> None:
     query = select(Author).options(selectinload(Author.books))
     async with new_db_ctx():
@@ -144,7 +154,15 @@ async def by_query_with_books(session: AsyncSession) -> Author:
     return (await session.scalars(select(Author).options(selectinload(Author.books)))).one()
 
 
-@pytest.mark.parametrize("read", [by_query, by_get, by_query_with_books])
+async def by_query_without_name(session: AsyncSession) -> Author:
+    return (await session.scalars(select(Author).options(load_only(Author.id)))).one()
+
+
+async def by_stream(session: AsyncSession) -> Author:
+    return await (await session.stream_scalars(select(Author))).one()
+
+
+@pytest.mark.parametrize("read", [by_query, by_get, by_query_with_books, by_query_without_name, by_stream])
 async def test_a_change_by_another_task_while_an_object_is_read_again_is_stored(
     library: DBConnect, database: Database, read: Callable[[AsyncSession], Awaitable[Author]]
 ) -> None:
@@ -168,3 +186,35 @@ async def test_a_change_by_another_task_while_an_object_is_read_again_is_stored(
         await asyncio.gather(*changes)
         assert author.name == "changed"
     assert await database.names("author") == ["changed"]
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 1])
+async def test_what_is_changed_before_a_streamed_result_comes_to_it_is_stored(
+    library: DBConnect, database: Database, rows_at_once: int | None
+) -> None:
+    await database.query("INSERT INTO author VALUES (2, 'Bob', 'long')")
+    statement = select(Author).order_by(Author.id)
+    if rows_at_once:
+        statement = statement.execution_options(yield_per=rows_at_once)
+    async with new_db_ctx():
+        session = await db_session(library)
+        bob = await session.get_one(Author, 2)
+        await commit_db_session(library)
+        result = await session.stream_scalars(statement)
+        bob.name = "Bo"
+        async for author in result:
+            bob.name += author.name[0]
+    assert sorted(await database.names("author")) == ["Ada", "BoAB"]
+
+
+async def test_a_streamed_result_of_a_later_transaction_fills_its_objects_anew(
+    library: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = await session.get_one(Author, 1)
+        await commit_db_session(library)
+        await rename(database, "Lovelace")
+        async for each in await session.stream_scalars(select(Author)):
+            assert each is author
+        assert author.name == "Lovelace"

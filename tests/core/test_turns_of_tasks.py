@@ -22,12 +22,14 @@ from ctxdb_core import (
     ContextNotInitiatedError,
     DBConnect,
     SessionAlreadyActiveError,
+    SessionOwnedError,
     close_db_session,
     commit_db_session,
     db_session,
     new_db_ctx,
     on_begin,
     rollback_db_session,
+    set_rollback_only,
 )
 from ctxdb_core._sqlalchemy.door import Door
 
@@ -527,3 +529,65 @@ async def test_additions_and_changes_while_another_task_commits_are_stored(
         await is_changed.wait()
     await running
     assert await database.names() == ["added", "first", "new"]
+
+
+async def roll_back_by_unit(db: DBConnect) -> None:
+    await rollback_db_session(db)
+
+
+async def roll_back_by_session(db: DBConnect) -> None:
+    await (await db_session(db)).rollback()
+
+
+async def mark_rollback_only(db: DBConnect) -> None:
+    set_rollback_only()
+
+
+@pytest.mark.parametrize("roll_back", [roll_back_by_unit, roll_back_by_session, mark_rollback_only])
+async def test_a_roll_back_undoes_what_was_added_or_changed_while_another_task_committed(
+    db: DBConnect, database: Database, roll_back: Callable[[DBConnect], Awaitable[None]]
+) -> None:
+    await database.query("INSERT INTO item VALUES ('old')")
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            await add_during_commit(db, database, is_changed)
+            await roll_back(db)
+
+    is_changed = asyncio.Event()
+    with database.held_commits():
+        running = asyncio.create_task(unit())
+        await is_changed.wait()
+    await running
+    assert await database.names() == ["first", "old"]
+
+
+async def test_a_session_that_was_changed_while_another_task_committed_cannot_be_closed_with_it(
+    db: DBConnect, database: Database
+) -> None:
+    await database.query("INSERT INTO item VALUES ('old')")
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            session = await add_during_commit(db, database, is_changed)
+            with pytest.raises(SessionOwnedError):
+                await session.close()
+
+    is_changed = asyncio.Event()
+    with database.held_commits():
+        running = asyncio.create_task(unit())
+        await is_changed.wait()
+    await running
+    assert await database.names() == ["added", "first", "new"]
+
+
+async def add_during_commit(db: DBConnect, database: Database, is_changed: asyncio.Event) -> AsyncSession:
+    session = await insert(db, "first")
+    item = await session.get_one(Item, "old")
+    committing = asyncio.create_task(commit_db_session(db))
+    await database.commit_is_held()
+    session.add(Item(name="added"))
+    item.name = "new"
+    is_changed.set()
+    await committing
+    return session

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
@@ -264,3 +265,29 @@ async def test_only_postgresql_can_resolve_commits() -> None:
     db = DBConnect(lambda host: create_async_engine("sqlite+aiosqlite://"), host="here", resolve_commits=True)
     with pytest.raises(ArgumentValueError, match="resolve_commits"):
         await db.engine()
+
+
+@pytest.mark.parametrize("resolves", [False, True])
+async def test_a_lost_commit_is_known_on_an_engine_that_takes_the_place_of_one_like_it(
+    far: DBConnect, network: FaultyNetwork, database: Database, *, resolves: bool
+) -> None:
+    """The engines that ``execution_options`` returns have one dialect, by which commits are made."""
+    base = database.watch_new()
+
+    def create(host: str) -> AsyncEngine:
+        return base.execution_options(logging_token="app")
+
+    async with DBConnect(create, host="127.0.0.1") as first:
+        await _assert_healthy(first)
+    del first
+    gc.collect()
+    async with DBConnect(create, host="127.0.0.1", resolve_commits=resolves) as second:
+        network.fail(Point.COMMITTED, Fault.RESET)
+        if resolves:
+            await _write(second)
+        else:
+            with pytest.raises(CommitOutcomeUnknownError):
+                await _write(second)
+    assert network.failed.is_set()
+    assert await database.names() == ["a"]
+    await base.dispose()

@@ -10,11 +10,16 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from tests.support.database import Database
 from tests.support.inspected import Desk, starlette_app
 from tests.support.server import http_client, serve
 
-from ctxdb_core import DBConnect
+from ctxdb_core import DBConnect, db_session, new_db_ctx
+from ctxdb_inspector import inspector
 
 
 async def data(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -240,3 +245,21 @@ async def test_clients_behind_a_proxy_or_of_other_sites_are_refused(
     client: httpx.AsyncClient, headers: dict[str, str], path: str
 ) -> None:
     assert (await client.get(f"/_ctxdb/{path}", headers=headers)).status_code == 403
+
+
+async def test_the_connections_of_an_engine_for_several_event_loops_are_counted_once(database: Database) -> None:
+    async def use() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT 1"))
+
+    engine = create_async_engine(database.url)
+    db = DBConnect.from_engine(engine)
+    transport = httpx.ASGITransport(Starlette(routes=[Mount("/_ctxdb", inspector(db))]))
+    await use()
+    await asyncio.to_thread(asyncio.run, use())
+    await use()
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        shown = await data(client)
+    assert [pool["in_use"] for pool in shown["pools"]] == [0]
+    assert [[hold["statements"] for hold in unit["holds"]] for unit in shown["units"]] == [[1], [1], [1]]
+    await engine.dispose()

@@ -22,6 +22,7 @@ from opentelemetry.trace import StatusCode, get_current_span
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -286,6 +287,24 @@ async def test_a_time_out_at_the_pool_is_counted(telemetry: Telemetry, database:
                 with pytest.raises(PoolTimeoutError):
                     await other.execute(SELECT)
     assert [point.value for point in telemetry.points()["db.client.connection.timeouts"]] == [1]
+
+
+async def test_the_engines_of_several_event_loops_are_followed_once(telemetry: Telemetry, database: Database) -> None:
+    async def use() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(SELECT)
+
+    engine = create_async_engine(database.url)
+    db = DBConnect.from_engine(engine)
+    telemetry.instrument(db)
+    await use()
+    await asyncio.to_thread(asyncio.run, use())
+    await use()
+    await engine.dispose()
+    assert telemetry.tree() == ["unit", "unit > transaction", "unit > transaction > COMMIT"] * 3
+    points = telemetry.points()
+    for name, count in {"create_time": 2, "use_time": 3, "wait_time": 3}.items():
+        assert [point.count for point in points[f"db.client.connection.{name}"]] == [count], name
 
 
 async def test_a_block_of_overridden_is_followed_too(telemetry: Telemetry, database: Database) -> None:

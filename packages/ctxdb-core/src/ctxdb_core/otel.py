@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import Token
 from time import perf_counter, time_ns
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 from opentelemetry import context, metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
-from sqlalchemy import URL, Connection, Engine
+from sqlalchemy import URL, Connection, Dialect, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._databases.connect import DBConnect
@@ -84,8 +84,8 @@ class _Spans(UnitFollower):
         self._tracer = trace.get_tracer(_NAME, tracer_provider=provider)
         self._key = f"ctxdb.otel.{id(self)}"
         self._attributes: WeakKeyDictionary[Engine, dict[str, Any]] = WeakKeyDictionary()
-        # A database in memory has one engine for all event loops.
-        self._engines: WeakSet[Engine] = WeakSet()
+        self._followed: WeakKeyDictionary[Dialect, list[Any]] = WeakKeyDictionary()
+        """The dialects, with what keeps their engines' listeners: engines of several event loops may share both."""
         super().__init__(dbs)
         for db in dbs:
             db.on_engine(self._follow, overridden=True)
@@ -133,9 +133,6 @@ class _Spans(UnitFollower):
     def _follow(self, host: str, engine: AsyncEngine) -> None:
         """Make the spans of commits on an engine, and have those of statements beneath their transaction's."""
         sync_engine, key, tracer = engine.sync_engine, self._key, self._tracer
-        if sync_engine in self._engines:
-            return
-        self._engines.add(sync_engine)
 
         def enter(connection: Connection, *_: object) -> None:
             state = connection.info.get(key)
@@ -171,8 +168,14 @@ class _Spans(UnitFollower):
                     _note_failure(span, "commit_failed", exc)
                     raise
 
-        # Before the instrumentation of SQLAlchemy, which makes its span in a listener of the same event.
-        listen_first(sync_engine, "before_cursor_execute", enter)
+        is_new = sync_engine.dialect not in self._followed
+        listeners_of_engines = self._followed.setdefault(sync_engine.dialect, [])
+        if not any(each is sync_engine.dispatch for each in listeners_of_engines):
+            listeners_of_engines.append(sync_engine.dispatch)
+            # Before the instrumentation of SQLAlchemy, which makes its span in a listener of the same event.
+            listen_first(sync_engine, "before_cursor_execute", enter)
+        if not is_new:
+            return
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             follow_dialect(sync_engine.dialect, name, execute)
         follow_dialect(sync_engine.dialect, "do_commit", commit)

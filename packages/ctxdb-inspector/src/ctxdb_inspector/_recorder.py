@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from time import perf_counter
 from typing import Any
 from weakref import WeakSet, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -59,6 +59,10 @@ class Recorder:
         self._key = f"{_HOLD}.{id(self)}"
         self._pools: dict[tuple[int, str], PoolTrack] = {}
         self._engines: WeakSet[Engine] = WeakSet()
+        self._dialects: WeakSet[Dialect] = WeakSet()
+        """Those that are followed: the engines of several event loops may have one."""
+        self._latest: Callable[[], object] = lambda: None
+        """Returns the connection that was taken last, as long as it is in use."""
         self._live: dict[str, UnitRecord] = {}
         self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
         self._held: dict[ConnectionPoolEntry, tuple[HoldRecord, UnitRecord | None]] = {}
@@ -98,6 +102,11 @@ class Recorder:
         key, held, now = self._key, self._held, perf_counter
 
         def checkout(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
+            if proxy is self._latest():
+                # Told already: an engine for another event loop has the listeners of the first one, and its own; and
+                # several databases may have one pool.
+                return
+            self._latest = ref(proxy)
             taken = now()
             unit = running_unit()
             record = None if unit is None else self._record(unit)
@@ -185,6 +194,9 @@ class Recorder:
         event.listen(engine.sync_engine, "checkin", checkin)
         event.listen(engine.sync_engine, "handle_error", handle_error)
         dialect = engine.sync_engine.dialect
+        if dialect in self._dialects:
+            return
+        self._dialects.add(dialect)
         follow_dialect(dialect, "do_execute", execute)
         follow_dialect(dialect, "do_executemany", execute)
         follow_dialect(dialect, "do_execute_no_params", execute_no_params)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import cast
 
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.util.concurrency import in_greenlet
 
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, SessionT
@@ -61,7 +64,8 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         try:
             # Where the unit itself has committed or rolled back meanwhile, by `commit_db_session` for instance, the
             # savepoint has ended with its transaction, and nothing is left to release.
-            if connection.in_transaction() and (connection.in_nested_transaction() or not begun_connections(joined)):
+            begun = begun_connections(joined)
+            if all(each.in_nested_transaction() for each in begun) if begun else connection.in_transaction():
                 # Interrupted, it would take the connection with it.
                 await run_to_completion(joined.commit())
             elif joined.new or joined.dirty or joined.deleted:
@@ -77,6 +81,24 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
 async def _create(db: DBConnect[SessionT], session: AsyncSession, connection: AsyncConnection) -> SessionT:
     maker = await db.session_maker()
     joined = guarded(maker(bind=connection, join_transaction_mode="create_savepoint"))
+    guard = guard_of(joined)
     # Calls of both take turns: they have one connection.
-    guard_of(joined).door = door_of(session)
+    guard.door = door_of(session)
+    guard.translate_bind = partial(_joined_bind, session, connection)
     return cast("SessionT", joined)
+
+
+def _joined_bind(session: AsyncSession, connection: AsyncConnection, bind: Engine | Connection) -> Engine | Connection:
+    """Return the connection on which the unit's `session` executes what is to be executed on `bind`.
+
+    A session that chooses its engine by itself (``get_bind``, ``binds=``) does so as a joining session, too, and would
+    take a connection of its own from that engine: its commits would stand, whatever becomes of the unit.
+    """
+    first = connection.sync_connection
+    if first is None or isinstance(bind, Connection) or not in_greenlet():
+        return bind
+    if bind is first.engine or not first.in_transaction():
+        return first
+    guard = guard_of(session)
+    translated = bind if guard.translate_bind is None else guard.translate_bind(bind)
+    return guard.connection({"bind": translated})

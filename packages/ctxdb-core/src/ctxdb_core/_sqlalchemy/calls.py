@@ -16,10 +16,7 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import failure_of
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import (
-    connections_of,
-    innermost_block,
-)
+from ctxdb_core._sqlalchemy.private import connections_of, innermost_block
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.traced_session import Interrupted, TracedSession
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError

@@ -39,6 +39,7 @@ from ctxdb_core._sqlalchemy.private import (
     number_of_savepoint,
     savepoints_set_on,
 )
+from ctxdb_core._sqlalchemy.rereading import note_changes
 from ctxdb_core.errors import OpenCursorError
 
 __all__ = ["follow_cursors", "has_open_cursor", "set_door_of_connection", "take_left_cursors"]
@@ -175,6 +176,7 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
         door = self._door
         if door is None or getattr(getcurrent(), "entered", None) is door:
             yield
+            note_changes()
             return
         if not door.enter():
             await_only(door.wait())
@@ -182,6 +184,7 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             # The transaction may have ended while another call had the turn.
             self._refuse_if_ended()
             yield
+            note_changes()
         except BaseException:
             if self._is_closed:
                 # The result has been read to its end, and closing its cursor was interrupted.

@@ -27,10 +27,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
-from ctxdb_core._sqlalchemy.private import (
-    has_to_flush,
-    is_flushing,
-)
+from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_flushing
 from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
@@ -111,6 +108,13 @@ class GuardedSession(TracedSession):
             raise
         block.follow(savepoint)
         return savepoint
+
+    def rollback(self) -> None:
+        if self.door is not None and not self.in_transaction() and has_to_flush(self):
+            # What a task adds or changes while another task's COMMIT is under way begins no transaction. Without one,
+            # SQLAlchemy rolls nothing back, and the next flush would write it.
+            begin_without_statement(self)
+        super().rollback()
 
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
@@ -212,7 +216,7 @@ class GuardedSession(TracedSession):
 
     def _may_be_closed_here(self) -> bool:
         """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
-        if self.door is None or not self.in_transaction():
+        if self.door is None or not (self.in_transaction() or has_to_flush(self)):
             return True
         session = async_session(self)
         return session is None or self.may_be_closed(session, None)

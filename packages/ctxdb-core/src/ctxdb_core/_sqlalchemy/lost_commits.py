@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,7 +26,7 @@ from ctxdb_core._sqlalchemy.mysql_errors import (
     error_number,
     is_mysql,
 )
-from ctxdb_core._sqlalchemy.private import connections_of, follow_dialect, replace_commit
+from ctxdb_core._sqlalchemy.private import connections_of, follow_dialect, pool_of, replace_commit
 from ctxdb_core._sqlalchemy.stale_connections import is_connection_error
 from ctxdb_core.errors import ArgumentValueError, CommitOutcomeUnknownError
 
@@ -90,7 +90,9 @@ AskOutcome: TypeAlias = Callable[[PoolProxiedConnection, LostCommit], Awaitable[
 """Given the connection that a commit was lost on: whether it has been committed; ``None`` if that cannot be told."""
 
 
-_commits: WeakKeyDictionary[Engine, _Commits] = WeakKeyDictionary()
+# Engines that `AsyncEngine.execution_options` returns have one dialect, as do those for other event loops.
+_commits: WeakKeyDictionary[Dialect, _Commits] = WeakKeyDictionary()
+_followed: WeakSet[Engine] = WeakSet()
 
 
 def call_lost_commits_unknown(engine: AsyncEngine) -> None:
@@ -143,14 +145,17 @@ def _note_reader(session: Any) -> None:
 
 def _commits_of(engine: AsyncEngine) -> _Commits:
     sync_engine = engine.sync_engine
-    commits = _commits.get(sync_engine)
+    if sync_engine not in _followed:
+        _followed.add(sync_engine)
+        event.listen(sync_engine, "handle_error", _raise_unknown)
+    commits = _commits.get(sync_engine.dialect)
     if commits is None:
-        commits = _commits[sync_engine] = _Commits(sync_engine)
+        commits = _commits[sync_engine.dialect] = _Commits(sync_engine)
     return commits
 
 
 class _Commits:
-    """The commits of one engine."""
+    """The commits of the engines that have one dialect. It may outlive the engine that it was made for."""
 
     resolves = False
     """Whether PostgreSQL is asked what became of one whose answer was lost."""
@@ -158,32 +163,30 @@ class _Commits:
     """Who is asked, if not the engine's own server."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = ref(engine)
+        self._dialect = ref(engine.dialect)
+        self._name = "/".join(filter(None, (engine.url.host, engine.url.database)))
         replace_commit(engine.dialect, self._commit)
         follow_dialect(engine.dialect, "do_prepare_twophase", self._prepare)
         follow_dialect(engine.dialect, "do_commit_twophase", self._commit_prepared)
-        event.listen(engine, "handle_error", _raise_unknown)
 
     def _commit(self, do_commit: Callable[[Any], None], connection: PoolProxiedConnection) -> None:
         transaction = self._identify(connection) if self.resolves else None
         try:
             do_commit(connection)
         except BaseException as exc:
-            engine = self._engine()
-            assert engine is not None, "it has a connection in use"
-            if not _is_lost(engine, connection, exc):
+            if not self._is_lost(connection, exc):
                 raise
             if transaction is not None and isinstance(exc, Exception):
                 try:
-                    has_committed = await_only(self._resolve(engine, connection, transaction))
+                    has_committed = await_only(self._resolve(connection, transaction))
                 except asyncio.CancelledError as cancelled:
-                    self._raise_unknown(engine, connection, cancelled, transaction)
+                    self._raise_unknown(connection, cancelled, transaction)
                 if has_committed:
                     connection.invalidate(exc)
                     return
                 if has_committed is False:
                     raise
-            self._raise_unknown(engine, connection, exc, transaction)
+            self._raise_unknown(connection, exc, transaction)
 
     def _prepare(self, original: Callable[..., None], connection: Connection, xid: Any) -> None:
         try:
@@ -206,11 +209,9 @@ class _Commits:
             if not self._has_lost(connection, exc):
                 raise
             # Whether or not COMMIT PREPARED was sent, the prepared transaction can still be committed.
-            engine = self._engine()
-            assert engine is not None, "it has a connection in use"
             cause = (exc.orig or exc) if isinstance(exc, DBAPIError) else exc
             unknown = _unknown(
-                engine, None, cause, f"It was prepared as {xid!r}, and is open as long as pg_prepared_xacts has it."
+                self._name, None, cause, f"It was prepared as {xid!r}, and is open as long as pg_prepared_xacts has it."
             )
             if not isinstance(exc, Exception):
                 raise exc from unknown
@@ -219,21 +220,26 @@ class _Commits:
             raise unknown from exc
 
     def _has_lost(self, connection: Connection, exc: BaseException) -> bool:
-        engine = self._engine()
-        assert engine is not None, "it has a connection in use"
         if isinstance(exc, DBAPIError):
             return exc.connection_invalidated
-        return connection.invalidated or _is_lost(engine, connection.connection, exc)
+        return connection.invalidated or self._is_lost(connection.connection, exc)
 
-    @staticmethod
+    def _is_lost(self, connection: PoolProxiedConnection, exc: BaseException) -> bool:
+        return _is_lost(self._running_dialect(), connection, exc)
+
+    def _running_dialect(self) -> Dialect:
+        dialect = self._dialect()
+        assert dialect is not None, "one of its methods is running"
+        return dialect
+
     def _raise_unknown(
-        engine: Engine, connection: PoolProxiedConnection, exc: BaseException, transaction: LostCommit | None
+        self, connection: PoolProxiedConnection, exc: BaseException, transaction: LostCommit | None
     ) -> None:
-        unknown = _unknown(engine, transaction, exc)
+        unknown = _unknown(self._name, transaction, exc)
         if not isinstance(exc, Exception):
             # A cancellation goes on. Its cause tells the code that has set a time limit which commit was interrupted.
             raise exc from unknown
-        if isinstance(exc, engine.dialect.loaded_dbapi.Error):
+        if isinstance(exc, self._running_dialect().loaded_dbapi.Error):
             # SQLAlchemy has listeners and the pool see the driver's error: see `_raise_unknown` of the module.
             connection.info[_LOST] = unknown
             raise exc
@@ -249,12 +255,12 @@ class _Commits:
         cursor.close()
         return None if row is None or row[0] is None else LostCommit(int(row[0]), row[1], int(row[2]))
 
-    async def _resolve(self, engine: Engine, connection: PoolProxiedConnection, transaction: LostCommit) -> bool | None:
+    async def _resolve(self, connection: PoolProxiedConnection, transaction: LostCommit) -> bool | None:
         """Return whether `transaction` has been committed; ``None`` if that cannot be told."""
         deadline: float | None = connection.info.get(_DEADLINE)
         latest = asyncio.get_running_loop().time() + RESOLVE_SECONDS
         # The question takes a pool of its own: the engine's connections may be as dead as the one of the commit.
-        pool = engine.pool.recreate()
+        pool = pool_of(connection).recreate()
         try:
             async with asyncio.timeout_at(latest if deadline is None else min(deadline, latest)):
                 if self.ask is not None:
@@ -287,36 +293,34 @@ def _ask_outcome(pool: Pool, transaction: LostCommit) -> Any:
         pool.dispose()
 
 
-def _is_lost(engine: Engine, connection: PoolProxiedConnection, exc: BaseException) -> bool:
+def _is_lost(dialect: Dialect, connection: PoolProxiedConnection, exc: BaseException) -> bool:
     """Return whether COMMIT had been sent, or may have been, when `exc` came in the place of its answer."""
-    dbapi = engine.dialect.loaded_dbapi
+    dbapi = dialect.loaded_dbapi
     if not isinstance(exc, dbapi.Error):
         return not isinstance(exc, Exception) or isinstance(exc, OSError | TimeoutError)
     # The module of aiosqlite has no such class.
     if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
-    if is_mysql(engine.dialect):
+    if is_mysql(dialect):
         number = error_number(exc)
         # The first is asyncmy's, which has sent nothing. The others are told by a server that ends the connection.
         return number != SERVER_GONE and (
-            number in (CONNECTION_KILLED, SERVER_SHUTDOWN) or engine.dialect.is_disconnect(exc, connection, None)
+            number in (CONNECTION_KILLED, SERVER_SHUTDOWN) or dialect.is_disconnect(exc, connection, None)
         )
     sqlstate = getattr(exc, "sqlstate", None)
     if sqlstate is not None and not is_connection_error(sqlstate):
         # The server has answered: it has rolled back.
         return False
-    return sqlstate is not None or engine.dialect.is_disconnect(exc, connection, None)
+    return sqlstate is not None or dialect.is_disconnect(exc, connection, None)
 
 
 def _unknown(
-    engine: Engine,
+    name: str,
     transaction: LostCommit | None,
     exc: BaseException,
     hint: str = "`DBConnect(..., resolve_commits=True)` has PostgreSQL asked.",
 ) -> CommitOutcomeUnknownError:
-    url = engine.url
-    name = "/".join(filter(None, (url.host, url.database)))
     told = "" if transaction is None else f", transaction {transaction.id}"
     return CommitOutcomeUnknownError(
         f"The connection to {name!r} was lost while COMMIT was under way{told} ({str(exc) or type(exc).__name__}): "

@@ -11,12 +11,13 @@ import asyncio
 import copy
 import sys
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Engine, event
+from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
@@ -42,6 +43,7 @@ __all__ = [
     "deleted_in",
     "driver_cursor_of",
     "follow_dialect",
+    "follow_parts",
     "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
@@ -237,6 +239,18 @@ def deleted_in(session: Session) -> list[InstanceState[Any]]:
     """Return the states of the objects that the open transaction has deleted, which a roll-back brings back."""
     transaction = session.get_transaction()
     return [] if transaction is None else list(transaction._deleted)  # noqa: SLF001 - see the module
+
+
+def follow_parts(
+    result: ChunkedIteratorResult[Any], around: Callable[[Iterator[Sequence[Any]]], Iterator[Sequence[Any]]]
+) -> None:
+    """Have `around` called with the iterator of the parts that a result of the ORM is made in, for one in its place.
+
+    A part is made when it is read: its rows are fetched, and the objects are filled.
+    """
+    read = result.chunks
+    result.chunks = lambda size: around(read(size))
+    result.iterator = chain.from_iterable(result.chunks(result._yield_per))  # noqa: SLF001 - see the module
 
 
 def commit_values(state: InstanceState[Any], values: Mapping[str, Any]) -> None:

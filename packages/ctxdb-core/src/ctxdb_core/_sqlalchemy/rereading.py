@@ -6,59 +6,76 @@ at a commit, so that the next look loads them. Sessions of ctxdb do not, as asyn
 server-sent event that asks for a row's state, again and again, would see its first state for ever.
 
 So from the second transaction of a session on, its queries fill the objects anew that they return, and ``get`` asks the
-database once for each object of an earlier transaction. A relationship that was loaded, and is not a part of the query,
-keeps what it has.
+database once for each object of an earlier transaction. A relationship or a deferred column that was loaded, and is not
+a part of the query, keeps what it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Result, event, inspect
-from sqlalchemy.orm import InstanceState, ORMExecuteState, Session
-from sqlalchemy.orm.attributes import set_attribute, set_committed_value
+from sqlalchemy.engine import ChunkedIteratorResult
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm.attributes import flag_dirty, set_attribute, set_committed_value
 
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
-from ctxdb_core._sqlalchemy.private import changed_states, listen_once
+from ctxdb_core._sqlalchemy.private import changed_states, follow_parts, listen_once
 
-__all__ = ["Rereading", "keeping_changes"]
+__all__ = ["Rereading", "keeping_changes", "note_changes"]
+
+_NO_VALUE = LoaderCallableStatus.NO_VALUE
 
 
 class Rereading:
     """The objects that `session` has from its earlier transactions; made when it begins another one."""
 
-    __slots__ = ("_relationships", "is_ahead")
+    __slots__ = ("_loaded", "is_ahead")
 
     def __init__(self, session: Session) -> None:
         self.is_ahead = True
         """Whether the other transaction has not begun."""
-        self._relationships: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
-        """What each object's relationships have loaded; looked up at the first query, as it may never come."""
+        self._loaded: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
+        """What each object has loaded on demand; looked up at the first query, as it may never come."""
         listen_once(session, "do_orm_execute", _read_anew)
 
     def objects(self, session: Session) -> WeakKeyDictionary[InstanceState[Any], dict[str, Any]]:
-        """Return the objects that have not been read again, with what their relationships have loaded."""
-        if self._relationships is None:
-            self._relationships = WeakKeyDictionary(
+        """Return the objects that have not been read again, with what they have loaded on demand."""
+        if self._loaded is None:
+            self._loaded = WeakKeyDictionary(
                 {
-                    state: _loaded_relationships(state)
+                    state: _loaded_on_demand(state)
                     for state in session.identity_map.all_states()
                     # SQLAlchemy reads an expired object anew by itself.
                     if not state.expired
                 }
             )
-        return self._relationships
+        return self._loaded
 
 
-def _loaded_relationships(state: InstanceState[Any]) -> dict[str, Any]:
-    loaded = {key: state.dict[key] for key in state.mapper.relationships.keys() if key in state.dict}  # noqa: SIM118
-    if loaded and not event.contains(state.class_, "refresh", _keep_relationships):
-        event.listen(state.class_, "refresh", _keep_relationships)
+def _loaded_on_demand(state: InstanceState[Any]) -> dict[str, Any]:
+    """Return the values of the relationships and deferred columns that have been loaded."""
+    loaded = {key: state.dict[key] for key in _keys_loaded_on_demand(state.mapper) if key in state.dict}
+    if loaded and not event.contains(state.class_, "refresh", _keep_loaded):
+        event.listen(state.class_, "refresh", _keep_loaded)
     return loaded
+
+
+def _keys_loaded_on_demand(mapper: Mapper[Any]) -> tuple[str, ...]:
+    """Return the attributes whose values SQLAlchemy forgets if a query fills an object anew without loading them."""
+    keys = _keys_by_mapper.get(mapper)
+    if keys is None:
+        deferred = (each.key for each in mapper.column_attrs if each.deferred)
+        keys = _keys_by_mapper[mapper] = (*mapper.relationships.keys(), *deferred)
+    return keys
+
+
+_keys_by_mapper: WeakKeyDictionary[Mapper[Any], tuple[str, ...]] = WeakKeyDictionary()
 
 
 def _rereading_of(session: Session) -> Rereading | None:
@@ -80,7 +97,10 @@ def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
     execution.update_execution_options(populate_existing=True)
     if options.get("stream_results") or options.get("yield_per"):
         # The rows of a streamed result are not read by this call.
-        return None
+        result = execution.invoke_statement()
+        if isinstance(result, ChunkedIteratorResult):
+            follow_parts(result, partial(_keep_changes_between, session))
+        return result
     with keeping_changes(session):
         return execution.invoke_statement()
 
@@ -102,14 +122,39 @@ def keeping_changes(session: Session) -> Iterator[None]:
         changes.restore()
 
 
+def _keep_changes_between(session: Session, parts: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """Keep what was changed since an earlier part of a streamed result was read, where a later part has that object."""
+    while True:
+        worker: Any = getcurrent()
+        changes, outer = ChangesDuringQuery(session), getattr(worker, "waiting", None)
+        changes.end_waiting()
+        worker.waiting = changes
+        try:
+            part = next(parts, None)
+        finally:
+            worker.waiting = outer
+            changes.restore()
+        if part is None:
+            return
+        yield part
+
+
+def note_changes() -> None:
+    """Note what other tasks have changed, as the running greenlet has fetched rows that it is about to read."""
+    waiting = getattr(getcurrent(), "waiting", None)
+    if isinstance(waiting, ChangesDuringQuery):
+        waiting.end_waiting()
+
+
 class ChangesDuringQuery:
-    """What other tasks change while `session` waits for the rows of a query that fills its objects anew."""
+    """What is changed while `session` waits for the rows of a query that fills its objects anew."""
 
     __slots__ = ("_changed", "_session")
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._changed: dict[InstanceState[Any], dict[str, Any]] = {}
+        self._changed: dict[InstanceState[Any], dict[str, tuple[Any, Any]]] = {}
+        """The values of attributes, each with what it was before the change."""
 
     def begin_waiting(self) -> None:
         """Do nothing: objects that were changed before the query have been flushed."""
@@ -117,19 +162,29 @@ class ChangesDuringQuery:
     def end_waiting(self) -> None:
         """Note what has been set, as the rows are read next."""
         for state in changed_states(self._session):
-            values = {name: state.dict[name] for name in state.committed_state if name in state.dict}
+            originals = state.committed_state
+            values = {name: (state.dict[name], originals[name]) for name in originals if name in state.dict}
             self._changed.setdefault(state, {}).update(values)
 
     def restore(self) -> None:
-        """Set again what the query has overwritten."""
+        """Set again what the query has overwritten, or takes for read."""
         for state, values in self._changed.items():
             instance = state.obj()
-            for name, value in values.items():
-                if instance is not None and name in state.dict and state.dict[name] is not value:
+            if instance is None or not state.persistent:
+                continue
+            for name, (value, original) in values.items():
+                if name in state.committed_state or name in state.expired_attributes:
+                    # It is a change still; or the code does not want it any more.
+                    continue
+                if state.dict.get(name, _NO_VALUE) is value:
+                    # The query has loaded other attributes of the object, and SQLAlchemy takes all of them for read.
+                    state.committed_state[name] = original
+                    flag_dirty(instance)
+                else:
                     set_attribute(instance, name, value)
 
 
-def _keep_relationships(instance: object, context: Any, attributes: object) -> None:
+def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     # `session.refresh()` asks for one object, and for all of it.
     rereading = _rereading_of(context.session) if context.refresh_state is None else None
     if rereading is None:

@@ -9,10 +9,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import FailedStatement
-from ctxdb_core._sqlalchemy.private import (
-    begin_without_statement,
-    connections_of,
-)
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
 
 __all__ = ["Interrupted", "TracedSession"]

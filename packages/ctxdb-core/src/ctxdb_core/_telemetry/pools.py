@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -63,6 +63,8 @@ class PoolFollower:
         self._key = f"ctxdb.taken.{id(self)}"
         # A database in memory has one engine for all event loops.
         self._engines: WeakSet[Engine] = WeakSet()
+        # The engines of several event loops may have one.
+        self._dialects: WeakSet[Dialect] = WeakSet()
         for db in self._dbs:
             db.on_engine(self._follow, overridden=True)
 
@@ -127,5 +129,7 @@ class PoolFollower:
             return connection
 
         follow_raw_connection(sync_engine, take)
-        follow_dialect(sync_engine.dialect, "connect", connect)
+        if sync_engine.dialect not in self._dialects:
+            self._dialects.add(sync_engine.dialect)
+            follow_dialect(sync_engine.dialect, "connect", connect)
         event.listen(sync_engine, "checkin", note_return)

@@ -188,7 +188,7 @@ def may_be_closed(session: AsyncSession, exc: BaseException | None) -> bool:
         SessionOwnedError: its transaction holds work, which would be lost.
     """
     sync_session = guard_of(session)
-    if not sync_session.in_transaction() or not sync_session.has_written():
+    if not in_transaction(session) or not sync_session.has_written():
         return True
     if all(is_autocommit(connection) for connection in begun_connections(session)) and begun_connections(session):
         # Each statement has been committed by itself.
