@@ -77,6 +77,11 @@ class Exchange:
             check_transition(self.phase, phase)
             self.phase = phase
 
+    async def end_reading(self) -> None:
+        """End the transactions of the body that have only read."""
+        if self.unit.sessions and self.phase is Phase.BODY:
+            await self.unit.end_reading()
+
     @property
     def has_work(self) -> bool:
         """Whether there may be something to commit or to roll back."""

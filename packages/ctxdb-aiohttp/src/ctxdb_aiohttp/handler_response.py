@@ -49,9 +49,7 @@ class HandlerResponse(Delivery):
 
     async def progress(self) -> None:
         """Give the connections back of transactions that have only read: a client may be slow to read."""
-        unit = self.exchange.unit
-        if unit.sessions and self.exchange.phase is Phase.BODY:
-            await unit.end_reading()
+        await self.exchange.end_reading()
 
     async def end(self, watched: WatchedWriter, chunk: bytes) -> None:
         """Write the end of the body, once what it has done is committed.

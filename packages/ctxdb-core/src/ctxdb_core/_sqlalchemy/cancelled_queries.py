@@ -133,16 +133,21 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
         key = _cancel_key_of(connection)
     if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
         request = _send_cancel_request(key) if hasattr(key, "poll") else asyncio.to_thread(key.cancel)
-        try:
-            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
-        except asyncio.CancelledError:
-            # The cancellation that brought us here goes on.
-            pass
-        except Exception:
-            logger.debug("A cancelled query could not be stopped", exc_info=True)
+        _see_through(request)
 
 
-# What libpq answers to how far it is (PostgresPollingStatusType).
+def _see_through(request: Coroutine[Any, Any, Any]) -> None:
+    """Wait until the server has been asked to stop a query, for as long as `stop_seconds` says; log if that fails."""
+    try:
+        await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
+    except asyncio.CancelledError:
+        # The cancellation by which the query is stopped goes on.
+        pass
+    except Exception:
+        logger.debug("A cancelled query could not be stopped", exc_info=True)
+
+
+# libpq's answers about the progress of a request (PostgresPollingStatusType).
 _READING, _WRITING, _OK = 1, 2, 3
 
 
@@ -187,13 +192,7 @@ class _MySQLKiller:
         connection: Any = record.driver_connection
         # KILL takes a pool of its own, as the engine's may be at its limit.
         request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
-        try:
-            await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
-        except asyncio.CancelledError:
-            # The cancellation that brought us here goes on.
-            pass
-        except Exception:
-            logger.debug("A cancelled query could not be stopped", exc_info=True)
+        _see_through(request)
 
 
 def _kill(pool: Pool, number: int) -> None:
