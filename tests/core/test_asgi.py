@@ -14,9 +14,20 @@ from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
-from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, new_db_ctx, on_commit, on_rollback
+from ctxdb_core import (
+    ContextClosedError,
+    DBConnect,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    on_commit,
+    on_rollback,
+    rollback_db_session,
+)
+from ctxdb_core._units.unit import current_unit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
+from ctxdb_core.asgi.http import HTTPExchange
 
 
 def replying(work: Callable[[], Awaitable[object]]) -> ASGIApp:
@@ -143,6 +154,21 @@ async def test_a_body_that_is_cancelled_before_it_has_sent_anything_is_rolled_ba
 
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert (await database.names(), called) == (["one"], [])
+
+
+async def test_a_body_keeps_nothing_of_the_tasks_in_which_it_has_used_a_session(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = current_unit.get()
+        assert isinstance(exchange, HTTPExchange)
+        await send(START)
+        for _ in range(5):
+            await asyncio.create_task(insert(db, "undone"))
+            await rollback_db_session(db)
+            await send({**BODY, "more_body": True})
+        await eventually(lambda: exchange.body is not None and len(exchange.body.users) <= 1, "tasks are kept")
+        await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
 
 
 async def test_a_body_that_is_cancelled_while_it_waits_for_a_connection_commits_nothing(database: Database) -> None:

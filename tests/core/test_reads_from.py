@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from tests.support.database import Database
 
-from ctxdb_core import DBConnect, TransactionContext, db_session, run_in_new_ctx
+from ctxdb_core import DBConnect, TransactionContext, db_session, joining_session, run_in_new_ctx
 from ctxdb_core.adapters import begin, finalize
 from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
 
@@ -58,6 +59,30 @@ async def test_a_session_that_is_made_at_once_is_one_of_the_reader(main: DBConne
     session = TransactionContext(main).get_session()
     assert await is_of(session, reader)
     assert session is await db_session(main)
+    await finalize(unit, commit=True)
+
+
+async def test_a_context_with_a_session_maker_has_the_sessions_of_the_reader(
+    main: DBConnect, reader: DBConnect
+) -> None:
+    unit = begin(reads_from={main: reader})
+    assert unit is not None
+    async with TransactionContext(main, default_session_maker=async_sessionmaker()).session() as session:
+        assert await is_of(session, reader)
+    await finalize(unit, commit=True)
+
+
+async def test_a_joining_session_asks_nothing_of_the_database_that_is_not_read_from(
+    reader: DBConnect, database: Database
+) -> None:
+    async def refuse(db: DBConnect) -> None:
+        raise AssertionError
+
+    main = DBConnect(lambda host: database.watch_new(), host="main", before_create_session_handler=refuse)
+    unit = begin(reads_from={main: reader})
+    assert unit is not None
+    async with joining_session(main) as session:
+        assert (await session.execute(text("SELECT 1"))).scalar_one() == 1
     await finalize(unit, commit=True)
 
 

@@ -55,7 +55,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         # What is only added to the unit's session would not be seen.
         await session.flush()
         connection = await session.connection()
-        joined = await _create(db, session, connection)
+        joined = cast("SessionT", await _create(unit.source_of(db), session, connection))
         try:
             yield joined
         except BaseException as exc:
@@ -78,14 +78,14 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             await run_to_completion(session_end.close(joined, None, db))
 
 
-async def _create(db: DBConnect[SessionT], session: AsyncSession, connection: AsyncConnection) -> SessionT:
+async def _create(db: DBConnect, session: AsyncSession, connection: AsyncConnection) -> AsyncSession:
     maker = await db.session_maker()
     joined = guarded(maker(bind=connection, join_transaction_mode="create_savepoint"))
     guard = guard_of(joined)
     # Calls of both take turns: they have one connection.
     guard.door = door_of(session)
     guard.translate_bind = partial(_joined_bind, session, connection)
-    return cast("SessionT", joined)
+    return joined
 
 
 def _joined_bind(session: AsyncSession, connection: AsyncConnection, bind: Engine | Connection) -> Engine | Connection:

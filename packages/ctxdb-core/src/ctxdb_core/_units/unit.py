@@ -197,7 +197,7 @@ class UnitOfWork:
 
         Args:
             db: where.
-            create: makes the session, if not `db` itself.
+            create: makes the session, if not `db` itself, and if this unit does not know better.
 
         Raises:
             ContextClosedError: the unit of work has ended.
@@ -207,6 +207,8 @@ class UnitOfWork:
         if db in self.sessions:
             return self.sessions[db]
         source = db if self.reads_from is None else self.source_of(db)
+        if source is not db:
+            create = None
         session = source.create_session_at_once() if create is None else None
         if session is None:
             session = await (create or source.create_session)()

@@ -49,7 +49,16 @@ class Body:
     """
 
     # By weak reference: the context of a task knows the exchange, and its error the frames of a body to be closed.
-    __slots__ = ("__weakref__", "cancelled_users", "has_used_a_session", "is_complete", "parked", "senders", "users")
+    __slots__ = (
+        "__weakref__",
+        "has_cancelled_user",
+        "has_ended_user",
+        "has_used_a_session",
+        "is_complete",
+        "parked",
+        "senders",
+        "users",
+    )
 
     def __init__(self, *senders: ref[Any]) -> None:
         self.senders: frozenset[ref[Any]] = frozenset(senders)
@@ -60,10 +69,16 @@ class Body:
         """Whether the last of the body was sent, or nothing more of it is going to be."""
         self.parked: ParkedSessions | None = None
         """The transactions that the body had open when it was cut off."""
+        self._forget_users()
+
+    def _forget_users(self) -> None:
+        # A body may last for days, and use a session in a new task each second.
         self.users: frozenset[ref[Any]] = frozenset()
-        """The tasks that have used a session while the body was not complete."""
-        self.cancelled_users: frozenset[ref[Any]] = frozenset()
-        """Those of `users` that were cancelled."""
+        """The tasks that have used a session while the body was not complete, and go on."""
+        self.has_cancelled_user: bool = False
+        """Whether one of them was cancelled."""
+        self.has_ended_user: bool = False
+        """Whether one of them has ended otherwise."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Note what is about to be forwarded to the server."""
@@ -136,7 +151,7 @@ class Body:
         finally:
             self.parked = None
             # What they have done is undone.
-            self.users = self.cancelled_users = frozenset()
+            self._forget_users()
 
     def is_cut_off(self) -> bool:
         """Return whether the body is not complete, and another task than the running one was to send the rest.
@@ -146,7 +161,7 @@ class Body:
         """
         if not self.has_used_a_session or self.is_complete:
             return False
-        if self.users and self.users == self.cancelled_users:
+        if self.has_cancelled_user and not self.has_ended_user and not self.users:
             return True
         tasks = [sender() for sender in self.senders]
         return any(task is not None and not task.done() and task is not asyncio.current_task() for task in tasks)
@@ -230,8 +245,14 @@ async def let_failure_arrive() -> None:
 
 def _note_end_of_user(body_ref: ref[Body], task_ref: ref[Any], task: asyncio.Task[Any]) -> None:
     body = body_ref()
-    if body is not None and task.cancelled():
-        body.cancelled_users |= {task_ref}
+    if body is None or task_ref not in body.users:
+        # What it has done was rolled back meanwhile.
+        return
+    body.users -= {task_ref}
+    if task.cancelled():
+        body.has_cancelled_user = True
+    else:
+        body.has_ended_user = True
 
 
 def _note_end(body_ref: ref[Body], unit_ref: ref[UnitOfWork], task: asyncio.Task[Any]) -> None:
