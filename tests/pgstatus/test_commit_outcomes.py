@@ -131,6 +131,7 @@ async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
     cluster: PostgresCluster, monitor: HostMonitor, db: DBConnect
 ) -> None:
     old, standbys = cluster.primary, cluster.standbys
+    are_lost = asyncio.Event()
 
     async def is_left() -> bool:
         return not await old.execute("SELECT 1 FROM pg_stat_replication")
@@ -144,8 +145,11 @@ async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
         for node, other in (standbys, reversed(standbys)):
             await node.follow(other, wait=False)
         await until(is_left)
+        are_lost.set()
 
     committing = asyncio.create_task(insert(db, inserted=lose_standbys))
+    # Before that, the commit that waits may be the one by which WAL is written.
+    await are_lost.wait()
     await until_commit_waits(old)
     await old.kill()
     await standbys[0].promote()
