@@ -562,6 +562,8 @@ async def test_hosts_take_turns_under_many_sessions_while_one_of_them_comes_and_
             for times in range(1, 5):
                 # A session on an earlier engine may be counted when the next one is awaited.
                 await eventually(partial(has_engines, times), "no new engine for r3")
+                # Until it has one, that it has no connection does not tell that it was retired.
+                await eventually(lambda: hosts.connections("r3") > 0, "no connection to r3")
                 await eventually(lambda: served["r3"] > 3, "no session on r3")
                 if times < 4:
                     alive.remove("r3")
