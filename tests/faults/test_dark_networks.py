@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import Database, eventually, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
@@ -109,6 +110,30 @@ async def test_those_who_wait_for_a_pool_are_told_that_the_database_refuses(
         assert all(isinstance(result, DBAPIError | OSError) for result in results), results
         network.lets_in = True
         await asyncio.gather(*(use() for _ in range(5)))
+
+
+async def test_tasks_on_a_second_event_loop_are_told_by_a_given_engine_that_the_database_refuses(
+    database: Database, network: FaultyNetwork
+) -> None:
+    url = make_url(database.url).set(port=network.port)
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=600)
+    db = DBConnect.from_engine(engine)
+
+    async def use() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).scalar(text("SELECT 1"))
+
+    async def use_at_once() -> list[BaseException | None]:
+        async with asyncio.timeout(20):
+            return await asyncio.gather(*(use() for _ in range(5)), return_exceptions=True)
+
+    # The first event loop has the engine itself, and the second one a copy with the same dialect.
+    await use()
+    network.lets_in = False
+    results = await asyncio.to_thread(asyncio.run, use_at_once())
+    assert all(isinstance(result, DBAPIError | OSError) for result in results), results
+    network.lets_in = True
+    await engine.dispose()
 
 
 async def test_a_connection_of_a_url_is_waited_for_no_longer_than_ten_seconds(

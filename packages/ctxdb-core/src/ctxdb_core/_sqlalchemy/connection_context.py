@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
+from sqlalchemy import Dialect, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._sqlalchemy.private import pass_on_failed_connect, replace_connect
@@ -33,18 +35,30 @@ def connect_without_hidden_variables(engine: AsyncEngine) -> None:
 
     Where a connection cannot be opened, the next task that waits for one is told, and tries for itself.
     """
-    sync_engine = ref(engine.sync_engine)
+    known = _engines.get(engine.dialect)
+    if known is None:
+        known = _engines[engine.dialect] = []
+        replace_connect(engine.dialect, partial(_connect_or_pass_on, known))
+    known[:] = [*(each for each in known if each() is not None), ref(engine.sync_engine)]
 
-    def connect_or_pass_on(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return _connect_out_of_sight(connect, *args, **kwargs)
-        except Exception:
-            if (failed := sync_engine()) is not None:
-                # When the pool has taken note of the failure.
-                asyncio.get_running_loop().call_soon(lambda: pass_on_failed_connect(failed.pool))
-            raise
 
-    replace_connect(engine.dialect, connect_or_pass_on)
+# By dialect, as a dialect opens the connections. Copies of an engine for other event loops have the same dialect, each
+# with a pool of its own.
+_engines: WeakKeyDictionary[Dialect, list[ref[Engine]]] = WeakKeyDictionary()
+
+
+def _connect_or_pass_on(engines: list[ref[Engine]], connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _connect_out_of_sight(connect, *args, **kwargs)
+    except Exception:
+        # When the pool has taken note of the failure.
+        asyncio.get_running_loop().call_soon(_pass_on, engines)
+        raise
+
+
+def _pass_on(engines: list[ref[Engine]]) -> None:
+    for pool in {engine.pool for each in tuple(engines) if (engine := each()) is not None}:
+        pass_on_failed_connect(pool)
 
 
 def _connect_out_of_sight(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -318,14 +318,16 @@ def pass_on_failed_connect(pool: Pool) -> None:
     """Let the next task that waits for a connection of `pool` open one itself, as another task has failed to.
 
     A pool at its limit lets tasks wait until a connection is given back. One that could not be opened leaves a place
-    free, and nobody would be told.
+    free, and nobody would be told. A pool whose tasks wait on another event loop than the running one is left alone.
     """
     counting: Any = pool
+    loop = asyncio.get_running_loop()
     queue = getattr(getattr(pool, "_pool", None), "_queue", None)
     if not isinstance(queue, asyncio.Queue):
         return
     waiting: Any = queue
-    if any(not getter.done() for getter in waiting._getters) and counting._inc_overflow():  # noqa: SLF001 - see the module
+    is_waited_for = any(each.get_loop() is loop and not each.done() for each in tuple(waiting._getters))  # noqa: SLF001 - see the module
+    if is_waited_for and counting._inc_overflow():  # noqa: SLF001 - see the module
         counting._pool.put_nowait(_ConnectionRecord(pool, connect=False))  # noqa: SLF001 - see the module
 
 
