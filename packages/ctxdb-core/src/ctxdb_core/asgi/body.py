@@ -112,6 +112,11 @@ class Body:
             for sender in self.senders or (task,):
                 self._await_end(sender, unit)
 
+    @property
+    def has_users_beside_sender(self) -> bool:
+        """Whether a task other than the running one, which sends the last of the body, has used a session."""
+        return self.has_ended_user or bool(self.users - {running_task()})
+
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
         self._follow_end(sender, partial(_note_end, ref(self), ref(unit)))
 
