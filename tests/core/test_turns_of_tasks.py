@@ -506,6 +506,23 @@ async def by_session(db: DBConnect) -> None:
     await (await db_session(db)).commit()
 
 
+async def add_during_commit(
+    db: DBConnect,
+    database: Database,
+    is_changed: asyncio.Event,
+    commit: Callable[[DBConnect], Coroutine[Any, Any, None]] = by_unit,
+) -> AsyncSession:
+    session = await insert(db, "first")
+    item = await session.get_one(Item, "old")
+    committing = asyncio.create_task(commit(db))
+    await database.commit_is_held()
+    session.add(Item(name="added"))
+    item.name = "new"
+    is_changed.set()
+    await committing
+    return session
+
+
 @pytest.mark.parametrize("commit", [by_unit, by_session])
 async def test_additions_and_changes_while_another_task_commits_are_stored(
     db: DBConnect, database: Database, commit: Callable[[DBConnect], Coroutine[Any, Any, None]]
@@ -514,14 +531,7 @@ async def test_additions_and_changes_while_another_task_commits_are_stored(
 
     async def unit() -> None:
         async with new_db_ctx():
-            session = await insert(db, "first")
-            item = await session.get_one(Item, "old")
-            committing = asyncio.create_task(commit(db))
-            await database.commit_is_held()
-            session.add(Item(name="added"))
-            item.name = "new"
-            is_changed.set()
-            await committing
+            await add_during_commit(db, database, is_changed, commit)
 
     is_changed = asyncio.Event()
     with database.held_commits():
@@ -579,15 +589,3 @@ async def test_a_session_that_was_changed_while_another_task_committed_cannot_be
         await is_changed.wait()
     await running
     assert await database.names() == ["added", "first", "new"]
-
-
-async def add_during_commit(db: DBConnect, database: Database, is_changed: asyncio.Event) -> AsyncSession:
-    session = await insert(db, "first")
-    item = await session.get_one(Item, "old")
-    committing = asyncio.create_task(commit_db_session(db))
-    await database.commit_is_held()
-    session.add(Item(name="added"))
-    item.name = "new"
-    is_changed.set()
-    await committing
-    return session
