@@ -196,6 +196,14 @@ async def test_a_factory_makes_what_the_session_maker_says_now() -> None:
     assert factory(expire_on_commit=True).sync_session.expire_on_commit
 
 
+async def test_a_factory_sees_what_is_added_to_an_option_of_the_session_maker() -> None:
+    info: dict[str, Any] = {}
+    factory = SessionFactory(async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), info=info))
+    assert factory().info == {}
+    info["added"] = True
+    assert factory().info == {"added": True}
+
+
 async def test_a_factory_calls_the_constructors_of_the_users_classes() -> None:
     factory = SessionFactory(async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), class_=Marked))
     assert len({factory().mark for _ in range(3)}) == 3  # type: ignore[attr-defined]  # it is a `Marked`
