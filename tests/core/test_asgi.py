@@ -291,7 +291,7 @@ async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -> None:
-    """It is made without a call of ``UnitOfWork.__init__``, which requests without database use would feel."""
+    """It is made without a call of ``__init__``, which requests without database use would feel."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(scope["ctxdb.unit_of_work"])

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from ctxdb_aiohttp.response import status_of
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter
-from ctxdb_core.adapters import Phase, RequestPolicy, UnitOfWork, check_transition, finalize
+from ctxdb_core.adapters import Phase, RequestPolicy, RequestUnit, check_transition, finalize
 
 __all__ = ["UNSTARTED", "Exchange", "Opened", "Refusal", "exchange_of"]
 
@@ -17,7 +17,7 @@ UNSTARTED = frozenset({Phase.HANDLING, Phase.REFUSED})
 
 _SWITCHING_PROTOCOLS = 101
 
-Opened: TypeAlias = tuple[UnitOfWork, RequestPolicy]
+Opened: TypeAlias = tuple[RequestUnit, RequestPolicy]
 """What an `Exchange` is made of. Most requests need no exchange: their writers lead to this."""
 
 
@@ -62,7 +62,7 @@ class Exchange:
     attempts: int = 0
     """How many calls of the handler have come to their end. The next call is a new attempt: it undoes their work."""
 
-    def __init__(self, unit: UnitOfWork, commits: RequestPolicy, writer: Any) -> None:
+    def __init__(self, unit: RequestUnit, commits: RequestPolicy, writer: Any) -> None:
         self.unit = unit
         self.commits = commits
         self.writer = writer

@@ -21,7 +21,7 @@ from ctxdb_core.adapters import (
     BeforeCommit,
     ReadsFrom,
     RequestPolicy,
-    UnitOfWork,
+    RequestUnit,
     begin,
     follow_calls,
 )
@@ -62,12 +62,11 @@ def unit_of_work(
             before_commit=before_commit,
             statement_timeout=statement_timeout,
             deadline=None if deadline is None else deadline(request),
+            reads_from=None if reads_from is None or _may_write(request) else reads_from,
         )
         if unit is None:
             return await handler(request)
         unit.origin = request
-        if reads_from is not None and request.method in SAFE_METHODS and not _asks_for_websocket(request):
-            unit.reads_from = reads_from
         opened: Opened = (unit, commits)
         writer.ctxdb_exchange = opened
         try:
@@ -104,11 +103,13 @@ def unit_of_work(
     return open_unit
 
 
-def _asks_for_websocket(request: web.Request) -> bool:
-    return request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+def _may_write(request: web.Request) -> bool:
+    """Return whether a request may change something: by its method, or as the handshake of a websocket."""
+    asks_for_websocket = request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+    return asks_for_websocket or request.method not in SAFE_METHODS
 
 
-def _exchange_with(unit: UnitOfWork, commits: RequestPolicy, request: web.Request) -> Exchange:
+def _exchange_with(unit: RequestUnit, commits: RequestPolicy, request: web.Request) -> Exchange:
     """Return the exchange of `request` that has `unit`."""
     exchange = exchange_of(request)
     if exchange is None or exchange.unit is not unit:

@@ -19,6 +19,7 @@ from ctxdb_core._units.hooks import OnBegin
 from ctxdb_core._units.ids import give_unit_ids, new_unit_id
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
+from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
@@ -46,6 +47,7 @@ __all__ = [
     "Propagation",
     "ReadsFrom",
     "RequestPolicy",
+    "RequestUnit",
     "SessionT",
     "SessionT_co",
     "UnitOfWork",

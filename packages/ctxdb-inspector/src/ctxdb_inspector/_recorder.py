@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core import ArgumentTypeError, DBConnect, PoolStatus
-from ctxdb_core.adapters import UnitOfWork, acquiring_place, follow_dialect, running_unit, without_secrets
+from ctxdb_core.adapters import RequestUnit, UnitOfWork, acquiring_place, follow_dialect, running_unit, without_secrets
 from ctxdb_inspector._pool_track import KEPT_SAMPLES, PoolTrack
 from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
 
@@ -209,7 +209,7 @@ class Recorder:
                 return watcher
         record = UnitRecord(unit, self, self._end)
         unit.watch(record)
-        if self._request_key is not None and isinstance(unit.origin, MutableMapping):
+        if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record
         self._live[record.id] = record
         return record

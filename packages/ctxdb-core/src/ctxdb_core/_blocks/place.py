@@ -10,6 +10,7 @@ from ctxdb_core._blocks.shared_session import is_in_block_of
 from ctxdb_core._blocks.task_unit import TaskUnit
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._units.generator_blocks import innermost_unit
+from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 
@@ -124,7 +125,8 @@ def _why_not(unit: UnitOfWork) -> Found | None:
         return Found.OTHER_JOB
     ended = unit.over if isinstance(unit, TaskUnit) else unit.closed
     if ended:
-        return Found.CUT_SHORT if is_in_block_of(unit) or _is_given_up(unit) else Found.ENDED
+        is_given_up = isinstance(unit, RequestUnit) and unit.is_given_up()
+        return Found.CUT_SHORT if is_given_up or is_in_block_of(unit) else Found.ENDED
     if not unit.is_on_its_loop():
         return Found.TEST_ON_OTHER_LOOP if unit.shared else Found.OTHER_LOOP
     if isinstance(unit, TaskUnit) and not unit.is_owned():
@@ -149,8 +151,3 @@ def _is_inherited() -> bool:
         return True
     unit.enter()
     return False
-
-
-def _is_given_up(unit: UnitOfWork) -> bool:
-    """Return whether the running code is part of a handler in whose place a middleware has answered."""
-    return unit.calls is not None and unit.calls.is_running_given_up()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 from ctxdb_core._blocks.task_unit import TaskUnit
 from ctxdb_core._databases.connect import DBConnect
@@ -32,14 +30,14 @@ class JoinedBlock:
 
     def __enter__(self) -> None:
         if self.unit is not None:
-            self.unit.blocks += 1
+            self.unit.blocks = (*self.unit.blocks, self)
         _around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
         # Not by a token: the block may be left in another context than it was entered in, as a fixture's is.
         _around.set(self._outer)
         if self.unit is not None:
-            self.unit.blocks -= 1
+            self.unit.blocks = tuple(block for block in self.unit.blocks if block is not self)
         # Contexts that have inherited the block may last.
         self.unit, self._outer = None, ()
 
@@ -71,9 +69,6 @@ class SharedSessionBlock(JoinedBlock):
         SessionAlreadyActiveError: another task is in such a block; or this one is, and it may not be nested.
     """
 
-    # Kept beside the units: only these blocks ask for it.
-    _running: ClassVar[WeakKeyDictionary[UnitOfWork, list[SharedSessionBlock]]] = WeakKeyDictionary()
-
     def __init__(
         self,
         unit: UnitOfWork,
@@ -86,15 +81,15 @@ class SharedSessionBlock(JoinedBlock):
         super().__init__(unit, db)
         self.by_context = by_context
         self._task = running_task()
-        self._here = self._running.setdefault(unit, [])
+        here = [block for block in unit.blocks if isinstance(block, SharedSessionBlock)]
         self._ends_work = ends_work
         self._generator = iterated_generator()
         self._current: IteratedUnit | None = None
-        around = [block for block in self._here if block.by_context and block.is_by(self) and block.is_around()]
+        around = [block for block in here if block.by_context and block.is_by(self) and block.is_around()]
         # A context's own unit is a block around this one, too.
         if not may_nest and (around or isinstance(unit, TaskUnit)):
             raise SessionAlreadyActiveError
-        if any(block.is_beside(self) for block in self._here):
+        if any(block.is_beside(self) for block in here):
             raise SessionAlreadyActiveError(
                 "Another task is inside of a block that shares the session of this unit of work, and a session serves "
                 "one task at a time. Give the task a unit of work of its own by `run_in_new_ctx(fn, ...)`, another "
@@ -103,14 +98,12 @@ class SharedSessionBlock(JoinedBlock):
             )
 
     def __enter__(self) -> None:
-        self._here.append(self)
         if self._generator is not None and self._ends_work:
             self._current = IteratedUnit(current_unit.get(), self._generator, shares=self._db)
             self._current.enter()
         super().__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
-        self._here.remove(self)
         if self._current is not None:
             self._current.leave()
         super().__exit__(*exc_info)

@@ -15,7 +15,8 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.task_blocks import running_task
 from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.session_end import refuse_after_unit
-from ctxdb_core._units.unit import _CLOSED, CreateSession, UnitOfWork, inherited_before_commit
+from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, CreateSession
 from ctxdb_core.errors import ContextNotInitiatedError
 
 __all__ = ["OuterCommit", "TaskUnit", "TaskUnitBlock", "open_task_unit"]
@@ -37,6 +38,7 @@ class TaskUnit(UnitOfWork):
 
     def __init__(self, db: DBConnect, *, commits: bool, outer: UnitOfWork | None) -> None:
         self._owner: ref[asyncio.Task[Any]] | None = None
+        """The task that may use the session on `db`."""
         self.take_over()
         super().__init__(inherited_before_commit())
         self.db = db
@@ -67,6 +69,7 @@ class TaskUnit(UnitOfWork):
     @sessions.setter
     def sessions(self, sessions: dict[DBConnect, AsyncSession]) -> None:
         self._sessions = sessions
+        """The sessions by database, whichever task runs."""
 
     @property
     def closed(self) -> bool:
@@ -80,7 +83,7 @@ class TaskUnit(UnitOfWork):
     @property
     def over(self) -> bool:
         """Whether the block is over."""
-        return self._sessions is _CLOSED
+        return self._sessions is NO_SESSIONS_ANY_MORE
 
     def serves(self) -> bool:
         """Return whether the running code may use the session on `db`."""

@@ -19,7 +19,8 @@ from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
 from ctxdb_core._databases.connect import DBConnect, SessionT_co, borrow
-from ctxdb_core._units.unit import CreateSession, UnitOfWork
+from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError
 
 if TYPE_CHECKING:

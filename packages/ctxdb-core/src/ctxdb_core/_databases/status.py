@@ -70,8 +70,10 @@ class OpenUnit(Protocol):
     """What a status wants to know of a unit of work, which is a layer above this one."""
 
     sessions: dict[DBConnect, AsyncSession]
-    opened: float
-    """When it opened its first session, by `time.perf_counter`."""
+
+    @property
+    def opened(self) -> float:
+        """When it opened its first session, by `time.perf_counter`."""
 
     @property
     def id(self) -> str:

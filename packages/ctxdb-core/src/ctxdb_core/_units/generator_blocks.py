@@ -19,17 +19,15 @@ from asyncio import Handle
 from collections.abc import Callable
 from itertools import pairwise
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._transactions.statement_timeout import StatementTimeout
+from ctxdb_core._units.settings import NO_SETTINGS, UnitSettings
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from ctxdb_core._databases.connect import DBConnect
-    from ctxdb_core._transactions.statement_timeout import StatementTimeout
-    from ctxdb_core._units.commit import BeforeCommit
 
 __all__ = ["IteratedUnit", "innermost_unit", "is_at_yield", "iterated_generator", "seat"]
 
@@ -143,7 +141,7 @@ class IteratedUnit(UnitOfWork):
     """
 
     def __init__(self, unit: UnitOfWork, generator: FrameType, *, shares: DBConnect | None = None) -> None:
-        # Without `UnitOfWork.__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
+        # Without `super().__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
         self.sessions = {}
         self.loop = unit.loop
         self._unit = unit
@@ -179,14 +177,14 @@ class IteratedUnit(UnitOfWork):
         return self._around
 
     @property
-    def before_commit(self) -> BeforeCommit | None:
-        """What units of work ask that are opened here."""
+    def settings(self) -> UnitSettings:
+        """The settings of the unit that the running code finds here."""
         unit = self.answering()
-        return None if unit is None else unit.before_commit
+        return NO_SETTINGS if unit is None else unit.settings
 
-    @before_commit.setter
-    def before_commit(self, before_commit: BeforeCommit | None) -> None:
-        raise AttributeError("It belongs to the unit of work behind this one.")
+    @settings.setter
+    def settings(self, settings: UnitSettings) -> None:
+        raise AttributeError("The settings belong to the unit of work behind this one.")
 
     @property
     def closed(self) -> bool:

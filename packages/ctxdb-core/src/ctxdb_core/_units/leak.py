@@ -1,33 +1,33 @@
-"""`LeakGuard`: says so when the sessions of a unit of work are thrown away instead of being ended."""
+"""`LeakGuard`: says so when sessions are thrown away instead of being ended."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ctxdb_core._databases.connect import DBConnect
-
-__all__ = ["LeakGuard"]
+__all__ = ["UNIT_LEAKED", "LeakGuard"]
 
 
-_OF_UNITS = (
+UNIT_LEAKED = (
     "A unit of work was garbage-collected with an open session on {}: nobody has committed or rolled back its work. "
     "Let `async with new_db_ctx():` end it, or `finalize()` for each `begin()`."
 )
 
 
 class LeakGuard:
-    """Warns when it is garbage-collected while there are `sessions`: to be kept by nothing but their unit of work.
+    """Warns when it is garbage-collected while there are `sessions`: to be kept by nothing but their owner.
 
-    It is made for the first session, and the unit has no ``__del__``: a request without database use shall not pay for
-    this. As the source of the warning, it lets tracemalloc tell where that session was opened.
+    A unit of work makes one for its first session, and has no ``__del__`` itself: a request without database use shall
+    not pay for this. As the source of the warning, the guard lets tracemalloc tell where that session was opened.
+
+    Args:
+        sessions: the databases that there are sessions on. The guard warns if it is not empty.
+        message: the warning, with ``{}`` for the names of these databases.
     """
 
     __slots__ = ("__weakref__", "_message", "_sessions")
 
-    def __init__(self, sessions: Collection[DBConnect], message: str = _OF_UNITS) -> None:
+    def __init__(self, sessions: Collection[object], message: str) -> None:
         self._sessions = sessions
         self._message = message
 

@@ -14,7 +14,9 @@ from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.reading import ReadsFrom
+from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
+from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
@@ -44,7 +46,7 @@ def begin(
     statement_timeout: float | None = None,
     deadline: float | None = None,
     reads_from: ReadsFrom | None = None,
-) -> UnitOfWork | None:
+) -> RequestUnit | None:
     """Open a unit of work for a request and make it the current one; each call needs its `finalize`.
 
     Args:
@@ -66,16 +68,18 @@ def begin(
     # Most requests find nothing at all: these two looks spare them the closer one.
     if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
-    unit = UnitOfWork(before_commit)
-    if statement_timeout is not None or deadline is not None:
-        unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
-    if reads_from is not None:
-        unit.reads_from = reads_from
+    unit = RequestUnit(before_commit)
+    if statement_timeout is not None or deadline is not None or reads_from is not None:
+        unit.settings = UnitSettings(before_commit, _statement_timeout(statement_timeout, deadline), reads_from)
     if request is not None:
         request[REQUEST_KEY] = unit
         unit.origin = request
     unit.enter()
     return unit
+
+
+def _statement_timeout(seconds: float | None, deadline: float | None) -> StatementTimeout | None:
+    return None if seconds is None and deadline is None else StatementTimeout(seconds, deadline)
 
 
 def outer_unit(request: MutableMapping[str, Any] | None) -> UnitOfWork | None:
@@ -122,7 +126,7 @@ async def finalize(
     try:
         if unit.closed:
             return
-        if unit.calls is not None and unit.calls.are_given_up():
+        if isinstance(unit, RequestUnit) and unit.calls is not None and unit.calls.are_given_up():
             await unit.calls.finish(unit, commit=commit, error=error)
         elif last:
             if not unit.finish_idle():
@@ -176,7 +180,7 @@ async def new_db_ctx(
     """
     unit = UnitOfWork(before_commit or inherited_before_commit())
     if statement_timeout is not None or deadline is not None:
-        unit.statement_timeout = StatementTimeout(statement_timeout, deadline)
+        unit.settings = UnitSettings(unit.settings.before_commit, _statement_timeout(statement_timeout, deadline))
     async with opened(unit, seat(unit)):
         yield
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
-from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.watcher import tell
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
 
-__all__ = ["Exchange", "Options", "discard"]
+__all__ = ["Exchange", "ExchangeSettings", "Options", "discard"]
 
 _SWITCHING_PROTOCOLS = 101
 
@@ -27,7 +29,19 @@ class Options(Protocol):
     """Whether an `ASGIStreamBoundary` may be beneath, which tells of handlers that a middleware gives up on."""
 
 
-class Exchange(UnitOfWork):
+@dataclass(frozen=True, slots=True)
+class ExchangeSettings(UnitSettings):
+    """The settings of the exchanges of one middleware.
+
+    Args:
+        middleware: the middleware.
+    """
+
+    _: KW_ONLY
+    middleware: Options
+
+
+class Exchange(RequestUnit):
     """The unit of work of one request, and the `send` that its application is given.
 
     What the application sends moves the exchange from phase to phase (`ctxdb_core.phases`): each transition ends the
@@ -37,9 +51,9 @@ class Exchange(UnitOfWork):
     what a request without database use pays.
     """
 
-    options: Options
-    scope: Scope
-    """The request's, as the application has left it."""
+    settings: ExchangeSettings
+    origin: Scope
+    """The scope of the request, as the application has left it."""
     phase: Phase = Phase.HANDLING
     """Where the response is on its way."""
     is_idle: bool
@@ -94,7 +108,7 @@ class Exchange(UnitOfWork):
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
         """
         try:
-            if self.options.commits(status, self.scope):
+            if self.settings.middleware.commits(status, self.origin):
                 await self.commit()
             else:
                 # A body that is made already may be using a session: its statement must not be interrupted.

@@ -14,7 +14,7 @@ from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
 from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.unit import CreateSession
+from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange, discard
@@ -39,7 +39,6 @@ class HTTPExchange(Exchange):
     a handler, and `body`, once a response is sent while sessions are in use.
     """
 
-    is_idle: bool
     source: Receive
     """Where the request comes from."""
     kept: KeptRequest | None = None
@@ -124,15 +123,15 @@ class HTTPExchange(Exchange):
         """End the unit for a response in the place of a handler that goes on."""
         self.move_to(Phase.ABANDONED)
         try:
-            await calls.finish(self, commit=self.options.commits(status, self.scope))
+            await calls.finish(self, commit=self.settings.middleware.commits(status, self.origin))
         except Exception as exc:
             self.refuse(exc)
             raise
 
     def _overrules(self, status: int, body: StreamedBody) -> bool:
         """Return whether a response with `status` is a middleware's error in the place of a streamed success."""
-        commits = self.options.commits
-        return commits(body.status, self.scope) and not commits(status, self.scope)
+        commits = self.settings.middleware.commits
+        return commits(body.status, self.origin) and not commits(status, self.origin)
 
     async def _overrule(self, body: StreamedBody) -> None:
         """Undo what the streamed body has done since its transactions ended, and refuse its further statements."""
@@ -224,7 +223,7 @@ class HTTPExchange(Exchange):
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         self.is_idle = False
         if self.phase is Phase.HANDLING:
-            if self.options.has_boundary:
+            if self.settings.middleware.has_boundary:
                 # What middlewares do on the way to the boundary is noted, too.
                 follow_calls(self)
         elif self.phase in _STARTED and self.body is None:

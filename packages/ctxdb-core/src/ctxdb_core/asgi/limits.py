@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.lifecycle import REQUEST_KEY
+from ctxdb_core._units.settings import changing
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 
@@ -31,6 +32,7 @@ class LimitingStatements:
     def __init__(self, app: ASGIApp, seconds: float | None, deadline: Deadline | None) -> None:
         self.app = app
         self._limit = StatementTimeout(seconds)
+        self._limited = changing(statement_timeout=self._limit)
         self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,5 +40,9 @@ class LimitingStatements:
         exchange = scope.get(REQUEST_KEY)
         if isinstance(exchange, Exchange):
             deadline = None if self._deadline is None else self._deadline(scope)
-            exchange.statement_timeout = self._limit if deadline is None else replace(self._limit, deadline=deadline)
+            if deadline is None:
+                exchange.settings = self._limited(exchange.settings)
+            else:
+                limit = replace(self._limit, deadline=deadline)
+                exchange.settings = replace(exchange.settings, statement_timeout=limit)
         await self.app(scope, receive, send)

@@ -9,8 +9,9 @@ from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
-from ctxdb_core._units.unit import _CLOSED, UnitOfWork, current_unit
-from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core._units.unit import UnitOfWork, current_unit
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
@@ -72,9 +73,9 @@ class ASGIHTTPDBSessionMiddleware:
             self.app = ReadingFrom(self.app, reads_from)
         if statement_timeout is not None or deadline is not None:
             self.app = LimitingStatements(self.app, statement_timeout, deadline)
-        self.before_commit = before_commit
         self.commits: RequestPolicy = with_request(commit_policy)
         """Whether a response with a status is committed, in a request with a scope."""
+        self._settings = ExchangeSettings(before_commit, middleware=self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
@@ -92,13 +93,11 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # As in `UnitOfWork.__init__`, which is not called: on a request without database use, that would be felt.
+        # As in `UnitSessions.__init__`, which is not called: on a request without database use, that would be felt.
         exchange.sessions = {}
-        exchange.before_commit = self.before_commit
         exchange.loop = _get_running_loop()
+        exchange.settings = self._settings
         exchange.origin = scope
-        exchange.options = self
-        exchange.scope = scope
         exchange.forward = exchange.answer_route = send
         root_app = scope.get("app")
         scope[REQUEST_KEY] = exchange
@@ -110,7 +109,7 @@ class ASGIHTTPDBSessionMiddleware:
                 if await exchange.fail(exc):
                     raise
             if exchange.is_idle:
-                exchange.sessions = _CLOSED
+                exchange.sessions = NO_SESSIONS_ANY_MORE
                 return
             if exchange.error_to_answer is not None:
                 await self._answer(exchange, scope, receive, root_app)
@@ -154,9 +153,9 @@ class ASGIHTTPDBSessionMiddleware:
         self, error: Exception, exchange: Exchange, scope: Scope, receive: Receive, root_app: Any | None
     ) -> None:
         """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
-        answering = HTTPExchange(self.before_commit)
+        answering = HTTPExchange()
         answering.is_idle = False
-        answering.origin, answering.options, answering.scope = scope, self, scope
+        answering.settings, answering.origin = self._settings, scope
         answering.forward, answering.answer_route = exchange.forward, None
         scope[REQUEST_KEY] = answering
         token = _set_current_unit(answering)

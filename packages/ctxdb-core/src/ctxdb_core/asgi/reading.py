@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom
+from ctxdb_core._units.settings import changing
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 
@@ -23,11 +24,11 @@ class ReadingFrom:
 
     def __init__(self, app: ASGIApp, reads_from: ReadsFrom) -> None:
         self.app = app
-        self._reads_from = reads_from
+        self._reading = changing(reads_from=reads_from)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say where the request reads from, and run the application."""
         exchange = scope.get(REQUEST_KEY)
         if isinstance(exchange, HTTPExchange) and scope["method"] in SAFE_METHODS:
-            exchange.reads_from = self._reads_from
+            exchange.settings = self._reading(exchange.settings)
         await self.app(scope, receive, send)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from ctxdb_core.asgi.exchange import Exchange, discard
-from ctxdb_core.asgi.types import Message, Send
+from ctxdb_core.asgi.types import Message
 from ctxdb_core.phases import Phase
 
 __all__ = ["WebSocketExchange"]
@@ -20,8 +20,7 @@ class WebSocketExchange(Exchange):
     The handshake starts its response, which ends with the close frame; what is between the two is its body.
     """
 
-    is_idle: bool = False
-    answer_route: Send | None
+    is_idle = False
 
     def send(self, message: Message) -> Awaitable[None]:
         kind = message["type"]

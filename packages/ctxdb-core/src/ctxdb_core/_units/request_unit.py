@@ -1,0 +1,38 @@
+"""`RequestUnit`: the unit of work of a request, which an adapter opens and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctxdb_core._sqlalchemy.door import StatementObserver
+from ctxdb_core._units.abandonment import HandlerCalls
+from ctxdb_core._units.ids import id_of_request
+from ctxdb_core._units.unit import UnitOfWork
+from ctxdb_core._units.watcher import request_line
+
+__all__ = ["RequestUnit"]
+
+
+class RequestUnit(UnitOfWork):
+    """The unit of work of a request: what `begin` returns."""
+
+    origin: Any = None
+    """The request: an ASGI scope, or the framework's object; ``None`` if the adapter has not told it."""
+    calls: HandlerCalls | None = None
+    """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
+
+    def _new_id(self) -> str:
+        return id_of_request(self.origin) or super()._new_id()
+
+    @property
+    def request(self) -> str | None:
+        """Method and path of the request, without its query; ``None`` if the adapter has not told it."""
+        return super().request if self.origin is None else request_line(self.origin)
+
+    def statement_observer(self) -> StatementObserver | None:
+        """Return what is called before each statement of a session that is opened now."""
+        return None if self.calls is None else self.calls.observe
+
+    def is_given_up(self) -> bool:
+        """Return whether the running code is part of a handler in whose place a middleware has answered."""
+        return self.calls is not None and self.calls.is_running_given_up()
