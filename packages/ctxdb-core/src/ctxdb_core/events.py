@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from sqlalchemy import Connection
 
-if TYPE_CHECKING:
-    from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.database import Database
 
 __all__ = [
     "DBEvent",
@@ -37,8 +36,8 @@ __all__ = [
 class DBEvent:
     """The base of all events."""
 
-    db: DBConnect = field(repr=False)
-    """Where it happened."""
+    db: Database = field(repr=False)
+    """The `DBConnect` that it happened on."""
     host: str
     """The host that the session is on, also after `DBConnect.change_host`; without any password."""
     session_id: int

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Awaitable, Callable, Collection
 from functools import cached_property, partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, cast
 from weakref import WeakValueDictionary
 
-from sqlalchemy import URL, Connection, Engine, make_url
+from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
@@ -20,23 +20,29 @@ from ctxdb_core._databases.arguments import (
     check_session_maker_creator,
     check_url,
     explain_missing_call,
-    looks_like_url,
-    parameters_of,
     type_of,
-    why_no_engine_creator,
 )
 from ctxdb_core._databases.borrowed import BorrowedEngine
+from ctxdb_core._databases.closers import attempt_all
+from ctxdb_core._databases.database import Database
+from ctxdb_core._databases.engine_creators import (
+    check_creator_of_other,
+    check_engine_creator,
+    taking_host,
+    try_engine_options,
+)
+from ctxdb_core._databases.engines import Engines, check_host
 from ctxdb_core._databases.factory import create_engine
-from ctxdb_core._databases.lazy import LazySessionMaker
-from ctxdb_core._databases.loop_engine import EngineCreator, Lifetime, LoopEngine, SessionMakerCreator
+from ctxdb_core._databases.lazy import LazySessionMaker, session_class_of, session_without_loop
+from ctxdb_core._databases.loop_engine import EngineCreator
 from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.overridden import Override
 from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
+from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
-from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.events import EventListener
 
 if TYPE_CHECKING:
@@ -53,95 +59,6 @@ else:
 
 __all__ = ["DBConnect", "EngineListener", "SessionT", "SessionT_co", "close_all", "default_session_maker"]
 
-EngineListener: TypeAlias = Callable[[str, AsyncEngine], object]
-"""Called with a host and the engine that was made for it."""
-
-LoopEngines: TypeAlias = dict[asyncio.AbstractEventLoop, LoopEngine]
-"""The engines of one host."""
-
-
-class HostEngines(NamedTuple):
-    """The engines of a `DBConnect`: those of its host, and those that are kept of others."""
-
-    host: str | None
-    current: LoopEngines
-    kept: dict[str, LoopEngines]
-
-    @property
-    def all(self) -> list[LoopEngine]:
-        """Each of them."""
-        return [engine for engines in (self.current, *self.kept.values()) for engine in engines.values()]
-
-
-class State(NamedTuple):
-    """Where a `DBConnect` leads, and how it makes engines and sessions: all that may be replaced for a while."""
-
-    engines: HostEngines
-    engine_creator: EngineCreator
-    session_maker_creator: SessionMakerCreator
-    before_create_session: Callable[[DBConnect[Any]], Awaitable[object]] | None
-    engine_listeners: tuple[EngineListener, ...]
-    keeps_host: bool
-    """Whether `change_host` does nothing."""
-
-
-class Replacement:
-    """A change to the `State` of a `DBConnect` that is taken back later.
-
-    Args:
-        replaced: what to go on with afterwards.
-    """
-
-    def __init__(self, replaced: State) -> None:
-        self.replaced = replaced
-
-
-class Override(Generic[SessionT_co]):
-    """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`.
-
-    Args:
-        db: the object.
-        host: what it is told to be the host.
-        engine_creator: creates the engines of the other database.
-    """
-
-    def __init__(self, db: DBConnect[SessionT_co], host: str | None, engine_creator: EngineCreator) -> None:
-        self._db = db
-        self._host = host
-        self._engine_creator = engine_creator
-        self._replacement: Replacement | None = None
-
-    def __enter__(self) -> DBConnect[SessionT_co]:
-        if self._replacement is not None:
-            raise ArgumentValueError("This block was entered already: call `overridden` for each block.")
-        self._replacement = self._db._replace(
-            engines=HostEngines(self._host, {}, {}),
-            engine_creator=self._engine_creator,
-            session_maker_creator=self._db._own_session_maker_creator(),  # noqa: SLF001 - a part of the same class
-            before_create_session=None,
-            engine_listeners=(),
-            keeps_host=True,
-        )
-        return self._db
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for engine in self._end():
-            engine.abandon()
-
-    async def __aenter__(self) -> DBConnect[SessionT_co]:
-        return self.__enter__()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await _attempt_all([engine.retire for engine in self._end()])
-
-    def _end(self) -> list[LoopEngine]:
-        assert self._replacement is not None
-        return self._db._put_back(self._replacement).all  # noqa: SLF001 - as above
-
 
 def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     """Return a session maker for `engine` whose objects stay readable after a commit.
@@ -152,7 +69,7 @@ def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSessio
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
-class DBConnect(Generic[SessionT_co]):
+class DBConnect(Database, Generic[SessionT_co]):
     """A database: makes its engine at the first use, hands out sessions, and can change its host while it is used.
 
     It is generic in the class of its sessions, which is that of the session maker: ``DBConnect[AsyncSession]`` by
@@ -188,30 +105,21 @@ class DBConnect(Generic[SessionT_co]):
         warn_connection_held_after: float | None = None,
         resolve_commits: bool = False,
     ) -> None:
-        _check_engine_creator(engine_creator)
+        check_engine_creator(engine_creator)
         check_session_maker_creator(session_maker_creator)
         if host is not None:
-            _check_host(host)
+            check_host(host)
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
             raise ArgumentValueError(
                 f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
             )
-        self._engine_creator = _taking_host(engine_creator)
-        self._session_maker_creator: SessionMakerCreator = session_maker_creator
-        self._host = host
-        self._before_create_session = before_create_session_handler
-        self._engines: LoopEngines = {}
-        self._kept: dict[str, LoopEngines] = {}
-        # Guards `_host`, `_engines` and `_kept` together: another thread's event loop may use the same object.
-        self._lock = threading.Lock()
+        target = Target(taking_host(engine_creator), session_maker_creator, host, before_create_session_handler)
+        self._engines = Engines(target, resolve_commits=resolve_commits)
         self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
-        self._engine_listeners: tuple[EngineListener, ...] = ()
-        # Told of the engines of `overridden`, too.
-        self._observing_listeners: tuple[EngineListener, ...] = ()
+        self._lock = threading.Lock()
+        """Keeps two threads from making an observer each."""
         self._read_only = False
-        self._resolve_commits = resolve_commits
-        self._keeps_host = False
-        self._replacements: list[Replacement] = []
+        """Whether `from_url` was asked for a read-only database: one that takes its place for a while is so, too."""
         self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
         """Returns what is called after a commit in the place of a callback of `on_commit`: a testing tool's."""
 
@@ -255,7 +163,7 @@ class DBConnect(Generic[SessionT_co]):
         if "pool" not in engine_options:
             # An engine that is never used opens nothing: options that it does not take are told here, by the call that
             # has them, and not at the first request. A pool that is given would keep its listeners.
-            _try_engine_options(engine_creator, host_of(parsed))
+            try_engine_options(engine_creator, host_of(parsed))
         make: Any = cls
         db: DBConnect[SessionT] = make(
             engine_creator,
@@ -297,13 +205,13 @@ class DBConnect(Generic[SessionT_co]):
             host=host_of(engine.url),
             warn_connection_held_after=warn_connection_held_after,
         )
-        db._keeps_host = True
+        db._engines.keep_host()
         return db
 
     @property
     def host(self) -> str | None:
         """The host that new sessions go to; ``None`` before the first `connect`."""
-        return self._host
+        return self._engines.target.host
 
     async def connect(self, host: str) -> None:
         """Use `host`, and make its engine now; no connection is opened before the first statement.
@@ -312,7 +220,7 @@ class DBConnect(Generic[SessionT_co]):
             HostNotSetError: `host` is empty (a ``ValueError``, too).
         """
         await self.change_host(host)
-        self._loop_engine()
+        self._engines.of_running_loop()
 
     async def change_host(self, host: str, keep: Collection[str] = ()) -> None:
         """Send new sessions to `host` from now on; does nothing if they go there already.
@@ -334,40 +242,7 @@ class DBConnect(Generic[SessionT_co]):
             ArgumentValueError: the `engine_creator` takes no host (a ``ValueError``, too).
             ArgumentTypeError: `keep` is a string, not a collection of them (a ``TypeError``, too).
         """
-        _check_host(host)
-        if self._keeps_host:
-            return
-        if isinstance(self._engine_creator, _HostlessCreator) and self._host is not None and host != self._host:
-            raise ArgumentValueError(
-                f"The engine_creator of this DBConnect takes no host, so it cannot be changed to {host!r}: let it "
-                "take one, `def create(host): ...`."
-            )
-        if host == self._host and (not self._kept or self._kept.keys() <= set(keep)):
-            return
-        if left := self._switch(host, keep):
-            await _attempt_all([engine.retire for engine in left])
-
-    def _switch(self, host: str, keep: Collection[str]) -> list[LoopEngine]:
-        """Change the host, and return the engines that have to retire for it."""
-        if isinstance(keep, str):
-            raise ArgumentTypeError(
-                f"keep={without_secrets(keep)!r} is one string: give a collection of hosts, as in "
-                f"`keep=[{without_secrets(keep)!r}]`."
-            )
-        with self._lock:
-            # Not changed in place, as it is read without the lock.
-            kept = dict(self._kept)
-            if host != self._host:
-                engines = kept.pop(host, {})
-                loop = asyncio.get_running_loop()
-                if loop not in engines:
-                    engines = {**_without_ended(engines), loop: self._make_engine(host, engines)}
-                if self._host is not None:
-                    kept[self._host] = self._engines
-                self._host, self._engines = host, engines
-            left = [kept.pop(other) for other in [*kept] if other not in keep]
-            self._kept = kept
-        return [engine for engines in left for engine in engines.values()]
+        await self._engines.change_host(host, keep)
 
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
         """Return the session maker of the current host and event loop.
@@ -375,9 +250,9 @@ class DBConnect(Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        if self._before_create_session is not None:
-            await self._before_create_session(self)
-        return self._loop_engine().session_maker
+        if (handler := self._engines.target.before_create_session) is not None:
+            await handler(self)
+        return self._engines.of_running_loop().session_maker
 
     async def create_session(self) -> SessionT_co:
         """Return a new session that the caller closes.
@@ -385,8 +260,8 @@ class DBConnect(Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        if self._before_create_session is not None:
-            await self._before_create_session(self)
+        if (handler := self._engines.target.before_create_session) is not None:
+            await handler(self)
         return self._new_session()
 
     def create_session_at_once(self) -> SessionT_co | None:
@@ -395,10 +270,10 @@ class DBConnect(Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        return self._new_session() if self._before_create_session is None else None
+        return self._new_session() if self._engines.target.before_create_session is None else None
 
     def _new_session(self) -> SessionT_co:
-        engine = self._loop_engine()
+        engine = self._engines.of_running_loop()
         session = engine.new_session()
         self._follow(session, engine.host)
         return cast("SessionT_co", session)
@@ -418,53 +293,21 @@ class DBConnect(Generic[SessionT_co]):
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return self._new_session_without_loop(options)
-        engine = self._loop_engine()
-        session = engine.new_session(**options)
-        self._follow(session, engine.host)
-        return cast("SessionT_co", session)
-
-    def _new_session_without_loop(self, options: dict[str, Any]) -> SessionT_co:
-        maker = self._session_maker_without_loop()
-        session = SessionFactory(maker)(**options)
-        placeholder = session.sync_session.bind
-
-        def translate(bind: Engine | Connection) -> Engine | Connection:
-            return self._loop_engine().engine.sync_engine if bind is placeholder else bind
-
-        if "bind" not in options:
-            guard_of(guarded(session)).translate_bind = translate
-        self._follow(session, self._host or "")
+            session, host = session_without_loop(self._engines, options), self.host or ""
+        else:
+            engine = self._engines.of_running_loop()
+            session, host = engine.new_session(**options), engine.host
+        self._follow(session, host)
         return cast("SessionT_co", session)
 
     def _session_class(self) -> type[SessionT_co]:
-        engine = next(iter(self._engines.values()), None)
-        if engine is None and not self._knows_host():
-            return cast("type[SessionT_co]", AsyncSession)
-        maker = self._session_maker_without_loop() if engine is None else engine.session_maker
-        return cast("type[SessionT_co]", maker.class_)
-
-    def _session_maker_without_loop(self) -> async_sessionmaker[Any]:
-        """Return a session maker whose engine is never used: it opens nothing."""
-        self._check_knows_host()
-        creator = self._engine_creator
-        engine = creator.engine if isinstance(creator, BorrowedEngine) else creator(self._host or "")
-        return self._session_maker_creator(engine)
-
-    def _knows_host(self) -> bool:
-        return self._host is not None or isinstance(self._engine_creator, _HostlessCreator)
-
-    def _check_knows_host(self) -> None:
-        if not self._knows_host():
-            raise HostNotSetError(
-                "This DBConnect has no host yet: pass `host=...`, or `await db.connect(host)` before its first use."
-            )
+        return cast("type[SessionT_co]", session_class_of(self._engines))
 
     def _follow(self, session: AsyncSession, host: str) -> None:
         """Tell listeners of what happens in `session`, whoever has made it."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
-        if self._resolve_commits:
+        if self._engines.resolve_commits:
             note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
@@ -473,7 +316,7 @@ class DBConnect(Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        return self._loop_engine().engine
+        return self._engines.of_running_loop().engine
 
     def on_event(self, listener: EventListener) -> Callable[[], None]:
         """Call `listener` with what happens in the sessions that are opened from now on: see `ctxdb_core.events`.
@@ -494,7 +337,7 @@ class DBConnect(Generic[SessionT_co]):
 
         For health endpoints and tests. It waits for nothing and asks no server, and may be called from anywhere.
         """
-        return status_of(self, self._host_engines().all)
+        return status_of(self, self._engines.target.all)
 
     def on_engine(self, listener: EngineListener, *, overridden: bool = False) -> None:
         """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.
@@ -507,23 +350,14 @@ class DBConnect(Generic[SessionT_co]):
             overridden: whether the listener is also told of the engines that blocks of `overridden` make. Leave it out
                 for a listener that teaches an engine something of this database's own.
         """
-        with self._lock:
-            if overridden:
-                self._observing_listeners = (*self._observing_listeners, listener)
-            else:
-                self._engine_listeners = (*self._engine_listeners, listener)
-            for engine in self._host_engines().all:
-                listener(engine.host, engine.engine)
+        self._engines.add_listener(listener, overridden=overridden)
 
     async def close(self) -> None:
         """Close every connection: the idle ones now, the others when their sessions give them back.
 
         The object can be used again afterwards: it makes a new engine.
         """
-        with self._lock:
-            old = self._host_engines()
-            self._engines, self._kept = {}, {}
-        await _attempt_all([engine.retire for engine in old.all])
+        await self._engines.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -534,20 +368,17 @@ class DBConnect(Generic[SessionT_co]):
         await self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_kept"):
-            for engine in self._host_engines().all:
-                engine.abandon()
+        # `__init__` may have raised.
+        if hasattr(self, "_engines"):
+            self._engines.abandon()
 
     def __repr__(self) -> str:
-        host = "None" if self._host is None else repr(without_secrets(self._host))
+        host = "None" if self.host is None else repr(without_secrets(self.host))
         return f"<{type(self).__name__} host={host}>"
-
-    def _host_engines(self) -> HostEngines:
-        return HostEngines(self._host, self._engines, self._kept)
 
     def overridden(
         self, url_or_creator: str | URL | EngineCreator | Callable[[], AsyncEngine], **engine_options: Any
-    ) -> Override[SessionT_co]:
+    ) -> Override[DBConnect[SessionT_co]]:
         """Lead to another database for a block: for tests of an application that has this object at module level.
 
         ``with db.overridden(url):`` and ``async with db.overridden(url):`` both serve; the second one waits until the
@@ -577,103 +408,18 @@ class DBConnect(Generic[SessionT_co]):
             def create(host: str) -> AsyncEngine:
                 return create_engine(url, host, dict(engine_options), read_only=read_only)
 
-            return Override(self, host, create)
-        _check_creator_of_other(url_or_creator)
+            return Override(self, self._engines, host, create)
+        check_creator_of_other(url_or_creator)
         if engine_options:
             raise ArgumentTypeError(
                 f"overridden() takes {', '.join(engine_options)} with a URL alone: let the creator pass it on."
             )
-        return Override(self, self._host or "localhost", _taking_host(url_or_creator))
+        return Override(self, self._engines, self.host or "localhost", taking_host(url_or_creator))
 
     @property
     def is_overridden(self) -> bool:
         """Whether this object leads to another database at the moment: by `overridden`, or by a testing tool."""
-        return bool(self._replacements)
-
-    def _replace(self, **changes: Any) -> Replacement:
-        """Go on with other parts of the `State`: for testing tools, which end it by `_put_back`."""
-        with self._lock:
-            replacement = Replacement(self._state())
-            self._set_state(replacement.replaced._replace(**changes))
-            self._replacements.append(replacement)
-        return replacement
-
-    def _put_back(self, replacement: Replacement) -> HostEngines:
-        """Go on with what there was before `replacement`, and return the engines that were made meanwhile."""
-        with self._lock:
-            index = self._replacements.index(replacement)
-            if replacement is self._replacements[-1]:
-                ended = self._state()
-                added = [each for each in ended.engine_listeners if each not in replacement.replaced.engine_listeners]
-                self._set_state(replacement.replaced)
-                self._engine_listeners = (*self._engine_listeners, *added)
-            else:
-                # A later replacement goes on: at its end, it puts back the state from before this one.
-                later = self._replacements[index + 1]
-                ended, later.replaced = later.replaced, replacement.replaced
-            del self._replacements[index]
-        return ended.engines
-
-    def _own_session_maker_creator(self) -> SessionMakerCreator:
-        """Return the user's, also where one of the testing tools has another in its place."""
-        first = self._replacements[0].replaced if self._replacements else self._state()
-        return first.session_maker_creator
-
-    def _state(self) -> State:
-        return State(
-            self._host_engines(),
-            self._engine_creator,
-            self._session_maker_creator,
-            self._before_create_session,
-            self._engine_listeners,
-            keeps_host=self._keeps_host,
-        )
-
-    def _set_state(self, state: State) -> None:
-        self._host, self._engines, self._kept = state.engines
-        self._engine_creator = state.engine_creator
-        self._session_maker_creator = state.session_maker_creator
-        self._before_create_session = state.before_create_session
-        self._engine_listeners = state.engine_listeners
-        self._keeps_host = state.keeps_host
-
-    def _make_engine(self, host: str, others: LoopEngines) -> LoopEngine:
-        """Return the engine of `host` for the running event loop.
-
-        Args:
-            host: where.
-            others: the engines of `host` for other event loops.
-        """
-        in_memory = next((other for other in others.values() if other.lifetime is Lifetime.UNTIL_RETIRED), None)
-        if in_memory is not None:
-            return LoopEngine(host, self._engine_creator, self._session_maker_creator, in_memory.engine)
-        engine = LoopEngine(
-            host,
-            self._engine_creator,
-            self._session_maker_creator,
-            # The other database of a block of `overridden` may be none that could.
-            resolve_commits=self._resolve_commits and not self._keeps_host,
-        )
-        for listener in (*self._engine_listeners, *self._observing_listeners):
-            listener(host, engine.engine)
-        return engine
-
-    def _loop_engine(self) -> LoopEngine:
-        loop = asyncio.get_running_loop()
-        engine = self._engines.get(loop)
-        return self._open_engine(loop) if engine is None else engine
-
-    def _open_engine(self, loop: asyncio.AbstractEventLoop) -> LoopEngine:
-        with self._lock:
-            self._check_knows_host()
-            engine = self._engines.get(loop)
-            if engine is None:
-                if self._host is None:
-                    assert isinstance(self._engine_creator, _HostlessCreator)
-                    self._host = self._engine_creator.find_host()
-                engine = self._make_engine(self._host, self._engines)
-                self._engines = {**_without_ended(self._engines), loop: engine}
-            return engine
+        return self._engines.is_replaced
 
 
 def check_database(db: object) -> None:
@@ -697,83 +443,6 @@ _INSTEAD = {
 }
 
 
-class _HostlessCreator:
-    """Creates engines by a function that takes no host."""
-
-    def __init__(self, create: Callable[[], AsyncEngine]) -> None:
-        self._create = create
-        self._first: AsyncEngine | None = None
-
-    def __call__(self, host: str) -> AsyncEngine:
-        engine, self._first = self._first, None
-        return self._create() if engine is None else engine
-
-    def find_host(self) -> str:
-        """Return where the engine is that is created next."""
-        engine: object = self._create()
-        if not isinstance(engine, AsyncEngine):
-            # `LoopEngine` raises the error for it.
-            return "unknown"
-        self._first = engine
-        return host_of(engine.url)
-
-
-def _taking_host(creator: EngineCreator | Callable[[], AsyncEngine]) -> EngineCreator:
-    if parameters_of(creator) == 0:
-        return _HostlessCreator(cast("Callable[[], AsyncEngine]", creator))
-    return cast("EngineCreator", creator)
-
-
-def _try_engine_options(create: EngineCreator, host: str) -> None:
-    try:
-        create(host)
-    except TypeError as exc:
-        if isinstance(exc, ArgumentTypeError):
-            raise
-        raise ArgumentTypeError(f"from_url() passes its options on to `create_async_engine`: {exc}") from exc
-
-
-def _check_engine_creator(creator: object) -> None:
-    """Raise the error that says what to write if `creator` is no function that creates an engine."""
-    if isinstance(creator, AsyncEngine):
-        hint = "an engine is given: there is `DBConnect.from_engine(engine)` for that"
-    elif isinstance(creator, Engine):
-        hint = (
-            "a synchronous Engine is given: make it by `sqlalchemy.ext.asyncio.create_async_engine`, for "
-            "`DBConnect.from_engine(engine)`"
-        )
-    elif looks_like_url(creator):
-        hint = "a URL is given: there is `DBConnect.from_url(url)` for that"
-    elif isinstance(creator, async_sessionmaker):
-        hint = (
-            "a session maker is given: pass its engine, and how it makes sessions, by "
-            "`DBConnect.from_engine(engine, session_maker_creator=...)`"
-        )
-    elif isinstance(creator, DBConnect):
-        hint = "a DBConnect is given already"
-    else:
-        reason = why_no_engine_creator(creator)
-        if reason is None:
-            return
-        hint = f"{reason}, for instance `def create(host): return create_async_engine(...)`"
-    raise ArgumentTypeError(f"DBConnect() takes a function that creates the engine for a host; {hint}.")
-
-
-def _check_creator_of_other(creator: object) -> None:
-    """Raise the error that says what to pass if `creator` is no function that creates another database's engine."""
-    reason: str | None
-    if isinstance(creator, AsyncEngine | Engine):
-        reason = "an engine is given, which serves one event loop: pass its URL, or a function that creates it"
-    elif isinstance(creator, DBConnect):
-        reason = "a DBConnect is given: pass the URL that it was made from"
-    else:
-        reason = why_no_engine_creator(creator)
-    if reason is not None:
-        raise ArgumentTypeError(
-            f"The URL of a database is needed here, or what creates an engine for a host; {reason}."
-        )
-
-
 # By the engine inside, as two AsyncEngines may share it.
 _borrowed: WeakValueDictionary[Engine, DBConnect] = WeakValueDictionary()
 
@@ -790,16 +459,6 @@ explain_missing_call(DBConnect.engine, AsyncEngine, "engine = await db.engine()"
 explain_missing_call(DBConnect.session_maker, async_sessionmaker, "maker = await db.session_maker()")
 
 
-def _without_ended(engines: LoopEngines) -> LoopEngines:
-    """Leave out the engines of loops that have ended, as they went with them."""
-    return {loop: engine for loop, engine in engines.items() if not loop.is_closed()}
-
-
-def _check_host(host: str) -> None:
-    if not host:
-        raise HostNotSetError("The host is empty: name the host that the database runs on.")
-
-
 async def close_all(*dbs: DBConnect[Any]) -> None:
     """Close every one of `dbs`, also if closing another one fails: what adapters do when an application shuts down.
 
@@ -814,17 +473,4 @@ async def close_all(*dbs: DBConnect[Any]) -> None:
         check_database(db)
         await db.close()
 
-    await _attempt_all([*(partial(close, db) for db in dbs), wait_for_cancelled_queries])
-
-
-async def _attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> None:
-    errors: list[Exception] = []
-    for close in closers:
-        try:
-            await close()
-        except Exception as exc:  # noqa: BLE001 - every one is attempted before an error surfaces
-            errors.append(exc)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise ExceptionGroup("Not everything could be closed.", errors)
+    await attempt_all([*(partial(close, db) for db in dbs), wait_for_cancelled_queries])

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-__all__ = ["LazySessionMaker"]
+from ctxdb_core._databases.borrowed import BorrowedEngine
+from ctxdb_core._databases.engines import Engines
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
+
+__all__ = ["LazySessionMaker", "session_class_of", "session_without_loop"]
 
 SessionT = TypeVar("SessionT", bound=AsyncSession)
 
@@ -44,3 +50,42 @@ class LazySessionMaker(async_sessionmaker[SessionT]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._create.__self__!r}>"  # type: ignore[attr-defined]  # a bound method
+
+
+def session_without_loop(engines: Engines, options: dict[str, Any]) -> AsyncSession:
+    """Return a session that is made before any event loop runs: it is on the engine of the loop that uses it.
+
+    Args:
+        engines: those of its database.
+        options: options of this one session.
+
+    Raises:
+        HostNotSetError: no host is known yet.
+    """
+    session = SessionFactory(_maker_without_loop(engines))(**options)
+    placeholder = session.sync_session.bind
+
+    def translate(bind: Engine | Connection) -> Engine | Connection:
+        return engines.of_running_loop().engine.sync_engine if bind is placeholder else bind
+
+    if "bind" not in options:
+        guard_of(guarded(session)).translate_bind = translate
+    return session
+
+
+def session_class_of(engines: Engines) -> type[AsyncSession]:
+    """Return the class of the sessions on a database, which is that of its session maker."""
+    engine = next(iter(engines.target.engines.values()), None)
+    if engine is None and not engines.target.knows_host:
+        return AsyncSession
+    maker = _maker_without_loop(engines) if engine is None else engine.session_maker
+    return maker.class_
+
+
+def _maker_without_loop(engines: Engines) -> async_sessionmaker[Any]:
+    """Return a session maker whose engine is never used: it opens nothing."""
+    engines.check_knows_host()
+    target = engines.target
+    creator = target.engine_creator
+    engine = creator.engine if isinstance(creator, BorrowedEngine) else creator(target.host or "")
+    return target.session_maker_creator(engine)

@@ -8,13 +8,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 from weakref import ref
 
 from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from ctxdb_core._databases.database import Database
 from ctxdb_core._databases.hold import Hold
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
@@ -28,9 +28,6 @@ from ctxdb_core.events import (
     TransactionCommitted,
     TransactionRolledBack,
 )
-
-if TYPE_CHECKING:
-    from ctxdb_core._databases.connect import DBConnect
 
 __all__ = ["Observer", "note_error"]
 
@@ -65,7 +62,7 @@ class Observer:
 
         return remove
 
-    def follow(self, session: AsyncSession, db: DBConnect, host: str) -> None:
+    def follow(self, session: AsyncSession, db: Database, host: str) -> None:
         """Follow a session that `db` has just made on `host`."""
         if not self._registrations and self.limit is None:
             return
@@ -116,7 +113,7 @@ class _Record:
         "transactions",
     )
 
-    def __init__(self, db: DBConnect, host: str, registrations: tuple[_Registration, ...], limit: float | None) -> None:
+    def __init__(self, db: Database, host: str, registrations: tuple[_Registration, ...], limit: float | None) -> None:
         self.db = db
         self.host = host
         self.registrations = registrations

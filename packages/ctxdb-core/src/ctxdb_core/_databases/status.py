@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._databases.database import Database
+from ctxdb_core._databases.loop_engine import LoopEngine
 from ctxdb_core._databases.url import pool_name, without_secrets
 from ctxdb_core._sqlalchemy.private import pool_numbers
-
-if TYPE_CHECKING:
-    from ctxdb_core._databases.connect import DBConnect
-    from ctxdb_core._databases.loop_engine import LoopEngine
 
 __all__ = ["DBStatus", "OpenUnit", "PoolStatus", "UnitStatus", "open_units", "status_of"]
 
@@ -69,7 +67,9 @@ class DBStatus:
 class OpenUnit(Protocol):
     """What a status wants to know of a unit of work, which is a layer above this one."""
 
-    sessions: dict[DBConnect, AsyncSession]
+    @property
+    def sessions(self) -> Mapping[Any, AsyncSession]:
+        """Its open sessions, by their databases."""
 
     @property
     def opened(self) -> float:
@@ -83,7 +83,7 @@ class OpenUnit(Protocol):
     def request(self) -> str | None:
         """Method and path of its request."""
 
-    def source_of(self, db: DBConnect) -> DBConnect:
+    def source_of(self, db: Any) -> Database:
         """Return whose session it has where its code asks for `db`."""
 
 
@@ -91,7 +91,7 @@ open_units: set[ref[Any]] = set()
 """Leads to the units of work that have opened a session and have not ended; a unit that is thrown away leaves it."""
 
 
-def status_of(db: DBConnect, engines: Collection[LoopEngine]) -> DBStatus:
+def status_of(db: Database, engines: Collection[LoopEngine]) -> DBStatus:
     """Return the status of `db`, of which these are the engines."""
     return DBStatus(
         host=None if db.host is None else without_secrets(db.host),
@@ -108,7 +108,7 @@ def status_of(db: DBConnect, engines: Collection[LoopEngine]) -> DBStatus:
     )
 
 
-def _unit_statuses(db: DBConnect) -> Iterable[UnitStatus]:
+def _unit_statuses(db: Database) -> Iterable[UnitStatus]:
     now = perf_counter()
     # Copied first: other threads have units of their own.
     units: list[OpenUnit] = [unit for reference in tuple(open_units) if (unit := reference()) is not None]

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from ctxdb_core._databases.connect import DBConnect, HostEngines, Replacement, SessionT, check_database
+from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
+from ctxdb_core._databases.engines import Replacement
 from ctxdb_core._databases.url import sqlite_file
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._units import session_end
@@ -113,7 +114,7 @@ class SharedTransaction:
                 event.remove(engine, name, listener)
         while self._replacements:
             db, replacement = self._replacements.pop()
-            for loop_engine in db._put_back(replacement).all:  # noqa: SLF001 - the core's own
+            for loop_engine in db._engines.put_back(replacement).all:  # noqa: SLF001 - the core's own
                 loop_engine.abandon()
         _active.difference_update(self._claimed)
         self._claimed = ()
@@ -139,16 +140,16 @@ class SharedTransaction:
         def create(host: str) -> AsyncEngine:
             return create_shared_engine(original, self._shared, lenient=False)
 
-        create_session_maker = db._session_maker_creator  # noqa: SLF001 - the core's own
+        create_session_maker = db._engines.target.session_maker_creator  # noqa: SLF001 - the core's own
 
         def create_confined(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
             return confine(create_session_maker(engine), self._redirect)
 
-        replacement = db._replace(
-            engine_creator=create, session_maker_creator=create_confined, engines=HostEngines(db.host, {}, {})
+        replacement = db._engines.replace(  # noqa: SLF001 - as above
+            engine_creator=create, session_maker_creator=create_confined
         )
         self._replacements.append((db, replacement))
-        for loop_engine in replacement.replaced.engines.all:
+        for loop_engine in replacement.replaced.all:
             engine = loop_engine.engine.sync_engine
             if engine not in self._guarded:
                 self._guarded.append(engine)
@@ -188,7 +189,7 @@ async def _original_engine(db: DBConnect) -> AsyncEngine:
     if engine.dialect.name == "sqlite" and sqlite_file(engine.url) is None:
         # A database in memory is in the connection of the loop that has filled it. This driver's connections serve
         # other loops as well.
-        for loop_engine in db._engines.values():  # noqa: SLF001 - the core's own
+        for loop_engine in db._engines.target.engines.values():  # noqa: SLF001 - the core's own
             if not loop_engine.loop.is_closed() and loop_engine.engine is not engine:
                 return loop_engine.engine
     return engine
