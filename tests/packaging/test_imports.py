@@ -6,10 +6,23 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 
 import pytest
 from tests.packaging.workspace import CORE, MEMBERS, PACKAGES, Import, Member, imports_of, normalized
+
+# The rooms of the core, each of which may import those before it and itself. CONTRIBUTING.md tells what lies in them.
+ROOMS = (
+    {"errors", "_shield", "phases", "policy"},
+    {"_sqlalchemy"},
+    {"_transactions"},
+    {"_databases", "events"},
+    {"_units"},
+    {"_blocks"},
+    {"_telemetry", "asgi", "testing", "adapters"},
+    {"logs", "otel", "prometheus", "sentry"},
+)
 
 BY_NAME = {member.name: member for member in MEMBERS}
 # The installed metadata does not tell which packages an editable member has.
@@ -97,6 +110,45 @@ def test_only_public_names_of_the_core_are_used(member: Member) -> None:
         if found.module not in own_public_modules or not set(found.names) <= _public_names(found.module):
             private.append(str(found))
     assert private == []
+
+
+def _graph(member: Member) -> dict[str, set[str]]:
+    """Return which modules of a member import which others, also for types alone and inside of functions."""
+    modules = {member.module_of(source) for source in member.sources}
+    graph: dict[str, set[str]] = {}
+    for found in _all_imports(member):
+        module = member.module_of(found.file)
+        targets = {f"{found.module}.{name}" for name in found.names} & modules or {found.module} & modules
+        graph.setdefault(module, set()).update(targets - {module})
+    return graph
+
+
+def _all_imports(member: Member) -> list[Import]:
+    return [found for source in member.sources for found in imports_of(source)]
+
+
+@pytest.mark.parametrize("member", PACKAGES, ids=lambda member: member.name)
+def test_no_modules_import_each_other_in_a_circle_not_even_for_types(member: Member) -> None:
+    graph = _graph(member)
+    assert graph
+    TopologicalSorter(graph).prepare()  # raises `CycleError`, which names the circle
+
+
+def test_each_room_of_the_core_imports_only_rooms_before_it() -> None:
+    level = {f"ctxdb_core.{module}": number for number, room in enumerate(ROOMS) for module in room}
+
+    def level_of(module: str) -> int:
+        # `ctxdb_core` itself is the door to all rooms, and none of them imports it.
+        return level.get(".".join(module.split(".")[:2]), len(ROOMS))
+
+    upward = [
+        f"{module} imports {target}"
+        for module, targets in _graph(CORE).items()
+        for target in targets
+        if level_of(target) > level_of(module)
+    ]
+    assert upward == []
+    assert {module.split(".")[1] for module in _graph(CORE) if "." in module} <= set().union(*ROOMS)
 
 
 @pytest.mark.parametrize("member", PACKAGES, ids=lambda member: member.name)
