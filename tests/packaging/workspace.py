@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,13 @@ class Member:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(source: Path) -> Iterator[Import]:
-    """Yield every import of a file, those inside of functions and of type-checking blocks among them."""
+@cache
+def imports_of(source: Path) -> tuple[Import, ...]:
+    """Return every import of a file, those inside of functions and of type-checking blocks among them."""
+    return tuple(_imports_of(source))
+
+
+def _imports_of(source: Path) -> Iterator[Import]:
     tree = ast.parse(source.read_text(encoding="utf-8"))
     deferred = {id(inner) for outer in ast.walk(tree) if _is_deferred(outer) for inner in ast.walk(outer)}
     for node in ast.walk(tree):
