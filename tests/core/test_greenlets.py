@@ -13,7 +13,6 @@ from weakref import ref
 
 import pytest
 from greenlet import getcurrent
-from sqlalchemy.exc import AwaitRequired
 from sqlalchemy.util import await_only
 
 from ctxdb_core._sqlalchemy import greenlets
@@ -155,12 +154,6 @@ async def test_a_greenlet_whose_coroutine_was_thrown_away_is_not_used_again() ->
     coroutine.send(None)
     coroutine.close()
     assert await running_greenlet() is not used[0]
-
-
-async def test_a_call_that_has_to_await_and_does_not_is_an_error() -> None:
-    with pytest.raises(AwaitRequired):
-        await call_in_greenlet(lambda: 1, _require_await=True)
-    assert await call_in_greenlet(lambda: 1) == 1
 
 
 async def test_a_thread_has_greenlets_of_its_own() -> None:

@@ -90,6 +90,25 @@ def test_a_session_says_whether_it_has_to_flush(session: Session) -> None:
     assert private.has_to_flush(session)
 
 
+def test_a_session_is_at_rest_until_an_object_is_added_changed_or_deleted_or_a_transaction_begins(
+    session: Session,
+) -> None:
+    assert private.is_at_rest(session)
+    thing = Thing(id=1)
+    session.add(thing)
+    assert not private.is_at_rest(session)
+    session.commit()
+    assert private.is_at_rest(session)
+    session.begin()
+    assert not private.is_at_rest(session)
+    session.rollback()
+    assert private.is_at_rest(session)
+    # Without its transaction, as if the change had come in the middle of a COMMIT.
+    private.changed_states(session).add(instance_state(thing))
+    assert not private.is_at_rest(session)
+    assert private.has_to_flush(session)
+
+
 def test_a_session_keeps_its_changed_and_its_pending_objects(session: Session) -> None:
     thing = Thing(id=1)
     session.add(thing)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import SessionTransaction
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import failure_of
-from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
+from ctxdb_core._sqlalchemy.greenlets import call_through
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import connections_of, innermost_block
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
@@ -30,7 +30,7 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
     """Return ``fn(*args, **kwargs)``, a call of a session, in its turn at `door`; at once if there is none."""
     if door is None:
         try:
-            return await call_in_greenlet(fn, *args, **kwargs)
+            return await call_through(None, fn, args, kwargs)
         except PoolTimeoutError as exc:
             explain_time_out(exc, _session_of(fn))
             raise
@@ -39,7 +39,7 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
     try:
         if door.latest is not None:
             return await _call_in_time(door, door.latest(), fn, args, kwargs)
-        return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+        return await call_through(door, fn, args, kwargs)
     except PendingRollbackError as exc:
         return await _go_on_after_interruption(exc, door, fn, args, kwargs)
     except BaseException as exc:
@@ -60,12 +60,12 @@ async def _call_in_time(
     """Make a call that is given up if neither the pool, nor the network, nor the database has answered in time."""
     if door.limit is not None or getattr(fn, "__name__", "") in _CLEANS_UP:
         # A call inside of another one; or what gives a connection back, which has limits of its own.
-        return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+        return await call_through(door, fn, args, kwargs)
     limit = door.limit = CallLimit(latest)
     is_given_up = False
     try:
         try:
-            return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+            return await call_through(door, fn, args, kwargs)
         finally:
             door.limit = None
             is_given_up = limit.end()
@@ -124,6 +124,6 @@ async def _go_on_after_interruption(
         ) from error
     # No statement is sent by this: the connection is gone.
     loaded = LoadedValues(session)
-    await call_in_greenlet(session.rollback, _entered=door)
+    await call_through(door, session.rollback, (), {})
     loaded.restore()
-    return await call_in_greenlet(fn, *args, _entered=door, **kwargs)
+    return await call_through(door, fn, args, kwargs)

@@ -32,7 +32,7 @@ def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
     # A plain function, as all three of its kind: a coroutine more would be resumed for each message from the server.
     session: GuardedSession = fn.__self__
-    if session.identity_map and session.door is not None and not session.in_transaction():
+    if not session.in_transaction() and session.identity_map and session.door is not None:
         # SQLAlchemy asks for the listeners of a query before it begins the transaction.
         session.look_back()
     if session.on_begin is not None:
@@ -43,12 +43,14 @@ def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
 def call_of_users_class(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` in a method of the user's class, where `fn` may be anything."""
     if isinstance(getattr(fn, "__self__", None), GuardedSession):
+        _drop_requirement(kwargs)
         return _call(fn, *args, **kwargs)
     return greenlet_spawn(fn, *args, **kwargs)
 
 
 def _call_with_session(fn: Callable[..., Any], session: GuardedSession, *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``greenlet_spawn`` in ``run_sync``, where `fn` is the user's, and is given the session."""
+    _drop_requirement(kwargs)
     if session.on_begin is not None:
         return _call_with_hook(session, fn, (session, *args), kwargs)
     return pass_door(session.door, fn, (session, *args), kwargs)
@@ -59,6 +61,14 @@ def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     owner = fn.__self__
     session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
     return pass_door(session.door, fn, args, kwargs)
+
+
+def _drop_requirement(kwargs: dict[str, Any]) -> None:
+    """Drop the parameter of ``greenlet_spawn`` that makes it an error if nothing is awaited.
+
+    Calls of a session need not wait for anything, and SQLAlchemy requires it of none.
+    """
+    kwargs.pop("_require_await", None)
 
 
 async def _call_with_hook(

@@ -28,8 +28,11 @@ async def wait_for_calls(sessions: Iterable[AsyncSession]) -> None:
 
 def observe_statements(sessions: Iterable[AsyncSession], observer: StatementObserver) -> None:
     """Have `observer` called before each further statement of `sessions`."""
-    for door in _doors(sessions):
-        door.observer = observer
+    # Without a generator in between: this is done in each request that has used a session.
+    for session in sessions:
+        door = door_of(session)
+        if door is not None:
+            door.observer = observer
 
 
 def prepare_next_call(sessions: Iterable[AsyncSession], prepare: Callable[[], Awaitable[object]] | None) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 from weakref import ref
 
 from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is made of
-from sqlalchemy.exc import AwaitRequired
 
-__all__ = ["CallGreenlet", "call_at_end_of_greenlet", "call_in_greenlet"]
+__all__ = ["CallGreenlet", "call_at_end_of_greenlet", "call_in_greenlet", "call_through"]
 
 T = TypeVar("T")
 
@@ -104,17 +103,19 @@ class _IdleGreenlets(threading.local):
 _idle = _IdleGreenlets()
 
 
-async def call_in_greenlet(
-    fn: Callable[..., T], *args: Any, _require_await: bool = False, _entered: object = None, **kwargs: Any
-) -> T:
-    """Return ``fn(*args, **kwargs)``, in which SQLAlchemy may await: as ``sqlalchemy.util.greenlet_spawn``.
+def call_in_greenlet(fn: Callable[..., T], *args: Any, **kwargs: Any) -> Coroutine[Any, Any, T]:
+    """Return ``fn(*args, **kwargs)``, in which SQLAlchemy may await: as ``sqlalchemy.util.greenlet_spawn``."""
+    return call_through(None, fn, args, kwargs)
+
+
+async def call_through(entered: object, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """Return ``fn(*args, **kwargs)``, in which SQLAlchemy may await.
 
     Args:
+        entered: the door through which the call has come, if it has come through one.
         fn: a function that is not a coroutine function.
-        *args: its arguments.
-        _require_await: whether it is an error if nothing was awaited, as of `greenlet_spawn`.
-        _entered: the door through which the call has come.
-        **kwargs: its keyword arguments.
+        args: its arguments.
+        kwargs: its keyword arguments.
 
     Raises:
         BaseException: what `fn` raises.
@@ -129,11 +130,9 @@ async def call_in_greenlet(
         worker.switch()
     # What the call reads and sets are the context variables of the running task.
     worker.gr_context = current.gr_context
-    worker.entered = _entered
-    has_awaited = False
+    worker.entered = entered
     answer = worker.switch((fn, args, kwargs))
     while type(answer) is not _Outcome:
-        has_awaited = True
         waiting = worker.waiting
         try:
             if waiting is None:
@@ -170,11 +169,6 @@ async def call_in_greenlet(
             # The error's traceback knows this frame: left in it, the two would be in a reference cycle.
             del error
     result, answer.result = answer.result, None
-    if _require_await and not has_awaited:
-        raise AwaitRequired(
-            "The current operation required an async execution but none was detected. This will usually happen when "
-            "using a non compatible DBAPI driver. Please ensure that an async DBAPI is used."
-        )
     return result  # type: ignore[no-any-return]  # the result of `fn`
 
 

@@ -27,7 +27,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_flushing
+from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_at_rest, is_flushing
 from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
@@ -207,8 +207,11 @@ class GuardedSession(TracedSession):
             self.on_begin = on_begin
 
     def close(self) -> None:
-        if not self._may_be_closed_here():
-            return
+        if self._may_be_closed_here():
+            self.close_unasked()
+
+    def close_unasked(self) -> None:
+        """Close the session, whatever work it holds: for the unit of work that ends it."""
         try:
             super().close()
         finally:
@@ -216,7 +219,7 @@ class GuardedSession(TracedSession):
 
     def _may_be_closed_here(self) -> bool:
         """Return whether the running code may close the session, also where it was given it by ``run_sync``."""
-        if self.door is None or not (self.in_transaction() or has_to_flush(self)):
+        if self.door is None or is_at_rest(self):
             return True
         session = async_session(self)
         return session is None or self.may_be_closed(session, None)

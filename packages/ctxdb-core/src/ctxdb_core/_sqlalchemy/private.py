@@ -49,6 +49,7 @@ __all__ = [
     "forget_prepared_statements",
     "has_to_flush",
     "innermost_block",
+    "is_at_rest",
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",
@@ -104,7 +105,18 @@ def is_flushing(session: Session) -> bool:
 
 def has_to_flush(session: Session) -> bool:
     """Return whether a flush has something to do, as far as can be told without a look at each object."""
-    return not session._is_clean()  # noqa: SLF001 - see the module
+    return bool(session._new or session._deleted or session.identity_map._modified)  # noqa: SLF001 - see the module
+
+
+def is_at_rest(session: Session) -> bool:
+    """Return whether the session has no transaction, and a flush would have nothing to do."""
+    # One expression, as each request that has used a session asks several times.
+    return not (
+        session._transaction is not None  # noqa: SLF001 - see the module
+        or session._new  # noqa: SLF001 - see the module
+        or session._deleted  # noqa: SLF001 - see the module
+        or session.identity_map._modified  # noqa: SLF001 - see the module
+    )
 
 
 def changed_states(session: Session) -> set[InstanceState[Any]]:

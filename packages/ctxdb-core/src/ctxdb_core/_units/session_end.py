@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.door_session import DoorSession
 from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import forget_block, has_to_flush
+from ctxdb_core._sqlalchemy.private import forget_block, is_at_rest
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
@@ -35,28 +35,32 @@ _stragglers: set[asyncio.Task[None]] = set()
 
 def in_transaction(session: AsyncSession) -> bool:
     """Return whether `session` has begun a transaction: only then can it hold a connection, or work."""
-    sync_session = session.sync_session
     # What a task adds or changes while another task's COMMIT is under way begins no transaction.
-    return sync_session.in_transaction() or has_to_flush(sync_session)
+    return not is_at_rest(session.sync_session)
 
 
-async def commit(session: AsyncSession) -> None:
+def commit(session: AsyncSession) -> Coroutine[Any, Any, None]:
     """Commit, and let the objects of the session keep what they have loaded, whatever its ``expire_on_commit`` says.
 
     Raises:
         BaseException: the error of the commit.
     """
-    sync_session = session.sync_session
+    # A plain function: each coroutine around the session's own is resumed for each message from the server.
     door = door_of(session)
     if door is not None and door.is_busy and not door.is_held():
-        # No other task enters a block in between, which the commit would be refused for.
-        async with door.turn():
-            await commit(session)
-        return
-    release_blocks(sync_session)
-    if not sync_session.expire_on_commit:
-        await session.commit()
-        return
+        return _commit_in_turn(session, door)
+    release_blocks(session.sync_session)
+    return _commit_without_expiring(session) if session.sync_session.expire_on_commit else session.commit()
+
+
+async def _commit_in_turn(session: AsyncSession, door: Door) -> None:
+    # No other task enters a block in between, which the commit would be refused for.
+    async with door.turn():
+        await commit(session)
+
+
+async def _commit_without_expiring(session: AsyncSession) -> None:
+    sync_session = session.sync_session
     sync_session.expire_on_commit = False
     try:
         await session.commit()
@@ -158,7 +162,9 @@ def leave_blocks(session: AsyncSession) -> None:
 def end_at_once(session: AsyncSession, refuse: Callable[[], NoReturn]) -> None:
     """Close a session for which `ends_without_io` is true; every use of it from now on raises the error of `refuse`."""
     guard = guard_of(session)
-    guard.close()
+    if guard.identity_map or guard.on_end is not None:
+        guard.close_unasked()
+    # Without objects there is nothing to close: what the session had in its transaction has gone with it.
     if guard.door is not None:
         guard.door.end(refuse)
 
@@ -168,7 +174,7 @@ def ends_without_io(session: AsyncSession) -> bool:
     if not _closes_plainly(session):
         return False
     guard = guard_of(session)
-    return not in_transaction(session) and (guard.door is None or not guard.door.is_busy)
+    return is_at_rest(guard) and (guard.door is None or not guard.door.is_busy)
 
 
 def _closes_plainly(session: AsyncSession) -> bool:

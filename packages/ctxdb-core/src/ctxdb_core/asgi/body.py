@@ -13,7 +13,7 @@ it gets one. The request ends: they are rolled back, too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -48,37 +48,25 @@ class Body:
         *senders: the tasks that have sent something of the response, if that is known.
     """
 
-    # By weak reference: the context of a task knows the exchange, and its error the frames of a body to be closed.
-    __slots__ = (
-        "__weakref__",
-        "has_cancelled_user",
-        "has_ended_user",
-        "has_used_a_session",
-        "is_complete",
-        "parked",
-        "senders",
-        "users",
-    )
+    # Defaults are the class's: most bodies are sent at once, and use no session.
+    has_used_a_session: bool = False
+    """Whether a session was used since the transactions of the response were ended."""
+    is_complete: bool = False
+    """Whether the last of the body was sent, or nothing more of it is going to be."""
+    parked: ParkedSessions | None = None
+    """The transactions that the body had open when it was cut off."""
+    # Tasks are known by weak reference: the context of a task knows the exchange, and its error the frames of a body
+    # that is to be closed.
+    users: frozenset[ref[Any]] = frozenset()
+    """The tasks that have used a session while the body was not complete, and go on."""
+    has_cancelled_user: bool = False
+    """Whether one of them was cancelled."""
+    has_ended_user: bool = False
+    """Whether one of them has ended otherwise."""
 
     def __init__(self, *senders: ref[Any]) -> None:
-        self.senders: frozenset[ref[Any]] = frozenset(senders)
+        self.senders: Collection[ref[Any]] = senders
         """The tasks that have sent something of the response, and may be about to send more of it."""
-        self.has_used_a_session: bool = False
-        """Whether a session was used since the transactions of the response were ended."""
-        self.is_complete: bool = False
-        """Whether the last of the body was sent, or nothing more of it is going to be."""
-        self.parked: ParkedSessions | None = None
-        """The transactions that the body had open when it was cut off."""
-        self._forget_users()
-
-    def _forget_users(self) -> None:
-        # A body may last for days, and use a session in a new task each second.
-        self.users: frozenset[ref[Any]] = frozenset()
-        """The tasks that have used a session while the body was not complete, and go on."""
-        self.has_cancelled_user: bool = False
-        """Whether one of them was cancelled."""
-        self.has_ended_user: bool = False
-        """Whether one of them has ended otherwise."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Note what is about to be forwarded to the server."""
@@ -93,7 +81,7 @@ class Body:
         if message.get("more_body", False):
             sender = running_task()
             if sender not in self.senders:
-                self.senders |= {sender}
+                self.senders = {*self.senders, sender}
                 if self.has_used_a_session:
                     self._await_end(sender, unit)
         elif message["type"] in _BODY_MESSAGES:
@@ -156,7 +144,7 @@ class Body:
         finally:
             self.parked = None
             # What they have done is undone.
-            self._forget_users()
+            self.users, self.has_cancelled_user, self.has_ended_user = frozenset(), False, False
 
     def is_cut_off(self) -> bool:
         """Return whether the body is not complete, and another task than the running one was to send the rest.
@@ -181,8 +169,6 @@ class StreamedBody(Body):
         status: the status of its start at the boundary.
         sender: the task that has sent it.
     """
-
-    __slots__ = ("status",)
 
     def __init__(self, status: int, sender: ref[Any]) -> None:
         super().__init__(sender)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Coroutine
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -85,11 +85,14 @@ class HTTPExchange(Exchange):
         """Forward the start of a response, once the transactions have ended that it stands for."""
         # A second start is the server's to refuse.
         if self.phase in _NOT_STARTED:
-            await self._end_transactions(message["status"])
+            if self.calls is None and self.body is None:
+                await self._settle_and_start(message["status"])
+            else:
+                await self._end_transactions_apart(message["status"])
         await self.forward(self.announce(message) if self.watchers else message)
 
-    def _end_transactions(self, status: int) -> Awaitable[None]:
-        """End what a response with `status` stands for, and go over to the phase that follows.
+    def _end_transactions_apart(self, status: int) -> Awaitable[None]:
+        """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
 
         Raises:
             Exception: why it could not be ended; the response is refused.
@@ -149,7 +152,8 @@ class HTTPExchange(Exchange):
         if body.is_complete:
             if any(map(in_transaction, self.sessions.values())):
                 return self._end_body(message)
-            self._complete()
+            if self.phase is Phase.BODY:
+                self.move_to(Phase.AFTER)
         elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
             return self._send_part(message)
         return self.forward(message)
@@ -264,9 +268,15 @@ class HTTPExchange(Exchange):
         self.is_idle = False
         super().on_outcome(db, outcome, callback)
 
-    async def open_session(self, db: DBConnect, create: CreateSession | None = None) -> AsyncSession:
+    def open_session(self, db: DBConnect, create: CreateSession | None = None) -> Coroutine[Any, Any, AsyncSession]:
         if self.body is not None and self.body.parked is not None:
-            await self.body.recover(self)
+            return self._open_session_after_recovery(self.body, db, create)
+        return super().open_session(db, create)
+
+    async def _open_session_after_recovery(
+        self, body: Body, db: DBConnect, create: CreateSession | None
+    ) -> AsyncSession:
+        await body.recover(self)
         return await super().open_session(db, create)
 
     # --- the end ------------------------------------------------------------------------------------------------------
