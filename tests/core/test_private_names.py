@@ -580,3 +580,29 @@ async def test_the_statements_and_commits_of_a_dialect_can_be_followed(database:
         await connection.rollback()
     assert told[:4] == ["do_execute", "do_commit", "do_execute", "do_rollback"]
     await engine.dispose()
+
+
+async def test_a_connection_goes_on_with_another_one_of_the_pool(database: Database) -> None:
+    engine = create_async_engine(database.url)
+
+    def swap(connection: Connection) -> None:
+        taken.append(connection.connection.dbapi_connection)
+        private.swap_connection(connection, engine.sync_engine.raw_connection)
+        taken.append(connection.connection.dbapi_connection)
+
+    taken: list[Any] = []
+    async with engine.connect() as connection:
+        async with engine.connect() as other:
+            # The pool hands out the one that came back first.
+            await other.execute(text("SELECT 1"))
+        await connection.run_sync(swap)
+        assert (await connection.execute(text("SELECT 1"))).scalar() == 1
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # a QueuePool
+    await engine.dispose()
+    assert taken[0] is not taken[1]
+
+
+async def test_an_error_of_asyncpg_is_raised_as_that_of_the_dbapi(connection: AsyncConnection) -> None:
+    adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+    with pytest.raises(adapted.dbapi.IntegrityError):
+        private.raise_translated(adapted, asyncpg.UniqueViolationError("twice"))

@@ -10,7 +10,7 @@ from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
-from ctxdb_core._sqlalchemy.private import follow_dialect
+from ctxdb_core._sqlalchemy.private import follow_dialect, follow_raw_connection, swap_connection
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import OnCommit
@@ -64,6 +64,7 @@ __all__ = [
     "finalize",
     "follow_calls",
     "follow_dialect",
+    "follow_raw_connection",
     "give_unit_ids",
     "is_autocommit",
     "is_context_initiated",
@@ -71,6 +72,7 @@ __all__ = [
     "is_read_only",
     "new_unit_id",
     "running_unit",
+    "swap_connection",
     "with_request",
     "without_secrets",
 ]

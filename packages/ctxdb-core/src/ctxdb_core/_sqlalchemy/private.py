@@ -61,6 +61,7 @@ __all__ = [
     "pending_states",
     "pool_numbers",
     "pool_of",
+    "raise_translated",
     "replace_commit",
     "replace_connect",
     "replace_isolation_level",
@@ -69,6 +70,7 @@ __all__ = [
     "savepoints_set_on",
     "seed_dispatch",
     "set_warning_of_changes",
+    "swap_connection",
     "swap_driver_connections",
     "take_back_asyncpg_connection",
     "take_back_psycopg_connection",
@@ -386,6 +388,18 @@ def follow_raw_connection(engine: Engine, around: Callable[[Callable[[], Any]], 
     vars(engine)["raw_connection"] = partial(around, engine.raw_connection)
 
 
+def swap_connection(connection: Connection, take: Callable[[], PoolProxiedConnection]) -> None:
+    """Give the pool's connection of `connection` back, and go on with the one that `take` returns.
+
+    There is no public way to it. The caller knows that the open transaction has nothing on its connection that another
+    one would not have.
+    """
+    own: Any = connection
+    old, own._dbapi_connection = connection.connection, None  # noqa: SLF001 - see above
+    old.close()
+    own._dbapi_connection = take()  # noqa: SLF001 - see above
+
+
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
     """Listen to an event of an engine, before the listeners that it has.
 
@@ -554,6 +568,11 @@ def _refuse_attribute(self: Any, name: str) -> Any:
 
 
 # --- asyncpg, asyncmy, aiomysql ---------------------------------------------------------------------------------------
+
+
+def raise_translated(adapted: Any, error: Exception) -> None:
+    """Raise an `error` of asyncpg as SQLAlchemy raises it from that driver: as the DBAPI's error of its kind."""
+    adapted._handle_exception(error)  # noqa: SLF001 - there is no public name for it
 
 
 def transport_of(connection: Any) -> asyncio.BaseTransport | None:

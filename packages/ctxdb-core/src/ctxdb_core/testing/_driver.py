@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._sqlalchemy.private import raise_translated
 from ctxdb_core.testing._errors import SharedTransactionError
 
 own_backends: set[int] = set()
@@ -116,7 +117,7 @@ class _Asyncpg(_Postgres):
         try:
             await self.connection.execute("; ".join(statements))
         except Exception as exc:  # noqa: BLE001 - translated into what SQLAlchemy expects of a DBAPI
-            self.dbapi_connection._handle_exception(exc)  # noqa: SLF001 - there is no public name for it
+            raise_translated(self.dbapi_connection, exc)
 
     async def fetch(self, query: str) -> list[Any]:
         rows: list[Any] = await self.connection.fetch(query)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.private import isolation_level_on_connect
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 
@@ -50,8 +51,7 @@ class _SharedDialect:
     def get_isolation_level(self, dbapi_connection: Connection) -> str:
         # The server would answer for the transaction that is shared.
         own: Any = self
-        on_connect: str | None = own._on_connect_isolation_level  # noqa: SLF001 - as `is_autocommit` below
-        level: str = dbapi_connection.isolation_level or on_connect or own.default_isolation_level
+        level: str = dbapi_connection.isolation_level or isolation_level_on_connect(own) or own.default_isolation_level
         return level
 
     def detect_autocommit_setting(self, dbapi_connection: Connection) -> bool:
@@ -82,8 +82,7 @@ _dialects: WeakKeyDictionary[Engine, Dialect] = WeakKeyDictionary()
 
 def is_autocommit(engine: AsyncEngine) -> bool:
     """Return whether the connections of `engine` are in autocommit mode."""
-    level: str | None = engine.dialect._on_connect_isolation_level  # noqa: SLF001 - told nowhere else without a connection
-    return level == "AUTOCOMMIT"
+    return isolation_level_on_connect(engine.dialect) == "AUTOCOMMIT"
 
 
 def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, lenient: bool) -> AsyncEngine:

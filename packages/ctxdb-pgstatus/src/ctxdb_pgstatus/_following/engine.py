@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any, Protocol
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -17,7 +17,14 @@ from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointC
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ctxdb_core import DBConnect
-from ctxdb_core.adapters import LostCommit, ask_outcome_by, is_autocommit
+from ctxdb_core.adapters import (
+    LostCommit,
+    ask_outcome_by,
+    follow_dialect,
+    follow_raw_connection,
+    is_autocommit,
+    swap_connection,
+)
 from ctxdb_pgstatus._commit_guard import CommitGuard, ConnectionState, state_of
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import Positions, current_positions
@@ -113,6 +120,10 @@ class _Wait:
         return self.interrupted and self.task.uncancel() <= self.cancelling
 
 
+# By weak references on both sides: each of the two knows the other.
+_followed: WeakKeyDictionary[Engine, ref[FollowedEngine]] = WeakKeyDictionary()
+
+
 class FollowedEngine:
     """Stands in for ``Engine.raw_connection``, which every transaction takes its connection from.
 
@@ -142,10 +153,9 @@ class FollowedEngine:
         event.listen(sync_engine, "connect", self._connected)
         event.listen(sync_engine, "handle_error", self._handle_error)
         self._take_from_pool = sync_engine.raw_connection
-        sync_engine.raw_connection = self.raw_connection  # type: ignore[method-assign]  # there is no event for it
-        dialect: Any = sync_engine.dialect
-        self._connect: Callable[..., Any] = dialect.connect
-        dialect.connect = self._connect_in_time
+        follow_raw_connection(sync_engine, lambda take: self.raw_connection())
+        follow_dialect(sync_engine.dialect, "connect", self._connect_in_time)
+        _followed[sync_engine] = ref(self)
         if follower.guard is not None:
             follower.guard.attach(sync_engine)
             ask_outcome_by(engine, self._find_outcome)
@@ -156,8 +166,8 @@ class FollowedEngine:
     @classmethod
     def of(cls, engine: Engine) -> FollowedEngine | None:
         """Return what stands in for `engine`, if something does."""
-        followed = getattr(vars(engine).get("raw_connection"), "__self__", None)
-        return followed if isinstance(followed, cls) else None
+        followed = _followed.get(engine)
+        return None if followed is None else followed()
 
     # --- taking connections -------------------------------------------------------------------------------------------
 
@@ -252,24 +262,24 @@ class FollowedEngine:
         connection.invalidate()
         raise _OtherServerError(f"{self.host!r} leads to several servers.")
 
-    def _connect_in_time(self, *args: Any, **options: Any) -> Any:
-        """Stand in for ``Dialect.connect``."""
+    def _connect_in_time(self, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Stand in for ``Dialect.connect``, which is `connect`."""
         if self.is_left:
             raise _HostLeftError(self.host)
         try:
-            return await_only(self._connect_within_limit(*args, **options))
+            return await_only(self._connect_within_limit(connect, *args, **options))
         except _HostLeftError:
             raise
         except Exception as exc:
             self._follower.report_failure(self.host)
             raise _unreachable(self.host, exc) from exc
 
-    async def _connect_within_limit(self, *args: Any, **options: Any) -> Any:
+    async def _connect_within_limit(self, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
         seconds = self._follower.connect_timeout
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
-                return await greenlet_spawn(self._connect, *args, **options)
+                return await greenlet_spawn(connect, *args, **options)
         except TimeoutError as exc:
             if limit.expired():
                 raise TimeoutError(f"{self.host!r} has not accepted a connection within {seconds:g} seconds.") from exc
@@ -317,11 +327,9 @@ class FollowedEngine:
                 "that it would have to see, and cannot go on elsewhere: it has a savepoint, options of its own, or a "
                 "streamed result. End it first, by `commit_db_session`, or read by another session."
             )
-        # There is no public way to it. A transaction that only reads, and sees at each statement what is committed, has
-        # nothing on its connection that another one would not have.
-        old, connection._dbapi_connection = connection.connection, None  # noqa: SLF001 - see above
-        old.close()
-        connection._dbapi_connection = self.raw_connection()  # noqa: SLF001 - see above
+        # A transaction that only reads, and sees at each statement what is committed, has nothing on its connection
+        # that another one would not have.
+        swap_connection(connection, self.raw_connection)
         for setting in state.settings:
             connection.exec_driver_sql(setting)
 
