@@ -216,7 +216,7 @@ class TestDatabases:
         assert run("--database-url", f"sqlite+aiosqlite:///{tmp_path / 'new.db'}").returncode == 0
         assert list(tmp_path.iterdir()) == []
 
-    def test_without_an_embedded_postgresql_it_is_sqlite_and_that_is_said(self) -> None:
+    def test_the_demo_says_that_it_uses_sqlite_without_an_embedded_postgresql(self) -> None:
         change = "from ctxdb_demo import demo_database\ndemo_database.postgres_is_available = lambda: False"
         result = run_changed(change)
         assert_promises_kept(result)

@@ -116,7 +116,7 @@ async def test_answers_of_aiohttp_itself_are_left_alone(
     assert database.engines == []
 
 
-async def test_a_task_that_outlives_its_request_is_told_so(db: DBConnect, serve: Serve) -> None:
+async def test_a_task_that_outlives_its_request_gets_an_error_that_says_so(db: DBConnect, serve: Serve) -> None:
     release = asyncio.Event()
     tasks: list[asyncio.Task[AsyncSession]] = []
 

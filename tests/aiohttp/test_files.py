@@ -50,7 +50,7 @@ def application(directory: Path, work: Callable[[], Awaitable[object]], prepared
 @statuses
 @prepared
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_the_status_that_it_has_in_the_end_decides(
+async def test_the_status_of_the_prepared_file_response_decides(
     db: DBConnect,
     database: Database,
     serve: Serve,
@@ -92,7 +92,7 @@ async def test_a_commit_that_fails_is_answered_by_the_error_middleware(
 
 
 @pytest.mark.parametrize(("headers", "body"), [({}, "content"), ({"Range": "bytes=2-4"}, "nte")])
-async def test_body_arrives_whole(
+async def test_the_body_of_a_file_response_arrives_whole(
     db: DBConnect, serve: Serve, tmp_path: Path, headers: Mapping[str, str], body: str
 ) -> None:
     app = application(tmp_path, lambda: insert(db, "one"))
@@ -100,7 +100,9 @@ async def test_body_arrives_whole(
     assert (await ask(await serve(app), "/file", headers=headers)).text == body
 
 
-async def test_a_middleware_can_change_it_before_it_is_prepared(db: DBConnect, serve: Serve, tmp_path: Path) -> None:
+async def test_a_middleware_can_change_a_file_response_before_aiohttp_prepares_it(
+    db: DBConnect, serve: Serve, tmp_path: Path
+) -> None:
     @web.middleware
     async def set_cookie(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)

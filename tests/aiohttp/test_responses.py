@@ -66,7 +66,7 @@ async def test_response_is_committed_before_its_first_byte(
 
 
 @kinds
-async def test_body_arrives_whole(db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind) -> None:
+async def test_the_body_of_a_response_arrives_whole(db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind) -> None:
     async def work(request: web.Request) -> None:
         await insert(db, "one")
 

@@ -65,7 +65,7 @@ async def test_writes_of_signal_handlers_are_committed_before_the_first_byte(
 
 @pytest.mark.parametrize("kind", STARTED_BY_AIOHTTP, ids=lambda kind: kind.name)
 @WHERE
-async def test_if_it_cannot_be_committed_a_500_is_sent_instead(
+async def test_a_500_replaces_a_response_whose_signal_handlers_cannot_be_committed(
     db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind, where: str
 ) -> None:
     async def signal(request: web.Request) -> None:
@@ -107,7 +107,7 @@ async def test_access_log_shows_the_500(db: DBConnect, database: Database, tmp_p
 
 @pytest.mark.parametrize("kind", STARTED_BY_HANDLER, ids=lambda kind: kind.name)
 @WHERE
-async def test_if_it_cannot_be_committed_the_handler_is_told(
+async def test_a_handler_that_prepares_its_response_learns_of_a_failing_commit(
     db: DBConnect, serve: Serve, tmp_path: Path, kind: Kind, where: str
 ) -> None:
     @web.middleware
@@ -130,7 +130,7 @@ async def test_if_it_cannot_be_committed_the_handler_is_told(
 
 @pytest.mark.parametrize("kind", STARTED_BY_HANDLER, ids=lambda kind: kind.name)
 @WHERE
-async def test_after_an_error_of_theirs_the_500_is_well_formed(
+async def test_the_500_after_an_error_of_a_signal_handler_is_well_formed(
     db: DBConnect, database: Database, serve: Serve, tmp_path: Path, kind: Kind, where: str
 ) -> None:
     async def signal(request: web.Request) -> None:
@@ -146,7 +146,7 @@ async def test_after_an_error_of_theirs_the_500_is_well_formed(
 
 
 @WHERE
-async def test_an_error_of_theirs_on_a_plain_response_leaves_nothing_behind(
+async def test_an_error_of_a_signal_handler_on_a_plain_response_leaves_nothing_behind(
     db: DBConnect, database: Database, serve: Serve, tmp_path: Path, where: str
 ) -> None:
     """aiohttp hangs up then."""

@@ -264,7 +264,7 @@ async def test_old_style_middlewares_are_no_hindrance(db: DBConnect, database: D
 
 
 @WHERE
-async def test_else_the_error_middleware_of_the_application_around_it_answers(
+async def test_the_error_middleware_of_the_outer_application_answers_where_the_inner_one_has_none(
     db: DBConnect, serve: Serve, where: str
 ) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:

@@ -60,7 +60,7 @@ async def test_a_request_has_the_deadline_that_it_says(db: DBConnect, database: 
     assert await database.names() == ["/soon"]
 
 
-async def test_both_limits_hold_together(db: DBConnect, serve: Serve) -> None:
+async def test_a_timeout_and_a_deadline_hold_together(db: DBConnect, serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(text=str(await (await db_session(db)).scalar(text("SHOW statement_timeout"))))
 

@@ -65,7 +65,7 @@ async def test_no_policy_is_asked_for_an_upgrade(db: DBConnect, database: Databa
         assert await database.names() == ["before"]
 
 
-async def test_if_the_commit_fails_there_is_no_upgrade(db: DBConnect, database: Database, serve: Serve) -> None:
+async def test_a_failing_commit_refuses_the_upgrade(db: DBConnect, database: Database, serve: Serve) -> None:
     @web.middleware
     async def answer_409(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -125,7 +125,7 @@ async def test_unit_of_work_ends_before_the_close_frame_as_its_code_demands(
         seen.set()
 
 
-async def test_a_task_of_the_handler_can_close_it_as_well(db: DBConnect, database: Database, serve: Serve) -> None:
+async def test_a_task_of_the_handler_can_close_the_websocket(db: DBConnect, database: Database, serve: Serve) -> None:
     seen = asyncio.Event()
 
     async def handler(request: web.Request) -> web.StreamResponse:

@@ -63,7 +63,7 @@ async def test_a_function_that_is_given_an_engine_says_what_to_pass(
 
 
 @pytest.mark.parametrize("wrong", ["postgresql+asyncpg://shop:secret@localhost/shop", None, [], DBConnect])
-async def test_whatever_is_no_database_is_named_without_its_secrets(wrong: Any) -> None:
+async def test_an_argument_that_is_no_database_is_named_without_its_secrets(wrong: Any) -> None:
     async with new_db_ctx():
         with pytest.raises(ArgumentTypeError, match="from_url") as caught:
             await db_session(wrong)
@@ -126,7 +126,9 @@ async def test_sessions_are_put_into_a_test_context_in_the_right_order(db: DBCon
                 pytest.fail("the block was entered")
 
 
-async def test_all_databases_are_closed_beside_what_is_none(db: DBConnect, engine: AsyncEngine) -> None:
+async def test_close_all_closes_each_database_beside_an_argument_that_is_none(
+    db: DBConnect, engine: AsyncEngine
+) -> None:
     wrong: Any = engine
     with pytest.raises(ArgumentTypeError, match="`DBConnect`"):
         await close_all(db, wrong)

@@ -41,7 +41,7 @@ def replying(work: Callable[[], Awaitable[object]]) -> ASGIApp:
     return app
 
 
-async def test_other_scopes_are_passed_on() -> None:
+async def test_scopes_that_are_no_request_are_passed_on() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert not is_context_initiated()
         await send({"type": "lifespan.startup.complete"})
@@ -49,7 +49,7 @@ async def test_other_scopes_are_passed_on() -> None:
     assert (await Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app))).types == ["lifespan.startup.complete"]
 
 
-async def test_messages_it_does_not_know_are_passed_on_untouched(db: DBConnect, database: Database) -> None:
+async def test_unknown_messages_are_passed_on_untouched(db: DBConnect, database: Database) -> None:
     messages: list[Message] = [
         {"type": "http.response.debug", "info": {"template": "x"}},
         {"type": "http.response.early_hint", "links": [b"</style.css>"]},
@@ -378,7 +378,7 @@ async def test_unrelated_error_of_the_application_is_attached_to_the_commit_erro
     assert any("while cleaning up" in note for note in caught.value.__notes__)
 
 
-async def test_installed_twice_it_works_once(db: DBConnect, database: Database) -> None:
+async def test_a_middleware_that_is_installed_twice_works_once(db: DBConnect, database: Database) -> None:
     seen: list[object] = []
 
     async def before_commit(session: object) -> None:
@@ -399,7 +399,7 @@ async def test_a_scope_used_again_is_another_request(db: DBConnect, database: Da
     assert await database.names() == ["one", "two"]
 
 
-async def test_the_context_is_what_it_was_before(db: DBConnect) -> None:
+async def test_a_request_leaves_the_context_of_its_server_as_it_was(db: DBConnect) -> None:
     async def fail() -> None:
         await insert(db, "one")
         raise LookupError

@@ -47,7 +47,7 @@ async def test_the_scope_of_the_request_decides(db: DBConnect, database: Databas
     assert await database.names() == ["one!"]
 
 
-async def test_statuses_can_be_named_beside_it(db: DBConnect, database: Database) -> None:
+async def test_statuses_can_be_named_beside_a_policy_of_the_scope(db: DBConnect, database: Database) -> None:
     await ask(fastapi(db, commit_policy=commit_policy(commit_writes, roll_back=[200])), "/one")
     assert await database.names() == []
 
@@ -64,7 +64,7 @@ async def test_a_policy_with_a_second_argument_of_its_own_gets_the_status_alone(
     assert await database.names() == ["one!"]
 
 
-async def test_the_scope_is_as_the_application_has_left_it(db: DBConnect) -> None:
+async def test_a_policy_sees_the_scope_as_the_application_has_left_it(db: DBConnect) -> None:
     seen: list[Any] = []
 
     def policy(status: int, scope: Scope) -> bool:
@@ -77,7 +77,7 @@ async def test_the_scope_is_as_the_application_has_left_it(db: DBConnect) -> Non
     assert seen == [{"name": "one"}]
 
 
-async def test_litestars_plugin_takes_it_too(db: DBConnect, database: Database) -> None:
+async def test_litestars_plugin_takes_a_policy_of_the_scope(db: DBConnect, database: Database) -> None:
     @post(["/drop", "/keep"])
     async def write() -> None:
         await insert(db, "one")
@@ -94,7 +94,7 @@ async def _async_policy(status: int) -> bool:
 
 
 @pytest.mark.parametrize("wrong", [lambda: True, lambda status, scope, more: True, 200, None, _async_policy])
-def test_what_is_no_policy_is_refused_when_it_is_given(wrong: Any) -> None:
+def test_an_object_that_is_no_policy_is_refused_when_it_is_given(wrong: Any) -> None:
     for make in (
         lambda: ASGIHTTPDBSessionMiddleware(FastAPI(), commit_policy=wrong),
         lambda: DBSessionMiddleware(FastAPI(), commit_policy=wrong),

@@ -55,7 +55,7 @@ async def test_a_request_has_the_deadline_that_its_scope_says(db: DBConnect, dat
     assert await database.names() == ["two"]
 
 
-async def test_both_limits_hold_together(db: DBConnect) -> None:
+async def test_a_timeout_and_a_deadline_hold_together(db: DBConnect) -> None:
     limits: list[str] = []
 
     async def work() -> None:

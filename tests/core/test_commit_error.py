@@ -110,5 +110,5 @@ async def test_unrelated_error_is_attached_and_a_consequence_of_the_commit_error
     assert await run(answering(answer_another, db)) == [409]
 
 
-async def test_a_request_of_no_adapter_has_none() -> None:
+async def test_a_request_outside_of_any_adapter_has_no_commit_error() -> None:
     assert commit_error({"type": "http"}) is None

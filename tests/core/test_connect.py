@@ -250,7 +250,7 @@ async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hos
     await eventually(lambda: hosts.connections("thrown") == 0, "its connection is still open")
 
 
-async def test_engine_creators_that_return_something_else_are_told_so() -> None:
+async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
     with pytest.raises(TypeError, match="create_async_engine"):
         await DBConnect(lambda host: cast("Any", host), host="a").engine()
 
@@ -336,7 +336,7 @@ async def test_from_url_takes_engine_options_and_changes_hosts(database: Databas
         assert (await db.engine()).url.host == "localhost"
 
 
-async def test_a_url_without_a_host_cannot_change_it(tmp_path: object) -> None:
+async def test_the_host_of_a_url_that_names_none_cannot_change(tmp_path: object) -> None:
     async with DBConnect.from_url("sqlite+aiosqlite://") as db:
         with pytest.raises(ValueError, match="names no host"):
             await db.change_host("elsewhere")

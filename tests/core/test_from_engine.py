@@ -42,7 +42,7 @@ async def test_close_leaves_the_engine_to_its_owner(engine: AsyncEngine, databas
     assert database.connections == connections
 
 
-async def test_a_second_event_loop_gets_an_engine_like_it(engine: AsyncEngine, database: Database) -> None:
+async def test_a_second_event_loop_gets_an_engine_like_the_given_one(engine: AsyncEngine, database: Database) -> None:
     db = DBConnect.from_engine(engine)
 
     async def use(name: str) -> AsyncEngine:

@@ -272,7 +272,7 @@ async def test_a_hook_s_statements_come_before_objects_that_were_added_earlier(d
     assert seen == [[]]
 
 
-async def test_what_the_hook_has_set_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
+async def test_a_setting_of_the_hook_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)
         session = await db_session(db)
@@ -427,7 +427,7 @@ async def test_a_commit_of_the_unit_commits_the_statements_of_a_joining_session(
     assert sorted(await database.names()) == ["later", "sent"]
 
 
-async def test_a_joining_session_that_adds_after_a_commit_of_the_unit_is_told_so(
+async def test_a_joining_session_that_adds_after_a_commit_of_the_unit_gets_an_error(
     db: DBConnect, database: Database
 ) -> None:
     async with new_db_ctx():

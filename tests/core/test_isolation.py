@@ -98,7 +98,7 @@ async def test_a_read_only_transaction_leaves_the_servers_default_alone(db: DBCo
 
 
 @POSTGRESQL
-async def test_both_can_be_had_together(db: DBConnect) -> None:
+async def test_an_isolation_level_and_read_only_can_be_had_together(db: DBConnect) -> None:
     async with db, new_db_ctx(), atomic_db_session(db, isolation_level="REPEATABLE READ", read_only=True) as session:
         assert await level_of(session) == "repeatable read"
         assert await is_read_only(session)

@@ -21,7 +21,7 @@ def make(engine: AsyncEngine) -> async_sessionmaker[ShopSession]:
     return async_sessionmaker(engine, class_=ShopSession, expire_on_commit=False, info={"of": "shop"})
 
 
-async def test_its_sessions_are_the_users_on_the_current_engine(database: Database) -> None:
+async def test_lazy_sessions_are_of_the_users_class_on_the_current_engine(database: Database) -> None:
     async with DBConnect(lambda host: database.watch_new(), make, host="h") as db:
         maker = db.lazy_session_maker
         assert isinstance(maker, async_sessionmaker)
@@ -75,7 +75,7 @@ async def test_options_of_one_session_and_of_all_are_kept_apart(db: DBConnect) -
         assert session.info == {"all": True}
 
 
-async def test_its_sessions_take_part_in_a_shared_transaction(db: DBConnect, database: Database) -> None:
+async def test_lazy_sessions_take_part_in_a_shared_transaction(db: DBConnect, database: Database) -> None:
     async with shared_transaction(db) as shared:
         async with db.lazy_session_maker.begin() as session:
             session.add(Item(name="one"))
@@ -83,7 +83,7 @@ async def test_its_sessions_take_part_in_a_shared_transaction(db: DBConnect, dat
     assert await database.names() == []
 
 
-async def test_its_sessions_go_to_the_host_that_there_is(database: Database) -> None:
+async def test_lazy_sessions_go_to_the_current_host(database: Database) -> None:
     created: list[str] = []
 
     def create(host: str) -> AsyncEngine:

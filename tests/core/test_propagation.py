@@ -129,7 +129,7 @@ async def test_without_a_transaction_there_is_none_to_be_joined(db: DBConnect, d
 
 @KINDS
 @pytest.mark.parametrize("propagation", [*JOINING, "nested"])
-async def test_a_joined_transaction_is_committed_by_whoever_began_it(
+async def test_a_joined_transaction_is_committed_by_the_block_that_began_it(
     db: DBConnect, database: Database, propagation: Propagation
 ) -> None:
     async with new_db_ctx():

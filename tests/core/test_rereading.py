@@ -86,7 +86,7 @@ async def test_within_a_transaction_objects_are_left_alone(library: DBConnect) -
         assert author.name == "changed"
 
 
-async def test_what_was_set_and_not_flushed_is_not_overwritten(library: DBConnect, database: Database) -> None:
+async def test_an_unflushed_change_is_not_overwritten(library: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await db_session(library)
         author = await session.get_one(Author, 1)
@@ -189,7 +189,7 @@ async def test_a_change_by_another_task_while_an_object_is_read_again_is_stored(
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 1])
-async def test_what_is_changed_before_a_streamed_result_comes_to_it_is_stored(
+async def test_a_change_made_before_a_streamed_result_reaches_the_object_is_stored(
     library: DBConnect, database: Database, rows_at_once: int | None
 ) -> None:
     await database.query("INSERT INTO author VALUES (2, 'Bob', 'long')")

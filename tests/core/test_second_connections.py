@@ -83,7 +83,9 @@ async def test_the_time_out_names_the_units_that_wait_and_the_code(
     assert all(__file__ in each and "await commit_db_session(db)" in each for each in told)
 
 
-async def test_the_call_that_takes_it_is_named(db: DBConnect, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_call_that_takes_the_second_connection_is_named(
+    db: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
     async with new_db_ctx():
         await (await db_session(db)).execute(text("SELECT 1"))
         await by_run_in_new_ctx(db)
@@ -91,7 +93,9 @@ async def test_the_call_that_takes_it_is_named(db: DBConnect, caplog: pytest.Log
     assert "by run_in_new_ctx() in by_run_in_new_ctx() at" in warning
 
 
-async def test_it_is_warned_of_once(db: DBConnect, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_line_that_takes_second_connections_is_warned_of_once(
+    db: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
     for _ in range(3):
         async with new_db_ctx():
             await (await db_session(db)).execute(text("SELECT 1"))

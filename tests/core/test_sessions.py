@@ -125,7 +125,7 @@ async def test_a_unit_of_work_inside_another_is_independent(db: DBConnect, datab
 # --- after the end ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_that_outlives_its_unit_of_work_is_told_so(db: DBConnect) -> None:
+async def test_a_task_that_outlives_its_unit_of_work_gets_an_error_that_says_so(db: DBConnect) -> None:
     release = asyncio.Event()
 
     async def late() -> None:
@@ -548,7 +548,9 @@ async def test_objects_of_a_session_that_expires_are_readable_after_the_units_co
 # --- several databases ------------------------------------------------------------------------------------------------
 
 
-async def test_all_sessions_end_together(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+async def test_sessions_on_several_databases_end_together(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
     async with new_db_ctx():
         await insert(db, "first")
         await insert(second_db, "second")
@@ -769,7 +771,7 @@ async def test_before_commit_is_asked_of_units_of_work_inside_as_well(
     assert await database.names() == ["inner", "outer"]
 
 
-async def test_a_block_with_a_before_commit_of_its_own_has_that_one(db: DBConnect) -> None:
+async def test_the_before_commit_of_a_block_replaces_that_of_the_unit_around_it(db: DBConnect) -> None:
     async def outer(session: AsyncSession) -> None:
         seen.append("outer")
 
@@ -1139,7 +1141,7 @@ async def test_a_callback_of_an_open_savepoint_waits_for_the_commit(db: DBConnec
     assert seen == ["committed"]
 
 
-async def test_a_callback_does_not_hold_whoever_is_cancelled(db: DBConnect) -> None:
+async def test_a_cancelled_task_does_not_wait_for_a_callback(db: DBConnect) -> None:
     entered, release = asyncio.Event(), asyncio.Event()
 
     async def callback() -> None:

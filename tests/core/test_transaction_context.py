@@ -192,7 +192,7 @@ async def test_a_transaction_begun_by_hand_is_committed_by_hand(
     assert await database.names() == ["one"]
 
 
-async def test_a_transaction_behind_a_savepoint_of_the_session_leaves_the_commit_to_whoever_set_that(
+async def test_a_transaction_behind_a_savepoint_of_the_session_leaves_the_commit_to_the_code_that_set_the_savepoint(
     context: TransactionContext, database: Database
 ) -> None:
     async with context.session() as session:
@@ -500,7 +500,9 @@ async def test_a_repeated_unit_is_not_committed_by_a_block_in_it(
     assert await database.names() == ["one"]
 
 
-async def test_where_there_are_no_transactions_a_block_says_so(context: TransactionContext, db: DBConnect) -> None:
+async def test_a_block_inside_of_one_without_transactions_is_refused(
+    context: TransactionContext, db: DBConnect
+) -> None:
     async with transactional(db, "not_supported"):
         with pytest.raises(TransactionRequiredError):
             async with context.transaction():

@@ -69,7 +69,7 @@ async def test_a_call_is_whole_with_its_autoflush(db: DBConnect) -> None:
         assert await asyncio.gather(*(count() for _ in range(4))) == [5] * 4
 
 
-async def test_a_task_that_is_cancelled_while_it_waits_holds_nobody_up(db: DBConnect) -> None:
+async def test_a_task_that_is_cancelled_while_it_waits_delays_no_other_task(db: DBConnect) -> None:
     async with new_db_ctx():
         first = asyncio.create_task(_sleep(db, 0.2))
         await asyncio.sleep(0)

@@ -80,7 +80,7 @@ def test_each_attribute_of_a_unit_of_work_is_explained(part: type) -> None:
     assert {name for name in _stored(part) - inherited if name.lstrip("_") not in explained} == set()
 
 
-def test_what_http_needs_is_not_kept_by_a_plain_unit_of_work() -> None:
+def test_a_plain_unit_of_work_keeps_nothing_that_only_http_needs() -> None:
     of_requests = _stored(RequestUnit) | set().union(*map(_stored, HTTPExchange.__mro__[:-1]))
     plain = set().union(*map(_stored, UnitOfWork.__mro__[:-1]))
     assert of_requests - plain >= {"origin", "calls", "phase", "body"}

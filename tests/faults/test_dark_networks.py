@@ -95,7 +95,7 @@ async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_pe
         await session.invalidate()
 
 
-async def test_those_who_wait_for_a_pool_are_told_that_the_database_refuses(
+async def test_tasks_that_wait_for_a_pool_are_told_that_the_database_refuses(
     database: Database, network: FaultyNetwork
 ) -> None:
     network.lets_in = False

@@ -58,7 +58,7 @@ async def test_the_application_may_let_others_look() -> None:
 
 
 @pytest.mark.parametrize("answer", [False, None, 0, "yes"])
-async def test_what_is_not_true_refuses_everybody(answer: Any) -> None:
+async def test_an_authorise_that_does_not_return_true_refuses_each_client(answer: Any) -> None:
     assert await ask("127.0.0.1", "localhost", lambda scope: answer) == 403
 
 

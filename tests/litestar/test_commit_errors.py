@@ -166,7 +166,7 @@ async def test_no_part_of_a_success_is_sent_after_a_failed_commit(db: DBConnect,
     assert begun == []
 
 
-async def test_neither_after_response_nor_background_tasks_follow(db: DBConnect, ask: Ask) -> None:
+async def test_a_refused_response_is_followed_by_no_hook_and_no_background_task(db: DBConnect, ask: Ask) -> None:
     happened: list[str] = []
 
     async def after_response(request: Request[Any, Any, Any]) -> None:

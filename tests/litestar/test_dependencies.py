@@ -75,7 +75,7 @@ async def test_a_failing_commit_is_seen_by_no_dependency_and_answered_with_an_er
 
 
 @pytest.mark.parametrize(("fails", "names"), [(False, ["after", "before", "handler"]), (True, [])])
-async def test_a_generator_dependency_shares_it_to_its_end(
+async def test_a_generator_dependency_shares_the_session_to_its_end(
     db: DBConnect, database: Database, ask: Ask, fails: bool, names: list[str]
 ) -> None:
     async def dependency(session: Injected[AsyncSession]) -> AsyncGenerator[AsyncSession, None]:
@@ -96,7 +96,9 @@ async def test_a_generator_dependency_shares_it_to_its_end(
     assert await database.names() == names
 
 
-async def test_dependencies_that_are_made_at_once_share_it(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_dependencies_that_are_made_at_once_share_the_session(
+    db: DBConnect, database: Database, ask: Ask
+) -> None:
     """Litestar makes those that do not depend on each other in tasks."""
 
     async def make() -> AsyncSession:
@@ -135,7 +137,7 @@ class Items:
         await self.session.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
 
 
-async def test_a_controller_and_its_dependencies_get_it(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_a_controller_and_its_dependencies_get_the_session(db: DBConnect, database: Database, ask: Ask) -> None:
     async def provide_items(session: Injected[AsyncSession]) -> Items:
         return Items(session)
 
@@ -152,7 +154,7 @@ async def test_a_controller_and_its_dependencies_get_it(db: DBConnect, database:
     assert await database.names() == ["one"]
 
 
-async def test_a_stream_uses_it_after_the_response(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_a_stream_uses_the_session_after_the_response(db: DBConnect, database: Database, ask: Ask) -> None:
     @get("/")
     async def read(session: Injected[AsyncSession]) -> Stream:
         await session.execute(text("INSERT INTO item VALUES ('response')"))
@@ -169,7 +171,7 @@ async def test_a_stream_uses_it_after_the_response(db: DBConnect, database: Data
     assert await database.names() == ["response", "stream"]
 
 
-async def test_a_handler_that_does_not_ask_for_it_has_none(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_a_handler_that_names_no_session_opens_none(db: DBConnect, database: Database, ask: Ask) -> None:
     @get("/")
     async def read() -> str:
         return "done"
@@ -178,7 +180,7 @@ async def test_a_handler_that_does_not_ask_for_it_has_none(db: DBConnect, databa
     assert database.checkouts == 0
 
 
-async def test_a_nearer_layer_can_provide_another(db: DBConnect, ask: Ask) -> None:
+async def test_a_nearer_layer_can_provide_another_session(db: DBConnect, ask: Ask) -> None:
     async def provide() -> str:
         return "another"
 
@@ -192,7 +194,7 @@ async def test_a_nearer_layer_can_provide_another(db: DBConnect, ask: Ask) -> No
 # --- how it is declared -----------------------------------------------------------------------------------------------
 
 
-def test_the_schema_is_what_it_would_be_without_the_plugin() -> None:
+def test_the_plugin_leaves_the_openapi_schema_unchanged() -> None:
     def schema(plugins: list[Any], dependencies: dict[str, Any]) -> dict[str, Any]:
         @get("/", dependencies=dependencies)
         async def read(session: Injected[AsyncSession]) -> str:
@@ -261,7 +263,7 @@ class Taker(InitPlugin):
 
 
 @pytest.mark.parametrize("comes_first", [True, False])
-def test_another_plugin_of_that_name_is_refused(comes_first: bool) -> None:
+def test_a_second_plugin_that_provides_a_name_is_refused(comes_first: bool) -> None:
     ours, others = CtxDBPlugin(session=DBConnect.from_url("sqlite+aiosqlite://")), Taker()
 
     @get("/")

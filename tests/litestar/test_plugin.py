@@ -98,7 +98,7 @@ async def test_an_init_hook_can_add_the_plugins_work_as_well(db: DBConnect, data
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_added_twice_it_works_once(db: DBConnect, database: Database, ask: Ask, same: bool) -> None:
+async def test_a_plugin_that_is_added_twice_works_once(db: DBConnect, database: Database, ask: Ask, same: bool) -> None:
     committed: list[AsyncSession] = []
 
     async def before_commit(session: AsyncSession) -> None:
@@ -131,7 +131,7 @@ def _writing(name: str) -> Any:
     return write
 
 
-async def test_its_options_are_those_of_the_adapter(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_the_plugin_has_the_options_of_the_adapter(db: DBConnect, database: Database, ask: Ask) -> None:
     async def before_commit(session: AsyncSession) -> None:
         await session.execute(text("INSERT INTO item VALUES ('hook')"))
 

@@ -263,7 +263,7 @@ async def test_a_background_task_that_fails_undoes_only_its_own_work(
     assert await database.names() == ["response"]
 
 
-async def test_a_task_that_is_left_over_is_told_so(db: DBConnect, ask: Ask) -> None:
+async def test_a_task_that_outlives_its_request_gets_an_error(db: DBConnect, ask: Ask) -> None:
     release = asyncio.Event()
     left: list[asyncio.Task[object]] = []
 
@@ -316,7 +316,7 @@ async def test_a_sync_handler_with_a_loop_of_its_own_needs_a_unit_of_its_own(
     assert await database.names() == ["one"]
 
 
-async def test_sync_hooks_run_in_threads_beside_it(db: DBConnect, database: Database, ask: Ask) -> None:
+async def test_synchronous_hooks_do_not_disturb_the_unit_of_work(db: DBConnect, database: Database, ask: Ask) -> None:
     def hook(*args: Any) -> None: ...
 
     def after_request(response: Response[Any]) -> Response[Any]:

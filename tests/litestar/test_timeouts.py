@@ -50,7 +50,7 @@ async def test_a_request_has_the_deadline_that_its_scope_says(db: DBConnect, dat
     assert await database.names() == ["soon"]
 
 
-async def test_both_limits_hold_together(db: DBConnect, ask: Ask) -> None:
+async def test_a_timeout_and_a_deadline_hold_together(db: DBConnect, ask: Ask) -> None:
     @get("/{seconds:int}", media_type="text/plain")
     async def show() -> str:
         return str(await (await db_session(db)).scalar(text("SHOW statement_timeout")))

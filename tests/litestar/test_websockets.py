@@ -174,7 +174,7 @@ async def test_a_failing_commit_closes_with_1011_and_surfaces(db: DBConnect, dat
 
 
 @pytest.mark.parametrize(("aborts", "names"), [(False, ["one"]), (True, [])])
-async def test_where_a_handler_does_not_expect_its_clients_leave_the_close_code_decides(
+async def test_the_close_code_decides_for_a_handler_that_does_not_expect_its_client_to_leave(
     db: DBConnect, database: Database, aborts: bool, names: list[str]
 ) -> None:
     """Litestar closes with the code that the client has left with: 1000, or 1006 for no goodbye at all."""

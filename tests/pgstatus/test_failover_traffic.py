@@ -242,7 +242,7 @@ async def test_replicas_that_lag_give_way_to_the_master(service: Service) -> Non
     assert traffic.refused == traffic.failed_reads == 0, traffic
 
 
-async def test_after_all_hosts_were_down_it_goes_on(service: Service) -> None:
+async def test_traffic_goes_on_after_all_hosts_were_down(service: Service) -> None:
     traffic, cluster = service.traffic, service.cluster
     async with traffic.flowing():
         await traffic.some_writes()

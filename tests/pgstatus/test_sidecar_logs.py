@@ -37,7 +37,7 @@ def test_a_json_line_has_the_names_of_pg_status_and_a_member_for_each_field() ->
     ("name", "component"),
     [("ctxdb_pgstatus.sidecar", "sidecar"), ("ctxdb_pgstatus.http", "http"), ("asyncpg", "asyncpg")],
 )
-def test_the_component_is_who_logs(name: str, component: str) -> None:
+def test_the_component_of_a_record_is_the_module_that_logs(name: str, component: str) -> None:
     assert json.loads(JSONFormatter().format(record("x", name=name)))["component"] == component
 
 

@@ -78,7 +78,7 @@ async def test_events_tell_of_a_change_and_hold_no_connection(
     assert (await listening).text.split() == ["running", "running", "done"]
 
 
-async def test_three_readers_that_have_stopped_reading_hold_nobody_up(world: World, database: Database) -> None:
+async def test_three_readers_that_have_stopped_reading_delay_no_other_request(world: World, database: Database) -> None:
     sent, is_over = 0, False
 
     async def events() -> Stream:

@@ -87,7 +87,7 @@ async def test_writes_of_the_abandoned_handler_are_rolled_back(world: World, sta
     assert await world.names() == []
 
 
-async def test_a_middleware_may_have_read(world: World) -> None:
+async def test_a_middleware_that_has_only_read_can_answer_for_a_handler_that_has_written(world: World) -> None:
     async def read() -> None:
         session = await db_session(world.db)
         await session.execute(text("SELECT name FROM item"))
@@ -113,7 +113,7 @@ async def test_writes_of_the_middleware_are_rolled_back_for_an_error_response(wo
     assert await world.names() == []
 
 
-async def test_a_success_for_it_is_not_sent_if_the_commit_fails(world: World) -> None:
+async def test_a_success_of_the_middleware_is_not_sent_if_its_commit_fails(world: World) -> None:
     response = await give_up(world, before=lambda: insert_row_that_fails_at_commit(world.db))
     # A middleware of aiohttp that has returned already learns of it no more.
     handled = world.setting.adapter.has_exception_handlers and world.setting.adapter.name != "aiohttp"
@@ -121,7 +121,7 @@ async def test_a_success_for_it_is_not_sent_if_the_commit_fails(world: World) ->
 
 
 @pytest.mark.parametrize("step", ["before", "after"])
-async def test_a_success_for_what_both_have_written_is_refused(world: World, step: str) -> None:
+async def test_a_success_for_work_of_middleware_and_handler_is_refused(world: World, step: str) -> None:
     steps: dict[str, Step] = {"before": nothing, "after": nothing, step: inserting(world, "middleware")}
     response = await give_up(world, before=steps["before"], handler=inserting(world, "handler"), after=steps["after"])
     assert response.status_code == 500
@@ -129,13 +129,13 @@ async def test_a_success_for_what_both_have_written_is_refused(world: World, ste
     assert await world.names() == []
 
 
-async def test_an_error_for_what_both_have_written_is_not(world: World) -> None:
+async def test_an_error_for_work_of_middleware_and_handler_is_sent(world: World) -> None:
     response = await give_up(world, 503, handler=inserting(world, "handler"), after=inserting(world, "middleware"))
     assert (response.status_code, response.text) == (503, "instead")
     assert await world.names() == []
 
 
-async def test_a_success_for_what_may_be_the_middlewares_is_refused(world: World) -> None:
+async def test_a_success_for_unflushed_work_of_an_unknown_author_is_refused(world: World) -> None:
     """Objects that have not been flushed do not say who has added them."""
 
     async def add() -> None:
@@ -157,7 +157,9 @@ async def test_early_commit_of_the_middleware_stands(world: World) -> None:
 
 @pytest.mark.parametrize("committed_by", ["unit", "session"])
 @pytest.mark.parametrize("begun_by", ["object", "begin"])
-async def test_a_transaction_of_the_handlers_own_is_its_own(world: World, committed_by: str, begun_by: str) -> None:
+async def test_a_transaction_that_the_handler_begins_after_a_commit_is_rolled_back(
+    world: World, committed_by: str, begun_by: str
+) -> None:
     async def write_and_commit() -> None:
         session = await insert(world.db, "middleware")
         await (session.commit() if committed_by == "session" else commit_db_session(world.db))

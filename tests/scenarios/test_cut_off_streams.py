@@ -54,7 +54,7 @@ async def test_uncommitted_work_of_a_cut_off_stream_is_rolled_back(world: World,
     assert await world.names() == ["committed", "response"]
 
 
-async def test_a_session_that_it_opened_is_rolled_back(world: World) -> None:
+async def test_a_session_that_a_cut_off_stream_has_opened_is_rolled_back(world: World) -> None:
     ended = asyncio.Event()
 
     async def chunks() -> AsyncGenerator[str, None]:
@@ -79,7 +79,7 @@ async def test_a_session_that_it_opened_is_rolled_back(world: World) -> None:
 
 
 @pytest.mark.background
-async def test_the_background_task_behind_it_is_committed(world: World) -> None:
+async def test_the_background_task_behind_a_cut_off_stream_is_committed(world: World) -> None:
     done = asyncio.Event()
 
     async def chunks() -> AsyncGenerator[str, None]:

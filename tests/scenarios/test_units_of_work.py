@@ -23,7 +23,7 @@ from ctxdb_core import (
 from ctxdb_core.adapters import is_context_initiated
 
 
-async def test_all_of_a_request_shares_a_session_and_its_tasks_do_too(world: World) -> None:
+async def test_the_code_and_the_tasks_of_a_request_share_a_session(world: World) -> None:
     sessions: list[AsyncSession] = []
 
     async def note() -> None:
@@ -83,7 +83,7 @@ async def test_a_request_made_inside_a_request_is_one_of_its_own(world: World) -
     assert await world.names() == ["inner"]
 
 
-async def test_a_task_that_outlives_its_request_is_told_so(world: World) -> None:
+async def test_a_task_that_outlives_its_request_gets_an_error_that_says_so(world: World) -> None:
     tasks: list[asyncio.Task[AsyncSession]] = []
     release = asyncio.Event()
 

@@ -185,7 +185,7 @@ async def test_before_commit_can_refuse_with_an_http_exception(
 
 
 @pytest.mark.parametrize("key", [500, Exception])
-async def test_the_servers_error_handler_answers_what_no_other_does(
+async def test_the_server_error_handler_answers_errors_that_no_other_handler_does(
     db: DBConnect, framework: type[Starlette], ask: Ask, key: Any
 ) -> None:
     async def handle(request: Request, exc: Exception) -> Response:
@@ -298,7 +298,7 @@ async def test_the_nearest_applications_handler_answers_first(
     assert (await (await ask(outer)).post("/sub/")).status_code == expected
 
 
-async def test_wrapped_around_a_whole_application_it_still_finds_the_handlers(
+async def test_a_middleware_around_a_whole_application_finds_its_handlers(
     db: DBConnect, framework: type[Starlette], ask: Ask
 ) -> None:
     async def write(request: Request) -> Response:
@@ -310,7 +310,7 @@ async def test_wrapped_around_a_whole_application_it_still_finds_the_handlers(
     assert (response.status_code, response.text) == (409, "handled IntegrityError")
 
 
-async def test_wrapped_around_a_whole_application_it_still_finds_the_servers_error_handler(
+async def test_a_middleware_around_a_whole_application_finds_its_server_error_handler(
     db: DBConnect, framework: type[Starlette], ask: Ask
 ) -> None:
     async def handle(request: Request, exc: Exception) -> Response:
@@ -360,7 +360,7 @@ async def test_middleware_given_to_the_constructor_works_as_well(db: DBConnect, 
     assert await database.names() == ["one"]
 
 
-async def test_unknown_paths_and_methods_are_answered_as_ever(framework: type[Starlette], ask: Ask) -> None:
+async def test_unknown_paths_and_methods_get_starlettes_own_answers(framework: type[Starlette], ask: Ask) -> None:
     async def read(request: Request) -> Response:
         assert is_context_initiated()
         return PlainTextResponse("done")

@@ -412,7 +412,9 @@ async def test_a_test_that_is_cancelled_while_it_begins_leaves_nothing(db: DBCon
     assert await database.names() == ["really"]
 
 
-async def test_its_end_waits_for_nobodys_statement(db: DBConnect, database: Database, postgresql: None) -> None:
+async def test_the_end_of_a_shared_transaction_waits_for_no_statement(
+    db: DBConnect, database: Database, postgresql: None
+) -> None:
     async def sleep() -> None:
         await (await db_session(db)).execute(text("SELECT pg_sleep(60)"))
 
