@@ -34,7 +34,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
 
     Raises:
         asyncio.CancelledError: the task was cancelled meanwhile, and `coro` succeeded.
-        BaseException: whatever `coro` raises, also if the task was cancelled meanwhile.
+        BaseException: the error of `coro`, also if the task was cancelled meanwhile.
     """
     loop = asyncio.get_running_loop()
     host: Any = asyncio.current_task(loop)

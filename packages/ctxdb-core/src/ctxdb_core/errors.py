@@ -117,7 +117,7 @@ class ContextNotInitiatedError(CtxDBError):
 class ContextClosedError(CtxDBError):
     """A session was asked for, or used, after its unit of work had ended.
 
-    Raised in a task that outlives the request (or ``new_db_ctx()`` block) which started it: nobody would commit its
+    Raised in a task that outlives the request (or ``new_db_ctx()`` block) which started it: no code would commit its
     work any more. The way out: give the task a unit of work of its own with ``run_in_new_ctx()`` or ``new_db_ctx()``.
     """
 
@@ -233,7 +233,7 @@ class UnexpectedRollbackError(CtxDBError, InvalidRequestError):
 
 
 class DeadlineExceededError(CtxDBError, TimeoutError):
-    """The deadline of the unit of work had passed when a statement was to be sent, or nobody has answered by then.
+    """The deadline of the unit of work had passed when a statement was to be sent, or before the server had answered.
 
     The second is a call that the pool, the network or the server has kept waiting past ``deadline`` or
     ``statement_timeout``; its connection was thrown away.

@@ -1,4 +1,4 @@
-"""The phases of a request, and which of them may follow which.
+"""The phases of a request, and which phase may follow which.
 
 Adapters move a request from phase to phase as their framework tells them of its events; what becomes of the
 transactions then is said by the table here alone::

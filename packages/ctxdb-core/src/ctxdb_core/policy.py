@@ -52,8 +52,8 @@ def commit_policy(
 
     Args:
         base: decides on every status that is named in neither collection.
-        commit: statuses that commit, whatever `base` says of them.
-        roll_back: statuses that roll back, whatever `base` says of them.
+        commit: statuses that commit, also if `base` would roll back.
+        roll_back: statuses that roll back, also if `base` would commit.
 
     Returns:
         A policy that takes the request as well, if `base` does.

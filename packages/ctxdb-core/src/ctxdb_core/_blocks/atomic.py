@@ -94,7 +94,7 @@ async def atomic_db_session(
                 elif first == "rollback":
                     await unit.roll_back(None, [db])
                 else:
-                    # If the block cannot go on in this transaction, that one stays as it is.
+                    # A block that cannot go on in the open transaction leaves that transaction as it is.
                     await options.apply(session, db)
         try:
             if options and not in_transaction(session):
@@ -104,7 +104,7 @@ async def atomic_db_session(
         except BaseException as exc:
             await unit.roll_back(exc, [db])
             raise
-        # If the unit has ended under the block, so has its transaction.
+        # A unit that has ended during the block has ended the transaction as well.
         unit.check_usable()
         await unit.commit([db])
 
@@ -117,7 +117,7 @@ async def transaction_on_session(
 
     Args:
         unit: the unit of work of the session.
-        session: the session, which has no transaction that somebody commits.
+        session: the session. No other code is going to commit a transaction of it.
         db: where it is.
         options: what the transaction is to be begun with, or must have.
 

@@ -1,4 +1,4 @@
-"""What an attempt has committed so far: only one that has committed nothing can be made again."""
+"""What an attempt has committed so far: an attempt is made again only if it has committed nothing."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Attempt:
             self._commits[_address(connection)] += 1
 
     def forget(self, connection: Connection) -> None:
-        """Take the COMMIT that was sent last for one that was refused."""
+        """Note that the database has refused the COMMIT that was sent last."""
         if connection in self._last:
             self._last.remove(connection)
             self._commits[_address(connection)] -= 1
 
     def go_on(self, connection: Connection) -> None:
-        """Take what was sent last for done: another transaction begins."""
+        """Note that the COMMIT that was sent last has succeeded, as another transaction begins."""
         self._last.discard(connection)
 
 

@@ -26,7 +26,7 @@ class Found(Enum):
     UNBEGUN = 1
     """A unit of work, which is a transaction from its beginning, before its first statement."""
     BEGUN_SESSION = 2
-    """A mere session of a `TransactionContext`: its statements have begun a transaction, which nobody commits."""
+    """A mere session of a `TransactionContext`, whose statements have begun a transaction that no block commits."""
     SESSION = 3
     """A mere session of a `TransactionContext` on which no transaction has begun."""
     AUTOCOMMIT = 4
@@ -147,7 +147,7 @@ def _is_inherited() -> bool:
     try:
         current_unit.reset(token)
     except (ValueError, RuntimeError):
-        # Another context's; or used already, where that context has been left.
+        # The token is another context's; or it was used already, where the unit has been left.
         return True
     unit.enter()
     return False

@@ -46,7 +46,7 @@ def is_conflict(error: BaseException) -> bool:
     or have one as its cause, its context, or a member of its group.
     """
     for each in _origins(error, set()):
-        # SQLAlchemy's errors hold the driver's one, the drivers' ones the code; by either name.
+        # An error of SQLAlchemy's holds the driver's error, which holds the code under a name of the driver's.
         if (getattr(each, "sqlstate", None) or getattr(each, "pgcode", None)) in _CONFLICTS:
             return True
         if getattr(each, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY or error_number(each) in MYSQL_CONFLICTS:
@@ -169,7 +169,7 @@ def _watched() -> Iterator[Callable[[Exception], bool]]:
             names = ", ".join(attempt.committed)
             error.add_note(f"ctxdb: not run again, as this attempt had committed something on {names}")
             return False
-        # The end of a transaction is seen through although its task was cancelled, and its error comes first.
+        # The end of a transaction is completed although its task was cancelled: the error of that end comes first.
         if task is not None and task.cancelling() > cancellations:
             error.add_note("ctxdb: not run again, as the task was cancelled")
             return False

@@ -34,11 +34,11 @@ class JoinedBlock:
         _around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
-        # Not by a token: the block may be left in another context than it was entered in, as a fixture's is.
+        # Not by a token: a fixture, for instance, leaves its block in another context than it has entered it in.
         _around.set(self._outer)
         if self.unit is not None:
             self.unit.blocks = tuple(block for block in self.unit.blocks if block is not self)
-        # Contexts that have inherited the block may last.
+        # A context that has inherited this block may last, and must not keep the unit alive.
         self.unit, self._outer = None, ()
 
 
@@ -110,7 +110,7 @@ class SharedSessionBlock(JoinedBlock):
         self._task = self._generator = None
 
     def is_by(self, other: SharedSessionBlock) -> bool:
-        """Return whether this is a block of the same task on the same database."""
+        """Return whether this block and `other` are of the same task, and on the same database."""
         return self._db is other._db and self._task is other._task
 
     def is_around(self) -> bool:
@@ -118,7 +118,7 @@ class SharedSessionBlock(JoinedBlock):
         return self._generator is None or not is_at_yield(self._generator)
 
     def is_beside(self, other: SharedSessionBlock) -> bool:
-        """Return whether this is the block of another task, which goes on while `other` does."""
+        """Return whether this block is another task's, which goes on while that of `other` does."""
         if self._db is not other._db or self._task is other._task or self in other._outer:
             return False
         # A framework enters what a handler depends on in tasks that end before the handler begins.

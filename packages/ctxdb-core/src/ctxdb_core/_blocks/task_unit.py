@@ -45,7 +45,7 @@ class TaskUnit(UnitOfWork):
         self.commits = commits
         """Whether a block is going to commit the open transaction on `db`: this one, or a running one inside of it."""
         self.outer = outer
-        # The unit around the block waits for its statements, too.
+        # The unit around the block waits for the statements of the block, so its limit holds for them, too.
         self.share_statement_timeout(outer)
 
     def is_transaction(self) -> bool:
@@ -73,7 +73,7 @@ class TaskUnit(UnitOfWork):
 
     @property
     def closed(self) -> bool:
-        """Whether the running code gets no session from it: it has ended, or is another task's."""
+        """Whether the running code gets no session here: the unit has ended, or is another task's."""
         return not self.serves() and (self.outer is None or self.outer.closed)
 
     def of(self, db: DBConnect) -> UnitOfWork:
@@ -101,7 +101,7 @@ class TaskUnit(UnitOfWork):
         return owner is running_task()
 
     def take_over(self) -> bool:
-        """Make the session that of the running task; return whether there is one."""
+        """Give the session to the running task; return whether there is a running task."""
         task = running_task()
         if task is not None:
             self._owner = ref(task)
@@ -142,10 +142,10 @@ async def open_task_unit(
             if commits:
                 await session.begin()
             yield session
-            # Another task than the one that entered the block may leave it, as with a test's fixture.
+            # The task that leaves the block may be another one than has entered it, as with a test's fixture.
             unit.take_over()
             if not commits:
-                # Not by a roll-back, which would expire the objects that were read.
+                # The session is closed without a roll-back, which would expire the objects that were read.
                 await unit.close_session(db, refuse_after_unit)
         except BaseException as exc:
             unit.take_over()
@@ -179,7 +179,7 @@ class OuterCommit:
         )
 
     def __enter__(self) -> bool:
-        """Return whether the transaction that is open will be committed by nobody else."""
+        """Return whether no other block is going to commit the open transaction."""
         if self._unit is not None:
             self._unit.commits = True
         return self._owes_commit

@@ -185,7 +185,7 @@ class TransactionContext(Generic[SessionT_co]):
                 case Refuse(error):
                     raise error
                 case _:
-                    # The unit of work, or the block around this one, is the transaction, begun or not, and commits it.
+                    # The unit of work, or the block around this one, commits the transaction, which may not have begun.
                     async with session.begin_nested():
                         yield session
 
@@ -207,7 +207,7 @@ class TransactionContext(Generic[SessionT_co]):
 
     @asynccontextmanager
     async def new_transaction(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[SessionT_co]:
-        """Run a block in another session and its transaction, committed at its end whatever becomes of those around it.
+        """Run a block in another session and a transaction that stands although one around it is rolled back.
 
         Args:
             session_maker: makes the session.
@@ -345,7 +345,7 @@ class TransactionContext(Generic[SessionT_co]):
         if force_transaction is None:
             force_transaction = self._auto_context_force_transaction
         async with self._open(around, commits=force_transaction or _may_write(statement)) as opened:
-            # What is returned is read after the commit.
+            # The caller reads the objects of the result after the commit, which must not expire them.
             opened.sync_session.expire_on_commit = False
             return await opened.execute(
                 statement, params, execution_options=execution_options, bind_arguments=bind_arguments
@@ -386,7 +386,7 @@ class TransactionContext(Generic[SessionT_co]):
 
     def _made_by(self, maker: SessionMaker, **options: Any) -> AsyncSession:
         session: AsyncSession = maker(**options)
-        # What the database has made itself is followed already.
+        # A session that the database has made itself is followed already.
         self._db._follow(session, self._db.host or "")  # noqa: SLF001 - the core's own
         return session
 

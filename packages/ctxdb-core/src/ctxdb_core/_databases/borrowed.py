@@ -32,7 +32,7 @@ class BorrowedEngine:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._lock = threading.Lock()
-        # Known by weak reference: a loop that is gone is no loop that could use its connections.
+        # By weak reference: a loop that is gone could not use its connections any more.
         self._loop: ref[asyncio.AbstractEventLoop] | None = None
 
     def __call__(self, host: str) -> AsyncEngine:
@@ -46,8 +46,8 @@ class BorrowedEngine:
         return self.engine if self._loop is not None and self._loop() is loop else self._copy()
 
     def _serves_every_loop(self) -> bool:
-        # A pool without connections has none that belong to a loop, and a database in memory is in its one connection,
-        # which this driver runs in a thread of its own.
+        # A `NullPool` keeps no connection that would belong to a loop. A database in memory is in one connection, which
+        # its driver runs in a thread of its own.
         return isinstance(self.engine.pool, NullPool) or is_in_memory(self.engine)
 
     def _copy(self) -> AsyncEngine:

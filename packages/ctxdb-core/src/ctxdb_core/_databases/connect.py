@@ -304,7 +304,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         return cast("type[SessionT_co]", session_class_of(self._engines))
 
     def _follow(self, session: AsyncSession, host: str) -> None:
-        """Tell listeners of what happens in `session`, whoever has made it."""
+        """Tell listeners of what happens in `session`, which this object or a user's session maker has made."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
         if self._engines.resolve_commits:
@@ -340,7 +340,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         return status_of(self, self._engines.target.all)
 
     def on_engine(self, listener: EngineListener, *, overridden: bool = False) -> None:
-        """Call `listener` with each host and the engine that is made for it: those that there are, then those to come.
+        """Call `listener` with each host and the engine that is made for it: first those of now, later each new one.
 
         It is called before the engine is used, on the event loop that the engine is for, or else now. It must not use
         this object.

@@ -1,4 +1,4 @@
-"""Functions that create engines: those that take no host, and what is told of arguments that are no such function."""
+"""Functions that create engines: how they are called, and the errors for arguments that are no such function."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class _Record:
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None
         commit_tried, self.commit_tried = self.commit_tried, False
-        # Its traceback knows the session: it is not kept for longer than needed.
+        # The traceback of the error refers to the session: it is not kept for longer than needed.
         error, self.error = self.error, None
         if transaction is None:
             return
@@ -186,7 +186,7 @@ class _Record:
         )
 
     def close(self) -> None:
-        # An interrupted end of the transaction has told nothing.
+        # If the end of the transaction was interrupted, it was not told yet.
         self.end()
         opened, self.opened = self.opened, None
         if opened is not None:
@@ -222,7 +222,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     if transaction.parent is None and (record := _record_of(session)) is not None:
         known = record.transaction
         if known is not None and known.of() is not transaction:
-            # Its end was interrupted.
+            # The end of the known transaction was interrupted.
             record.end()
         if record.transaction is None:
             record.begin(transaction, connection)
@@ -245,7 +245,7 @@ def _after_rollback(session: Session) -> None:
 
 
 def _transaction_of(session: Session) -> _Transaction | None:
-    # What happens to a savepoint is none of our business.
+    # Events tell of transactions alone: the end of a savepoint is not told.
     record = _record_of(session)
     return None if record is None or session.in_nested_transaction() else record.transaction
 

@@ -23,7 +23,7 @@ READ_ONLY_OPTION = "ctxdb_read_only"
 
 
 def is_bound_to_connection(session: AsyncSession) -> bool:
-    """Return whether `session` takes part in a transaction that somebody else began."""
+    """Return whether `session` takes part in a transaction that other code began."""
     try:
         return isinstance(session.sync_session.get_bind(), Connection)
     except UnboundExecutionError:

@@ -59,7 +59,7 @@ class _LentConnection(ConnectionFairy):
     def driver_connection(self) -> Any:  # type: ignore[override]  # SQLAlchemy's is a property as well
         info = self.record_info
         if info is None:
-            # It was detached from its pool, and is nobody else's from then on.
+            # The connection was detached from its pool, and belongs to the caller from then on.
             return super().driver_connection
         if _LOAN not in info:
             driver_connection = super().driver_connection

@@ -42,7 +42,7 @@ def is_mysql(dialect: Dialect) -> bool:
 
 
 def error_number(error: BaseException | None) -> int | None:
-    """Return the number of a driver's error; ``None`` if it is none of these drivers' or has none."""
+    """Return the number of an error of these drivers; ``None`` if it has none, or is an error of other code."""
     if error is None or type(error).__module__.partition(".")[0] not in _DRIVERS:
         return None
     number = error.args[0] if error.args else None

@@ -5,7 +5,7 @@ By a deadlock, InnoDB rolls back the whole transaction; by a lock wait time-out 
 begins another transaction, and COMMIT succeeds, with the work after the error alone. So a transaction that has met such
 an error is treated as PostgreSQL treats one in which a statement has failed: its further statements are refused, and so
 is its commit. A savepoint contains a lock wait time-out, if the server still has the savepoint; nothing contains a
-deadlock. Other errors undo their statement alone, whatever the settings, and an application may go on after them.
+deadlock. Other errors undo their statement alone with every setting, and an application may go on after them.
 """
 
 from __future__ import annotations

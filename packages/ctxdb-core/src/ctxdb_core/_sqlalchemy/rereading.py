@@ -1,4 +1,4 @@
-"""What is read again in a later transaction is fresh, and what nobody reads again keeps the values that it has.
+"""Objects that are read again in a later transaction are fresh; others keep the values that they have.
 
 A session keeps one object for each row. SQLAlchemy fills it when it is loaded first, and leaves it alone when a query
 returns the row again: in the same transaction that is what a transaction is about. Other sessions expire their objects

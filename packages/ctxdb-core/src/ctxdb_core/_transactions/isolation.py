@@ -23,7 +23,7 @@ from ctxdb_core.errors import ArgumentValueError, TransactionOptionsError
 __all__ = ["NO_OPTIONS", "IsolationLevel", "TransactionOptions"]
 
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-"""What one transaction sees of others; which of them there are depends on the database."""
+"""What one transaction sees of others. Not every database has each level."""
 
 _READ_ONLY_QUERIES = {"postgresql": "SHOW transaction_read_only", "sqlite": "PRAGMA query_only"}
 
@@ -35,8 +35,8 @@ _READ_ONLY = {"postgresql": "PostgreSQL", "sqlite": "SQLite", "mysql": "MySQL", 
 class TransactionOptions:
     """What one transaction is begun with. The next one on the same session or connection knows nothing of it.
 
-    A session that is bound to a connection takes part in a transaction that somebody else began, a test for instance:
-    there, nothing can be chosen any more, and nothing is.
+    A session that is bound to a connection takes part in a transaction that other code began, a test for instance. Its
+    options cannot be chosen any more, and these are ignored there.
 
     Args:
         isolation_level: the database's own default if it is ``None``.

@@ -57,7 +57,7 @@ def refuse_if_rollback_only(session: Session) -> None:
 
 
 def check_commits(session: Session, check: Callable[[], None]) -> None:
-    """Have `check` called before each commit of `session`, whoever asks for it; the first `check` of a session holds.
+    """Have `check` called before each commit of `session`, by whichever code; the first `check` of a session holds.
 
     The release of a savepoint is no commit: what it keeps is committed, or rolled back, with the transaction.
     """

@@ -106,7 +106,7 @@ def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
     if (door := door_of(session)) is not None:
         door.check = check
     if is_bound_to_connection(session):
-        # A transaction that somebody else began goes on after this unit: its limit is not ours to set.
+        # A transaction that other code began, such as a test, goes on after this unit: it keeps its own limit.
         return
     if door is not None:
         door.latest = lambda: _latest(current())

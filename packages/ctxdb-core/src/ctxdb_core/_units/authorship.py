@@ -48,13 +48,13 @@ def note_author(session: Session, clause: Any, author: object) -> None:
 
 
 def note_unseen_author(session: Session) -> None:
-    """Note that the open transaction of `session`, if it has one, may hold work of others that no one has noted."""
+    """Note that the open transaction of `session`, if it has one, may hold work whose author was not noted."""
     if session.in_transaction():
         note_author(session, None, None)
 
 
 def _writers(session: Session) -> set[object] | None:
-    """Return who has written in the open transaction; ``None`` if nobody has, or none is open."""
+    """Return the authors of what the open transaction has written; ``None`` if there is no such work."""
     transaction, writers = session.info.get(_WRITERS, (None, None))
     return writers if transaction is not None and transaction() is session.get_transaction() else None
 
@@ -62,7 +62,7 @@ def _writers(session: Session) -> set[object] | None:
 def find_authors(sessions: Iterable[AsyncSession], at_work: Collection[object]) -> Authors:
     """Return whose work the open transactions of `sessions` hold.
 
-    Where it cannot be told, it is that of both: objects that have not been flushed do not say who has changed them.
+    Objects that have not been flushed do not say which code has changed them: they count as the work of both.
 
     Args:
         sessions: all sessions of a unit.

@@ -132,7 +132,7 @@ class Callbacks:
         return waiting
 
     def take_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
-        """Let callbacks that were set aside wait again, before those that have come since."""
+        """Let callbacks that were set aside wait again, before callbacks that were registered meanwhile."""
         for db, callbacks in waiting.items():
             self._waiting[db] = [*callbacks, *self._waiting.get(db, [])]
 
@@ -183,7 +183,7 @@ _running: set[asyncio.Task[None]] = set()
 def _move_to_outer_savepoint(waiting: list[WaitingCallback], savepoint: SessionTransaction) -> None:
     """Let the callbacks of a savepoint that was released go with the savepoint or transaction around it."""
     outer = savepoint.parent
-    # A flush has a transaction of its own, which is none of the database's.
+    # A flush has a `SessionTransaction` of its own, which is no transaction of the database.
     while outer is not None and not outer.nested:
         outer = outer.parent
     for each in waiting:
@@ -203,7 +203,7 @@ async def _run(due: Sequence[WaitingCallback], run_in_unit: RunInUnit) -> None:
         try:
             await run_in_unit(call)
         except (Exception, asyncio.CancelledError):
-            # The cancellation is that of a task which the callback has waited for: nobody cancels this one.
+            # This task is never cancelled: the cancellation is that of a task which the callback has waited for.
             logger.exception(_FAILED[each.outcome], each.callback)
 
 

@@ -37,7 +37,7 @@ async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
 
 
 async def has_only_read(session: AsyncSession) -> bool:
-    """Return whether the open transaction of `session` can end with nothing lost, and nobody is in the middle of it.
+    """Return whether the open transaction of `session` can end with nothing lost, and no code is in the middle of it.
 
     What is not known to read keeps it open, as does ``session.connection()``: what it has returned is of use in this
     transaction alone.

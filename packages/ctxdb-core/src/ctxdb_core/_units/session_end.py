@@ -35,7 +35,7 @@ _stragglers: set[asyncio.Task[None]] = set()
 
 def in_transaction(session: AsyncSession) -> bool:
     """Return whether `session` has begun a transaction: only then can it hold a connection, or work."""
-    # What a task adds or changes while another task's COMMIT is under way begins no transaction.
+    # An object that a task adds or changes during another task's COMMIT begins no transaction.
     return not is_at_rest(session.sync_session)
 
 

@@ -98,8 +98,7 @@ class UnitTransactions(UnitSessions):
     async def commit(self, dbs: Collection[DBConnect] | None = None, *, ends_body: bool = False) -> None:
         """Commit the open transactions in the order in which their sessions were opened; the unit stays usable.
 
-        Where nobody asks for a certain database, a transaction that has only read stays open for a result that has not
-        been read to its end.
+        Without `dbs`, a transaction that has only read stays open for a result that has not been read to its end.
 
         Args:
             dbs: where to commit; everywhere by default.
@@ -325,7 +324,7 @@ class UnitTransactions(UnitSessions):
             await self.callbacks.wait()
 
     def _hook(self) -> BeforeCommit | None:
-        # A statement that was committed by itself is nobody's to prepare.
+        # In autocommit, each statement has been committed by itself: `before_commit` could add nothing to it.
         return None if self.autocommit else self.settings.before_commit
 
     def _note_end(self, error: BaseException | None) -> None:

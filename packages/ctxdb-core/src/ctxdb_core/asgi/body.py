@@ -179,7 +179,7 @@ class StreamedBody(Body):
 
 
 class ParkedSessions:
-    """Sessions in the middle of a transaction that nobody is to go on with, taken out of their unit of work."""
+    """Sessions in the middle of a transaction that no code may go on with, taken out of their unit of work."""
 
     __slots__ = ("callbacks", "recovering", "sessions")
 

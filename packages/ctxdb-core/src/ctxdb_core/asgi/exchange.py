@@ -63,7 +63,7 @@ class Exchange(RequestUnit):
     answer_route: Send | None
     """Where the response for an error goes to, if the application's own is refused.
 
-    It is used up by the one answer that there may be, and by whatever makes an answer impossible.
+    ``None`` once an error was answered, and where no answer can be sent any more.
     """
     failure: Exception | None = None
     """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""

@@ -53,7 +53,7 @@ class ASGIHTTPDBSessionMiddleware:
     has_boundary = True
     """Whether an `ASGIStreamBoundary` may be beneath.
 
-    Then it is noted from a request's first statement on who has written what, as a middleware may give up on a handler.
+    Then the author of each statement of a request is noted, as a middleware may give up on a handler.
     A subclass that looks for the places of boundaries itself says here whether there are any.
     """
 

@@ -17,7 +17,7 @@ class CapturedCallbacks(list[Callable[[], object]]):
         """Run them now, each in a unit of work of its own, and take them out.
 
         Raises:
-            BaseException: what one of them raises; those that come after it are still there.
+            BaseException: what one of them raises; the callbacks after it stay in the list.
         """
         while self:
             await run_in_new_ctx(_call, self.pop(0))

@@ -22,8 +22,8 @@ _KINDS: dict[str, type[Tables]] = {"postgresql": PostgresTables, "sqlite": SQLit
 class TableCleaner:
     """Empties the tables that tests have changed, and puts the rows back that were there before; a context manager.
 
-    It finds these tables by itself, whoever has changed them: an application in another process, a trigger, a
-    cascading delete. All other tables cost next to nothing.
+    It finds these tables by itself, also if an application in another process, a trigger or a cascading delete has
+    changed them. All other tables cost next to nothing.
 
     It refuses what may not be a database of tests. One of these has to say that it is:
 
@@ -34,7 +34,7 @@ class TableCleaner:
 
     Args:
         db: the database.
-        test_databases: the names of databases that are for tests, whatever else they look like.
+        test_databases: the names of databases that are for tests, although nothing else says so.
 
     Raises:
         WrongDatabaseError: nothing says that the database is for tests; or, when the cleaner is entered, sessions of
@@ -76,7 +76,7 @@ class TableCleaner:
     async def _close(self) -> None:
         if hasattr(self, "_tables"):
             self._tables.forget()
-        # It is in a state of its own, with temporary tables: not one for the pool.
+        # The connection has temporary tables and settings of its own: it must not go back to the pool.
         await self._connection.invalidate()
         await self._connection.close()
 

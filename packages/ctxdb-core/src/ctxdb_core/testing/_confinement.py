@@ -1,7 +1,7 @@
 """Sessions whose ``get_bind`` leads to engines of the application's own, kept on the connection of a test.
 
 A routing session (SQLAlchemy, "Custom Vertical Partitioning") and ``binds=`` choose the engine for each statement,
-whatever the session is bound to. In a test, such an engine would really commit.
+although the session is bound to a connection. In a test, such an engine would really commit.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _address(url: URL) -> object:
     """Return what two URLs of one database have in common."""
     if url.get_backend_name() == "sqlite":
         file = sqlite_file(url)
-        # A database in memory is its engine's.
+        # A database in memory belongs to its engine.
         return object() if file is None else file.resolve()
     host = url.host or url.query.get("host")
     return ("localhost" if host in _LOOPBACK else host, url.port, url.database)

@@ -79,13 +79,13 @@ class Cursor:
             yield self._rows.popleft()
 
     def setinputsizes(self, *sizes: Any) -> None:
-        """The drivers in question need none."""
+        """Do nothing: the drivers that are shared need no sizes."""
 
     def close(self) -> None:
         self._rows.clear()
 
     async def _async_soft_close(self) -> None:
-        """There is nothing left of it on the server (called by SQLAlchemy's asyncio results)."""
+        """Do nothing: the server has nothing left of a cursor (called by SQLAlchemy's asyncio results)."""
 
 
 _OWN_ATTRIBUTES = {"_own", "_result", "_rows", "arraysize"}
@@ -211,7 +211,7 @@ class Connection(AdaptedConnection):
         self.terminate()
 
     def terminate(self) -> None:
-        """Roll back what is open, whoever else would have to wait for it: its session is gone."""
+        """Roll back what is open, out of turn: its session is gone."""
         transaction, self._transaction = self._transaction, None
         if transaction is None or transaction.over or self.is_lost:
             return
@@ -228,7 +228,7 @@ class _DriverConnection:
         self._transaction = transaction
 
     async def interrupt(self) -> None:
-        """Stop the statement of this transaction, and nobody else's; as of SQLite's driver, without waiting for it."""
+        """Stop the statement of this transaction and of no other one, and do not wait for it: nor do the drivers."""
         if self._transaction is not None:
             self._shared.thread.start(self._shared.interrupt, self._transaction)
 

@@ -1,4 +1,4 @@
-"""A test's own unit of work, and sessions that nothing is kept of."""
+"""A test's own unit of work, and sessions whose work is rolled back."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class _TestUnit(UnitOfWork):
         await super().close_session(db, *args)
 
     def _stand_ins_on(self, dbs: Collection[DBConnect] | None) -> list[Any]:
-        # Only what the code under test asks for, not what ends the unit itself.
+        # Only the calls of the code under test, not those that end the unit itself.
         return [self.stand_ins[db] for db in dbs or () if db in self.stand_ins]
 
     def leave_sessions(self) -> None:
@@ -235,7 +235,7 @@ async def put_session_in_ctx(db: DBConnect, session: T) -> AsyncIterator[T]:
     await unit.close_session(db)
     if not isinstance(getattr(session, "sync_session", None), Session):
         with suppress(AttributeError):
-            # Blocks ask it whether a transaction is open, which none ever is.
+            # Blocks ask a stand-in whether a transaction is open: a stand-in has none.
             session.sync_session = Session()  # type: ignore[attr-defined]  # mocks take what they are given
     unit.stand_ins[db] = session
     try:

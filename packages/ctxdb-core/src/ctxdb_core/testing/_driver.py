@@ -17,7 +17,7 @@ own_backends: set[int] = set()
 """The server processes of PostgreSQL that serve the testing tools of this process."""
 
 app_backends: set[int] = set()
-"""Those that serve the application in this process, as far as `follow_backends` has been told of it."""
+"""The server processes that serve the application in this process, on databases that `follow_backends` was given."""
 
 
 class Driver:
@@ -96,7 +96,7 @@ class _Postgres(Driver):
         await self.run("SET CONSTRAINTS ALL IMMEDIATE", *before, f"RELEASE SAVEPOINT {savepoint}", *again)
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
-        # It ends with the savepoint by itself (PostgreSQL, "SET TRANSACTION").
+        # The read-only mode ends with the savepoint by itself (PostgreSQL, "SET TRANSACTION").
         if on and savepoint:
             await self.run("SET TRANSACTION READ ONLY")
 

@@ -18,7 +18,7 @@ from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 
 SHARED_DRIVER = "shared"
-"""The name of the driver, by which connections are known whatever engine they were asked of."""
+"""The name of the driver, by which connections of each shared engine are known."""
 
 
 class _SharedDialect:
@@ -42,7 +42,7 @@ class _SharedDialect:
     def get_driver_connection(self, connection: Connection) -> Any:
         return connection.driver_connection
 
-    # On a single connection nobody else writes: all isolation levels are the same, but for autocommit.
+    # On a single connection, no other transaction writes: all isolation levels are the same, but for autocommit.
 
     def set_isolation_level(self, dbapi_connection: Connection, level: str) -> None:
         dbapi_connection.autocommit = level == "AUTOCOMMIT"
@@ -64,7 +64,7 @@ class _SharedDialect:
         return connection.read_only
 
     def set_deferrable(self, connection: Connection, value: bool) -> None:  # noqa: FBT001 - as above
-        """It would make a read-only transaction wait for others, of which there are none."""
+        """Do nothing: a deferrable read-only transaction would wait for other transactions, of which there are none."""
 
     def get_deferrable(self, connection: Connection) -> bool:
         return False
@@ -110,7 +110,7 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
     def connect() -> Any:
         return Connection(shared, autocommit=autocommit, read_only=read_only, lenient=lenient)
 
-    # Connections cost nothing here: there is one for everybody who asks.
+    # A connection costs nothing here, so there may be any number of them.
     pool = AsyncAdaptedQueuePool(connect, max_overflow=-1, dialect=dialect)
     for name in ("checkout", "checkin", "reset"):
         # What the application does when a connection is opened was done to the original's.

@@ -1,4 +1,4 @@
-"""By what a database is known to be one of tests, so that nothing else is ever emptied or dropped."""
+"""The marks by which a database is known to be one of tests, so that no other one is ever emptied or dropped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def is_sqlite_of_tests(file: Path, named: Collection[str]) -> bool:
 
     Args:
         file: the file.
-        named: names of files, or their paths, that somebody has called tests'.
+        named: names of files, or their paths, that the user has called tests'.
     """
     path = file.resolve()
     return (

@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 0.2
 """How long a database is watched in which another program's session has been at work when it is cleaned."""
 
-# Of this database alone, and of no use to anybody else: "ctxdb" in ASCII.
+# A key of advisory locks that no other program uses: "ctxdb" in ASCII.
 _LOCK_KEY = 0x6374786462
 
 _NO_TRIGGERS = "SET LOCAL session_replication_role = replica"
@@ -81,7 +81,7 @@ _FOREIGN_KEYS = (
     "JOIN pg_class fc ON fc.oid = confrelid JOIN pg_namespace fn ON fn.oid = fc.relnamespace "
     "WHERE contype = 'f' AND conrelid <> confrelid"
 )
-# Those that have rows: not the partitions that are partitioned themselves.
+# The partitions that have rows: not those that are partitioned themselves.
 _PARTITIONS = (
     "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), "
     "quote_ident(pn.nspname) || '.' || quote_ident(pc.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = "
@@ -207,7 +207,7 @@ class PostgresTables(Tables):
         ]
 
     async def _wait_for(self, writers: list[_Other]) -> list[_Other]:
-        """Wait until `writers` have ended their transactions; return those that have not when time is up."""
+        """Wait until `writers` have ended their transactions; return the writers that have not when time is up."""
         deadline = time.monotonic() + WRITER_SECONDS
         while writers and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
@@ -318,7 +318,7 @@ class PostgresTables(Tables):
         return [row[0] for row in await self.driver.fetch(" UNION ALL ".join(queries))] if queries else []
 
     async def _ordered(self, tables: list[str]) -> list[str]:
-        """Return `tables` and those that refer to them, each after those that it refers to itself."""
+        """Return `tables` and the tables that refer to them, each after the tables that it refers to itself."""
         partitions: dict[str, set[str]] = {}
         for table, partition in await self.driver.fetch(_PARTITIONS):
             partitions.setdefault(table, set()).update({partition} - {None})
@@ -357,14 +357,14 @@ class PostgresTables(Tables):
 class _Copy:
     name: str
     columns: str
-    """Those that can be written, as a list in SQL; empty if there are none."""
+    """The columns that can be written, as a list in SQL; empty if there are none."""
     rows: int
     xid: str
 
 
 @dataclass(frozen=True)
 class _Other:
-    """A session of others."""
+    """A session of another program on the same database."""
 
     pid: int
     user: str

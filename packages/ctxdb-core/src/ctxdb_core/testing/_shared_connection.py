@@ -75,9 +75,9 @@ class SharedConnection:
             raise
 
     async def end(self) -> None:
-        """Roll everything back, and give the connection back. Whoever still uses it gets an error."""
+        """Roll everything back, and give the connection back. Code that still uses it gets an error."""
         if self._running is not None:
-            # Nobody is there any more to wait for it.
+            # No task is left that would wait for it.
             self._running.cancel()
         if self._backend_pid is not None:
             own_backends.discard(self._backend_pid)
@@ -164,7 +164,7 @@ class SharedConnection:
             raise
 
     async def terminate(self, transaction: Transaction) -> None:
-        """Roll a transaction back without waiting for its turn: those that began after it are undone with it."""
+        """Roll a transaction back without waiting for its turn: transactions that began after it are undone with it."""
         async with self._turns:
             if self.unusable is None and transaction.savepoint is not None:
                 await run_to_completion(self._roll_back(transaction))
@@ -349,7 +349,7 @@ class SharedConnection:
         if not names and not (statement.kind is Kind.SAVEPOINT and settings.values):
             return
         if transaction.autocommit and is_local:
-            # It ends with the statement: whoever has the next turn puts others in its place.
+            # The setting ends with the statement: the transaction with the next turn sets its own.
             settings = self._in_force = Settings(dict(settings.values))
         settings.values = await self._values_of(sorted(names | settings.values.keys()))
 
@@ -358,7 +358,7 @@ class SharedConnection:
         return dict(zip(names, values, strict=True))
 
     async def _enforce(self, settings: Settings) -> None:
-        """Put settings in the place of those that are in force."""
+        """Replace the settings that are in force."""
         if settings is not self._in_force:
             if statement := assignment(self._overridden(), settings.values):
                 await self._control(statement)

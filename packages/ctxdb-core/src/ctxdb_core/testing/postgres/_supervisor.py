@@ -31,7 +31,7 @@ _READY = ("ready", "standby")
 
 
 class _OrderError(Exception):
-    """An order could not be carried out; the message goes back to who gave it."""
+    """An order could not be carried out; the message goes back to the program that gave the order."""
 
 
 class _Supervisor:
@@ -189,7 +189,7 @@ class _Supervisor:
         return self._log_text(name)
 
     async def remove(self) -> None:
-        """Stop whatever runs, and delete the directory."""
+        """Stop all servers, and delete the directory."""
         try:
             await asyncio.gather(*(self._end(name, process) for name, process in self.servers.items()))
         finally:
@@ -315,7 +315,7 @@ async def _carry_out(supervisor: _Supervisor, id: int, order: str, arguments: di
 
 def _answer(**answer: object) -> None:
     with contextlib.suppress(BrokenPipeError):
-        # Nobody is left to read it: standard input closes, too.
+        # No reader is left: standard input closes, too.
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answers of this program
 
 
