@@ -7,12 +7,14 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 from tests.packaging.workspace import imports_of
 
 from ctxdb_core import phases
 from ctxdb_core.adapters import Phase
 
 ROOT = Path(__file__).parents[2]
+PAGES_OF_PHASES = ["adapters.md", "lifecycle.md"]
 ADAPTER = ROOT / "examples" / "adapters" / "ctxdb_quart.py"
 
 
@@ -31,16 +33,18 @@ def test_the_adapter_needs_public_names_of_the_core_only() -> None:
         assert set(found.names) <= set(import_module(found.module).__all__)
 
 
-def test_the_guide_shows_the_phases_as_the_core_does() -> None:
+@pytest.mark.parametrize("page", PAGES_OF_PHASES)
+def test_a_page_shows_the_phases_as_the_core_does(page: str) -> None:
     assert phases.__doc__ is not None
     shown = picture_in(phases.__doc__)
     assert all(phase.name in "\n".join(shown) for phase in Phase)
-    guide = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    assert picture_in(guide.partition("```text\n")[2].partition("```")[0]) == shown
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert picture_in(text.partition("```text\n")[2].partition("```")[0]) == shown
 
 
-def test_the_guide_says_of_each_phase_what_it_is() -> None:
-    table = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").partition("\n| phase |")[2]
+@pytest.mark.parametrize("page", PAGES_OF_PHASES)
+def test_a_page_says_of_each_phase_what_it_is(page: str) -> None:
+    table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n| phase |")[2].partition("\n\n")[0]
     named = re.findall(r"`([A-Z]+)`", "\n".join(line.split(" | ")[0] for line in table.splitlines() if line[:1] == "|"))
     assert sorted(named) == sorted(phase.name for phase in Phase)
 

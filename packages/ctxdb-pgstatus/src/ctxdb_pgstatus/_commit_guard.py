@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +13,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-from ctxdb_core.adapters import is_autocommit, is_read_only
+from ctxdb_core.adapters import follow_dialect, is_autocommit, is_read_only
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
 from ctxdb_pgstatus._following.statements import may_write
@@ -96,18 +97,17 @@ class CommitGuard:
         self._source = source
         self._confirms = confirm
         self._timeout = timeout
-        # Whoever has a driver's connection may write past SQLAlchemy, by COPY for instance.
+        # Code that has a driver's connection may write past SQLAlchemy, by COPY for instance.
         self._handed_out: WeakSet[Any] = WeakSet()
 
     def attach(self, engine: Engine) -> None:
         """Guard the commits of an engine."""
         event.listen(engine, "before_cursor_execute", self._before_execute)
         event.listen(engine, "after_cursor_execute", self._after_execute)
-        dialect: Any = engine.dialect
-        do_commit, do_commit_twophase = dialect.do_commit, dialect.do_commit_twophase
-        get_driver_connection = dialect.get_driver_connection
 
-        def do_commit_and_check(dbapi_connection: PoolProxiedConnection) -> None:
+        def do_commit_and_check(
+            do_commit: Callable[[PoolProxiedConnection], None], dbapi_connection: PoolProxiedConnection
+        ) -> None:
             state = state_of(dbapi_connection)
             if state is not None:
                 state.is_committing = True
@@ -116,7 +116,9 @@ class CommitGuard:
                 state.is_committing = False
                 self._committed(dbapi_connection, state)
 
-        def do_commit_twophase_and_check(connection: Connection, *args: Any, **options: Any) -> None:
+        def do_commit_twophase_and_check(
+            do_commit_twophase: Callable[..., None], connection: Connection, *args: Any, **options: Any
+        ) -> None:
             state = state_of(connection)
             if state is not None:
                 state.wrote = state.is_committing = True
@@ -125,18 +127,18 @@ class CommitGuard:
                 state.is_committing = False
                 self._committed(connection.connection, state)
 
-        def hand_out_driver_connection(dbapi_connection: Any) -> Any:
+        def hand_out_driver_connection(get_driver_connection: Callable[[Any], Any], dbapi_connection: Any) -> Any:
             driver_connection = get_driver_connection(dbapi_connection)
             self._handed_out.add(driver_connection)
             return driver_connection
 
-        # There are events before these, and none after them.
-        dialect.do_commit = do_commit_and_check
-        dialect.do_commit_twophase = do_commit_twophase_and_check
-        dialect.get_driver_connection = hand_out_driver_connection
+        # SQLAlchemy has events before these calls, and none after them.
+        follow_dialect(engine.dialect, "do_commit", do_commit_and_check)
+        follow_dialect(engine.dialect, "do_commit_twophase", do_commit_twophase_and_check)
+        follow_dialect(engine.dialect, "get_driver_connection", hand_out_driver_connection)
 
     def begin(self, connection: PoolProxiedConnection) -> None:
-        """Forget who has had a connection that somebody takes from the pool now."""
+        """Note that code takes a connection from the pool: its driver's connection is in no other hands any more."""
         if self._handed_out:
             self._handed_out.discard(_driver_connection(connection))
 
