@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 from packaging.version import Version
 from scripts.check_wheels import has_upper_bound
@@ -64,3 +67,10 @@ def test_a_package_names_the_pythons_it_supports(member: Member) -> None:
 def test_tools_are_configured_at_the_root_only(member: Member) -> None:
     assert set(member.pyproject.get("tool", {})) <= {"hatch"}
     assert "dependency-groups" not in member.pyproject
+
+
+def test_each_step_of_continuous_integration_has_a_short_name() -> None:
+    listed = subprocess.run([ROOT / ".ci" / "run", "--list"], check=True, capture_output=True, text=True).stdout
+    steps = {line.split()[0] for line in listed.splitlines()}
+    recipes = dict(re.findall(r"^([a-z-]+):\n    (.*)$", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {name for name in steps if recipes.get(name) != f".ci/run {name}"} == set()
