@@ -157,10 +157,10 @@ def test_a_seeded_session_has_its_listeners_and_those_that_come_later(session: S
     assert sorted(seen) == ["class", "session"]
 
 
-def test_a_seeded_session_misses_no_event(session: Session) -> None:
+def test_a_seeded_session_misses_no_frequent_event(session: Session) -> None:
     private.seed_dispatch(session)
     dispatch: Any = session.dispatch
-    for name in dispatch._event_names:
+    for name in private._FREQUENT_EVENTS:
         # SQLAlchemy looks for the listeners in this way, without the Python method that makes missing ones.
         object.__getattribute__(dispatch, name)
 
@@ -180,6 +180,13 @@ async def test_sessions_of_a_pattern_are_like_constructed_ones(settings: dict[st
         assert {name: type(value) for name, value in values.items() if name in others} == {
             name: type(value) for name, value in others.items()
         }
+
+
+async def test_sessions_are_constructed_where_sqlalchemy_lacks_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "_FREQUENT_EVENTS", (*private._FREQUENT_EVENTS, "after_something_new"))
+    maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"))
+    private.seed_dispatch(maker().sync_session)
+    assert private.SessionPattern.of(maker) is None
 
 
 async def test_sessions_of_a_pattern_have_all_that_changes_for_themselves() -> None:
