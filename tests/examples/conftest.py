@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tests.support.database import Database, eventually
 
-# Each has tables of its own.
+# Each bank has tables of its own.
 import ctxdb_demo.jobs.payroll
 import ctxdb_demo.jobs.queue_worker
 import ctxdb_demo.jobs.tasks  # noqa: F401 - see above
@@ -42,7 +42,7 @@ class Process:
 
 @dataclass
 class Bank:
-    """The accounts, as another connection sees them; and ways to hold up whoever changes one."""
+    """The accounts, as another connection sees them; and ways to hold up a job that changes one."""
 
     database: Database
     engine: AsyncEngine
@@ -62,11 +62,11 @@ class Bank:
             yield
 
     async def somebody_waits(self) -> None:
-        """Return once somebody is in the middle of his work: where `locked` holds him up."""
+        """Return once a job is in the middle of its work, where `locked` holds it up."""
         await eventually(lambda: bool(self.database.backends(WAITS)), "nobody waits for the lock", seconds=20)
 
     def break_connection(self) -> None:
-        """Kill the connection of whoever waits."""
+        """Kill the connection of the job that waits."""
         assert self.database.terminate_backends(WAITS) == 1
 
     async def let_the_first_change_conflict(self) -> Callable[[], Awaitable[int]]:

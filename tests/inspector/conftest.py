@@ -32,7 +32,7 @@ async def desk(database: Database) -> AsyncIterator[Desk]:
 
     async with DBConnect.from_url(database.url, pool_size=2, max_overflow=1) as db:
         desk = Desk(db)
-        # The tables are there before anybody looks.
+        # The tables are created before a client asks for the page.
         async with new_non_ctx_session(db) as session:
             await session.execute(text("SELECT 1"))
         yield desk

@@ -34,11 +34,11 @@ class Act:
 
     run: Callable[[Desk, str, float], Awaitable[Reply | Stream]]
     statuses: frozenset[int]
-    """Those that it can be answered with."""
+    """The statuses that an act can be answered with."""
     in_background: bool
-    """Whether it goes on behind the response."""
+    """Whether an act goes on behind its response."""
     reads_request: bool
-    """Whether it waits for the request's body."""
+    """Whether an act waits for the request's body."""
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ async def reads_its_request(desk: Desk, key: str, luck: float) -> Reply:
     return Reply(body.decode())
 
 
-# The commit fails, or what is to be committed does.
+# The commit fails, or the flush before it.
 
 
 @act(409, 500)
@@ -146,7 +146,7 @@ async def fails_to_serialize(desk: Desk, key: str, luck: float) -> Reply:
 
 @act(500)
 async def runs_into_a_deadlock(desk: Desk, key: str, luck: float) -> Reply:
-    """Each of two transactions waits for what the other has locked: whichever is ended, the request fails."""
+    """Each of two transactions waits for a row that the other has locked: the request fails, whichever one is ended."""
 
     async def lock(session: AsyncSession, half: int) -> None:
         await session.execute(text("SELECT pg_advisory_xact_lock(:key, :half)"), {"key": int(key), "half": half})
@@ -175,7 +175,7 @@ async def swallows_an_error(desk: Desk, key: str, luck: float) -> Reply:
     return Reply(key)
 
 
-# A time-out cancels what is under way.
+# A time-out cancels the statement that is under way.
 
 
 @act(200, 504)
@@ -197,7 +197,7 @@ async def fails_by_a_time_out(desk: Desk, key: str, luck: float) -> Reply:
 
 @act(200, 500)
 async def ignores_a_time_out(desk: Desk, key: str, luck: float) -> Reply:
-    """Its transaction is lost together with the statement that is interrupted."""
+    """The transaction is lost together with the statement that is interrupted."""
     await desk.write_half(key, "item")
     with anyio.move_on_after(luck * 0.003):
         await desk.write_half(key, "parent")

@@ -89,9 +89,9 @@ class Application:
     before_commit: BeforeCommit | None = None
     commit_policy: CommitPolicy = commit_below_400
     dbs: tuple[DBConnect, ...] = ()
-    """What is closed when the application shuts down."""
+    """The databases that are closed when the application shuts down."""
     errors: list[BaseException] = field(default_factory=list)
-    """What has come out of the adapter, on its way to the server."""
+    """The exceptions that have come out of the adapter, on their way to the server."""
 
     def route(self, path: str) -> Callable[[Handler], Handler]:
         """Register a handler; it answers every method."""

@@ -134,7 +134,7 @@ class Tab:
         ]
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Return what the page threw, and what the browser has to say against it."""
+        """Return the errors of the page's script, and the browser's complaints about the page."""
         return [event for event in self.events if event.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
@@ -159,7 +159,7 @@ async def browser(folder: Path, width: int = 1280, height: int = 800) -> AsyncIt
         await process.wait()
     finally:
         if process.returncode is None:
-            # Its helpers are in its session, and end with it.
+            # The browser's helper processes are in its session, and end with it.
             os.killpg(process.pid, 9)
             await process.wait()
 

@@ -13,7 +13,7 @@ import pytest
 
 def needs(program: str) -> str:
     """Return where a program is; skip the test where it is not installed."""
-    # The tests' own environment brings some of them along.
+    # The tests' own environment has some of these programs.
     found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
     if found is None:
         pytest.skip(f"there is no {program}")

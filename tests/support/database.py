@@ -141,7 +141,7 @@ class Database:
         try:
             yield
         finally:
-            # All of them, as locks of a connection count: one more, left by another test, would hold every commit.
+            # All locks of the connection: it counts them, and one that another test has left would hold every commit.
             observer.execute("SELECT pg_advisory_unlock_all()")
 
     async def commit_is_held(self) -> None:
@@ -178,7 +178,7 @@ async def insert_row_that_fails_at_commit(db: DBConnect) -> None:
 
 
 async def eventually(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = 20.0) -> None:
-    """Wait until `condition` holds: for what other processes, or other tasks' next steps, have to do."""
+    """Wait until `condition` holds, which other processes, or the next steps of other tasks, bring about."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         if asyncio.get_running_loop().time() > deadline:
@@ -214,10 +214,10 @@ async def fresh_database(
     _clean.append(name)
 
 
-# Databases as they were created: making one takes longer than most tests.
+# Empty databases to be used again: creating one takes longer than most tests.
 _clean: list[str] = []
 
-# The suite's own connections, by database: opening one takes longer than what it is used for.
+# The suite's own connections, by database: opening one takes longer than its queries do.
 _observers: dict[str, psycopg.Connection[tuple[Any, ...]]] = {}
 
 _OBSERVER = "tests"

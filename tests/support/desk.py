@@ -1,4 +1,4 @@
-"""What the requests of the ledger write with, and where they note what is certain whatever they are answered."""
+"""The desk: the databases that the requests of the ledger write to, and notes of what was certainly stored."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Desk:
 
     db: DBConnect
     other: DBConnect
-    """A second pool: taken after `db` only, so that nobody waits in a circle."""
+    """A second pool: requests take from it after `db` only, so that they do not wait in a circle."""
     written: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)
-    """What was committed, whatever the response will be."""
+    """The keys that are committed, whatever the status of the response will be."""
     undone: set[str] = field(default_factory=set)
-    """What is rolled back, whatever the response will be."""
+    """The keys that are rolled back, whatever the status of the response will be."""
     to_announce: set[str] = field(default_factory=set)
     announced: set[str] = field(default_factory=set)
-    """What `on_commit` was asked to announce, and what it has."""
+    """The keys that `on_commit` was asked to announce, and those that it has announced."""
     left_over: list[asyncio.Task[None]] = field(default_factory=list)
     release: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when all requests are over: then the tasks that are left over go on."""
+    """Set when all requests are over: the tasks that outlive their requests wait for it."""
 
     async def write(self, key: str) -> None:
         """Write two rows, by two statements, and have every other pair announced."""

@@ -16,7 +16,7 @@ from tests.support.middleman import Middleman, read_message, read_startup
 
 
 class Point(Enum):
-    """What is on the way when the network fails: it does not arrive."""
+    """The message that is on the way when the network fails: it does not arrive."""
 
     STARTUP = auto()
     """The client's first message."""
@@ -25,7 +25,7 @@ class Point(Enum):
     STATEMENT = auto()
     """The first statement of the client's in a transaction."""
     ANSWER = auto()
-    """What the server answers to that statement."""
+    """The server's answer to the first statement."""
     COMMIT = auto()
     """The client's COMMIT."""
     SAVEPOINT = auto()
@@ -39,7 +39,7 @@ class Point(Enum):
     PREPARE = auto()
     """The client's PREPARE TRANSACTION."""
     PREPARED = auto()
-    """What the server answers to that: the transaction waits for COMMIT PREPARED."""
+    """The server's answer to PREPARE TRANSACTION: the transaction waits for COMMIT PREPARED."""
     COMMIT_PREPARED = auto()
     """The client's COMMIT PREPARED."""
     COMMITTED_PREPARED = auto()
@@ -72,11 +72,11 @@ class Fault(Enum):
     DROP = auto()
     """Both sides are told that the connection has ended."""
     RESET = auto()
-    """The same, but without order, as a firewall does it."""
+    """Both sides get a reset instead of an orderly end, as from a firewall."""
     HALF_CLOSE = auto()
     """The client is told that the server sends no more; what the client sends arrives nowhere."""
     BLACK_HOLE = auto()
-    """Nothing arrives any more, and nobody is told."""
+    """Nothing arrives any more, and no side is told."""
 
 
 _CANCEL_REQUEST = struct.pack("!i", 80877102)
@@ -180,7 +180,7 @@ class FaultyMariaDBNetwork(FaultyNetwork):
         return _MariaDBLink
 
     async def _read_startup(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        # The server is the first to speak.
+        # The server sends the first message of a connection.
         self.connections += 1
         return b""
 
@@ -218,7 +218,7 @@ class _Link:
             await asyncio.gather(*self._relays, return_exceptions=True)
 
     def is_broken(self) -> bool:
-        """Return whether nothing is passed on any more."""
+        """Return whether the network has stopped to pass anything on."""
         return self._is_broken
 
     def break_(self, fault: Fault) -> None:

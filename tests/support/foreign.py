@@ -55,7 +55,7 @@ def asgi2(scope: Scope) -> Callable[[Receive, Send], Awaitable[None]]:
 
 
 class EndlessApplication:
-    """Has whatever attribute it is asked for."""
+    """Has each attribute that it is asked for."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""One database under the names of several hosts, and who says which of them is the master."""
+"""One database under the names of several hosts, and a source that says which of them is the master."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class FakeSource:
     replicas: tuple[str, ...] = ("n2", "n3")
     confirms: bool = True
     replayed: dict[str, int] = field(default_factory=dict)
-    """Up to where replicas have replayed; those that are not named have everything."""
+    """Up to where replicas have replayed; a replica that is not named has everything."""
     confirmed: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     searches: list[tuple[int | None, float]] = field(default_factory=list)
-    """Of replicas: by which position, and how long."""
+    """The questions for replicas: the position that was asked for, and the time to wait."""
     confirming: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a confirmation is asked for."""
     may_confirm: asyncio.Event | None = None
-    """If there is one, what a confirmation waits for."""
+    """The event that a confirmation waits for; ``None`` if it does not wait."""
     error: Exception | None = None
-    """What a confirmation fails by."""
+    """The error that a confirmation raises; ``None`` if it succeeds."""
     _turns: count[int] = field(default_factory=count)
 
     async def find_master(self) -> str | None:

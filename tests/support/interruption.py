@@ -1,4 +1,4 @@
-"""Cancellation at a chosen step of some work, whatever the step is."""
+"""Cancellation at a chosen step of some work: each ``await`` that waits is one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Interruption:
 
     @property
     def has_been_missed(self) -> bool:
-        """Whether the work was done before."""
+        """Whether the work has ended before the chosen step."""
         return self.is_over and self.waits < self.step
 
     @coroutine

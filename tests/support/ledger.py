@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Many requests of many clients, what they were answered, and what is wrong with it."""
+    """Many requests of many clients, their answers, and the contradictions between these and the database."""
 
     entries: dict[str, Entry]
     desk: Desk
@@ -75,7 +75,7 @@ class Ledger:
                 group.create_task(_make_requests(entries, base_url))
 
     async def compare(self, database: Database) -> None:
-        """Find what was answered otherwise than it is in the database."""
+        """Find the requests whose answer does not agree with the database."""
         items, parents = set(await database.names("item")), set(await database.names("parent"))
         whole, desk = items & parents, self.desk
         for entry in self.entries.values():
@@ -137,7 +137,7 @@ async def _make_request(client: RawClient, entry: Entry) -> bool:
     if entry.manner == READ_SLOWLY:
         await _let_others_go_on(100)
     await client.read_body()
-    # Where an exception reaches it behind a response, a server may close the connection under the next request.
+    # A server that gets an exception behind a response may close the connection under the next request.
     return client.keeps_alive and entry.status != 500 and not entry.act.in_background
 
 

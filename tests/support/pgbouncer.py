@@ -55,7 +55,7 @@ class PgBouncer:
         file.write_text("\n".join(lines))
         command = [COMMAND, str(file)]
         if os.getuid() == 0:
-            # It refuses to run as root.
+            # PgBouncer refuses to run as root.
             for folder in (self._directory, *self._directory.parents):
                 if folder.stat().st_uid == 0 and folder != Path("/") and folder != Path("/tmp"):
                     folder.chmod(folder.stat().st_mode | 0o055)

@@ -50,7 +50,7 @@ class Pooler(Middleman):
                 servers.append((server_writer, ready))
             await self._pass_on(reader, servers)
         finally:
-            # First, as the wait for the relays may be cancelled.
+            # The server is closed first, as the wait for the relays may be cancelled.
             for each in writers:
                 each.transport.abort()
             for relay in relays:

@@ -1,4 +1,4 @@
-"""A cluster that is only told of, and the sidecar that tells of it."""
+"""A cluster that exists by the words of a test alone, and the sidecar that reports it."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def cluster(*hosts: HostStatus, master: str | None = "n1", at: datetime = START)
 
 @dataclass
 class ToldMonitor:
-    """A monitor that knows what it is told. At a poll it comes to know what `next` holds."""
+    """A monitor that knows what a test tells it. At a poll, it learns what `next` holds."""
 
     status: ClusterStatus
     next: list[ClusterStatus] = field(default_factory=list)
     polls: int = 0
     confirmations: int = 0
     error: Exception | None = None
-    """What confirmations fail by."""
+    """The error that confirmations raise; ``None`` if they succeed."""
     servers_asked: list[str] = field(default_factory=list)
     waited_for: list[tuple[SyncCondition | None, int | None, float]] = field(default_factory=list)
 
@@ -208,7 +208,7 @@ async def serve_sidecar(app: Answer, limits: Limits | None = None) -> AsyncItera
 
 @asynccontextmanager
 async def nobody_listens() -> AsyncIterator[str]:
-    """Yield a URL at which nobody listens, nor will."""
+    """Yield a URL at which no server listens while the block runs."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Clients of an application on a cluster: what they were told, and what is there in the end."""
+"""Clients of an application on a cluster: the answers that they got, and the payments that are stored in the end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Traffic:
         await eventually(lambda: self.refused >= before + number, lambda: f"too few refusals: {self}", 60)
 
     async def lost_on(self, node: PostgresNode) -> set[str]:
-        """Return the payments that were acknowledged and are not there."""
+        """Return the payments that were acknowledged and are not stored."""
         return self.acknowledged.keys() - await payments_on(node)
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Traffic:
                 else:
                     self.refused += 1
                     self.errors.add(response.status_code)
-                    # The others and the monitor want their turns.
+                    # The other clients and the monitor must get their turns of the event loop.
                     await asyncio.sleep(0.01)
 
     async def _read(self, http: httpx.AsyncClient, payment: str) -> None:

@@ -95,13 +95,13 @@ class Wire:
     async def assert_nothing_follows(self) -> None:
         """Assert that the last response was the last thing on the wire: another one can follow it, or the end."""
         rest = await self.read_to_end()
-        # The server's own answer to what is no request.
+        # The server's own answer to bytes that are no request.
         assert rest.startswith(b"HTTP/1.0 400 ") or not rest, rest
 
     async def read_to_end(self) -> bytes:
         """Return what is still to come, having asked for nothing more."""
         with suppress(OSError):
-            # Answered by the server itself, which hangs up then: no application is bothered.
+            # The server itself answers, and hangs up then: the application is not called.
             self.writer.write(b"no request\r\n\r\n")
             await self.writer.drain()
             return await self.reader.read()

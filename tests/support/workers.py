@@ -28,5 +28,5 @@ def use_workers(config: pytest.Config) -> None:
     if is_told or is_looked_at or not any(Path(argument).is_dir() for argument in config.args):
         return
     options.numprocesses = math.ceil(WORKERS_PER_CPU * (os.cpu_count() or 1))
-    # The tests differ in length by a factor of a thousand: a worker that has no more takes some of another's.
+    # The tests differ in length by a factor of a thousand: a worker that has none left takes some of another worker's.
     options.dist = "worksteal"

@@ -121,7 +121,7 @@ def _giving_up(around: Around) -> Middleware:
 
         def call() -> None:
             calls.append(asyncio.ensure_future(handler(request)))
-            # Whoever would wait for it has given up.
+            # The client that would wait for the answer has given up.
             calls[0].add_done_callback(lambda call: call.cancelled() or call.exception())
 
         reply = await around(call)
@@ -161,7 +161,7 @@ async def serve_aiohttp(app: web.Application, *, handler_cancellation: bool = Fa
 @asynccontextmanager
 async def call_aiohttp(app: web.Application) -> AsyncIterator[httpx.AsyncClient]:
     """Provide a client for `app` on aiohttp's test server, which cancels a handler whose client leaves."""
-    # Whoever tests aiohttp alone has no uvicorn, which that module serves with.
+    # Where aiohttp alone is tested, there is no uvicorn, which that module serves with.
     from tests.support.server import http_client
 
     async with TestServer(app) as server, http_client(f"http://{server.host}:{server.port}") as client:

@@ -50,7 +50,7 @@ def giving_up(app: ASGIApp, around: Around) -> ASGIApp:
         calls: list[asyncio.Future[None]] = []
 
         async def drop(message: Message) -> None:
-            """What comes too late is not sent."""
+            """Drop what the application sends whose place `around` has taken: it comes too late."""
 
         try:
             reply = await around(lambda: calls.append(asyncio.ensure_future(app(scope, receive, drop))))

@@ -29,7 +29,7 @@ from ctxdb_litestar import CtxDBPlugin
 
 def build_litestar(application: Application) -> ASGIApp:
     async def note_unhandled(exc: Exception, scope: Any) -> None:
-        """Litestar answers what nobody handles by itself, and passes nothing on to the server."""
+        """Litestar answers unhandled exceptions by itself, and passes none on to the server."""
         if not isinstance(exc, (HTTPException, *application.exception_statuses)):
             application.errors.append(exc)
 

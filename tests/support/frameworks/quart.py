@@ -19,13 +19,13 @@ from ctxdb_quart import setup
 
 
 def build_quart(application: Application) -> ASGIApp:
-    # Its ASGI types are those of a server.
+    # Quart's ASGI types are those of a server.
     app: Any = Quart(__name__, static_folder=None)
     _set_up(app, application)
     _register(app, application)
 
     async def note_unhandled(app: Quart, exception: Exception, **kwargs: Any) -> None:
-        """Quart answers what nobody handles by itself, and passes nothing on to the server."""
+        """Quart answers unhandled exceptions by itself, and passes none on to the server."""
         application.errors.append(exception)
 
     got_request_exception.connect(note_unhandled, app, weak=False)
@@ -112,7 +112,7 @@ async def call_quart(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
 
 
 class _Transport(httpx.AsyncBaseTransport):
-    """Where `httpx.ASGITransport` cancels the application of a client that leaves, this tells it so."""
+    """A transport that tells the application that its client leaves, where `httpx.ASGITransport` cancels it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

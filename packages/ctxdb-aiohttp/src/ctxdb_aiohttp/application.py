@@ -1,4 +1,4 @@
-"""`setup`: what an application gets, and where among its own."""
+"""`setup`: the middlewares, signal handlers and clean-up that an application gets, and their places."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def setup(
         app.on_cleanup.append(close_databases)
 
     async def take_places_again(app: web.Application) -> None:
-        # Whatever has been added meanwhile. The lists of a sub-application were frozen when it was added to another.
+        # Middlewares and handlers may have been added meanwhile; not to a sub-application, whose lists are frozen.
         if not app.middlewares.frozen:
             app.middlewares.remove(outer)
             app.middlewares.remove(inner)

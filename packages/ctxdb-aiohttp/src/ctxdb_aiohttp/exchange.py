@@ -25,9 +25,9 @@ class Refusal(NamedTuple):
     """A response that no client may take for a success."""
 
     response: object
-    """What was not let through, or broke off."""
+    """The response that was not let through, or broke off."""
     error: BaseException
-    """Why."""
+    """The error for which it was refused, or broke off."""
 
 
 class Exchange:
@@ -164,7 +164,7 @@ class Exchange:
         if self.phase in UNSTARTED:
             await self.settle(request, response, status)
             if self.phase is Phase.HANDLING:
-                # It is not if the response comes in the place of an abandoned handler: the unit of work has ended then.
+                # The unit of work has ended already if the response comes in the place of an abandoned handler.
                 self.move_to(Phase.BODY)
 
     def refuse(self, response: object, error: BaseException) -> None:

@@ -38,7 +38,7 @@ class LateResponse(Delivery):
     def __init__(self, exchange: Exchange, request: web.Request) -> None:
         self.exchange = exchange
         self.request: web.Request = request
-        # The task of the connection, which serves many requests. The running one may be a middleware's, and end before
+        # The task of the connection, which serves many requests. The running task may be a middleware's, and end before
         # anything is sent.
         self.task: asyncio.Task[None] = request.task
         self.task.add_done_callback(self._clean_up)

@@ -39,7 +39,7 @@ async def status_of(response: web.StreamResponse | web.HTTPException, request: w
 
 
 class _Prepared(Exception):  # noqa: N818 - not an error
-    """A trial has found its status."""
+    """Ends a trial: the status is known."""
 
 
 class _Trial(web.FileResponse):

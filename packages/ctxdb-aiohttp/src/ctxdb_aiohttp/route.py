@@ -17,7 +17,7 @@ class Route(NamedTuple):
     call: Handler
     """What to call: the handler of the route itself, where no middleware of the application is around it."""
     is_alone: bool
-    """Whether that is so. Then nothing in the unit of work can try again, answer errors, or give up on the handler."""
+    """Whether no middleware is around the handler: then no code can try again, answer errors, or give up on it."""
     is_quiet: bool
     """Whether the application has no handlers of its own for ``on_response_prepare``, which could use the database."""
 

@@ -47,8 +47,8 @@ class WebSocket(HandlerResponse):
         close = socket.close
 
         async def end_and_close(**options: Any) -> bool:
-            # Not where the client closes, as the handler has not been told yet; nor where code outside of the request
-            # does, such as the application's shutdown: the handler's work is not whole then.
+            # The handler's work is not whole where the client closes, as the handler has not been told yet, nor where
+            # code outside of the request does, such as the application's shutdown.
             if (
                 exchange.phase is Phase.BODY
                 and socket.close_code is None

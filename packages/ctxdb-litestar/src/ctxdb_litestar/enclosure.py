@@ -15,7 +15,7 @@ M = TypeVar("M", bound=ASGIApp)
 def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_inspected: bool = True) -> M:
     """Put a middleware around all that `app` does for a request, and return it.
 
-    Litestar has no place for such a one. Its middlewares belong to routes: an unknown path reaches none of them, and
+    Litestar has no place for such a middleware. Its own belong to routes: an unknown path reaches none of them, and
     `before_send` hooks and the exception handlers of the application run outside of all. So this one object is given a
     class of its own, whose ``__call__`` goes through the middleware.
 

@@ -1,4 +1,4 @@
-"""`CtxDBPlugin`: all the wiring there is."""
+"""`CtxDBPlugin`: the units of work, injected sessions and clean-up of a Litestar application."""
 
 from __future__ import annotations
 
