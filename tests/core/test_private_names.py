@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
+from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
 
 from ctxdb_core._sqlalchemy import private
@@ -336,6 +337,17 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
         assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
         assert begun == [adapter]
     await engine.dispose()
+
+
+async def test_a_row_of_asyncpg_is_fetched_without_a_cursor_and_its_errors_are_those_of_sqlalchemy(
+    connection: AsyncConnection,
+) -> None:
+    adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+    assert (await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT 1"))[0] == 1
+    assert await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT 1 WHERE false") is None
+    with pytest.raises(connection.dialect.loaded_dbapi.ProgrammingError) as raised:
+        await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT nothing")
+    assert raised.value.sqlstate == "42703"
 
 
 async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_could_not_connect(database: Database) -> None:

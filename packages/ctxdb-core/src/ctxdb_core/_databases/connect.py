@@ -34,7 +34,7 @@ from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
-from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
+from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_reader
 from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
 from ctxdb_core.events import EventListener
@@ -426,7 +426,7 @@ class DBConnect(Generic[SessionT_co]):
 
     def _new_session_without_loop(self, options: dict[str, Any]) -> SessionT_co:
         maker = self._session_maker_without_loop()
-        session = SessionFactory(maker)(**options)
+        session = SessionFactory(maker, note_reader if self._resolve_commits else None)(**options)
         placeholder = session.sync_session.bind
 
         def translate(bind: Engine | Connection) -> Engine | Connection:
@@ -464,8 +464,6 @@ class DBConnect(Generic[SessionT_co]):
         """Tell listeners of what happens in `session`, whoever has made it."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
-        if self._resolve_commits:
-            note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

@@ -43,6 +43,7 @@ __all__ = [
     "copy_engine",
     "deleted_in",
     "driver_cursor_of",
+    "fetch_asyncpg_row",
     "follow_dialect",
     "follow_parts",
     "follow_raw_connection",
@@ -492,6 +493,14 @@ def begin_asyncpg_transaction(connection: Connection) -> None:
         await_only(begin())
     except BaseException as exc:  # noqa: BLE001 - raised as SQLAlchemy raises the errors of its own statements
         connection._handle_dbapi_exception(exc, "BEGIN", None, None, None)  # noqa: SLF001 - see the module
+
+
+def fetch_asyncpg_row(adapted: Any, query: str) -> Any:
+    """Return the first row of a query, or ``None``, with errors raised as SQLAlchemy's adapter raises them."""
+    try:
+        return await_only(adapted._connection.fetchrow(query))  # noqa: SLF001 - see the module
+    except Exception as exc:  # noqa: BLE001 - raised as another one
+        adapted._handle_exception(exc)  # noqa: SLF001 - see the module
 
 
 def lend_asyncpg_connection(connection: Any) -> Any:
