@@ -41,7 +41,7 @@ from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
+from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.events import EventListener
 
@@ -307,8 +307,6 @@ class DBConnect(Database, Generic[SessionT_co]):
         """Tell listeners of what happens in `session`, which this object or a user's session maker has made."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
-        if self._engines.resolve_commits:
-            note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

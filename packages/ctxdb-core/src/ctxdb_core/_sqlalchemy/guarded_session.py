@@ -57,6 +57,8 @@ class GuardedSession(TracedSession):
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    notes_writes = False
+    """Whether the session knows what it has written also where no unit of work has taken it."""
     rereading: Rereading | None = None
     """What the open transaction has of the objects that were loaded before it began, if there are any."""
 
@@ -74,6 +76,8 @@ class GuardedSession(TracedSession):
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
+        elif self.notes_writes and (args or kwargs) and not only_reads(kwargs.get("clause")):
+            self.note_write()
         bind = super().get_bind(*args, **kwargs)
         if bind is not self.bind:
             # The user's class, or `binds`, has chosen an engine of its own.
@@ -167,6 +171,7 @@ class GuardedSession(TracedSession):
         if self.door is not None:
             # Statements on the connection itself are not seen here, so it counts as a write.
             refuse_in_block_of_other_task(self)
+        if self.door is not None or self.notes_writes:
             self.note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
