@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, func, insert, select
@@ -70,6 +74,59 @@ async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_p
     ):
         await write_number(db, 1)
         assert await numbers_on(ipv6_cluster.primary) == [1]
+
+
+async def test_a_host_is_reached_by_a_unix_socket(cluster: PostgresCluster) -> None:
+    with tempfile.TemporaryDirectory(prefix="ctxdb") as directory:
+        name = f"{directory}:6000"
+        async with (
+            Proxy(cluster.primary) as proxy,
+            proxy.listening_at(f"{directory}/.s.PGSQL.6000"),
+            monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.0) as monitor,
+            following(follow_master(monitor)) as db,
+        ):
+            await write_number(db, 1)
+            assert monitor.master() == name
+    assert await numbers_on(cluster.primary) == [1]
+
+
+async def test_a_name_of_several_addresses_leads_to_the_one_that_answers(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def two(host: Any, *args: Any, **options: Any) -> Any:
+        if host != "several":
+            return resolve(host, *args, **options)
+        # Nobody listens at the first one.
+        return [*resolve("127.0.0.99", *args, **options), *resolve(cluster.primary.host, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    name = f"several:{cluster.port}"
+    async with monitor_of(cluster, hosts=[name]) as monitor, following(follow_master(monitor)) as db:
+        await write_number(db, 1)
+        assert monitor.hosts()[0].fault is None
+    assert await numbers_on(cluster.primary) == [1]
+
+
+async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_writes(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+    dice = random.Random(1)
+
+    def any_of_two(host: Any, *args: Any, **options: Any) -> Any:
+        return resolve(dice.choice(cluster.nodes[:2]).host if host == "several" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", any_of_two)
+    name = f"several:{cluster.port}"
+    async with (
+        monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
+        with pytest.raises(NoMasterError):
+            await write_number(db, 1)
 
 
 # --- names that move --------------------------------------------------------------------------------------------------

@@ -69,9 +69,10 @@ class HostMonitor:
     name behind which several servers take turns is told in the log; such a name is never the master.
 
     Args:
-        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
-            `HostAddress`, whose name then is what answers call it. Or what finds them, while the monitor runs too:
-            `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your own.
+        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, an IPv6 address, or the
+            directory of a Unix socket; or as a `HostAddress`, whose name then is what answers call it. Or what finds
+            them, while the monitor runs too: `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your
+            own.
         port: the port of a host that names none.
         user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` replicas tell at
             once which timeline they follow after a failover, and else only after their next restartpoint, until when
@@ -614,7 +615,8 @@ class HostMonitor:
         The kept connections go on to the servers that they were opened to, wherever the names lead by now.
         """
         members = [member for member in self._members.values() if self._may_be_master(member, asked)]
-        answered, *_ = await asyncio.gather(asked.watch.ask_anew(), *(member.watch.ask_anew() for member in members))
+        others = [member.watch.ask_anew(patient=False) for member in members]
+        answered, *_ = await asyncio.gather(asked.watch.ask_anew(), *others)
         name = asked.watch.address.name
         if not answered and self.status.master == name:
             raise errors.MasterUncertainError(

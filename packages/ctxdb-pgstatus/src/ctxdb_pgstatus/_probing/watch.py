@@ -193,19 +193,22 @@ class Watch:
         if self._upkeep is not None:
             await asyncio.wait([self._upkeep])
 
-    async def ask_anew(self) -> bool:
+    async def ask_anew(self, *, patient: bool = True) -> bool:
         """Have it asked over a connection that is opened after this call; return whether that was answered.
 
         Callers share connections, but only such that are opened after they called. If none can be had, that is no
         failure of the host: the connection that there is stays.
+
+        Args:
+            patient: whether to wait for as long as that takes, and not only for as long as it usually takes.
         """
         opening = self._opening_next
         if opening is None:
             opening = self._opening_next = asyncio.create_task(
                 self._ask_anew(self._opening), name=f"HostMonitor {self.address.name}, anew"
             )
-        await asyncio.wait([opening])
-        return not opening.cancelled() and opening.result()
+        await asyncio.wait([opening], timeout=None if patient else self._pace.patience(self._usual[False]))
+        return opening.done() and not opening.cancelled() and opening.result()
 
     async def _ask_anew(self, before: asyncio.Task[bool] | None) -> bool:
         if before is not None:
