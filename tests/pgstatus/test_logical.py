@@ -125,6 +125,47 @@ async def test_a_position_is_found_on_a_subscriber_once_it_has_applied_it(
     await standby.resume_replay()
 
 
+async def test_a_position_is_found_on_a_subscriber_by_what_its_worker_reports(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    # It confirms nothing to its slot, unless it is asked to, and its progress may not be read.
+    await subscriber.set("wal_receiver_status_interval", "0")
+    standby = publishing.standbys[0]
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await standby.pause_replay()
+        position = await insert_number(publishing.primary, 1)
+        async with asyncio.timeout(PATIENCE):
+            found = await monitor.find_replica(min_position=position, max_wait=HOUR)
+        assert found == address(subscriber)
+        assert await subscriber.fetch_value("SELECT count(*) FROM number") == 1
+    await standby.resume_replay()
+    await subscriber.set("wal_receiver_status_interval", "10s")
+
+
+async def test_a_subscriber_that_copies_a_table_is_in_sync_once_it_has_it(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    publisher = publishing.primary
+    for node in (publisher, subscriber):
+        await node.execute("CREATE TABLE added (number integer PRIMARY KEY)")
+    await publisher.execute("ALTER PUBLICATION numbers ADD TABLE added")
+    # Nobody begins to copy.
+    await subscriber.set("max_sync_workers_per_subscription", "0")
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await subscriber.execute("ALTER SUBSCRIPTION numbers REFRESH PUBLICATION")
+        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await publishing.standbys[0].pause_replay()
+        position = await insert_number(publisher, 1)
+        assert await monitor.find_replica(min_position=position, max_wait=0.1) == address(publisher)
+        await publishing.standbys[0].resume_replay()
+        await subscriber.set("max_sync_workers_per_subscription", "2")
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+    for node in (publisher, subscriber):
+        await node.execute("DROP TABLE added")
+
+
 async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:

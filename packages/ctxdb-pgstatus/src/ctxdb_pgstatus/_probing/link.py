@@ -238,7 +238,10 @@ class Link:
                 applied = dict(await self._fetch(queries.APPLIED))
             except _REFUSED_FUNCTIONS:
                 self._may_read_applied = False
-        return tuple(Subscription(each["slot_name"], applied.get(each["origin"])) for each in found)
+        return tuple(
+            Subscription(each["slot_name"], applied.get(each["origin"]), each["reported"], each["has_all_tables"])
+            for each in found
+        )
 
     async def _fetch_row(self, query: str) -> Any:
         rows = await self._fetch(query)
