@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 from ctxdb_pgstatus._probing.account import Account
 from ctxdb_pgstatus._probing.answer import Answer, Server
+from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
@@ -94,7 +96,7 @@ class Watch:
         self._is_late = False
         # Since when it has been asked without an answer.
         self._silent_since: float | None = None
-        self._silence: asyncio.TimerHandle | None = None
+        self._silence: Deadline | None = None
         # Until when a server that has refused the monitor is left in peace.
         self._not_before = 0.0
         # Whether its name has come to lead to another server, and whether it is the only one is to be looked at.
@@ -235,7 +237,7 @@ class Watch:
         was_connected = self._probe.is_connected
         usual = self._usual[was_connected]
         self._arm(start, usual)
-        late = loop.call_later(self._pace.patience(usual), self._be_late, impatient)
+        late = Deadline(start + self._pace.patience(usual), partial(self._be_late, impatient))
         answered = False
         try:
             try:
@@ -269,7 +271,7 @@ class Watch:
         if self._silent_since is None:
             self._silent_since = start
             limit = self._pace.silence(usual)
-            self._silence = asyncio.get_running_loop().call_at(start + limit, self._fall_silent, limit)
+            self._silence = Deadline(start + limit, partial(self._fall_silent, limit))
 
     def _disarm(self) -> None:
         self._silent_since = None
