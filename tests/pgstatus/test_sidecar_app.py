@@ -8,9 +8,9 @@ from collections import Counter
 import httpx
 import pytest
 from tests.support.server import http_client
-from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
+from tests.support.sidecar import START, cluster, dead, master, replica, serve_sidecar, told_app
 
-from ctxdb_pgstatus import PgStatusError
+from ctxdb_pgstatus import MasterUncertainError, PgStatusError
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -336,6 +336,28 @@ async def test_a_master_that_refuses_the_monitor_is_not_confirmed_by_it(caplog: 
         assert (await client.get("/master")).text == "n1"
     # Clients log their requests.
     assert [record for record in caplog.records if record.name == "ctxdb_pgstatus"] == []
+
+
+async def test_a_confirmed_master_is_told_with_its_server() -> None:
+    app, monitor = told_app(master("n1", started_at=START), replica("n2"))
+    fields = {"cache-control": "no-cache", "accept": "application/json"}
+    assert (await ask(app, "/master", fields)).json()["started_at"] == START.isoformat()
+    # Until it answers again, it may be another server by then.
+    monitor.status = cluster(master("n1", started_at=START, possible_dead=True), replica("n2"))
+    assert (await ask(app, "/master", fields)).json()["started_at"] is None
+    monitor.status = cluster(replica("n2"), master=None)
+    response = await ask(app, "/master", fields)
+    assert (response.status_code, response.json()["host"]) == (404, None)
+
+
+async def test_a_master_that_is_uncertain_is_told_so() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    monitor.error = MasterUncertainError("'n1' cannot be connected to anew")
+    response = await ask(app, "/master", {"cache-control": "no-cache"})
+    assert (response.status_code, response.json()) == (
+        503,
+        {"error_text": "'n1' cannot be connected to anew", "uncertain": True},
+    )
 
 
 async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:

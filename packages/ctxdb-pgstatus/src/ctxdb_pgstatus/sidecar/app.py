@@ -158,9 +158,13 @@ class SidecarApp:
             if path in ("/master", "/primary"):
                 try:
                     await _confirm_master(monitor)
+                except errors.MasterUncertainError as exc:
+                    return _json({"error_text": exc.args[0], "uncertain": True}, 503)
                 except errors.PgStatusError as exc:
-                    # It refuses the monitor. Whoever is connected to it can ask it.
+                    # It refuses the monitor. Who is connected to it can ask it.
                     return _error(str(exc), 503)
+                if path == "/master" and request.accepts_json:
+                    return self._master_and_its_server(monitor.status)
             else:
                 await monitor.poll()
             if path == "/status" and (host := _parameters(request.query).get("host")) is not None:
@@ -196,6 +200,19 @@ class SidecarApp:
 
     def _master(self, status: ClusterStatus, request: Request) -> Response:
         return self._name(status.master, request)
+
+    def _master_and_its_server(self, status: ClusterStatus) -> Response:
+        """Return what `_master` does, and which server that is: the same name may lead to another one by now."""
+        name = status.master
+        host = next((each for each in status.hosts if each.host == name), None)
+        started_at = None if host is None or host.possible_dead else host.started_at
+        content = {
+            "host": name,
+            "dc": None if name is None else self._locality.dcs.get(name),
+            "geo": None if name is None else self._locality.geos.get(name),
+            "started_at": None if started_at is None else started_at.isoformat(),
+        }
+        return _json(content, 404 if name is None else 200)
 
     def _primary(self, status: ClusterStatus, request: Request) -> Response:
         """Tell by the status code whether a host is the master, or whether there is one."""
