@@ -111,6 +111,22 @@ def test_prometheus_accepts_rules_and_configuration() -> None:
     )
 
 
+RULES_TEST = KIT / "prometheus" / "rules_test.yaml"
+
+
+def test_the_alerts_fire_when_they_are_to_and_not_otherwise() -> None:
+    subprocess.run([needs("promtool"), "test", "rules", str(RULES_TEST)], check=True, capture_output=True)
+
+
+def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+    alerts = {rule["alert"] for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"] for rule in group["rules"]}
+    tests = [
+        each for test in yaml.safe_load(RULES_TEST.read_text("utf-8"))["tests"] for each in test["alert_rule_test"]
+    ]
+    assert {each["alertname"] for each in tests if each.get("exp_alerts")} == alerts
+    assert {each["alertname"] for each in tests if not each.get("exp_alerts")} == alerts
+
+
 def test_prometheus_accepts_the_metrics() -> None:
     content = render(cluster(master("n1"), replica("n2"), dead("n3")), changes=1)
     subprocess.run([needs("promtool"), "check", "metrics"], input=content, check=True, capture_output=True)
