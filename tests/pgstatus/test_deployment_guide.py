@@ -12,6 +12,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import yaml
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.followers import NUMBERS, Engines
@@ -30,10 +31,16 @@ PASSWORD = "of the watcher"
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl for certificates")
 
 
+def blocks(language: str) -> list[str]:
+    found: list[str] = re.findall(
+        rf"^```{language}\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return found
+
+
 def statements(start: str) -> list[str]:
     """Return the statements of the block of SQL that begins with `start`, with a password in the place of dots."""
-    blocks: list[str] = re.findall(r"^```sql\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    (block,) = (each for each in blocks if each.startswith(start))
+    (block,) = (each for each in blocks("sql") if each.startswith(start))
     return [each.strip() for each in block.replace("'...'", f"'{PASSWORD}'").split(";") if each.strip()]
 
 
@@ -126,6 +133,15 @@ async def test_a_monitor_and_an_engine_share_a_context(front: TLSFront, certific
     await engine.dispose()
 
 
+# --- Kubernetes -------------------------------------------------------------------------------------------------------
+
+
+def test_kubernetes_knows_every_field_of_the_service_for_one_pod() -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    (service,) = map(yaml.safe_load, blocks("yaml"))
+    kubernetes_validate.validate(service, kubernetes_validate.latest_version(), strict=True)
+
+
 # --- planned work -----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +166,39 @@ async def test_hosts_that_a_major_upgrade_has_not_reached_yet_get_no_reads_and_t
         await until(monitor, lambda: monitor.master() == primary and monitor.hosts()[1].fault is not None)
         assert [host.fault for host in monitor.hosts()] == [None, "stranger", "stranger"]
         assert monitor.replica() == primary
+
+
+async def test_a_monitor_that_starts_in_the_middle_of_a_major_upgrade_takes_the_new_primary_when_an_operator_says_so(
+    cluster: PostgresCluster,
+) -> None:
+    async with PostgresCluster(hosts=["127.0.0.41"]) as anew:
+        await cluster.primary.stop()
+        hosts = [f"{node.host}:{node.port}" for node in (anew.primary, *cluster.standbys)]
+        async with monitor_of(cluster, hosts=hosts, poll_interval=0.3) as monitor:
+            assert monitor.master() is None
+            assert monitor.hosts()[0].fault == "stranger"
+            for node in cluster.standbys:
+                await node.stop()
+            await until(monitor, lambda: [host.alive for host in monitor.hosts()] == [True, False, False])
+            await monitor.accept_lower_timeline()
+            assert monitor.master() == hosts[0]
+
+
+async def test_the_statements_of_the_guide_stop_the_writes_of_a_second_master(cluster: PostgresCluster) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, poll_interval=0.3) as monitor:
+        await new.promote()
+        await until(monitor, lambda: status_of(monitor, old).fault == "stale")
+        for statement in statements("ALTER SYSTEM"):
+            await old.execute(statement)
+        async with asyncio.timeout(PATIENCE):
+            while await old.fetch_value("SHOW default_transaction_read_only") != "on":
+                await asyncio.sleep(0.01)
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            await old.execute("CREATE TABLE written (number integer)")
+        assert monitor.master() == new.host
+        # The next test finds it as it was.
+        await old.execute("ALTER SYSTEM RESET default_transaction_read_only")
 
 
 async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_conflict() -> None:
