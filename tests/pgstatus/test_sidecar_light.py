@@ -43,6 +43,10 @@ def test_public_functions_import_only_the_libraries_that_they_need() -> None:
     assert "httpx" in imported_by("from ctxdb_pgstatus import PgStatusClient")
 
 
+def test_metrics_are_made_by_the_client_of_prometheus_and_need_no_other_library() -> None:
+    assert imported_by("import ctxdb_pgstatus.sidecar.metrics") == ["prometheus_client"]
+
+
 def test_errors_that_are_raised_lazily_are_those_that_are_exported() -> None:
     with pytest.raises(ctxdb_pgstatus.HostListError):
         ctxdb_pgstatus.HostAddress.parse("")
