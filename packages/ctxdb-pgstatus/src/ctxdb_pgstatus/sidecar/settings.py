@@ -309,7 +309,7 @@ class _Reader:
         ]
 
     def unreadable_files(self) -> list[str]:
-        """Return a warning for each file of libpq's variables for TLS that cannot be read: the driver's error names none."""
+        """Return a warning for each file for TLS that cannot be read: the error of the driver does not name it."""
         given = {name: self._environment.get(name, "") for name in _TLS_FILES}
         return [
             f"{name} is {path!r}, which is no file that can be read: give the path of one"
