@@ -93,6 +93,9 @@ async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_
         ("/replica?min_lsn=0/3000001", "n1"),
         ("/replica?min_lsn=0%2F3000000", "n2"),
         ("/replica?min_lsn=1/0", "n1"),
+        # 18446744073709551615 is the highest number of pg-status, which some write for "no limit".
+        ("/replica?lag_ms=0&lag_bytes=18446744073709551615", "n1"),
+        ("/sync_by_time?lag_ms=5&lag_bytes=18446744073709551615", "n2"),
         ("/most_sync_by_bytes?min_lsn=0/3000001", "n1"),
     ],
 )
@@ -119,6 +122,7 @@ async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
         ("lag_ms", "1.5"),
         ("lag_bytes", "many"),
         ("lag_bytes", "²"),
+        ("lag_ms", "18446744073709551616"),
         ("lag_ms", "9" * 5000),
         ("min_lsn", "3000060"),
         ("min_lsn", "0/XYZ"),
@@ -252,6 +256,23 @@ async def test_hosts_tells_all_of_every_host() -> None:
     assert (second["lag_ms"], second["sync_by_time"], second["sync_by_bytes"]) == (6193, False, True)
     assert (third["alive"], third["lag_ms"], third["lag_bytes"], third["lsn"]) == (False, None, None, None)
     assert third["error"] == "no answer"
+
+
+async def test_a_lag_that_is_not_known_is_null_and_counts_as_too_high() -> None:
+    # pg-status tells 0 of a replica that has replayed no transaction, and takes it for one in sync.
+    unknown = replica("n2", position=None, lag_ms=None, lag_bytes=None, in_sync_by_time=False, in_sync_by_bytes=False)
+    app, _ = told_app(master("n1"), unknown, replica("n3", lag_ms=None, in_sync_by_time=False))
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        _, second, third = (await client.get("/hosts")).json()
+        assert (second["lag_ms"], second["lag_bytes"], second["lsn"], second["alive"]) == (None, None, None, True)
+        assert (third["lag_ms"], third["lag_bytes"], third["sync_by_time"]) == (None, 0x60, False)
+        assert {(await client.get("/replica")).text for _ in range(2)} == {"n2", "n3"}
+        # 0/0 is before all that there is.
+        assert {(await client.get("/replica?min_lsn=0/0")).text for _ in range(2)} == {"n2", "n3"}
+        for path in ("/sync_by_time", "/sync_by_time_and_bytes", "/replica?lag_ms=5000", "/replica?min_lsn=0/3000060"):
+            assert (await client.get(path)).text == "n1", path
+        for path in ("/sync_by_bytes", "/sync_by_time_or_bytes", "/most_sync_by_bytes", "/replica?lag_bytes=1000"):
+            assert (await client.get(path)).text == "n3", path
 
 
 async def test_hosts_follows_the_status() -> None:

@@ -630,7 +630,8 @@ class _ClusterReader:
             error=None if entry.get("error") is None else _text(entry["error"]),
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
-            possible_dead=bool(entry.get("possible_dead")),
+            # A dead host is one that may be dead, too, in what a sidecar tells.
+            possible_dead=alive and bool(entry.get("possible_dead")),
             takes_reads=bool(entry.get("takes_reads", True)),
             # A newer sidecar may know more of them.
             fault=fault if fault in get_args(Fault) else None,
