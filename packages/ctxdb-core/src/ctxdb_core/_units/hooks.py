@@ -65,11 +65,15 @@ def on_begin(db: DBConnect[SessionT], callback: Callable[[SessionT], Awaitable[o
     Units of work that are opened inside of this one (``run_in_new_ctx``, ``transactional(db, "requires_new")``) do not
     inherit it.
 
+    On PostgreSQL, a database with ``read_only=True`` has read-only transactions in such a unit, and no autocommit. On
+    any other engine in autocommit, the first statement raises `TransactionRequiredError`, and is not executed.
+
     Args:
         db: whose transactions.
         callback: given the session; its own statements are the first of the transaction.
 
     Raises:
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback; or this
             is inside of a savepoint, with which what the callback sets would be undone.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.

@@ -345,8 +345,14 @@ class UnitOfWork:
 
         Raises:
             TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
+            TransactionRequiredError: there are no transactions here.
         """
         self.check_usable()
+        if self.autocommit:
+            raise TransactionRequiredError(
+                "This block runs without a transaction, so nothing could be set for one: the next statement would be "
+                "executed without it. Use `transactional(db)`, which begins one."
+            )
         session = self.sessions.get(db)
         guard = None if session is None else guard_of(session)
         if guard is not None and guard.in_nested_transaction():
