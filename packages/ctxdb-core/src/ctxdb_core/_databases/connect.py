@@ -17,6 +17,7 @@ from ctxdb_core._databases.arguments import (
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
+    check_function,
     check_session_maker_creator,
     check_url,
     explain_missing_call,
@@ -192,6 +193,8 @@ class DBConnect(Generic[SessionT_co]):
         check_session_maker_creator(session_maker_creator)
         if host is not None:
             _check_host(host)
+        if before_create_session_handler is not None:
+            check_function(before_create_session_handler, "`before_create_session_handler`")
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
             raise ArgumentValueError(
                 f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
@@ -795,7 +798,9 @@ def _without_ended(engines: LoopEngines) -> LoopEngines:
     return {loop: engine for loop, engine in engines.items() if not loop.is_closed()}
 
 
-def _check_host(host: str) -> None:
+def _check_host(host: object) -> None:
+    if host is not None and not isinstance(host, str):
+        raise ArgumentTypeError(f"{type_of(host)} is given as the host: give its name as a string.")
     if not host:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
 
