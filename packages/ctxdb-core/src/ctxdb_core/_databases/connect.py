@@ -17,6 +17,7 @@ from ctxdb_core._databases.arguments import (
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
+    check_function,
     check_session_maker_creator,
     check_url,
     explain_missing_call,
@@ -109,6 +110,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         check_session_maker_creator(session_maker_creator)
         if host is not None:
             check_host(host)
+        if before_create_session_handler is not None:
+            check_function(before_create_session_handler, "`before_create_session_handler`")
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
             raise ArgumentValueError(
                 f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."

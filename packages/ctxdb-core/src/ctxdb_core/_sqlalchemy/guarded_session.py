@@ -25,6 +25,7 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
+from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_at_rest, is_flushing
@@ -200,6 +201,7 @@ class GuardedSession(TracedSession):
             # What was only added so far must not be flushed by the hook's statements: it would be written before them.
             async with door.turn():
                 with self.no_autoflush:
+                    await begin_transaction(session)
                     await on_begin(session)
             self.note_set_up()
         except BaseException:

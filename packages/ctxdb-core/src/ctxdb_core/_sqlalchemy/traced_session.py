@@ -61,6 +61,10 @@ class TracedSession(BlockedSession):
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
         self._set_up, self._written = self._written, None
 
+    def note_set_up_is_no_work(self) -> None:
+        """Note that `on_begin` has only set something in the open transaction, such as a role: so the database says."""
+        self._set_up = None
+
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()
 
