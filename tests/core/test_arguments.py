@@ -21,15 +21,19 @@ from ctxdb_core import (
     close_db_session,
     commit_db_session,
     db_session,
+    gather_in_new_ctx,
     new_db_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
+    on_begin,
     on_commit,
+    on_rollback,
     rollback_db_session,
     run_in_new_ctx,
     transactional,
 )
-from ctxdb_core.adapters import close_all
+from ctxdb_core.adapters import begin, close_all
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
 from ctxdb_core.testing import (
     TableCleaner,
     put_savepoint_session_in_ctx,
@@ -180,6 +184,11 @@ async def _create(host: str) -> AsyncEngine:
         (lambda connect: connect.from_engine(create_engine("sqlite://")), "create_async_engine"),
         (lambda connect: connect.from_engine(lambda host: None), r"DBConnect\(engine_creator\)"),
         (lambda connect: connect.from_engine(create_async_engine(URL), session_maker_creator=5), "an int is given"),
+        (lambda connect: connect(lambda host: None, host=5), "an int is given as the host"),
+        (
+            lambda connect: connect(lambda host: None, host="h", before_create_session_handler="h"),
+            "a str is given as `before_create_session_handler`",
+        ),
     ],
 )
 def test_a_database_that_is_made_in_a_wrong_way_says_how_to_make_it(
@@ -188,6 +197,46 @@ def test_a_database_that_is_made_in_a_wrong_way_says_how_to_make_it(
     with pytest.raises(ArgumentTypeError, match=told) as caught:
         mistake(DBConnect)
     assert "secret" not in str(caught.value)
+
+
+async def test_a_host_that_is_no_string_is_told() -> None:
+    with pytest.raises(ArgumentTypeError, match="an int is given as the host"):
+        await DBConnect(lambda host: create_async_engine(URL)).connect(5)  # type: ignore[arg-type]  # which is the mistake
+
+
+@pytest.mark.parametrize("ask", [on_begin, on_commit, on_rollback])
+async def test_a_coroutine_in_the_place_of_a_callback_is_told(ask: Callable[[Any, Any], object]) -> None:
+    async def send_mail() -> None: ...
+
+    db = DBConnect.from_url(URL)
+    async with new_db_ctx():
+        with pytest.raises(ArgumentTypeError, match=r"functools\.partial"):
+            ask(db, send_mail())
+        with pytest.raises(ArgumentTypeError, match="a NoneType is given as the callback of"):
+            ask(db, None)
+
+
+async def _application(*args: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda hook: begin(before_commit=hook),
+        lambda hook: new_db_ctx(before_commit=hook).__aenter__(),
+        lambda hook: ASGIHTTPDBSessionMiddleware(_application, before_commit=hook),
+        lambda hook: ASGIHTTPDBSessionMiddleware(_application, deadline=hook),
+    ],
+)
+async def test_a_hook_that_is_no_function_is_told(give: Callable[[Any], Any]) -> None:
+    with pytest.raises(ArgumentTypeError, match="an int is given"):
+        await give(5)
+
+
+@pytest.mark.parametrize("run", [run_in_new_ctx, gather_in_new_ctx])
+async def test_a_function_that_is_not_async_is_told(run: Callable[[Any], Awaitable[object]]) -> None:
+    with pytest.raises(ArgumentTypeError, match="`async def`"):
+        await run(lambda: 5)
 
 
 def test_a_url_without_an_asyncio_driver_is_told_at_once() -> None:

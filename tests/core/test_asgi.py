@@ -531,6 +531,26 @@ async def test_a_websocket_whose_commit_fails_is_not_accepted(db: DBConnect, dat
     assert database.checked_out == 0
 
 
+async def _send_message(send: Send, message: Message) -> None:
+    await send(message)
+
+
+async def test_messages_of_other_tasks_wait_until_a_websocket_is_accepted(db: DBConnect, database: Database) -> None:
+    sent_by_callback: Message = {"type": "websocket.send", "text": "by a callback of the commit"}
+    sent_by_task: Message = {"type": "websocket.send", "text": "by another task"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        # What the commit itself waits for is not kept waiting for the commit: the server refuses it.
+        on_commit(db, lambda: send(sent_by_callback))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_send_message(send, ACCEPT))
+            tasks.create_task(_send_message(send, sent_by_task))
+
+    connection = await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [sent_by_callback, ACCEPT, sent_by_task]
+
+
 async def test_a_websocket_that_raises_is_rolled_back(db: DBConnect, database: Database) -> None:
     async def fail() -> None:
         raise LookupError

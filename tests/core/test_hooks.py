@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.support.database import Database, Item, insert
 from ctxdb_core import (
     ContextNotInitiatedError,
     DBConnect,
+    SessionOwnedError,
     TransactionAlreadyActiveError,
     TransactionRequiredError,
     UnexpectedRollbackError,
@@ -257,6 +259,78 @@ async def test_a_hook_is_refused_inside_of_a_savepoint(db: DBConnect) -> None:
                 on_begin(db, set_tenant)
         # No statement has been made in the transaction.
         on_begin(db, set_tenant)
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_read_only_database_has_transactions_for_the_hook(database: Database) -> None:
+    async with DBConnect.from_url(database.url, read_only=True, pool_size=1) as db:
+        async with new_db_ctx():
+            on_begin(db, set_tenant)
+            session = await db_session(db)
+            for end in (session.commit, session.rollback, session.close):
+                assert await setting(db) == "ada"
+                assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+                await end()
+            await session.connection(execution_options={"logging_token": "first"})
+            assert await setting(db) == "ada"
+        async with new_db_ctx():
+            assert not await setting(db)
+            # Each statement is a transaction of its own again.
+            session = await db_session(db)
+            assert await session.scalar(text("SELECT now()")) != await session.scalar(text("SELECT now()"))
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_no_statement_is_made_in_autocommit_without_what_the_hook_has_set(database: Database) -> None:
+    async with database.connect(isolation_level="AUTOCOMMIT") as db:
+        for begin in (insert, _connect, partial(_connect, logging_token="first")):
+            with pytest.raises(TransactionRequiredError, match="autocommit"):
+                async with new_db_ctx():
+                    on_begin(db, set_tenant)
+                    await begin(db, "item")
+    assert await database.names() == []
+
+
+async def test_a_connection_in_autocommit_is_refused_where_a_hook_sets_something(db: DBConnect) -> None:
+    async with new_db_ctx():
+        on_begin(db, set_tenant)
+        with pytest.raises(TransactionRequiredError, match="autocommit"):
+            await _connect(db, "item", isolation_level="AUTOCOMMIT")
+        assert await setting(db) == "ada"
+
+
+async def _connect(db: DBConnect, name: str, **options: Any) -> None:
+    session = await db_session(db)
+    connection = await session.connection(execution_options=options or None)
+    await connection.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
+
+
+async def test_a_hook_is_refused_in_a_block_without_transactions(db: DBConnect) -> None:
+    async with transactional(db, "not_supported"):
+        with pytest.raises(TransactionRequiredError):
+            on_begin(db, set_tenant)
+
+
+async def test_a_session_whose_hook_has_only_set_something_may_be_closed(db: DBConnect) -> None:
+    async def set_role(session: AsyncSession) -> None:
+        await session.execute(text("SET LOCAL ROLE postgres"))
+
+    async with new_db_ctx():
+        on_begin(db, set_role)
+        async with await db_session(db) as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+
+
+async def test_a_session_whose_hook_has_written_may_not_be_closed(db: DBConnect) -> None:
+    async def write(session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO item VALUES ('of the hook')"))
+
+    async with new_db_ctx():
+        on_begin(db, write)
+        session = await db_session(db)
+        assert await session.scalar(text("SELECT 1")) == 1
+        with pytest.raises(SessionOwnedError):
+            await session.close()
 
 
 async def test_a_hook_s_statements_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:

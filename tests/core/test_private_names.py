@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
+from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
 
 from ctxdb_core._sqlalchemy import private
@@ -356,12 +357,23 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
         other: Any = (await second.get_raw_connection()).dbapi_connection
         adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
         connections = adapter.driver_connection, other.driver_connection
-        private.swap_driver_connections(adapter, other)
+        private.swap_asyncpg_connections(adapter, other)
         assert (other.driver_connection, adapter.driver_connection) == connections
         pid = adapter.driver_connection.get_server_pid()
         assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
         assert begun == [adapter]
     await engine.dispose()
+
+
+async def test_a_row_of_asyncpg_is_fetched_without_a_cursor_and_its_errors_are_those_of_sqlalchemy(
+    connection: AsyncConnection,
+) -> None:
+    adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+    assert (await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT 1"))[0] == 1
+    assert await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT 1 WHERE false") is None
+    with pytest.raises(connection.dialect.loaded_dbapi.ProgrammingError) as raised:
+        await greenlet_spawn(private.fetch_asyncpg_row, adapted, "SELECT nothing")
+    assert raised.value.sqlstate == "42703"
 
 
 async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_could_not_connect(database: Database) -> None:
@@ -485,6 +497,46 @@ async def test_a_stand_in_of_psycopgs_connection_shares_its_state_until_it_is_ta
     with pytest.raises(psycopg.InterfaceError):
         await cursor.execute("SELECT 1")
     assert not own.closed
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+@pytest.mark.parametrize("streams", [False, True])
+async def test_the_first_statement_of_psycopgs_adapter_can_be_executed_on_the_connection_of_another(
+    database: Database, streams: bool
+) -> None:
+    executed: list[Any] = []
+    fresh: list[Any] = []
+
+    def execute(first: private.FirstStatement) -> Any:
+        sent_before = first.may_have_been_sent
+        mine = first.connection
+        first.swap_connections(fresh[0])
+        assert fresh[0].driver_connection is mine
+        executed.append(first)
+        result = first.execute()
+        assert (sent_before, first.may_have_been_sent) == (False, True)
+        return result
+
+    engine = create_async_engine(database.url, isolation_level="REPEATABLE READ")
+    async with engine.connect() as first, engine.connect() as second:
+        adapter = (await first.get_raw_connection()).dbapi_connection
+        other = (await second.get_raw_connection()).dbapi_connection
+        assert adapter is not None
+        assert other is not None
+        fresh.append(other)
+        pid = other.driver_connection.info.backend_pid
+        plain = type(adapter)
+        adapter.__class__ = private.psycopg_adapter_that_executes(plain, execute)
+        query = text("SELECT pg_backend_pid(), current_setting('transaction_isolation')")
+        if streams:
+            async with first.stream(query) as rows:
+                assert await rows.all() == [(pid, "repeatable read")]
+        else:
+            assert (await first.execute(query)).all() == [(pid, "repeatable read")]
+        assert type(adapter) is plain
+        await first.execute(text("SELECT 1"))
+        assert len(executed) == 1
+    await engine.dispose()
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)

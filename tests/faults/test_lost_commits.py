@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import TextClause, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
 from ctxdb_core import (
@@ -23,11 +23,16 @@ from ctxdb_core import (
     db_session,
     new_db_ctx,
     new_non_ctx_atomic_session,
+    new_non_ctx_session,
     on_commit,
     on_rollback,
 )
 
 FAULTS = [Fault.DROP, Fault.RESET, Fault.HALF_CLOSE]
+
+
+class MakerOfItsOwn(async_sessionmaker[AsyncSession]):
+    """A session maker whose class may make sessions in a way of its own."""
 
 
 @pytest.fixture
@@ -232,14 +237,79 @@ async def test_a_commit_stays_unknown_where_nobody_can_be_asked_in_time(
     assert raised.value.transaction_ids == {f"127.0.0.1/{database.name}": int(xid)}
 
 
-async def test_a_reader_is_not_asked_about(resolving: DBConnect, network: FaultyNetwork, database: Database) -> None:
+async def _in_a_unit(db: DBConnect, statement: TextClause) -> None:
+    async with new_db_ctx():
+        await (await db_session(db)).execute(statement)
+
+
+async def _in_a_block(db: DBConnect, statement: TextClause) -> None:
+    async with new_db_ctx(), (await db_session(db)).begin():
+        await (await db_session(db)).execute(statement)
+
+
+async def _in_a_savepoint(db: DBConnect, statement: TextClause) -> None:
+    async with new_db_ctx(), (await db_session(db)).begin_nested():
+        await (await db_session(db)).execute(statement)
+
+
+async def _in_a_transaction_context(db: DBConnect, statement: TextClause) -> None:
+    async with TransactionContext(db).transaction() as session:
+        await session.execute(statement)
+
+
+async def _outside_of_a_unit(db: DBConnect, statement: TextClause) -> None:
+    async with new_non_ctx_atomic_session(db) as session:
+        await session.execute(statement)
+
+
+async def _by_a_lazy_session_maker(db: DBConnect, statement: TextClause) -> None:
+    async with db.lazy_session_maker() as session:
+        await session.execute(statement)
+        await session.commit()
+
+
+@pytest.mark.parametrize("maker_class", [async_sessionmaker, MakerOfItsOwn])
+@pytest.mark.parametrize(
+    "execute",
+    [
+        _in_a_unit,
+        _in_a_block,
+        _in_a_savepoint,
+        _in_a_transaction_context,
+        _outside_of_a_unit,
+        _by_a_lazy_session_maker,
+    ],
+)
+async def test_only_a_commit_that_has_written_asks_for_its_transaction(
+    far: DBConnect,
+    network: FaultyNetwork,
+    database: Database,
+    execute: Callable[[DBConnect, TextClause], Awaitable[None]],
+    maker_class: type[async_sessionmaker[AsyncSession]],
+) -> None:
     asked: list[str] = []
     network.on_statement = asked.append
+    async with DBConnect(lambda host: database.watch_new(), maker_class, host="far", resolve_commits=True) as db:
+        await execute(db, text("SELECT 1"))
+        assert not any("pg_current_xact_id" in statement for statement in asked)
+        await execute(db, text("INSERT INTO item VALUES ('a')"))
+        assert sum("pg_current_xact_id" in statement for statement in asked) == 1
+        network.fail(Point.COMMITTED, Fault.DROP)
+        await execute(db, text("INSERT INTO item VALUES ('b')"))
+    assert await database.names() == ["a", "b"]
+
+
+async def test_objects_that_a_commit_flushes_are_asked_about(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    network.fail(Point.COMMITTED, Fault.DROP)
     async with new_db_ctx():
-        await (await db_session(resolving)).scalar(text("SELECT 1"))
-    assert not any("pg_current_xact_id" in statement for statement in asked)
-    await _write(resolving)
-    assert sum("pg_current_xact_id" in statement for statement in asked) == 1
+        (await db_session(resolving)).add(Item(name="a"))
+    network.fail(Point.COMMITTED, Fault.DROP)
+    async with new_non_ctx_session(resolving) as session:
+        session.add(Item(name="b"))
+        await session.commit()
+    assert await database.names() == ["a", "b"]
 
 
 async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, database: Database) -> None:

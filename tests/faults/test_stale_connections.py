@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import DBAPIError
-from tests.support.database import Database, eventually, insert
+from tests.support.database import Database, Item, eventually, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
 from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_session
@@ -92,22 +94,151 @@ async def test_an_idle_connection_costs_no_round_trip(far: DBConnect, network: F
     assert network.connections == 1
 
 
-async def test_a_connection_lost_with_its_begin_is_replaced_on_asyncpg(
-    far: DBConnect, network: FaultyNetwork, database: Database, database_kind: str
+async def _write_rows(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(insert_into(Item), [{"name": "a"}, {"name": "b"}])
+
+
+async def _write_row(db: DBConnect) -> None:
+    async with new_db_ctx():
+        await insert(db, "a")
+
+
+async def _write_in_a_savepoint(db: DBConnect) -> None:
+    async with new_db_ctx(), (await db_session(db)).begin_nested():
+        await insert(db, "a")
+
+
+async def _write_before_a_deadline(db: DBConnect) -> None:
+    async with new_db_ctx(deadline=asyncio.get_running_loop().time() + 60):
+        await insert(db, "a")
+
+
+async def _write_in_a_transaction_context(db: DBConnect) -> None:
+    async with TransactionContext(db).transaction() as session:
+        await session.execute(text("INSERT INTO item VALUES ('a')"))
+
+
+async def _write_by_a_lazy_session_maker(db: DBConnect) -> None:
+    async with db.lazy_session_maker() as session, session.begin():
+        await session.execute(text("INSERT INTO item VALUES ('a')"))
+
+
+async def _write_without_a_unit(db: DBConnect) -> None:
+    async with new_non_ctx_session(db) as session:
+        await session.execute(text("INSERT INTO item VALUES ('a')"))
+        await session.commit()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _write_row,
+        _write_rows,
+        _write_in_a_savepoint,
+        _write_before_a_deadline,
+        _write_in_a_transaction_context,
+        _write_by_a_lazy_session_maker,
+        _write_without_a_unit,
+    ],
+)
+async def test_a_connection_lost_with_its_begin_is_replaced(
+    far: DBConnect,
+    network: FaultyNetwork,
+    database: Database,
+    database_kind: str,
+    write: Callable[[DBConnect], Awaitable[None]],
 ) -> None:
-    if database_kind != "asyncpg":
-        pytest.skip("psycopg sends BEGIN where nothing can be put in its place")
+    if database_kind == "psycopg" and write is _write_rows:
+        pytest.skip("psycopg sends the rows right behind BEGIN, by one message")
+    await _pid(far)
+    network.fail(Point.BEGIN, Fault.DROP)
+    await write(far)
+    assert network.failed.is_set()
+    assert await database.names() == (["a", "b"] if write is _write_rows else ["a"])
+    # The new connection has gone back to the pool, and can be used.
+    assert await _pid(far) == await _pid(far)
+
+
+async def test_a_connection_that_is_lost_before_its_first_result_is_streamed_is_replaced(
+    far: DBConnect, network: FaultyNetwork
+) -> None:
     await _pid(far)
     network.fail(Point.BEGIN, Fault.DROP)
     async with new_db_ctx():
-        await insert(far, "a")
+        numbers = await (await db_session(far)).stream_scalars(text("SELECT generate_series(1, 3)"))
+        assert (await numbers.all()) == [1, 2, 3]
     assert network.failed.is_set()
+
+
+async def test_a_connection_that_is_lost_while_it_is_held_without_a_transaction_is_replaced(
+    db: DBConnect, database: Database
+) -> None:
+    async with new_non_ctx_session(db) as session:
+        await session.connection()
+        database.terminate_backends()
+        await session.execute(text("INSERT INTO item VALUES ('a')"))
+        await session.commit()
     assert await database.names() == ["a"]
 
 
-async def test_a_connection_is_replaced_once(far: DBConnect, network: FaultyNetwork, database_kind: str) -> None:
-    if database_kind != "asyncpg":
-        pytest.skip("psycopg sends BEGIN where nothing can be put in its place")
+async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_replaced(database: Database) -> None:
+    async with database.connect(isolation_level="AUTOCOMMIT") as db, new_non_ctx_session(db) as session:
+        connection = await session.connection()
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        (dead,) = database.backend_pids("true")
+        database.terminate_backends()
+        await eventually(lambda: not _is_running(dead), "the server does not close it")
+        if hasattr(driver_connection, "is_closed"):
+            await eventually(driver_connection.is_closed, "the driver does not see it")
+        assert await session.scalar(PID) != dead
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+async def test_a_connection_that_code_has_set_something_on_is_not_replaced(
+    database: Database, options: dict[str, Any]
+) -> None:
+    async with database.connect(**options) as db:
+        async with (await db.engine()).connect() as connection:
+            dead = await connection.scalar(PID)
+            await connection.execute(text("SET search_path = nowhere"))
+            await connection.commit()
+            database.terminate_backends()
+            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            with pytest.raises(DBAPIError):
+                await connection.execute(text("SHOW search_path"))
+        assert await _pid(db) != dead
+
+
+async def test_the_query_of_a_connection_that_replaces_another_can_be_stopped(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    await _pid(far)
+    network.fail(Point.BEGIN, Fault.DROP)
+    async with new_non_ctx_session(far) as session:
+        waiting = asyncio.create_task(session.execute(text("SELECT pg_sleep(600)")))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await eventually(lambda: not database.backends("state = 'active'"), "the query runs on")
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_transaction_that_code_has_begun_on_the_driver_is_not_replaced(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    async with (await far.engine()).connect() as connection:
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        await driver_connection.execute("INSERT INTO item VALUES ('a')")
+        network.break_all(Fault.DROP)
+        with pytest.raises(DBAPIError):
+            await connection.execute(text("INSERT INTO item VALUES ('b')"))
+    assert await database.names() == []
+
+
+async def test_a_connection_is_replaced_once(far: DBConnect, network: FaultyNetwork) -> None:
     await _pid(far)
     network.fail(Point.BEGIN, Fault.DROP)
     engine = await far.engine()

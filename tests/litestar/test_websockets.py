@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from litestar import Litestar, WebSocket, websocket, websocket_listener
+from litestar import Litestar, WebSocket, websocket, websocket_listener, websocket_stream
 from litestar.exceptions import PermissionDeniedException, WebSocketException
 from litestar.handlers import WebsocketListener
 from sqlalchemy import text
@@ -52,6 +52,20 @@ async def test_a_handler_and_its_injected_session_are_one_unit_of_work(db: DBCon
             assert await client.recv() == "True"
         assert await closed_with(client) == 1000
         assert await database.names() == ["one", "two"]
+
+
+async def test_a_stream_that_writes_before_its_first_message_is_accepted(db: DBConnect, database: Database) -> None:
+    # Litestar accepts it in the task that listens for the client, while another one makes the messages.
+    @websocket_stream("/")
+    async def stream() -> AsyncGenerator[str, None]:
+        for name in ("one", "two"):
+            await insert(db, name)
+            yield name
+
+    async with connected(litestar_app(stream, plugins=[CtxDBPlugin(db)])) as client:
+        assert [await client.recv() for _ in range(2)] == ["one", "two"]
+        assert await closed_with(client) == 1000
+    assert await database.names() == ["one", "two"]
 
 
 async def test_a_listener_is_committed_when_its_client_leaves(db: DBConnect, database: Database) -> None:

@@ -17,6 +17,8 @@ from ctxdb_pgstatus.addresses import parse_hosts
         ("::1", "::1", 5432),
         ("[::1]", "::1", 5432),
         ("[fe80::1]:6000", "fe80::1", 6000),
+        ("/run/postgresql", "/run/postgresql", 5432),
+        ("/run/postgresql:6000", "/run/postgresql", 6000),
     ],
 )
 def test_a_host_is_read_with_its_port_and_keeps_its_name(text: str, host: str, port: int) -> None:
@@ -24,7 +26,7 @@ def test_a_host_is_read_with_its_port_and_keeps_its_name(text: str, host: str, p
 
 
 @pytest.mark.parametrize(
-    "text", ["", "  ", "a b", "n1:", "n1:x", "n1:0", "n1:70000", "[::1", "[n1]:1", "u@n1", "n1/db"]
+    "text", ["", "  ", "a b", "n1:", "n1:x", "n1:0", "n1:70000", "[::1", "[n1]:1", "u@n1", "n1/db", "/run:x"]
 )
 def test_invalid_host_is_refused_by_name(text: str) -> None:
     with pytest.raises(HostListError, match=r"is no host|port"):
@@ -38,3 +40,8 @@ def test_invalid_host_is_refused_by_name(text: str) -> None:
 def test_a_list_of_hosts_that_makes_no_cluster_is_refused(hosts: list[str], message: str) -> None:
     with pytest.raises(HostListError, match=message):
         parse_hosts(hosts, 5432)
+
+
+def test_two_hosts_of_one_name_are_refused() -> None:
+    with pytest.raises(HostListError, match="Two hosts have the name 'db'"):
+        parse_hosts([HostAddress("db", "192.0.2.1", 5432), HostAddress("db", "192.0.2.2", 5432)])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, func, insert, select
@@ -70,6 +74,59 @@ async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_p
     ):
         await write_number(db, 1)
         assert await numbers_on(ipv6_cluster.primary) == [1]
+
+
+async def test_a_host_is_reached_by_a_unix_socket(cluster: PostgresCluster) -> None:
+    with tempfile.TemporaryDirectory(prefix="ctxdb") as directory:
+        name = f"{directory}:6000"
+        async with (
+            Proxy(cluster.primary) as proxy,
+            proxy.listening_at(f"{directory}/.s.PGSQL.6000"),
+            monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.0) as monitor,
+            following(follow_master(monitor)) as db,
+        ):
+            await write_number(db, 1)
+            assert monitor.master() == name
+    assert await numbers_on(cluster.primary) == [1]
+
+
+async def test_a_name_of_several_addresses_leads_to_the_one_that_answers(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def two(host: Any, *args: Any, **options: Any) -> Any:
+        if host != "several":
+            return resolve(host, *args, **options)
+        # Nobody listens at the first one.
+        return [*resolve("127.0.0.99", *args, **options), *resolve(cluster.primary.host, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    name = f"several:{cluster.port}"
+    async with monitor_of(cluster, hosts=[name]) as monitor, following(follow_master(monitor)) as db:
+        await write_number(db, 1)
+        assert monitor.hosts()[0].fault is None
+    assert await numbers_on(cluster.primary) == [1]
+
+
+async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_writes(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+    dice = random.Random(1)
+
+    def any_of_two(host: Any, *args: Any, **options: Any) -> Any:
+        return resolve(dice.choice(cluster.nodes[:2]).host if host == "several" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", any_of_two)
+    name = f"several:{cluster.port}"
+    async with (
+        monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.1) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
+        with pytest.raises(NoMasterError):
+            await write_number(db, 1)
 
 
 # --- names that move --------------------------------------------------------------------------------------------------
@@ -168,11 +225,147 @@ async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_lead
 
 
 @asynccontextmanager
-async def asking_sidecar(monitor: HostMonitor) -> AsyncIterator[PgStatusClient]:
+async def asking_sidecar(monitor: HostMonitor, max_age: float = 1.0) -> AsyncIterator[PgStatusClient]:
     app = SidecarApp(History())
     app.monitor = monitor
-    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
+    async with serve_sidecar(app) as url, PgStatusClient(url, max_age=max_age) as client:
         yield client
+
+
+# --- names that move together, while every connection lives on --------------------------------------------------------
+
+
+@asynccontextmanager
+async def knowing(monitor: HostMonitor, kind: str) -> AsyncIterator[HostMonitor | PgStatusClient]:
+    """The source of followers: a monitor, or a sidecar that was asked when all was well and is not asked again."""
+    if kind == "monitor":
+        yield monitor
+        return
+    async with asking_sidecar(monitor, max_age=HOUR) as client:
+        await client.hosts()
+        yield client
+
+
+async def promote_beside(old: PostgresNode, new: PostgresNode) -> None:
+    """Promote a standby; return when its primary, which goes on, has noticed that it has left."""
+    before = await old.fetch_value("SELECT count(*) FROM pg_stat_replication")
+    await new.promote()
+    async with asyncio.timeout(30):
+        while await old.fetch_value("SELECT count(*) FROM pg_stat_replication") >= before:
+            await asyncio.sleep(0.005)
+
+
+sources = pytest.mark.parametrize("kind", ["monitor", "sidecar"])
+
+
+@sources
+async def test_a_commit_on_the_old_primary_is_an_error_once_the_name_of_the_primary_has_moved(
+    cluster: PostgresCluster, kind: str
+) -> None:
+    old, new, other = cluster.nodes
+    # No kept connection leads to the standby that is promoted, and nothing is polled or renewed meanwhile.
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+        knowing(monitor, kind) as source,
+        following(follow_master(source)) as db,
+    ):
+        await write_number(db, 1)
+        await cluster.wait_for_replay()
+        await promote_beside(old, new)
+        writer.nodes = (new,)
+        with pytest.raises(MasterChangedError, match="is not behind the name"):
+            await write_number(db, 2)
+        await write_number(db, 3)
+        assert await numbers_on(new) == [1, 3]
+
+
+@sources
+async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_the_primary_leads_nowhere(
+    cluster: PostgresCluster, kind: str
+) -> None:
+    old, new, other = cluster.nodes
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+        knowing(monitor, kind) as source,
+        following(follow_master(source)) as db,
+    ):
+        await write_number(db, 1)
+        await promote_beside(old, new)
+        writer.refusals = 1000
+        with pytest.raises(CommitUnconfirmedError, match="cannot be connected to anew"):
+            await write_number(db, 2)
+
+
+async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_the_name_leads_then(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    # The one that is promoted is no standby of the old primary's own, which therefore notices nothing.
+    await new.follow(other)
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=0) as monitor,
+        following(follow_master(monitor)) as db,
+    ):
+        await write_number(db, 1)
+        await cluster.wait_for_replay()
+        await new.promote()
+        writer.nodes = (new,)
+        with pytest.raises(MasterChangedError, match="is not behind the name"):
+            await write_number(db, 2)
+        await write_number(db, 3)
+        assert await numbers_on(new) == [1, 3]
+
+
+async def test_a_standby_that_restarts_costs_commits_no_connection_once_it_is_back(cluster: PostgresCluster) -> None:
+    old, standby, other = cluster.nodes
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+    ):
+        attempts = writer.attempts
+        await standby.stop()
+        assert await monitor.confirm_master(writer.host)
+        assert writer.attempts == attempts + 1
+        await standby.start()
+        await standby.wait_for_stream()
+        await monitor.poll()
+        attempts = writer.attempts
+        assert await monitor.confirm_master(writer.host)
+        assert writer.attempts == attempts
+
+
+async def test_a_standby_that_is_in_the_list_costs_commits_no_connection_while_it_is_away(
+    cluster: PostgresCluster,
+) -> None:
+    old, standby, other = cluster.nodes
+    hosts = [f"{node.host}:{node.port}" for node in (standby, other)]
+    async with (
+        Proxy(old) as writer,
+        monitor_of(cluster, hosts=[writer.host, *hosts], conn_max_age=HOUR) as monitor,
+    ):
+        attempts = writer.attempts
+        await standby.stop()
+        for _ in range(3):
+            assert await monitor.confirm_master(writer.host)
+        assert writer.attempts == attempts
+
+
+async def test_commits_that_wait_for_a_new_connection_share_it(cluster: PostgresCluster) -> None:
+    old = cluster.primary
+    async with (
+        Proxy(old) as writer,
+        monitor_of(cluster, hosts=[writer.host], conn_max_age=0) as monitor,
+    ):
+        attempts = writer.attempts
+        assert all(await asyncio.gather(*(monitor.confirm_master(writer.host) for _ in range(20))))
+        assert writer.attempts - attempts <= 2
 
 
 # --- names that are shared --------------------------------------------------------------------------------------------

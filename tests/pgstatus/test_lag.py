@@ -70,6 +70,19 @@ def test_the_age_of_a_commit_is_told_by_the_clock_that_it_was_made_by() -> None:
         assert Lag().measure(answer, sample) == (2000, 100)
 
 
+def test_a_commit_of_the_future_tells_no_lag() -> None:
+    # The clock of the master has been set back, or the master of then had another one.
+    sample = Sample(1, 500, 100, clock=1_000_000.0)
+    answer = replace(_replica(400, 20, at=100), replayed_commit_at=1_000_010.0)
+    lag = Lag()
+    assert lag.measure(answer, sample) == (None, 100)
+    assert lag.measure(replace(answer, replayed_commit_at=1_000_000.1), sample) == (1, 100)
+    # How long ago it had caught up is told by the clock of the monitor alone.
+    lag.measure(replace(answer, position=500), sample)
+    later = replace(answer, position=500, asked_at=130.0)
+    assert lag.measure(later, Sample(1, 600, 130, clock=900_000.0)) == (30_000, 100)
+
+
 def test_the_lag_that_a_service_tells_is_taken_as_it_is() -> None:
     answer = replace(_replica(None), lag_ms=12.5)
     assert Lag().measure(answer, None) == Lag().measure(answer, Sample(1, 500, 100)) == (13, None)

@@ -14,6 +14,7 @@ from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor, follow_master, follow_replica
+from ctxdb_pgstatus._probing.answer import Answer, Slot, Subscription
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 DDL = "CREATE TABLE number (number integer PRIMARY KEY)"
@@ -123,6 +124,91 @@ async def test_a_position_is_found_on_a_subscriber_once_it_has_applied_it(
         assert found == address(subscriber)
         assert await subscriber.fetch_value("SELECT count(*) FROM number") == 1
     await standby.resume_replay()
+
+
+async def test_a_position_is_found_on_a_subscriber_by_what_its_worker_reports(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    # It confirms nothing to its slot, unless it is asked to, and its progress may not be read.
+    await subscriber.set("wal_receiver_status_interval", "0")
+    standby = publishing.standbys[0]
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await standby.pause_replay()
+        position = await insert_number(publishing.primary, 1)
+        async with asyncio.timeout(PATIENCE):
+            found = await monitor.find_replica(min_position=position, max_wait=HOUR)
+        assert found == address(subscriber)
+        assert await subscriber.fetch_value("SELECT count(*) FROM number") == 1
+    await standby.resume_replay()
+    await subscriber.set("wal_receiver_status_interval", "10s")
+
+
+async def test_a_subscriber_that_copies_a_table_is_in_sync_once_it_has_it(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    publisher = publishing.primary
+    for node in (publisher, subscriber):
+        await node.execute("CREATE TABLE added (number integer PRIMARY KEY)")
+    await publisher.execute("ALTER PUBLICATION numbers ADD TABLE added")
+    # Nobody begins to copy.
+    await subscriber.set("max_sync_workers_per_subscription", "0")
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await subscriber.execute("ALTER SUBSCRIPTION numbers REFRESH PUBLICATION")
+        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await publishing.standbys[0].pause_replay()
+        position = await insert_number(publisher, 1)
+        assert await monitor.find_replica(min_position=position, max_wait=0.1) == address(publisher)
+        await publishing.standbys[0].resume_replay()
+        await subscriber.set("max_sync_workers_per_subscription", "2")
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+    for node in (publisher, subscriber):
+        await node.execute("DROP TABLE added")
+
+
+async def test_what_a_subscriber_has_applied_is_the_position_after_the_commit(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        watch = monitor._members[address(subscriber)].watch
+        position = number = 0
+        async with asyncio.timeout(PATIENCE):
+            # A record of the server's own may come between a commit and the question for the position after it.
+            while watch.answer is None or watch.answer.subscriptions[0].applied != position:
+                number += 1
+                position = await insert_number(publishing.primary, number)
+                while await subscriber.fetch_value("SELECT count(*) FROM number") < number:
+                    await asyncio.sleep(0.005)
+                await monitor.poll()
+
+
+@pytest.mark.parametrize("told", [(7, 5, 5), (5, 7, 5), (5, 5, 7), (7, None, None), (None, 7, None), (None, None, 7)])
+async def test_whatever_tells_most_of_a_subscriber_is_its_position(told: tuple[int | None, ...]) -> None:
+    monitor = HostMonitor(["n1", "n2"], user="u", subscribers=["n2"])
+    member = monitor._members["n2"]
+    applied, reported, confirmed = told
+    common = {"in_recovery": False, "position": 9, "replay_age_ms": None, "asked_at": 0.0}
+    publisher = Answer(timeline=3, slots={"s": Slot(is_active=True, confirmed=confirmed)}, **common)  # type: ignore[arg-type]  # of several types
+    member.watch.answer = Answer(timeline=1, subscriptions=(Subscription("s", applied, reported),), **common)  # type: ignore[arg-type]  # see above
+    member.subscribe(publisher)
+    assert member.answer is not None
+    assert (member.answer.position, member.answer.timeline) == (7, 3)
+
+
+async def test_a_subscriber_that_receives_nothing_is_in_sync_by_nothing(
+    publishing: PostgresCluster, subscriber: PostgresNode
+) -> None:
+    await grant_progress(subscriber)
+    connection = await subscriber.fetch_value("SELECT subconninfo FROM pg_subscription")
+    async with monitoring(publishing, subscriber, "watcher") as monitor:
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        # Nobody listens there.
+        await subscriber.execute("ALTER SUBSCRIPTION numbers CONNECTION 'host=127.0.0.99 port=1'")
+        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await subscriber.execute(f"ALTER SUBSCRIPTION numbers CONNECTION '{connection}'")
+        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
 
 
 async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(

@@ -6,18 +6,22 @@ import asyncio
 import logging
 import shutil
 import ssl
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from tests.support.database import eventually
 from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.pooler import Pooler
 from tests.support.proxy import Proxy
 from tests.support.tls import TLSFront, make_certificate
 
 from ctxdb_pgstatus import OptionError
 from ctxdb_pgstatus._probing.answer import Answer
+from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Probe
+from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.testing import PostgresCluster
 
 
@@ -115,6 +119,50 @@ async def test_a_host_whose_answer_comes_after_it_was_given_up_is_alive_again(cl
         await cluster.primary.thaw()
         await until(monitor, lambda: monitor.master() == cluster.primary.host)
         assert await cluster.primary.fetch_value(CONNECTIONS) == 1
+
+
+async def until_asked(watches: list[Watch]) -> None:
+    """Wait until all questions are under way, and no longer: the answers may be there a moment later."""
+    for _ in range(100):
+        if all(watch._silent_since is not None for watch in watches):
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("nobody was asked, or has answered")
+
+
+async def test_a_process_that_was_stopped_hears_what_the_hosts_have_said_before_it_takes_them_for_dead(
+    cluster: PostgresCluster,
+) -> None:
+    async with monitor_of(cluster, poll_interval=0.3) as monitor:
+        changes = changes_of(monitor)
+        watches = [member.watch for member in monitor._members.values()]
+        answers = [watch.ask() for watch in watches]
+        await until_asked(watches)
+        # All that is timed is overdue when the process goes on.
+        time.sleep(0.8)
+        assert all(await asyncio.gather(*answers))
+        assert changes == []
+
+
+async def test_a_process_that_was_stopped_hears_of_a_promotion_before_it_confirms_a_commit(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    async with (
+        # It takes several answers to tell what is behind a pooler.
+        Pooler(new) as pooler,
+        monitor_of(cluster, hosts=[old.host, pooler.host, other.host], connect_timeout=PATIENCE) as monitor,
+    ):
+        await monitor.poll()
+        # Nothing is polled before the confirmation, and its answers are late as soon as those of quick polls are.
+        for member in monitor._members.values():
+            member.watch._pace = Pace(0.3, PATIENCE, 3)
+        await new.promote()
+        confirmation = asyncio.create_task(monitor.confirm_master(old.host))
+        watches = [member.watch for member in monitor._members.values()]
+        await until_asked(watches)
+        time.sleep(0.5)
+        assert not await confirmation
 
 
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"

@@ -295,3 +295,30 @@ async def test_an_operator_has_a_lower_timeline_accepted_after_a_promotion_was_u
         await cluster.nodes[2].promote()
         await until(monitor, lambda: monitor.master() == cluster.nodes[2].host)
         assert status_of(monitor, old).fault == "stale"
+
+
+async def test_an_undone_timeline_counts_no_more_and_a_later_one_does_though_only_a_replica_tells_of_it(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    hosts = [old.host, new.host]
+    async with monitor_of(cluster, hosts=[*hosts, other.host], poll_interval=0.5) as monitor:
+        await new.promote()
+        await other.follow(new)
+        await until(monitor, lambda: monitor.master() == new.host)
+        await new.kill()
+        await until(monitor, lambda: monitor.master() is None)
+        # The other one has the history of what is undone, and keeps it.
+        await monitor.accept_lower_timeline()
+        for _ in range(3):
+            await monitor.poll()
+        assert monitor.master() == old.host
+        undone = monitor._membership._undone
+    async with monitor_of(cluster, hosts=hosts, poll_interval=0.5) as monitor:
+        monitor._membership._undone = undone
+        assert monitor.master() == old.host
+        # Where the monitor does not look, another one is promoted, and the first one follows it.
+        await other.promote()
+        await new.rewind(other)
+        await until(monitor, lambda: monitor.master() is None)
+        assert status_of(monitor, old).fault == "stale"

@@ -8,9 +8,9 @@ from collections import Counter
 import httpx
 import pytest
 from tests.support.server import http_client
-from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
+from tests.support.sidecar import START, cluster, dead, master, replica, serve_sidecar, told_app
 
-from ctxdb_pgstatus import PgStatusError
+from ctxdb_pgstatus import MasterUncertainError, PgStatusError
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
@@ -93,6 +93,9 @@ async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_
         ("/replica?min_lsn=0/3000001", "n1"),
         ("/replica?min_lsn=0%2F3000000", "n2"),
         ("/replica?min_lsn=1/0", "n1"),
+        # 18446744073709551615 is the highest number of pg-status, which some write for "no limit".
+        ("/replica?lag_ms=0&lag_bytes=18446744073709551615", "n1"),
+        ("/sync_by_time?lag_ms=5&lag_bytes=18446744073709551615", "n2"),
         ("/most_sync_by_bytes?min_lsn=0/3000001", "n1"),
     ],
 )
@@ -119,6 +122,7 @@ async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
         ("lag_ms", "1.5"),
         ("lag_bytes", "many"),
         ("lag_bytes", "²"),
+        ("lag_ms", "18446744073709551616"),
         ("lag_ms", "9" * 5000),
         ("min_lsn", "3000060"),
         ("min_lsn", "0/XYZ"),
@@ -254,6 +258,23 @@ async def test_hosts_tells_all_of_every_host() -> None:
     assert third["error"] == "no answer"
 
 
+async def test_a_lag_that_is_not_known_is_null_and_counts_as_too_high() -> None:
+    # pg-status tells 0 of a replica that has replayed no transaction, and takes it for one in sync.
+    unknown = replica("n2", position=None, lag_ms=None, lag_bytes=None, in_sync_by_time=False, in_sync_by_bytes=False)
+    app, _ = told_app(master("n1"), unknown, replica("n3", lag_ms=None, in_sync_by_time=False))
+    async with serve_sidecar(app) as url, http_client(url) as client:
+        _, second, third = (await client.get("/hosts")).json()
+        assert (second["lag_ms"], second["lag_bytes"], second["lsn"], second["alive"]) == (None, None, None, True)
+        assert (third["lag_ms"], third["lag_bytes"], third["sync_by_time"]) == (None, 0x60, False)
+        assert {(await client.get("/replica")).text for _ in range(2)} == {"n2", "n3"}
+        # 0/0 is before all that there is.
+        assert {(await client.get("/replica?min_lsn=0/0")).text for _ in range(2)} == {"n2", "n3"}
+        for path in ("/sync_by_time", "/sync_by_time_and_bytes", "/replica?lag_ms=5000", "/replica?min_lsn=0/3000060"):
+            assert (await client.get(path)).text == "n1", path
+        for path in ("/sync_by_bytes", "/sync_by_time_or_bytes", "/most_sync_by_bytes", "/replica?lag_bytes=1000"):
+            assert (await client.get(path)).text == "n3", path
+
+
 async def test_hosts_follows_the_status() -> None:
     app, monitor = told_app(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
@@ -336,6 +357,28 @@ async def test_a_master_that_refuses_the_monitor_is_not_confirmed_by_it(caplog: 
         assert (await client.get("/master")).text == "n1"
     # Clients log their requests.
     assert [record for record in caplog.records if record.name == "ctxdb_pgstatus"] == []
+
+
+async def test_a_confirmed_master_is_told_with_its_server() -> None:
+    app, monitor = told_app(master("n1", started_at=START), replica("n2"))
+    fields = {"cache-control": "no-cache", "accept": "application/json"}
+    assert (await ask(app, "/master", fields)).json()["started_at"] == START.isoformat()
+    # Until it answers again, it may be another server by then.
+    monitor.status = cluster(master("n1", started_at=START, possible_dead=True), replica("n2"))
+    assert (await ask(app, "/master", fields)).json()["started_at"] is None
+    monitor.status = cluster(replica("n2"), master=None)
+    response = await ask(app, "/master", fields)
+    assert (response.status_code, response.json()["host"]) == (404, None)
+
+
+async def test_a_master_that_is_uncertain_is_told_so() -> None:
+    app, monitor = told_app(master("n1"), replica("n2"))
+    monitor.error = MasterUncertainError("'n1' cannot be connected to anew")
+    response = await ask(app, "/master", {"cache-control": "no-cache"})
+    assert (response.status_code, response.json()) == (
+        503,
+        {"error_text": "'n1' cannot be connected to anew", "uncertain": True},
+    )
 
 
 async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:

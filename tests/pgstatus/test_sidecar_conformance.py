@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from ctxdb_pgstatus.lsn import parse_lsn
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.sidecar.settings import Settings
 
 TABLE = Path(__file__).with_name("answers_of_pg_status.txt")
 # The default limits of pg-status.
@@ -81,18 +84,17 @@ def an_app(state: State) -> SidecarApp:
 def _host(name: str, words: list[str], values: dict[str, str]) -> HostStatus:
     if "dead" in words:
         return dead(name)
-    position = None if values["lsn"] == "?" else parse_lsn(values["lsn"])
+    position = parse_lsn(values["lsn"])
     if "master" in words:
         return master(name, position=position, possible_dead="possible_dead" in words)
-    lag_ms = None if values["ms"] == "?" else int(values["ms"])
-    lag_bytes = None if values["bytes"] == "?" else int(values["bytes"])
+    lag_ms, lag_bytes = int(values["ms"]), int(values["bytes"])
     return replica(
         name,
         position=position,
         lag_ms=lag_ms,
         lag_bytes=lag_bytes,
-        in_sync_by_time=lag_ms is not None and lag_ms <= MAX_LAG_MS,
-        in_sync_by_bytes=lag_bytes is not None and lag_bytes <= MAX_LAG_BYTES,
+        in_sync_by_time=lag_ms <= MAX_LAG_MS,
+        in_sync_by_bytes=lag_bytes <= MAX_LAG_BYTES,
         possible_dead="possible_dead" in words,
     )
 
@@ -117,6 +119,10 @@ async def test_the_sidecar_answers_as_pg_status_does(state: State, question: str
     response = await client.get(path, headers=headers)
     assert response.status_code == int(status)
     if not expected:
+        # Where /status knows no such host, the sidecar says so; pg-status says nothing.
+        assert response.text == (
+            "" if not path.startswith("/status") else '{"error_text":"This host is not monitored"}'
+        )
         return
     if expected.startswith(("{", "[")):
         assert_has(response.json(), json.loads(expected))
@@ -135,3 +141,50 @@ def assert_has(content: Any, expected: Any) -> None:
             assert_has(each, wanted)
     else:
         assert {name: content.get(name, "missing") for name in expected} == expected
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).parents[2] / "docs" / "deploying-pgstatus.md"
+# What the page of pg-status 2.3 says of its parameters.
+DEFAULTS_OF_PG_STATUS = {
+    "pg_user": "postgres",
+    "pg_database": "postgres",
+    "pg_port": "5432",
+    "max_fails": "3",
+    "sleep_ms": "1000",
+    "query_timeout_ms": "1000",
+    "conn_max_age_ms": "300000",
+    "sync_max_lag_ms": "1000",
+    "sync_max_lag_bytes": "1000000",
+    "http_listen_address": "0.0.0.0",
+    "http_port": "8000",
+    "log_level": "info",
+    "log_format": "text",
+}
+
+
+def test_every_default_that_differs_from_that_of_pg_status_stands_in_the_table_of_the_guide() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `?([^|`]+)`? \| `?([^|`]+)`? \|$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    told = {name: (theirs, ours) for name, theirs, ours in rows if name in DEFAULTS_OF_PG_STATUS}
+    settings = Settings.from_environment({"pg_status__hosts": "n1"})
+    ours = {
+        "pg_user": settings.user,
+        "pg_database": settings.database,
+        "pg_port": str(settings.hosts[0].port),
+        "max_fails": str(settings.max_fails),
+        "sleep_ms": f"{settings.poll_interval * 1000:.0f}",
+        "query_timeout_ms": f"{settings.connect_timeout * 1000:.0f}",
+        "conn_max_age_ms": f"{settings.conn_max_age * 1000:.0f}",
+        "sync_max_lag_ms": str(settings.sync_max_lag_ms),
+        "sync_max_lag_bytes": str(settings.sync_max_lag_bytes),
+        "http_listen_address": settings.listen_address,
+        "http_port": str(settings.listen_port),
+        "log_level": logging.getLevelName(settings.log_level).lower(),
+        "log_format": settings.log_format,
+    }
+    assert told == {
+        name: (theirs, ours[name]) for name, theirs in DEFAULTS_OF_PG_STATUS.items() if theirs != ours[name]
+    }

@@ -1,13 +1,18 @@
-"""What the sidecar does without."""
+"""What the sidecar does without, and how little it takes."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
+from tests.support.sidecar_process import running
 
 import ctxdb_pgstatus
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 FOREIGN = ("sqlalchemy", "greenlet", "httpx", "ctxdb_core", "prometheus_client")
 IMPORTED = "import sys; {}; print(*sorted({{name.partition('.')[0] for name in sys.modules}} & set({})))"
@@ -38,6 +43,10 @@ def test_public_functions_import_only_the_libraries_that_they_need() -> None:
     assert "httpx" in imported_by("from ctxdb_pgstatus import PgStatusClient")
 
 
+def test_metrics_are_made_by_the_client_of_prometheus_and_need_no_other_library() -> None:
+    assert imported_by("import ctxdb_pgstatus.sidecar.metrics") == ["prometheus_client"]
+
+
 def test_errors_that_are_raised_lazily_are_those_that_are_exported() -> None:
     with pytest.raises(ctxdb_pgstatus.HostListError):
         ctxdb_pgstatus.HostAddress.parse("")
@@ -52,3 +61,38 @@ def test_every_public_name_is_listed_before_it_is_used() -> None:
     code = "import ctxdb_pgstatus; print(set(ctxdb_pgstatus.__all__) - set(dir(ctxdb_pgstatus)))"
     listed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert listed.strip() == "set()"
+
+
+_MIB = 1024 * 1024
+
+
+def resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / _MIB
+
+
+def cpu_seconds(pid: int) -> float:
+    # The name of the process may have spaces, and ends with the last parenthesis.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="this system does not tell what another process takes"
+)
+async def test_the_sidecar_takes_no_more_than_0_4_s_of_cpu_and_36_mib_until_it_has_asked_its_hosts(
+    postgres_server: EmbeddedPostgres,
+) -> None:
+    url = make_url(postgres_server.url())
+    taken = []
+    # CPU, and not the time on the clock, which depends on what else the machine does. CPU does a little, too: one start
+    # out of five, each of which takes half of the limit, has to be within it.
+    for _ in range(5):
+        async with running(hosts=f"{url.host}:{url.port}", pg_user=url.username or "") as sidecar:
+            await sidecar.ready()
+            assert resident_mib(sidecar.process.pid) <= 36
+            taken.append(cpu_seconds(sidecar.process.pid))
+            assert await sidecar.stop() == 0
+        if taken[-1] <= 0.4:
+            return
+    pytest.fail(f"its starts have taken {taken} s of CPU")

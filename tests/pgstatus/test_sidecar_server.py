@@ -133,6 +133,28 @@ async def test_headers_of_a_request_do_not_apply_to_the_next_one(url: str, desk:
     assert [(each.accepts_json, each.bypasses_memory) for each in desk.requests] == [(True, True), (False, False)]
 
 
+@pytest.mark.parametrize(
+    ("accept", "is_json"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("text/plain;q=0.9,application/json ; q=0.001", True),
+        ("application/json;q=0", False),
+        ("text/html, application/json; Q = 0.000", False),
+        ("application/json-seq", False),
+        ("*/*", False),
+        ("text/plain", False),
+    ],
+)
+async def test_json_is_accepted_where_it_is_named_with_a_quality_above_0(
+    url: str, desk: Desk, accept: str, is_json: bool
+) -> None:
+    async with connect(url) as client:
+        client.get("/a", f"Accept: {accept}")
+        await client.bodies(1)
+    assert [each.accepts_json for each in desk.requests] == [is_json]
+
+
 async def test_requests_that_come_at_once_are_answered_in_their_order(url: str, desk: Desk) -> None:
     async with connect(url) as client:
         for path in ("/a", "/wait", "/b", "/wait", "/c"):

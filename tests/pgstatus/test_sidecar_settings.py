@@ -216,3 +216,12 @@ def test_incomplete_locations_of_hosts_are_ignored_with_a_warning(variables: dic
     assert len(settings.warnings) == 1
     assert "by their dc" in settings.warnings[0]
     assert {settings.locality.distance(name) for name in ("n1", "n2")} == {2}
+
+
+@pytest.mark.parametrize("name", ["PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY"])
+def test_a_file_for_tls_that_cannot_be_read_is_warned_of_by_its_variable(name: str, tmp_path: Path) -> None:
+    for path in ("system", str(tmp_path), str(tmp_path / "missing.pem")):
+        (warning,) = Settings.from_environment({"pg_status__hosts": "n1", name: path}).warnings
+        assert warning.startswith(f"{name} is {path!r}")
+    (tmp_path / "there.pem").touch()
+    assert Settings.from_environment({"pg_status__hosts": "n1", name: str(tmp_path / "there.pem")}).warnings == ()

@@ -13,8 +13,8 @@ import pytest
 
 def needs(program: str) -> str:
     """Return where a program is; skip the test where it is not installed."""
-    # The tests' own environment has some of these programs.
-    found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
+    # The tests' own environment has some of these programs; Debian keeps those of servers outside of users' paths.
+    found = shutil.which(program) or shutil.which(program, path=f"{Path(sys.executable).parent}:/usr/sbin")
     if found is None:
         pytest.skip(f"there is no {program}")
     return found

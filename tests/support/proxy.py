@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from tests.support.middleman import Middleman, read_startup
@@ -54,6 +55,15 @@ class Proxy(Middleman):
     async def __aexit__(self, *args: object) -> None:
         self.drop()
         await super().__aexit__(*args)
+
+    @contextlib.asynccontextmanager
+    async def listening_at(self, path: str) -> AsyncIterator[None]:
+        """Serve connections by a Unix socket as well."""
+        server = await asyncio.start_unix_server(self._run, path)
+        try:
+            yield
+        finally:
+            server.close()
 
     def drop(self) -> None:
         """Break all connections."""

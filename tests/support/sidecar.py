@@ -160,6 +160,7 @@ class OriginalSidecar:
             "geo": None,
             "master": master,
             "alive": alive,
+            "possible_dead": not alive,
             "lag_ms": 0 if alive else None,
             "sync_by_time": alive,
             "lag_bytes": 0 if alive else None,

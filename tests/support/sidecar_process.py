@@ -39,7 +39,10 @@ class Process:
         await eventually(lambda: self.logged("server started") is not None, lambda: "\n".join(self.lines))
         started = self.logged("server started")
         assert started is not None
-        return f"http://{started['address']}:{started['port']}"
+        address = str(started["address"])
+        # One that listens on all addresses is asked on loopback.
+        host = "127.0.0.1" if address in {"::", "0.0.0.0"} else f"[{address}]" if ":" in address else address
+        return f"http://{host}:{started['port']}"
 
     async def ready(self) -> str:
         """Wait until it has asked each host once, and return its URL."""

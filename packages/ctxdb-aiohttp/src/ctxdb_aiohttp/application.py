@@ -15,6 +15,7 @@ from ctxdb_core.adapters import (
     CommitPolicy,
     ReadsFrom,
     RequestPolicy,
+    check_function,
     check_reads_from,
     close_all,
     with_request,
@@ -68,8 +69,8 @@ def setup(
 
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
-        TypeError: `app` is no application, one of `dbs` is no `DBConnect`, `reads_from` is no mapping of them, or
-            `commit_policy` is no policy.
+        TypeError: `app` is no application, one of `dbs` is no `DBConnect`, `reads_from` is no mapping of them,
+            `commit_policy` is no policy, or `before_commit` or `deadline` no function.
         ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
@@ -84,6 +85,9 @@ def setup(
         raise ArgumentValueError(
             f"position={position} is negative: count the middlewares from the outermost, which is 0."
         )
+    for name, function in (("`before_commit`", before_commit), ("`deadline`", deadline)):
+        if function is not None:
+            check_function(function, name)
     if statement_timeout is not None and not 0 < statement_timeout < float("inf"):
         raise ArgumentValueError(
             f"statement_timeout={statement_timeout!r}: give seconds, more than 0, or None for no limit."

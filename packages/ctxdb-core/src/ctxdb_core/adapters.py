@@ -5,6 +5,7 @@ Applications need none of this; theirs is `ctxdb_core` itself. What happens in s
 
 from ctxdb_core._blocks.atomic import CurrentTransaction
 from ctxdb_core._blocks.transactional import Propagation
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
 from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_place
 from ctxdb_core._databases.url import without_secrets
@@ -57,6 +58,7 @@ __all__ = [
     "ask_outcome_by",
     "before_gather",
     "begin",
+    "check_function",
     "check_reads_from",
     "check_transition",
     "close_all",

@@ -220,6 +220,9 @@ class TransactionRequiredError(CtxDBError, InvalidRequestError):
     transaction (``"supports"``, ``"not_supported"``, ``"never"``); there also by ``atomic_db_session``, and by a
     ``TransactionContext``'s ``transaction()``. ``"mandatory"`` raises it in a mere session of one, too. The way out:
     call the code from a unit of work, or from ``transactional(db)``.
+
+    Raised by the first statement, too, where an `on_begin` was to set something for the transactions of an engine in
+    autocommit. The way out: an engine without autocommit, or ``DBConnect.from_url(url, read_only=True)``.
     """
 
 

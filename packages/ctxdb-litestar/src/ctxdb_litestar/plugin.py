@@ -16,6 +16,7 @@ from ctxdb_core.adapters import (
     CommitPolicy,
     ReadsFrom,
     RequestPolicy,
+    check_function,
     check_reads_from,
     close_all,
     with_request,
@@ -52,8 +53,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             returns. They are closed like the others.
 
     Raises:
-        TypeError: a database is not a `DBConnect`, `reads_from` is no mapping of them, `deadline` is no function, or
-            `commit_policy` none of a status, or of a status and a scope.
+        TypeError: a database is not a `DBConnect`, `reads_from` is no mapping of them, `deadline` or `before_commit` is
+            no function, or `commit_policy` none of a status, or of a status and a scope.
         ValueError: `statement_timeout` is not positive; raised when the application is made.
         ImproperlyConfiguredException: Litestar reserves one of the names for itself.
     """
@@ -75,6 +76,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
             _check_database(f"{name}=", db)
         self._dbs = tuple(dict.fromkeys((*dbs, *dependency_names.values())))
         self._providers = {name: session_provider(db) for name, db in dependency_names.items()}
+        if before_commit is not None:
+            check_function(before_commit, "`before_commit`")
         self._before_commit = before_commit
         self._commits = with_request(commit_policy)
         if deadline is not None and not callable(deadline):

@@ -17,7 +17,7 @@ from ctxdb_core.adapters import follow_dialect, is_autocommit, is_read_only
 from ctxdb_pgstatus._following import driver
 from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, positions_wanted
 from ctxdb_pgstatus._following.statements import may_write
-from ctxdb_pgstatus.errors import CommitUnconfirmedError, MasterChangedError
+from ctxdb_pgstatus.errors import CommitUnconfirmedError, MasterChangedError, MasterUncertainError
 from ctxdb_pgstatus.source import HostSource, KnowsServers, RemembersMaster
 
 __all__ = ["CommitGuard", "ConnectionState", "state_of"]
@@ -207,6 +207,9 @@ class CommitGuard:
         deadline = asyncio.get_running_loop().time() + self._timeout
         try:
             is_master = await_only(self._ask_source(host))
+        except MasterUncertainError as exc:
+            # The host's own word counts for nothing: it does not know whether another one has got its name.
+            raise _unconfirmed(host, exc) from exc
         except Exception as exc:  # noqa: BLE001 - whatever it is, the source does not tell
             is_master = self._ask_host(connection, host, deadline, exc)
         if not is_master:

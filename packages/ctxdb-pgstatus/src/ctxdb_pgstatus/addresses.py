@@ -1,4 +1,4 @@
-"""How hosts are named: ``name``, ``name:port``, an IPv4 address, or an IPv6 address in brackets or without them."""
+"""How hosts are named: by a name or an address, with or without a port, or by the directory of a Unix socket."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = ["HostAddress", "parse_hosts"]
 
 _HIGHEST_PORT = 65535
 # An IPv6 address in brackets, or what has no colon; then a port.
+_SOCKET_AND_PORT = re.compile(r"(?P<directory>/[^:]*)(?::(?P<port>\d+))?", re.ASCII)
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<name>[^\s:/@\[\],;]+))(?::(?P<port>\d+))?", re.ASCII)
 
 
@@ -22,7 +23,7 @@ class HostAddress:
 
     Attributes:
         name: the host as the user wrote it, without the spaces around it; what every answer calls it.
-        host: the name or address to connect to, without brackets.
+        host: the name or address to connect to, without brackets; or the directory of a Unix socket.
         port: the port to connect to.
     """
 
@@ -35,7 +36,8 @@ class HostAddress:
         """Read one host.
 
         Args:
-            text: ``name``, ``name:port``, ``192.0.2.1``, ``[::1]``, ``[::1]:5433`` or ``::1``.
+            text: ``name``, ``name:port``, ``192.0.2.1``, ``[::1]``, ``[::1]:5433`` or ``::1``; or the directory of a
+                Unix socket, as libpq takes it: ``/run/postgresql``, ``/run/postgresql:5433``.
             default_port: the port of a host that names none.
 
         Raises:
@@ -43,11 +45,15 @@ class HostAddress:
         """
         name = text.strip()
         match = _HOST_AND_PORT.fullmatch(name)
+        in_directory = _SOCKET_AND_PORT.fullmatch(name)
         if _is_ipv6(name):
             host, port = name, default_port
         elif match is not None and (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
             host = match["ipv6"] or match["name"]
             port = default_port if match["port"] is None else int(match["port"])
+        elif in_directory is not None:
+            host = in_directory["directory"]
+            port = default_port if in_directory["port"] is None else int(in_directory["port"])
         else:
             # Of a URL, the part that may hold a password is left out.
             shown = name.rpartition("@")[2]
@@ -61,7 +67,7 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
     """Read the hosts of a cluster, in their order. What has been read already stays as it is.
 
     Raises:
-        HostListError: there is none, one cannot be read, or two lead to the same place.
+        HostListError: there is none, one cannot be read, two lead to the same place, or two have the same name.
     """
     if isinstance(hosts, str):
         raise errors.HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
@@ -75,6 +81,8 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
         place = (address.host.lower(), address.port)
         if place in names:
             raise errors.HostListError(f"{names[place]!r} and {address.name!r} are the same host: name each host once.")
+        if address.name in names.values():
+            raise errors.HostListError(f"Two hosts have the name {address.name!r}: give each a name of its own.")
         names[place] = address.name
     return addresses
 

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 
 import httpx
 
-from ctxdb_pgstatus.errors import OptionError, SidecarError
+from ctxdb_pgstatus.errors import MasterUncertainError, OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
@@ -32,6 +32,9 @@ _logger = logging.getLogger("ctxdb_pgstatus.client")
 _HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
 # A host takes 400 bytes: this is room for two thousand of them. Parsing it cannot take long.
 _LONGEST_ANSWER = 1 << 20
+_ANSWERS = (httpx.codes.OK, httpx.codes.NOT_FOUND, httpx.codes.SERVICE_UNAVAILABLE)
+# How a sidecar says that it is there, and cannot tell where the name of the master leads.
+_UNCERTAIN = b'"uncertain":true'
 
 _Answer = TypeVar("_Answer")
 _PATHS: dict[SyncCondition | None, str] = {
@@ -92,7 +95,7 @@ class PgStatusClient:
         self._master = _Question[str | None]("/master", _read_host)
         self._cluster = _Question[_Cluster]("/hosts", _ClusterReader().read)
         # The same answer as that of `_master`, but asked of the hosts themselves.
-        self._confirmed = _Question[str | None]("/master", _read_host, no_cache=True)
+        self._confirmed = _Question[_Confirmed]("/master", _read_confirmed, no_cache=True)
         self._doubts = 0
         self._doubted_at: dict[str, float] = {}
         self._not_replayed_at = -math.inf
@@ -224,15 +227,21 @@ class PgStatusClient:
 
         Raises:
             SidecarError: the sidecar could not be asked.
+            MasterUncertainError: the sidecar cannot find out whether the name still leads to the server of the master.
         """
         failure = self._confirmed.failure
         if failure is not None and failure.took_all_its_time and time.monotonic() - failure.at < self._max_age:
             # Nobody waits for a sidecar that is known to hang.
             raise SidecarError(failure.text)
         # One that is under way may have looked before the call.
-        answer = await self._share(self._confirmed, under_way=False)
-        self._master.kept, self._master.failure = self._confirmed.kept, None
-        return answer == host
+        kept = await self._share_kept(self._confirmed, under_way=False)
+        answer = kept.answer
+        if answer.uncertain is not None:
+            raise MasterUncertainError(answer.uncertain)
+        self._master.kept, self._master.failure = _Kept(answer.host, kept.at, kept.doubts), None
+        if answer.host is not None and answer.tells_server:
+            self._servers[answer.host] = _Kept(answer.started_at, kept.at, kept.doubts)
+        return answer.host == host
 
     def known_master(self) -> KnownMaster | None:
         """Return the master that the sidecar named last; ``None`` if that was more than `grace` seconds ago.
@@ -342,12 +351,16 @@ class PgStatusClient:
 
     async def _share(self, question: _Question[_Answer], *, under_way: bool = True) -> _Answer:
         """Send a question, or wait for the answer to one that others have sent."""
+        return (await self._share_kept(question, under_way=under_way)).answer
+
+    async def _share_kept(self, question: _Question[_Answer], *, under_way: bool) -> _Kept[_Answer]:
+        """Do as `_share` does, and return with the answer when it was asked for."""
         flights = self._flights(question)
         under_way = under_way and flights.doubts == self._doubts
         kept, failure = await _outcome(flights.join(under_way=under_way))
         if kept is None:
             raise SidecarError(failure)
-        return kept.answer
+        return kept
 
     def _flights(self, question: _Question[_Answer]) -> _Flights[_Answer]:
         return self._here().flights(question, lambda: self._doubts, lambda: self._send(question))
@@ -377,9 +390,9 @@ class PgStatusClient:
             raise _SidecarTimeoutError(str(error)) from None
         except httpx.HTTPError as exc:
             raise self._failed(question, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from None
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE and not (body and _UNCERTAIN in body):
             raise self._failed(question, "it has not asked its hosts yet")
-        if response.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+        if response.status_code not in _ANSWERS:
             raise self._failed(question, f"it answers with status {response.status_code}")
         if body is None:
             raise self._failed(question, f"its answer is compressed, or longer than {_LONGEST_ANSWER} bytes")
@@ -617,7 +630,8 @@ class _ClusterReader:
             error=None if entry.get("error") is None else _text(entry["error"]),
             in_sync_by_time=bool(entry.get("sync_by_time")),
             in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
-            possible_dead=bool(entry.get("possible_dead")),
+            # A dead host is one that may be dead, too, in what a sidecar tells.
+            possible_dead=alive and bool(entry.get("possible_dead")),
             takes_reads=bool(entry.get("takes_reads", True)),
             # A newer sidecar may know more of them.
             fault=fault if fault in get_args(Fault) else None,
@@ -671,6 +685,29 @@ def _read_host(content: Any) -> str | None:
     if host is not None and not isinstance(host, str):
         raise TypeError(host)
     return host or None
+
+
+@dataclass(frozen=True, slots=True)
+class _Confirmed:
+    """The master that the sidecar has confirmed.
+
+    Attributes:
+        host: its name; ``None`` if there is none.
+        started_at: when its server was started; ``None`` if that is unknown.
+        tells_server: whether the sidecar knows of servers at all: pg-status does not.
+        uncertain: why the sidecar cannot tell where the name of the master leads; ``None`` if it can.
+    """
+
+    host: str | None
+    started_at: datetime | None = None
+    tells_server: bool = False
+    uncertain: str | None = None
+
+
+def _read_confirmed(content: Any) -> _Confirmed:
+    if content.get("uncertain"):
+        return _Confirmed(None, uncertain=_text(content["error_text"]))
+    return _Confirmed(_read_host(content), _time(content.get("started_at")), "started_at" in content)
 
 
 def _base_url(text: str) -> httpx.URL:

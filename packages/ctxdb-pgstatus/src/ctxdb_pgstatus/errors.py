@@ -9,6 +9,7 @@ CtxDBError
     ├── HostUnreachableError     a host that counts as alive did not accept a connection
     ├── ConnectionLostError      a connection to a host broke before its transaction was committed
     ├── MasterChangedError       a commit returned from a host that is not the master any more
+    ├── MasterUncertainError     whether a name still leads to the server of the master could not be found out
     ├── CommitUnconfirmedError   nobody can tell what became of a commit, or whether its host is the master
     │                            (a ``CommitOutcomeUnknownError`` of ctxdb-core, too)
     ├── MiddlewareOrderError     `ReadYourWrites` was put inside of the unit of work
@@ -26,6 +27,7 @@ __all__ = [
     "HostListError",
     "HostUnreachableError",
     "MasterChangedError",
+    "MasterUncertainError",
     "MiddlewareOrderError",
     "NoMasterError",
     "NoReplicaError",
@@ -124,6 +126,15 @@ class MasterChangedError(PgStatusError):
     Raised from the commit, so that no success is answered: what was written is on a host that the cluster has left, and
     is likely to be lost there. The way out: answer an error; what is tried again goes to the master of then. Look first
     whether the write is there, as after any commit whose outcome is unknown.
+    """
+
+
+class MasterUncertainError(PgStatusError):
+    """Whether a name still leads to the server of the master could not be found out.
+
+    Raised by ``confirm_master``, where a new connection is needed for that and cannot be had: the standby that has left
+    the master may have been promoted, and have got its name. A commit that waits for the answer raises
+    `CommitUnconfirmedError`.
     """
 
 

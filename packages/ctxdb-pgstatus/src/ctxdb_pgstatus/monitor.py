@@ -69,9 +69,10 @@ class HostMonitor:
     name behind which several servers take turns is told in the log; such a name is never the master.
 
     Args:
-        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, or an IPv6 address; or as a
-            `HostAddress`, whose name then is what answers call it. Or what finds them, while the monitor runs too:
-            `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your own.
+        hosts: the hosts of the cluster, each as ``name``, ``name:port``, an IPv4 address, an IPv6 address, or the
+            directory of a Unix socket; or as a `HostAddress`, whose name then is what answers call it. Or what finds
+            them, while the monitor runs too: `PatroniDiscovery`, `SRVDiscovery`, `FileDiscovery`, or an object of your
+            own.
         port: the port of a host that names none.
         user: the PostgreSQL role to connect as. It needs no privileges; with those of ``pg_monitor`` replicas tell at
             once which timeline they follow after a failover, and else only after their next restartpoint, until when
@@ -92,8 +93,10 @@ class HostMonitor:
             connection.
         conn_max_age: how old a connection to a host may get before it is replaced, in seconds: so long it may take
             until it is noticed that a name, whose address stays the same, leads to another server. A name whose address
-            changes is noticed at the next poll. Where there is one name only, no other host tells of a promotion: its
-            connection is replaced every `poll_interval`, but not more than once a second.
+            changes is noticed at the next poll. Where no other host of the list would tell of a promotion, the
+            connection is replaced every `poll_interval`, but not more than once a second: if there is one name only,
+            and for `conn_max_age` after a primary has lost a standby that may be at none of the names. Within that time
+            `confirm_master` asks over connections that are opened after it was called; with 0 it always does.
         nofailover: the hosts that are never promoted. None of them is ever taken for the master, and no commit waits
             for their confirmation: name a slow or distant replica here.
         noloadbalance: the hosts that take no reads.
@@ -308,6 +311,8 @@ class HostMonitor:
         failed, or those whose answer is late (by a share of the poll interval, or three times as long as usual).
 
         Raises:
+            MasterUncertainError: the name may lead to another server by now, and cannot be connected to anew (see
+                `conn_max_age`).
             PgStatusError: the monitor is not running; or `host` is the master as far as is known, and refuses the
                 monitor, so that it has to be asked over another connection (see `known_master`).
         """
@@ -316,7 +321,7 @@ class HostMonitor:
     def known_master(self) -> KnownMaster | None:
         """Return the master whose server refuses the monitor at the moment; ``None`` if there is no such master.
 
-        Whoever has a connection to it can ask it whether it still is the master.
+        Who has a connection to it can ask it whether it still is the master.
         """
         master = self.status.master
         member = None if master is None else self._members[master]
@@ -536,7 +541,7 @@ class HostMonitor:
                 if self._is_settled:
                     logger.info("There is another host: %s.", name, extra={"host": name})
         for member in self._members.values():
-            member.watch.is_alone = len(self._members) == 1
+            member.watch.is_unaided = len(self._members) == 1
         for name, member in before.items():
             if self._members.get(name) is not member:
                 logger.info("Host %s is not there any more.", name, extra={"host": name})
@@ -598,9 +603,42 @@ class HostMonitor:
         ]
         answered = asked.watch.ask()
         await asyncio.gather(answered, *others)
+        if self._may_have_moved(asked) and self.status.master == host:
+            return await self._confirm_anew(asked)
         if asked.watch.refusals and self.status.master == host:
             raise errors.PgStatusError(f"{host!r} refuses the monitor, and cannot be asked by it: {asked.watch.error}")
         return answered.result() and self.status.master == host
+
+    async def _confirm_anew(self, asked: Member) -> bool:
+        """Ask over new connections, and return whether a host is the master after that.
+
+        The kept connections go on to the servers that they were opened to, wherever the names lead by now.
+        """
+        members = [member for member in self._members.values() if self._may_be_master(member, asked)]
+        others = [member.watch.ask_anew(patient=False) for member in members]
+        answered, *_ = await asyncio.gather(asked.watch.ask_anew(), *others)
+        name = asked.watch.address.name
+        if not answered and self.status.master == name:
+            raise errors.MasterUncertainError(
+                f"{name!r} cannot be connected to anew, so that it is not certain that the name still leads to the "
+                f"server of the master: {asked.watch.error or 'no new connection could be had'}."
+            )
+        return answered and self.status.master == name
+
+    def _may_have_moved(self, member: Member) -> bool:
+        """Return whether the name of a primary may lead elsewhere by now, with no other host of the list to tell."""
+        if self._limits.age == 0:
+            return True
+        lost_one_of = member.watch.standbys_before_loss
+        if not lost_one_of or member.watch.server is None:
+            return False
+        # Where the list has as many other servers as there were standbys, the one that was promoted is among them.
+        servers = [member.watch.server]
+        for other in self._members.values():
+            server = other.watch.server
+            if server is not None and other.watch.address.name not in self._membership.strangers:
+                servers += [] if any(map(server.is_run_of, servers)) else [server]
+        return len(servers) <= lost_one_of
 
     def _may_be_master(self, member: Member, asked: Member) -> bool:
         """Return whether a host may be the master in the place of `asked`, as far as a question to it can tell."""
@@ -673,6 +711,7 @@ class HostMonitor:
                 # It has left the cluster meanwhile.
                 return
             member.meet(watch.server)
+            watch.is_unaided = len(self._members) == 1 or self._may_have_moved(member)
             self._elect()
             self._look_at_subscribers(member)
             answer = member.answer

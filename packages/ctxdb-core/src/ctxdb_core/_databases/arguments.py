@@ -18,6 +18,7 @@ __all__ = [
     "check_async_engine",
     "check_asyncio_driver",
     "check_engine_options",
+    "check_function",
     "check_session_maker_creator",
     "check_url",
     "explain_missing_call",
@@ -46,6 +47,23 @@ def article(name: str) -> str:
 def type_of(value: object) -> str:
     """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
     return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
+
+
+def check_function(function: object, name: str) -> None:
+    """Raise the error that says what to pass if `function`, an argument called `name`, is none that could be called.
+
+    Raises:
+        ArgumentTypeError: it is not; a coroutine that was given in its place is closed.
+    """
+    if callable(function):
+        return
+    if inspect.iscoroutine(function):
+        function.close()
+        raise ArgumentTypeError(
+            f"A coroutine is given as {name}, which calls a function at its time, and may call it more than once: pass "
+            "the function itself, or `functools.partial(function, ...)` with its arguments."
+        )
+    raise ArgumentTypeError(f"{type_of(function)} is given as {name}, which takes a function.")
 
 
 def why_no_engine_creator(creator: object) -> str | None:

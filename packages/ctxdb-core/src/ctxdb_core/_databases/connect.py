@@ -17,6 +17,7 @@ from ctxdb_core._databases.arguments import (
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
+    check_function,
     check_session_maker_creator,
     check_url,
     explain_missing_call,
@@ -41,7 +42,7 @@ from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
-from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve, note_readers
+from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.events import EventListener
 
@@ -109,6 +110,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         check_session_maker_creator(session_maker_creator)
         if host is not None:
             check_host(host)
+        if before_create_session_handler is not None:
+            check_function(before_create_session_handler, "`before_create_session_handler`")
         if warn_connection_held_after is not None and warn_connection_held_after < 0:
             raise ArgumentValueError(
                 f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
@@ -307,8 +310,6 @@ class DBConnect(Database, Generic[SessionT_co]):
         """Tell listeners of what happens in `session`, which this object or a user's session maker has made."""
         if self._observer is not None:
             self._observer.follow(session, self, host)
-        if self._engines.resolve_commits:
-            note_readers(session.sync_session)
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
+from ctxdb_core._databases.arguments import type_of
 from ctxdb_core._databases.closers import attempt_all
 from ctxdb_core._databases.engine_creators import HostlessCreator
 from ctxdb_core._databases.loop_engine import Lifetime, LoopEngine
@@ -211,12 +212,15 @@ class Engines:
         return self._replacements[0].replaced if self._replacements else self.target
 
 
-def check_host(host: str) -> None:
-    """Raise the error that says so if `host` is empty.
+def check_host(host: object) -> None:
+    """Raise the error that says so if `host` names no host.
 
     Raises:
-        HostNotSetError: it is.
+        ArgumentTypeError: it is no string.
+        HostNotSetError: it is empty.
     """
+    if host is not None and not isinstance(host, str):
+        raise ArgumentTypeError(f"{type_of(host)} is given as the host: give its name as a string.")
     if not host:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
 

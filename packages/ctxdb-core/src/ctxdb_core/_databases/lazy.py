@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.engines import Engines
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core._sqlalchemy.lost_commits import note_reader
 from ctxdb_core._sqlalchemy.session_factory import SessionFactory, guarded
 
 __all__ = ["LazySessionMaker", "session_class_of", "session_without_loop"]
@@ -62,7 +63,8 @@ def session_without_loop(engines: Engines, options: dict[str, Any]) -> AsyncSess
     Raises:
         HostNotSetError: no host is known yet.
     """
-    session = SessionFactory(_maker_without_loop(engines))(**options)
+    maker = _maker_without_loop(engines)
+    session = SessionFactory(maker, note_reader if engines.resolve_commits else None)(**options)
     placeholder = session.sync_session.bind
 
     def translate(bind: Engine | Connection) -> Engine | Connection:

@@ -17,7 +17,7 @@ from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.guards import teach
-from ctxdb_core._sqlalchemy.lost_commits import resolve_lost_commits
+from ctxdb_core._sqlalchemy.lost_commits import note_reader, resolve_lost_commits
 from ctxdb_core._sqlalchemy.session_factory import SessionFactory
 from ctxdb_core.errors import ArgumentTypeError
 
@@ -111,7 +111,7 @@ class LoopEngine:
         self.engine = engine
         self.lifetime = _lifetime_of(engine, engine_creator)
         self.session_maker = session_maker_creator(engine)
-        self.new_session = SessionFactory(self.session_maker)
+        self.new_session = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False

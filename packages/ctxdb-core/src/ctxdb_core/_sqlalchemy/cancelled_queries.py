@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import sqlalchemy
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
@@ -106,12 +106,14 @@ def _connect_aiosqlite(
     return opened[0]
 
 
-_CANCEL_KEY = "ctxdb.cancel_key"
+_cancel_keys: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By psycopg's connection, what cancels its queries."""
 
 
 def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
     # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
-    record.info[_CANCEL_KEY] = _cancel_key_of(record.driver_connection)
+    connection: Any = record.driver_connection
+    _cancel_keys[connection] = _cancel_key_of(connection)
 
 
 def _cancel_key_of(connection: Any) -> Any:
@@ -127,7 +129,7 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
     connection: Any = record.driver_connection
     if not isinstance(exception, asyncio.CancelledError):
         return
-    key = record.info.get(_CANCEL_KEY)
+    key = _cancel_keys.get(connection)
     if key is None and not connection.closed:
         # A connection that is older than the guards.
         key = _cancel_key_of(connection)

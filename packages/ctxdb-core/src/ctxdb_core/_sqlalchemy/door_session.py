@@ -14,12 +14,13 @@ from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
 from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from ctxdb_core._sqlalchemy.calls import pass_door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
+from ctxdb_core._sqlalchemy.hooked_transactions import with_transaction
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import holds_work
 
@@ -89,6 +90,9 @@ async def _call_with_hook(
             return await pass_door(door, fn, args, kwargs)
         session.on_begin = None
         try:
+            owner = async_session(session)
+            assert owner is not None, "the asynchronous session is making this call"
+            kwargs["execution_options"] = with_transaction(owner, kwargs["execution_options"] or {})
             result = await pass_door(door, fn, args, kwargs)
         finally:
             session.on_begin = on_begin
@@ -140,16 +144,18 @@ class DoorSession(AsyncSession):
 
 
 async def _note_hidden_write(session: DoorSession) -> None:
-    """Note what a ``SELECT`` has written, by a function or a CTE, before code of the user's closes the session."""
+    """Note what a ``SELECT`` or an `on_begin` has written, before code of the user's closes the session."""
     guard = guard_of(session)
     door = guard.door
     if door is None or guard.before_close is None or door.is_held() or door.has_ended:
         return
-    if guard.in_transaction() and not guard.has_written():
+    if guard.in_transaction() and not guard.has_written(beside_on_begin=True):
         # The statement that has aborted a transaction has raised an error already.
         with suppress(DBAPIError):
             if await holds_work(session, door, guard.has_written):
                 guard.note_write()
+            else:
+                guard.note_set_up_is_no_work()
 
 
 def _by_owner(start: Any) -> Any:

@@ -25,6 +25,7 @@ from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
+from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
 from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_at_rest, is_flushing
@@ -57,6 +58,8 @@ class GuardedSession(TracedSession):
     """Given what a statement is to be executed on, returns what it is executed on instead."""
     closes_plainly = True
     """Whether the user's classes leave closing to SQLAlchemy."""
+    notes_writes = False
+    """Whether the session knows what it has written also where no unit of work has taken it."""
     rereading: Rereading | None = None
     """What the open transaction has of the objects that were loaded before it began, if there are any."""
 
@@ -74,6 +77,8 @@ class GuardedSession(TracedSession):
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
+        elif self.notes_writes and (args or kwargs) and not only_reads(kwargs.get("clause")):
+            self.note_write()
         bind = super().get_bind(*args, **kwargs)
         if bind is not self.bind:
             # The user's class, or `binds`, has chosen an engine of its own.
@@ -167,6 +172,7 @@ class GuardedSession(TracedSession):
         if self.door is not None:
             # Statements on the connection itself are not seen here, so it counts as a write.
             refuse_in_block_of_other_task(self)
+        if self.door is not None or self.notes_writes:
             self.note_write()
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
@@ -195,6 +201,7 @@ class GuardedSession(TracedSession):
             # What was only added so far must not be flushed by the hook's statements: it would be written before them.
             async with door.turn():
                 with self.no_autoflush:
+                    await begin_transaction(session)
                     await on_begin(session)
             self.note_set_up()
         except BaseException:

@@ -31,6 +31,7 @@ from sqlalchemy.util import await_only
 __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
+    "FirstStatement",
     "PoolNumbers",
     "SessionPattern",
     "asyncpg_adapter_that_begins",
@@ -43,6 +44,7 @@ __all__ = [
     "copy_engine",
     "deleted_in",
     "driver_cursor_of",
+    "fetch_asyncpg_row",
     "follow_dialect",
     "follow_parts",
     "follow_raw_connection",
@@ -62,6 +64,7 @@ __all__ = [
     "pending_states",
     "pool_numbers",
     "pool_of",
+    "psycopg_adapter_that_executes",
     "raise_translated",
     "replace_commit",
     "replace_connect",
@@ -71,8 +74,8 @@ __all__ = [
     "savepoints_set_on",
     "seed_dispatch",
     "set_warning_of_changes",
+    "swap_asyncpg_connections",
     "swap_connection",
-    "swap_driver_connections",
     "take_back_asyncpg_connection",
     "take_back_psycopg_connection",
     "transport_of",
@@ -487,28 +490,6 @@ def replace_isolation_level(dialect: Dialect, set_level: Callable[..., None]) ->
     _replace(dialect, "set_isolation_level", set_level)
 
 
-def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
-    """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
-
-    `begin` is given the adapter, and what sends BEGIN. An adapter may be made one of the class by ``__class__``.
-    """
-    adapter: Any = cls
-    start = adapter._start_transaction  # noqa: SLF001 - see the module
-
-    def start_transaction(self: Any) -> Any:
-        return begin(self, partial(start, self))
-
-    return type(cls.__name__, (cls,), {"__slots__": (), "_start_transaction": start_transaction})
-
-
-def swap_driver_connections(adapter: Any, other: Any) -> None:
-    """Let two of SQLAlchemy's adapters of asyncpg, neither of which is in a transaction, change their connections."""
-    for name in ("_connection", "_prepared_statement_cache", "_invalidate_schema_cache_asof"):
-        mine, others = getattr(adapter, name), getattr(other, name)
-        setattr(adapter, name, others)
-        setattr(other, name, mine)
-
-
 def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:
     attributes = vars(owner)
     if name not in attributes:
@@ -522,6 +503,55 @@ def driver_cursor_of(adapted: Any) -> Any:
 
 
 # --- asyncpg ----------------------------------------------------------------------------------------------------------
+
+
+def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
+    """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
+
+    `begin` is given the adapter, and what sends BEGIN. It is awaited once: the adapter is one of `cls` again then. An
+    adapter may be made one of the derived class by ``__class__``, and `begin` may change its driver's connection.
+    """
+    adapter: Any = cls
+    start = adapter._start_transaction  # noqa: SLF001 - see the module
+
+    def start_transaction(self: Any) -> Any:
+        self.__class__ = cls
+        return begin(self, partial(start, self))
+
+    def cursor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # It is made before the transaction begins.
+        made = adapter.cursor(self, *args, **kwargs)
+        made.__class__ = _derived(type(made), attributes, cursors)
+        return made
+
+    attributes = {"_connection": _ConnectionOfAdapter()}
+    cursors: dict[type, type] = {}
+    return _derived(cls, {"_start_transaction": start_transaction, "cursor": cursor}, {})
+
+
+def _derived(cls: type, attributes: dict[str, Any], known: dict[type, type]) -> type:
+    """Return a class that objects of `cls` can be made one of: it has their layout, and other `attributes`."""
+    if cls not in known:
+        known[cls] = type(cls.__name__, (cls,), {"__slots__": (), **attributes})
+    return known[cls]
+
+
+class _ConnectionOfAdapter:
+    """The driver's connection of a cursor: the one that the cursor's adapter has now."""
+
+    def __get__(self, cursor: Any, owner: object) -> Any:
+        return cursor._adapt_connection._connection  # noqa: SLF001 - see the module
+
+    def __set__(self, cursor: object, connection: object) -> None:
+        pass
+
+
+def swap_asyncpg_connections(adapter: Any, other: Any) -> None:
+    """Let two of SQLAlchemy's adapters of asyncpg, neither of which is in a transaction, change their connections."""
+    for name in ("_connection", "_prepared_statement_cache", "_invalidate_schema_cache_asof"):
+        mine, others = getattr(adapter, name), getattr(other, name)
+        setattr(adapter, name, others)
+        setattr(other, name, mine)
 
 
 def begin_asyncpg_transaction(connection: Connection) -> None:
@@ -539,6 +569,14 @@ def begin_asyncpg_transaction(connection: Connection) -> None:
         await_only(begin())
     except BaseException as exc:  # noqa: BLE001 - raised as SQLAlchemy raises the errors of its own statements
         connection._handle_dbapi_exception(exc, "BEGIN", None, None, None)  # noqa: SLF001 - see the module
+
+
+def fetch_asyncpg_row(adapted: Any, query: str) -> Any:
+    """Return the first row of a query, or ``None``, with errors raised as SQLAlchemy's adapter raises them."""
+    try:
+        return await_only(adapted._connection.fetchrow(query))  # noqa: SLF001 - see the module
+    except Exception as exc:  # noqa: BLE001 - raised as another one
+        adapted._handle_exception(exc)  # noqa: SLF001 - see the module
 
 
 def lend_asyncpg_connection(connection: Any) -> Any:
@@ -568,6 +606,92 @@ def forget_prepared_statements(adapted: Any) -> None:
 
 
 # --- psycopg ----------------------------------------------------------------------------------------------------------
+
+
+def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement], Any]) -> type:
+    """Return a class, derived from SQLAlchemy's adapter of psycopg, that has `execute` called for its first statement.
+
+    An adapter may be made one of the class by ``__class__``. It is one of `cls` again as soon as it has made a cursor.
+    """
+    made_by: Any = cls
+    cursors: dict[type, type] = {}
+
+    def cursor(self: Any, *args: Any) -> Any:
+        self.__class__ = cls
+        made = made_by.cursor(self, *args)
+        made_as = type(made)
+        if made_as not in cursors:
+            cursors[made_as] = _cursor_with_first_statement(made_as, execute)
+        first: Any = _new(cursors[made_as])
+        _copy_slots(made, first)
+        first.first = FirstStatement(self, first, partial(made_by.cursor, self, *args))
+        return first
+
+    return _derived(cls, {"cursor": cursor}, {})
+
+
+def _cursor_with_first_statement(cls: Any, execute: Callable[[FirstStatement], Any]) -> type:
+    def executing(name: str) -> Callable[..., Any]:
+        original = getattr(cls, name)
+
+        def execute_statement(self: Any, *args: Any, **kwargs: Any) -> Any:
+            first, self.first = self.first, None
+            if first is None:
+                return original(self, *args, **kwargs)
+            first.execute = partial(original, self, *args, **kwargs)
+            return execute(first)
+
+        return execute_statement
+
+    methods = {name: executing(name) for name in ("execute", "executemany")}
+    return type(cls.__name__, (cls,), {"__slots__": ("first",), **methods})
+
+
+def _copy_slots(source: Any, target: Any) -> None:
+    for cls in type(source).__mro__:
+        for name in cls.__dict__.get("__slots__", ()):
+            if hasattr(source, name):
+                setattr(target, name, getattr(source, name))
+
+
+class FirstStatement:
+    """The first statement that SQLAlchemy's adapter of psycopg executes.
+
+    Args:
+        adapter: that.
+        cursor: SQLAlchemy's adapter of the cursor that executes it.
+        make_cursor: makes another one.
+    """
+
+    __slots__ = ("_adapter", "_cursor", "_make_cursor", "execute")
+
+    def __init__(self, adapter: Any, cursor: Any, make_cursor: Callable[[], Any]) -> None:
+        self._adapter = adapter
+        self._cursor = cursor
+        self._make_cursor = make_cursor
+        self.execute: Callable[[], Any]
+        """Executes it."""
+
+    @property
+    def connection(self) -> Any:
+        """The driver's connection."""
+        return self._adapter._connection  # noqa: SLF001 - see the module
+
+    @property
+    def may_have_been_sent(self) -> bool:
+        """Whether more than BEGIN may have been sent: psycopg makes the statement up when BEGIN was answered."""
+        return self._cursor._cursor._query is not None  # noqa: SLF001 - see the module
+
+    def swap_connections(self, other: Any) -> None:
+        """Let the adapter and another one of SQLAlchemy's change their connections, neither of which has begun."""
+        mine, others = self._adapter._connection, other._connection  # noqa: SLF001 - see the module
+        for name in ("autocommit", "isolation_level", "read_only", "deferrable"):
+            value = getattr(mine, name)
+            if getattr(others, name) != value:
+                await_only(getattr(others, f"set_{name}")(value))
+        self._adapter._connection, other._connection = others, mine  # noqa: SLF001 - see the module
+        self._cursor.close()
+        _copy_slots(self._make_cursor(), self._cursor)
 
 
 def close_psycopg_cursor(adapted: Any) -> None:

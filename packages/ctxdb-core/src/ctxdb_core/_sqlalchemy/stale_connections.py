@@ -5,24 +5,34 @@ is looked at when it is taken, without a round trip: asyncpg learns of a closed 
 not listen to an idle connection, so its socket is asked. So are those of asyncmy and aiomysql, whose transactions have
 no BEGIN that could be sent again: what the event loop has not come round to must be seen as well.
 
-asyncpg may learn of the end only after a busy event loop has come round to it. So a BEGIN that fails because its
-connection was lost is sent once more, on a new one: a transaction that has not begun has done nothing yet.
+A connection of PostgreSQL may also be lost after it was taken, and before its transaction has begun. So the first BEGIN
+on it is sent once more, on a new connection, if it fails because the connection was lost: a transaction that has not
+begun has done nothing yet. A later BEGIN of code that keeps the connection is not: what that code has set on the
+connection, a role for instance, would be missing in silence.
 """
 
 from __future__ import annotations
 
 import select
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from typing import Any, NamedTuple
+from weakref import WeakSet, ref
 
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
 
-from ctxdb_core._sqlalchemy.private import asyncpg_adapter_that_begins, swap_driver_connections, transport_of
+from ctxdb_core._sqlalchemy.private import (
+    FirstStatement,
+    asyncpg_adapter_that_begins,
+    psycopg_adapter_that_executes,
+    swap_asyncpg_connections,
+    transport_of,
+)
 
 __all__ = ["is_connection_error", "replace_closed_connections"]
 
@@ -37,13 +47,11 @@ def replace_closed_connections(engine: AsyncEngine) -> None:
     _taught.add(sync_engine)
     driver = engine.dialect.driver
     if driver == "asyncpg":
-        event.listen(sync_engine, "checkout", _check_asyncpg)
-        event.listen(sync_engine, "connect", _BeginsOnNewConnection(sync_engine).teach)
+        _Asyncpg(sync_engine).attach(sync_engine)
     elif driver.startswith("psycopg"):
-        event.listen(sync_engine, "connect", _keep_socket_check)
-        event.listen(sync_engine, "checkout", _check_psycopg)
+        _Psycopg(sync_engine).attach(sync_engine)
     elif driver in ("asyncmy", "aiomysql"):
-        event.listen(sync_engine, "checkout", _check_transport)
+        event.listen(sync_engine, "checkout", _check_mysql)
     elif driver == "aiosqlite":
         event.listen(sync_engine, "checkout", _check_aiosqlite)
 
@@ -57,96 +65,80 @@ def is_connection_error(sqlstate: object) -> bool:
     return isinstance(sqlstate, str) and sqlstate.startswith(("08", "57P"))
 
 
-def _check_asyncpg(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
-    try:
-        # Of SQLAlchemy's adapter. Its property of that name costs as much again.
-        is_closed = dbapi_connection._connection.is_closed()  # noqa: SLF001 - see above
-    except AttributeError:
-        # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
-        return
-    # In autocommit there is no BEGIN that could be sent again.
-    if is_closed or (dbapi_connection.isolation_level == "autocommit" and _is_gone(record)):
-        raise DisconnectionError("The connection was closed while it was idle.")
+def _closed() -> DisconnectionError:
+    return DisconnectionError("The connection was closed while it was idle.")
 
 
 def _check_aiosqlite(dbapi_connection: Any, record: object, proxy: object) -> None:
     try:
         # A property that looks whether the driver still has its file.
-        dbapi_connection._connection.in_transaction  # noqa: B018, SLF001 - see above
+        dbapi_connection._connection.in_transaction  # noqa: B018, SLF001 - of SQLAlchemy's adapter
     except AttributeError:
-        # As above.
+        # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
     except ValueError:
-        raise DisconnectionError("The connection was closed while it was idle.") from None
+        raise _closed() from None
 
 
-# --- psycopg ----------------------------------------------------------------------------------------------------------
+# --- sockets ----------------------------------------------------------------------------------------------------------
 
 _SOCKET_CHECK = "ctxdb.socket_check"
-
-# libpq's CONNECTION_BAD.
-_BAD = 1
 
 # An idle connection of psycopg is not read. Without POLLRDHUP (it is Linux's), what the server sends on its own behalf,
 # a changed parameter for instance, looks like the end of the connection, which is replaced then: that costs no more.
 _GONE: int = getattr(select, "POLLRDHUP", getattr(select, "POLLIN", 0))
 
 
-def _keep_socket_check(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    if not hasattr(select, "poll"):
-        return
-    connection = dbapi_connection.driver_connection
-    poll = select.poll()
-    poll.register(connection.fileno(), _GONE)
-    record.info[_SOCKET_CHECK] = connection.pgconn, poll.poll
+class _SocketCheck(NamedTuple):
+    """What tells whether the peer has closed the socket of a connection."""
+
+    owner: Any
+    """Whose socket it is. After its end, the number of the socket may be another connection's."""
+    number: int | None
+    """The socket's; ``None`` where there is none to ask."""
+    poll: Callable[[int], list[tuple[int, int]]]
+    """Given a time-out in milliseconds, returns something if the peer has closed the socket."""
 
 
-def _check_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
-    # The system call takes two thirds of this function's time. A connection that was idle for a moment only is asked as
-    # well: a restart of the server ends all connections at once, however recently they were used.
-    kept: tuple[Any, Callable[[int], list[tuple[int, int]]]] | None = record.info.get(_SOCKET_CHECK)
-    # The status tells the same as `closed` of psycopg's connection, for a third of the time. It is looked at first, as
-    # the number of a closed socket may be another connection's by now.
-    if kept is not None and (kept[0].status == _BAD or kept[1](0)):
-        raise DisconnectionError("The connection was closed while it was idle.")
+def _socket_check(info: dict[str, Any], owner: Any, number_of: Callable[[Any], int | None]) -> _SocketCheck:
+    """Return what checks the socket of a connection; made once for each.
+
+    Args:
+        info: of the pool's record of the connection, which keeps it.
+        owner: whose socket it is.
+        number_of: returns the number of the owner's socket, if it has one.
+    """
+    check: _SocketCheck | None = info.get(_SOCKET_CHECK)
+    if check is None or check.owner is not owner:
+        number = number_of(owner) if hasattr(select, "poll") else None
+        check = info[_SOCKET_CHECK] = _SocketCheck(owner, number, _poll_of(number))
+    return check
 
 
-# --- asyncmy, aiomysql, and asyncpg in autocommit ---------------------------------------------------------------------
-
-_TRANSPORT = "ctxdb.transport"
-
-
-def _keep_transport(driver_connection: Any, info: dict[str, Any]) -> None:
-    transport = info[_TRANSPORT] = transport_of(driver_connection)
-    socket = None if transport is None else transport.get_extra_info("socket")
-    if socket is not None and hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(socket.fileno(), _GONE)
-        info[_SOCKET_CHECK] = poll.poll
+def _poll_of(number: int | None) -> Callable[[int], list[tuple[int, int]]]:
+    if number is None:
+        return _nothing
+    polling = select.poll()
+    polling.register(number, _GONE)
+    return polling.poll
 
 
-def _check_transport(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
-    if _is_gone(record):
-        raise DisconnectionError("The connection was closed while it was idle.")
+def _nothing(timeout: int) -> list[tuple[int, int]]:
+    return []
 
 
-def _is_gone(record: ConnectionPoolEntry) -> bool:
-    """Return whether the peer has closed a connection, also where the event loop has not come round to it."""
-    info = record.info
-    if _TRANSPORT not in info:
-        # The connection was opened before the engine had guards, or has not been checked so far.
-        _keep_transport(record.driver_connection, info)
-    transport: Any = info[_TRANSPORT]
-    is_gone: Callable[[int], list[tuple[int, int]]] | None = info.get(_SOCKET_CHECK)
-    # The number of a socket that the transport has closed may be another connection's by now.
-    return transport is not None and (transport.is_closing() or (is_gone is not None and bool(is_gone(0))))
+# --- asyncpg and psycopg ----------------------------------------------------------------------------------------------
 
 
-# --- asyncpg: between check-out and BEGIN -----------------------------------------------------------------------------
+def _maybe(timeout: int, most: int) -> bool:
+    return True
 
 
-class _BeginsOnNewConnection:
-    """Sends the BEGIN of an engine's connections once more, on a new connection, where the first one was lost by it.
+class _FirstUses(ABC):
+    """Replaces a lost connection at its check-out, and by the first statement after that.
+
+    SQLAlchemy's adapter of a driver's connection has another class from its check-out on until its first statement. So
+    the statements that come later pay for nothing.
 
     Args:
         engine: whose connections.
@@ -154,13 +146,89 @@ class _BeginsOnNewConnection:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
-        self._classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+        self._classes: dict[type, type] = {}
+        """For each class of adapters, the one that they have before their first statement."""
+        self._epoll: Any = None
+        self.may_be_gone: Callable[[int, int], Any] = _maybe
+        """Given a time-out and a number of sockets, returns something if one of the engine's may have been closed.
 
-    def teach(self, dbapi_connection: Any, record: object) -> None:
+        Linux tells that of all sockets by one system call, in less time than it takes to ask for a single one. Only if
+        one was closed, which is so until the pool has replaced its connection, the socket at hand is asked.
+        """
+
+    def attach(self, engine: Engine) -> None:
+        """Look after the connections of the engine from now on."""
+        event.listen(engine, "connect", self._note_new)
+        event.listen(engine, "checkout", self._check)
+
+    def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        number = self._check_of(dbapi_connection, record).number
+        if number is None or sys.platform != "linux":
+            return
+        try:
+            if self._epoll is None:
+                self._epoll = select.epoll()
+                self.may_be_gone = self._epoll.poll
+            # The socket is left out by itself as soon as it is closed.
+            self._epoll.register(number, select.EPOLLRDHUP)
+        except OSError:
+            # The process may have no more descriptors.
+            self.may_be_gone = _maybe
+
+    def _note_unused(self, dbapi_connection: Any) -> None:
+        """Let an adapter that is taken out of the pool see that its first statement meets a live connection."""
         cls = type(dbapi_connection)
         if cls not in self._classes:
-            self._classes[cls] = asyncpg_adapter_that_begins(cls, self._begin)
+            unused = self._classes[cls] = self._unused_class(cls)
+            self._classes[unused] = unused
         dbapi_connection.__class__ = self._classes[cls]
+
+    @abstractmethod
+    def _unused_class(self, cls: type) -> type:
+        """Derive the class of the adapters that have executed no statement since their check-out."""
+
+    @abstractmethod
+    def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
+        """Return what checks the socket of a connection."""
+
+    @abstractmethod
+    def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+        """Look at a connection that is taken out of the pool."""
+
+    async def _connect(self) -> PoolProxiedConnection:
+        engine = self._engine()
+        assert engine is not None, "it has a connection in use"
+        # A pool of its own: the engine's may be at its limit, or have no live connection to give.
+        return await greenlet_spawn(engine.pool.recreate().connect)
+
+
+class _Asyncpg(_FirstUses):
+    """The same for connections of asyncpg's."""
+
+    def _unused_class(self, cls: type) -> type:
+        return asyncpg_adapter_that_begins(cls, self._begin)
+
+    def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
+        return _socket_check(record.info, dbapi_connection.driver_connection, _socket_of_driver)
+
+    def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+        try:
+            # Of SQLAlchemy's adapter. Its property of that name costs as much again.
+            connection = dbapi_connection._connection  # noqa: SLF001 - see above
+        except AttributeError:
+            # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+            return
+        if connection.is_closed() or (
+            # In autocommit there is no BEGIN that could be sent again.
+            dbapi_connection.isolation_level == "autocommit"
+            and self.may_be_gone(0, 1)
+            and self._check_of(dbapi_connection, record).poll(0)
+        ):
+            raise _closed()
+        try:
+            dbapi_connection.__class__ = self._classes[type(dbapi_connection)]
+        except KeyError:
+            self._note_unused(dbapi_connection)
 
     async def _begin(self, adapter: Any, begin: Callable[[], Any]) -> None:
         lost: Exception | None = None
@@ -175,19 +243,103 @@ class _BeginsOnNewConnection:
             else:
                 return
         try:
-            await self._replace(adapter)
+            fresh = await self._connect()
         except Exception as exc:
             if lost is None:
                 raise
             # What becomes of the transaction is what its own connection says; why there is no other comes with it.
             raise lost from exc
-        await begin()
-
-    async def _replace(self, adapter: Any) -> None:
-        engine = self._engine()
-        assert engine is not None, "it has a connection in use"
-        # A pool of its own: the engine's may be at its limit, or have no live connection to give.
-        fresh = await greenlet_spawn(engine.pool.recreate().connect)
-        swap_driver_connections(adapter, fresh.dbapi_connection)
+        swap_asyncpg_connections(adapter, fresh.dbapi_connection)
         # The dead one goes in the place of the new one.
         await greenlet_spawn(fresh.invalidate)
+        await begin()
+
+
+def _socket_of_driver(connection: Any) -> int | None:
+    transport = transport_of(connection)
+    return None if transport is None else _socket_of_transport(transport)
+
+
+# libpq's CONNECTION_BAD, and its PQTRANS_IDLE.
+_BAD = 1
+_IDLE = 0
+
+
+class _Psycopg(_FirstUses):
+    """The same for connections of psycopg's, which sends BEGIN together with the first statement."""
+
+    def _unused_class(self, cls: type) -> type:
+        return psycopg_adapter_that_executes(cls, self._execute)
+
+    def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
+        return _socket_check(record.info, dbapi_connection.driver_connection.pgconn, _socket_of_pgconn)
+
+    def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+        try:
+            # Of SQLAlchemy's adapter. Its property of that name costs as much again.
+            pgconn = dbapi_connection._connection.pgconn  # noqa: SLF001 - see above
+        except AttributeError:
+            # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+            return
+        # The status tells the same as `closed` of psycopg's connection, for a third of the time. A connection that was
+        # idle for a moment only is asked as well: a restart of the server ends all connections at once, however
+        # recently they were used.
+        if pgconn.status == _BAD or (self.may_be_gone(0, 1) and self._check_of(dbapi_connection, record).poll(0)):
+            raise _closed()
+        try:
+            dbapi_connection.__class__ = self._classes[type(dbapi_connection)]
+        except KeyError:
+            self._note_unused(dbapi_connection)
+
+    def _execute(self, first: FirstStatement) -> Any:
+        connection = first.connection
+        if connection.pgconn.transaction_status != _IDLE:
+            # Code that has the driver's connection, or a two-phase transaction, has begun already.
+            return first.execute()
+        lost: Exception | None = None
+        # In autocommit there is no BEGIN: the statement itself is the first thing to be sent.
+        if not (connection.autocommit and self._has_hung_up(connection.pgconn)):
+            try:
+                return first.execute()
+            except Exception as exc:
+                if first.may_have_been_sent or not (
+                    connection.closed or is_connection_error(getattr(exc, "sqlstate", None))
+                ):
+                    raise
+                lost = exc
+        try:
+            fresh = await_only(self._connect())
+        except Exception as exc:
+            if lost is None:
+                raise
+            # As above.
+            raise lost from exc
+        first.swap_connections(fresh.dbapi_connection)
+        fresh.invalidate()
+        return first.execute()
+
+    def _has_hung_up(self, pgconn: Any) -> bool:
+        return pgconn.status == _BAD or bool(self.may_be_gone(0, 1) and _poll_of(pgconn.socket)(0))
+
+
+def _socket_of_pgconn(pgconn: Any) -> int | None:
+    number: int | None = None if pgconn.status == _BAD else pgconn.socket
+    return number
+
+
+# --- asyncmy, aiomysql ------------------------------------------------------------------------------------------------
+
+
+def _check_mysql(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
+    # What the driver sends by: it is another one after the driver has connected anew.
+    transport = transport_of(record.driver_connection)
+    if transport is not None and (
+        transport.is_closing() or _socket_check(record.info, transport, _socket_of_transport).poll(0)
+    ):
+        raise _closed()
+
+
+def _socket_of_transport(transport: Any) -> int | None:
+    socket = transport.get_extra_info("socket")
+    number: int | None = None if socket is None else socket.fileno()
+    return number

@@ -9,7 +9,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import FailedStatement
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of
+from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, has_to_flush
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
 
 __all__ = ["Interrupted", "TracedSession"]
@@ -44,7 +44,7 @@ class TracedSession(BlockedSession):
             beside_on_begin: whether to leave out what `on_begin` has done, which each transaction begins with.
         """
         return (
-            bool(self.new or self.dirty or self.deleted)
+            has_to_flush(self)
             or self._has_noted_write()
             or (not beside_on_begin and self._set_up is not None and self._set_up() is self.get_transaction())
         )
@@ -60,6 +60,10 @@ class TracedSession(BlockedSession):
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
         self._set_up, self._written = self._written, None
+
+    def note_set_up_is_no_work(self) -> None:
+        """Note that `on_begin` has only set something in the open transaction, such as a role: so the database says."""
+        self._set_up = None
 
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()

@@ -21,7 +21,7 @@ from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
-from ctxdb_core.errors import ArgumentValueError, DeadlineExceededError, TransactionOptionsError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, DeadlineExceededError, TransactionOptionsError
 
 __all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
 
@@ -36,12 +36,15 @@ class StatementTimeout:
 
     Raises:
         ValueError: `seconds` is not positive.
+        TypeError: it is no number.
     """
 
     seconds: float | None = None
     deadline: float | None = None
 
     def __post_init__(self) -> None:
+        if self.seconds is not None and not isinstance(self.seconds, int | float):
+            raise ArgumentTypeError(f"statement_timeout={self.seconds!r}: give a number of seconds, or None.")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ArgumentValueError(
                 f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit."

@@ -7,6 +7,7 @@ from typing import TypeAlias, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
 from ctxdb_core._units.generator_blocks import innermost_unit
@@ -31,8 +32,10 @@ def on_commit(db: DBConnect, callback: OnCommit) -> None:
         callback: called without arguments; may be async.
 
     Raises:
+        ArgumentTypeError: `callback` is no function, but a coroutine for instance.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
+    check_function(callback, "the callback of `on_commit`")
     unit = unit_for(db)
     capture = db._capture_callback  # noqa: SLF001 - for the testing tools, and none of the application's business
     unit.on_outcome(db, Outcome.COMMITTED, callback if capture is None else capture(callback))
@@ -49,8 +52,10 @@ def on_rollback(db: DBConnect, callback: Callback) -> None:
         callback: called without arguments; may be async.
 
     Raises:
+        ArgumentTypeError: `callback` is no function, but a coroutine for instance.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
+    check_function(callback, "the callback of `on_rollback`")
     unit_for(db).on_outcome(db, Outcome.ROLLED_BACK, callback)
 
 
@@ -65,15 +70,20 @@ def on_begin(db: DBConnect[SessionT], callback: Callable[[SessionT], Awaitable[o
     Units of work that are opened inside of this one (``run_in_new_ctx``, ``transactional(db, "requires_new")``) do not
     inherit it.
 
+    On PostgreSQL, a database with ``read_only=True`` has read-only transactions in such a unit, and no autocommit. On
+    any other engine in autocommit, the first statement raises `TransactionRequiredError`, and is not executed.
+
     Args:
         db: whose transactions.
         callback: given the session; its own statements are the first of the transaction.
 
     Raises:
+        TransactionRequiredError: this is inside of a block without transactions (see `transactional`).
         TransactionAlreadyActiveError: a statement has been made in the open transaction, without the callback; or this
             is inside of a savepoint, with which what the callback sets would be undone.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
     """
+    check_function(callback, "the callback of `on_begin`")
     unit_for(db).add_begin_hook(db, cast("OnBegin", callback))
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from ctxdb_core._databases.arguments import check_function, type_of
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.commit import BeforeCommit
@@ -65,6 +66,8 @@ def begin(
         The unit, or ``None`` where an outer adapter of this request, or a test harness, ends the unit of work: then
         just call the application. A unit that was merely inherited through contextvars is never joined.
     """
+    if before_commit is not None:
+        check_function(before_commit, "`before_commit`")
     # Most requests find nothing at all: these two looks spare them the closer one.
     if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
@@ -178,6 +181,8 @@ async def new_db_ctx(
         ValueError: `statement_timeout` is not positive.
         BaseException: what the block raised, or the error of a commit.
     """
+    if before_commit is not None:
+        check_function(before_commit, "`before_commit`")
     unit = UnitOfWork(before_commit or inherited_before_commit())
     if statement_timeout is not None or deadline is not None:
         unit.settings = UnitSettings(unit.settings.before_commit, _statement_timeout(statement_timeout, deadline))
@@ -228,7 +233,13 @@ async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs:
     """
     _check_callable(fn)
     async with opened(UnitOfWork(inherited_before_commit())):
-        return await fn(*args, **kwargs)
+        result = fn(*args, **kwargs)
+        if not inspect.isawaitable(result):
+            raise ArgumentTypeError(
+                f"{fn!r} is no async function: it has returned {type_of(result)}, which cannot be awaited. What it has "
+                "done is rolled back. Write it with `async def`."
+            )
+        return await result
 
 
 _before_gather: list[Callable[[], object]] = []

@@ -57,8 +57,14 @@ class UnitTransactions(UnitSessions):
 
         Raises:
             TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
+            TransactionRequiredError: there are no transactions here.
         """
         self.check_usable()
+        if self.autocommit:
+            raise TransactionRequiredError(
+                "This block runs without a transaction, so nothing could be set for one: the next statement would be "
+                "executed without it. Use `transactional(db)`, which begins one."
+            )
         self._hooks().add_begin_hook(db, self.sessions.get(db), hook)
 
     def set_rollback_only(self, db: DBConnect | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.settings import changing
@@ -31,6 +32,8 @@ class LimitingStatements:
 
     def __init__(self, app: ASGIApp, seconds: float | None, deadline: Deadline | None) -> None:
         self.app = app
+        if deadline is not None:
+            check_function(deadline, "`deadline`")
         self._limit = StatementTimeout(seconds)
         self._limited = changing(statement_timeout=self._limit)
         self._deadline = deadline

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from typing import Any
 
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
@@ -47,7 +48,7 @@ class ASGIHTTPDBSessionMiddleware:
 
     Raises:
         TypeError: `commit_policy` is no plain function of a status, or of a status and a scope; `reads_from` is no
-            mapping of `DBConnect`s.
+            mapping of `DBConnect`s; `before_commit` or `deadline` is no function.
     """
 
     has_boundary = True
@@ -73,6 +74,8 @@ class ASGIHTTPDBSessionMiddleware:
             self.app = ReadingFrom(self.app, reads_from)
         if statement_timeout is not None or deadline is not None:
             self.app = LimitingStatements(self.app, statement_timeout, deadline)
+        if before_commit is not None:
+            check_function(before_commit, "`before_commit`")
         self.commits: RequestPolicy = with_request(commit_policy)
         """Whether a response with a status is committed, in a request with a scope."""
         self._settings = ExchangeSettings(before_commit, middleware=self)

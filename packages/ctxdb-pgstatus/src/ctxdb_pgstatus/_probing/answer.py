@@ -64,10 +64,14 @@ class Subscription:
     Attributes:
         slot: the name of its slot on the publisher.
         applied: up to where it has applied the publisher's commits; ``None`` if the monitor's role may not read that.
+        reported: up to where its worker has told the publisher that it has everything; ``None`` if none is at work.
+        has_all_tables: whether no table is being copied.
     """
 
     slot: str
     applied: int | None
+    reported: int | None = None
+    has_all_tables: bool = True
 
 
 @dataclass(frozen=True, slots=True)

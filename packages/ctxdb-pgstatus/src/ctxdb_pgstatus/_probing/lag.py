@@ -9,6 +9,10 @@ from ctxdb_pgstatus._probing.answer import Answer
 
 __all__ = ["Lag", "Sample"]
 
+# By how many milliseconds a commit may seem to be younger than it can be: master and replica are asked at the same
+# moment, and the question to one of them may be longer on its way.
+_ON_ITS_WAY_MS = 250.0
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -81,5 +85,10 @@ def _age_of_last_commit(answer: Answer, sample: Sample | None) -> float | None:
     """
     if sample is not None and sample.clock is not None and answer.replayed_commit_at is not None:
         by_clock_of_master = sample.clock + answer.asked_at - sample.at
-        return max(by_clock_of_master - answer.replayed_commit_at, 0.0) * 1000
-    return None if answer.replay_age_ms is None else max(answer.replay_age_ms, 0.0)
+        age = (by_clock_of_master - answer.replayed_commit_at) * 1000
+    elif answer.replay_age_ms is not None:
+        age = answer.replay_age_ms
+    else:
+        return None
+    # A commit of the future: the clock has been set back since, or the master of then had another one.
+    return None if age < -_ON_ITS_WAY_MS else max(age, 0.0)

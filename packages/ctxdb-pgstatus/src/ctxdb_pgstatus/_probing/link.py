@@ -11,6 +11,7 @@ import asyncpg
 from ctxdb_pgstatus._probing import queries
 from ctxdb_pgstatus._probing.account import Account
 from ctxdb_pgstatus._probing.answer import Answer, Server, Slot, Subscription
+from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus.addresses import HostAddress
 
 __all__ = ["Link", "LogicalRole", "PooledError"]
@@ -141,7 +142,7 @@ class Link:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         # Instead of the driver's own timeout, or a cancelled query: either would ask a frozen server to cancel.
-        limit = loop.call_at(deadline, self._connection.terminate)
+        limit = Deadline(deadline, self._connection.terminate)
         try:
             return await question()
         except (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError) as exc:
@@ -238,7 +239,10 @@ class Link:
                 applied = dict(await self._fetch(queries.APPLIED))
             except _REFUSED_FUNCTIONS:
                 self._may_read_applied = False
-        return tuple(Subscription(each["slot_name"], applied.get(each["origin"])) for each in found)
+        return tuple(
+            Subscription(each["slot_name"], applied.get(each["origin"]), each["reported"], each["has_all_tables"])
+            for each in found
+        )
 
     async def _fetch_row(self, query: str) -> Any:
         rows = await self._fetch(query)

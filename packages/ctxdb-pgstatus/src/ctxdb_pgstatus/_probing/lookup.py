@@ -19,7 +19,7 @@ class Lookup:
     daemon thread at most, however often it is asked for.
 
     Args:
-        host: a name or an address.
+        host: a name, an address, or the directory of a Unix socket.
         port: the port that the addresses are for.
     """
 
@@ -30,7 +30,7 @@ class Lookup:
         self._running: asyncio.Future[frozenset[str]] | None = None
 
     async def addresses(self) -> frozenset[str]:
-        """Return the addresses that the name leads to now. An address leads to itself.
+        """Return the addresses that the name leads to now. An address leads to itself, and so does a directory.
 
         Raises:
             OSError: the name cannot be resolved.
@@ -76,6 +76,8 @@ def _report(
 
 
 def _is_address(host: str) -> bool:
+    if host.startswith("/"):
+        return True
     try:
         ip_address(host)
     except ValueError:

@@ -56,7 +56,8 @@ class Member:
         """Compare what a subscriber has said with what its publisher has.
 
         A subscriber has its own WAL and its own timelines. What it has of the publisher's is what it has applied of
-        each subscription, or has confirmed to the slot; on the publisher's timeline, as long as the slot is in use.
+        each subscription, or has confirmed to the slot; on the publisher's timeline, as long as the slot is in use. As
+        long as a table is being copied, it is not known what that has.
 
         Args:
             publisher: what the master has said last.
@@ -72,7 +73,8 @@ class Member:
             # A subscription to something else than this cluster is none of its business.
             if slot is not None:
                 is_receiving = is_receiving and slot.is_active
-                known = [position for position in (subscription.applied, slot.confirmed) if position is not None]
+                told = (subscription.applied, subscription.reported, slot.confirmed)
+                known = [position for position in told if position is not None and subscription.has_all_tables]
                 positions.append(max(known, default=None))
         complete = [position for position in positions if position is not None]
         has_all = bool(positions) and len(complete) == len(positions)

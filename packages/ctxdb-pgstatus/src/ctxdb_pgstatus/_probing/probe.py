@@ -110,6 +110,16 @@ class Probe:
         is_young = asyncio.get_running_loop().time() - link.opened_at < limit
         if not anyway and addresses == link.addresses and is_young:
             return False
+        await self.replace()
+        return True
+
+    async def replace(self) -> None:
+        """Have the next question go over a connection that is opened now. If it cannot be had, the kept one stays.
+
+        Raises:
+            TimeoutError: there was no answer in time.
+            Exception: whatever the driver and the operating system have to say.
+        """
         following = await self._open()
         try:
             # The first answer takes more round trips than later ones: it is not to be taken for a host that hangs.
@@ -117,8 +127,9 @@ class Probe:
         except BaseException:
             following.close()
             raise
-        self._next = following
-        return True
+        older, self._next = self._next, following
+        if older is not None:
+            older.close()
 
     async def visit(self, times: int) -> list[Server]:
         """Return which servers the name leads to, by so many connections that are opened one after the other.

@@ -91,11 +91,17 @@ SELECT slot_name::text, active, confirmed_flush_lsn FROM pg_replication_slots WH
 """
 
 SUBSCRIPTIONS = """
-SELECT 'pg_' || subscription.oid AS origin, subslotname::text AS slot_name
+SELECT 'pg_' || subscription.oid AS origin, subslotname::text AS slot_name,
+    (SELECT max(latest_end_lsn) FROM pg_stat_subscription AS worker
+        WHERE worker.subid = subscription.oid AND worker.relid IS NULL) AS reported,
+    NOT EXISTS (SELECT FROM pg_subscription_rel AS copied
+        WHERE copied.srsubid = subscription.oid AND copied.srsubstate <> 'r') AS has_all_tables
 FROM pg_subscription AS subscription
 JOIN pg_database AS database ON database.oid = subscription.subdbid
 WHERE database.datname = current_database() AND subenabled AND subslotname IS NOT NULL
 """
+"""What the worker reports to the publisher, it has applied: it answers a message only after the ones before it. A table
+that is being copied is written by another worker."""
 
 APPLIED = "SELECT external_id, remote_lsn FROM pg_replication_origin_status"
 """Up to where commits of a publisher were applied. It takes privileges of its own."""

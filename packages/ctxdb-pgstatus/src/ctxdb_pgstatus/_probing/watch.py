@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 
 from ctxdb_pgstatus._probing.account import Account
 from ctxdb_pgstatus._probing.answer import Answer, Server
+from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
 from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
@@ -52,7 +53,8 @@ class Watch:
         refusals: how often in a row its server has refused the monitor, and so shown that it is there.
         server: which server answered last.
         is_shared: whether several servers take turns behind its name.
-        is_alone: whether the cluster has no other name: if it comes to lead to another server, no other host tells.
+        is_unaided: whether no other host tells if its name comes to lead to another server: the connection is then
+            renewed at each poll.
         promotion: what it had replayed of the timeline that it has left, if that was seen.
         error: what the last failure was, without secrets.
         since: since when it has been alive or not, in its role.
@@ -74,7 +76,7 @@ class Watch:
         self.refusals = 0
         self.server: Server | None = None
         self.is_shared = False
-        self.is_alone = False
+        self.is_unaided = False
         self.promotion: Promotion | None = None
         self.error: str | None = None
         self.since = datetime.now(UTC)
@@ -94,7 +96,7 @@ class Watch:
         self._is_late = False
         # Since when it has been asked without an answer.
         self._silent_since: float | None = None
-        self._silence: asyncio.TimerHandle | None = None
+        self._silence: Deadline | None = None
         # Until when a server that has refused the monitor is left in peace.
         self._not_before = 0.0
         # Whether its name has come to lead to another server, and whether it is the only one is to be looked at.
@@ -102,6 +104,13 @@ class Watch:
         self._upkeep: asyncio.Task[None] | None = None
         self._upkeep_at = 0.0
         self._look_again_at = 0.0
+        # The connection that `ask_anew` opens, and the one that it opens next.
+        self._opening: asyncio.Task[bool] | None = None
+        self._opening_next: asyncio.Task[bool] | None = None
+        # How many standbys it had before it lost one, and when that was.
+        self._standbys_before = 0
+        self._standby_lost_at = 0.0
+        self._longest_loss = limits.age
 
     @property
     def is_certain(self) -> bool:
@@ -112,6 +121,16 @@ class Watch:
     def is_sound(self) -> bool:
         """Whether its last answer came, and the next one is not late."""
         return self.alive and not self.failures and not self.refusals and not self._is_late
+
+    @property
+    def standbys_before_loss(self) -> int:
+        """How many standbys this primary had before it lost one that has not come back; 0 if it has lost none of late.
+
+        A standby that is promoted leaves its primary before it takes writes. So if the name of the primary may follow
+        the role, this is when it may come to lead elsewhere.
+        """
+        is_recent = asyncio.get_running_loop().time() - self._standby_lost_at < self._longest_loss
+        return self._standbys_before if is_recent else 0
 
     def hurry(self) -> None:
         """Have it asked now, or right after the attempt that is under way."""
@@ -154,11 +173,12 @@ class Watch:
             self._disarm()
             self._probe.close()
             _resolve(self._take_waiting(), result=False)
-            if self._upkeep is not None:
-                self._upkeep.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await self._upkeep
-                # It may have opened a connection meanwhile.
+            openings = [task for task in (self._upkeep, self._opening, self._opening_next) if task is not None]
+            for task in openings:
+                task.cancel()
+            if openings:
+                await asyncio.wait(openings)
+                # They may have opened connections meanwhile.
                 self._probe.close()
 
     async def look_again(self) -> None:
@@ -175,6 +195,34 @@ class Watch:
         if self._upkeep is not None:
             await asyncio.wait([self._upkeep])
 
+    async def ask_anew(self, *, patient: bool = True) -> bool:
+        """Have it asked over a connection that is opened after this call; return whether that was answered.
+
+        Callers share connections, but only such that are opened after they called. If none can be had, that is no
+        failure of the host: the connection that there is stays.
+
+        Args:
+            patient: whether to wait for as long as that takes, and not only for as long as it usually takes.
+        """
+        opening = self._opening_next
+        if opening is None:
+            opening = self._opening_next = asyncio.create_task(
+                self._ask_anew(self._opening), name=f"HostMonitor {self.address.name}, anew"
+            )
+        await asyncio.wait([opening], timeout=None if patient else self._pace.patience(self._usual[False]))
+        return opening.done() and not opening.cancelled() and opening.result()
+
+    async def _ask_anew(self, before: asyncio.Task[bool] | None) -> bool:
+        if before is not None:
+            await asyncio.wait([before])
+        self._opening, self._opening_next = self._opening_next, None
+        try:
+            await self._probe.replace()
+        except Exception:
+            logger.debug("There is no new connection to %s.", self.address.name, exc_info=True)
+            return False
+        return await self.ask()
+
     def close(self) -> None:
         """Drop the connection, so that what waits for an answer ends."""
         self._probe.close()
@@ -189,7 +237,7 @@ class Watch:
         was_connected = self._probe.is_connected
         usual = self._usual[was_connected]
         self._arm(start, usual)
-        late = loop.call_later(self._pace.patience(usual), self._be_late, impatient)
+        late = Deadline(start + self._pace.patience(usual), partial(self._be_late, impatient))
         answered = False
         try:
             try:
@@ -223,7 +271,7 @@ class Watch:
         if self._silent_since is None:
             self._silent_since = start
             limit = self._pace.silence(usual)
-            self._silence = asyncio.get_running_loop().call_at(start + limit, self._fall_silent, limit)
+            self._silence = Deadline(start + limit, partial(self._fall_silent, limit))
 
     def _disarm(self) -> None:
         self._silent_since = None
@@ -251,6 +299,7 @@ class Watch:
         before = self.answer
         self._disarm()
         self._note_promotion(self._last, answer)
+        self._note_standbys(self._last, answer)
         self.answer = self._last = answer
         self.failures = self.refusals = 0
         self._meet(answer.server)
@@ -273,6 +322,16 @@ class Watch:
         if now.in_recovery and now.position is not None:
             # In the middle of its promotion, a server is in recovery on its new timeline.
             self._replayed = Promotion(now.timeline, now.position)
+
+    def _note_standbys(self, before: Answer | None, now: Answer) -> None:
+        """Remember that a primary has lost a standby, until as many are there again."""
+        if before is None or before.in_recovery or now.in_recovery or not _is_one_run(before, now):
+            self._standbys_before = 0
+        elif now.standbys < before.standbys:
+            self._standbys_before = max(before.standbys, self.standbys_before_loss)
+            self._standby_lost_at = asyncio.get_running_loop().time()
+        elif now.standbys >= self._standbys_before:
+            self._standbys_before = 0
 
     def _failed(self, exc: Exception) -> None:
         name = self.address.name
@@ -351,7 +410,7 @@ class Watch:
         What goes wrong here is no failure of the host: the connection that there is stays.
         """
         try:
-            age = self._pace.interval if self.is_alone else None
+            age = self._pace.interval if self.is_unaided else None
             renewed = await self._probe.renew(anyway=anyway, age=age)
             if renewed:
                 await self.ask()

@@ -83,6 +83,7 @@ _OK = _text("OK")
 # What load balancers ask.
 _CHECKS = frozenset(("/primary", "/replica"))
 _SIZE = re.compile(r"(?P<number>[0-9]{1,19}) ?(?P<unit>b|kb|mb|gb|tb)?", re.ASCII | re.IGNORECASE)
+_HIGHEST = 2**64 - 1
 _UNITS = {"b": 0, "kb": 10, "mb": 20, "gb": 30, "tb": 40}
 
 
@@ -158,9 +159,13 @@ class SidecarApp:
             if path in ("/master", "/primary"):
                 try:
                     await _confirm_master(monitor)
+                except errors.MasterUncertainError as exc:
+                    return _json({"error_text": exc.args[0], "uncertain": True}, 503)
                 except errors.PgStatusError as exc:
-                    # It refuses the monitor. Whoever is connected to it can ask it.
+                    # It refuses the monitor. Who is connected to it can ask it.
                     return _error(str(exc), 503)
+                if path == "/master" and request.accepts_json:
+                    return self._master_and_its_server(monitor.status)
             else:
                 await monitor.poll()
             if path == "/status" and (host := _parameters(request.query).get("host")) is not None:
@@ -196,6 +201,19 @@ class SidecarApp:
 
     def _master(self, status: ClusterStatus, request: Request) -> Response:
         return self._name(status.master, request)
+
+    def _master_and_its_server(self, status: ClusterStatus) -> Response:
+        """Return what `_master` does, and which server that is: the same name may lead to another one by now."""
+        name = status.master
+        host = next((each for each in status.hosts if each.host == name), None)
+        started_at = None if host is None or host.possible_dead else host.started_at
+        content = {
+            "host": name,
+            "dc": None if name is None else self._locality.dcs.get(name),
+            "geo": None if name is None else self._locality.geos.get(name),
+            "started_at": None if started_at is None else started_at.isoformat(),
+        }
+        return _json(content, 404 if name is None else 200)
 
     def _primary(self, status: ClusterStatus, request: Request) -> Response:
         """Tell by the status code whether a host is the master, or whether there is one."""
@@ -233,10 +251,12 @@ class SidecarApp:
         return self._name(self._choice.most_in_sync(status, self._limits(_parameters(request.query))), request)
 
     def _limits(self, parameters: Mapping[str, str]) -> Limits:
+        lag_ms, lag_bytes = _number(parameters, "lag_ms"), _number(parameters, "lag_bytes")
         position = _position(parameters, "min_lsn")
         _number(parameters, "wait_ms")
-        among = None if position is None or self.monitor is None else self.monitor.replayed(position)
-        return Limits(_number(parameters, "lag_ms"), _number(parameters, "lag_bytes"), among)
+        # 0/0 is before all that there is: whatever a replica has replayed will do.
+        among = self.monitor.replayed(position) if position and self.monitor is not None else None
+        return Limits(lag_ms, lag_bytes, among)
 
     # --- all of them --------------------------------------------------------------------------------------------------
 
@@ -298,7 +318,8 @@ class SidecarApp:
             "distance": self._locality.distance(host.host),
             "master": host.host == status.master,
             "alive": host.alive,
-            "possible_dead": host.possible_dead,
+            # As in pg-status, where a dead host is one that may be dead, too.
+            "possible_dead": host.possible_dead or not host.alive,
             "role": host.role,
             "lag_ms": host.lag_ms if host.alive else None,
             "sync_by_time": host.in_sync_by_time,
@@ -343,10 +364,10 @@ def _number(parameters: Mapping[str, str], name: str) -> int | None:
     text = parameters.get(name)
     if text is None:
         return None
-    # Longer ones are no lag of anything, and take long to read.
-    if not (text.isascii() and text.isdigit() and len(text) <= 19):
-        raise _InvalidParameterError(name)
-    return int(text)
+    # As high as pg-status goes: some write its highest number for "no limit". Longer texts would take long to read.
+    if text.isascii() and text.isdigit() and len(text) <= len(str(_HIGHEST)) and (number := int(text)) <= _HIGHEST:
+        return number
+    raise _InvalidParameterError(name)
 
 
 def _size(parameters: Mapping[str, str], name: str) -> int | None:

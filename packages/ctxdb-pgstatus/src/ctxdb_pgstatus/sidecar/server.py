@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections import deque
@@ -337,7 +338,7 @@ class _Connection(asyncio.Protocol):
         self._fields += 1
         self._count(size + len(value), _TOO_MANY_FIELDS)
         if size == _LENGTH_OF_ACCEPT and name.lower() == b"accept":
-            self._accepts_json = self._accepts_json or b"application/json" in value
+            self._accepts_json = self._accepts_json or _accepts_json(value)
         elif size == _LENGTH_OF_CACHE_CONTROL and name.lower() == b"cache-control":
             self._bypasses_memory = self._bypasses_memory or b"no-cache" in value
 
@@ -447,6 +448,17 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
 
+def _accepts_json(value: bytes) -> bool:
+    """Return whether an Accept field names JSON, with a quality that is not 0 (RFC 9110, 12.4.2)."""
+    if value == b"application/json":
+        return True
+    for accepted in value.lower().split(b","):
+        media_type, *parameters = (part.strip() for part in accepted.split(b";"))
+        if media_type == b"application/json":
+            return not any(_QUALITY_OF_ZERO.fullmatch(parameter) for parameter in parameters)
+    return False
+
+
 class _RefusedError(Exception):
     """A request is not answered: it is longer than it may be, for instance."""
 
@@ -455,6 +467,7 @@ class _RefusedError(Exception):
         self.status = status
 
 
+_QUALITY_OF_ZERO = re.compile(rb"q\s*=\s*0(\.0*)?")
 _CLOSE = b"connection: close\r\n"
 _KEEP_ALIVE = b"connection: keep-alive\r\n"
 _LENGTH_OF_ACCEPT = len("accept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -21,6 +22,7 @@ LogFormat = Literal["text", "json"]
 
 _PREFIX = "pg_status__"
 _HIGHEST_PORT = 65535
+_TLS_FILES = ("PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY")
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -125,7 +127,7 @@ class Settings:
             OptionError: a variable is missing, or has a value that it cannot have; the message names it.
         """
         read = _Reader(environment)
-        warnings = list(read.unknown())
+        warnings = [*read.unknown(), *read.unreadable_files()]
         discovery = read.discovery()
         hosts = read.hosts() if discovery is None else ()
         locality, locality_warnings = read.locality(hosts)
@@ -304,6 +306,15 @@ class _Reader:
         names = sorted(name for name in self._environment if name.startswith(_PREFIX))
         return [
             f"{name} is not known, and has no effect" for name in names if name.removeprefix(_PREFIX) not in VARIABLES
+        ]
+
+    def unreadable_files(self) -> list[str]:
+        """Return a warning for each file for TLS that cannot be read: the error of the driver does not name it."""
+        given = {name: self._environment.get(name, "") for name in _TLS_FILES}
+        return [
+            f"{name} is {path!r}, which is no file that can be read: give the path of one"
+            for name, path in given.items()
+            if path and not (Path(path).is_file() and os.access(path, os.R_OK))
         ]
 
     def _list(self, name: str, *, keep_empty: bool = False) -> list[str]:
