@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.request_unit import RequestUnit
@@ -15,7 +15,7 @@ from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
 
-__all__ = ["Exchange", "ExchangeSettings", "Options", "discard"]
+__all__ = ["ANSWERED", "Exchange", "ExchangeSettings", "Options"]
 
 _SWITCHING_PROTOCOLS = 101
 
@@ -41,6 +41,21 @@ class ExchangeSettings(UnitSettings):
     middleware: Options
 
 
+class Refusal(NamedTuple):
+    """A response that was refused, as its transactions could not be ended."""
+
+    error: Exception | None
+    """Why they could not."""
+    can_be_answered: bool
+    """Whether another response can be sent for the error."""
+
+
+ANSWERED = Refusal(None, can_be_answered=False)
+"""The refusal of an exchange that has begun its one answer: the error is not kept, as it refers to the exchange."""
+
+_SILENT = (Phase.REFUSED, Phase.BROKEN)
+
+
 class Exchange(RequestUnit):
     """The unit of work of one request, and the `send` that its application is given.
 
@@ -58,15 +73,10 @@ class Exchange(RequestUnit):
     """Where the response is on its way."""
     is_idle: bool
     """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
-    forward: Send
-    """Where the messages of the application go to: the server, or `discard`."""
-    answer_route: Send | None
-    """Where the response for an error goes to, if the application's own is refused.
-
-    ``None`` once an error was answered, and where no answer can be sent any more.
-    """
-    failure: Exception | None = None
-    """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""
+    server: Send
+    """The `send` of the server."""
+    refusal: Refusal | None = None
+    """What has kept the application's response from being sent; `ANSWERED` once another one is sent for that error."""
 
     def send(self, message: Message) -> Awaitable[None]:
         """Forward a message of the application, after what has to happen before it."""
@@ -95,11 +105,24 @@ class Exchange(RequestUnit):
             check_transition(self.phase, phase)
             self.phase = phase
 
-    def refuse(self, error: Exception) -> None:
-        """Forward nothing more of the response, as `error` has kept its transactions from being ended."""
+    def forward(self, message: Message) -> Awaitable[None]:
+        """Send a message of the application to the server, or drop it in a phase in which nothing is let through."""
+        return _discard(message) if self.phase in _SILENT else self.server(message)
+
+    def refuse(self, error: Exception, *, can_be_answered: bool = True) -> None:
+        """Forward nothing more of the response, as `error` has kept its transactions from being ended.
+
+        Args:
+            error: why not.
+            can_be_answered: whether another response can be sent for `error`. There is one such answer at the most.
+        """
         self.move_to(Phase.REFUSED)
-        self.failure = error
-        self.forward = discard
+        self.refusal = Refusal(error, can_be_answered and self.refusal is None)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""
+        return None if self.refusal is None else self.refusal.error
 
     async def settle(self, status: int) -> None:
         """End the transactions as a response with `status` demands it.
@@ -125,7 +148,7 @@ class Exchange(RequestUnit):
     @property
     def error_to_answer(self) -> Exception | None:
         """Why the response was refused, if another one can be sent for that error."""
-        return None if self.answer_route is None else self.failure
+        return self.failure if self.refusal is not None and self.refusal.can_be_answered else None
 
     def begin_answer(self, raised: Exception | None = None) -> None:
         """Begin the response for `error_to_answer`: from now on, what is sent is that response.
@@ -133,13 +156,12 @@ class Exchange(RequestUnit):
         Args:
             raised: what the application has raised since the error.
         """
-        assert self.answer_route is not None
-        assert self.failure is not None
+        error = self.error_to_answer
+        assert error is not None
         if raised is not None:
-            _attach(raised, self.failure)
+            _attach(raised, error)
         self.move_to(Phase.HANDLING)
-        self.failure = None
-        self.forward, self.answer_route = self.answer_route, None
+        self.refusal = ANSWERED
 
     async def fail(self, exc: BaseException) -> bool:
         """Roll back for what the application has raised, and return whether that is the error to raise.
@@ -176,9 +198,6 @@ class Exchange(RequestUnit):
 
 async def _discard(message: Message) -> None:
     """Drop a message of a response that is not sent any more."""
-
-
-discard: Send = _discard
 
 
 def _attach(exc: Exception, failure: Exception) -> None:

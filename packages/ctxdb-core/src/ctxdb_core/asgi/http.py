@@ -17,7 +17,7 @@ from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
-from ctxdb_core.asgi.exchange import Exchange, discard
+from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
@@ -74,7 +74,7 @@ class HTTPExchange(Exchange):
         if self.is_idle:
             if message["type"] == "http.response.start":
                 self.phase = _BODY
-            return self.forward(message)
+            return self.server(message)
         if message["type"] == "http.response.start":
             return self._start(message)
         if self.body is not None and self.phase in _STARTED:
@@ -89,7 +89,10 @@ class HTTPExchange(Exchange):
                 await self._settle_and_start(message["status"])
             else:
                 await self._end_transactions_apart(message["status"])
-        await self.forward(self.announce(message) if self.watchers else message)
+        if self.watchers:
+            message = self.announce(message)
+        # Most responses are in their body now, and are let through without a further look.
+        await (self.server(message) if self.phase is _BODY else self.forward(message))
 
     def _end_transactions_apart(self, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
@@ -156,7 +159,7 @@ class HTTPExchange(Exchange):
                 self.move_to(Phase.AFTER)
         elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
             return self._send_part(message)
-        return self.forward(message)
+        return self.server(message)
 
     async def _send_part(self, message: Message) -> None:
         """Forward a part of a body, which a client may be slow to read: what has only read holds no connection."""
@@ -171,7 +174,6 @@ class HTTPExchange(Exchange):
             await self.commit(ends_body=True)
         except Exception:
             self.move_to(Phase.BROKEN)
-            self.forward = discard
             raise
         self._complete()
         await self.forward(message)

@@ -12,7 +12,7 @@ from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
-from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
+from ctxdb_core.asgi.exchange import ANSWERED, Exchange, ExchangeSettings
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
@@ -101,7 +101,7 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
         exchange.origin = scope
-        exchange.forward = exchange.answer_route = send
+        exchange.server = send
         root_app = scope.get("app")
         scope[REQUEST_KEY] = exchange
         token = _set_current_unit(exchange)
@@ -159,7 +159,7 @@ class ASGIHTTPDBSessionMiddleware:
         answering = HTTPExchange()
         answering.is_idle = False
         answering.settings, answering.origin = self._settings, scope
-        answering.forward, answering.answer_route = exchange.forward, None
+        answering.server, answering.refusal = exchange.server, ANSWERED
         scope[REQUEST_KEY] = answering
         token = _set_current_unit(answering)
         try:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from contextvars import ContextVar
 
-from ctxdb_core.asgi.exchange import Exchange, discard
+from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.types import Message
 from ctxdb_core.phases import Phase
 
@@ -63,8 +63,6 @@ class WebSocketExchange(Exchange):
         finally:
             _committing.reset(token)
         self.move_to(Phase.BODY)
-        # An error can be told from now on by a close frame alone.
-        self.answer_route = None
 
     async def _send_behind_handshake(self, accepting: asyncio.Event, message: Message) -> None:
         """Send a message of another task, which takes the connection for accepted, once it is.
@@ -107,10 +105,8 @@ class WebSocketExchange(Exchange):
         if self.phase not in (Phase.HANDLING, Phase.BODY):
             # The connection is closed already.
             self.move_to(Phase.BROKEN)
-            self.forward = discard
             return
-        forward = self.forward
-        self.refuse(error)
-        self.answer_route = None
+        # The close frame tells of the error.
+        self.refuse(error, can_be_answered=False)
         await self.roll_back(error)
-        await forward({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
+        await self.server({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
