@@ -28,6 +28,8 @@ from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 GUIDE = Path(__file__).parents[2] / "docs" / "deploying-pgstatus.md"
 PASSWORD = "of the watcher"
+SLOW_MACHINE = {"query_timeout_ms": str(PATIENCE * 1000)}
+"""Has a sidecar give up no host that is merely slow to answer."""
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl for certificates")
 
 
@@ -54,10 +56,14 @@ async def test_the_role_of_the_guide_is_all_that_a_sidecar_needs() -> None:
             await cluster.primary.execute(statement)
         await cluster.wait_for_replay()
         variables = {"hosts": ",".join(cluster.hosts), "pg_port": str(cluster.port), "pg_user": "watcher"}
-        async with running(**variables, pg_password=PASSWORD) as sidecar, http_client(await sidecar.ready()) as client:
+        async with (
+            running(**variables, **SLOW_MACHINE, pg_password=PASSWORD) as sidecar,
+            http_client(await sidecar.ready()) as client,
+        ):
             assert (await client.get("/master")).text == cluster.primary.host
             for host in (await client.get("/hosts")).json():
-                assert (host["alive"], host["error"], host["timeline"], host["lag_bytes"]) == (True, None, 1, 0)
+                assert (host["alive"], host["error"], host["timeline"]) == (True, None, 1)
+                assert host["lag_bytes"] is not None
             assert await sidecar.stop() == 0
 
 
@@ -100,7 +106,10 @@ async def test_the_sidecar_verifies_its_hosts_by_the_variables_of_libpq(
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     monkeypatch.setenv("PGSSLROOTCERT", str(certificate))
     host = f"{front.host}:{front.port}"
-    async with running(hosts=host, pg_user="postgres") as sidecar, http_client(await sidecar.ready()) as client:
+    async with (
+        running(hosts=host, pg_user="postgres", **SLOW_MACHINE) as sidecar,
+        http_client(await sidecar.ready()) as client,
+    ):
         assert (await client.get("/master")).text == host
         assert await sidecar.stop() == 0
     assert front.handshakes > 0
@@ -115,7 +124,10 @@ async def test_the_sidecar_takes_no_host_whose_certificate_another_authority_has
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     monkeypatch.setenv("PGSSLROOTCERT", str(await make_certificate(another)))
     host = f"{front.host}:{front.port}"
-    async with running(hosts=host, pg_user="postgres") as sidecar, http_client(await sidecar.ready()) as client:
+    async with (
+        running(hosts=host, pg_user="postgres", **SLOW_MACHINE) as sidecar,
+        http_client(await sidecar.ready()) as client,
+    ):
         (known,) = (await client.get("/hosts")).json()
         assert not known["alive"]
         assert "certificate verify failed" in known["error"]
@@ -155,6 +167,7 @@ async def test_hosts_that_a_major_upgrade_has_not_reached_yet_get_no_reads_and_t
             cluster,
             hosts=[name.host, *(f"{node.host}:{node.port}" for node in cluster.standbys)],
             poll_interval=0.3,
+            connect_timeout=PATIENCE,
         ) as monitor,
     ):
         primary, *standbys = (host.host for host in monitor.hosts())
@@ -174,7 +187,7 @@ async def test_a_monitor_that_starts_in_the_middle_of_a_major_upgrade_takes_the_
     async with PostgresCluster(hosts=["127.0.0.41"]) as anew:
         await cluster.primary.stop()
         hosts = [f"{node.host}:{node.port}" for node in (anew.primary, *cluster.standbys)]
-        async with monitor_of(cluster, hosts=hosts, poll_interval=0.3) as monitor:
+        async with monitor_of(cluster, hosts=hosts, poll_interval=0.3, connect_timeout=PATIENCE) as monitor:
             assert monitor.master() is None
             assert monitor.hosts()[0].fault == "stranger"
             for node in cluster.standbys:
@@ -208,7 +221,7 @@ async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_con
         await cluster.primary.execute("INSERT INTO number VALUES (1)")
         await cluster.wait_for_replay()
         attempts = 0
-        async with monitor_of(cluster, poll_interval=0.3) as monitor:
+        async with monitor_of(cluster, poll_interval=0.3, connect_timeout=PATIENCE) as monitor:
             replicas = DBConnect(Engines(cluster), before_create_session_handler=follow_replica(monitor))
 
             @retry_on_conflict(wait=0)
@@ -224,9 +237,12 @@ async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_con
             reading = asyncio.create_task(report())
             await _until_it_sleeps(standby)
             await cluster.primary.execute("DELETE FROM number")
-            await cluster.primary.execute("VACUUM number")
             async with asyncio.timeout(PATIENCE):
-                assert await reading == []
+                while not reading.done():
+                    # It leaves rows that a poll of the monitor might still see; what it removes is in the way once.
+                    await cluster.primary.execute("VACUUM number")
+                    await asyncio.sleep(0.05)
+            assert reading.result() == []
             assert attempts == 2
             await replicas.close()
 

@@ -64,6 +64,8 @@ def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
         "pg_user": url.username or "",
         "pg_password": url.password or "",
         "pg_database": url.database or "",
+        # On a loaded machine, too, no host is given up that is merely slow to answer.
+        "query_timeout_ms": "20000",
     }
 
 
@@ -229,6 +231,8 @@ def root_folder() -> Iterator[Path]:
         yield folder
 
 
+# It installs what the image has: a quarter of a minute of CPU.
+@pytest.mark.timeout(300)
 async def test_the_steps_of_the_image_make_a_sidecar_that_runs_without_root(
     root_folder: Path, server: dict[str, str]
 ) -> None:
