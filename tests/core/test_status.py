@@ -211,3 +211,12 @@ async def test_a_watcher_that_fails_changes_nothing(small: DBConnect, caplog: py
             await use(small)
     assert watcher.heard == [None]
     assert "the watcher's own" in caplog.text
+
+
+async def test_a_unit_without_a_session_does_not_say_since_when_it_has_one(db: DBConnect) -> None:
+    async with db, new_db_ctx():
+        unit = running_unit()
+        assert unit is not None
+        assert unit.opened is None
+        await db_session(db)
+        assert unit.opened is not None

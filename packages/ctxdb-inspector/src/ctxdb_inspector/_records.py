@@ -97,7 +97,7 @@ class UnitRecord:
         """The recorder: several may watch one unit."""
         self.id = unit.id
         self.request = unit.request
-        self.started: float = getattr(unit, "opened", None) or perf_counter()
+        self.started: float = unit.opened or perf_counter()
         self.holds: list[HoldRecord] = []
 
     def response_starts(self, status: int) -> Headers:

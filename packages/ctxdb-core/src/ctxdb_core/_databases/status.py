@@ -72,8 +72,8 @@ class OpenUnit(Protocol):
         """Its open sessions, by their databases."""
 
     @property
-    def opened(self) -> float:
-        """When it opened its first session, by `time.perf_counter`."""
+    def opened(self) -> float | None:
+        """When it opened its first session, by `time.perf_counter`; ``None`` before that."""
 
     @property
     def id(self) -> str:
@@ -112,12 +112,12 @@ def _unit_statuses(db: Database) -> Iterable[UnitStatus]:
     now = perf_counter()
     # Copied first: other threads have units of their own.
     units: list[OpenUnit] = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
-    for unit in sorted(units, key=lambda unit: unit.opened):
+    for unit in sorted(units, key=lambda unit: unit.opened or now):
         session = next((each for asked, each in tuple(unit.sessions.items()) if unit.source_of(asked) is db), None)
         if session is not None:
             yield UnitStatus(
                 id=unit.id,
                 request=unit.request,
-                open_for=now - unit.opened,
+                open_for=now - (unit.opened or now),
                 in_transaction=session.sync_session.in_transaction(),
             )

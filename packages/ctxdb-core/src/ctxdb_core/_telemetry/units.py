@@ -82,7 +82,7 @@ class FollowedUnit:
         self.id = unit.id
         self.request = unit.request
         """Method and path, without the query; ``None`` outside of requests."""
-        self.started: float = getattr(unit, "opened", None) or perf_counter()
+        self.started: float = unit.opened or perf_counter()
         """When it opened its first session, by `time.perf_counter`."""
         self.transactions = 0
         self.held = 0.0

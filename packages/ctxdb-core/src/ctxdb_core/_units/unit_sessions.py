@@ -72,10 +72,9 @@ class UnitSessions:
         return self.sessions is NO_SESSIONS_ANY_MORE
 
     @property
-    def opened(self) -> float:
-        """When the first session was opened, by `time.perf_counter`; only of a unit that has opened one."""
-        assert self.registration is not None
-        return self.registration.opened
+    def opened(self) -> float | None:
+        """When the first session was opened, by `time.perf_counter`; ``None`` before that."""
+        return None if self.registration is None else self.registration.opened
 
     def of(self, db: DBConnect) -> UnitSessions:
         """Return the unit that answers for `db`: this one, unless it is about another database alone."""
