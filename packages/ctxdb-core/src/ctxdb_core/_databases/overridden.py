@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ctxdb_core._databases.closers import attempt_all
-from ctxdb_core._databases.engines import Engines, Replacement
-from ctxdb_core._databases.loop_engine import EngineCreator, LoopEngine
+from ctxdb_core._databases.engines import Engines
+from ctxdb_core._databases.loop_engine import EngineCreator
 from ctxdb_core.errors import ArgumentValueError
 
-__all__ = ["Override"]
+__all__ = ["Override", "override"]
 
+DBT = TypeVar("DBT")
 DBT_co = TypeVar("DBT_co", covariant=True)
+
+
+class Overridden(Protocol):
+    """A database that is replaced by another one, until one of these methods is called."""
+
+    def abandon(self) -> None:
+        """Put the database back, and let go of the other one's engines without waiting for anything."""
+
+    async def retire(self) -> None:
+        """Put the database back, and wait until the idle connections of the other one are closed."""
 
 
 class Override(Generic[DBT_co]):
@@ -20,37 +32,25 @@ class Override(Generic[DBT_co]):
 
     Args:
         db: the object, which the block is entered with.
-        engines: its engines.
-        host: what it is told to be the host.
-        engine_creator: creates the engines of the other database.
+        begin: lets it lead to the other database.
     """
 
-    def __init__(self, db: DBT_co, engines: Engines, host: str | None, engine_creator: EngineCreator) -> None:
+    def __init__(self, db: DBT_co, begin: Callable[[], Overridden]) -> None:
         self._db = db
-        self._engines = engines
-        self._host = host
-        self._engine_creator = engine_creator
-        self._replacement: Replacement | None = None
+        self._begin = begin
+        self._overridden: Overridden | None = None
 
     def __enter__(self) -> DBT_co:
-        if self._replacement is not None:
+        if self._overridden is not None:
             raise ArgumentValueError("This block was entered already: call `overridden` for each block.")
-        self._replacement = self._engines.replace(
-            host=self._host,
-            engine_creator=self._engine_creator,
-            # The user's, also where a testing tool has another in its place.
-            session_maker_creator=self._engines.own_target.session_maker_creator,
-            before_create_session=None,
-            listeners=(),
-            keeps_host=True,
-        )
+        self._overridden = self._begin()
         return self._db
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for engine in self._end():
-            engine.abandon()
+        assert self._overridden is not None
+        self._overridden.abandon()
 
     async def __aenter__(self) -> DBT_co:
         return self.__enter__()
@@ -58,8 +58,38 @@ class Override(Generic[DBT_co]):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await attempt_all([engine.retire for engine in self._end()])
+        assert self._overridden is not None
+        await self._overridden.retire()
 
-    def _end(self) -> list[LoopEngine]:
-        assert self._replacement is not None
-        return self._engines.put_back(self._replacement).all
+
+def override(db: DBT, engines: Engines, host: str | None, engine_creator: EngineCreator) -> Override[DBT]:
+    """Return a block in which `db` leads to another database.
+
+    Args:
+        db: the `DBConnect`.
+        engines: its engines.
+        host: what it is told to be the host.
+        engine_creator: creates the engines of the other database.
+    """
+    return Override(db, lambda: _OverriddenEngines(engines, host, engine_creator))
+
+
+class _OverriddenEngines:
+    def __init__(self, engines: Engines, host: str | None, engine_creator: EngineCreator) -> None:
+        self._engines = engines
+        self._replacement = engines.replace(
+            host=host,
+            engine_creator=engine_creator,
+            # The user's, also where a testing tool has another in its place.
+            session_maker_creator=engines.own_target.session_maker_creator,
+            before_create_session=None,
+            listeners=(),
+            keeps_host=True,
+        )
+
+    def abandon(self) -> None:
+        for engine in self._engines.put_back(self._replacement).all:
+            engine.abandon()
+
+    async def retire(self) -> None:
+        await attempt_all([engine.retire for engine in self._engines.put_back(self._replacement).all])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from typing import Any
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
@@ -25,6 +26,7 @@ class UnitOfWork(UnitTransactions):
     sent. After `finish` it hands out no session any more.
     """
 
+    token: Token[Any] | None
     _id: str | None = None
     """The unit's name, once it was asked for."""
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome, RunInUnit
 from ctxdb_core._units.commit import Sessions
@@ -37,8 +37,9 @@ class UnitHooks:
         self._at_begin: dict[DBConnect, list[BeginHook]] = {}
         """What is to be awaited at the beginning of each transaction."""
 
-    def prepare(self, db: DBConnect, guard: GuardedSession) -> None:
+    def prepare(self, db: DBConnect, session: AsyncSession) -> None:
         """Teach a new session on `db`."""
+        guard = guard_of(session)
         if self.rollback_only:
             check_commits(guard, partial(self.check_may_commit, db))
         if db in self._at_begin:

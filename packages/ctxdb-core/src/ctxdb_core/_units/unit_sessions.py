@@ -169,7 +169,7 @@ class UnitSessions:
         guard.door = Door(self.statement_observer())
         guard.before_close = session_end.may_be_closed
         if self.hooks is not None:
-            self.hooks.prepare(db, guard)
+            self.hooks.prepare(db, session)
         if self.settings.statement_timeout:
             limit_statements(session, self.current_statement_timeout)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
@@ -30,6 +32,9 @@ class UnitTransactions(UnitSessions):
     After `finish`, there are no sessions any more.
     """
 
+    # What a base class declares is declared again where it is set: type checkers would infer another type from that.
+    sessions: dict[DBConnect, AsyncSession]
+    hooks: UnitHooks | None
     watchers: tuple[UnitWatcher, ...] = ()
     """What is told of the response and of the end of the unit: see `watch`."""
 

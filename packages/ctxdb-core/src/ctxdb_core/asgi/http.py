@@ -39,6 +39,7 @@ class HTTPExchange(Exchange):
     a handler, and `body`, once a response is sent while sessions are in use.
     """
 
+    is_idle: bool
     source: Receive
     """Where the request comes from."""
     kept: KeptRequest | None = None
@@ -239,7 +240,7 @@ class HTTPExchange(Exchange):
     def watch(self, watcher: UnitWatcher) -> None:
         # Its end is to be told, also if there is nothing else to end.
         self.is_idle = False
-        self.watchers = (*self.watchers, watcher)
+        super().watch(watcher)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement

@@ -25,7 +25,7 @@ class WebSocketExchange(Exchange):
     The handshake starts its response, which ends with the close frame; what is between the two is its body.
     """
 
-    is_idle = False
+    is_idle: bool = False
     accepting: asyncio.Event | None = None
     """Set once the handshake was accepted or refused; ``None`` before the application has sent either."""
 
