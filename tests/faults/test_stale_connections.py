@@ -288,3 +288,35 @@ async def test_listeners_of_the_engine_see_the_connection_that_replaces_another(
     database.terminate_backends()
     await _pid(db)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_no_request_fails_as_the_server_restarts_beneath_a_busy_pool(
+    database: Database, *, read_only: bool
+) -> None:
+    async with DBConnect.from_url(database.url, read_only=read_only) as db:
+
+        async def read() -> None:
+            async with new_db_ctx():
+                assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 0
+
+        for _ in range(2):
+            # More than the pool has connections.
+            await asyncio.gather(*(read() for _ in range(20)))
+            database.terminate_backends()
+        await read()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+async def test_a_connection_of_sqlite_that_was_closed_is_replaced(database: Database, options: dict[str, Any]) -> None:
+    async with database.connect(**options) as db:
+        closed: list[Any] = []
+        for _ in range(2):
+            async with new_non_ctx_session(db) as session:
+                raw = await (await session.connection()).get_raw_connection()
+                driver_connection: Any = raw.driver_connection
+                assert driver_connection not in closed
+                await session.execute(text("SELECT 1"))
+            closed.append(driver_connection)
+            await driver_connection.close()
