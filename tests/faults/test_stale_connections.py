@@ -161,6 +161,16 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     assert await _pid(far) == await _pid(far)
 
 
+async def test_a_closed_connection_is_replaced_before_rows_are_sent_right_behind_its_begin(
+    db: DBConnect, database: Database
+) -> None:
+    dead = await _pid(db)
+    database.terminate_backends()
+    await eventually(lambda: not _is_running(dead), "the server does not close it")
+    await _write_rows(db)
+    assert await database.names() == ["a", "b"]
+
+
 async def test_a_connection_that_is_lost_before_its_first_result_is_streamed_is_replaced(
     far: DBConnect, network: FaultyNetwork
 ) -> None:
