@@ -147,11 +147,8 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     far: DBConnect,
     network: FaultyNetwork,
     database: Database,
-    database_kind: str,
     write: Callable[[DBConnect], Awaitable[None]],
 ) -> None:
-    if database_kind == "psycopg" and write is _write_rows:
-        pytest.skip("psycopg sends the rows right behind BEGIN, by one message")
     await _pid(far)
     network.fail(Point.BEGIN, Fault.DROP)
     await write(far)
