@@ -41,6 +41,7 @@ from ctxdb_core._units.ids import id_of_request, new_unit_id
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.reading import ReadsFrom
+from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
 from ctxdb_core.errors import (
@@ -252,6 +253,9 @@ class UnitOfWork:
 
     def _take(self, db: DBConnect, session: AsyncSession) -> None:
         if self.leak_guard is None:
+            watched = sessions_beside_schedulers(current_unit)
+            if watched is not None:
+                self.sessions = watched
             self.leak_guard = LeakGuard(self.sessions)
             self.opened = perf_counter()
             self._reference = reference = ref(self, open_units.discard)
