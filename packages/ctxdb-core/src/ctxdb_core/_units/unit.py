@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from functools import partial
+from inspect import get_annotations
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -57,6 +58,7 @@ __all__ = [
     "current_unit",
     "inherited_before_commit",
     "running_unit",
+    "share_layout",
 ]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
@@ -68,10 +70,28 @@ BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
 CreateSession: TypeAlias = Callable[[], Awaitable[AsyncSession]]
 """Makes a session, where it is not the `DBConnect` that does."""
 
+UnitT = TypeVar("UnitT", bound="UnitOfWork")
+
 # What `sessions` of a unit that has ended is. Never written to: sessions are opened in units that have not.
 _CLOSED: dict[DBConnect, AsyncSession] = {}
 
 
+def share_layout(kind: type[UnitT]) -> type[UnitT]:
+    """Reserve a place for each attribute in the instances of a class, whatever the first of them set.
+
+    CPython keeps the attributes of an instance in such places, and those that have none in a dict. A class is given
+    places for what is set in its first thirty instances, and for no more. Where these are requests without database
+    use, such as the health checks at the start of a service, each later request with a session would need a dict, and
+    take a microsecond more.
+    """
+    instance = kind.__new__(kind)
+    for base in reversed(kind.__mro__):
+        for name in get_annotations(base):
+            setattr(instance, name, None)
+    return kind
+
+
+@share_layout
 class UnitOfWork:
     """The sessions that belong together, at most one for each `DBConnect`.
 
@@ -86,6 +106,12 @@ class UnitOfWork:
     autocommit = False
     """Whether its sessions have no transactions: each statement is committed by itself."""
 
+    sessions: dict[DBConnect, AsyncSession]
+    """Those that are open, in the order in which they were opened."""
+    before_commit: BeforeCommit | None
+    """Awaited with each session that is about to be committed."""
+    loop: asyncio.AbstractEventLoop | None
+    """The event loop that the unit belongs to, as its connections serve that one alone."""
     calls: HandlerCalls | None = None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
     statement_timeout: StatementTimeout | None = None
@@ -98,7 +124,7 @@ class UnitOfWork:
     """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
     closing: tuple[AsyncSession, ...] = ()
     """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
-    blocks = 0
+    blocks: int = 0
     """How many blocks are open that share its transactions, and end them or have others end them."""
     leak_guard: LeakGuard | None = None
     """Warns if the unit is thrown away with open sessions; made together with the first of them."""
@@ -117,12 +143,9 @@ class UnitOfWork:
     """What `open_units` has of this unit."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
-        self.sessions: dict[DBConnect, AsyncSession] = {}
-        """Those that are open, in the order in which they were opened."""
+        self.sessions = {}
         self.before_commit = before_commit
-        """Awaited with each session that is about to be committed."""
-        self.loop: asyncio.AbstractEventLoop | None = _get_running_loop()
-        """The event loop that the unit belongs to, as its connections serve that one alone."""
+        self.loop = _get_running_loop()
 
     @classmethod
     def ended(cls) -> UnitOfWork:

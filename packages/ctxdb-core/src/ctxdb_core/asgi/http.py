@@ -14,7 +14,7 @@ from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
 from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.unit import CreateSession
+from ctxdb_core._units.unit import CreateSession, share_layout
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange, discard
@@ -32,6 +32,7 @@ _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
 _BODY = Phase.BODY
 
 
+@share_layout
 class HTTPExchange(Exchange):
     """The unit of work of an HTTP request.
 

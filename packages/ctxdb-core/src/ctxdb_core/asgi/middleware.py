@@ -80,11 +80,11 @@ class ASGIHTTPDBSessionMiddleware:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
         exchange: Exchange
         if scope["type"] == "http":
-            exchange = http_exchange = _new(HTTPExchange)
+            exchange = http_exchange = HTTPExchange()
             http_exchange.is_idle = True
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
-            exchange = _new(WebSocketExchange)
+            exchange = WebSocketExchange()
         else:
             await self._pass_on(scope, receive, send)
             return
@@ -92,7 +92,7 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # As in `UnitOfWork.__init__`, which is not called: on a request without database use, that would be felt.
+        # As in `UnitOfWork.__init__`, which an exchange has not got: its call would be felt where no database is used.
         exchange.sessions = {}
         exchange.before_commit = self.before_commit
         exchange.loop = _get_running_loop()
@@ -154,8 +154,9 @@ class ASGIHTTPDBSessionMiddleware:
         self, error: Exception, exchange: Exchange, scope: Scope, receive: Receive, root_app: Any | None
     ) -> None:
         """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
-        answering = HTTPExchange(self.before_commit)
+        answering = HTTPExchange()
         answering.is_idle = False
+        answering.sessions, answering.before_commit, answering.loop = {}, self.before_commit, exchange.loop
         answering.origin, answering.options, answering.scope = scope, self, scope
         answering.forward, answering.answer_route = exchange.forward, None
         scope[REQUEST_KEY] = answering
@@ -194,6 +195,3 @@ def _shutting_down(send: Send) -> Send:
         await send(message)
 
     return send_when_stopped
-
-
-_new = object.__new__
