@@ -49,6 +49,52 @@ async def test_scopes_that_are_no_request_are_passed_on() -> None:
     assert (await Connection("lifespan").run(ASGIHTTPDBSessionMiddleware(app))).types == ["lifespan.startup.complete"]
 
 
+def sleeping(db: DBConnect) -> ASGIApp:
+    """Return an application whose requests wait for the database, and which shuts down at once."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+        else:
+            await (await db_session(db)).execute(text("SELECT pg_sleep(600)"))
+
+    return ASGIHTTPDBSessionMiddleware(app)
+
+
+async def shut_down(app: ASGIApp) -> None:
+    connection = await Connection("lifespan", [{"type": "lifespan.shutdown"}]).run(app)
+    assert connection.types == ["lifespan.shutdown.complete"]
+
+
+async def test_the_query_of_a_request_that_outlasts_its_server_is_stopped(db: DBConnect, database: Database) -> None:
+    app = sleeping(db)
+    request = asyncio.create_task(Connection(method="GET", path="/").run(app))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await shut_down(app)
+    # No turn of the event loop comes in between: the server's process may end now.
+    assert request.done()
+    await eventually(lambda: not database.backends("state = 'active'"), "the query runs on")
+    with pytest.raises(ContextClosedError):
+        await request
+
+
+async def test_the_query_of_a_job_is_left_alone_when_its_application_shuts_down(
+    db: DBConnect, database: Database
+) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT pg_sleep(600)"))
+
+    job = asyncio.create_task(work())
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await shut_down(sleeping(db))
+    assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+
+
 async def test_unknown_messages_are_passed_on_untouched(db: DBConnect, database: Database) -> None:
     messages: list[Message] = [
         {"type": "http.response.debug", "info": {"template": "x"}},

@@ -19,6 +19,7 @@ from tests.support.database import Database, insert
 from ctxdb_core import (
     DBConnect,
     OpenCursorError,
+    TransactionAbortedError,
     commit_db_session,
     db_session,
     new_db_ctx,
@@ -117,6 +118,26 @@ async def test_copy_is_committed_with_the_transaction(db: DBConnect, database: D
         await driver.copy_records_to_table("item", records=[("copied",)])
         assert await driver.fetchval("SELECT count(*) FROM item") == 2
     assert await database.names() == ["copied", "inserted"]
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_swallowed_error_of_the_drivers_connection_makes_no_success(db: DBConnect, database: Database) -> None:
+    with pytest.raises(TransactionAbortedError):
+        async with new_db_ctx():
+            driver = await driver_connection_of(await insert(db, "lost"))
+            with pytest.raises((asyncpg.DivisionByZeroError, psycopg.errors.DivisionByZero)):
+                await driver.execute("SELECT 1/0")
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_an_error_in_a_savepoint_of_the_drivers_connection_stays_in_it(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        driver = await driver_connection_of(await insert(db, "kept"))
+        with pytest.raises((asyncpg.DivisionByZeroError, psycopg.errors.DivisionByZero)):
+            async with driver.transaction():
+                await driver.execute("SELECT 1/0")
+    assert await database.names() == ["kept"]
 
 
 async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: Database) -> None:

@@ -540,6 +540,28 @@ async def test_the_first_statement_of_psycopgs_adapter_can_be_executed_on_the_co
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_connection_of_psycopg_stops_a_cancelled_query_as_it_is_told(
+    connection: AsyncConnection, database: Database
+) -> None:
+    stopped: list[Any] = []
+
+    async def stop(connection: Any) -> None:
+        stopped.append(connection)
+        connection.pgconn.finish()
+
+    own: Any = (await connection.get_raw_connection()).driver_connection
+    own.__class__ = private.psycopg_connection_that_stops(type(own), stop)
+    assert isinstance(own, psycopg.AsyncConnection)
+    waiting = asyncio.create_task(own.execute("SELECT pg_sleep(60)"))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert stopped == [own]
+    database.terminate_backends("query ~ 'pg_sleep'")
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
 async def test_a_cursor_of_psycopg_is_closed_without_its_server(connection: AsyncConnection) -> None:
     result: Any = await connection.stream(text("SELECT 1"))
     cursor = result._real_result.cursor

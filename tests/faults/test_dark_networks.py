@@ -92,6 +92,8 @@ async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_pe
         assert turns > 1
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        # The server is asked to stop it for five seconds, and not once more.
+        assert network.cancel_requests == 1
         await session.invalidate()
 
 

@@ -225,6 +225,22 @@ async def test_a_commit_that_goes_on_at_the_server_is_waited_for(
     assert await database.names() == ["a"]
 
 
+async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked_about(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    outcomes: list[str] = []
+    with database.held_commits():
+        writing = asyncio.create_task(_write(resolving, outcomes))
+        await database.commit_is_held()
+        network.break_all(Fault.DROP)
+        await eventually(lambda: network.connections > 1, "nobody asks")
+        writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert outcomes == ["committed"]
+    assert await database.names() == ["a"]
+
+
 async def test_a_commit_stays_unknown_where_nobody_can_be_asked_in_time(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:

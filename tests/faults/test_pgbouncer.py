@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import URL, make_url, text
+from sqlalchemy import URL, event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from tests.support.database import Database, insert
+from tests.support.database import Database, eventually, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 from tests.support.pgbouncer import COMMAND, PgBouncer
 
@@ -165,6 +166,35 @@ async def test_right_settings_and_plain_servers_are_left_alone(
         async with DBConnect.from_url(url, **options) as db, new_non_ctx_session(db) as session:
             await session.scalar(text("SELECT 1"))
     assert [record for record in caplog.records if "pooler" in record.getMessage()] == []
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_connections_that_the_pooler_ends_for_idling_are_replaced(
+    database: Database, tmp_path: Path, database_kind: str, *, read_only: bool
+) -> None:
+    assert database.server is not None
+    async with PgBouncer(database.server, tmp_path, client_idle_timeout="1") as pgbouncer:
+        url = make_url(database.url).set(port=pgbouncer.port)
+        async with DBConnect.from_url(url, read_only=read_only, **_options(database_kind)) as db:
+
+            async def use() -> None:
+                async with new_db_ctx():
+                    assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
+
+            opened: list[Any] = []
+            engine = await db.engine()
+            event.listen(engine.sync_engine, "connect", lambda connection, _: opened.append(connection))
+            await use()
+            await eventually(lambda: _has_hung_up(opened[0].driver_connection), "the pooler does not close it")
+            await use()
+            assert len(opened) == 2
+
+
+def _has_hung_up(driver_connection: Any) -> bool:
+    if hasattr(driver_connection, "is_closed"):
+        return bool(driver_connection.is_closed())
+    readable, _, _ = select.select([driver_connection.fileno()], [], [], 0)
+    return bool(readable)
 
 
 @only_transactions

@@ -147,11 +147,8 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     far: DBConnect,
     network: FaultyNetwork,
     database: Database,
-    database_kind: str,
     write: Callable[[DBConnect], Awaitable[None]],
 ) -> None:
-    if database_kind == "psycopg" and write is _write_rows:
-        pytest.skip("psycopg sends the rows right behind BEGIN, by one message")
     await _pid(far)
     network.fail(Point.BEGIN, Fault.DROP)
     await write(far)
@@ -159,6 +156,16 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     assert await database.names() == (["a", "b"] if write is _write_rows else ["a"])
     # The new connection has gone back to the pool, and can be used.
     assert await _pid(far) == await _pid(far)
+
+
+async def test_a_closed_connection_is_replaced_before_rows_are_sent_right_behind_its_begin(
+    db: DBConnect, database: Database
+) -> None:
+    dead = await _pid(db)
+    database.terminate_backends()
+    await eventually(lambda: not _is_running(dead), "the server does not close it")
+    await _write_rows(db)
+    assert await database.names() == ["a", "b"]
 
 
 async def test_a_connection_that_is_lost_before_its_first_result_is_streamed_is_replaced(
@@ -288,3 +295,35 @@ async def test_listeners_of_the_engine_see_the_connection_that_replaces_another(
     database.terminate_backends()
     await _pid(db)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_no_request_fails_as_the_server_restarts_beneath_a_busy_pool(
+    database: Database, *, read_only: bool
+) -> None:
+    async with DBConnect.from_url(database.url, read_only=read_only) as db:
+
+        async def read() -> None:
+            async with new_db_ctx():
+                assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 0
+
+        for _ in range(2):
+            # More than the pool has connections.
+            await asyncio.gather(*(read() for _ in range(20)))
+            database.terminate_backends()
+        await read()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+async def test_a_connection_of_sqlite_that_was_closed_is_replaced(database: Database, options: dict[str, Any]) -> None:
+    async with database.connect(**options) as db:
+        closed: list[Any] = []
+        for _ in range(2):
+            async with new_non_ctx_session(db) as session:
+                raw = await (await session.connection()).get_raw_connection()
+                driver_connection: Any = raw.driver_connection
+                assert driver_connection not in closed
+                await session.execute(text("SELECT 1"))
+            closed.append(driver_connection)
+            await driver_connection.close()

@@ -6,13 +6,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import httpx
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import ForeignKey, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+from tests.support.connection import Connection
 from tests.support.database import Database, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 from tests.support.ways import WAYS_TO_WRITE, WayToWrite, assert_told_is_stored
@@ -21,10 +25,26 @@ from ctxdb_core import (
     CommitOutcomeUnknownError,
     DBConnect,
     new_db_ctx,
+    new_non_ctx_session,
     on_commit,
     on_rollback,
 )
 from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Child(Base):
+    __tablename__ = "child"
+    parent: Mapped[str] = mapped_column(ForeignKey("parent.name"), primary_key=True)
+
 
 POINTS = (
     Point.BEGIN,
@@ -86,6 +106,58 @@ async def test_the_lost_commit_of_a_background_task_is_an_unknown_outcome(
     with pytest.raises(CommitOutcomeUnknownError):
         await _serve(handler)
     assert await database.names() == ["response"]
+
+
+async def test_the_lost_commit_of_a_websocket_closes_it_as_an_error(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await insert(far, "a")
+        network.fail(Point.COMMITTED, Fault.DROP)
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/", talk)])
+    app.add_middleware(ASGIHTTPDBSessionMiddleware)
+    connection = Connection("websocket", [{"type": "websocket.connect"}], path="/", headers=[], query_string=b"")
+    with pytest.raises(CommitOutcomeUnknownError):
+        await connection.run(app)
+    assert [(each["type"], each.get("code")) for each in connection.sent] == [
+        ("websocket.accept", None),
+        ("websocket.close", 1011),
+    ]
+    assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize("table", ["parent", "child"])
+async def test_a_connection_lost_between_the_statements_of_a_flush_stores_nothing(
+    far: DBConnect, network: FaultyNetwork, database: Database, table: str
+) -> None:
+    outcomes: list[str] = []
+
+    def lose(statement: str) -> None:
+        if statement.startswith(f"INSERT INTO {table}"):
+            network.break_all(Fault.DROP)
+
+    network.on_statement = lose
+    with pytest.raises(DBAPIError):
+        async with new_db_ctx():
+            on_commit(far, lambda: outcomes.append("committed"))
+            on_rollback(far, lambda: outcomes.append("rolled back"))
+            session = await insert(far, "a")
+            session.add_all([Parent(name="p"), Child(parent="p")])
+    assert outcomes == ["rolled back"]
+    assert await database.names() == []
+    assert await database.names("parent") == []
+
+
+async def test_a_reader_whose_roll_back_is_lost_is_no_error(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    async with new_non_ctx_session(far) as session:
+        await session.execute(text("SELECT 1"))
+        network.fail(Point.ROLLBACK, Fault.DROP)
+    assert network.failed.is_set()
 
 
 async def test_a_lost_commit_names_the_databases_that_were_committed_before_it(

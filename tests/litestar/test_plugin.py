@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -82,6 +83,14 @@ async def test_an_enclosing_middleware_is_around_everything_and_sees_a_response_
     assert (await client.post("/")).status_code == 201
     assert (await client.get("/nowhere")).status_code == 404
     assert seen == [("/", ["one"]), ("/nowhere", ["one"])]
+
+
+@pytest.mark.parametrize("others", [[], [EnclosingPlugin(lambda app: app)]])
+def test_servers_recognise_the_application_by_a_coroutine_function_of_three_parameters(others: list[Any]) -> None:
+    app = litestar_app(plugins=[CtxDBPlugin(), *others])
+    assert inspect.iscoroutinefunction(app.__call__)
+    assert list(inspect.signature(app.__call__).parameters) == ["scope", "receive", "send"]
+    assert list(inspect.signature(app).parameters) == ["scope", "receive", "send"]
 
 
 async def test_an_init_hook_can_add_the_plugins_work_as_well(db: DBConnect, database: Database, ask: Ask) -> None:

@@ -204,6 +204,26 @@ async def test_a_commit_waits_no_longer_than_usual_for_a_host_that_hangs(cluster
                 assert await monitor.confirm_master(cluster.primary.host)
 
 
+async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_standby(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    async with (
+        Proxy(new) as slow,
+        monitor_of(cluster, hosts=[old.host, slow.host, other.host], connect_timeout=PATIENCE) as monitor,
+    ):
+        # Nothing is polled before the confirmation, and its answers are late after a fifth of a second.
+        for member in monitor._members.values():
+            member.watch._pace = Pace(3.0, PATIENCE, 15)
+        slow.delay = 0.25
+        await new.promote()
+        async with asyncio.timeout(PATIENCE):
+            while await old.fetch_value("SELECT count(*) FROM pg_stat_replication") == 2:
+                await asyncio.sleep(0.005)
+        assert not await monitor.confirm_master(old.host)
+        assert monitor.master() == slow.host
+
+
 async def test_a_host_that_is_never_promoted_is_never_the_master(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tests.support.monitors import PATIENCE, changes_of, monitor_of, until
 from tests.support.proxy import Proxy
+from tests.support.server import http_client
+from tests.support.sidecar_process import running
 
 from ctxdb_pgstatus import HostMonitor, KnownMaster, OptionError, PgStatusError
 from ctxdb_pgstatus.testing import PostgresCluster
@@ -166,6 +168,26 @@ async def test_a_password_is_found_in_the_password_file_of_libpq(
     monkeypatch.setenv("PGPASSFILE", str(file))
     async with monitor_of(guarded, user="watcher", connect_timeout=PATIENCE) as monitor:
         assert monitor.master() == guarded.primary.host
+
+
+@pytest.mark.parametrize("where", ["PGPASSFILE", "~/.pgpass"])
+async def test_the_sidecar_finds_its_password_in_the_password_file_of_libpq(
+    guarded: PostgresCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    primary = guarded.primary
+    file = tmp_path / ".pgpass"
+    file.write_text(f"{primary.host}:{primary.port}:*:watcher:first\n")
+    file.chmod(0o600)
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    monkeypatch.delenv("PGPASSFILE", raising=False)
+    monkeypatch.setenv(*("PGPASSFILE", str(file)) if where == "PGPASSFILE" else ("HOME", str(tmp_path)))
+    name = f"{primary.host}:{primary.port}"
+    async with (
+        running(hosts=name, pg_user="watcher") as sidecar,
+        http_client(await sidecar.ready()) as client,
+    ):
+        assert (await client.get("/master")).text == name
+        assert await sidecar.stop() == 0
 
 
 async def test_no_message_holds_a_password_that_a_function_has_returned(

@@ -6,10 +6,14 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.monitors import HOUR, PATIENCE, monitor_of, status_of
+from tests.support.monitors import HOUR, PATIENCE, monitor_of, status_of, until
+from tests.support.pgbouncer import COMMAND as PGBOUNCER
+from tests.support.pgbouncer import PgBouncer
 from tests.support.pooler import Pooler
 
 from ctxdb_pgstatus import HostMonitor
@@ -48,6 +52,24 @@ async def test_a_pooler_in_transaction_mode_may_be_between_the_monitor_and_its_h
         assert host.error is None
         assert host.position == await cluster.primary.position()
         assert pooler.transactions > 5
+
+
+@pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+async def test_monitors_behind_pgbouncer_share_a_pool_of_one_connection(
+    cluster: PostgresCluster, tmp_path: Path
+) -> None:
+    async with AsyncExitStack() as stack:
+        bouncer = await stack.enter_async_context(PgBouncer(cluster.primary, tmp_path, default_pool_size="1"))
+        name = f"127.0.0.1:{bouncer.port}"
+        # A connection that one of them kept to itself would be missed by the others.
+        monitors = [
+            await stack.enter_async_context(monitor_of(cluster, hosts=[name], connect_timeout=PATIENCE))
+            for _ in range(3)
+        ]
+        for monitor in monitors * 2:
+            assert await monitor.confirm_master(name)
+        count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
+        assert await cluster.primary.fetch_value(count) == 1
 
 
 # --- rights -----------------------------------------------------------------------------------------------------------
@@ -155,6 +177,29 @@ async def test_standbys_whose_primary_is_not_listed_are_compared_with_what_they_
         await paused.wait_for_replay(position)
         await monitor.poll()
         assert {await monitor.find_replica("time_and_bytes") for _ in range(4)} == set(hosts)
+
+
+# --- cascades ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_replica_of_a_replica_follows_it_through_its_promotion(cluster: PostgresCluster) -> None:
+    first, second, third = cluster.nodes
+    await third.follow(second)
+    async with monitor_of(cluster, poll_interval=0.5) as monitor:
+        await third.wait_for_replay(await first.write_wal(10))
+        await monitor.poll()
+        assert status_of(monitor, third).in_sync("time_and_bytes")
+        await first.kill()
+        await second.promote()
+        await until(monitor, lambda: monitor.master() == second.host)
+        position = await second.write_wal(10)
+        async with asyncio.timeout(PATIENCE):
+            assert await monitor.find_replica(min_position=position, max_wait=HOUR) == third.host
+        await until(monitor, lambda: status_of(monitor, third).in_sync("time_or_bytes"))
+        # The one that was left out knows of the promotion by nobody, and comes back as what it was.
+        await first.start()
+        await until(monitor, lambda: status_of(monitor, first).fault == "stale")
+        assert await monitor.confirm_master(second.host)
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------

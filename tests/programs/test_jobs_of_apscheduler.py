@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,17 @@ from tests.support.application import Reply
 from tests.support.database import eventually, insert
 from tests.support.world import World
 
-from ctxdb_core import ContextClosedError, TransactionContext, db_session, on_commit, run_in_new_ctx, transactional
+from ctxdb_core import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    DBConnect,
+    TransactionContext,
+    commit_db_session,
+    db_session,
+    on_commit,
+    run_in_new_ctx,
+    transactional,
+)
 
 pytest.importorskip("apscheduler")
 
@@ -65,6 +75,39 @@ async def test_a_job_that_is_due_at_once_has_a_transaction_of_its_own(world: Wor
 
     assert (await world.get(handler)).status_code == 409
     assert await world.names() == ["report"]
+
+
+async def _register(db: DBConnect) -> None:
+    on_commit(db, asyncio.Event)
+
+
+@pytest.mark.parametrize("ask", [db_session, commit_db_session, _register])
+async def test_a_job_without_a_unit_of_its_own_is_refused_the_requests_session(
+    world: World, scheduler: Any, ask: Callable[[DBConnect], Awaitable[object]]
+) -> None:
+    errors: list[ContextNotInitiatedError] = []
+    done = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await ask(world.db)
+        except ContextNotInitiatedError as exc:
+            errors.append(exc)
+        finally:
+            done.set()
+
+    async def handler() -> Reply:
+        await insert(world.db, "request")
+        scheduler.add_job(work, "date", run_date=datetime.now(UTC))
+        await done.wait()
+        # A helper that the handler waits for takes part in its work.
+        await asyncio.gather(insert(world.db, "helper"))
+        return Reply()
+
+    assert (await world.get(handler)).status_code == 200
+    assert await world.names() == ["helper", "request"]
+    (error,) = errors
+    assert "a scheduler has started this job" in str(error)
 
 
 async def test_later_jobs_have_transactions_of_their_own_although_a_request_has_set_the_timer(

@@ -13,7 +13,15 @@ from tests.support.application import Reply, current_request
 from tests.support.database import Database, insert
 from tests.support.world import World
 
-from ctxdb_core import DBConnect, TransactionContext, new_db_ctx, on_commit, retry_on_conflict, transactional
+from ctxdb_core import (
+    ContextNotInitiatedError,
+    DBConnect,
+    TransactionContext,
+    new_db_ctx,
+    on_commit,
+    retry_on_conflict,
+    transactional,
+)
 from ctxdb_starlette import DBSessionMiddleware
 
 Task = Callable[[bool], Awaitable[None]]
@@ -98,6 +106,25 @@ async def test_a_task_commits_and_rolls_back_its_own_work_as_in_a_worker(
         assert isinstance(result.error, LookupError) is ("fails" in query)
         assert await world.names() == (["request"] if "fails" in query else ["request", "task"])
         await world.database.query("DELETE FROM item")
+
+
+async def test_a_task_without_a_unit_of_its_own_is_refused_the_requests_session(
+    world: World, broker: InMemoryBroker
+) -> None:
+    results: list[Any] = []
+
+    @broker.task(task_name="bare")
+    async def bare() -> None:
+        await insert(world.db, "task")
+
+    async def handler() -> Reply:
+        await insert(world.db, "request")
+        results.append(await (await bare.kiq()).wait_result(check_interval=0.005, timeout=10))
+        return Reply()
+
+    assert (await world.get(handler)).status_code == 200
+    assert isinstance(results[0].error, ContextNotInitiatedError)
+    assert await world.names() == ["request"]
 
 
 async def test_a_task_that_calls_an_application_in_its_own_process_is_a_client_like_any_other(

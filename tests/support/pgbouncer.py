@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
-from ctxdb_pgstatus.testing import EmbeddedPostgres
+from tests.support.proxy import Place
 
 COMMAND = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 """The command; ``None`` where it is not installed."""
@@ -27,7 +27,7 @@ class PgBouncer:
         settings: others of its settings.
     """
 
-    def __init__(self, server: EmbeddedPostgres, directory: Path, mode: str = "transaction", **settings: str) -> None:
+    def __init__(self, server: Place, directory: Path, mode: str = "transaction", **settings: str) -> None:
         self._directory = directory
         self._server = server
         self._settings = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, TypeVar
 
 from ctxdb_core.asgi import ASGIApp
@@ -12,7 +13,7 @@ __all__ = ["enclose"]
 M = TypeVar("M", bound=ASGIApp)
 
 
-def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_inspected: bool = True) -> M:
+def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_foreign: bool = False) -> M:
     """Put a middleware around all that `app` does for a request, and return it.
 
     Litestar has no place for such a middleware. Its own belong to routes: an unknown path reaches none of them, and
@@ -23,8 +24,9 @@ def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_ins
         app: the application, or its router.
         middleware: called with what is to be enclosed.
         key: whose middleware it is; `app` is enclosed once for each.
-        is_inspected: whether anything looks at the parameters of its ``__call__``, and whether that is a coroutine
-            function, as servers and a Litestar application around it do. If not, the call in between is spared.
+        is_foreign: whether `middleware` makes objects of any kind. Servers, and a Litestar application around `app`,
+            want a coroutine function with certain parameters. An object of ctxdb has such a method, which requests get
+            to without a call in between.
     """
     base = type(app)
     for each in base.__mro__:
@@ -32,8 +34,9 @@ def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_ins
             existing: M = vars(each)[_MIDDLEWARE]
             return existing
     enclosed = middleware(app.__call__)
+    method: Any = enclosed.__call__  # type: ignore[operator]  # it is callable, as its bound says
 
-    async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
+    async def call(scope: Any, receive: Any, send: Any) -> None:
         await enclosed(scope, receive, send)
 
     namespace = {
@@ -42,7 +45,9 @@ def enclose(app: Any, middleware: Callable[[ASGIApp], M], key: object, *, is_ins
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__call__": call if is_inspected else staticmethod(enclosed),
+        "__call__": staticmethod(call if is_foreign else method),
+        # Of a static method, the first parameter would be taken for ``self``.
+        "__signature__": signature(app),
         _KEY: key,
         _MIDDLEWARE: enclosed,
     }

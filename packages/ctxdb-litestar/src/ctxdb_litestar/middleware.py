@@ -36,7 +36,8 @@ class LitestarDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         """Answer through the application once more, whose router raises `error` this time.
 
         Most errors are answered by `CommitErrorMiddleware`. This one has come from further out: the answer to another
-        error could not be committed, for instance.
+        error could not be committed, for instance. Or a middleware further in has caught it: what that one has answered
+        was not sent, as it might claim a success.
         """
         scope[_ERROR] = error
         try:
@@ -76,13 +77,7 @@ class CommitErrorMiddleware:
                 raise
             answer_commit_error(scope, exc)
         else:
-            if commit_error(scope) is None:
-                return
-            error = _error_to_answer(scope)
-            if error is None:
-                return
-            # A middleware has answered it already, but that was not sent: its response might claim a success.
-            answer_commit_error(scope)
+            return
         _take_back_start(scope)
         raise error
 

@@ -110,7 +110,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         app = handlers[0].app
         check_still_injected(self._providers, app.dependencies)
         middleware = enclose(app, self._middleware, key=self)
-        enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware, is_inspected=False)
+        enclose(app.asgi_router, CommitErrorMiddleware, key=CommitErrorMiddleware)
         if isinstance(route, WebSocketRoute):
             return
         for handler in handlers:
@@ -164,7 +164,7 @@ class EnclosingPlugin(InitPlugin, ReceiveRoutePlugin):
 
     def receive_route(self, route: BaseRoute) -> None:
         """Put the middleware around the application that a route was registered on."""
-        enclose(_handlers(route)[0].app, self._middleware, key=self)
+        enclose(_handlers(route)[0].app, self._middleware, key=self, is_foreign=True)
 
 
 def _handlers(route: BaseRoute) -> Sequence[BaseRouteHandler]:

@@ -308,7 +308,8 @@ class HostMonitor:
 
         ``False`` also if `host` does not answer, and so cannot be shown to be the master. Of the others, those are
         waited for that may be the master: not the `nofailover` hosts, those of another cluster, those that have just
-        failed, or those whose answer is late (by a share of the poll interval, or three times as long as usual).
+        failed, or those whose answer is late (by a share of the poll interval, or three times as long as usual). While
+        `host` lacks a standby that it had, late ones are waited for as well: it may be the one that was promoted.
 
         Raises:
             MasterUncertainError: the name may lead to another server by now, and cannot be connected to anew (see
@@ -598,11 +599,15 @@ class HostMonitor:
         asked = self._members.get(host)
         if asked is None:
             return False
-        others = [
-            member.watch.ask(patient=False) for member in self._members.values() if self._may_be_master(member, asked)
-        ]
+        candidates = [member for member in self._members.values() if self._may_be_promoted(member, asked)]
+        others = {member: member.watch.ask(patient=False) for member in candidates if member.watch.is_sound}
         answered = asked.watch.ask()
-        await asyncio.gather(answered, *others)
+        await asyncio.gather(answered, *others.values())
+        if asked.watch.standbys_before_loss:
+            # The standby that has left may have been promoted: its answer is waited for, however late it is.
+            heard = {member for member, answer in others.items() if answer.result()}
+            unheard = [member for member in candidates if member.watch.alive and member not in heard]
+            await asyncio.gather(*(member.watch.ask() for member in unheard))
         if self._may_have_moved(asked) and self.status.master == host:
             return await self._confirm_anew(asked)
         if asked.watch.refusals and self.status.master == host:
@@ -614,8 +619,8 @@ class HostMonitor:
 
         The kept connections go on to the servers that they were opened to, wherever the names lead by now.
         """
-        members = [member for member in self._members.values() if self._may_be_master(member, asked)]
-        others = [member.watch.ask_anew(patient=False) for member in members]
+        candidates = [member for member in self._members.values() if self._may_be_promoted(member, asked)]
+        others = [member.watch.ask_anew(patient=False) for member in candidates if member.watch.is_sound]
         answered, *_ = await asyncio.gather(asked.watch.ask_anew(), *others)
         name = asked.watch.address.name
         if not answered and self.status.master == name:
@@ -640,12 +645,10 @@ class HostMonitor:
                 servers += [] if any(map(server.is_run_of, servers)) else [server]
         return len(servers) <= lost_one_of
 
-    def _may_be_master(self, member: Member, asked: Member) -> bool:
-        """Return whether a host may be the master in the place of `asked`, as far as a question to it can tell."""
+    def _may_be_promoted(self, member: Member, asked: Member) -> bool:
+        """Return whether a host may become the master in the place of `asked`."""
         name, server = member.watch.address.name, member.watch.server
-        if member is asked or not member.watch.is_sound:
-            return False
-        if not member.may_be_promoted or name in self._membership.strangers:
+        if member is asked or not member.may_be_promoted or name in self._membership.strangers:
             return False
         # Another name of the same server has nothing else to say.
         return server is None or asked.watch.server is None or not server.is_run_of(asked.watch.server)

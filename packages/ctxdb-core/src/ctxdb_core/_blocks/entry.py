@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Literal, TypeAlias
 
 from ctxdb_core._blocks.place import Found, Place, unit_around
+from ctxdb_core._units.scheduler_jobs import OTHER_JOB
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import (
     ContextClosedError,
@@ -149,13 +150,7 @@ def _no_unit(place: Place) -> Answer:
     if place.found in (Found.ENDED, Found.CUT_SHORT):
         return Refuse(ContextClosedError())
     if place.found is Found.OTHER_JOB:
-        return Refuse(
-            ContextNotInitiatedError(
-                "The unit of work found here belongs to the code in whose context a scheduler has started this job, "
-                "and which may have nothing to do with it. Give the job a unit of work of its own: hand "
-                "`run_in_new_ctx(fn, ...)` to the scheduler, or wrap the job's code in `async with new_db_ctx():`."
-            )
-        )
+        return Refuse(ContextNotInitiatedError(OTHER_JOB))
     assert place.unit is not None
     try:
         place.unit.check_usable()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ctxdb_core._blocks.scheduler_jobs import calling_modules, is_job
 from ctxdb_core._blocks.shared_session import is_in_block_of
 from ctxdb_core._blocks.task_unit import TaskUnit
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._units.generator_blocks import innermost_unit
 from ctxdb_core._units.request_unit import RequestUnit
+from ctxdb_core._units.scheduler_jobs import is_inherited, is_job
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 
@@ -121,7 +121,7 @@ def unit_around() -> UnitOfWork | None:
 
 def _why_not(unit: UnitOfWork) -> Found | None:
     """Return why the running code may not use the session of `unit`; ``None`` if it may."""
-    if is_job() and _is_inherited():
+    if is_job() and is_inherited(current_unit):
         return Found.OTHER_JOB
     ended = unit.over if isinstance(unit, TaskUnit) else unit.closed
     if ended:
@@ -132,22 +132,3 @@ def _why_not(unit: UnitOfWork) -> Found | None:
     if isinstance(unit, TaskUnit) and not unit.is_owned():
         return Found.OTHER_TASK
     return None
-
-
-def _is_inherited() -> bool:
-    """Return whether the running code has the current unit from the context that its task was given a copy of."""
-    unit = current_unit.get()
-    token = getattr(unit, "token", None)
-    if token is None:
-        # The unit is that of an ASGI request. If this very job has called the application, the middleware that made the
-        # unit is among the callers of the running code.
-        return not any(module.startswith("ctxdb_core.asgi") for module in calling_modules())
-    # A token is good for the very context in which it was made (Python docs, "ContextVar.reset"). That tells a unit
-    # which was entered here from one which was inherited.
-    try:
-        current_unit.reset(token)
-    except (ValueError, RuntimeError):
-        # The token is another context's; or it was used already, where the unit has been left.
-        return True
-    unit.enter()
-    return False

@@ -1,4 +1,4 @@
-"""Waits, when an application shuts down, for the queries of requests that its server has cancelled."""
+"""Stops queries of requests when an application shuts down, and waits for those that its server has cancelled."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from ctxdb_core._databases.status import open_units
 from ctxdb_core._sqlalchemy.cancelled_queries import STOP_QUERY_TIMEOUT_SECONDS, stops_under_way
+from ctxdb_core._sqlalchemy.door import Door, Refuse
 from ctxdb_core._sqlalchemy.guarded_session import door_of
 
-__all__ = ["wait_for_cancelled_queries"]
+__all__ = ["stop_queries_of_requests", "wait_for_cancelled_queries"]
 
 # A cancellation passes through each middleware that runs the rest of the application in a task group before it reaches
 # the task that waits for the database. Each step takes a turn of the event loop, which is some microseconds.
@@ -30,9 +31,38 @@ async def wait_for_cancelled_queries() -> None:
         await asyncio.wait(under_way, timeout=latest - loop.time(), return_when=asyncio.FIRST_COMPLETED)
 
 
+async def stop_queries_of_requests(refuse: Refuse) -> None:
+    """Stop the queries of requests that still run on this event loop, at the end of the application's shutdown.
+
+    By then, a server has closed the connections of all clients (ASGI, "Lifespan Protocol"), and its process is about to
+    end. Some servers have cancelled the requests that had not ended; granian has left them alone.
+
+    Args:
+        refuse: raises the error by which these calls of their sessions end.
+    """
+    # What the server has cancelled by now ends by its cancellation.
+    await wait_for_cancelled_queries()
+    loop = asyncio.get_running_loop()
+    for door in _open_doors(of_requests=True):
+        task = door.running_task
+        if task is not None and task.get_loop() is loop and task is not asyncio.current_task():
+            door.interrupt(refuse)
+    await wait_for_cancelled_queries()
+
+
 def _cancelled_tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
     """Return the tasks that were cancelled during a call of their unit's session, and whose call has not ended."""
-    units = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
-    doors = [door_of(session) for unit in units for session in tuple(unit.sessions.values())]
-    tasks = {door.cancelled_task for door in doors if door is not None} - {asyncio.current_task()}
+    tasks = {door.cancelled_task for door in _open_doors()} - {asyncio.current_task()}
     return {task for task in tasks if task is not None and task.get_loop() is loop}
+
+
+def _open_doors(*, of_requests: bool = False) -> list[Door]:
+    """Return the doors of the sessions of all open units of work, or of those that belong to requests."""
+    units = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
+    doors = [
+        door_of(session)
+        for unit in units
+        if not of_requests or unit.request is not None
+        for session in tuple(unit.sessions.values())
+    ]
+    return [door for door in doors if door is not None]

@@ -21,7 +21,11 @@ from sqlalchemy.util.concurrency import in_greenlet
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.cursors import take_left_cursors
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.private import replace_raw_connection, replace_terminate
+from ctxdb_core._sqlalchemy.private import (
+    psycopg_connection_that_stops,
+    replace_raw_connection,
+    replace_terminate,
+)
 
 logger = logging.getLogger("ctxdb")
 
@@ -44,7 +48,7 @@ def stop_cancelled_queries(engine: AsyncEngine) -> None:
         _see_termination_through(engine, _close_aiosqlite)
         event.listen(engine.sync_engine, "do_connect", _connect_aiosqlite)
     elif driver.startswith("psycopg"):
-        event.listen(engine.sync_engine, "connect", _keep_cancel_key)
+        event.listen(engine.sync_engine, "connect", _prepare_psycopg)
         event.listen(engine.sync_engine, "invalidate", _cancel_psycopg)
     elif driver in ("asyncmy", "aiomysql"):
         event.listen(engine.sync_engine, "invalidate", _MySQLKiller(engine.sync_engine).kill)
@@ -110,10 +114,31 @@ _cancel_keys: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By psycopg's connection, what cancels its queries."""
 
 
-def _keep_cancel_key(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
-    # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
+_stopping: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+"""For a class of psycopg's connections, the one that stops cancelled queries as it is done here."""
+
+
+def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
     connection: Any = record.driver_connection
+    # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
     _cancel_keys[connection] = _cancel_key_of(connection)
+    cls = type(connection)
+    if cls not in _stopping:
+        _stopping[cls] = psycopg_connection_that_stops(cls, _stop_query_of_psycopg)
+    connection.__class__ = _stopping[cls]
+
+
+async def _stop_query_of_psycopg(connection: Any) -> None:
+    try:
+        await _noted(
+            asyncio.wait_for(connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS), STOP_QUERY_TIMEOUT_SECONDS)
+        )
+    except Exception:
+        logger.debug("A cancelled query could not be stopped", exc_info=True)
+        # psycopg would wait five seconds more, for a server that does not answer.
+        connection.pgconn.finish()
+    # The request has been made: `_cancel_psycopg` need not make another one. It is to do so where this is interrupted.
+    _cancel_keys.pop(connection, None)
 
 
 def _cancel_key_of(connection: Any) -> Any:

@@ -373,9 +373,14 @@ class Door:
     @property
     def cancelled_task(self) -> asyncio.Task[Any] | None:
         """The task that has a call under way, if it has been cancelled."""
+        task = self.running_task
+        return task if task is not None and task.cancelling() > 0 else None
+
+    @property
+    def running_task(self) -> asyncio.Task[Any] | None:
+        """The task that has a call under way."""
         task = None if self._holder is None else _real(self._holder)
-        is_cancelled = isinstance(task, asyncio.Task) and not task.done() and task.cancelling() > 0
-        return task if is_cancelled else None
+        return task if isinstance(task, asyncio.Task) and not task.done() else None
 
     def prepare_next_call(self, prepare: Callable[[], Awaitable[object]] | None) -> None:
         """Have the next call await `prepare` before it takes its turn; ``None`` takes that back.

@@ -13,7 +13,7 @@ from ctxdb_core._sqlalchemy.mysql_rollbacks import detect_rollback_by_server
 from ctxdb_core._sqlalchemy.private import listen_once
 from ctxdb_core.errors import TransactionAbortedError
 
-__all__ = ["detect_silent_rollback"]
+__all__ = ["check_transaction", "detect_silent_rollback"]
 
 
 def detect_silent_rollback(engine: AsyncEngine) -> None:
@@ -59,10 +59,15 @@ def _handle_error(context: ExceptionContext) -> None:
         # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
         # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
         # The listener is on this one connection of this one session: it goes when the transaction is over.
-        listen_once(connection, "commit", _check_transaction)
+        listen_once(connection, "commit", check_transaction)
 
 
-def _check_transaction(connection: Connection) -> None:
+def check_transaction(connection: Connection) -> None:
+    """Raise an error if the transaction of `connection` is aborted: a listener of its commit.
+
+    Raises:
+        TransactionAbortedError: it is; it was rolled back.
+    """
     # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
     # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
     try:

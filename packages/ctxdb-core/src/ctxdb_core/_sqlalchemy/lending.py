@@ -9,16 +9,21 @@ So the transaction is begun when the session's connection is asked for. The user
 each call once the connection was given back: for asyncpg, its own proxy for connections of a pool
 (``PoolConnectionProxy``); for psycopg, an object that shares the state of its connection. Cursors, prepared statements
 and transactions that were made by the stand-in refuse their calls, too.
+
+SQLAlchemy does not see the statements that the driver makes. One that fails, and whose error is swallowed, has aborted
+the transaction all the same; so the server is asked before the commit of a transaction whose connection was lent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
+from weakref import ref
 
 from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from ctxdb_core._sqlalchemy.failed_transactions import check_transaction
 from ctxdb_core._sqlalchemy.private import (
     ConnectionFairy,
     begin_asyncpg_transaction,
@@ -34,6 +39,8 @@ from ctxdb_core._sqlalchemy.private import (
 __all__ = ["lend_driver_connection"]
 
 _LOAN = "ctxdb.loan"
+_BORROWER = "ctxdb.borrower"
+"""The `Connection` whose transaction the driver's connection is in, by a weak reference."""
 
 
 def lend_driver_connection(connection: Connection) -> None:
@@ -48,6 +55,8 @@ def lend_driver_connection(connection: Connection) -> None:
     if type(pooled) is ConnectionFairy:
         # The object belongs to this one loan: the pool makes another one each time.
         pooled.__class__ = _LentConnection
+        info: Any = pooled.record_info
+        info[_BORROWER] = ref(connection)
 
 
 class _LentConnection(ConnectionFairy):
@@ -68,6 +77,8 @@ class _LentConnection(ConnectionFairy):
                 return driver_connection
             lend, take_back = lender
             info[_LOAN] = (lend(driver_connection), take_back)
+            if (borrower := info[_BORROWER]()) is not None:
+                listen_once(borrower, "commit", check_transaction)
             listen_once(pool_of(self), "checkin", _take_back)
         return info[_LOAN][0]
 

@@ -65,6 +65,7 @@ __all__ = [
     "pool_numbers",
     "pool_of",
     "psycopg_adapter_that_executes",
+    "psycopg_connection_that_stops",
     "raise_translated",
     "replace_commit",
     "replace_connect",
@@ -692,6 +693,19 @@ class FirstStatement:
         self._adapter._connection, other._connection = others, mine  # noqa: SLF001 - see the module
         self._cursor.close()
         _copy_slots(self._make_cursor(), self._cursor)
+
+
+def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
+    """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
+
+    A connection may be made one of the class by ``__class__``. psycopg waits five seconds for the end of the query
+    after that, unless `stop` has closed the connection.
+    """
+
+    async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
+        await stop(self)
+
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
 
 
 def close_psycopg_cursor(adapted: Any) -> None:

@@ -13,6 +13,7 @@ from ctxdb_core._shield import run_to_completion
 from ctxdb_core._sqlalchemy.private import innermost_block
 from ctxdb_core._sqlalchemy.task_blocks import refuse_in_block_of_other_task
 from ctxdb_core._units import session_end
+from ctxdb_core._units.scheduler_jobs import refuse_in_other_job
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core.errors import (
     ContextNotInitiatedError,
@@ -171,13 +172,16 @@ def unit_for(db: DBConnect) -> UnitOfWork:
     """Return the unit of work that answers for `db` in the running code.
 
     Raises:
-        ContextNotInitiatedError: there is none.
+        ContextNotInitiatedError: there is none; or this is the job of a scheduler that ctxdb knows, and the unit is
+            that of a request in whose context the job was started.
         ArgumentTypeError: `db` is no `DBConnect`.
     """
     check_database(db)
     unit = _get_current_unit(None)
     if unit is None:
         raise ContextNotInitiatedError
+    if not unit.closed:
+        refuse_in_other_job(current_unit)
     return unit.of(db)
 
 

@@ -6,10 +6,13 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, Token
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
+from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
 from ctxdb_core._units.unit_transactions import UnitTransactions
 
@@ -72,6 +75,10 @@ class UnitOfWork(UnitTransactions):
     def of(self, db: DBConnect) -> UnitOfWork:
         """Return the unit that answers for `db`: this one, unless it is about another database alone."""
         return self
+
+    def _place_of_sessions(self) -> dict[DBConnect, AsyncSession]:
+        watched = sessions_beside_schedulers(current_unit)
+        return self.sessions if watched is None else watched
 
     def enter(self) -> None:
         """Make this the current unit of work of the running context."""

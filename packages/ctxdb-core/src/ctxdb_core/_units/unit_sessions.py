@@ -142,6 +142,7 @@ class UnitSessions:
 
     def _take(self, db: DBConnect, session: AsyncSession) -> None:
         if self.registration is None:
+            self.sessions = self._place_of_sessions()
             self.registration = Registration(self, self.sessions)
         self.prepare_session(db, session)
         self.sessions[db] = session
@@ -149,6 +150,10 @@ class UnitSessions:
             outer.note_second_session(db, session)
         if self.hooks is not None and self.hooks.callbacks is not None:
             self.hooks.callbacks.watch_new(db, session)
+
+    def _place_of_sessions(self) -> dict[DBConnect, AsyncSession]:
+        """Return where to keep the sessions, when the first one is opened."""
+        return self.sessions
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""

@@ -29,10 +29,7 @@ def commit_error(scope: Scope) -> Exception | None:
     """
     exchange = scope.get(REQUEST_KEY)
     # Units of other adapters know no failure.
-    if getattr(exchange, "failure", None) is None:
-        return None
-    assert isinstance(exchange, Exchange)
-    return exchange.error_to_answer
+    return exchange.error_to_answer if isinstance(exchange, Exchange) else None
 
 
 def answer_commit_error(scope: Scope, raised: Exception | None = None) -> None:

@@ -6,10 +6,11 @@ from asyncio import _get_running_loop  # for implementers of event loops, and wh
 from typing import Any
 
 from ctxdb_core._databases.arguments import check_function
-from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
+from ctxdb_core._databases.shutdown import stop_queries_of_requests
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
+from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
 from ctxdb_core.asgi.exchange import ANSWERED, Exchange, ExchangeSettings
@@ -188,11 +189,11 @@ class ASGIHTTPDBSessionMiddleware:
 
 
 def _shutting_down(send: Send) -> Send:
-    """Return what sends a lifespan's messages, and lets the shutdown end when cancelled queries have been stopped."""
+    """Return what sends a lifespan's messages, and lets the shutdown end when queries of requests have been stopped."""
 
     async def send_when_stopped(message: Message) -> None:
         if message["type"].startswith("lifespan.shutdown."):
-            await wait_for_cancelled_queries()
+            await stop_queries_of_requests(refuse_after_unit)
         await send(message)
 
     return send_when_stopped
