@@ -42,7 +42,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         coro.close()
         raise RuntimeError("run_to_completion() needs a running task.")
     if isinstance(host, LentTask):
-        # Inside of another run to completion, which answers for this one as well.
+        # This run is inside of another run to completion, which protects it as well.
         return (yield from coro.__await__())
     lent = LentTask(host)
     cancellation = _Cancellation(loop)
@@ -70,7 +70,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
             awaited._asyncio_future_blocking = False  # noqa: SLF001 - as a task does for each future it waits on
             lent.awaited = awaited
             try:
-                # Also left by the exception of `awaited`, which reaches `coro` when it looks for the result.
+                # An exception of `awaited` ends this wait as well, and reaches `coro` when that asks for the result.
                 yield _Waiter(awaited, cancellation)
             except GeneratorExit:
                 raise

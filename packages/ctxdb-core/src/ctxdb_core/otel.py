@@ -160,7 +160,7 @@ class _Spans(UnitFollower):
                 SpanKind.CLIENT,
                 {**state.attributes, "db.operation.name": "COMMIT"},
             )
-            # Also an instrumentation of the driver finds it.
+            # An instrumentation of the driver finds the span, too.
             with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
                 try:
                     original(connection)
@@ -172,7 +172,7 @@ class _Spans(UnitFollower):
         listeners_of_engines = self._followed.setdefault(sync_engine.dialect, [])
         if not any(each is sync_engine.dispatch for each in listeners_of_engines):
             listeners_of_engines.append(sync_engine.dispatch)
-            # Before the instrumentation of SQLAlchemy, which makes its span in a listener of the same event.
+            # This listener comes before the instrumentation of SQLAlchemy, which makes its span in the same event.
             listen_first(sync_engine, "before_cursor_execute", enter)
         if not is_new:
             return

@@ -94,7 +94,7 @@ def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
     try:
         signature = inspect.signature(policy)
     except TypeError:
-        # It cannot be called at all.
+        # The policy cannot be called at all.
         raise _refused(policy) from None
     except ValueError:
         # Some functions that are written in C have none.

@@ -47,7 +47,7 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 from ctxdb_core.events import EventListener
 
 if TYPE_CHECKING:
-    # It has defaults before Python 3.13; SQLAlchemy depends on it, and nothing here needs it when it runs.
+    # This `TypeVar` has defaults before Python 3.13. SQLAlchemy brings the package; no code here needs it at run time.
     from typing_extensions import TypeVar
 
     SessionT = TypeVar("SessionT", bound=AsyncSession, default=AsyncSession)
@@ -444,7 +444,7 @@ _INSTEAD = {
 }
 
 
-# By the engine inside, as two AsyncEngines may share it.
+# The keys are the engines inside, as two AsyncEngines may share one.
 _borrowed: WeakValueDictionary[Engine, DBConnect] = WeakValueDictionary()
 
 

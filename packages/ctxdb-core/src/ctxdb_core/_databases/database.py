@@ -1,4 +1,4 @@
-"""`Database`: what modules below `DBConnect` call it by."""
+"""`Database`: the name of `DBConnect` in the modules that it imports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["Database"]
 
 
 class Database:
-    """A database as the application knows it. There is one kind: `DBConnect`, from which its listeners are told."""
+    """A database as the application knows it. The only kind is `DBConnect`; modules below it name it by this class."""
 
     @property
     def host(self) -> str | None:

@@ -41,10 +41,10 @@ class Engines:
         self.target = target
         """Where the `DBConnect` leads now. It is read without the lock, and replaced as a whole while that is held."""
         self.resolve_commits = resolve_commits
-        # Event loops of several threads may use the same object.
+        # Guards `target` and what is beside it: event loops of several threads may use the same database.
         self._lock = threading.Lock()
         self._replacements: list[Replacement] = []
-        # Told of the engines of `overridden`, too.
+        # These listeners are told of the engines of blocks of `overridden`, too.
         self._observing_listeners: tuple[EngineListener, ...] = ()
 
     # --- the engine of the running event loop -------------------------------------------------------------------------

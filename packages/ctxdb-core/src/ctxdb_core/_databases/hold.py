@@ -47,7 +47,7 @@ class Hold:
         self._timer: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(limit, self._exceed)
 
     def end(self) -> None:
-        """The connection was given back."""
+        """Note that the connection was given back."""
         if self._timer is not None:
             self._timer.cancel()
             # Code that blocks the event loop keeps the timer from running.

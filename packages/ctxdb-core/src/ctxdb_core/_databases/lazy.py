@@ -57,7 +57,7 @@ def session_without_loop(engines: Engines, options: dict[str, Any]) -> AsyncSess
     """Return a session that is made before any event loop runs: it is on the engine of the loop that uses it.
 
     Args:
-        engines: those of its database.
+        engines: the engines of its database.
         options: options of this one session.
 
     Raises:

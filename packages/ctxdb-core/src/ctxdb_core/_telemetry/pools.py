@@ -63,7 +63,7 @@ class PoolFollower:
         self._key = f"ctxdb.taken.{id(self)}"
         # A database in memory has one engine for all event loops.
         self._engines: WeakSet[Engine] = WeakSet()
-        # The engines of several event loops may have one.
+        # The engines of several event loops may have one dialect.
         self._dialects: WeakSet[Dialect] = WeakSet()
         for db in self._dbs:
             db.on_engine(self._follow, overridden=True)

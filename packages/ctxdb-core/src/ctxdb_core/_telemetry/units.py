@@ -128,7 +128,7 @@ class UnitFollower:
     """
 
     def __init__(self, dbs: Iterable[DBConnect]) -> None:
-        # By the ids of their sessions, each of which has one transaction at a time.
+        # The keys are the ids of sessions, each of which has one transaction at a time.
         self._under_way: dict[int, FollowedTransaction] = {}
         self._stops = [db.on_event(self._hear) for db in check_databases(dbs)]
 

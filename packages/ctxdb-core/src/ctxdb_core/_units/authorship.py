@@ -38,7 +38,7 @@ def note_author(session: Session, clause: Any, author: object) -> None:
     """
     if only_reads(clause):
         return
-    # The statement is about to do so; the transaction tells its writers from those of one that has ended.
+    # The transaction begins now, as the statement is about to begin it: its writers are noted under it.
     begin_without_statement(session)
     writers = _writers(session)
     if writers is None:

@@ -111,7 +111,7 @@ class Callbacks:
         @event.listens_for(sync_session, "after_transaction_end")
         def ended(session: Session, transaction: SessionTransaction) -> None:
             if transaction.parent is None:
-                # Nothing waits any more where it was committed.
+                # Where the transaction was committed, no callback waits any more.
                 self.settle([db], Outcome.UNKNOWN if _take_lost_commit(session) else Outcome.ROLLED_BACK)
             elif transaction.nested:
                 self._roll_back_savepoint(db, transaction)
@@ -145,7 +145,7 @@ class Callbacks:
     def start(self) -> None:
         """Run the callbacks that are due, in a task."""
         if self._due:
-            # A task, as the callbacks are the user's code: they get a context of their own, and code that is cancelled
+            # Callbacks are the user's code. In a task, they get a context of their own, and code that is cancelled
             # while they run need not wait for them.
             due, self._due = self._due, []
             self._running = asyncio.create_task(_run(due, self._run_in_unit))

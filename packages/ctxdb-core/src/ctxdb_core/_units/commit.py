@@ -67,7 +67,7 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
                 finally:
                     _in_before_commit.reset(token)
             if len(sessions) > 1:
-                # What can be refused at once is refused before the first commit.
+                # A commit that is going to be refused is refused before the first commit of any session.
                 refuse_if_rollback_only(session.sync_session)
                 await session.flush()
 
@@ -121,5 +121,5 @@ def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBC
     message = f"ctxdb: the commit on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
     error.add_note(message)
     if isinstance(error, StatementError):
-        # SQLAlchemy's own errors show this in their text, too.
+        # SQLAlchemy's own errors show a detail in their text, too.
         error.add_detail(message)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _ASYNC_GENERATOR = inspect.CO_ASYNC_GENERATOR
 
-# What runs each step of a task, where the event loop is asyncio's own.
+# The function that runs each step of a task, where the event loop is asyncio's own.
 _EVENT_LOOP = Handle._run.__code__  # noqa: SLF001 - only compared with
 
 # Packages that step through generators to use them as context managers, however many yields those may have.
@@ -77,7 +77,7 @@ def _yields_of(code: CodeType) -> _Yields:
         if each.opname == "RESUME" and (each.arg or 0) & 3 == 1:
             offsets |= {before.offset, each.offset}
             yields += 1
-        # A loop ends by a jump back. So does what an `await` does with an error, which lies behind all other code.
+        # A loop ends by a jump back. So does the handling of an error in an `await`, which lies behind all other code.
         elif each.opcode in dis.hasjrel and each.argval < each.offset and before.opname != "CLEANUP_THROW":
             loops.append((each.argval, each.offset))
     in_loop = any(start <= offset <= end for offset in offsets for start, end in loops)
@@ -110,7 +110,7 @@ def iterated_generator() -> FrameType | None:
         if code.co_flags & _ASYNC_GENERATOR and _is_iterated(frame):
             return frame
         if code is _EVENT_LOOP:
-            # What comes next is no part of the task.
+            # The frames from here on are the event loop's, and no part of the task.
             return None
         frame = frame.f_back
     return None

@@ -92,7 +92,7 @@ def outer_unit(request: MutableMapping[str, Any] | None) -> UnitOfWork | None:
         unit = current_unit.get(None)
         if unit is None or not unit.shared or unit.closed:
             return None
-        # A server that runs on a thread of its own inherits it from the test, whose connection serves another loop.
+        # A server that runs on a thread of its own inherits the test's unit, whose connection serves another loop.
         unit.check_usable()
     return unit
 

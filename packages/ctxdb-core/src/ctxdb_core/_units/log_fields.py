@@ -28,5 +28,5 @@ class UnitFields(logging.Filter):
         return True
 
 
-# At import: what ctxdb warns of is looked for by the unit of work that it happened in.
+# At import: users look for ctxdb's own warnings by the unit of work that these happened in.
 logging.getLogger("ctxdb").addFilter(UnitFields())

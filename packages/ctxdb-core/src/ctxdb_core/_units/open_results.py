@@ -29,7 +29,7 @@ async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
         await session.flush()
         has_written = await _has_written(session)
     except DBAPIError:
-        # The commit says what is wrong with the transaction.
+        # The commit that follows says what is wrong with the transaction.
         return False
     if has_written and not ends_body:
         raise OpenCursorError
@@ -55,7 +55,7 @@ async def has_only_read(session: AsyncSession) -> bool:
     try:
         return not await _has_written(session)
     except DBAPIError:
-        # The transaction is aborted: its end says so.
+        # The transaction is aborted: the error of its end says so.
         return False
 
 

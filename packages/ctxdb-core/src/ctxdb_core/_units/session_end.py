@@ -54,7 +54,7 @@ def commit(session: AsyncSession) -> Coroutine[Any, Any, None]:
 
 
 async def _commit_in_turn(session: AsyncSession, door: Door) -> None:
-    # No other task enters a block in between, which the commit would be refused for.
+    # In one turn: a block that another task enters in between would have the commit refused.
     async with door.turn():
         await commit(session)
 
@@ -178,7 +178,7 @@ def ends_without_io(session: AsyncSession) -> bool:
 
 
 def _closes_plainly(session: AsyncSession) -> bool:
-    # A session of no unit may be of another class.
+    # A session that belongs to no unit may be of another class.
     return isinstance(session, DoorSession) and session.closes_plainly and guard_of(session).closes_plainly
 
 
@@ -197,7 +197,7 @@ def may_be_closed(session: AsyncSession, exc: BaseException | None) -> bool:
     if not in_transaction(session) or not sync_session.has_written():
         return True
     if all(is_autocommit(connection) for connection in begun_connections(session)) and begun_connections(session):
-        # Each statement has been committed by itself.
+        # In autocommit, each statement has been committed by itself: closing loses nothing.
         return True
     if exc is None:
         raise SessionOwnedError

@@ -48,7 +48,7 @@ async def db_session(db: DBConnect[SessionT]) -> SessionT:
     try:
         return _get_current_unit().sessions[db]  # type: ignore[return-value]  # `db` has made it; a cast would cost time
     except (LookupError, TypeError):
-        # No unit of work, or no session on `db` yet, or no database at all: kept out of the way of the common case.
+        # There is no unit of work, no session on `db` yet, or `db` is no database: the common case checks none of this.
         pass
     return cast("SessionT", await unit_for(db).open_session(db))
 

@@ -35,9 +35,10 @@ NO_SETTINGS = UnitSettings()
 
 
 def changing(**changes: Any) -> Callable[[Any], Any]:
-    """Return a function that, given settings, returns such with `changes`: one object for all that are given the same.
+    """Return a function that returns the settings which it is given, with `changes`.
 
-    For adapters that are told something which holds for each of their requests.
+    All units with the same settings get the same object, so that an adapter can change something for each of its
+    requests without making an object for each.
     """
     known: tuple[UnitSettings | None, UnitSettings] = (None, NO_SETTINGS)
 

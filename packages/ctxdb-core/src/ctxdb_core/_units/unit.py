@@ -91,8 +91,8 @@ class UnitOfWork(UnitTransactions):
         try:  # noqa: SIM105 - `suppress` takes a third of what an idle request costs
             current_unit.reset(self.token)
         except (ValueError, RuntimeError):
-            # It was entered in another context (a task of its own, an async generator fixture), which went with its
-            # variables. Or it was left already: an adapter may finalize twice.
+            # The unit was entered in another context (a task of its own, an async generator fixture), which has gone
+            # with its variables. Or the unit was left already: an adapter may finalize twice.
             pass
 
     async def _run_in_unit(self, fn: Callable[[], Awaitable[None]]) -> None:

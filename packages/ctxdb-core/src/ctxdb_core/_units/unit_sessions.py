@@ -40,13 +40,13 @@ class UnitSessions:
         before_commit: awaited with each session that is about to be committed.
     """
 
-    # A kind of unit says by these what it is. They are never set on a unit.
+    # These two tell what kind of unit a class is. They are never set on an object.
     shared: ClassVar[bool] = False
     """Whether a middleware may join the unit when it finds it in its context: only a test harness may wish that."""
     autocommit: ClassVar[bool] = False
     """Whether its sessions have no transactions: each statement is committed by itself."""
 
-    # Defaults are the class's: a request that uses no database pays for what it sets.
+    # The class has the defaults, as a request without database use pays for each attribute that is set on its unit.
     settings: UnitSettings = NO_SETTINGS
     """What the unit was told when it was opened."""
     hooks: UnitHooks | None = None

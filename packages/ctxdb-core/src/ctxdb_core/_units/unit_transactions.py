@@ -200,7 +200,7 @@ class UnitTransactions(UnitSessions):
 
     def _leave_blocks(self, dbs: Collection[DBConnect] | None) -> None:
         if dbs is None:
-            # The response starts inside of a dependency's block, for instance, and a background task works on in it.
+            # A response may start inside of a dependency's block, for instance, in which a background task works on.
             for session in self.sessions.values():
                 session_end.leave_blocks(session)
 
@@ -224,7 +224,7 @@ class UnitTransactions(UnitSessions):
                 # The unit of work has ended meanwhile, and has closed the session.
                 if not self.closed:
                     raise
-            # After an error, the end of the unit tries again.
+            # After an error, the session stays in `closing`, and the end of the unit tries again.
             registration.closing = tuple(each for each in registration.closing if each is not session)
 
     def finish_idle(self) -> bool:
@@ -269,7 +269,7 @@ class UnitTransactions(UnitSessions):
                 await self.commit()
                 if self.finish_idle():
                     return
-                # A call of another task has come in between.
+                # A call of another task has come in between, and begun a transaction.
                 await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
@@ -314,7 +314,7 @@ class UnitTransactions(UnitSessions):
         except BaseException:
             self._settle(dbs, Outcome.ROLLED_BACK)
             raise
-        # Where there was nothing to commit, the commit has succeeded as well.
+        # A commit with nothing to commit has succeeded as well.
         self._settle(dbs, Outcome.COMMITTED)
 
     async def _roll_back(

@@ -60,9 +60,9 @@ class Body:
     users: frozenset[ref[Any]] = frozenset()
     """The tasks that have used a session while the body was not complete, and go on."""
     has_cancelled_user: bool = False
-    """Whether one of them was cancelled."""
+    """Whether a task that has used a session was cancelled."""
     has_ended_user: bool = False
-    """Whether one of them has ended otherwise."""
+    """Whether a task that has used a session has ended otherwise."""
 
     def __init__(self, *senders: ref[Any]) -> None:
         self.senders: Collection[ref[Any]] = senders

@@ -45,7 +45,7 @@ class Refusal(NamedTuple):
     """A response that was refused, as its transactions could not be ended."""
 
     error: Exception | None
-    """Why they could not."""
+    """Why the transactions could not be ended."""
     can_be_answered: bool
     """Whether another response can be sent for the error."""
 
@@ -70,7 +70,7 @@ class Exchange(RequestUnit):
     origin: Scope
     """The scope of the request, as the application has left it."""
     phase: Phase = Phase.HANDLING
-    """Where the response is on its way."""
+    """The phase that the request is in."""
     is_idle: bool
     """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
     server: Send
@@ -113,7 +113,7 @@ class Exchange(RequestUnit):
         """Forward nothing more of the response, as `error` has kept its transactions from being ended.
 
         Args:
-            error: why not.
+            error: why they could not be ended.
             can_be_answered: whether another response can be sent for `error`. There is one such answer at the most.
         """
         self.move_to(Phase.REFUSED)

@@ -119,8 +119,8 @@ class HTTPExchange(Exchange):
         try:
             await self.settle(status)
         finally:
-            # Also if the task is cancelled, as it is when the client has gone. The framework swallows that, and goes on
-            # with background work, which is committed like that of any response.
+            # The phase changes also if the task is cancelled, as it is when the client has gone. The framework swallows
+            # that, and goes on with background work, which is committed like that of any response.
             if self.phase in _NOT_STARTED:
                 self.move_to(Phase.BODY)
         if self.body is None:
@@ -145,7 +145,7 @@ class HTTPExchange(Exchange):
         self.move_to(Phase.OVERRULED)
         body.is_complete = True
         await body.recover(self)
-        # The body of the error is another one.
+        # The error has a body of its own.
         self._follow(Body(running_task()))
         await wait_for_calls(self.sessions.values())
         await self.roll_back()
@@ -231,14 +231,14 @@ class HTTPExchange(Exchange):
         self.is_idle = False
         if self.phase is Phase.HANDLING:
             if self.settings.middleware.has_boundary:
-                # What middlewares do on the way to the boundary is noted, too.
+                # The statements of middlewares outside of the boundary are noted, too.
                 follow_calls(self)
         elif self.phase in _STARTED and self.body is None:
             self.body = Body()
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher) -> None:
-        # Its end is to be told, also if there is nothing else to end.
+        # The watcher is to be told of the end, also if there is nothing else to end.
         self.is_idle = False
         super().watch(watcher)
 
@@ -263,7 +263,7 @@ class HTTPExchange(Exchange):
             assert calls is not None
             calls.observe(session, clause)
             if not is_of_handler:
-                # It is the work of a middleware, and is committed with the start.
+                # A statement outside of the handler is a middleware's, and is committed with the start.
                 return
         body.note_use(self)
 
