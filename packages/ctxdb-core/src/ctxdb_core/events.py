@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sqlalchemy import Connection
-
-from ctxdb_core._databases.database import Database
 
 __all__ = [
     "DBEvent",
@@ -36,8 +34,8 @@ __all__ = [
 class DBEvent:
     """The base of all events."""
 
-    db: Database = field(repr=False)
-    """The `DBConnect` that it happened on."""
+    db: Any = field(repr=False)
+    """The `DBConnect` that it happened on. That imports this module, so no type says so here."""
     host: str
     """The host that the session is on, also after `DBConnect.change_host`; without any password."""
     session_id: int
