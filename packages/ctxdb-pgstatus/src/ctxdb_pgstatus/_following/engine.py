@@ -352,16 +352,14 @@ class FollowedEngine:
         error = context.original_exception
         if not isinstance(error, context.dialect.loaded_dbapi.Error):
             return
-        if connection is None:
+        if connection is not None and (connection.closed or connection.invalidated):
+            return
+        state = None if connection is None else state_of(connection)
+        if connection is None or state is None:
             # While the first connection is asked for the server's version and the like.
             if context.is_disconnect:
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, error)
-            return
-        if connection.closed or connection.invalidated:
-            return
-        state = state_of(connection)
-        if state is None:
             return
         adapted: Any = connection.connection.dbapi_connection
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
