@@ -131,24 +131,29 @@ async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_w
             await write_number(db, 1)
 
 
-async def test_a_connection_that_breaks_while_it_is_asked_for_its_server_is_an_unreachable_host(
-    cluster: PostgresCluster,
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_connection_that_breaks_while_it_is_made_ready_is_an_unreachable_host(
+    cluster: PostgresCluster, driver: str
 ) -> None:
     kill = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid = $1"
     name = f"{cluster.primary.host}:{cluster.port}"
-    async with monitor_of(cluster, hosts=[name]) as monitor, following(follow_master(monitor)) as db:
+    async with (
+        monitor_of(cluster, hosts=[name]) as monitor,
+        following(follow_master(monitor), driver) as db,
+        new_non_ctx_session(db) as session,
+    ):
         # SQLAlchemy asks the first one for the server's version.
-        async with new_non_ctx_session(db) as session:
-            await session.execute(select(NUMBERS))
-            engine = (await db.engine()).sync_engine
+        await session.execute(select(NUMBERS))
+        engine = (await db.engine()).sync_engine
 
-            def break_off(dbapi_connection: Any, record: object) -> None:
-                pid = dbapi_connection.driver_connection.get_server_pid()
-                await_only(cluster.primary.execute(kill, pid))
+        def break_off(dbapi_connection: Any, record: object) -> None:
+            connection = dbapi_connection.driver_connection
+            pid = connection.get_server_pid() if driver == "asyncpg" else connection.info.backend_pid
+            await_only(cluster.primary.execute(kill, pid))
 
-            event.listen(engine, "connect", break_off, insert=True)
-            with pytest.raises(HostUnreachableError, match="has not accepted a connection") as raised:
-                await write_number(db, 1)
+        event.listen(engine, "connect", break_off, insert=True)
+        with pytest.raises(HostUnreachableError, match="has not accepted a connection") as raised:
+            await write_number(db, 1)
     assert raised.value.__cause__ is not None
     assert raised.value.retryable
 

@@ -211,6 +211,10 @@ class FollowedEngine:
             if wait.interrupted:
                 wait.end()
                 raise _HostLeftError(self.host) from exc
+            if self._is_of_driver(exc):
+                # What a new connection is told and asked before it is handed out is told past `handle_error`.
+                self._follower.report_failure(self.host)
+                raise _unreachable(self.host, exc) from exc
             raise
         finally:
             self._waits.discard(wait)
@@ -225,6 +229,12 @@ class FollowedEngine:
         if self._follower.guard is not None:
             self._follower.guard.begin(connection)
         return connection
+
+    def _is_of_driver(self, error: Exception) -> bool:
+        """Return whether an error was raised by the driver, as its own or as that of its adapter, or by the network."""
+        dialect = self._sync_engine.dialect
+        package = type(error).__module__.partition(".")[0]
+        return isinstance(error, (OSError, dialect.loaded_dbapi.Error)) or package == dialect.driver
 
     def _check_server(
         self, connection: PoolProxiedConnection, state: ConnectionState, positions: Positions | None
