@@ -321,6 +321,21 @@ async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: F
 
 
 @both_drivers
+async def test_a_connection_that_breaks_while_a_result_is_streamed_is_reported(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with new_non_ctx_session(master) as session:
+        result = await session.stream(text("SELECT generate_series(1, 100000)"))
+        await result.fetchmany(10)
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(ConnectionLostError, match="Nothing of it is stored") as raised:
+            async for _ in result:
+                pass
+    assert source.failures == ["n1"]
+    assert raised.value.__cause__ is not None
+
+
+@both_drivers
 async def test_a_connection_that_breaks_while_a_write_is_committed_leaves_the_outcome_unknown(
     master: DBConnect, hosts: Hosts, database: Database
 ) -> None:

@@ -360,7 +360,7 @@ class FollowedEngine:
         """Raise an error of this package's own in the place of one that tells of the host, not of the statement."""
         connection = context.connection
         error = context.original_exception
-        if not isinstance(error, context.dialect.loaded_dbapi.Error):
+        if not isinstance(error, Exception) or not self._is_of_driver(error):
             return
         if connection is not None and (connection.closed or connection.invalidated):
             return
@@ -372,6 +372,9 @@ class FollowedEngine:
                 raise _unreachable(self.host, error)
             return
         adapted: Any = connection.connection.dbapi_connection
+        if not isinstance(error, context.dialect.loaded_dbapi.Error) and not driver.is_open(adapted.driver_connection):
+            # A streamed result is read past asyncpg's adapter.
+            context.is_disconnect = True
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
             # A transaction that the user has made read-only is refused with the same code. A replica that is asked to
             # write is what it should be.
