@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 from tests.support.database import Database, eventually, insert
@@ -285,6 +285,30 @@ async def test_a_refused_connection_is_reported(database: Database, source: Fake
 
 
 @both_drivers
+async def test_a_connection_that_breaks_while_its_server_is_asked_for_its_version_is_none(
+    database: Database, source: FakeSource
+) -> None:
+    hosts = Hosts(database)
+
+    def create_engine(host: str) -> AsyncEngine:
+        engine = hosts(host)
+        event.listen(
+            engine.sync_engine,
+            "connect",
+            lambda *args: database.terminate_backends("application_name = 'n1'"),
+            insert=True,
+        )
+        return engine
+
+    async with DBConnect(create_engine, before_create_session_handler=follow_master(source)) as db:
+        with pytest.raises(HostUnreachableError, match="'n1' has not accepted a connection") as raised:
+            await host_of(db)
+    assert raised.value.__cause__ is not None
+    assert raised.value.retryable
+    assert source.failures == ["n1"]
+
+
+@both_drivers
 async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
     async with new_non_ctx_session(master) as session:
         await session.scalar(HOST)
@@ -294,6 +318,21 @@ async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: F
     assert source.failures == ["n1"]
     assert isinstance(raised.value.__cause__, (await master.engine()).dialect.loaded_dbapi.Error)
     assert raised.value.retryable
+
+
+@both_drivers
+async def test_a_connection_that_breaks_while_a_result_is_streamed_is_reported(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
+    async with new_non_ctx_session(master) as session:
+        result = await session.stream(text("SELECT generate_series(1, 100000)"))
+        await result.fetchmany(10)
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(ConnectionLostError, match="Nothing of it is stored") as raised:
+            async for _ in result:
+                pass
+    assert source.failures == ["n1"]
+    assert raised.value.__cause__ is not None
 
 
 @both_drivers

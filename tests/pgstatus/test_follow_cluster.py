@@ -25,7 +25,7 @@ from tests.support.followers import (
     until,
     write_number,
 )
-from tests.support.hosts import FakeSource
+from tests.support.hosts import FakeSource, ForgettableSidecar
 from tests.support.sidecar import serve_sidecar
 
 from ctxdb_core import db_session, new_non_ctx_session
@@ -33,9 +33,11 @@ from ctxdb_pgstatus import (
     ConnectionLostError,
     HostMonitor,
     HostUnreachableError,
+    KnownMaster,
     MasterChangedError,
     NoMasterError,
     PgStatusClient,
+    SidecarError,
     follow_master,
     follow_replica,
 )
@@ -104,6 +106,16 @@ async def test_a_commit_on_a_host_that_another_one_was_promoted_over_is_answered
 async def _none_left(engines: Engines, host: str, cluster: PostgresCluster) -> bool:
     (node,) = [node for node in cluster.nodes if node.host == host]
     return await engines.left_on(node) == 0
+
+
+async def test_a_standby_does_not_confirm_a_commit_by_itself(cluster: PostgresCluster, engines: Engines) -> None:
+    standby = cluster.standbys[0]
+    # The sidecar is away, and took it for the master; what is sent as text may have written something.
+    away = ForgettableSidecar(master=standby.host, error=SidecarError("away"), known=KnownMaster(standby.host, None))
+    async with following(engines, follow_master(away)) as db, new_non_ctx_session(db) as session:
+        await session.execute(text("SELECT 1"))
+        with pytest.raises(MasterChangedError):
+            await session.commit()
 
 
 async def test_a_commit_on_a_host_that_was_frozen_and_thawed_raises(

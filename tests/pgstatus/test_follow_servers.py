@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, func, insert, select
+from sqlalchemy import URL, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
 from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
 from tests.support.monitors import HOUR, monitor_of, until
 from tests.support.proxy import Proxy
@@ -24,6 +25,7 @@ from ctxdb_pgstatus import (
     FollowHandler,
     HostAddress,
     HostMonitor,
+    HostUnreachableError,
     MasterChangedError,
     NoMasterError,
     PgStatusClient,
@@ -127,6 +129,33 @@ async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_w
         await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
         with pytest.raises(NoMasterError):
             await write_number(db, 1)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_connection_that_breaks_while_it_is_made_ready_is_an_unreachable_host(
+    cluster: PostgresCluster, driver: str
+) -> None:
+    kill = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid = $1"
+    name = f"{cluster.primary.host}:{cluster.port}"
+    async with (
+        monitor_of(cluster, hosts=[name]) as monitor,
+        following(follow_master(monitor), driver) as db,
+        new_non_ctx_session(db) as session,
+    ):
+        # SQLAlchemy asks the first one for the server's version.
+        await session.execute(select(NUMBERS))
+        engine = (await db.engine()).sync_engine
+
+        def break_off(dbapi_connection: Any, record: object) -> None:
+            connection = dbapi_connection.driver_connection
+            pid = connection.get_server_pid() if driver == "asyncpg" else connection.info.backend_pid
+            await_only(cluster.primary.execute(kill, pid))
+
+        event.listen(engine, "connect", break_off, insert=True)
+        with pytest.raises(HostUnreachableError, match="has not accepted a connection") as raised:
+            await write_number(db, 1)
+    assert raised.value.__cause__ is not None
+    assert raised.value.retryable
 
 
 # --- names that move --------------------------------------------------------------------------------------------------

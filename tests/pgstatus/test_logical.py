@@ -11,6 +11,7 @@ from sqlalchemy import URL, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.followers import NUMBERS
 from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
+from tests.support.proxy import Proxy
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor, follow_master, follow_replica
@@ -224,6 +225,17 @@ async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(
         await publishing.wait_for_replay()
         await monitor.poll()
         assert await monitor.find_replica(min_position=position) == address(publishing.standbys[0])
+
+
+async def test_no_commit_waits_for_a_subscriber(publishing: PostgresCluster, subscriber: PostgresNode) -> None:
+    await grant_progress(subscriber)
+    primary = address(publishing.primary)
+    async with Proxy(subscriber) as slow:
+        options = {"hosts": [primary, slow.host], "subscribers": [slow.host], "connect_timeout": HOUR}
+        async with monitor_of(publishing, **options) as monitor:
+            slow.delay = HOUR
+            async with asyncio.timeout(PATIENCE):
+                assert await monitor.confirm_master(primary)
 
 
 async def test_a_subscription_of_something_else_makes_no_replica(

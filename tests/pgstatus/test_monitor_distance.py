@@ -204,6 +204,20 @@ async def test_a_commit_waits_no_longer_than_usual_for_a_host_that_hangs(cluster
                 assert await monitor.confirm_master(cluster.primary.host)
 
 
+async def test_no_commit_waits_for_a_host_that_has_just_failed(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.standbys[0]) as failing:
+        hosts = [cluster.primary.host, failing.host]
+        async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
+            watch = monitor._members[failing.host].watch
+            # The first attempt fails; the next one hangs.
+            failing.refusals, failing.blocked = 1, True
+            failing.drop()
+            await eventually(lambda: watch.failures == 1, "it has not failed")
+            async with asyncio.timeout(PATIENCE):
+                assert await monitor.confirm_master(cluster.primary.host)
+            assert watch.alive
+
+
 async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_standby(
     cluster: PostgresCluster,
 ) -> None:

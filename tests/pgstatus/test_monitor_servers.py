@@ -241,6 +241,16 @@ async def test_of_two_clusters_with_as_many_hosts_the_first_of_the_list_is_meant
         assert monitor.master() == (address(cluster.primary) if first else address(stranger))
 
 
+async def test_no_commit_waits_for_a_host_of_another_cluster(cluster: PostgresCluster, stranger: PostgresNode) -> None:
+    async with Proxy(stranger) as slow:
+        hosts = [*(address(node) for node in cluster.nodes), slow.host]
+        async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
+            assert status_by_name(monitor, slow.host).fault == "stranger"
+            slow.delay = HOUR
+            async with asyncio.timeout(PATIENCE):
+                assert await monitor.confirm_master(address(cluster.primary))
+
+
 async def test_the_standby_of_another_cluster_gets_no_reads(cluster: PostgresCluster) -> None:
     other = PostgresCluster(hosts=["127.0.0.22", "127.0.0.23"])
     async with other:

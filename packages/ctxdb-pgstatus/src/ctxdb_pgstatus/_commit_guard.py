@@ -73,8 +73,13 @@ class ConnectionState:
 
 
 def state_of(connection: Connection | PoolProxiedConnection) -> ConnectionState | None:
-    """Return what is known of a connection; ``None`` if it is not one to a host of the cluster."""
-    return connection.info.get(_STATE)
+    """Return what is known of a connection; ``None`` if it is not one to a host of the cluster, or is not made yet."""
+    try:
+        info = connection.info
+    except NotImplementedError:
+        # SQLAlchemy asks the first connection for the server's version before its pool has it.
+        return None
+    return info.get(_STATE)
 
 
 class CommitGuard:

@@ -221,6 +221,10 @@ class FollowedEngine:
             if wait.interrupted:
                 wait.end()
                 raise _HostLeftError(self.host) from exc
+            if self._is_of_driver(exc):
+                # What a new connection is told and asked before it is handed out is told past `handle_error`.
+                self._follower.report_failure(self.host)
+                raise _unreachable(self.host, exc) from exc
             raise
         finally:
             self._waits.discard(wait)
@@ -235,6 +239,12 @@ class FollowedEngine:
         if self._follower.guard is not None:
             self._follower.guard.begin(connection)
         return connection
+
+    def _is_of_driver(self, error: Exception) -> bool:
+        """Return whether an error was raised by the driver, as its own or as that of its adapter, or by the network."""
+        dialect = self._sync_engine.dialect
+        package = type(error).__module__.partition(".")[0]
+        return isinstance(error, (OSError, dialect.loaded_dbapi.Error)) or package == dialect.driver
 
     def _check_server(
         self, connection: PoolProxiedConnection, state: ConnectionState, positions: Positions | None
@@ -358,20 +368,21 @@ class FollowedEngine:
         """Raise an error of this package's own in the place of one that tells of the host, not of the statement."""
         connection = context.connection
         error = context.original_exception
-        if not isinstance(error, context.dialect.loaded_dbapi.Error):
+        if not isinstance(error, Exception) or not self._is_of_driver(error):
             return
-        if connection is None:
+        if connection is not None and (connection.closed or connection.invalidated):
+            return
+        state = None if connection is None else state_of(connection)
+        if connection is None or state is None:
             # While the first connection is asked for the server's version and the like.
             if context.is_disconnect:
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, error)
             return
-        if connection.closed or connection.invalidated:
-            return
-        state = state_of(connection)
-        if state is None:
-            return
         adapted: Any = connection.connection.dbapi_connection
+        if not isinstance(error, context.dialect.loaded_dbapi.Error) and not driver.is_open(adapted.driver_connection):
+            # A streamed result is read past asyncpg's adapter.
+            context.is_disconnect = True
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
             # A transaction that the user has made read-only is refused with the same code. A replica that is asked to
             # write is what it should be.
