@@ -87,6 +87,9 @@ class UnitOfWork:
     autocommit = False
     """Whether its sessions have no transactions: each statement is committed by itself."""
 
+    is_block = False
+    """Whether it is one block of the user's, which is committed or undone as a whole, as that of `transactional` is."""
+
     calls: HandlerCalls | None = None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
     statement_timeout: StatementTimeout | None = None
