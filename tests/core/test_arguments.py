@@ -199,6 +199,12 @@ def test_a_database_that_is_made_in_a_wrong_way_says_how_to_make_it(
     assert "secret" not in str(caught.value)
 
 
+async def test_options_of_engines_and_sessions_alike_are_the_engines(database: Database) -> None:
+    options: dict[str, Any] = {"execution_options": {"logging_token": "shop"}, "future": True}
+    async with DBConnect.from_url(database.url, **options) as db:
+        assert (await db.engine()).get_execution_options()["logging_token"] == "shop"
+
+
 async def test_a_host_that_is_no_string_is_told() -> None:
     with pytest.raises(ArgumentTypeError, match="an int is given as the host"):
         await DBConnect(lambda host: create_async_engine(URL)).connect(5)  # type: ignore[arg-type]  # which is the mistake

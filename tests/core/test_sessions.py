@@ -930,6 +930,45 @@ async def test_a_savepoint_without_an_open_transaction_is_a_transaction(db: DBCo
 
 
 @KINDS
+@pytest.mark.parametrize("block", ["atomic", "transactional", "attempt", "joined"])
+async def test_a_savepoint_is_undone_with_the_block_around_it_also_before_its_first_statement(
+    db: DBConnect, database: Database, block: str
+) -> None:
+    async def work() -> None:
+        async with atomic_db_session(db, "savepoint"):
+            await insert(db, "one")
+        raise LookupError
+
+    async def atomic() -> None:
+        async with new_db_ctx(), atomic_db_session(db):
+            await work()
+
+    async def joined() -> None:
+        async with new_db_ctx(), transactional(db):
+            await work()
+
+    blocks = {
+        "atomic": atomic,
+        "transactional": transactional(db)(work),
+        "attempt": retry_on_conflict()(work),
+        "joined": joined,
+    }
+    with pytest.raises(LookupError):
+        await blocks[block]()
+    assert await database.names() == []
+
+
+@KINDS
+async def test_a_savepoint_in_the_block_of_another_database_is_a_transaction(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx(), atomic_db_session(second_db):
+        async with atomic_db_session(db, "savepoint"):
+            await insert(db, "one")
+        assert await database.names() == ["one"]
+
+
+@KINDS
 @pytest.mark.parametrize("mode", ["commit", "rollback", "append", "savepoint"])
 async def test_blocks_of_two_tasks_do_not_share_the_transaction_of_a_unit(
     db: DBConnect, database: Database, mode: CurrentTransaction

@@ -45,7 +45,8 @@ async def atomic_db_session(
             - ``"append"``: go on in it, and commit all of it at the end of the block;
             - ``"raise"`` an error;
             - ``"savepoint"``: go on in it behind a savepoint, to which an error rolls back; it stays open after the
-              block. Without an open transaction, the block gets one of its own.
+              block. Without an open transaction, the block gets one of its own; but inside of a block that is a
+              transaction, it is a savepoint in that, also if no statement has been made yet.
         isolation_level: of the block's transaction alone, which takes its connection when the block begins. To go on in
             a transaction that is open, it must have this level already.
         read_only: have the database refuse writes, in the block's transaction alone; to go on in a transaction that is
@@ -124,10 +125,10 @@ async def transaction_on_session(
     Raises:
         BaseException: as `atomic_db_session`.
     """
+    # A savepoint would nest in the block of the mere session, which commits nothing.
+    mode: CurrentTransaction = "savepoint" if in_transaction(session) else "append"
     with OuterCommit(unit, session) as owes_commit:
-        async with atomic_db_session(
-            db, "savepoint", isolation_level=options.isolation_level, read_only=options.read_only
-        ):
+        async with atomic_db_session(db, mode, isolation_level=options.isolation_level, read_only=options.read_only):
             if not in_transaction(session):
                 await session.begin()
             yield

@@ -127,6 +127,14 @@ def _begin(place: Place) -> Answer:
     return Begin(place.usable_unit)
 
 
+def _begin_or_nest(place: Place) -> Answer:
+    """Begin a transaction; but nest in that of a block around, which begins with the next statement.
+
+    Otherwise this block would end the transaction of the one around it, in which no statement has been made.
+    """
+    return Nest(place.usable_unit) if place.is_in_block else Begin(place.usable_unit)
+
+
 def _commit_begin(place: Place) -> Answer:
     return Begin(place.usable_unit, "commit")
 
@@ -241,7 +249,7 @@ _TABLE: dict[Block, tuple[_Cell, ...]] = {
     Block.ATOMIC_ROLLBACK:  (_undo_begin,   _begin,   _undo_begin,   _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.ATOMIC_APPEND:    (_begin,        _begin,   _begin,        _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.ATOMIC_RAISE:     (_begun,        _begin,   _begun,        _begin,        _autocommit,     *_NEEDS_UNIT),
-    Block.ATOMIC_SAVEPOINT: (_nest,         _begin,   _nest,         _begin,        _autocommit,     *_NEEDS_UNIT),
+    Block.ATOMIC_SAVEPOINT: (_nest,  _begin_or_nest,  _nest,         _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.SESSION:          (_join,         _join,    _join,         _join,         _join,           *_OR_OWN),
     Block.TRANSACTION:      (_nest,         _nest,    _begin,        _begin,        _autocommit,     *_OR_OWN),
     Block.NOT_NESTED:       (_no_nesting,   _nest,    _no_nesting,   _begin,        _autocommit,     *_OR_OWN),

@@ -58,11 +58,13 @@ class Place:
         db: the database that the block is about.
         unit: the unit of work that was found, if any: also one that the running code may not use.
         why_not: why it may not use the unit; ``None`` if it may.
+        is_in_block: whether it is inside of a block on that database which is a transaction of the unit.
     """
 
     db: DBConnect
     unit: UnitOfWork | None
     why_not: Found | None
+    is_in_block: bool
 
     @property
     def found(self) -> Found:
@@ -105,7 +107,9 @@ def find(db: DBConnect, *, about_it_alone: bool = False) -> Place:
             unit = unit.outer
     elif unit is not None:
         unit = unit.of(db)
-    return Place(db, unit, None if unit is None else _why_not(unit))
+    if unit is None:
+        return Place(db, None, None, is_in_block=False)
+    return Place(db, unit, _why_not(unit), unit.is_block or is_in_block_of(unit, db))
 
 
 def unit_around() -> UnitOfWork | None:

@@ -25,7 +25,7 @@ class JoinedBlock:
     def __init__(self, unit: UnitOfWork, db: DBConnect) -> None:
         self.unit: UnitOfWork | None = unit
         """``None`` when the block is over."""
-        self._db = db
+        self.db = db
         self._outer = _around.get()
 
     def __enter__(self) -> None:
@@ -46,9 +46,14 @@ _around: ContextVar[tuple[JoinedBlock, ...]] = ContextVar("ctxdb_blocks", defaul
 """The blocks that the running code is in. Tasks inherit it: some of them may be over."""
 
 
-def is_in_block_of(unit: UnitOfWork) -> bool:
-    """Return whether the running code is inside of a block that goes on, and has joined a transaction of `unit`."""
-    return any(block.unit is unit for block in _around.get())
+def is_in_block_of(unit: UnitOfWork, db: DBConnect | None = None) -> bool:
+    """Return whether the running code is inside of a block that goes on, and has joined a transaction of `unit`.
+
+    Args:
+        unit: the unit of work.
+        db: on which database; on any by default.
+    """
+    return any(block.unit is unit and (db is None or block.db is db) for block in _around.get())
 
 
 class SharedSessionBlock(JoinedBlock):
@@ -99,7 +104,7 @@ class SharedSessionBlock(JoinedBlock):
 
     def __enter__(self) -> None:
         if self._generator is not None and self._ends_work:
-            self._current = IteratedUnit(current_unit.get(), self._generator, shares=self._db)
+            self._current = IteratedUnit(current_unit.get(), self._generator, shares=self.db)
             self._current.enter()
         super().__enter__()
 
@@ -111,7 +116,7 @@ class SharedSessionBlock(JoinedBlock):
 
     def is_by(self, other: SharedSessionBlock) -> bool:
         """Return whether this block and `other` are of the same task, and on the same database."""
-        return self._db is other._db and self._task is other._task
+        return self.db is other.db and self._task is other._task
 
     def is_around(self) -> bool:
         """Return whether this block of the running task is around its code, and not around a generator's ``yield``."""
@@ -119,7 +124,7 @@ class SharedSessionBlock(JoinedBlock):
 
     def is_beside(self, other: SharedSessionBlock) -> bool:
         """Return whether this block is another task's, which goes on while that of `other` does."""
-        if self._db is not other._db or self._task is other._task or self in other._outer:
+        if self.db is not other.db or self._task is other._task or self in other._outer:
             return False
         # A framework enters what a handler depends on in tasks that end before the handler begins.
         return self._task is not None and not self._task.done()

@@ -32,6 +32,8 @@ class UnitOfWork(UnitTransactions):
     token: Token[Any] | None
     _id: str | None = None
     """The unit's name, once it was asked for."""
+    is_block: bool = False
+    """Whether it is one block of the user's, which is committed or undone as a whole, as that of `transactional` is."""
 
     @classmethod
     def ended(cls) -> UnitOfWork:
