@@ -160,6 +160,14 @@ class _FirstUses(ABC):
         """Look after the connections of the engine from now on."""
         event.listen(engine, "connect", self._note_new)
         event.listen(engine, "checkout", self._check)
+        event.listen(engine, "engine_disposed", self._close)
+
+    def _close(self, engine: Engine) -> None:
+        # Connections that are opened later make another one.
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+            self.may_be_gone = _maybe
 
     def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         number = self._check_of(dbapi_connection, record).number
