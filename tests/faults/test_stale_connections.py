@@ -160,6 +160,17 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     assert await _pid(far) == await _pid(far)
 
 
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.HALF_CLOSE])
+async def test_a_connection_is_replaced_however_it_was_lost_with_its_begin(
+    far: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    await _pid(far)
+    network.fail(Point.BEGIN, fault)
+    await _write_row(far)
+    assert network.failed.is_set()
+    assert await database.names() == ["a"]
+
+
 async def test_a_closed_connection_is_replaced_before_rows_are_sent_right_behind_its_begin(
     db: DBConnect, database: Database
 ) -> None:
