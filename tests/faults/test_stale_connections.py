@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +160,17 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
     assert await _pid(far) == await _pid(far)
 
 
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.HALF_CLOSE])
+async def test_a_connection_is_replaced_however_it_was_lost_with_its_begin(
+    far: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
+) -> None:
+    await _pid(far)
+    network.fail(Point.BEGIN, fault)
+    await _write_row(far)
+    assert network.failed.is_set()
+    assert await database.names() == ["a"]
+
+
 async def test_a_closed_connection_is_replaced_before_rows_are_sent_right_behind_its_begin(
     db: DBConnect, database: Database
 ) -> None:
@@ -295,6 +308,23 @@ async def test_listeners_of_the_engine_see_the_connection_that_replaces_another(
     database.terminate_backends()
     await _pid(db)
     assert len(seen) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own way to ask several sockets at once")
+async def test_an_engine_that_was_disposed_of_keeps_no_descriptor(db: DBConnect, database: Database) -> None:
+    before = _epolls()
+    for _ in range(2):
+        await _fill_pool(db)
+        assert _epolls() == before + 1
+        database.terminate_backends()
+        await _fill_pool(db)
+        await (await db.engine()).dispose()
+        assert _epolls() == before
+
+
+def _epolls() -> int:
+    descriptors = list(Path("/proc/self/fd").iterdir())
+    return sum(each.is_symlink() and each.readlink() == Path("anon_inode:[eventpoll]") for each in descriptors)
 
 
 @pytest.mark.parametrize("read_only", [False, True])

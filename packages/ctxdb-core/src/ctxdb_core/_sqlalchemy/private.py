@@ -615,17 +615,18 @@ def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement],
     An adapter may be made one of the class by ``__class__``. It is one of `cls` again as soon as it has made a cursor.
     """
     made_by: Any = cls
-    cursors: dict[type, type] = {}
+    cursors: dict[type, tuple[type, tuple[str, ...]]] = {}
 
     def cursor(self: Any, *args: Any) -> Any:
         self.__class__ = cls
         made = made_by.cursor(self, *args)
         made_as = type(made)
         if made_as not in cursors:
-            cursors[made_as] = _cursor_with_first_statement(made_as, execute)
-        first: Any = _new(cursors[made_as])
-        _copy_slots(made, first)
-        first.first = FirstStatement(self, first, partial(made_by.cursor, self, *args))
+            cursors[made_as] = _cursor_with_first_statement(made_as, execute), _slots_of(made)
+        first_class, slots = cursors[made_as]
+        first: Any = _new(first_class)
+        _copy(made, first, slots)
+        first.first = FirstStatement(self, first, partial(made_by.cursor, self, *args), slots)
         return first
 
     return _derived(cls, {"cursor": cursor}, {})
@@ -648,11 +649,14 @@ def _cursor_with_first_statement(cls: Any, execute: Callable[[FirstStatement], A
     return type(cls.__name__, (cls,), {"__slots__": ("first",), **methods})
 
 
-def _copy_slots(source: Any, target: Any) -> None:
-    for cls in type(source).__mro__:
-        for name in cls.__dict__.get("__slots__", ()):
-            if hasattr(source, name):
-                setattr(target, name, getattr(source, name))
+def _slots_of(value: Any) -> tuple[str, ...]:
+    names = chain.from_iterable(vars(cls).get("__slots__", ()) for cls in type(value).__mro__)
+    return tuple(name for name in names if hasattr(value, name))
+
+
+def _copy(source: object, target: object, names: tuple[str, ...]) -> None:
+    # As in `seed_dispatch`.
+    any(map(setattr, repeat(target), names, map(getattr, repeat(source), names)))
 
 
 class FirstStatement:
@@ -662,14 +666,16 @@ class FirstStatement:
         adapter: that.
         cursor: SQLAlchemy's adapter of the cursor that executes it.
         make_cursor: makes another one.
+        slots: the names of what a cursor has.
     """
 
-    __slots__ = ("_adapter", "_cursor", "_make_cursor", "execute")
+    __slots__ = ("_adapter", "_cursor", "_make_cursor", "_slots", "execute")
 
-    def __init__(self, adapter: Any, cursor: Any, make_cursor: Callable[[], Any]) -> None:
+    def __init__(self, adapter: Any, cursor: Any, make_cursor: Callable[[], Any], slots: tuple[str, ...]) -> None:
         self._adapter = adapter
         self._cursor = cursor
         self._make_cursor = make_cursor
+        self._slots = slots
         self.execute: Callable[[], Any]
         """Executes it."""
 
@@ -692,7 +698,7 @@ class FirstStatement:
                 await_only(getattr(others, f"set_{name}")(value))
         self._adapter._connection, other._connection = others, mine  # noqa: SLF001 - see the module
         self._cursor.close()
-        _copy_slots(self._make_cursor(), self._cursor)
+        _copy(self._make_cursor(), self._cursor, self._slots)
 
 
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:

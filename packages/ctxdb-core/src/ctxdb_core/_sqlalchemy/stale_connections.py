@@ -148,6 +148,8 @@ class _FirstUses(ABC):
         self._engine = ref(engine)
         self._classes: dict[type, type] = {}
         """For each class of adapters, the one that they have before their first statement."""
+        self._open = 0
+        """How many connections there are."""
         self._epoll: Any = None
         self.may_be_gone: Callable[[int, int], Any] = _maybe
         """Given a time-out and a number of sockets, returns something if one of the engine's may have been closed.
@@ -160,8 +162,19 @@ class _FirstUses(ABC):
         """Look after the connections of the engine from now on."""
         event.listen(engine, "connect", self._note_new)
         event.listen(engine, "checkout", self._check)
+        event.listen(engine, "close", self._note_closed)
+
+    def _note_closed(self, dbapi_connection: object, record: ConnectionPoolEntry) -> None:
+        self._open -= 1
+        if self._open <= 0 and self._epoll is not None:
+            # The next connection makes another one. An event of the engine would tell of its end, but a listener of
+            # any of these makes each statement dearer.
+            self._epoll.close()
+            self._epoll = None
+            self.may_be_gone = _maybe
 
     def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        self._open += 1
         number = self._check_of(dbapi_connection, record).number
         if number is None or sys.platform != "linux":
             return
