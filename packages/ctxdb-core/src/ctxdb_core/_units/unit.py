@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from functools import partial
@@ -37,12 +37,12 @@ from ctxdb_core._units.commit import (
     prepare,
     roll_back,
 )
-from ctxdb_core._units.ids import id_of_request, new_unit_id
+from ctxdb_core._units.ids import id_of_request, new_unit_id, unit_id_givers
 from ctxdb_core._units.leak import LeakGuard
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.reading import ReadsFrom
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.watcher import UnitWatcher, request_line, tell
+from ctxdb_core._units.watcher import UnitWatcher, report_failure, request_line
 from ctxdb_core.errors import (
     ContextClosedError,
     ContextNotInitiatedError,
@@ -108,12 +108,16 @@ class UnitOfWork:
     """Whose sessions the unit has in the place of those of other databases; ``None`` for nobody else's."""
     origin: Any = None
     """The request that the unit belongs to: an ASGI scope, or the framework's request; ``None`` outside of requests."""
-    watchers: tuple[UnitWatcher, ...] = ()
-    """Who is told of the response and of the end: see `watch`."""
-    opened: float
-    """When the first session was opened, by `time.perf_counter`."""
+    watchers: Mapping[object, UnitWatcher] = {}
+    """What is told of the response and of the end, by whom it was set up for: see `watch`."""
+    is_idle = False
+    """Whether the unit has had no session, no callback and no strategy yet, where an adapter notes that."""
+    is_plain = True
+    """Whether code that finds the unit current is in this very unit, and in all of its tasks alike."""
+    opened = 0.0
+    """When the first session was opened, by `time.perf_counter`; 0 before."""
     _id: str | None = None
-    _reference: ref[UnitOfWork] | None = None
+    reference: ref[UnitOfWork] | None = None
     """What `open_units` has of this unit."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
@@ -134,9 +138,7 @@ class UnitOfWork:
     @property
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
-        if self._id is None:
-            self._id = id_of_request(self.origin) or new_unit_id()
-        return self._id
+        return self._id or self.identify()[0]
 
     @property
     def request(self) -> str | None:
@@ -151,6 +153,13 @@ class UnitOfWork:
             unit = unit.enclosing()
         return None if unit is None else request_line(unit.origin)
 
+    def identify(self) -> tuple[str, str | None]:
+        """Return `id` and `request`, for less than both of them cost."""
+        origin = self.origin
+        if self._id is None:
+            self._id = (id_of_request(origin) if unit_id_givers else None) or new_unit_id()
+        return self._id, request_line(origin) if origin is not None else self.request
+
     def enclosing(self) -> UnitOfWork | None:
         """Return the unit that was current when this one was entered, unless that one has ended."""
         around = None if self.token is None else self.token.old_value
@@ -164,9 +173,18 @@ class UnitOfWork:
         """
         return self
 
-    def watch(self, watcher: UnitWatcher) -> None:
-        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come."""
-        self.watchers = (*self.watchers, watcher)
+    def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
+        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come.
+
+        Args:
+            watcher: what is told.
+            owner: who watches many units: `watchers` has its watcher of this one under it.
+        """
+        key = object() if owner is None else owner
+        # Most units have one at most.
+        self.watchers = {**self.watchers, key: watcher} if self.watchers else {key: watcher}
+        # Its end is to be told, also if there is nothing else to end.
+        self.is_idle = False
 
     def enter(self) -> None:
         """Make this the current unit of work of the running context."""
@@ -254,7 +272,7 @@ class UnitOfWork:
         if self.leak_guard is None:
             self.leak_guard = LeakGuard(self.sessions)
             self.opened = perf_counter()
-            self._reference = reference = ref(self, open_units.discard)
+            self.reference = reference = ref(self, open_units.discard)
             open_units.add(reference)
         self.prepare_session(db, session)
         self.sessions[db] = session
@@ -636,12 +654,15 @@ class UnitOfWork:
     def _note_end(self, error: BaseException | None) -> None:
         if self.leak_guard is not None:
             self.leak_guard.disarm()
-        if self._reference is not None:
-            open_units.discard(self._reference)
-            self._reference = None
-        watchers, self.watchers = self.watchers, ()
-        for watcher in watchers:
-            tell(watcher.unit_ends, error)
+        if self.reference is not None:
+            open_units.discard(self.reference)
+            self.reference = None
+        watchers, self.watchers = self.watchers, {}
+        for watcher in watchers.values():
+            try:
+                watcher.unit_ends(error)
+            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is logged, and changes nothing
+                report_failure(watcher)
 
 
 async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
@@ -658,6 +679,9 @@ def running_unit() -> UnitOfWork | None:
     A task inherits the unit of the code that has started it.
     """
     unit = current_unit.get(None)
+    if unit is not None and unit.is_plain:
+        # Most are. Extensions ask for each connection that is taken, so this is worth a line.
+        return None if unit.sessions is _CLOSED else unit
     while unit is not None and (answering := unit.answering()) is not unit:
         unit = answering
     return None if unit is None or unit.closed else unit

@@ -15,7 +15,6 @@ from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import CreateSession
-from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange, discard
 from ctxdb_core.asgi.request import KeptRequest
@@ -230,11 +229,6 @@ class HTTPExchange(Exchange):
         elif self.phase in _STARTED and self.body is None:
             self.body = Body()
         super().prepare_session(db, session)
-
-    def watch(self, watcher: UnitWatcher) -> None:
-        # Its end is to be told, also if there is nothing else to end.
-        self.is_idle = False
-        self.watchers = (*self.watchers, watcher)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement
