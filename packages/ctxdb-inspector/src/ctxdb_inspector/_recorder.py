@@ -153,8 +153,7 @@ class Recorder:
                     # SQLAlchemy asks the server of a new engine before any connection is taken.
                     original(cursor, statement, parameters, context)
                     return
-                # The text as it is, unless it is very long.
-                hold.statement = statement[:LONGEST_STATEMENT]
+                hold.statement = statement if len(statement) <= LONGEST_STATEMENT else statement[:LONGEST_STATEMENT]
                 hold.statements += 1
                 hold.running_since = now()
                 try:
@@ -230,7 +229,9 @@ class Recorder:
         record.owner = self
         record.unit = unit.reference or ref(unit)
         record.id, request = unit.identify()
-        record.request = None if request is None else request[:LONGEST_REQUEST]
+        if request is not None and len(request) > LONGEST_REQUEST:
+            request = request[:LONGEST_REQUEST]
+        record.request = request
         record.started = unit.opened or hold.taken
         record.ended = record.responded = record.status = None
         record.holds = [hold]

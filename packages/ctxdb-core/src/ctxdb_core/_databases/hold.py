@@ -121,6 +121,9 @@ def acquiring_instruction() -> tuple[CodeType | None, int]:
     # it is a few frames up the stack of the greenlet's parent. Only a function given to `run_sync` is in the greenlet.
     outer = running.parent
     frame = None if outer is None else outer.gr_frame
+    if frame is not None:
+        # That of the function that has switched to the greenlet.
+        frame = frame.f_back
     below: CodeType | None = None
     while frame is not None:
         code = frame.f_code
