@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
@@ -9,7 +10,7 @@ from types import CodeType
 from typing import Any, Protocol
 from weakref import ref
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import StatementError
 
 from ctxdb_core.adapters import Headers, Place, UnitOfWork
 from ctxdb_inspector._pool_track import PoolTrack
@@ -26,8 +27,8 @@ LONGEST_STATEMENT = 2000
 LONGEST_REQUEST = 300
 """How many characters of a request's method and path are kept."""
 _LONGEST_ERROR = 200
-_MOST_HOLDS = 100
-_KEPT_HOLDS = 50
+_MOST_HOLDS = 40
+_KEPT_HOLDS = 20
 
 
 class HoldRecord:
@@ -230,12 +231,27 @@ class UnitRecord(_Rarely):
         }
 
 
-def describe(error: BaseException) -> str:
-    """Return the class and the first line of an error, without what SQLAlchemy adds: the parameters of the statement.
+# What PostgreSQL says under these classes of SQLSTATE (documentation, appendix A) names constraints, tables and
+# columns, and the text of the statement, but none of its parameters.
+_WITHOUT_VALUES = {"08", "0A", "23", "25", "28", "2D", "40", "42", "53", "55", "57", "58"}
 
-    The lines that follow are left out, as PostgreSQL's ``DETAIL`` shows values.
+# SQLAlchemy's errors of asyncpg begin so.
+_CLASS = re.compile(r"<class '[\w.]+'>: ")
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the first line of an error, without the parameters of a statement.
+
+    Neither what SQLAlchemy adds is shown, nor PostgreSQL's ``DETAIL``. Where the first line may name a value, as in
+    "invalid input syntax for type integer: ..." or "Duplicate entry ...", it ends before that.
     """
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    cause = error
+    if isinstance(error, StatementError) and error.orig is not None:
+        cause = error.orig
     lines = str(cause).strip().splitlines()
-    text = lines[0] if lines else ""
+    text = _CLASS.sub("", lines[0]) if lines else ""
+    if cause is not error:
+        sqlstate = getattr(cause, "sqlstate", None)
+        if not (isinstance(sqlstate, str) and sqlstate[:2] in _WITHOUT_VALUES):
+            text = re.split(r"['\":(]", text, maxsplit=1)[0].strip()
     return f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]
