@@ -640,6 +640,84 @@ async def _connect(engine: AsyncEngine) -> None:
         pass
 
 
+async def test_a_method_of_a_dialect_can_be_wrapped_by_a_closure(database: Database) -> None:
+    engine = database.watch_new()
+    told: list[str] = []
+
+    def wrap(original: Any) -> Any:
+        def execute(cursor: Any, statement: str, *args: Any) -> None:
+            told.append(statement)
+            original(cursor, statement, *args)
+
+        return execute
+
+    async with engine.connect() as connection:
+        private.wrap_in_dialect(engine.sync_engine.dialect, "do_execute", wrap)
+        await connection.execute(text("SELECT 1"))
+    await engine.dispose()
+    assert told == ["SELECT 1"]
+
+
+async def test_the_context_of_a_statement_leads_to_what_the_events_of_the_pool_call_the_connection(
+    database: Database,
+) -> None:
+    engine = database.watch_new()
+    taken: list[object] = []
+    found: list[object] = []
+    event.listen(engine.sync_engine, "checkout", lambda connection, entry, proxy: taken.append(connection))
+
+    def around(original: Any, cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+        private.find_by_context(found.append)(context)
+        original(cursor, statement, parameters, context)
+
+    async with engine.connect() as connection:
+        private.follow_dialect(engine.sync_engine.dialect, "do_execute", around)
+        await connection.execute(text("SELECT 1"))
+        await connection.execute(select(1))
+    await engine.dispose()
+    assert len(taken) == 1
+    assert found == taken * 2
+
+
+async def test_the_return_of_a_connection_to_its_pool_is_told_once(database: Database) -> None:
+    engine = database.watch_new()
+    returned: list[object] = []
+    taken: list[object] = []
+
+    def note(connection: object, entry: object, proxy: object) -> None:
+        taken.append(connection)
+        private.call_on_return(entry, returned.append)
+
+    async with engine.connect():
+        pass
+    event.listen(engine.sync_engine, "checkout", note)
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        assert returned == []
+    assert returned == taken
+    event.remove(engine.sync_engine, "checkout", note)
+    async with engine.connect():
+        pass
+    assert returned == taken
+    event.listen(engine.sync_engine, "checkout", note)
+    async with engine.connect() as connection:
+        await connection.invalidate()
+    await engine.dispose()
+    assert len(returned) == 1
+
+
+def test_what_listens_to_a_pool_is_known_also_where_it_was_taken_over_from_another_pool() -> None:
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+
+    def listener(*args: object) -> None:
+        pass
+
+    event.listen(engine, "checkout", listener)
+    assert listener in private.listeners_of(engine.pool, "checkout")
+    assert listener in private.listeners_of(engine.pool.recreate(), "checkout")
+    assert listener not in private.listeners_of(create_engine("sqlite://", poolclass=QueuePool).pool, "checkout")
+
+
 async def test_the_statements_and_commits_of_a_dialect_can_be_followed(database: Database) -> None:
     engine = create_async_engine(database.url)
     told: list[str] = []

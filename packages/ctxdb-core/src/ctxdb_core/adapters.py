@@ -7,11 +7,19 @@ from ctxdb_core._blocks.atomic import CurrentTransaction
 from ctxdb_core._blocks.transactional import Propagation
 from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
-from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_place
+from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_instruction, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
-from ctxdb_core._sqlalchemy.private import follow_dialect, follow_raw_connection, swap_connection
+from ctxdb_core._sqlalchemy.private import (
+    call_on_return,
+    find_by_context,
+    follow_dialect,
+    follow_raw_connection,
+    listeners_of,
+    swap_connection,
+    wrap_in_dialect,
+)
 from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import OnCommit
@@ -54,16 +62,19 @@ __all__ = [
     "UnitOfWork",
     "UnitWatcher",
     "acquiring_code",
+    "acquiring_instruction",
     "acquiring_place",
     "ask_outcome_by",
     "before_gather",
     "begin",
+    "call_on_return",
     "check_function",
     "check_reads_from",
     "check_transition",
     "close_all",
     "default_session_maker",
     "finalize",
+    "find_by_context",
     "follow_calls",
     "follow_dialect",
     "follow_raw_connection",
@@ -72,9 +83,11 @@ __all__ = [
     "is_context_initiated",
     "is_inside",
     "is_read_only",
+    "listeners_of",
     "new_unit_id",
     "running_unit",
     "swap_connection",
     "with_request",
     "without_secrets",
+    "wrap_in_dialect",
 ]

@@ -75,7 +75,7 @@ class TransactionRolledBack(DBEvent):
     """From its begin until the connection was given back."""
     commit_failed: bool
     """Whether a commit was tried."""
-    error: BaseException | None
+    error: BaseException | None = field(repr=False)
     """What the code has raised, or the commit, where ctxdb knows it. Its traceback keeps the code's variables alive."""
 
 

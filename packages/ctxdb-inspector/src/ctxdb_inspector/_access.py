@@ -32,7 +32,7 @@ def check_authorise(authorise: Authorise | None) -> None:
 
 
 async def is_allowed(
-    authorise: Authorise | None, request: Any, client: str | None, headers: Iterable[tuple[str, str]]
+    authorise: Authorise | None, request: Any, client: str | None, headers: Iterable[tuple[str, str]], version: str
 ) -> bool:
     """Return whether the client of a request may look.
 
@@ -41,9 +41,10 @@ async def is_allowed(
         request: what `authorise` is given.
         client: the address that the server sees.
         headers: names, in lower case, and values.
+        version: of HTTP, such as "1.1".
     """
     if authorise is None:
-        return is_local(client, headers)
+        return is_local(client, headers, version)
     allowed = authorise(request)
     if inspect.isawaitable(allowed):
         allowed = await allowed
@@ -51,23 +52,27 @@ async def is_allowed(
     return allowed is True
 
 
-def is_local(client: str | None, headers: Iterable[tuple[str, str]]) -> bool:
+def is_local(client: str | None, headers: Iterable[tuple[str, str]], version: str) -> bool:
     """Return whether a request was made on this machine, without a proxy, for a name of this machine.
 
     The name has to be one, as a page on the internet may have its own name lead to 127.0.0.1 (DNS rebinding). A
-    server on a Unix socket knows no address of a client: what listens there is behind a proxy.
+    server on a Unix socket knows no address of a client: what listens there is behind a proxy. So is what is asked by
+    HTTP/1.0: browsers do not, and it is how nginx asks where it is told nothing else, with a ``Host`` of its own and
+    without a word of its client.
     """
-    if not _is_loopback(client):
+    if not _is_loopback(client) or version == "1.0":
         return False
-    host = None
+    has_host = False
     for name, value in headers:
         if name in _OF_PROXIES or name.startswith(_OF_PROXIES_PREFIX):
             return False
         if name == "host":
-            host = value
+            has_host = True
+            if not _names_this_machine(value):
+                return False
         if name == "sec-fetch-site" and value in _STRANGE_SITES:
             return False
-    return host is not None and _names_this_machine(host)
+    return has_host
 
 
 def _is_loopback(address: str | None) -> bool:

@@ -52,7 +52,8 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
         # Of the connection itself: `request.remote` is what a middleware for proxies may have put there.
         peer = None if request.transport is None else request.transport.get_extra_info("peername")
         client = peer[0] if isinstance(peer, tuple) else None
-        if not await is_allowed(authorise, request, client, headers):
+        version = f"{request.version.major}.{request.version.minor}"
+        if not await is_allowed(authorise, request, client, headers, version):
             return _response(refusal())
         content = answer(recorder, request.method, request.path.removeprefix(root), request.query_string)
         if content is not None:

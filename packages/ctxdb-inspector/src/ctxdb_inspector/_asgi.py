@@ -35,10 +35,11 @@ class Inspector:
             return
         if scope["type"] != "http":
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         client = scope.get("client")
         method = scope["method"]
-        if not await is_allowed(self._authorise, scope, client[0] if client else None, headers.items()):
+        version = scope.get("http_version", "1.1")
+        if not await is_allowed(self._authorise, scope, client[0] if client else None, headers, version):
             await _send(send, method, refusal())
             return
         # Some frameworks leave the place of the mount in the path.
@@ -47,7 +48,7 @@ class Inspector:
         if content is not None:
             await _send(send, method, content)
         else:
-            await self._stream(since_of(headers.get("last-event-id")), receive, send)
+            await self._stream(since_of(dict(headers).get("last-event-id")), receive, send)
 
     async def _stream(self, since: int, receive: Receive, send: Send) -> None:
         await send(_start(200, "text/event-stream"))

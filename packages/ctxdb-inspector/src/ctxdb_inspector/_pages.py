@@ -7,12 +7,17 @@ from urllib.parse import parse_qs
 from ctxdb_inspector._content import Content, as_json, page
 from ctxdb_inspector._recorder import Recorder
 
-__all__ = ["EVENTS", "answer", "refusal", "since_of"]
+__all__ = ["EVENTS", "MOST_READERS", "answer", "refusal", "since_of"]
 
 EVENTS = "events"
 """The path of the stream of updates."""
 
+MOST_READERS = 20
+"""How many pages are kept up to date at once: each costs some milliseconds a second."""
+
 _TEXT = "text/plain; charset=utf-8"
+
+_TOO_MANY = Content(503, _TEXT, b"Too many pages are open.\n", (("retry-after", "5"),))
 
 
 def refusal() -> Content:
@@ -39,7 +44,9 @@ def answer(recorder: Recorder, method: str, path: str, query: str) -> Content | 
     # Litestar ends the path of a mount with a slash.
     name = path.strip("/")
     if name == EVENTS:
-        return None
+        if method == "HEAD":
+            return Content(200, "text/event-stream", b"")
+        return None if recorder.readers < MOST_READERS else _TOO_MANY
     if name == "units.json":
         wanted = parse_qs(query).get("unit")
         if wanted is None:

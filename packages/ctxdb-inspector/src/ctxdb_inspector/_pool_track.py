@@ -1,8 +1,15 @@
-"""`PoolTrack`: how many connections to one host were in use, over the last minutes."""
+"""`PoolTrack`: the connections to one host that are in use, and how many there were over the last minutes."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from sqlalchemy import Dialect
+
+if TYPE_CHECKING:
+    from ctxdb_inspector._records import HoldRecord
 
 __all__ = ["KEPT_SAMPLES", "PoolTrack"]
 
@@ -13,18 +20,19 @@ KEPT_SAMPLES = 300
 class PoolTrack:
     """The connections to one host of one database, over the last minutes."""
 
-    __slots__ = ("changed", "held", "host", "limit", "name", "next_sample", "peak", "samples")
+    __slots__ = ("dialects", "held", "host", "limit", "name", "next_sample", "peak", "samples")
 
     def __init__(self, name: str, host: str) -> None:
         self.name = name
         self.host = host
         self.limit: int | None = None
         """How many connections there may be; ``None`` without a limit, and until it is known."""
-        self.changed = 0.0
-        """When a connection was taken last."""
         self.next_sample = 0.0
         """When a sample is to be taken, at the next occasion."""
-        self.held = 0
+        self.held: dict[Any, HoldRecord] = {}
+        """What is known of each connection that is in use, by what the driver calls a connection."""
+        self.dialects: WeakSet[Dialect] = WeakSet()
+        """Those whose statements are followed: the engines of several event loops may have one."""
         self.peak = 0
         """The most connections that were held at once since the last sample."""
         self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=KEPT_SAMPLES)

@@ -15,25 +15,34 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakSet, ref
 
-from sqlalchemy import Dialect, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from ctxdb_core import ArgumentTypeError, DBConnect, PoolStatus
-from ctxdb_core.adapters import RequestUnit, UnitOfWork, acquiring_place, follow_dialect, running_unit, without_secrets
+from ctxdb_core.adapters import (
+    RequestUnit,
+    UnitOfWork,
+    acquiring_instruction,
+    call_on_return,
+    find_by_context,
+    listeners_of,
+    running_unit,
+    without_secrets,
+    wrap_in_dialect,
+)
 from ctxdb_inspector._pool_track import KEPT_SAMPLES, PoolTrack
-from ctxdb_inspector._records import HoldRecord, UnitRecord, describe
+from ctxdb_inspector._records import LONGEST_REQUEST, LONGEST_STATEMENT, HoldRecord, UnitRecord, describe
 
 __all__ = ["Recorder"]
 
 _KEPT_UNITS = 500
+_MOST_LIVE = 300
+"""How many units that are at work are shown, those first that hold a connection."""
 _KEPT_WARNINGS = 100
 _SAMPLE_SECONDS = 1.0
 _LONGEST_WARNING = 1000
-
-_HOLD = "ctxdb.inspector.hold"
-"""Where a pool's record of a connection, and so `Connection.info`, has the `HoldRecord`; each recorder adds its id."""
 
 
 class Recorder:
@@ -56,20 +65,13 @@ class Recorder:
         for db in self._dbs:
             if not isinstance(db, DBConnect):
                 raise ArgumentTypeError(f"The inspector looks at `DBConnect`s, not at {type(db).__name__}.")
-        self._key = f"{_HOLD}.{id(self)}"
         self._pools: dict[tuple[int, str], PoolTrack] = {}
         self._engines: WeakSet[Engine] = WeakSet()
-        self._dialects: WeakSet[Dialect] = WeakSet()
-        """Those that are followed: the engines of several event loops may have one."""
-        self._latest: Callable[[], object] = lambda: None
-        """Returns the connection that was taken last, as long as it is in use."""
-        self._live: dict[str, UnitRecord] = {}
-        self._ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
-        self._held: dict[ConnectionPoolEntry, tuple[HoldRecord, UnitRecord | None]] = {}
-        """The connections that are out, with the unit of work whose code has taken each."""
+        self.live: set[UnitRecord] = set()
+        self.ended: deque[UnitRecord] = deque(maxlen=_KEPT_UNITS)
         self._warnings: deque[dict[str, Any]] = deque(maxlen=_KEPT_WARNINGS)
-        self._sequence = itertools.count(1)
         self._last = 0
+        """The highest number of a warning, or of a unit that was shown after its end."""
         self._wall = time.time() - perf_counter()
         self._sampling: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
@@ -98,157 +100,178 @@ class Recorder:
         return track
 
     def _listen(self, pool: PoolTrack, engine: AsyncEngine) -> None:
-        # Closures, and no attributes that are looked up: these run for each statement of the application.
-        key, held, now = self._key, self._held, perf_counter
+        # Closures, and few attributes that are looked up: these run for each statement of the application. What is
+        # shown is put together when somebody looks.
+        held, hold_of, now = pool.held, pool.held.get, perf_counter
+        hold_of_statement = find_by_context(hold_of)
 
         def checkout(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
-            if proxy is self._latest():
-                # Told already: an engine for another event loop has the listeners of the first one, and its own; and
-                # several databases may have one pool.
-                return
-            self._latest = ref(proxy)
-            taken = now()
+            hold = held[dbapi_connection] = HoldRecord()
+            hold.pool = pool
+            hold.taken = now()
+            hold.place = acquiring_instruction()
+            hold.returned = hold.statement = hold.running_since = hold.commit_at = None
+            hold.outcome = hold.error = hold.unit = None
+            hold.statements = hold.settled = 0
+            call_on_return(entry, checkin)
             unit = running_unit()
-            record = None if unit is None else self._record(unit)
-            entry.info[key] = hold = HoldRecord(pool, acquiring_place(), taken)
-            held[entry] = hold, record
-            if record is not None:
-                record.holds.append(hold)
-            pool.changed = taken
-            pool.held += 1
-            if pool.held > pool.peak:
-                self._note_peak(pool)
+            if unit is not None:
+                record: Any = unit.watchers.get(self)
+                if record is None:
+                    self._record(unit, hold)
+                else:
+                    hold.unit = record
+                    record.add(hold)
+            if len(held) > pool.peak:
+                self._note_peak(pool, hold.taken)
 
-        def checkin(dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
-            found = held.pop(entry, None)
-            if found is not None:
-                # The hold in the connection's `info` is replaced when the connection is taken again.
-                found[0].returned = returned = now()
+        def checkin(dbapi_connection: object) -> None:
+            hold = held.pop(dbapi_connection, None)
+            if hold is not None:
+                # The two refer to each other until now; when they are forgotten, nothing has to look for cycles.
+                hold.unit = None
+                hold.returned = returned = now()
                 if returned >= pool.next_sample:
                     self._sample()
-                pool.held -= 1
 
-        def execute(
-            original: Any, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None
-        ) -> None:
-            try:
-                hold = context.root_connection.info.get(key)  # type: ignore[union-attr]  # as below
-            except (AttributeError, NotImplementedError):
-                # There is no context; or SQLAlchemy asks the server of a new engine by a connection of another kind.
-                hold = None
-            if hold is None:
-                original(cursor, statement, parameters, context)
-                return
-            hold.statement = statement
-            hold.statements += 1
-            hold.has_begun = True
-            hold.running_since = now()
-            try:
-                original(cursor, statement, parameters, context)
-            finally:
-                hold.running_since = None
+        def lose(dbapi_connection: object, entry: object, exception: object = None) -> None:
+            # What was invalidated or detached is not given back.
+            checkin(dbapi_connection)
 
-        def execute_no_params(
-            original: Any, cursor: Any, statement: str, context: ExecutionContext | None = None
-        ) -> None:
-            execute(lambda cursor, statement, _, context: original(cursor, statement, context), cursor, statement, (),
-                    context)  # fmt: skip
+        def share(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
+            # All have one connection, as with a database in memory: it goes from one to the next.
+            checkin(dbapi_connection)
+            checkout(dbapi_connection, entry, proxy)
 
-        def commit(original: Any, connection: Any) -> None:
-            try:
-                hold = connection.info.get(key)
-            except NotImplementedError:
-                hold = None
-            if hold is None:
+        def execute(original: Callable[..., None]) -> Callable[..., None]:
+            def execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
+                try:
+                    hold = hold_of_statement(context)
+                except AttributeError:
+                    # There is no context.
+                    hold = None
+                if hold is None:
+                    # SQLAlchemy asks the server of a new engine before any connection is taken.
+                    original(cursor, statement, parameters, context)
+                    return
+                hold.statement = statement if len(statement) <= LONGEST_STATEMENT else statement[:LONGEST_STATEMENT]
+                hold.statements += 1
+                hold.running_since = now()
+                try:
+                    original(cursor, statement, parameters, context)
+                finally:
+                    hold.running_since = None
+
+            return execute
+
+        def execute_no_params(original: Callable[..., None]) -> Callable[..., None]:
+            follow = execute(lambda cursor, statement, _, context: original(cursor, statement, context))
+            return lambda cursor, statement, context=None: follow(cursor, statement, (), context)
+
+        def commit(original: Callable[[Any], None]) -> Callable[[Any], None]:
+            def commit(connection: Any) -> None:
+                hold = hold_of(connection.dbapi_connection)
+                if hold is None:
+                    original(connection)
+                    return
+                hold.commit_at = now()
+                hold.outcome = "committing"
                 original(connection)
-                return
-            hold.commit_at = now()
-            hold.outcome = "committing"
-            original(connection)
-            hold.has_begun = False
-            hold.outcome = "committed"
+                hold.outcome = "committed"
+                hold.settled = hold.statements
 
-        def rollback(original: Any, connection: Any) -> None:
-            try:
-                hold = connection.info.get(key)
-            except NotImplementedError:
-                hold = None
-            # A pool also rolls back what it is given; nothing has begun then.
-            if hold is not None and hold.has_begun:
-                hold.has_begun = False
-                hold.commit_at = hold.commit_at or now()
-                if hold.outcome != "commit failed":
-                    hold.outcome = "rolled back"
-            original(connection)
+            return commit
+
+        def rollback(original: Callable[[Any], None]) -> Callable[[Any], None]:
+            def rollback(connection: Any) -> None:
+                hold = hold_of(connection.dbapi_connection)
+                # A pool also rolls back what it is given; nothing has begun then.
+                if hold is not None and hold.statements > hold.settled:
+                    hold.settled = hold.statements
+                    hold.commit_at = hold.commit_at or now()
+                    if hold.outcome != "commit failed":
+                        hold.outcome = "rolled back"
+                original(connection)
+
+            return rollback
 
         def handle_error(context: ExceptionContext) -> None:
             conn = context.connection
-            hold = None if conn is None or conn.invalidated or conn.closed else conn.info.get(key)
+            hold = (
+                None if conn is None or conn.invalidated or conn.closed else hold_of(conn.connection.dbapi_connection)
+            )
             if hold is not None:
                 hold.running_since = None
                 hold.error = describe(context.sqlalchemy_exception or context.original_exception)
                 if hold.outcome == "committing":
                     hold.outcome = "commit failed"
 
-        event.listen(engine.sync_engine, "checkout", checkout)
-        event.listen(engine.sync_engine, "checkin", checkin)
-        event.listen(engine.sync_engine, "handle_error", handle_error)
-        dialect = engine.sync_engine.dialect
-        if dialect in self._dialects:
-            return
-        self._dialects.add(dialect)
-        follow_dialect(dialect, "do_execute", execute)
-        follow_dialect(dialect, "do_executemany", execute)
-        follow_dialect(dialect, "do_execute_no_params", execute_no_params)
-        follow_dialect(dialect, "do_commit", commit)
-        follow_dialect(dialect, "do_rollback", rollback)
+        sync_engine = engine.sync_engine
+        # An engine for another event loop has the listeners of the first one, and several databases may have one pool.
+        if not any(getattr(each, "of", None) is self for each in listeners_of(sync_engine.pool, "checkout")):
+            take = share if isinstance(sync_engine.pool, StaticPool) else checkout
+            take.of = self  # type: ignore[attr-defined]  # as above
+            event.listen(sync_engine, "checkout", take)
+            event.listen(sync_engine, "invalidate", lose)
+            event.listen(sync_engine, "detach", lose)
+        event.listen(sync_engine, "handle_error", handle_error)
+        dialect = sync_engine.dialect
+        if dialect not in pool.dialects:
+            pool.dialects.add(dialect)
+            wrap_in_dialect(dialect, "do_execute", execute)
+            wrap_in_dialect(dialect, "do_executemany", execute)
+            wrap_in_dialect(dialect, "do_execute_no_params", execute_no_params)
+            wrap_in_dialect(dialect, "do_commit", commit)
+            wrap_in_dialect(dialect, "do_rollback", rollback)
 
-    def _record(self, unit: UnitOfWork) -> UnitRecord:
-        for watcher in unit.watchers:
-            if type(watcher) is UnitRecord and watcher.owner is self:
-                return watcher
-        record = UnitRecord(unit, self, self._end)
-        unit.watch(record)
+    def _record(self, unit: UnitOfWork, hold: HoldRecord) -> None:
+        """Follow a unit of work that has taken its first connection."""
+        hold.unit = record = UnitRecord()
+        record.owner = self
+        record.unit = ref(unit)
+        record.id, request = unit.identify()
+        if request is not None and len(request) > LONGEST_REQUEST:
+            request = request[:LONGEST_REQUEST]
+        record.request = request
+        record.started = unit.opened or hold.taken
+        record.ended = record.responded = record.status = None
+        record.holds = [hold]
+        unit.watch(record, self)
         if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record
-        self._live[record.id] = record
-        return record
-
-    def _end(self, record: UnitRecord) -> None:
-        record.sequence = self._last = next(self._sequence)
-        self._live.pop(record.id, None)
-        self._ended.append(record)
+        self.live.add(record)
 
     def note_warning(self, record: logging.LogRecord) -> None:
         """Remember a warning or an error that ctxdb has logged."""
         unit = running_unit()
-        self._last = next(self._sequence)
-        self._warnings.append(
-            {
-                "sequence": self._last,
-                "at": record.created,
-                "level": record.levelname.lower(),
-                "text": record.getMessage()[:_LONGEST_WARNING],
-                "unit": None if unit is None else unit.id,
-            }
-        )
+        warning = {
+            "at": record.created,
+            "level": record.levelname.lower(),
+            "text": record.getMessage()[:_LONGEST_WARNING],
+            "unit": None if unit is None else unit.id,
+        }
+        with self._lock:
+            self._last += 1
+            self._warnings.append({"sequence": self._last, **warning})
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     # Samples are taken when a connection is given back, at most one each second, and for open pages. Only a pool
     # that has no connection left is sampled by the clock: the tasks that wait for it cause no event.
 
-    def _note_peak(self, pool: PoolTrack) -> None:
-        pool.peak = pool.held
-        if pool.changed >= pool.next_sample:
+    def _note_peak(self, pool: PoolTrack, now: float) -> None:
+        pool.peak = len(pool.held)
+        if now >= pool.next_sample:
             # The first sample tells the limit.
             self._sample()
-        if pool.limit is not None and pool.held >= pool.limit:
+        if pool.limit is not None and len(pool.held) >= pool.limit:
             self.sample_while_read()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sample()
-        is_exhausted = any(pool.limit is not None and pool.held >= pool.limit for pool in list(self._pools.values()))
+        is_exhausted = any(
+            pool.limit is not None and len(pool.held) >= pool.limit for pool in list(self._pools.values())
+        )
         if is_exhausted or self.readers:
             loop.call_later(_SAMPLE_SECONDS, self._tick, loop)
         else:
@@ -264,6 +287,9 @@ class Recorder:
 
     def _sample(self) -> None:
         now = perf_counter()
+        # Not by a callback of each reference to a unit, as units that are never ended are few.
+        for record in list(self.live):
+            record.note_if_lost()
         for index, db in enumerate(self._dbs):
             numbers: dict[str, PoolStatus] = {}
             for status in db.status().pools:
@@ -276,15 +302,17 @@ class Recorder:
         idle, waiting = (0, 0) if status is None else (status.idle, status.waiting)
         if status is not None:
             pool.limit = status.limit
-        # The numbers of the pool have been the same since its last change.
-        last = max(pool.changed, now - KEPT_SAMPLES * _SAMPLE_SECONDS)
+        # The numbers of the pool have been the same since a connection was taken last.
+        taken = max((hold.taken for hold in list(pool.held.values())), default=now)
+        last = max(taken, now - KEPT_SAMPLES * _SAMPLE_SECONDS)
         if pool.samples:
             last = max(last, pool.samples[-1][0])
-        while pool.held and last + 1.5 * _SAMPLE_SECONDS < now:
+        held = len(pool.held)
+        while held and last + 1.5 * _SAMPLE_SECONDS < now:
             last += _SAMPLE_SECONDS
-            pool.samples.append((last, pool.held, idle, 0))
-        pool.samples.append((now, max(pool.peak, pool.held), idle, waiting))
-        pool.peak = pool.held
+            pool.samples.append((last, held, idle, 0))
+        pool.samples.append((now, max(pool.peak, held), idle, waiting))
+        pool.peak = held
         pool.next_sample = now + _SAMPLE_SECONDS
 
     # --- showing ------------------------------------------------------------------------------------------------------
@@ -298,28 +326,48 @@ class Recorder:
         Args:
             since: the ``sequence`` of an earlier snapshot: what had ended before it is left out.
         """
-        last = self._last
-        units = [*self._live.values(), *(unit for unit in list(self._ended) if unit.sequence > since)]
+        live, ended, last = self._units()
+        shown = live
+        if len(live) > _MOST_LIVE:
+            shown = sorted(live, key=_importance)[:_MOST_LIVE]
         return {
             "worker": {"host": socket.gethostname(), "pid": os.getpid()},
             "now": round(time.time(), 6),
             "sequence": last,
             "pools": self._pool_states(3 if since else KEPT_SAMPLES),
-            "units": [unit.as_json(self._on_wall) for unit in units],
+            "at_work": len(live),
+            "units": [
+                unit.as_json(self._on_wall) for unit in (*shown, *(each for each in ended if each.sequence > since))
+            ],
             "others": [
-                hold.as_json(unit, self._on_wall)
-                for hold, unit in list(self._held.values())
+                hold.as_json(hold.unit, self._on_wall)
+                for pool in list(self._pools.values())
+                for hold in list(pool.held.values())
                 # What a unit that has ended has left is not among the units of an update.
-                if unit is None or unit.ended is not None
+                if hold.unit is None or hold.unit.ended is not None
             ],
             "warnings": [warning for warning in list(self._warnings) if warning["sequence"] > since],
         }
 
+    def _units(self) -> tuple[list[UnitRecord], list[UnitRecord], int]:
+        """Return the units that are at work, those that have ended, and the highest number of the latter.
+
+        A unit gets its number when it is first shown after its end.
+        """
+        for record in list(self.live):
+            record.note_if_lost()
+        with self._lock:
+            ended = list(self.ended)
+            fresh = itertools.takewhile(lambda unit: unit.sequence == 0, reversed(ended))
+            for unit in reversed(list(fresh)):
+                self._last += 1
+                unit.sequence = self._last
+            return list(self.live), ended, self._last
+
     def unit(self, unit_id: str) -> dict[str, Any] | None:
         """Return what is known of one unit of work; ``None`` if that is nothing, or nothing any more."""
-        record = self._live.get(unit_id)
-        if record is None:
-            record = next((unit for unit in list(self._ended) if unit.id == unit_id), None)
+        live, ended, _ = self._units()
+        record = next((unit for unit in (*live, *ended) if unit.id == unit_id), None)
         return None if record is None else record.as_json(self._on_wall)
 
     def _pool_states(self, samples: int) -> list[dict[str, Any]]:
@@ -331,7 +379,7 @@ class Recorder:
             states.append(
                 {
                     "name": track.name,
-                    "in_use": track.held,
+                    "in_use": len(track.held),
                     "idle": sum(pool.idle for pool in pools),
                     "waiting": sum(pool.waiting for pool in pools),
                     "limit": sum(limit or 0 for limit in limits) if limits and None not in limits else None,
@@ -342,6 +390,12 @@ class Recorder:
                 }
             )
         return states
+
+
+def _importance(unit: UnitRecord) -> tuple[bool, float]:
+    """Return what sorts units of work: those that hold a connection for the longest, then the newest ones."""
+    held = [hold.taken for hold in list(unit.holds) if hold.returned is None]
+    return (False, min(held)) if held else (True, -unit.started)
 
 
 class _Warnings(logging.Handler):

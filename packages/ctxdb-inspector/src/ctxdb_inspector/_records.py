@@ -2,49 +2,76 @@
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from types import CodeType
+from typing import Any, Protocol
 from weakref import ref
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import StatementError
 
 from ctxdb_core.adapters import Headers, Place, UnitOfWork
 from ctxdb_inspector._pool_track import PoolTrack
 
-__all__ = ["HEADER", "HoldRecord", "UnitRecord", "describe"]
+__all__ = ["HEADER", "LONGEST_REQUEST", "LONGEST_STATEMENT", "HoldRecord", "UnitRecord", "describe"]
 
 HEADER = "x-ctxdb-unit"
 """The header field of a response that tells the id of the unit of work, if that has taken a connection."""
 
 _HEADER = HEADER.encode()
 
-_LONGEST_STATEMENT = 2000
+LONGEST_STATEMENT = 2000
+"""How many characters of a statement are kept."""
+LONGEST_REQUEST = 300
+"""How many characters of a request's method and path are kept."""
 _LONGEST_ERROR = 200
+_MOST_HOLDS = 40
+_KEPT_HOLDS = 20
 
 
 class HoldRecord:
-    """A connection that was taken from its pool."""
+    """A connection that was taken from its pool.
 
-    # Defaults are the class's: one of these is made for each connection that the application takes.
-    returned: float | None = None
-    statements = 0
-    statement: str | None = None
+    It is made without arguments, and what makes it sets all attributes: a constructor of Python's would be called for
+    each connection that the application takes.
+    """
+
+    __slots__ = (
+        "commit_at",
+        "error",
+        "outcome",
+        "place",
+        "pool",
+        "returned",
+        "running_since",
+        "settled",
+        "statement",
+        "statements",
+        "taken",
+        "unit",
+    )
+
+    pool: PoolTrack
+    place: tuple[CodeType | None, int]
+    """The instruction that has taken it, as a `Place` has it."""
+    taken: float
+    returned: float | None
+    statements: int
+    settled: int
+    """How many statements there had been at the last commit or roll-back."""
+    statement: str | None
     """The last statement: its text, without parameters."""
-    running_since: float | None = None
+    running_since: float | None
     """Since when the statement is running; ``None`` between statements."""
-    commit_at: float | None = None
+    commit_at: float | None
     """When the last commit or roll-back began."""
-    has_begun = False
-    """Whether a statement was made since the last commit or roll-back."""
-    outcome: str | None = None
+    outcome: str | None
     """How the last transaction has ended, in a word or two; "committing" while COMMIT is under way."""
-    error: str | None = None
-
-    def __init__(self, pool: PoolTrack, place: Place, taken: float) -> None:
-        self.pool = pool
-        self.place = place
-        self.taken = taken
+    error: str | None
+    unit: UnitRecord | None
+    """The unit of work whose code has taken the connection, until it is given back."""
 
     @property
     def result(self) -> str | None:
@@ -60,7 +87,7 @@ class HoldRecord:
             unit: the unit of work whose code has taken the connection.
             wall: makes times of the clock on the wall of those of `perf_counter`.
         """
-        filename, line, function = self.place.describe()
+        filename, line, function = Place(*self.place).describe()
         return {
             "pool": self.pool.name,
             "taken": wall(self.taken),
@@ -68,7 +95,7 @@ class HoldRecord:
             "where": f"{filename}:{line}",
             "function": function,
             "statements": self.statements,
-            "statement": None if self.statement is None else self.statement[:_LONGEST_STATEMENT],
+            "statement": self.statement,
             "running_since": wall(self.running_since),
             "commit_at": wall(self.commit_at),
             "outcome": self.result,
@@ -79,26 +106,67 @@ class HoldRecord:
         }
 
 
-class UnitRecord:
-    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`."""
+class UnitOwner(Protocol):
+    """What keeps the records."""
 
-    # Defaults are the class's, as for `HoldRecord`.
-    ended: float | None = None
-    responded: float | None = None
-    status: int | None = None
+    live: set[UnitRecord]
+    """Those of units that are at work."""
+    ended: deque[UnitRecord]
+    """The last ones of those that have ended."""
+
+
+class _Rarely:
+    """What few records of units of work set: the others have it from here."""
+
+    __slots__ = ("__dict__",)
+
     error: str | None = None
+    is_lost = False
+    """Whether the unit was thrown away, and nothing has ended it."""
     sequence = 0
-    """The higher, the later the unit has ended; 0 while it is at work."""
+    """The higher, the later the unit has ended; 0 until it is first shown after its end."""
+    forgotten = 0
+    """How many connections it had taken and given back before those in `holds`."""
+    forgotten_for = 0.0
+    """For how many seconds it has held them, all together."""
+    forgotten_results: frozenset[str | None] = frozenset()
+    forgotten_error: str | None = None
 
-    def __init__(self, unit: UnitOfWork, owner: object, on_end: Callable[[UnitRecord], object]) -> None:
-        self._unit = ref(unit)
-        self._on_end = on_end
-        self.owner = owner
-        """The recorder: several may watch one unit."""
-        self.id = unit.id
-        self.request = unit.request
-        self.started: float = unit.opened or perf_counter()
-        self.holds: list[HoldRecord] = []
+
+class UnitRecord(_Rarely):
+    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`.
+
+    It is made without arguments, as `HoldRecord` is.
+    """
+
+    __slots__ = ("ended", "holds", "id", "owner", "request", "responded", "started", "status", "unit")
+
+    unit: ref[UnitOfWork]
+    owner: UnitOwner
+    id: str
+    request: str | None
+    started: float
+    holds: list[HoldRecord]
+    """The connections that it has taken; the last ones, if they are very many."""
+    ended: float | None
+    responded: float | None
+    status: int | None
+
+    def add(self, hold: HoldRecord) -> None:
+        """Note that the unit has taken another connection."""
+        self.holds.append(hold)
+        if len(self.holds) > _MOST_HOLDS:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep the sum of what is long over: a job may make a transaction each second, for days."""
+        old = [hold for hold in self.holds[:-_KEPT_HOLDS] if hold.returned is not None]
+        self.holds = [hold for hold in self.holds[:-_KEPT_HOLDS] if hold.returned is None] + self.holds[-_KEPT_HOLDS:]
+        self.forgotten += len(old)
+        self.forgotten_for += sum((hold.returned or hold.taken) - hold.taken for hold in old)
+        self.forgotten_results |= {hold.result for hold in old}
+        errors = [hold.error for hold in old if hold.result == "commit failed"]
+        self.forgotten_error = self.forgotten_error or next(iter(errors), None)
 
     def response_starts(self, status: int) -> Headers:
         """Note the status, and have the response tell the id."""
@@ -111,24 +179,27 @@ class UnitRecord:
         self.ended = perf_counter()
         if error is not None:
             self.error = describe(error)
-        self._on_end(self)
+        owner = self.owner
+        owner.live.discard(self)
+        owner.ended.append(self)
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the unit was thrown away, and nothing has ended it."""
-        return self.ended is None and self._unit() is None
+    def note_if_lost(self) -> None:
+        """Note it if the unit was thrown away."""
+        if self.ended is None and self.unit() is None:
+            self.is_lost = True
+            self.unit_ends(None)
 
     @property
     def is_over(self) -> bool:
         """Whether the unit has ended, or was thrown away."""
-        return self.ended is not None or self.is_lost
+        return self.ended is not None or self.unit() is None
 
     @property
     def outcome(self) -> str:
         """How it ended: in one word or two, the worst of what its transactions have come to."""
         if self.is_lost:
             return "never ended"
-        outcomes = {hold.result for hold in self.holds}
+        outcomes = {*self.forgotten_results, *(hold.result for hold in self.holds)}
         for outcome in ("commit failed", "rolled back"):
             if outcome in outcomes:
                 return outcome
@@ -140,28 +211,47 @@ class UnitRecord:
 
     def as_json(self, wall: Callable[[float | None], float | None]) -> dict[str, Any]:
         """Return what the page shows; `wall` as for `HoldRecord`."""
-        commit_errors = [hold.error for hold in self.holds if hold.result == "commit failed"]
+        holds = list(self.holds)
+        commit_errors = [hold.error for hold in holds if hold.result == "commit failed"]
+        commit_error = self.forgotten_error or next(iter(commit_errors), None)
         return {
             "id": self.id,
             # The code that took the first connection names a unit outside of requests.
-            "request": self.request or (self.holds[0].place.describe()[2] if self.holds else "a unit of work"),
+            "request": self.request or (Place(*holds[0].place).describe()[2] if holds else "a unit of work"),
             "is_request": self.request is not None,
             "started": wall(self.started),
             "ended": wall(self.ended),
             "responded": wall(self.responded),
             "status": self.status,
             "outcome": self.outcome,
-            "error": commit_errors[0] if commit_errors else self.error,
-            "holds": [hold.as_json(self, wall) for hold in self.holds],
+            "error": commit_error or self.error,
+            "forgotten": self.forgotten,
+            "forgotten_for": round(self.forgotten_for, 6),
+            "holds": [hold.as_json(self, wall) for hold in holds],
         }
 
 
-def describe(error: BaseException) -> str:
-    """Return the class and the first line of an error, without what SQLAlchemy adds: the parameters of the statement.
+# What PostgreSQL says under these classes of SQLSTATE (documentation, appendix A) names constraints, tables and
+# columns, and the text of the statement, but none of its parameters.
+_WITHOUT_VALUES = {"08", "0A", "23", "25", "28", "2D", "40", "42", "53", "55", "57", "58"}
 
-    The lines that follow are left out, as PostgreSQL's ``DETAIL`` shows values.
+# SQLAlchemy's errors of asyncpg begin so.
+_CLASS = re.compile(r"<class '[\w.]+'>: ")
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the first line of an error, without the parameters of a statement.
+
+    Neither what SQLAlchemy adds is shown, nor PostgreSQL's ``DETAIL``. Where the first line may name a value, as in
+    "invalid input syntax for type integer: ..." or "Duplicate entry ...", it ends before that.
     """
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    cause = error
+    if isinstance(error, StatementError) and error.orig is not None:
+        cause = error.orig
     lines = str(cause).strip().splitlines()
-    text = lines[0] if lines else ""
+    text = _CLASS.sub("", lines[0]) if lines else ""
+    if cause is not error:
+        sqlstate = getattr(cause, "sqlstate", None)
+        if not (isinstance(sqlstate, str) and sqlstate[:2] in _WITHOUT_VALUES):
+            text = re.split(r"['\":(]", text, maxsplit=1)[0].strip()
     return f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]

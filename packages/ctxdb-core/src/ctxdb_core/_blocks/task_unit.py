@@ -36,6 +36,8 @@ class TaskUnit(UnitOfWork):
         outer: the unit of work around the block, which waits for it; ``None`` where there is none.
     """
 
+    is_plain = False
+
     def __init__(self, db: DBConnect, *, commits: bool, outer: UnitOfWork | None) -> None:
         self._owner: ref[asyncio.Task[Any]] | None = None
         """The task that may use the session on `db`."""

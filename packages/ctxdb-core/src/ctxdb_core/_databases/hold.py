@@ -13,18 +13,18 @@ from weakref import ref
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection
 
-__all__ = ["Hold", "Place", "acquiring_code", "acquiring_place"]
+__all__ = ["Hold", "Place", "acquiring_code", "acquiring_instruction", "acquiring_place"]
 
 logger = logging.getLogger("ctxdb")
 
 # Between the code that makes a statement and the pool that gives it a connection.
 _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
 
-# Functions that are known to be machinery: some forty are passed over for each connection. Code that is made while the
-# program runs, as SQLAlchemy makes some, must not fill the memory.
-_machinery_codes: set[CodeType] = set()
-_application_codes: set[CodeType] = set()
-_MOST_CODES = 2000
+# The files that are known to be of either kind. The frames on the way from the pool to the application are looked at
+# for each connection, and the name of a file is found faster than a code object, which is hashed with its constants.
+_machinery_files: set[str] = set()
+_application_files: set[str] = set()
+_MOST_FILES = 5000
 
 
 class Hold:
@@ -95,7 +95,7 @@ class Place(NamedTuple):
         return self.code.co_filename, line, self.code.co_qualname
 
 
-_UNKNOWN = Place(None, 0)
+_UNKNOWN = None, 0
 
 
 def acquiring_code() -> tuple[str, int, str]:
@@ -107,34 +107,41 @@ def acquiring_code() -> tuple[str, int, str]:
 
 
 def acquiring_place() -> Place:
-    """Return the place that `acquiring_code` describes; cheap enough to be called for each connection."""
+    """Return the place that `acquiring_code` describes."""
+    return Place(*acquiring_instruction())
+
+
+def acquiring_instruction() -> tuple[CodeType | None, int]:
+    """Return what `Place` is made of; cheap enough to be called for each connection.
+
+    Making a named tuple costs as much as going up three frames.
+    """
     running = getcurrent()
     # SQLAlchemy runs the statement in a greenlet, with some thirty frames of its own in it. The coroutine that awaits
     # it is a few frames up the stack of the greenlet's parent. Only a function given to `run_sync` is in the greenlet.
     outer = running.parent
     frame = None if outer is None else outer.gr_frame
+    if frame is not None:
+        # That of the function that has switched to the greenlet.
+        frame = frame.f_back
+    below: CodeType | None = None
     while frame is not None:
         code = frame.f_code
-        if code in _machinery_codes:
-            frame = frame.f_back
-        elif code in _application_codes or not _is_machinery(frame):
-            return Place(code, frame.f_lasti)
-        elif code.co_name == "run_sync":
-            # `run_sync` is never among the known codes, so the search ends here each time.
-            break
-        else:
-            _remember(_machinery_codes, code)
-            frame = frame.f_back
+        name = code.co_filename
+        if name not in _machinery_files and (name in _application_files or not _is_machinery(frame)):
+            if below is not None and below.co_name == "run_sync":
+                break
+            return code, frame.f_lasti
+        below = code
+        frame = frame.f_back
     frame = sys._getframe(1)  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
     current: greenlet | None = running
     while current is not None:
         while frame is not None:
             code = frame.f_code
-            if code not in _machinery_codes:
-                if not _is_machinery(frame):
-                    return Place(code, frame.f_lasti)
-                if code.co_name != "run_sync":
-                    _remember(_machinery_codes, code)
+            name = code.co_filename
+            if name not in _machinery_files and (name in _application_files or not _is_machinery(frame)):
+                return code, frame.f_lasti
             frame = frame.f_back
         current = current.parent
         frame = None if current is None else current.gr_frame
@@ -142,13 +149,12 @@ def acquiring_place() -> Place:
 
 
 def _is_machinery(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
     module: str = frame.f_globals.get("__name__") or ""
-    if module.partition(".")[0] in _MACHINERY:
-        return True
-    _remember(_application_codes, frame.f_code)
-    return False
-
-
-def _remember(codes: set[CodeType], code: CodeType) -> None:
-    if len(codes) < _MOST_CODES:
-        codes.add(code)
+    is_machinery = module.partition(".")[0] in _MACHINERY
+    # Names such as ``<string>`` belong to the code of many modules.
+    if not name.startswith("<"):
+        files = _machinery_files if is_machinery else _application_files
+        if len(files) < _MOST_FILES:
+            files.add(name)
+    return is_machinery

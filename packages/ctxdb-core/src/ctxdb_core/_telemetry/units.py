@@ -64,7 +64,6 @@ class FollowedUnit:
     __slots__ = (
         "_on_end",
         "error",
-        "follower",
         "held",
         "id",
         "outcome",
@@ -75,10 +74,8 @@ class FollowedUnit:
         "transactions",
     )
 
-    def __init__(self, unit: UnitOfWork, follower: UnitFollower, on_end: Callable[[FollowedUnit], object]) -> None:
+    def __init__(self, unit: UnitOfWork, on_end: Callable[[FollowedUnit], object]) -> None:
         self._on_end = on_end
-        self.follower = follower
-        """The follower that this object belongs to: one unit may have several."""
         self.id = unit.id
         self.request = unit.request
         """Method and path, without the query; ``None`` outside of requests."""
@@ -162,11 +159,11 @@ class UnitFollower:
                 self._end(event, "commit_failed" if event.commit_failed else "rolled_back", event.error)
 
     def _follow_unit(self, unit: UnitOfWork) -> FollowedUnit:
-        for watcher in unit.watchers:
-            if type(watcher) is FollowedUnit and watcher.follower is self:
-                return watcher
-        followed = FollowedUnit(unit, self, self.unit_ends)
-        unit.watch(followed)
+        known = unit.watchers.get(self)
+        if isinstance(known, FollowedUnit):
+            return known
+        followed = FollowedUnit(unit, self.unit_ends)
+        unit.watch(followed, owner=self)
         self.unit_begins(followed)
         return followed
 

@@ -140,6 +140,8 @@ class IteratedUnit(UnitOfWork):
             it: the consumer is refused there.
     """
 
+    is_plain = False
+
     def __init__(self, unit: UnitOfWork, generator: FrameType, *, shares: DBConnect | None = None) -> None:
         # Without `super().__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
         self.sessions = {}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["give_unit_ids", "id_of_request", "new_unit_id"]
+__all__ = ["give_unit_ids", "id_of_request", "new_unit_id", "process", "unit_id_givers", "unit_numbers"]
 
 
 class _Process:
@@ -22,10 +22,14 @@ class _Process:
         self.name = os.urandom(4).hex()
 
 
-_process = _Process()
-_numbers = itertools.count(1)
+process = _Process()
+"""Its `name` begins the ids that are made here."""
 
-_id_givers: list[Callable[[Any], str | None]] = []
+unit_numbers = itertools.count(1)
+"""What they go on with."""
+
+unit_id_givers: list[Callable[[Any], str | None]] = []
+"""What `give_unit_ids` was called with."""
 
 
 def give_unit_ids(giver: Callable[[Any], str | None]) -> None:
@@ -35,17 +39,20 @@ def give_unit_ids(giver: Callable[[Any], str | None]) -> None:
         giver: given the ASGI scope, or the framework's request, returns an id that `new_unit_id` has made for it;
             ``None`` where there is none.
     """
-    if giver not in _id_givers:
-        _id_givers.append(giver)
+    if giver not in unit_id_givers:
+        unit_id_givers.append(giver)
 
 
 def id_of_request(origin: Any) -> str | None:
     """Return the id that was given to the unit of work of a request; ``None`` if none was, and outside of requests."""
-    if origin is None:
-        return None
-    return next((given for giver in _id_givers if (given := giver(origin)) is not None), None)
+    if origin is not None:
+        for giver in unit_id_givers:
+            given = giver(origin)
+            if given is not None:
+                return given
+    return None
 
 
 def new_unit_id() -> str:
     """Return an id that no unit of work has, of this process or of any other one."""
-    return f"{_process.name}-{next(_numbers)}"
+    return f"{process.name}-{next(unit_numbers)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -28,6 +28,10 @@ class UnitOfWork(UnitTransactions):
     Its transactions can end more than once: for a response when it starts, and again for what was done while it was
     sent. After `finish` it hands out no session any more.
     """
+
+    # This tells what kind of unit a class is, and is never set on an object.
+    is_plain: ClassVar[bool] = True
+    """Whether code that finds the unit current is in this very unit, and in all of its tasks alike."""
 
     token: Token[Any] | None
     _id: str | None = None
@@ -60,6 +64,10 @@ class UnitOfWork(UnitTransactions):
         """
         around = self.enclosing()
         return None if around is None else around.request
+
+    def identify(self) -> tuple[str, str | None]:
+        """Return `id` and `request`, which extensions ask for together."""
+        return self.id, self.request
 
     def enclosing(self) -> UnitOfWork | None:
         """Return the unit that was current when this one was entered, unless that one has ended."""
@@ -117,6 +125,9 @@ def running_unit() -> UnitOfWork | None:
     A task inherits the unit of the code that has started it.
     """
     unit = current_unit.get(None)
+    if unit is not None and unit.is_plain:
+        # Most are. Extensions ask for each connection that is taken, so this is worth a line.
+        return None if unit.sessions is NO_SESSIONS_ANY_MORE else unit
     while unit is not None and (answering := unit.answering()) is not unit:
         unit = answering
     return None if unit is None or unit.closed else unit

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,7 +20,7 @@ from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, UnitSessions
-from ctxdb_core._units.watcher import UnitWatcher, tell
+from ctxdb_core._units.watcher import UnitWatcher, report_failure
 from ctxdb_core.errors import ContextClosedError, TransactionRequiredError
 
 __all__ = ["UnitTransactions"]
@@ -35,12 +36,17 @@ class UnitTransactions(UnitSessions):
     # What a base class declares is declared again where it is set: type checkers would infer another type from that.
     sessions: dict[DBConnect, AsyncSession]
     hooks: UnitHooks | None
-    watchers: tuple[UnitWatcher, ...] = ()
-    """What is told of the response and of the end of the unit: see `watch`."""
+    watchers: Mapping[object, UnitWatcher] = {}
+    """What is told of the response and of the end of the unit, by the objects that have set it up: see `watch`."""
 
-    def watch(self, watcher: UnitWatcher) -> None:
-        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come."""
-        self.watchers = (*self.watchers, watcher)
+    def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
+        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come.
+
+        Args:
+            watcher: what is told.
+            owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
+        """
+        self.watchers = {**self.watchers, object() if owner is None else owner: watcher}
 
     # --- what the code asks of its transactions -----------------------------------------------------------------------
 
@@ -341,6 +347,9 @@ class UnitTransactions(UnitSessions):
     def _note_end(self, error: BaseException | None) -> None:
         if self.registration is not None:
             self.registration.end()
-        watchers, self.watchers = self.watchers, ()
-        for watcher in watchers:
-            tell(watcher.unit_ends, error)
+        watchers, self.watchers = self.watchers, {}
+        for watcher in watchers.values():
+            try:
+                watcher.unit_ends(error)
+            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is logged, and changes nothing
+                report_failure(watcher)

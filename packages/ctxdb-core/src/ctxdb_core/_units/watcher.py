@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Headers", "UnitWatcher", "request_line", "tell"]
+__all__ = ["Headers", "UnitWatcher", "report_failure", "request_line"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -32,14 +29,12 @@ class UnitWatcher(Protocol):
         """Be told that the unit has ended, and of the error that ended it, if there was one."""
 
 
-def tell(call: Callable[..., Any], *args: object) -> Any:
-    """Return what a watcher's method returns; ``None`` if it fails, which is logged."""
-    try:
-        return call(*args)
-    except (Exception, asyncio.CancelledError):
-        # A plain call is not cancelled: the error comes from something that the watcher has asked.
-        logger.exception("The watcher of a unit of work failed: %r", call)
-        return None
+def report_failure(watcher: UnitWatcher) -> None:
+    """Log the error that a watcher has raised; it changes nothing.
+
+    That may be a ``CancelledError``, too: a plain call is not cancelled, so it comes from what the watcher has asked.
+    """
+    logger.error("The watcher of a unit of work failed: %r", watcher, exc_info=sys.exception())
 
 
 def request_line(origin: Any) -> str | None:
@@ -47,11 +42,11 @@ def request_line(origin: Any) -> str | None:
 
     The query is left out: it may hold secrets.
     """
-    if origin is None:
-        return None
     if type(origin) is dict and "method" in origin:
         # An ASGI scope, as most are.
         return f"{origin['method']} {origin['path']}"
+    if origin is None:
+        return None
     path = getattr(origin, "path", None)
     if path is not None:
         return f"{origin.method} {path}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Protocol
 
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
-from ctxdb_core._units.watcher import tell
+from ctxdb_core._units.watcher import report_failure
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
@@ -86,13 +88,25 @@ class Exchange(RequestUnit):
         """Return where a handler of errors receives the request from, if the application was given `receive`."""
         return receive
 
+    def identify(self) -> tuple[str, str | None]:
+        scope = self.origin
+        if unit_id_givers or self._id is not None or "method" not in scope:
+            return super().identify()
+        # The common case, without calls.
+        self._id = unit_id = f"{process.name}-{next(unit_numbers)}"
+        return unit_id, f"{scope['method']} {scope['path']}"
+
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
+        # The application may send the same message again.
+        message = {**message}
+        message["headers"] = headers = [*message.get("headers", ())]
         status = message.get("status", _SWITCHING_PROTOCOLS)
-        for watcher in self.watchers:
-            added = tell(watcher.response_starts, status)
-            if added:
-                message = {**message, "headers": [*message.get("headers", ()), *added]}
+        for watcher in self.watchers.values():
+            try:
+                headers += watcher.response_starts(status)
+            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is logged, and changes nothing
+                report_failure(watcher)
         return message
 
     def move_to(self, phase: Phase) -> None:

@@ -237,10 +237,10 @@ class HTTPExchange(Exchange):
             self.body = Body()
         super().prepare_session(db, session)
 
-    def watch(self, watcher: UnitWatcher) -> None:
+    def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         # The watcher is to be told of the end, also if there is nothing else to end.
         self.is_idle = False
-        super().watch(watcher)
+        super().watch(watcher, owner)
 
     def statement_observer(self) -> StatementObserver | None:
         return None if self.calls is None and self.body is None else self.note_statement

@@ -4,7 +4,7 @@ const KEPT = 500, MINUTES = 5;
 const base = location.pathname.replace(/\/?$/, "/");
 const byId = id => document.getElementById(id);
 const units = new Map(), pools = new Map();
-let others = [], warnings = [], now = Date.now() / 1000, paused = false, selected = new URLSearchParams(location.search).get("unit");
+let others = [], warnings = [], atWork = 0, now = Date.now() / 1000, paused = false, selected = new URLSearchParams(location.search).get("unit");
 byId("download").href = base + "units.json";
 
 // All content goes into the page as text: nothing of what an application does can become markup.
@@ -26,7 +26,7 @@ function seconds(value) {
 }
 const clock = at => new Date(at * 1000).toTimeString().slice(0, 8);
 const heldOf = hold => (hold.returned ?? now) - hold.taken;
-const heldBy = unit => unit.holds.reduce((sum, hold) => sum + heldOf(hold), 0);
+const heldBy = unit => unit.holds.reduce((sum, hold) => sum + heldOf(hold), unit.forgotten_for);
 const KINDS = { "committed": "good", "rolled back": "warn", "commit failed": "bad", "never ended": "bad", "at work": "", "ended": "quiet" };
 
 // --- data --------------------------------------------------------------------------------------------------------------
@@ -50,6 +50,7 @@ function take(data) {
     pools.set(pool.name, { ...pool, samples });
   }
   others = data.others;
+  atWork = data.at_work;
   const seen = new Set(warnings.map(warning => warning.sequence));
   warnings = [...data.warnings.filter(warning => !seen.has(warning.sequence)), ...warnings].sort((a, b) => b.sequence - a.sequence).slice(0, 100);
   if (!paused) show();
@@ -57,21 +58,44 @@ function take(data) {
 
 // --- pools -------------------------------------------------------------------------------------------------------------
 
+// What is wrong comes first: tasks that wait, then pools that have no connection left.
+const worry = pool => pool.waiting ? 2 : pool.limit !== null && pool.in_use >= pool.limit ? 1 : 0;
+
+function showVerdict() {
+  const parts = [], holds = current(), leaks = holds.filter(leaked).length;
+  for (const pool of [...pools.values()].filter(worry).sort((a, b) => worry(b) - worry(a)).slice(0, 3)) {
+    const use = pool.limit === null ? `${pool.in_use} connections` : `all ${pool.limit} connections`;
+    parts.push(make("strong", { class: "bad" }, pool.waiting ? `${pool.waiting} waiting` : "No connection left"), ` for ${pool.name}, ${use} in use. `);
+  }
+  if (leaks) parts.push(make("strong", { class: "bad" }, leaks === 1 ? "1 leak. " : `${leaks} leaks. `));
+  if (holds.length) {
+    const { hold, unit } = holds[0];
+    parts.push("Held longest: ", unit ? link(unit, shorten(unit.request)) : shortPlace(hold.where), `, for ${seconds(heldOf(hold))}.`);
+  } else if (pools.size) parts.push(make("span", { class: "quiet" }, "No connection is held."));
+  byId("verdict").replaceChildren(...parts);
+}
+const shorten = text => text.length > 80 ? text.slice(0, 79) + "…" : text;
+function shortPlace(where) {
+  const parts = where.split(/[\\/]/);
+  return parts.length > 4 ? "…/" + parts.slice(-3).join("/") : where;
+}
+
 function showPools() {
-  const cards = [...pools.values()].map(pool => {
+  byId("pools").classList.toggle("many", pools.size > 3);
+  const cards = [...pools.values()].sort((a, b) => worry(b) - worry(a)).map(pool => {
     const width = MINUTES * 60, height = 64;
     const most = Math.max(1, pool.limit ?? 0, ...pool.samples.map(([, used, idle, waiting]) => Math.max(used + waiting, used + idle)));
     const up = count => (height - 2) * count / most;
     const bars = pool.samples.flatMap(([at, used, idle, waiting]) => {
       const x = width - (now - at) - 1;
       return [[used, 0, "bar"], [idle, used, "idle"], [waiting, used, "wait"]].filter(([count]) => count > 0)
-        .map(([count, below, kind]) => draw("rect", { class: kind, x, width: 1, y: height - up(below + count), height: up(count) }));
+        .map(([count, below, kind]) => draw("rect", { class: kind, x, width: 1.06, y: height - up(below + count), height: up(count) }));
     });
     const text = `${pool.in_use} in use, ${pool.idle} idle, ${pool.waiting} waiting, ${pool.limit === null ? "no limit" : `limit ${pool.limit}`}`;
     const picture = draw("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${pool.name}: ${text}` }, ...bars,
       draw("line", { class: "base", x1: 0, x2: width, y1: height - .5, y2: height - .5 }));
     if (pool.limit !== null) picture.append(draw("line", { class: "limit", x1: 0, x2: width, y1: height - up(pool.limit), y2: height - up(pool.limit) }));
-    const state = make("span", { class: pool.waiting ? "bad" : "quiet" }, text);
+    const state = make("span", { class: worry(pool) ? "bad" : "quiet" }, text);
     return make("div", { "data-pool": pool.name }, make("p", {}, make("strong", {}, pool.name), state), picture);
   });
   byId("pools").replaceChildren(...(cards.length ? cards : [make("div", { class: "quiet" }, "No database has been used yet.")]));
@@ -96,10 +120,10 @@ function showHeld() {
   document.querySelector("#held").parentElement.hidden = holds.length === 0;
   document.querySelector("#held tbody").replaceChildren(...holds.slice(0, 20).map(each => {
     const { hold, unit } = each, [state, kind] = doing(hold);
-    const request = unit ? link(unit) : make("span", { class: "quiet" }, "outside of a unit of work");
+    const request = make("div", { class: "clamp" }, unit ? link(unit) : make("span", { class: "quiet" }, "outside of a unit of work"));
     return make("tr", {}, make("td", {}, seconds(heldOf(hold)), leaked(each) ? make("strong", { class: "bad" }, " leak") : null), make("td", {}, request),
-      make("td", {}, make("code", {}, hold.where), make("div", { class: "quiet" }, `in ${hold.function}()`)),
-      make("td", {}, make("span", { class: kind }, state + " "), hold.statement ? make("code", {}, hold.statement) : null));
+      make("td", {}, make("code", { title: hold.where }, shortPlace(hold.where)), make("div", { class: "quiet" }, `in ${hold.function}()`)),
+      make("td", {}, make("span", { class: kind }, state), hold.statement ? make("code", { class: "clamp", title: hold.statement }, hold.statement) : null));
   }));
 }
 function link(unit, text = unit.request) {
@@ -147,7 +171,9 @@ function showUnits() {
   const found = [...units.values()].filter(matches).sort((a, b) => b.started - a.started);
   const shown = found.slice(0, 200);
   const length = byId("scale").value === "common" ? Math.max(1e-6, ...shown.map(unit => (unit.ended ?? now) - unit.started)) : null;
-  byId("count").textContent = `${found.length} of ${units.size}` + (found.length > shown.length ? `, the last ${shown.length} are shown` : "");
+  const working = [...units.values()].filter(unit => unit.ended === null).length;
+  byId("count").textContent = `${found.length} of ${units.size}` + (found.length > shown.length ? `, the last ${shown.length} are shown` : "") +
+    (atWork > working ? `; ${atWork - working} more are at work and hold nothing` : "");
   const list = byId("units"), items = [];
   for (const unit of shown) {
     // Kept from one update to the next, so that the focus of the keyboard stays where it is.
@@ -164,7 +190,7 @@ function showUnits() {
       const button = item.firstChild, kind = KINDS[unit.outcome] ?? "";
       button.setAttribute("aria-expanded", String(unit.id === selected));
       button.setAttribute("aria-controls", "detail");
-      button.replaceChildren(make("span", { class: "quiet" }, clock(unit.started)), make("span", { class: "name" }, unit.request),
+      button.replaceChildren(make("span", { class: "quiet" }, clock(unit.started)), make("span", { class: "name clamp", title: unit.request }, unit.request),
         make("span", { class: kind }, (unit.status ? `${unit.status} ` : "") + unit.outcome), make("span", { class: "num" }, seconds(heldBy(unit))), lane(unit, length));
     }
     items.push(item);
@@ -190,7 +216,8 @@ function showDetail() {
   content.mark = mark;
   const pairs = [["id", make("span", { class: "mono" }, unit.id)], ["started", clock(unit.started)],
     ["lasted", unit.ended === null ? `${seconds(now - unit.started)} so far` : seconds(unit.ended - unit.started)],
-    ["connection held", seconds(heldBy(unit))], ["status", unit.status === null ? null : String(unit.status)], ["outcome", unit.outcome], ["error", unit.error]];
+    ["connection held", seconds(heldBy(unit))], ["not shown", unit.forgotten ? `${unit.forgotten} earlier connections, held for ${seconds(unit.forgotten_for)}` : null],
+    ["status", unit.status === null ? null : String(unit.status)], ["outcome", unit.outcome], ["error", unit.error]];
   const list = entries => make("dl", {}, ...entries.filter(([, value]) => value !== null).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
   const address = `${location.origin}${base}?unit=${encodeURIComponent(unit.id)}`;
   content.replaceChildren(list(pairs), lane(unit, null), ...unit.holds.map((hold, index) => make("div", {}, make("h3", {}, `Connection ${index + 1}`), list([
@@ -212,7 +239,7 @@ function close() {
   (button ?? byId("text")).focus();
 }
 
-function show() { showPools(); showHeld(); showTrouble(); showUnits(); showDetail(); }
+function show() { showVerdict(); showPools(); showHeld(); showTrouble(); showUnits(); showDetail(); }
 byId("close").addEventListener("click", close);
 document.addEventListener("keydown", event => { if (event.key === "Escape" && selected !== null) close(); });
 byId("filters").addEventListener("submit", event => event.preventDefault());
@@ -224,8 +251,7 @@ byId("pause").addEventListener("click", () => {
   if (!paused) show();
 });
 
-const source = new EventSource(base + "events");
-let silence;
+let source, silence;
 function alive() {
   clearTimeout(silence);
   document.body.classList.remove("stale");
@@ -235,4 +261,16 @@ function alive() {
     byId("state").textContent = "The application does not answer: this is how it was."; byId("state").className = "bad";
   }, 5000);
 }
-source.addEventListener("message", event => { alive(); take(JSON.parse(event.data)); });
+function connect() {
+  source = new EventSource(base + "events");
+  source.addEventListener("message", event => { alive(); take(JSON.parse(event.data)); });
+  source.addEventListener("error", () => {
+    // A stream that has ended is asked for again by the browser itself; one that was refused is not.
+    if (source.readyState !== EventSource.CLOSED) return;
+    clearTimeout(silence);
+    document.body.classList.add("stale");
+    byId("state").textContent = "The updates are refused: too many pages are open, or you may not look any more."; byId("state").className = "bad";
+    setTimeout(connect, 5000);
+  });
+}
+connect();
