@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Dialect
 
-if TYPE_CHECKING:
-    from ctxdb_inspector._records import HoldRecord
+from ctxdb_inspector._records import HoldRecord
 
 __all__ = ["KEPT_SAMPLES", "PoolTrack"]
 

@@ -13,7 +13,6 @@ from weakref import ref
 from sqlalchemy.exc import StatementError
 
 from ctxdb_core.adapters import Headers, Place, UnitOfWork
-from ctxdb_inspector._pool_track import PoolTrack
 
 __all__ = ["HEADER", "LONGEST_REQUEST", "LONGEST_STATEMENT", "HoldRecord", "UnitRecord", "describe"]
 
@@ -29,6 +28,14 @@ LONGEST_REQUEST = 300
 _LONGEST_ERROR = 200
 _MOST_HOLDS = 40
 _KEPT_HOLDS = 20
+
+
+class HeldPool(Protocol):
+    """The pool that a connection was taken from."""
+
+    name: str
+    held: dict[Any, HoldRecord]
+    """What is known of each connection that is in use."""
 
 
 class HoldRecord:
@@ -53,7 +60,7 @@ class HoldRecord:
         "unit",
     )
 
-    pool: PoolTrack
+    pool: HeldPool
     place: tuple[CodeType | None, int]
     """The instruction that has taken it, as a `Place` has it."""
     taken: float
