@@ -14,7 +14,7 @@ from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Engine, event
@@ -655,7 +655,7 @@ def _slots_of(value: Any) -> tuple[str, ...]:
 
 
 def _copy(source: object, target: object, names: tuple[str, ...]) -> None:
-    # As in `seed_dispatch`.
+    # Without a loop of Python code, as this is done for the first statement of each transaction.
     any(map(setattr, repeat(target), names, map(getattr, repeat(source), names)))
 
 
