@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -15,11 +16,19 @@ def a_database() -> DBConnect:
     return DBConnect.from_url("sqlite+aiosqlite://")
 
 
-async def ask(client: str | None, host: str, authorise: Authorise | None = None) -> int:
+async def ask(
+    client: str | None,
+    host: str,
+    authorise: Authorise | None = None,
+    version: str = "1.1",
+    more_hosts: Sequence[str] = (),
+) -> int:
     app: Any = inspector(a_database(), authorise=authorise)
 
     async def with_client(scope: Any, receive: Any, send: Any) -> None:
-        await app({**scope, "client": None if client is None else (client, 1)}, receive, send)
+        seen = None if client is None else (client, 1)
+        headers = [*scope["headers"], *((b"host", each.encode()) for each in more_hosts)]
+        await app({**scope, "client": seen, "http_version": version, "headers": headers}, receive, send)
 
     transport = httpx.ASGITransport(with_client)
     async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as asking:
@@ -40,6 +49,17 @@ async def test_clients_elsewhere_and_unknown_ones_may_not(client: str | None) ->
 @pytest.mark.parametrize("host", ["example.org", "127.0.0.1.example.org", "localhost.example.org"])
 async def test_a_name_of_the_internet_that_leads_to_this_machine_is_refused(host: str) -> None:
     assert await ask("127.0.0.1", host) == 403
+
+
+async def test_a_request_by_http_1_0_comes_from_a_proxy() -> None:
+    assert await ask("127.0.0.1", "localhost", version="1.0") == 403
+    assert await ask("127.0.0.1", "localhost", version="1.1") == 200
+
+
+@pytest.mark.parametrize("first", ["localhost", "example.org"])
+async def test_each_of_several_hosts_has_to_be_this_machine(first: str) -> None:
+    hosts = ["localhost", "example.org"]
+    assert await ask("127.0.0.1", first, more_hosts=[host for host in hosts if host != first]) == 403
 
 
 async def test_the_application_may_let_others_look() -> None:

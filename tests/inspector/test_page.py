@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import pytest
+from sqlalchemy import text
 from tests.support.browser import PICTURES, Tab
+from tests.support.database import Database
 from tests.support.inspected import Desk, serve_app, starlette_app
 from tests.support.server import http_client
+
+import ctxdb_inspector._pages
+from ctxdb_core import DBConnect, commit_db_session, db_session
+from ctxdb_core.adapters import begin, finalize
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 150_000
@@ -120,6 +128,93 @@ async def test_filters_leave_what_matches(tab: Tab, desk: Desk) -> None:
         await tab.run(fill.format("#least", "3600000"))
         assert await tab.run(NAMES) == []
         assert (await tab.run("document.querySelector('#count').innerText")).startswith("0 of ")
+
+
+async def test_the_page_begins_with_what_is_wrong_and_who_holds_a_connection_longest(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(tab, desk) as (url, client):
+        await open_page(tab, url)
+        verdict = "document.querySelector('#verdict').innerText"
+        assert (await tab.run(verdict)).startswith("1 leak. Held longest: GET /leak, for ")
+        await client.get("/leak_alone")
+        waiting = asyncio.create_task(client.get("/read"))
+        await tab.until(f"{verdict}.startsWith('1 waiting for 127.0.0.1, all 3 connections in use. 2 leaks.')")
+        assert await tab.run("document.querySelector('#pools').innerText.includes('1 waiting')")
+        await desk.stays.pop().close()
+        await waiting
+        await tab.until(f"!{verdict}.includes('waiting')")
+        # What the answer names is a click away.
+        await tab.run("document.querySelector('#verdict a').click()")
+        assert "GET /leak" in await tab.run("document.querySelector('#detail').innerText")
+
+
+HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+
+
+async def test_nothing_that_an_application_does_becomes_markup(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(tab, desk) as (url, _):
+        scope = {"type": "http", "method": "GET", "path": f"/{HOSTILE}"}
+        with pytest.raises(LookupError):
+            unit = begin(request=scope)
+            assert unit is not None
+            await (await db_session(desk.db)).execute(text(f"SELECT 1 -- {HOSTILE}"))
+            error = LookupError(HOSTILE)
+            await finalize(unit, commit=False, error=error)
+            raise error
+        logging.getLogger("ctxdb").warning("%s", HOSTILE)
+        await open_page(tab, url)
+        await tab.until(f"{NAMES}.some(name => name.includes('onerror'))")
+        await tab.run("[...document.querySelectorAll('.unit')].find(e => e.innerText.includes('onerror')).click()")
+        await tab.until("document.querySelector('#detail').innerText.includes('SELECT 1 -- </script>')")
+        assert "onerror" in await tab.run("document.querySelector('#trouble').innerText")
+        assert await tab.run("window.broken === undefined && document.querySelectorAll('img').length === 0")
+        assert await tab.run("document.querySelectorAll('script').length") == 1
+        assert tab.complaints() == []
+
+
+async def test_a_page_whose_updates_are_refused_says_so_and_tries_again(
+    tab: Tab, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctxdb_inspector._pages, "MOST_READERS", 0)
+    async with serve_app(starlette_app(desk, None)) as url:
+        await tab.open(f"{url}/_ctxdb/")
+        await tab.until("document.querySelector('#state').innerText.startsWith('The updates are refused')")
+        monkeypatch.undo()
+        await tab.until("document.querySelector('#state').innerText === 'live'")
+        await tab.call("Page.navigate", url="about:blank")
+
+
+async def test_very_many_units_and_very_long_names_fit_a_phone(tab: Tab, desk: Desk) -> None:
+    async def hold(number: int) -> None:
+        scope = {"type": "http", "method": "GET", "path": f"/{'a-long-name' * 20}/{number}"}
+        unit = begin(request=scope)
+        assert unit is not None
+        await (await db_session(desk.db)).execute(text(f"SELECT {number}, '{'very-long' * 100}'"))
+        await commit_db_session(desk.db)
+        await go_on.wait()
+        await finalize(unit, commit=True)
+
+    go_on = asyncio.Event()
+    async with some_traffic(tab, desk) as (url, _):
+        tasks = [asyncio.create_task(hold(number)) for number in range(200)]
+        await tab.call("Emulation.setDeviceMetricsOverride", width=375, height=700, deviceScaleFactor=1, mobile=True)
+        await tab.open(f"{url}/_ctxdb/")
+        await tab.until("document.querySelectorAll('.unit').length >= 200")
+        assert await tab.run("document.documentElement.scrollWidth") <= 375
+        # What is held is beside what holds it, and nothing is cut off.
+        widths = "[...document.querySelectorAll('#held td')].map(each => each.getBoundingClientRect().right)"
+        assert max(await tab.run(widths)) <= 375
+        go_on.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_without_any_unit_the_page_says_so(tab: Tab, database: Database) -> None:
+    async with DBConnect.from_url(database.url) as db, serve_app(starlette_app(Desk(db), None)) as url:
+        await tab.open(f"{url}/_ctxdb/")
+        await tab.until("document.querySelector('#state').innerText === 'live'")
+        assert "No database has been used yet." in await tab.run("document.querySelector('#pools').innerText")
+        assert await tab.run("document.querySelector('#held-none').checkVisibility()")
+        assert await tab.run("document.querySelector('#count').innerText") == "0 of 0"
+        await tab.call("Page.navigate", url="about:blank")
 
 
 async def test_the_page_follows_the_application(tab: Tab, desk: Desk) -> None:

@@ -270,7 +270,7 @@ function connect() {
     clearTimeout(silence);
     document.body.classList.add("stale");
     byId("state").textContent = "The updates are refused: too many pages are open, or you may not look any more."; byId("state").className = "bad";
-    setTimeout(connect, 5000);
+    setTimeout(connect, 2000);
   });
 }
 connect();
