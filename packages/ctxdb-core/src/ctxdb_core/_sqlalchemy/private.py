@@ -628,7 +628,7 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection may be made one of the class by ``__class__``. psycopg waits for the end of the query after that, unless
+    A connection may be made one of the class by ``__class__``. psycopg waits for the end of the query then, unless
     `stop` raises the cancellation.
     """
 
