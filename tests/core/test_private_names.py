@@ -548,6 +548,7 @@ async def test_a_connection_of_psycopg_stops_a_cancelled_query_as_it_is_told(
     async def stop(connection: Any) -> None:
         stopped.append(connection)
         connection.pgconn.finish()
+        raise asyncio.CancelledError
 
     own: Any = (await connection.get_raw_connection()).driver_connection
     own.__class__ = private.psycopg_connection_that_stops(type(own), stop)

@@ -123,22 +123,29 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
     # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
     _cancel_keys[connection] = _cancel_key_of(connection)
     cls = type(connection)
+    if not hasattr(cls, "cancel_safe"):
+        # Before psycopg 3.2.
+        return
     if cls not in _stopping:
         _stopping[cls] = psycopg_connection_that_stops(cls, _stop_query_of_psycopg)
     connection.__class__ = _stopping[cls]
 
 
 async def _stop_query_of_psycopg(connection: Any) -> None:
+    cancellation = sys.exc_info()[1]
     try:
-        await _noted(
-            asyncio.wait_for(connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS), STOP_QUERY_TIMEOUT_SECONDS)
-        )
+        request = connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+        await _noted(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS))
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
-        # psycopg would wait five seconds more, for a server that does not answer.
+        # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
         connection.pgconn.finish()
+    else:
+        cancellation = None
     # The request has been made: `_cancel_psycopg` need not make another one. It is to do so where this is interrupted.
     _cancel_keys.pop(connection, None)
+    if cancellation is not None and not isinstance(cancellation, Exception):
+        raise cancellation
 
 
 def _cancel_key_of(connection: Any) -> Any:

@@ -740,8 +740,8 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection may be made one of the class by ``__class__``. psycopg waits five seconds for the end of the query
-    after that, unless `stop` has closed the connection.
+    A connection may be made one of the class by ``__class__``. psycopg waits for the end of the query then, unless
+    `stop` raises the cancellation.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
