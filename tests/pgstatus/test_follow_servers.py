@@ -15,7 +15,7 @@ from sqlalchemy import URL, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
-from tests.support.monitors import HOUR, monitor_of, until
+from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
 from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_sidecar
 
@@ -384,6 +384,21 @@ async def test_a_standby_that_is_in_the_list_costs_commits_no_connection_while_i
         for _ in range(3):
             assert await monitor.confirm_master(writer.host)
         assert writer.attempts == attempts
+
+
+async def test_no_commit_waits_for_another_host_that_takes_no_new_connection(cluster: PostgresCluster) -> None:
+    primary = f"{cluster.primary.host}:{cluster.port}"
+    async with (
+        Proxy(cluster.standbys[0]) as hanging,
+        monitor_of(
+            cluster, hosts=[primary, hanging.host], poll_interval=0.6, connect_timeout=HOUR, conn_max_age=0
+        ) as monitor,
+    ):
+        # The kept connection is as good as ever.
+        hanging.blocked = True
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(3):
+                assert await monitor.confirm_master(primary)
 
 
 async def test_commits_that_wait_for_a_new_connection_share_it(cluster: PostgresCluster) -> None:
