@@ -27,6 +27,7 @@ from ctxdb_pgstatus import (
     HostMonitor,
     HostUnreachableError,
     MasterChangedError,
+    MasterUncertainError,
     NoMasterError,
     PgStatusClient,
     follow_master,
@@ -327,6 +328,29 @@ async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_t
         writer.refusals = 1000
         with pytest.raises(CommitUnconfirmedError, match="cannot be connected to anew"):
             await write_number(db, 2)
+
+
+async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_while_its_name_may_have_moved(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+    ):
+        await promote_beside(old, new)
+        await monitor.poll()
+        # The monitor has lost its connection, and gets no other one.
+        writer.error = ("53300", "sorry, too many clients already")
+        writer.drop()
+        async with asyncio.timeout(PATIENCE):
+            while not monitor._members[writer.host].watch.refusals:
+                await asyncio.sleep(0.005)
+        assert monitor.master() == writer.host
+        assert monitor.known_master() is None
+        with pytest.raises(MasterUncertainError):
+            await monitor.confirm_master(writer.host)
 
 
 async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_the_name_leads_then(
