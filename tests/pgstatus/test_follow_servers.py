@@ -15,7 +15,7 @@ from sqlalchemy import URL, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
-from tests.support.monitors import HOUR, monitor_of, until
+from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
 from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_sidecar
 
@@ -27,6 +27,7 @@ from ctxdb_pgstatus import (
     HostMonitor,
     HostUnreachableError,
     MasterChangedError,
+    MasterUncertainError,
     NoMasterError,
     PgStatusClient,
     follow_master,
@@ -329,6 +330,29 @@ async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_t
             await write_number(db, 2)
 
 
+async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_while_its_name_may_have_moved(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, other = cluster.nodes
+    async with (
+        Proxy(old) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+    ):
+        await promote_beside(old, new)
+        await monitor.poll()
+        # The monitor has lost its connection, and gets no other one.
+        writer.error = ("53300", "sorry, too many clients already")
+        writer.drop()
+        async with asyncio.timeout(PATIENCE):
+            while not monitor._members[writer.host].watch.refusals:
+                await asyncio.sleep(0.005)
+        assert monitor.master() == writer.host
+        assert monitor.known_master() is None
+        with pytest.raises(MasterUncertainError):
+            await monitor.confirm_master(writer.host)
+
+
 async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_the_name_leads_then(
     cluster: PostgresCluster,
 ) -> None:
@@ -384,6 +408,21 @@ async def test_a_standby_that_is_in_the_list_costs_commits_no_connection_while_i
         for _ in range(3):
             assert await monitor.confirm_master(writer.host)
         assert writer.attempts == attempts
+
+
+async def test_no_commit_waits_for_another_host_that_takes_no_new_connection(cluster: PostgresCluster) -> None:
+    primary = f"{cluster.primary.host}:{cluster.port}"
+    async with (
+        Proxy(cluster.standbys[0]) as hanging,
+        monitor_of(
+            cluster, hosts=[primary, hanging.host], poll_interval=0.6, connect_timeout=HOUR, conn_max_age=0
+        ) as monitor,
+    ):
+        # The kept connection is as good as ever.
+        hanging.blocked = True
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(3):
+                assert await monitor.confirm_master(primary)
 
 
 async def test_commits_that_wait_for_a_new_connection_share_it(cluster: PostgresCluster) -> None:

@@ -122,7 +122,7 @@ TIMELINE = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)
 async def test_a_name_that_is_resolved_to_another_address_is_followed_at_the_next_poll(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, _ = cluster.nodes
+    old, new, other = cluster.nodes
     leads_to = old
     resolve = socket.getaddrinfo
 
@@ -130,7 +130,8 @@ async def test_a_name_that_is_resolved_to_another_address_is_followed_at_the_nex
         return resolve(leads_to.host if host == "moving" else host, *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", moving)
-    async with monitor_of(cluster, hosts=["moving"], poll_interval=0.2, conn_max_age=HOUR) as monitor:
+    hosts = ["moving", other.host]
+    async with monitor_of(cluster, hosts=hosts, poll_interval=0.2, conn_max_age=HOUR) as monitor:
         await until_server(monitor, "moving", old)
         leads_to = new
         await until_server(monitor, "moving", new)

@@ -322,11 +322,12 @@ class HostMonitor:
     def known_master(self) -> KnownMaster | None:
         """Return the master whose server refuses the monitor at the moment; ``None`` if there is no such master.
 
-        Who has a connection to it can ask it whether it still is the master.
+        Who has a connection to it can ask it whether it still is the master. ``None`` also if the name may lead to
+        another server by now (see `conn_max_age`): then a connection from before would ask the wrong one.
         """
         master = self.status.master
         member = None if master is None else self._members[master]
-        if member is None or not member.watch.refusals or member.watch.answer is None:
+        if member is None or not member.watch.refusals or member.watch.answer is None or self._may_have_moved(member):
             return None
         return KnownMaster(member.watch.address.name, member.watch.answer.timeline)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -129,7 +130,7 @@ class Watch:
         A standby that is promoted leaves its primary before it takes writes. So if the name of the primary may follow
         the role, this is when it may come to lead elsewhere.
         """
-        is_recent = asyncio.get_running_loop().time() - self._standby_lost_at < self._longest_loss
+        is_recent = time.monotonic() - self._standby_lost_at < self._longest_loss
         return self._standbys_before if is_recent else 0
 
     def hurry(self) -> None:
@@ -329,7 +330,7 @@ class Watch:
             self._standbys_before = 0
         elif now.standbys < before.standbys:
             self._standbys_before = max(before.standbys, self.standbys_before_loss)
-            self._standby_lost_at = asyncio.get_running_loop().time()
+            self._standby_lost_at = time.monotonic()
         elif now.standbys >= self._standbys_before:
             self._standbys_before = 0
 
