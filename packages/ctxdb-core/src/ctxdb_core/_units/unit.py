@@ -378,7 +378,8 @@ class UnitOfWork:
             self.begin_hooks = {}
         hooks = self.begin_hooks.setdefault(db, [])
         hooks.append(hook)
-        if guard is not None:
+        # Where there are others already, the session has them, or is running them at this moment.
+        if guard is not None and len(hooks) == 1:
             guard.on_begin = partial(_run_begin_hooks, hooks)
 
     def set_rollback_only(self, db: DBConnect | None) -> None:
@@ -643,8 +644,8 @@ class UnitOfWork:
         await unit.finish(commit=True)
 
     def _hook(self) -> BeforeCommit | None:
-        # A statement that was committed by itself is nobody's to prepare.
-        return None if self.autocommit else self.before_commit
+        # A statement that was committed by itself is nobody's to prepare, and what the hook commits is not its own.
+        return None if self.autocommit or is_in_before_commit(self.sessions) else self.before_commit
 
     def _note_end(self, error: BaseException | None) -> None:
         if self.leak_guard is not None:
