@@ -232,6 +232,7 @@ async def _application(*args: object) -> None: ...
         lambda hook: new_db_ctx(before_commit=hook).__aenter__(),
         lambda hook: ASGIHTTPDBSessionMiddleware(_application, before_commit=hook),
         lambda hook: ASGIHTTPDBSessionMiddleware(_application, deadline=hook),
+        lambda hook: TransactionContext(DBConnect.from_url(URL), default_session_maker=hook),
     ],
 )
 async def test_a_hook_that_is_no_function_is_told(give: Callable[[Any], Any]) -> None:

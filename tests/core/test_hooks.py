@@ -305,6 +305,23 @@ async def _connect(db: DBConnect, name: str, **options: Any) -> None:
     await connection.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
 
 
+async def test_a_hook_that_is_registered_by_another_one_follows_it(db: DBConnect) -> None:
+    calls: list[str] = []
+
+    async def register(session: AsyncSession) -> None:
+        calls.append("register")
+        if len(calls) == 1:
+            on_begin(db, set_tenant)
+        await session.execute(text("SELECT 1"))
+
+    async with new_db_ctx():
+        on_begin(db, register)
+        for _ in range(2):
+            assert await setting(db) == "ada"
+            await commit_db_session(db)
+    assert calls == ["register"] * 2
+
+
 async def test_a_hook_is_refused_in_a_block_without_transactions(db: DBConnect) -> None:
     async with transactional(db, "not_supported"):
         with pytest.raises(TransactionRequiredError):

@@ -793,6 +793,24 @@ async def test_before_commit_is_not_asked_about_its_own_units_of_work(db: DBConn
     assert await database.names() == ["audit", "one"]
 
 
+@pytest.mark.parametrize("commit", [lambda session, db: session.commit(), lambda session, db: commit_db_session(db)])
+async def test_before_commit_may_commit(
+    db: DBConnect, database: Database, commit: Callable[[AsyncSession, DBConnect], Awaitable[None]]
+) -> None:
+    calls: list[AsyncSession] = []
+
+    async def write_audit(session: AsyncSession) -> None:
+        calls.append(session)
+        await insert(db, f"audit {len(calls)}")
+        await commit(session, db)
+
+    async with new_db_ctx(before_commit=write_audit):
+        await insert(db, "one")
+        await commit_db_session(db)
+        await insert(db, "two")
+    assert await database.names() == ["audit 1", "audit 2", "one", "two"]
+
+
 # --- atomic_db_session ------------------------------------------------------------------------------------------------
 
 

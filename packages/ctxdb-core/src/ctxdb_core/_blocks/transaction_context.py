@@ -18,6 +18,7 @@ from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, de
 from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT_co, borrow
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.unit_sessions import CreateSession
@@ -103,6 +104,8 @@ class TransactionContext(Generic[SessionT_co]):
             engine_or_db = borrow(engine_or_db)
         elif not isinstance(engine_or_db, DBConnect):
             raise ArgumentTypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
+        if default_session_maker is not None:
+            check_function(default_session_maker, "`default_session_maker`")
         self._db: DBConnect = engine_or_db
         self._default_session_maker = default_session_maker
         self._auto_context_on_execute = auto_context_on_execute

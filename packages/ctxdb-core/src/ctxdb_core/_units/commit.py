@@ -29,12 +29,18 @@ BeforeCommit: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
 Sessions: TypeAlias = Mapping[DBConnect, AsyncSession]
 """The sessions of a unit of work, in the order in which they were opened."""
 
-_in_before_commit: ContextVar[bool] = ContextVar("ctxdb_in_before_commit", default=False)
+_preparing: ContextVar[Sessions | None] = ContextVar("ctxdb_preparing", default=None)
+"""The sessions whose unit of work has called the `before_commit` that the running code is part of."""
 
 
-def is_in_before_commit() -> bool:
-    """Return whether the running code is part of a `before_commit`: what it commits itself is not prepared so again."""
-    return _in_before_commit.get()
+def is_in_before_commit(sessions: Sessions | None = None) -> bool:
+    """Return whether the running code is part of a `before_commit`: what it commits itself is not prepared so again.
+
+    Args:
+        sessions: whether it is part of that of the unit of work which has these; by default, of any.
+    """
+    preparing = _preparing.get()
+    return preparing is not None and (sessions is None or preparing is sessions)
 
 
 async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_commit: BeforeCommit | None) -> None:
@@ -61,11 +67,11 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
             prepared.add(db)
             session = sessions[db]
             if before_commit is not None:
-                token = _in_before_commit.set(True)
+                token = _preparing.set(sessions)
                 try:
                     await before_commit(session)
                 finally:
-                    _in_before_commit.reset(token)
+                    _preparing.reset(token)
             if len(sessions) > 1:
                 # A commit that is going to be refused is refused before the first commit of any session.
                 refuse_if_rollback_only(session.sync_session)
