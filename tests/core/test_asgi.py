@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -347,6 +348,23 @@ async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -
     units: list[UnitOfWork] = []
     await Connection(kind).run(ASGIHTTPDBSessionMiddleware(app))
     assert units[0].closed
+
+
+async def test_a_request_with_a_session_needs_no_dict_for_its_attributes_after_many_without(db: DBConnect) -> None:
+    """CPython would give it one if the first thirty requests had been all to decide on the places of attributes."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/write":
+            await insert(db, "one")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        dicts = [each for each in gc.get_referents(scope["ctxdb.unit_of_work"]) if isinstance(each, dict)]
+        has_dict.append(any("sessions" in each for each in dicts))
+
+    has_dict: list[bool] = []
+    middleware = ASGIHTTPDBSessionMiddleware(app)
+    for path in ["/"] * 40 + ["/write"]:
+        await Connection(path=path).run(middleware)
+    assert has_dict == [False] * 41
 
 
 async def test_an_idle_request_has_no_strategy_and_ends_like_any_other(db: DBConnect) -> None:

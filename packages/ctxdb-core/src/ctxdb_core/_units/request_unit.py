@@ -7,12 +7,14 @@ from typing import Any
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._units.abandonment import HandlerCalls
 from ctxdb_core._units.ids import id_of_request
+from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.watcher import request_line
 
 __all__ = ["RequestUnit"]
 
 
+@share_layout
 class RequestUnit(UnitOfWork):
     """The unit of work of a request: what `begin` returns."""
 

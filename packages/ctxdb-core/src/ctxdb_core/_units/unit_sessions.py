@@ -46,6 +46,11 @@ class UnitSessions:
     autocommit: ClassVar[bool] = False
     """Whether its sessions have no transactions: each statement is committed by itself."""
 
+    sessions: dict[DBConnect, AsyncSession]
+    """The sessions that are open, in the order in which they were opened."""
+    loop: asyncio.AbstractEventLoop | None
+    """The event loop that the unit belongs to, as its connections serve that one alone."""
+
     # The class has the defaults, as a request without database use pays for each attribute that is set on its unit.
     settings: UnitSettings = NO_SETTINGS
     """What the unit was told when it was opened."""
@@ -59,10 +64,8 @@ class UnitSessions:
     """The open blocks that share its transactions, and end them or have others end them."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
-        self.sessions: dict[DBConnect, AsyncSession] = {}
-        """The sessions that are open, in the order in which they were opened."""
-        self.loop: asyncio.AbstractEventLoop | None = _get_running_loop()
-        """The event loop that the unit belongs to, as its connections serve that one alone."""
+        self.sessions = {}
+        self.loop = _get_running_loop()
         if before_commit is not None:
             self.settings = UnitSettings(before_commit)
 

@@ -15,7 +15,7 @@ from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
 from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
-from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, prepare, roll_back
+from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
@@ -341,8 +341,9 @@ class UnitTransactions(UnitSessions):
             await self.callbacks.wait()
 
     def _hook(self) -> BeforeCommit | None:
-        # In autocommit, each statement has been committed by itself: `before_commit` could add nothing to it.
-        return None if self.autocommit else self.settings.before_commit
+        # In autocommit, each statement has been committed by itself: `before_commit` could add nothing to it. And what
+        # `before_commit` itself commits is not prepared by another call of it.
+        return None if self.autocommit or is_in_before_commit(self.sessions) else self.settings.before_commit
 
     def _note_end(self, error: BaseException | None) -> None:
         if self.registration is not None:

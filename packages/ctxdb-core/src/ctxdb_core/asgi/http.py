@@ -13,6 +13,7 @@ from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
 from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import Callback, Outcome
+from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
@@ -32,6 +33,7 @@ _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
 _BODY = Phase.BODY
 
 
+@share_layout
 class HTTPExchange(Exchange):
     """The unit of work of an HTTP request.
 

@@ -85,11 +85,11 @@ class ASGIHTTPDBSessionMiddleware:
         """Run the application in a unit of work; scopes other than ``http`` and ``websocket`` are passed on."""
         exchange: Exchange
         if scope["type"] == "http":
-            exchange = http_exchange = _new(HTTPExchange)
+            exchange = http_exchange = HTTPExchange()
             http_exchange.is_idle = True
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
-            exchange = _new(WebSocketExchange)
+            exchange = WebSocketExchange()
         else:
             await self._pass_on(scope, receive, send)
             return
@@ -97,7 +97,7 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # As in `UnitSessions.__init__`, which is not called: on a request without database use, that would be felt.
+        # As in `UnitSessions.__init__`, which an exchange has not got: a request without database use would feel it.
         exchange.sessions = {}
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
@@ -159,6 +159,7 @@ class ASGIHTTPDBSessionMiddleware:
         """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
         answering = HTTPExchange()
         answering.is_idle = False
+        answering.sessions, answering.loop = {}, exchange.loop
         answering.settings, answering.origin = self._settings, scope
         answering.server, answering.refusal = exchange.server, ANSWERED
         scope[REQUEST_KEY] = answering
@@ -197,6 +198,3 @@ def _shutting_down(send: Send) -> Send:
         await send(message)
 
     return send_when_stopped
-
-
-_new = object.__new__
