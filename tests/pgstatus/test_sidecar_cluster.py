@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.support.database import eventually
+from tests.support.proxy import Proxy
 from tests.support.server import http_client
 from tests.support.sidecar import serve_sidecar
 from tests.support.sidecar_process import running
@@ -92,6 +93,29 @@ async def test_an_operator_has_a_lower_timeline_accepted_by_a_signal(cluster: Po
         sidecar.process.send_signal(signal.SIGUSR1)
         await until_master(f"{old.host}:{old.port}")
         assert await sidecar.stop() == 0
+
+
+async def test_the_monitor_of_the_sidecar_has_the_settings_of_the_sidecar(cluster: PostgresCluster) -> None:
+    primary, standby = cluster.nodes[:2]
+    spared = f"{standby.host}:{standby.port}"
+    async with Proxy(primary) as silent, Proxy(primary) as renewed:
+        silent.blocked = True
+        variables = {
+            "hosts": f"{silent.host},{renewed.host},{spared}",
+            "sleep_ms": "200",
+            "query_timeout_ms": "321",
+            "conn_max_age_ms": "1",
+            "noloadbalance": spared,
+            "nofailover": renewed.host,
+        }
+        async with running(**variables) as sidecar, http_client(await sidecar.ready()) as client:
+            hosts = {host["host"]: host for host in (await client.get("/hosts")).json()}
+            assert "no answer within 0.321 s" in hosts[silent.host]["error"]
+            assert [host["takes_reads"] for host in hosts.values()] == [True, True, False]
+            assert (await client.get("/master")).status_code == 404
+            attempts = renewed.attempts
+            await eventually(lambda: renewed.attempts > attempts + 1, "the connection is not renewed")
+            assert await sidecar.stop() == 0
 
 
 async def test_the_sidecar_finds_its_hosts_in_a_file_that_changes(cluster: PostgresCluster, tmp_path: Path) -> None:
