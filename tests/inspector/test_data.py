@@ -19,6 +19,7 @@ from tests.support.inspected import Desk, starlette_app
 from tests.support.server import http_client, serve
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
+from ctxdb_core.logs import log_units
 from ctxdb_inspector import inspector
 
 
@@ -65,6 +66,18 @@ async def test_the_id_of_the_unit_is_in_the_response_and_leads_to_it(client: htt
     assert unit["id"] == unit_id
     assert unit["request"] == "GET /read"
     assert (await client.get("/_ctxdb/units.json?unit=unheard-of")).status_code == 404
+
+
+async def test_the_id_in_the_response_is_that_of_the_log_records(
+    client: httpx.AsyncClient, desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = log_units(desk.db)
+    with caplog.at_level(logging.INFO, "ctxdb.units"):
+        unit_id = (await client.get("/read")).headers["x-ctxdb-unit"]
+    stop()
+    (record,) = [each for each in caplog.records if each.name == "ctxdb.units"]
+    assert vars(record)["ctxdb_unit"] == unit_id
+    assert vars(record)["ctxdb_request"] == "GET /read"
 
 
 async def test_a_request_that_uses_no_database_has_an_id_and_is_not_shown(client: httpx.AsyncClient) -> None:

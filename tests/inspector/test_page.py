@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import text
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 from tests.support.browser import PICTURES, Tab
 from tests.support.database import Database
 from tests.support.inspected import Desk, serve_app, starlette_app
@@ -145,6 +148,91 @@ async def test_the_page_begins_with_what_is_wrong_and_who_holds_a_connection_lon
         # What the answer names is a click away.
         await tab.run("document.querySelector('#verdict a').click()")
         assert "GET /leak" in await tab.run("document.querySelector('#detail').innerText")
+
+
+async def test_pools_are_bars_of_what_is_in_use_idle_and_waited_for_beneath_their_limit(tab: Tab, desk: Desk) -> None:
+    pool = """{name: "db", in_use: 2, idle: 1, waiting: 0, limit: 4,
+      samples: [[now - 120, 2, 1, 0], [now - 60, 4, 0, 4], [now - 301, 1, 0, 0]]}"""
+    async with some_traffic(tab, desk) as (url, _):
+        await open_page(tab, url)
+        await tab.run(f"(() => {{ source.close(); pools.clear(); pools.set('db', {pool}); showPools(); }})()")
+        heights = "[...document.querySelectorAll('#pools .%s')].map(each => Math.round(each.getAttribute('height')))"
+        # Eight of the picture's 62 units of height are one connection.
+        assert await tab.run(heights % "bar") == [16, 31, 8]
+        assert await tab.run(heights % "idle") == [8]
+        assert await tab.run(heights % "wait") == [31]
+        assert await tab.run("document.querySelector('#pools .limit').getAttribute('y1')") == "33"
+        assert "2 in use, 1 idle, 0 waiting, limit 4" in await tab.run("document.querySelector('#pools').innerText")
+
+
+async def test_lanes_are_to_scale_and_tell_the_streamed_part_and_sessions_beside_one_another_apart(
+    tab: Tab, desk: Desk
+) -> None:
+    hold = """{pool: "db", where: "a.py:1", function: "f", statements: 1, statement: "SELECT 1", running_since: null,
+      error: null,"""
+    unit = f"""{{id: "x-1", request: "GET /made-up", started: 100, ended: 110, responded: 104, status: 200, error: null,
+      outcome: "committed", forgotten: 0, forgotten_for: 0, holds: [
+        {hold} taken: 101, returned: 104, commit_at: 103, outcome: "committed", leaked: false, streamed: false}},
+        {hold} taken: 102, returned: 104, commit_at: null, outcome: null, leaked: false, streamed: false}},
+        {hold} taken: 106, returned: 108, commit_at: 107, outcome: "rolled back", leaked: false, streamed: true}}]}}"""
+    async with some_traffic(tab, desk) as (url, _):
+        await open_page(tab, url)
+        drawn = await tab.run(
+            f"[...lane({unit}, null).children].map(each => [each.getAttribute('class'), +each.getAttribute('x'),"
+            " +each.getAttribute('width'), +each.getAttribute('y')])"
+        )
+        assert drawn == [
+            ["span", 0, 1000, 2],
+            ["hold", 100, 300, 4], ["run", 300, 100, 4],
+            ["hold", 200, 200, 9],
+            ["body", 600, 200, 4], ["undo", 700, 100, 4],
+        ]  # fmt: skip
+        # To one scale, a unit that is half as long as the longest has half of the width.
+        half = await tab.run(f"+lane({unit}, 20).children[0].getAttribute('width')")
+        assert half == 500
+
+
+async def test_what_a_streamed_body_does_is_drawn_in_a_colour_of_its_own(tab: Tab, desk: Desk) -> None:
+    async def stream(request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"begun"
+            await (await db_session(desk.db)).execute(text("SELECT 5"))
+            yield b"done"
+
+        await desk.read()
+        return StreamingResponse(body())
+
+    app = starlette_app(desk, None)
+    app.routes.insert(0, Route("/stream", stream))
+    async with serve_app(app) as url, http_client(url) as client:
+        assert (await client.get("/stream")).text == "begundone"
+        await tab.open(f"{url}/_ctxdb/")
+        await tab.until("document.querySelectorAll('.unit').length === 1")
+        kinds = "[...document.querySelectorAll('.unit .lane rect')].map(each => each.getAttribute('class'))"
+        assert [kind for kind in await tab.run(kinds) if kind in ("hold", "body")] == ["hold", "body"]
+        fills = "['hold', 'body'].map(kind => getComputedStyle(document.querySelector(`.unit .${kind}`)).fill)"
+        assert len(set(await tab.run(fills))) == 2
+        await tab.call("Page.navigate", url="about:blank")
+
+
+async def test_the_data_can_be_downloaded(tab: Tab, desk: Desk) -> None:
+    async with some_traffic(tab, desk) as (url, _):
+        await open_page(tab, url)
+        assert await tab.run("document.querySelector('#download').download") == "units.json"
+        found = await tab.run("fetch(document.querySelector('#download').href).then(answer => answer.json())")
+        assert {unit["request"] for unit in found["units"]} >= {"GET /hold", "GET /read"}
+        await tab.run("document.querySelector('.unit').click()")
+        assert await tab.run("document.querySelector('#detail a[download]').download.endsWith('.json')")
+
+
+async def test_the_units_of_another_worker_replace_those_of_the_one_before(tab: Tab, desk: Desk) -> None:
+    other = """{worker: {host: "web-2", pid: 9}, now, sequence: 1, pools: [], at_work: 0, units: [], others: [],
+      warnings: []}"""
+    async with some_traffic(tab, desk) as (url, _):
+        await open_page(tab, url)
+        await tab.run(f"(() => {{ source.close(); take({other}); }})()")
+        assert await tab.run("document.querySelector('#worker').innerText") == "worker web-2, process 9"
+        assert await tab.run("document.querySelectorAll('.unit').length") == 0
 
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"

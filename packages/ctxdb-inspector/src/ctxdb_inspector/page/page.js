@@ -152,10 +152,18 @@ function lane(unit, length) {
   const x = at => Math.max(0, (at - unit.started) * scale);
   const rect = (kind, from, to, y, height) => draw("rect", { class: kind, x: x(from), y, width: Math.max(x(to) - x(from), 2), height });
   const parts = [rect("span", unit.started, unit.ended ?? now, 2, 14)];
-  for (const hold of unit.holds) {
-    const until = hold.returned ?? now;
-    parts.push(rect(hold.streamed ? "body" : "hold", hold.taken, until, 4, 10));
-    if (hold.commit_at !== null) parts.push(rect({ "commit failed": "fail", "rolled back": "undo" }[hold.outcome] ?? "run", hold.commit_at, Math.max(until, hold.commit_at), 4, 10));
+  // Sessions that hold connections at once, of several databases for instance, are drawn one below the other.
+  const free = [], placed = [...unit.holds].sort((a, b) => a.taken - b.taken).map(hold => {
+    const found = free.findIndex(end => end <= hold.taken);
+    const row = found >= 0 ? found : free.length < 4 ? free.length : 3;
+    free[row] = Math.max(free[row] ?? 0, hold.returned ?? Infinity);
+    return { hold, row };
+  });
+  const height = 10 / Math.max(1, free.length);
+  for (const { hold, row } of placed) {
+    const until = hold.returned ?? now, y = 4 + row * height, thick = free.length > 1 ? height - 1 : height;
+    parts.push(rect(hold.streamed ? "body" : "hold", hold.taken, until, y, thick));
+    if (hold.commit_at !== null) parts.push(rect({ "commit failed": "fail", "rolled back": "undo" }[hold.outcome] ?? "run", hold.commit_at, Math.max(until, hold.commit_at), y, thick));
   }
   const text = `${seconds(end - unit.started)} in all, connection held for ${seconds(heldBy(unit))}`;
   return draw("svg", { class: "lane", viewBox: "0 0 1000 18", preserveAspectRatio: "none", role: "img", "aria-label": text }, ...parts);
