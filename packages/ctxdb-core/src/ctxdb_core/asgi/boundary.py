@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from ctxdb_core._units.abandonment import current_call
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.asgi.body import StreamedBody, let_failure_arrive
+from ctxdb_core.asgi.exchange import enter_start, is_in_start_of, leave_start
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.errors import ContextClosedError
@@ -44,16 +46,35 @@ class ASGIStreamBoundary:
             return
         streamed = False
         body: StreamedBody | None = None
+        starting: asyncio.Event | None = None
         calls = exchange.follow_calls()
         call = calls.begin()
 
+        async def start_stream(message: Message) -> None:
+            nonlocal body, starting
+            # What other tasks send meanwhile comes behind it (see `Exchange.begin_start`).
+            starting = asyncio.Event()
+            try:
+                token = enter_start(exchange)
+                try:
+                    body = await exchange.begin_stream(message["status"])
+                finally:
+                    leave_start(token)
+                await pass_up(message)
+            finally:
+                starting.set()
+
+        async def send_behind_start(starting: asyncio.Event, message: Message) -> None:
+            await starting.wait()
+            await send_streamed(message)
+
         async def pass_on(message: Message) -> None:
-            nonlocal body
-            if message["type"] == "http.response.start":
-                body = await exchange.begin_stream(message["status"])
-            elif body is not None:
+            if body is not None:
                 body.note_progress(message, exchange)
                 await _end_reading(message, exchange)
+            await pass_up(message)
+
+        async def pass_up(message: Message) -> None:
             # What the middlewares in between do with the message is not the body's doing.
             token = current_call.set(None)
             try:
@@ -70,6 +91,10 @@ class ASGIStreamBoundary:
                     # A middleware has given up on the handler since, and what the response tells was rolled back.
                     raise ContextClosedError
                 streamed = is_kept or _is_streamed(message)
+                if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
+                    return start_stream(message)
+            elif starting is not None and not starting.is_set() and not is_in_start_of(exchange):
+                return send_behind_start(starting, message)
             if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
                 return pass_on(message)
             if body is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
-from typing import Protocol
+from contextvars import ContextVar, Token
+from typing import Any, Protocol
 
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.session_end import report
@@ -13,9 +15,12 @@ from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
 
-__all__ = ["Exchange", "Options", "discard"]
+__all__ = ["Exchange", "Options", "discard", "enter_start", "is_in_start_of", "leave_start"]
 
 _SWITCHING_PROTOCOLS = 101
+
+_starting: ContextVar[object] = ContextVar("ctxdb_starting", default=None)
+"""The exchange whose response the running code is starting; what the commit calls back inherits it."""
 
 
 class Options(Protocol):
@@ -51,6 +56,10 @@ class Exchange(UnitOfWork):
 
     It is used up by the one answer that there may be, and by whatever makes an answer impossible.
     """
+    is_starting: bool = False
+    """Whether the transactions are being ended for a response that is about to start."""
+    started: asyncio.Event | None = None
+    """Set when that response has started, or was refused; ``None`` as long as nobody waits for it."""
     failure: Exception | None = None
     """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""
 
@@ -61,6 +70,32 @@ class Exchange(UnitOfWork):
     def request_again(self, receive: Receive) -> Receive:
         """Return where a handler of errors receives the request from, if the application was given `receive`."""
         return receive
+
+    # Another task may send while the transactions are being ended, as that takes its time. Litestar's
+    # `websocket_stream` accepts in one task and sends in another; sse-starlette pings its client in a task of its own.
+
+    def begin_start(self) -> Token[Any]:
+        """Keep what other tasks send waiting until `end_start`; but not what the end of the transactions waits for."""
+        self.is_starting = True
+        return enter_start(self)
+
+    def end_start(self) -> None:
+        """Let those send who wait for the start of the response."""
+        self.is_starting = False
+        started, self.started = self.started, None
+        if started is not None:
+            started.set()
+
+    def must_wait_for_start(self) -> bool:
+        """Return whether the running code has to wait until the response has started that is about to."""
+        return self.is_starting and not is_in_start_of(self)
+
+    async def send_behind_start(self, message: Message) -> None:
+        """Send a message of another task once the response has started."""
+        if self.started is None:
+            self.started = asyncio.Event()
+        await self.started.wait()
+        await self.send(message)
 
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
@@ -181,3 +216,18 @@ def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
         seen.add(id(exc))
         exc = exc.__cause__ or exc.__context__
     return False
+
+
+def enter_start(exchange: Exchange) -> Token[Any]:
+    """Have what the running code does until `leave_start` be part of the start of a response."""
+    return _starting.set(exchange)
+
+
+def leave_start(token: Token[Any]) -> None:
+    """Have what the running code does from now on be no part of the start that `token` was returned for."""
+    _starting.reset(token)
+
+
+def is_in_start_of(exchange: Exchange) -> bool:
+    """Return whether the running code ends transactions for the start of a response, or is called back for that."""
+    return _starting.get() is exchange

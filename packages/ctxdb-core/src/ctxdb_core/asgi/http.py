@@ -17,7 +17,7 @@ from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
-from ctxdb_core.asgi.exchange import Exchange, discard
+from ctxdb_core.asgi.exchange import Exchange, discard, leave_start
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
@@ -78,6 +78,8 @@ class HTTPExchange(Exchange):
             return self.forward(message)
         if message["type"] == "http.response.start":
             return self._start(message)
+        if self.is_starting and self.must_wait_for_start():
+            return self.send_behind_start(message)
         if self.body is not None and self.phase in _STARTED:
             return self._go_on(self.body, message)
         return self.forward(message)
@@ -85,9 +87,16 @@ class HTTPExchange(Exchange):
     async def _start(self, message: Message) -> None:
         """Forward the start of a response, once the transactions have ended that it stands for."""
         # A second start is the server's to refuse.
-        if self.phase in _NOT_STARTED:
-            await self._end_transactions(message["status"])
-        await self.forward(self.announce(message) if self.watchers else message)
+        try:
+            if self.phase in _NOT_STARTED:
+                token = self.begin_start()
+                try:
+                    await self._end_transactions(message["status"])
+                finally:
+                    leave_start(token)
+            await self.forward(self.announce(message) if self.watchers else message)
+        finally:
+            self.end_start()
 
     def _end_transactions(self, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, and go over to the phase that follows.
