@@ -530,6 +530,31 @@ async def _send(send: Send) -> None:
     await send(START)
 
 
+async def _send_message(send: Send, message: Message) -> None:
+    await send(message)
+
+
+@pytest.mark.parametrize("has_boundary", [False, True])
+async def test_parts_that_other_tasks_send_wait_for_the_start(
+    db: DBConnect, database: Database, *, has_boundary: bool
+) -> None:
+    ping: Message = {"type": "http.response.body", "body": b"ping", "more_body": True}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_send_message(send, START))
+            tasks.create_task(_send_message(send, ping))
+        await insert(db, "two")
+        await send(BODY)
+
+    connection = await Connection("http").run(
+        ASGIHTTPDBSessionMiddleware(ASGIStreamBoundary(app) if has_boundary else app)
+    )
+    assert connection.sent == [START, ping, BODY]
+    assert await database.names() == ["one", "two"]
+
+
 # --- websockets -------------------------------------------------------------------------------------------------------
 
 ACCEPT: Message = {"type": "websocket.accept"}
@@ -593,10 +618,6 @@ async def test_a_websocket_whose_commit_fails_is_not_accepted(db: DBConnect, dat
         await connection.run(ASGIHTTPDBSessionMiddleware(chatting(lambda: insert_row_that_fails_at_commit(db), ACCEPT)))
     assert connection.sent == []
     assert database.checked_out == 0
-
-
-async def _send_message(send: Send, message: Message) -> None:
-    await send(message)
 
 
 async def test_messages_of_other_tasks_wait_until_a_websocket_is_accepted(db: DBConnect, database: Database) -> None:

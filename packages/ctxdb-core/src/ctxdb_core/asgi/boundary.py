@@ -9,6 +9,7 @@ from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.asgi.body import StreamedBody, let_failure_arrive
 from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase
@@ -44,16 +45,35 @@ class ASGIStreamBoundary:
             return
         streamed = False
         body: StreamedBody | None = None
+        starting: ResponseStart | None = None
         calls = exchange.follow_calls()
         call = calls.begin()
 
+        async def start_stream(message: Message) -> None:
+            nonlocal body, starting
+            # What other tasks send meanwhile comes behind it.
+            starting = ResponseStart()
+            try:
+                starting.enter()
+                try:
+                    body = await exchange.begin_stream(message["status"])
+                finally:
+                    starting.leave()
+                await pass_up(message)
+            finally:
+                starting.end()
+
+        async def send_behind(start: ResponseStart, message: Message) -> None:
+            await start.wait()
+            await send_streamed(message)
+
         async def pass_on(message: Message) -> None:
-            nonlocal body
-            if message["type"] == "http.response.start":
-                body = await exchange.begin_stream(message["status"])
-            elif body is not None:
+            if body is not None:
                 body.note_progress(message, exchange)
                 await _end_reading(message, exchange)
+            await pass_up(message)
+
+        async def pass_up(message: Message) -> None:
             # What the middlewares in between do with the message is not the body's doing.
             token = current_call.set(None)
             try:
@@ -70,6 +90,10 @@ class ASGIStreamBoundary:
                     # A middleware has given up on the handler since, and what the response tells was rolled back.
                     raise ContextClosedError
                 streamed = is_kept or _is_streamed(message)
+                if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
+                    return start_stream(message)
+            elif starting is not None and starting.holds_up():
+                return send_behind(starting, message)
             if streamed and exchange.phase in (Phase.HANDLING, Phase.AHEAD):
                 return pass_on(message)
             if body is not None:

@@ -13,6 +13,7 @@ from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.watcher import report_failure
+from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
@@ -77,6 +78,8 @@ class Exchange(RequestUnit):
     """The phase that the request is in."""
     is_idle: bool
     """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
+    starting: ResponseStart | None = None
+    """The start of the response that is on its way; ``None`` before and after."""
     server: Send
     """The `send` of the server."""
     refusal: Refusal | None = None
@@ -97,6 +100,17 @@ class Exchange(RequestUnit):
         # The common case, without calls.
         self._id = unit_id = f"{process.name}-{next(unit_numbers)}"
         return unit_id, f"{scope['method']} {scope['path']}"
+
+    async def send_behind(self, start: ResponseStart, message: Message) -> None:
+        """Send a message of another task once the response has started."""
+        await start.wait()
+        await self.send(message)
+
+    def end_start(self, start: ResponseStart) -> None:
+        """Let the messages through that wait for `start`."""
+        start.end()
+        if self.starting is start:
+            self.starting = None
 
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""

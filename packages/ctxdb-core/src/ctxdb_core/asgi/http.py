@@ -20,6 +20,7 @@ from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
+from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase
@@ -80,22 +81,32 @@ class HTTPExchange(Exchange):
             return self.server(message)
         if message["type"] == "http.response.start":
             return self._start(message)
+        if self.starting is not None and self.starting.holds_up():
+            return self.send_behind(self.starting, message)
         if self.body is not None and self.phase in _STARTED:
             return self._go_on(self.body, message)
         return self.forward(message)
 
     async def _start(self, message: Message) -> None:
         """Forward the start of a response, once the transactions have ended that it stands for."""
-        # A second start is the server's to refuse.
-        if self.phase in _NOT_STARTED:
-            if self.calls is None and self.body is None:
-                await self._settle_and_start(message["status"])
-            else:
-                await self._end_transactions_apart(message["status"])
-        if self.watchers:
-            message = self.announce(message)
-        # Most responses are in their body now, and are let through without a further look.
-        await (self.server(message) if self.phase is _BODY else self.forward(message))
+        self.starting = start = ResponseStart()
+        try:
+            # A second start is the server's to refuse.
+            if self.phase in _NOT_STARTED:
+                start.enter()
+                try:
+                    if self.calls is None and self.body is None:
+                        await self._settle_and_start(message["status"])
+                    else:
+                        await self._end_transactions_apart(message["status"])
+                finally:
+                    start.leave()
+            if self.watchers:
+                message = self.announce(message)
+            # Most responses are in their body now, and are let through without a further look.
+            await (self.server(message) if self.phase is _BODY else self.forward(message))
+        finally:
+            self.end_start(start)
 
     def _end_transactions_apart(self, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable
-from contextvars import ContextVar
 
 from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message
 from ctxdb_core.phases import Phase
 
@@ -14,9 +13,6 @@ __all__ = ["WebSocketExchange"]
 
 # WebSocket close codes that say that all went well (RFC 6455, section 7.4.1).
 _NORMAL_CLOSURE, _GOING_AWAY, _INTERNAL_ERROR = 1000, 1001, 1011
-
-_committing: ContextVar[WebSocketExchange | None] = ContextVar("ctxdb_committing_handshake", default=None)
-"""The exchange whose handshake the running code is committing; callbacks of the commit inherit it."""
 
 
 class WebSocketExchange(Exchange):
@@ -26,15 +22,13 @@ class WebSocketExchange(Exchange):
     """
 
     is_idle: bool = False
-    accepting: asyncio.Event | None = None
-    """Set once the handshake was accepted or refused; ``None`` before the application has sent either."""
 
     def send(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == "websocket.accept":
             return self._accept(message)
-        if self.accepting is not None and not self.accepting.is_set() and _committing.get() is not self:
-            return self._send_behind_handshake(self.accepting, message)
+        if self.starting is not None and self.starting.holds_up():
+            return self.send_behind(self.starting, message)
         if kind == "websocket.close":
             return self._close(message)
         if kind == "websocket.http.response.start":
@@ -43,35 +37,27 @@ class WebSocketExchange(Exchange):
 
     async def _accept(self, message: Message) -> None:
         """Accept the connection, once what was done before is committed."""
-        self.accepting = accepting = asyncio.Event()
+        self.starting = start = ResponseStart()
         try:
             if self.phase is Phase.HANDLING:
-                await self._commit_handshake()
+                start.enter()
+                try:
+                    await self._commit_handshake()
+                finally:
+                    start.leave()
             await self.forward(self.announce(message) if self.watchers else message)
         finally:
-            accepting.set()
+            self.end_start(start)
 
     async def _commit_handshake(self) -> None:
         # The upgrade is a success like any other; a policy is about what requests ask for, and is not asked.
-        token = _committing.set(self)
         try:
             await self.commit()
         except Exception as exc:
             self.refuse(exc)
             await self.roll_back(exc)
             raise
-        finally:
-            _committing.reset(token)
         self.move_to(Phase.BODY)
-
-    async def _send_behind_handshake(self, accepting: asyncio.Event, message: Message) -> None:
-        """Send a message of another task, which takes the connection for accepted, once it is.
-
-        The handlers of Litestar's ``websocket_stream`` accept it in one task, and send in another. What the commit of
-        the handshake itself calls is not kept waiting: the commit waits for that.
-        """
-        await accepting.wait()
-        await self.send(message)
 
     async def _deny(self, message: Message) -> None:
         """Answer the handshake by an HTTP response (ASGI, "WebSocket Denial Response")."""
