@@ -96,7 +96,8 @@ def find(db: DBConnect, *, about_it_alone: bool = False) -> Place:
 
     Args:
         db: the database.
-        about_it_alone: pass over the blocks of contexts of other databases, also where these would take `db` along.
+        about_it_alone: pass over blocks that a `TransactionContext` of another database has opened, also where the unit
+            of work of such a block would hold the session on `db`, too.
 
     Raises:
         ContextNotInitiatedError: the running code iterates over an async generator in a block on the same session.

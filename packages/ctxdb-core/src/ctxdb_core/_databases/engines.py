@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ctxdb_core._databases.arguments import type_of
-from ctxdb_core._databases.closers import attempt_all
+from ctxdb_core._databases.attempt_all import attempt_all
 from ctxdb_core._databases.engine_creators import HostlessCreator
 from ctxdb_core._databases.loop_engine import Lifetime, LoopEngine
 from ctxdb_core._databases.target import NO_ENGINES, EngineListener, LoopEngines, Target
@@ -99,7 +99,7 @@ class Engines:
             host,
             target.engine_creator,
             target.session_maker_creator,
-            # The other database of a block of `overridden` may be none that could.
+            # In a block of `overridden`, the database may be no PostgreSQL, which cannot be asked about a commit.
             resolve_commits=self.resolve_commits and not target.keeps_host,
         )
         for listener in (*target.listeners, *self._observing_listeners):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from ctxdb_core._databases.closers import attempt_all
+from ctxdb_core._databases.attempt_all import attempt_all
 from ctxdb_core._databases.engines import Engines
 from ctxdb_core._databases.loop_engine import EngineCreator
 from ctxdb_core.errors import ArgumentValueError

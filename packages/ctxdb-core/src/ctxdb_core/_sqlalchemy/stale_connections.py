@@ -216,7 +216,7 @@ class _FirstUses(ABC):
 
 
 class _Asyncpg(_FirstUses):
-    """The same for connections of asyncpg's."""
+    """Replaces a lost connection of asyncpg at its check-out, and repeats its first BEGIN on a new one."""
 
     def _unused_class(self, cls: type) -> type:
         return asyncpg_adapter_that_begins(cls, self._begin)
@@ -279,7 +279,7 @@ _IDLE = 0
 
 
 class _Psycopg(_FirstUses):
-    """The same for connections of psycopg's, which sends BEGIN together with the first statement."""
+    """Replaces a lost connection of psycopg at its check-out, or where its BEGIN is lost with the first statement."""
 
     def _unused_class(self, cls: type) -> type:
         return psycopg_adapter_that_executes(cls, self._execute)
@@ -325,7 +325,7 @@ class _Psycopg(_FirstUses):
         except Exception as exc:
             if lost is None:
                 raise
-            # As above.
+            # The transaction ends by the error of its own connection; why no new one could be opened comes with it.
             raise lost from exc
         first.swap_connections(fresh.dbapi_connection)
         fresh.invalidate()

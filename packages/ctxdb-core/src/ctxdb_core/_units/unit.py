@@ -33,7 +33,9 @@ class UnitOfWork(UnitTransactions):
 
     # This tells what kind of unit a class is, and is never set on an object.
     is_plain: ClassVar[bool] = True
-    """Whether code that finds the unit current is in this very unit, and in all of its tasks alike."""
+    """Whether all code that inherits the unit uses this very unit. Where it depends on the task or the generator which
+    unit that is, the class says ``False``.
+    """
 
     token: Token[Any] | None
     _id: str | None = None

@@ -88,7 +88,8 @@ class UnitSessions:
 
         Args:
             db: where.
-            create: makes the session, if not `db` itself, and if this unit does not know better.
+            create: makes the session in the place of `db`; not asked where the unit reads `db` from another database
+                (see `source_of`).
 
         Raises:
             ContextClosedError: the unit of work has ended.
@@ -126,7 +127,7 @@ class UnitSessions:
 
         Args:
             db: where.
-            create: makes it, if this unit does not know better.
+            create: makes the session; not asked where the unit reads `db` from another database (see `source_of`).
         """
         source = self.source_of(db)
         return create() if source is db else source.create_session_at_once()

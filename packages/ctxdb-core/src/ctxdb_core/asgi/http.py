@@ -124,7 +124,10 @@ class HTTPExchange(Exchange):
         return self._settle_and_start(status)
 
     async def _start_behind_body(self) -> None:
-        """Begin a body that runs ahead of its start already: the open transactions are the body's own work."""
+        """Go over to the body without ending a transaction: this body has begun before its start was sent.
+
+        What is open now is the work of the body, and is committed before its last part.
+        """
         self.move_to(Phase.BODY)
 
     async def _settle_and_start(self, status: int) -> None:

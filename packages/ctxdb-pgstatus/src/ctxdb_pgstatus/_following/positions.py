@@ -170,7 +170,7 @@ class Positions:
 
 
 current_positions: ContextVar[Positions | None] = ContextVar("ctxdb_pgstatus_positions", default=None)
-"""Those of the running code: tasks inherit them."""
+"""The `Positions` of the running code. A task inherits those of the code that has started it."""
 
 
 def _note(known: dict[int, _Written], source: HostSource, host: str, position: int) -> None:

@@ -74,7 +74,11 @@ class Judge:
             self._sample = Sample(*max(received))
 
     def judge(self, member: Member) -> None:
-        """Say how far a replica is behind; what is worse than before, only when it is seen again a moment later."""
+        """Set how far the replica `member` is behind.
+
+        A verdict that is worse than the last one counts when another answer confirms it, `TRANSIT_SECONDS` later at the
+        earliest: what the replica lacked may have been on its way.
+        """
         answer = member.answer
         sample = self._sample
         doubt = member.doubt
@@ -85,7 +89,7 @@ class Judge:
         by_bytes = size is not None and size <= self._max_lag_bytes
         worse = (member.in_sync_by_time and not by_time) or (member.in_sync_by_bytes and not by_bytes)
         doubtful = worse or not (member.is_judged or (by_time and by_bytes))
-        # Where there is nothing to compare, there is nothing that could be on its way.
+        # Without a sample of the same timeline, no WAL is known that could be on its way: the verdict counts at once.
         if doubtful and sample is not None and sample.timeline == answer.timeline:
             if doubt is None or caught_up:
                 member.doubt = replace(sample, at=max(sample.at, answer.asked_at))

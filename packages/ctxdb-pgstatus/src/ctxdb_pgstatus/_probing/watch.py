@@ -22,10 +22,10 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger("ctxdb_pgstatus")
 
-# How long answers usually take: of a slow one, so much is remembered at the next.
+# The usual duration of an answer is that of the last one, or this share of the usual one before, if that is longer.
 _MEMORY = 0.9
-# How many connections tell whether servers take turns behind a name that has led to another one; by the second number,
-# whether they still do.
+# How many new connections are opened to see whether several servers take turns behind a name, once it has led to another
+# server; and how many are opened at each renewal, to see whether they still do.
 _FIRST_VISITS = 3
 _LATER_VISITS = 6
 # Names are resolved no more often than this: name servers are asked for a while after they were wrong, too.
