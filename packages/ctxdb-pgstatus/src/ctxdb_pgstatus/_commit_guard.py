@@ -213,8 +213,8 @@ class CommitGuard:
         try:
             is_master = await_only(self._ask_source(host))
         except MasterUncertainError as exc:
-            # The host that has committed is not asked. The name may lead to a promoted standby by now, and the old master
-            # would not know.
+            # The host that has committed is not asked. The name may lead to a promoted standby by now, and the old
+            # master would not know.
             raise _unconfirmed(host, exc) from exc
         except Exception as exc:  # noqa: BLE001 - whatever it is, the source does not tell
             is_master = self._ask_host(connection, host, deadline, exc)
@@ -251,8 +251,8 @@ class CommitGuard:
             raise _unconfirmed(host, reason) from reason
         if known.host != host:
             return False
-        # At the deadline, the connection is cut off. To cancel the query, the driver would have to ask the server, which
-        # may be frozen.
+        # At the deadline, the connection is cut off. To cancel the query, the driver would have to ask the server,
+        # which may be frozen.
         limit = asyncio.get_running_loop().call_at(deadline, driver.abort, _driver_connection(connection))
         try:
             timeline = driver.read_master_timeline(connection)

@@ -23,8 +23,8 @@ from ctxdb_core._databases.arguments import (
     explain_missing_call,
     type_of,
 )
-from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.attempt_all import attempt_all
+from ctxdb_core._databases.borrowed import BorrowedEngine
 from ctxdb_core._databases.database import Database
 from ctxdb_core._databases.engine_creators import (
     check_creator_of_other,

@@ -206,8 +206,8 @@ class UnitTransactions(UnitSessions):
 
     def _leave_blocks(self, dbs: Collection[DBConnect] | None) -> None:
         if dbs is None:
-            # A response may start while a dependency is inside of `async with session.begin():`, for instance. SQLAlchemy
-            # would refuse further statements in that block, now that its transaction has ended.
+            # A response may start while a dependency is inside of `async with session.begin():`, for instance.
+            # SQLAlchemy would refuse further statements in that block, now that its transaction has ended.
             for session in self.sessions.values():
                 session_end.leave_blocks(session)
 

@@ -22,7 +22,8 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger("ctxdb_pgstatus")
 
-# The usual duration of an answer is that of the last one, or this share of the usual one before, if that is longer.
+# The usual duration of an answer is that of the last one, or this share of the usual one before it, if that is
+# longer.
 _MEMORY = 0.9
 # How many new connections are opened to see whether several servers take turns behind a name, once it has led to another
 # server; and how many are opened at each renewal, to see whether they still do.
