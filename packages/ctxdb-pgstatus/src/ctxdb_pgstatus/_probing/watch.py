@@ -25,8 +25,8 @@ logger = logging.getLogger("ctxdb_pgstatus")
 # The usual duration of an answer is that of the last one, or this share of the usual one before it, if that is
 # longer.
 _MEMORY = 0.9
-# How many new connections are opened to see whether several servers take turns behind a name, once it has led to another
-# server; and how many are opened at each renewal, to see whether they still do.
+# How many new connections are opened to see whether several servers take turns behind a name, once it has led to
+# another server; and how many are opened at each renewal, to see whether they still do.
 _FIRST_VISITS = 3
 _LATER_VISITS = 6
 # Names are resolved no more often than this: name servers are asked for a while after they were wrong, too.
