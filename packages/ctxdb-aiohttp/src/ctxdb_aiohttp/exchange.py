@@ -188,9 +188,8 @@ class Exchange:
         """Leave the request to aiohttp: its writer does not lead here any more, which also ends a reference cycle."""
         if self.watched is not None:
             self.watched.restore()
-        # Not by `vars(writer).pop`: the writer's attributes would move into a dict, where each later look-up is dearer.
-        if getattr(self.writer, "ctxdb_exchange", None) is self:
-            del self.writer.ctxdb_exchange
+        if self.writer.ctxdb_exchange is self:
+            self.writer.ctxdb_exchange = None
 
     def _note_refusal(self, response: object, error: BaseException) -> None:
         if self.phase in UNSTARTED or self.phase is Phase.ABANDONED:

@@ -48,22 +48,26 @@ def unit_of_work(
         deadline: when its last one has to be done.
         reads_from: maps a database to the one that requests by safe methods read from in its place.
     """
+    has_options = not (statement_timeout is None and deadline is None and reads_from is None)
 
-    @web.middleware
-    async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
-        writer: Any = request.writer
-        outer = exchange_of(request) if hasattr(writer, "ctxdb_exchange") else None
-        if outer is not None:
-            if not outer.unit.closed and not _is_left_to_aiohttp(outer):
-                return await handler(request)
-            # A middleware outside of this one tries again.
-            await outer.end(commit=False)
-        unit = begin(
+    def begin_with_options(request: web.Request) -> RequestUnit | None:
+        return begin(
             before_commit=before_commit,
             statement_timeout=statement_timeout,
             deadline=None if deadline is None else deadline(request),
             reads_from=None if reads_from is None or _may_write(request) else reads_from,
         )
+
+    @web.middleware
+    async def open_unit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        writer: Any = request.writer
+        outer = None if getattr(writer, "ctxdb_exchange", None) is None else exchange_of(request)
+        if outer is not None:
+            if not outer.unit.closed and not _is_left_to_aiohttp(outer):
+                return await handler(request)
+            # A middleware outside of this one tries again.
+            await outer.end(commit=False)
+        unit = begin_with_options(request) if has_options else begin(before_commit=before_commit)
         if unit is None:
             return await handler(request)
         unit.origin = request
@@ -89,12 +93,12 @@ def unit_of_work(
             await _fail(_exchange_with(unit, commits, request), request, exc, route)
             raise
         if (
-            getattr(writer, "ctxdb_exchange", None) is opened  # otherwise, more was done than to handle the request
+            writer.ctxdb_exchange is opened  # otherwise, more was done than to handle the request
             and route.is_quiet
             and is_complete(response)
             and unit.finish_idle()
         ):
-            del writer.ctxdb_exchange
+            writer.ctxdb_exchange = None
             unit.leave()
         else:
             await _end(_exchange_with(unit, commits, request), request, response, route)

@@ -14,7 +14,7 @@ __all__ = ["note_response"]
 
 async def note_response(request: web.Request, response: web.StreamResponse) -> None:
     """Have the transactions of a response ended in time, which is being prepared while its unit of work is open."""
-    if not hasattr(request.writer, "ctxdb_exchange"):
+    if getattr(request.writer, "ctxdb_exchange", None) is None:
         # The unit of work of most responses has ended before they are prepared.
         return
     exchange = exchange_of(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -71,8 +72,10 @@ def begin(
     # Most requests find nothing at all: these two looks spare them the closer one.
     if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
-    unit = RequestUnit(before_commit)
-    if statement_timeout is not None or deadline is not None or reads_from is not None:
+    unit: RequestUnit = RequestUnit()
+    unit.sessions = {}
+    unit.loop = _get_running_loop()
+    if not (before_commit is None and statement_timeout is None and deadline is None and reads_from is None):
         unit.settings = UnitSettings(before_commit, _statement_timeout(statement_timeout, deadline), reads_from)
     if request is not None:
         request[REQUEST_KEY] = unit

@@ -64,12 +64,7 @@ class Exchange(RequestUnit):
 
     What the application sends moves the exchange from phase to phase (`ctxdb_core.phases`): each transition ends the
     transactions that it has to, before the message is forwarded to the server.
-
-    An exchange is made by `ASGIHTTPDBSessionMiddleware`, which sets its attributes by itself. The ``__init__`` of
-    `UnitOfWork` would be a quarter of what a request without database use pays.
     """
-
-    __init__ = object.__init__
 
     settings: ExchangeSettings
     origin: Scope
