@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ctxdb_core._sqlalchemy.connection_context import call_out_of_sight
 from ctxdb_core._sqlalchemy.mysql_errors import (
     CONNECTION_KILLED,
     SERVER_GONE,
@@ -297,8 +298,9 @@ class _Commits:
 def _ask(connection: PoolProxiedConnection, query: str, *, is_asyncpg: bool = False) -> Any:
     """Return the one row of a query, or ``None``."""
     if is_asyncpg:
-        # A third less of the CPU: this is asked at each commit.
-        return fetch_asyncpg_row(connection.dbapi_connection, query)
+        # A third less of the CPU: this is asked at each commit. asyncpg keeps the prepared statement for minutes, by a
+        # timer with a copy of the context: it would keep the unit of work alive that was the first to ask.
+        return call_out_of_sight(fetch_asyncpg_row, connection.dbapi_connection, query)
     cursor = connection.cursor()
     try:
         cursor.execute(query)
