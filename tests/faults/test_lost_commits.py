@@ -116,6 +116,20 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
     assert await database.names() == []
 
 
+async def test_a_connection_that_is_lost_after_code_was_given_the_drivers_own_is_no_unknown_outcome(
+    db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        async with new_db_ctx():
+            session = await insert(db, "a")
+            assert (await (await session.connection()).get_raw_connection()).driver_connection is not None
+            database.terminate_backends()
+    assert not isinstance(raised.value, CommitOutcomeUnknownError)
+    assert raised.value.connection_invalidated
+    assert await database.names() == []
+    assert database.checked_out == 0
+
+
 async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConnect, database: Database) -> None:
     with pytest.raises(DBAPIError, match="foreign key"):
         async with new_db_ctx():
