@@ -342,6 +342,20 @@ async def test_objects_that_a_commit_flushes_are_asked_about(
     assert await database.names() == ["a", "b"]
 
 
+async def test_a_commit_is_asked_about_whatever_the_transaction_before_it_on_the_connection_has_done(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(resolving)
+        async with session.begin_nested():
+            await session.execute(text("SELECT 1"))
+        await session.rollback()
+    network.fail(Point.COMMITTED, Fault.DROP)
+    async with (await resolving.engine()).begin() as connection:
+        await connection.execute(text("INSERT INTO item VALUES ('a')"))
+    assert await database.names() == ["a"]
+
+
 async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, database: Database) -> None:
     url = make_url(database.url).set(port=network.port)
     async with DBConnect.from_url(url, resolve_commits=True) as db:
