@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from weakref import ref
 
+from sqlalchemy import text
 from tests.support.database import Database, eventually, insert
 
 from ctxdb_core import DBConnect, close_db_session, db_session, new_db_ctx
-from ctxdb_core.adapters import UnitOfWork, begin, finalize
+from ctxdb_core.adapters import UnitOfWork, begin, finalize, running_unit
 
 
 @asynccontextmanager
@@ -184,3 +185,24 @@ def test_the_warning_shows_where_the_session_was_opened_if_asked_to() -> None:
         assert any(frame.filename == __file__ for frame in traceback)
     finally:
         tracemalloc.stop()
+
+
+async def test_a_connection_does_not_keep_the_unit_of_work_whose_commit_it_was_asked_about(database: Database) -> None:
+    async with DBConnect(
+        lambda host: database.watch_new(), host="127.0.0.1", resolve_commits=database.is_postgresql
+    ) as db:
+
+        async def work() -> ref[UnitOfWork]:
+            async with new_db_ctx():
+                await insert(db, "a")
+                unit = running_unit()
+                assert unit is not None
+                return ref(unit)
+
+        # The connection is opened by another unit, whose context is that of another task.
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT 1"))
+        unit = await asyncio.create_task(work())
+        await collect_garbage()
+        assert unit() is None
+        assert database.connections == 1

@@ -355,11 +355,11 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
     async with engine.connect() as first, engine.connect() as second:
         adapter: Any = (await first.get_raw_connection()).dbapi_connection
         other: Any = (await second.get_raw_connection()).dbapi_connection
-        adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
         connections = adapter.driver_connection, other.driver_connection
         private.swap_asyncpg_connections(adapter, other)
         assert (other.driver_connection, adapter.driver_connection) == connections
         pid = adapter.driver_connection.get_server_pid()
+        adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
         assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
         assert begun == [adapter]
     await engine.dispose()

@@ -116,6 +116,20 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
     assert await database.names() == []
 
 
+async def test_a_connection_that_is_lost_after_code_was_given_the_drivers_own_is_no_unknown_outcome(
+    db: DBConnect, database: Database
+) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        async with new_db_ctx():
+            session = await insert(db, "a")
+            assert (await (await session.connection()).get_raw_connection()).driver_connection is not None
+            database.terminate_backends()
+    assert not isinstance(raised.value, CommitOutcomeUnknownError)
+    assert raised.value.connection_invalidated
+    assert await database.names() == []
+    assert database.checked_out == 0
+
+
 async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConnect, database: Database) -> None:
     with pytest.raises(DBAPIError, match="foreign key"):
         async with new_db_ctx():
@@ -326,6 +340,20 @@ async def test_objects_that_a_commit_flushes_are_asked_about(
         session.add(Item(name="b"))
         await session.commit()
     assert await database.names() == ["a", "b"]
+
+
+async def test_a_commit_is_asked_about_whatever_the_transaction_before_it_on_the_connection_has_done(
+    resolving: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(resolving)
+        async with session.begin_nested():
+            await session.execute(text("SELECT 1"))
+        await session.rollback()
+    network.fail(Point.COMMITTED, Fault.DROP)
+    async with (await resolving.engine()).begin() as connection:
+        await connection.execute(text("INSERT INTO item VALUES ('a')"))
+    assert await database.names() == ["a"]
 
 
 async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, database: Database) -> None:

@@ -13,6 +13,8 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, Item, eventually, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
 
@@ -206,7 +208,8 @@ async def test_a_connection_that_is_lost_while_it_is_held_without_a_transaction_
 async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_replaced(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db, new_non_ctx_session(db) as session:
         connection = await session.connection()
-        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        # Of SQLAlchemy's adapter: code that is given the driver's connection may set something on it.
+        driver_connection: Any = (await connection.get_raw_connection()).dbapi_connection._connection  # type: ignore[union-attr]
         (dead,) = database.backend_pids("true")
         database.terminate_backends()
         await eventually(lambda: not _is_running(dead), "the server does not close it")
@@ -229,6 +232,55 @@ async def test_a_connection_that_code_has_set_something_on_is_not_replaced(
             with pytest.raises(DBAPIError):
                 await connection.execute(text("SHOW search_path"))
         assert await _pid(db) != dead
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+@pytest.mark.parametrize("how", ["pooled connection", "adapter", "coroutine of the adapter"])
+async def test_a_connection_whose_driver_connection_code_has_been_given_is_not_replaced(
+    database: Database, options: dict[str, Any], how: str
+) -> None:
+    async with database.connect(**options) as db:
+        await _pid(db)
+        async with (await db.engine()).connect() as connection:
+            pooled: Any = await connection.get_raw_connection()
+            (dead,) = database.backend_pids("true")
+            sql = "SET search_path = nowhere"
+            if how == "pooled connection":
+                await pooled.driver_connection.execute(sql)
+            elif how == "adapter":
+                await pooled.dbapi_connection.driver_connection.execute(sql)
+            else:
+                await greenlet_spawn(pooled.dbapi_connection.run_async, lambda driver: driver.execute(sql))
+            database.terminate_backends()
+            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            with pytest.raises(DBAPIError):
+                await connection.execute(text("SHOW search_path"))
+        assert await _pid(db) != dead
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+async def test_a_connection_that_a_listener_has_set_something_on_is_not_replaced(
+    database: Database, options: dict[str, Any]
+) -> None:
+    engine = database.watch_new(**options)
+
+    def set_path(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("SET search_path = nowhere")
+        cursor.close()
+        dbapi_connection.commit()
+
+    # The engine has the listener before ctxdb sees the engine.
+    event.listen(engine.sync_engine, "checkout", set_path)
+    async with DBConnect.from_engine(engine) as db:
+        dead = await _pid(db)
+        async with engine.connect() as connection:
+            database.terminate_backends()
+            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            with pytest.raises(DBAPIError):
+                await connection.execute(text("SHOW search_path"))
+        assert await _pid(db) != dead
+    await engine.dispose()
 
 
 async def test_the_query_of_a_connection_that_replaces_another_can_be_stopped(

@@ -1,4 +1,4 @@
-"""Which context variables a new connection gets to see: it lives longer than the request that happens to open it."""
+"""Which context variables a connection gets to see: it lives longer than the request that happens to open or use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ctxdb_core._sqlalchemy.private import pass_on_failed_connect, replace_connect
 
-__all__ = ["connect_without_hidden_variables", "hide_from_connections"]
+__all__ = ["call_out_of_sight", "connect_without_hidden_variables", "hide_from_connections"]
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ _engines: WeakKeyDictionary[Dialect, list[ref[Engine]]] = WeakKeyDictionary()
 
 def _connect_or_pass_on(engines: list[ref[Engine]], connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
-        return _connect_out_of_sight(connect, *args, **kwargs)
+        return call_out_of_sight(connect, *args, **kwargs)
     except Exception:
         # When the pool has taken note of the failure.
         asyncio.get_running_loop().call_soon(_pass_on, engines)
@@ -61,8 +61,12 @@ def _pass_on(engines: list[ref[Engine]]) -> None:
         pass_on_failed_connect(pool)
 
 
-def _connect_out_of_sight(connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_out_of_sight(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Return ``fn(*args, **kwargs)``, which does not see the variables of `hide_from_connections`.
+
+    For what a connection keeps beyond the request, with a copy of the context: a timer of the driver's, for instance.
+    """
     with ExitStack() as stack:
         for variable, shown in _hidden.items():
             stack.callback(variable.reset, variable.set(shown))
-        return connect(*args, **kwargs)
+        return fn(*args, **kwargs)

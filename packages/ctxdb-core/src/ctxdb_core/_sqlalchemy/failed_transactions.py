@@ -67,12 +67,15 @@ def check_transaction(connection: Connection) -> None:
 
     Raises:
         TransactionAbortedError: it is; it was rolled back.
+        DBAPIError: the connection was lost, and the transaction with it.
     """
     # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
     # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
     try:
         connection.exec_driver_sql("SELECT 1")
     except DBAPIError as exc:
+        if exc.connection_invalidated:
+            raise
         # SQLAlchemy takes a transaction for ended whose commit was refused by a listener: closing the session would
         # give the connection back as it is.
         connection.connection.rollback()

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ctxdb_core._sqlalchemy.connection_context import call_out_of_sight
 from ctxdb_core._sqlalchemy.mysql_errors import (
     CONNECTION_KILLED,
     SERVER_GONE,
@@ -74,6 +75,8 @@ class _Noted(NamedTuple):
     """Whether it has written nothing."""
     deadline: float | None
     """When the session's work has to be done, on the event loop's clock; ``None`` where there is no limit."""
+    pooled: ref[Any]
+    """The connection as the pool has given it out, anew for each check-out: a later one has nothing to do with this."""
 
 
 class LostCommit(NamedTuple):
@@ -144,10 +147,12 @@ def note_reader(session: Any) -> None:
     transaction = session.get_transaction()
     if transaction is None or (session.door is None and not session.notes_writes):
         return
-    noted = _Noted(not session.has_written(), None if session.deadline is None else session.deadline())
+    only_reads = not session.has_written()
+    deadline = None if session.deadline is None else session.deadline()
     for connection in connections_of(transaction):
         if not connection.invalidated and not connection.closed:
-            connection.info[_NOTED] = noted
+            # The note stays there if the commit is refused, or if only a savepoint is released before a roll-back.
+            connection.info[_NOTED] = _Noted(only_reads, deadline, ref(connection.connection))
 
 
 def _commits_of(engine: AsyncEngine) -> _Commits:
@@ -182,6 +187,8 @@ class _Commits:
         transaction: LostCommit | None = None
         if self.resolves:
             noted = connection.info.pop(_NOTED, None)
+            if noted is not None and noted.pooled() is not connection:
+                noted = None
             if noted is None or not noted.only_reads:
                 transaction = self._identify(connection)
         try:
@@ -297,8 +304,9 @@ class _Commits:
 def _ask(connection: PoolProxiedConnection, query: str, *, is_asyncpg: bool = False) -> Any:
     """Return the one row of a query, or ``None``."""
     if is_asyncpg:
-        # A third less of the CPU: this is asked at each commit.
-        return fetch_asyncpg_row(connection.dbapi_connection, query)
+        # A third less of the CPU: this is asked at each commit. asyncpg keeps the prepared statement for minutes, by a
+        # timer with a copy of the context: it would keep the unit of work alive that was the first to ask.
+        return call_out_of_sight(fetch_asyncpg_row, connection.dbapi_connection, query)
     cursor = connection.cursor()
     try:
         cursor.execute(query)

@@ -50,6 +50,7 @@ __all__ = [
     "fetch_asyncpg_row",
     "find_by_context",
     "follow_dialect",
+    "follow_handing_out",
     "follow_parts",
     "follow_raw_connection",
     "forget_block",
@@ -545,8 +546,9 @@ def driver_cursor_of(adapted: Any) -> Any:
 def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
     """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
 
-    `begin` is given the adapter, and what sends BEGIN. It is awaited once: the adapter is one of `cls` again then. An
-    adapter may be made one of the derived class by ``__class__``, and `begin` may change its driver's connection.
+    `begin` is given the adapter, and what sends BEGIN. It is awaited once: the adapter is one of `cls` again then, and
+    it is already when code is given the driver's connection. An adapter may be made one of the derived class by
+    ``__class__``, and `begin` may change its driver's connection.
     """
     adapter: Any = cls
     start = adapter._start_transaction  # noqa: SLF001 - see the module
@@ -563,7 +565,7 @@ def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Aw
 
     attributes = {"_connection": _ConnectionOfAdapter()}
     cursors: dict[type, type] = {}
-    return _derived(cls, {"_start_transaction": start_transaction, "cursor": cursor}, {})
+    return _derived(cls, {"_start_transaction": start_transaction, "cursor": cursor, **_handing_out(cls)}, {})
 
 
 def _derived(cls: type, attributes: dict[str, Any], known: dict[type, type]) -> type:
@@ -571,6 +573,36 @@ def _derived(cls: type, attributes: dict[str, Any], known: dict[type, type]) -> 
     if cls not in known:
         known[cls] = type(cls.__name__, (cls,), {"__slots__": (), **attributes})
     return known[cls]
+
+
+def _handing_out(cls: type) -> dict[str, Any]:
+    """Return what makes an adapter one of `cls` where it hands out the driver's connection, on which code may act."""
+    adapter: Any = cls
+
+    def driver_connection(self: Any) -> Any:
+        self.__class__ = cls
+        return self.driver_connection
+
+    def run_async(self: Any, fn: Callable[[Any], Awaitable[Any]]) -> Any:
+        self.__class__ = cls
+        return adapter.run_async(self, fn)
+
+    return {"class_handed_out": cls, "driver_connection": property(driver_connection), "run_async": run_async}
+
+
+def follow_handing_out(dialect: Dialect) -> None:
+    """Have adapters of derived classes that hand out the driver's connection be of their own class again.
+
+    Pooled connections ask the dialect for the driver's connection, which passes the adapter's property by.
+    """
+    follow_dialect(dialect, "get_driver_connection", _hand_out)
+
+
+def _hand_out(get_driver_connection: Callable[[Any], Any], adapter: Any) -> Any:
+    cls = getattr(type(adapter), "class_handed_out", None)
+    if cls is not None:
+        adapter.__class__ = cls
+    return get_driver_connection(adapter)
 
 
 class _ConnectionOfAdapter:
@@ -648,7 +680,8 @@ def forget_prepared_statements(adapted: Any) -> None:
 def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement], Any]) -> type:
     """Return a class, derived from SQLAlchemy's adapter of psycopg, that has `execute` called for its first statement.
 
-    An adapter may be made one of the class by ``__class__``. It is one of `cls` again as soon as it has made a cursor.
+    An adapter may be made one of the class by ``__class__``. It is one of `cls` again as soon as it has made a cursor,
+    or code is given the driver's connection.
     """
     made_by: Any = cls
     cursors: dict[type, tuple[type, tuple[str, ...]]] = {}
@@ -665,7 +698,7 @@ def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement],
         first.first = FirstStatement(self, first, partial(made_by.cursor, self, *args), slots)
         return first
 
-    return _derived(cls, {"cursor": cursor}, {})
+    return _derived(cls, {"cursor": cursor, **_handing_out(cls)}, {})
 
 
 def _cursor_with_first_statement(cls: Any, execute: Callable[[FirstStatement], Any]) -> type:

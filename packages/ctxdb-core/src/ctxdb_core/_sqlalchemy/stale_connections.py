@@ -7,8 +7,9 @@ no BEGIN that could be sent again: what the event loop has not come round to mus
 
 A connection of PostgreSQL may also be lost after it was taken, and before its transaction has begun. So the first BEGIN
 on it is sent once more, on a new connection, if it fails because the connection was lost: a transaction that has not
-begun has done nothing yet. A later BEGIN of code that keeps the connection is not: what that code has set on the
-connection, a role for instance, would be missing in silence.
+begun has done nothing yet. A later BEGIN of code that keeps the connection is not, nor is the first one after code was
+given the driver's own connection: what that code has set on the connection, a role for instance, would be missing in
+silence.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from ctxdb_core._sqlalchemy.private import (
     FirstStatement,
     asyncpg_adapter_that_begins,
+    follow_handing_out,
     psycopg_adapter_that_executes,
     swap_asyncpg_connections,
     transport_of,
@@ -161,7 +163,9 @@ class _FirstUses(ABC):
     def attach(self, engine: Engine) -> None:
         """Look after the connections of the engine from now on."""
         event.listen(engine, "connect", self._note_new)
-        event.listen(engine, "checkout", self._check)
+        # Before the listeners that the engine has: what they set on a connection would be missing on another one.
+        event.listen(engine, "checkout", self._check, insert=True)
+        follow_handing_out(engine.dialect)
         event.listen(engine, "close", self._note_closed)
 
     def _note_closed(self, dbapi_connection: object, record: ConnectionPoolEntry) -> None:
