@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
+from weakref import ref
 
 import pytest
 from sqlalchemy import URL, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
+from tests.support.database import eventually
 from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
 from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
 from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_sidecar
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core.adapters import UnitOfWork, running_unit
 from ctxdb_pgstatus import (
     CommitUnconfirmedError,
     FollowHandler,
@@ -373,6 +377,28 @@ async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_
             await write_number(db, 2)
         await write_number(db, 3)
         assert await numbers_on(new) == [1, 3]
+
+
+async def test_a_connection_does_not_keep_the_unit_of_work_that_has_opened_it(cluster: PostgresCluster) -> None:
+    async def write(db: DBConnect) -> ref[UnitOfWork]:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(insert(NUMBERS).values(number=1))
+            unit = running_unit()
+            assert unit is not None
+            return ref(unit)
+
+    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
+    async with monitor_of(cluster, hosts=hosts) as monitor, following(follow_master(monitor)) as db:
+        unit = await asyncio.create_task(write(db))
+
+        def is_forgotten() -> bool:
+            gc.collect()
+            return unit() is None
+
+        async with new_non_ctx_session(db) as session:
+            # The engine stays in use. The event loop keeps timers that were cancelled until they are due.
+            await session.execute(select(1))
+            await eventually(is_forgotten, "the unit of work is kept")
 
 
 async def test_a_standby_that_restarts_costs_commits_no_connection_once_it_is_back(cluster: PostgresCluster) -> None:

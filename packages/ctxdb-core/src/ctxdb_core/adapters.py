@@ -10,6 +10,7 @@ from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co,
 from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_instruction, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
+from ctxdb_core._sqlalchemy.connection_context import call_out_of_sight
 from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
 from ctxdb_core._sqlalchemy.private import (
     call_on_return,
@@ -68,6 +69,7 @@ __all__ = [
     "before_gather",
     "begin",
     "call_on_return",
+    "call_out_of_sight",
     "check_function",
     "check_reads_from",
     "check_transition",

@@ -6,10 +6,12 @@ import os
 import socket
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
+
+from ctxdb_core.adapters import call_out_of_sight
 
 __all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_position", "read_start"]
 
@@ -75,13 +77,18 @@ def _read(connection: PoolProxiedConnection, query: str) -> str | None:
     return _read_from(connection.dbapi_connection, query)
 
 
+def _fetch_value(driver_connection: Any, query: str) -> Any:
+    return await_only(driver_connection.fetchval(query))
+
+
 def _read_from(adapted: Any, query: str) -> str | None:
     driver_connection = adapted.driver_connection
     value: str | None
     if hasattr(driver_connection, "fetchval"):
-        # asyncpg: outside of the transaction that SQLAlchemy's cursor would begin.
-        value = await_only(driver_connection.fetchval(query))
-        return value
+        # asyncpg: outside of the transaction that SQLAlchemy's cursor would begin. asyncpg keeps the prepared statement
+        # for minutes, by a timer with a copy of the context, which would keep the unit of work that has opened the
+        # connection.
+        return cast("str | None", call_out_of_sight(_fetch_value, driver_connection, query))
     cursor = adapted.cursor()
     try:
         cursor.execute(query)

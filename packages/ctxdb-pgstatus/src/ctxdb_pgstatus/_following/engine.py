@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from datetime import datetime
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -491,7 +492,9 @@ class FollowedEngine:
             self._is_watching = True
             if self._loop is None:
                 self._loop = asyncio.get_running_loop()
-            self._loop.call_later(WATCH_SECONDS, self._look)
+            # The timer is renewed for as long as the engine is in use: with the context of the unit of work that has
+            # set it first, it would keep that alive.
+            self._loop.call_later(WATCH_SECONDS, self._look, context=Context())
 
     def _look(self) -> None:
         self._is_watching = False
