@@ -57,6 +57,10 @@ newest:
 lowest:
     .ci/run lowest
 
+# the files to deploy ctxdb-pgstatus by
+deployment:
+    .ci/run deployment
+
 # programs with the libraries that people use
 programs:
     .ci/run programs

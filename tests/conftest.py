@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     use_workers(config)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Many tests collect garbage, and each time would look at all modules and at thousands of collected tests.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ def root_folder() -> Iterator[Path]:
 
 # It installs what the image has: a quarter of a minute of CPU.
 @pytest.mark.timeout(300)
+@pytest.mark.skipif(find_spec("kubernetes_validate") is None, reason="the group `deployment` is not installed")
 async def test_the_steps_of_the_image_make_a_sidecar_that_runs_without_root(
     root_folder: Path, server: dict[str, str]
 ) -> None:
