@@ -13,7 +13,7 @@ from tests.support.world import World
 
 from ctxdb_core import ContextClosedError
 
-REQUESTS = int(os.environ.get("CTXDB_LEDGER_REQUESTS", "1200"))
+REQUESTS = int(os.environ.get("CTXDB_LEDGER_REQUESTS", "600"))
 """How many there are for each adapter: a few seconds' worth by default."""
 
 SEED = os.environ.get("CTXDB_LEDGER_SEED") or str(SystemRandom().randrange(1_000_000))
