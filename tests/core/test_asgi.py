@@ -24,6 +24,7 @@ from ctxdb_core import (
     on_commit,
     on_rollback,
     rollback_db_session,
+    run_in_new_ctx,
 )
 from ctxdb_core._units.unit import current_unit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
@@ -76,6 +77,38 @@ async def test_the_query_of_a_request_that_outlasts_its_server_is_stopped(db: DB
     # No turn of the event loop comes in between: the server's process may end now.
     assert request.done()
     await eventually(lambda: not database.backends("state = 'active'"), "the query runs on")
+    with pytest.raises(ContextClosedError):
+        await request
+
+
+async def test_the_query_of_a_request_is_left_alone_when_another_application_shuts_down(
+    db: DBConnect, database: Database
+) -> None:
+    request = asyncio.create_task(Connection(method="GET", path="/").run(sleeping(db)))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await shut_down(sleeping(db))
+    assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+
+async def test_the_query_of_a_unit_inside_of_a_request_that_outlasts_its_server_is_stopped(
+    db: DBConnect, database: Database
+) -> None:
+    async def work() -> None:
+        await (await db_session(db)).execute(text("SELECT pg_sleep(600)"))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await send({"type": "lifespan.shutdown.complete"})
+        else:
+            await run_in_new_ctx(work)
+
+    middleware = ASGIHTTPDBSessionMiddleware(app)
+    request = asyncio.create_task(Connection(method="GET", path="/").run(middleware))
+    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await shut_down(middleware)
     with pytest.raises(ContextClosedError):
         await request
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ctxdb_core._databases.status import open_units
@@ -31,19 +32,21 @@ async def wait_for_cancelled_queries() -> None:
         await asyncio.wait(under_way, timeout=latest - loop.time(), return_when=asyncio.FIRST_COMPLETED)
 
 
-async def stop_queries_of_requests(refuse: Refuse) -> None:
-    """Stop the queries of requests that still run on this event loop, at the end of the application's shutdown.
+async def stop_queries_of_requests(is_of_application: Callable[[Any], bool], refuse: Refuse) -> None:
+    """Stop the queries of requests that still run on this event loop, at the end of their application's shutdown.
 
-    By then, a server has closed the connections of all clients (ASGI, "Lifespan Protocol"), and its process is about to
-    end. Some servers have cancelled the requests that had not ended; granian has left them alone.
+    By then, its server has closed the connections of all clients (ASGI, "Lifespan Protocol"), and its process is about
+    to end. Some servers have cancelled the requests that had not ended; granian has left them alone.
 
     Args:
+        is_of_application: given an open unit of work, returns whether it is part of a request of the application.
+            Other applications may run on this event loop, and go on.
         refuse: raises the error by which these calls of their sessions end.
     """
     # What the server has cancelled by now ends by its cancellation.
     await wait_for_cancelled_queries()
     loop = asyncio.get_running_loop()
-    for door in _open_doors(of_requests=True):
+    for door in _open_doors(is_of_application):
         task = door.running_task
         if task is not None and task.get_loop() is loop and task is not asyncio.current_task():
             door.interrupt(refuse)
@@ -56,13 +59,13 @@ def _cancelled_tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
     return {task for task in tasks if task is not None and task.get_loop() is loop}
 
 
-def _open_doors(*, of_requests: bool = False) -> list[Door]:
-    """Return the doors of the sessions of all open units of work, or of those that belong to requests."""
+def _open_doors(is_wanted: Callable[[Any], bool] | None = None) -> list[Door]:
+    """Return the doors of the sessions of open units of work: of all, or of those that `is_wanted` returns true for."""
     units = [unit for reference in tuple(open_units) if (unit := reference()) is not None]
     doors = [
         door_of(session)
         for unit in units
-        if not of_requests or unit.request is not None
+        if is_wanted is None or is_wanted(unit)
         for session in tuple(unit.sessions.values())
     ]
     return [door for door in doors if door is not None]

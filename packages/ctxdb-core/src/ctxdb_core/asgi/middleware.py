@@ -177,7 +177,7 @@ class ASGIHTTPDBSessionMiddleware:
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for a lifespan, say, which lasts longer than any unit of work around its server."""
         if scope["type"] == "lifespan":
-            send = _shutting_down(send)
+            send = self._shutting_down(send)
         inherited = _get_current_unit(None)
         if inherited is None or inherited.shared:
             await self.app(scope, receive, send)
@@ -188,13 +188,18 @@ class ASGIHTTPDBSessionMiddleware:
         finally:
             _reset_current_unit(token)
 
+    def _shutting_down(self, send: Send) -> Send:
+        """Return what sends a lifespan's messages, and lets the shutdown end when queries of requests were stopped."""
 
-def _shutting_down(send: Send) -> Send:
-    """Return what sends a lifespan's messages, and lets the shutdown end when queries of requests have been stopped."""
+        async def send_when_stopped(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown."):
+                await stop_queries_of_requests(self._has_opened, refuse_after_unit)
+            await send(message)
 
-    async def send_when_stopped(message: Message) -> None:
-        if message["type"].startswith("lifespan.shutdown."):
-            await stop_queries_of_requests(refuse_after_unit)
-        await send(message)
+        return send_when_stopped
 
-    return send_when_stopped
+    def _has_opened(self, unit: UnitOfWork | None) -> bool:
+        """Return whether `unit` is that of a request of this middleware, or was opened inside of such a request."""
+        while unit is not None and not isinstance(unit, Exchange):
+            unit = unit.enclosing()
+        return unit is not None and unit.settings.middleware is self
