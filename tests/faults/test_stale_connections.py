@@ -342,6 +342,18 @@ async def test_a_connection_of_a_borrowed_engine_is_replaced(database: Database)
     await engine.dispose()
 
 
+async def test_connections_of_a_borrowed_engine_that_are_older_than_its_guards_are_replaced(database: Database) -> None:
+    engine = database.watch_new(isolation_level="AUTOCOMMIT")
+    async with engine.connect() as one, engine.connect() as other:
+        old = {await one.scalar(PID), await other.scalar(PID)}
+    async with DBConnect.from_engine(engine) as db:
+        # The pool opens newer connections, of which ctxdb hears.
+        assert old < await _fill_pool(db)
+        database.terminate_backends(f"pid IN {tuple(old)}")
+        assert not await _fill_pool(db) & old
+    await engine.dispose()
+
+
 async def test_a_connection_in_autocommit_is_replaced(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db:
         for _ in range(2):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import select
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,13 +25,14 @@ from weakref import WeakSet, ref
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ctxdb_core._sqlalchemy.private import (
     FirstStatement,
     asyncpg_adapter_that_begins,
     follow_handing_out,
+    pool_numbers,
     psycopg_adapter_that_executes,
     swap_asyncpg_connections,
     transport_of,
@@ -150,14 +152,20 @@ class _FirstUses(ABC):
         self._engine = ref(engine)
         self._classes: dict[type, type] = {}
         """For each class of adapters, the one that they have before their first statement."""
-        self._open = 0
+        # Copies of an engine for other event loops, on threads of their own, have the same listeners.
+        self._lock = threading.Lock()
+        numbers = pool_numbers(engine.pool)
+        # A pool that does not count may have a connection already.
+        self._open = numbers.in_use + numbers.idle if isinstance(engine.pool, QueuePool) else 1
         """How many connections there are."""
         self._epoll: Any = None
+        """Asks the sockets of all connections; ``None`` where there may be a connection that it does not know."""
         self.may_be_gone: Callable[[int, int], Any] = _maybe
         """Given a time-out and a number of sockets, returns something if one of the engine's may have been closed.
 
         Linux tells that of all sockets by one system call, in less time than it takes to ask for a single one. Only if
-        one was closed, which is so until the pool has replaced its connection, the socket at hand is asked.
+        one was closed, which is so until the pool has replaced its connection, the socket at hand is asked. Where a
+        connection is not known to it, each socket is asked.
         """
 
     def attach(self, engine: Engine) -> None:
@@ -169,28 +177,35 @@ class _FirstUses(ABC):
         event.listen(engine, "close", self._note_closed)
 
     def _note_closed(self, dbapi_connection: object, record: ConnectionPoolEntry) -> None:
-        self._open -= 1
-        if self._open <= 0 and self._epoll is not None:
-            # The next connection makes another one. An event of the engine would tell of its end, but a listener of
-            # any of these makes each statement dearer.
-            self._epoll.close()
-            self._epoll = None
-            self.may_be_gone = _maybe
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                # The next connection makes another one. An event of the engine would tell of its end, but a listener of
+                # any of these makes each statement dearer.
+                self._ask_each()
+
+    def _ask_each(self) -> None:
+        # The epoll is closed as soon as no thread asks it any more.
+        self._epoll, self.may_be_gone = None, _maybe
 
     def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        self._open += 1
         number = self._check_of(dbapi_connection, record).number
-        if number is None or sys.platform != "linux":
-            return
-        try:
-            if self._epoll is None:
-                self._epoll = select.epoll()
-                self.may_be_gone = self._epoll.poll
-            # The socket is left out by itself as soon as it is closed.
-            self._epoll.register(number, select.EPOLLRDHUP)
-        except OSError:
-            # The process may have no more descriptors.
-            self.may_be_gone = _maybe
+        with self._lock:
+            self._open += 1
+            if number is None or sys.platform != "linux":
+                self._ask_each()
+                return
+            try:
+                if self._open == 1:
+                    # All connections that follow are going to be known to it.
+                    self._epoll = select.epoll()
+                    self.may_be_gone = self._epoll.poll
+                if self._epoll is not None:
+                    # The socket is left out by itself as soon as it is closed.
+                    self._epoll.register(number, select.EPOLLRDHUP)
+            except OSError:
+                # The process may have no more descriptors.
+                self._ask_each()
 
     def _note_unused(self, dbapi_connection: Any) -> None:
         """Let an adapter that is taken out of the pool see that its first statement meets a live connection."""
