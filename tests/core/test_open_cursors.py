@@ -12,7 +12,7 @@ import anyio
 import asyncpg
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.database import Database, insert
 
@@ -138,6 +138,16 @@ async def test_an_error_in_a_savepoint_of_the_drivers_connection_stays_in_it(db:
             async with driver.transaction():
                 await driver.execute("SELECT 1/0")
     assert await database.names() == ["kept"]
+
+
+async def test_a_connection_that_was_detached_from_its_pool_can_be_asked_for(db: DBConnect, database: Database) -> None:
+    engine = await db.engine()
+    event.listen(engine.sync_engine, "engine_connect", lambda connection: connection.detach())
+    async with new_db_ctx():
+        await driver_connection_of(await insert(db, "kept"))
+    assert await database.names() == ["kept"]
+    # It is closed, and never given back.
+    database.in_use.clear()
 
 
 async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: Database) -> None:

@@ -52,11 +52,11 @@ def lend_driver_connection(connection: Connection) -> None:
         # psycopg needs no help: it sends BEGIN by itself before the first statement.
         begin_asyncpg_transaction(connection)
     pooled: Any = connection.connection
-    if type(pooled) is ConnectionFairy:
+    # A connection that was detached from its pool has no record there. It belongs to the code that has detached it.
+    if type(pooled) is ConnectionFairy and pooled.record_info is not None:
         # The object belongs to this one loan: the pool makes another one each time.
         pooled.__class__ = _LentConnection
-        info: Any = pooled.record_info
-        info[_BORROWER] = ref(connection)
+        pooled.record_info[_BORROWER] = ref(connection)
 
 
 class _LentConnection(ConnectionFairy):
