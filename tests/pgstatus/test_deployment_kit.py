@@ -23,11 +23,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from sqlalchemy.engine import make_url
 from tests.support.dashboards import assert_panels_do_not_overlap, expressions_of, needs
 from tests.support.server import http_client
 from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
-from tests.support.sidecar_process import running
+from tests.support.sidecar_process import running, variables_of
 
 from ctxdb_pgstatus.sidecar.metrics import render
 from ctxdb_pgstatus.sidecar.settings import VARIABLES, Settings
@@ -59,15 +58,8 @@ def documents(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
     """The variables, without their prefix, of a sidecar that asks a real server."""
-    url = make_url(postgres_server.url())
-    return {
-        "hosts": f"{url.host}:{url.port}",
-        "pg_user": url.username or "",
-        "pg_password": url.password or "",
-        "pg_database": url.database or "",
-        # On a loaded machine, too, no host is given up that is merely slow to answer.
-        "query_timeout_ms": "20000",
-    }
+    # On a loaded machine, too, no host is given up that is merely slow to answer.
+    return {**variables_of(postgres_server), "query_timeout_ms": "20000"}
 
 
 def prefixed(variables: dict[str, str]) -> dict[str, str]:

@@ -289,6 +289,23 @@ async def promote_beside(old: PostgresNode, new: PostgresNode) -> None:
             await asyncio.sleep(0.005)
 
 
+@asynccontextmanager
+async def watched_without(
+    cluster: PostgresCluster, hidden: PostgresNode, conn_max_age: float = HOUR
+) -> AsyncIterator[tuple[HostMonitor, Proxy]]:
+    """Provide a monitor of all nodes but `hidden`, and the proxy that it reaches the primary by.
+
+    So no kept connection leads to `hidden`. By default, nothing is renewed meanwhile.
+    """
+    (other,) = (node for node in cluster.nodes if node not in (cluster.primary, hidden))
+    async with (
+        Proxy(cluster.primary) as writer,
+        Proxy(other) as reader,
+        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=conn_max_age) as monitor,
+    ):
+        yield monitor, writer
+
+
 sources = pytest.mark.parametrize("kind", ["monitor", "sidecar"])
 
 
@@ -296,12 +313,9 @@ sources = pytest.mark.parametrize("kind", ["monitor", "sidecar"])
 async def test_a_commit_on_the_old_primary_is_an_error_once_the_name_of_the_primary_has_moved(
     cluster: PostgresCluster, kind: str
 ) -> None:
-    old, new, other = cluster.nodes
-    # No kept connection leads to the standby that is promoted, and nothing is polled or renewed meanwhile.
+    old, new = cluster.nodes[:2]
     async with (
-        Proxy(old) as writer,
-        Proxy(other) as reader,
-        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+        watched_without(cluster, new) as (monitor, writer),
         knowing(monitor, kind) as source,
         following(follow_master(source)) as db,
     ):
@@ -319,11 +333,9 @@ async def test_a_commit_on_the_old_primary_is_an_error_once_the_name_of_the_prim
 async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_the_primary_leads_nowhere(
     cluster: PostgresCluster, kind: str
 ) -> None:
-    old, new, other = cluster.nodes
+    old, new = cluster.nodes[:2]
     async with (
-        Proxy(old) as writer,
-        Proxy(other) as reader,
-        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
+        watched_without(cluster, new) as (monitor, writer),
         knowing(monitor, kind) as source,
         following(follow_master(source)) as db,
     ):
@@ -337,12 +349,8 @@ async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_t
 async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_while_its_name_may_have_moved(
     cluster: PostgresCluster,
 ) -> None:
-    old, new, other = cluster.nodes
-    async with (
-        Proxy(old) as writer,
-        Proxy(other) as reader,
-        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
-    ):
+    old, new = cluster.nodes[:2]
+    async with watched_without(cluster, new) as (monitor, writer):
         await promote_beside(old, new)
         await monitor.poll()
         # The monitor has lost its connection, and gets no other one.
@@ -360,13 +368,11 @@ async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_whil
 async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_the_name_leads_then(
     cluster: PostgresCluster,
 ) -> None:
-    old, new, other = cluster.nodes
+    new, other = cluster.standbys
     # The one that is promoted is no standby of the old primary's own, which therefore notices nothing.
     await new.follow(other)
     async with (
-        Proxy(old) as writer,
-        Proxy(other) as reader,
-        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=0) as monitor,
+        watched_without(cluster, new, conn_max_age=0) as (monitor, writer),
         following(follow_master(monitor)) as db,
     ):
         await write_number(db, 1)
@@ -402,12 +408,8 @@ async def test_a_connection_does_not_keep_the_unit_of_work_that_has_opened_it(cl
 
 
 async def test_a_standby_that_restarts_costs_commits_no_connection_once_it_is_back(cluster: PostgresCluster) -> None:
-    old, standby, other = cluster.nodes
-    async with (
-        Proxy(old) as writer,
-        Proxy(other) as reader,
-        monitor_of(cluster, hosts=[writer.host, reader.host], conn_max_age=HOUR) as monitor,
-    ):
+    standby = cluster.standbys[0]
+    async with watched_without(cluster, standby) as (monitor, writer):
         attempts = writer.attempts
         await standby.stop()
         assert await monitor.confirm_master(writer.host)

@@ -7,9 +7,8 @@ import signal
 import socket
 
 import pytest
-from sqlalchemy.engine import make_url
 from tests.support.server import http_client
-from tests.support.sidecar_process import COMMANDS, environment, fails, running
+from tests.support.sidecar_process import COMMANDS, environment, fails, running, variables_of
 
 from ctxdb_pgstatus import PgStatusClient
 from ctxdb_pgstatus.testing import EmbeddedPostgres, PostgresCluster
@@ -19,14 +18,7 @@ PASSWORD = "hunter2-and-more"
 
 @pytest.fixture
 def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
-    url = make_url(postgres_server.url())
-    return {
-        "hosts": f"{url.host}:{url.port}",
-        "pg_user": url.username or "",
-        "pg_password": url.password or "",
-        "pg_database": url.database or "",
-        "sleep_ms": "100",
-    }
+    return {**variables_of(postgres_server), "sleep_ms": "100"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,8 +12,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy.engine import make_url
 from tests.support.database import eventually
 from tests.support.server import http_client
+
+from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 
 @dataclass
@@ -62,6 +65,17 @@ COMMANDS = {
     "script": [str(Path(sys.executable).with_name("ctxdb-pgstatus"))],
     "module": [sys.executable, "-m", "ctxdb_pgstatus"],
 }
+
+
+def variables_of(server: EmbeddedPostgres) -> dict[str, str]:
+    """Return the variables, without their prefix, that lead a sidecar to a server."""
+    url = make_url(server.url())
+    return {
+        "hosts": f"{url.host}:{url.port}",
+        "pg_user": url.username or "",
+        "pg_password": url.password or "",
+        "pg_database": url.database or "",
+    }
 
 
 def environment(**variables: str) -> dict[str, str]:
