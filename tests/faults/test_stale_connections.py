@@ -47,6 +47,12 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+async def _end_backend(database: Database, pid: int) -> None:
+    """Have the server close all connections, and wait until it has closed that of a process."""
+    database.terminate_backends()
+    await eventually(lambda: not _is_running(pid), "the server does not close it")
+
+
 async def _pid(db: DBConnect) -> int:
     async with new_db_ctx():
         pid: int = await (await db_session(db)).scalar(PID)
@@ -177,8 +183,7 @@ async def test_a_closed_connection_is_replaced_before_rows_are_sent_right_behind
     db: DBConnect, database: Database
 ) -> None:
     dead = await _pid(db)
-    database.terminate_backends()
-    await eventually(lambda: not _is_running(dead), "the server does not close it")
+    await _end_backend(database, dead)
     await _write_rows(db)
     assert await database.names() == ["a", "b"]
 
@@ -211,8 +216,7 @@ async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_repla
         # Of SQLAlchemy's adapter: code that is given the driver's connection may set something on it.
         driver_connection: Any = (await connection.get_raw_connection()).dbapi_connection._connection  # type: ignore[union-attr]
         (dead,) = database.backend_pids("true")
-        database.terminate_backends()
-        await eventually(lambda: not _is_running(dead), "the server does not close it")
+        await _end_backend(database, dead)
         if hasattr(driver_connection, "is_closed"):
             await eventually(driver_connection.is_closed, "the driver does not see it")
         assert await session.scalar(PID) != dead
@@ -227,8 +231,7 @@ async def test_a_connection_that_code_has_set_something_on_is_not_replaced(
             dead = await connection.scalar(PID)
             await connection.execute(text("SET search_path = nowhere"))
             await connection.commit()
-            database.terminate_backends()
-            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            await _end_backend(database, dead)
             with pytest.raises(DBAPIError):
                 await connection.execute(text("SHOW search_path"))
         assert await _pid(db) != dead
@@ -251,8 +254,7 @@ async def test_a_connection_whose_driver_connection_code_has_been_given_is_not_r
                 await pooled.dbapi_connection.driver_connection.execute(sql)
             else:
                 await greenlet_spawn(pooled.dbapi_connection.run_async, lambda driver: driver.execute(sql))
-            database.terminate_backends()
-            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            await _end_backend(database, dead)
             with pytest.raises(DBAPIError):
                 await connection.execute(text("SHOW search_path"))
         assert await _pid(db) != dead
@@ -275,8 +277,7 @@ async def test_a_connection_that_a_listener_has_set_something_on_is_not_replaced
     async with DBConnect.from_engine(engine) as db:
         dead = await _pid(db)
         async with engine.connect() as connection:
-            database.terminate_backends()
-            await eventually(lambda: not _is_running(dead), "the server does not close it")
+            await _end_backend(database, dead)
             with pytest.raises(DBAPIError):
                 await connection.execute(text("SHOW search_path"))
         assert await _pid(db) != dead
