@@ -15,7 +15,7 @@ from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, relationship
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
@@ -1360,3 +1360,16 @@ def test_the_testing_tools_are_named_in_tests_alone(monkeypatch: pytest.MonkeyPa
     assert "set_test_context" in str(ContextNotInitiatedError())
     monkeypatch.delenv("PYTEST_CURRENT_TEST")
     assert "test" not in str(ContextNotInitiatedError())
+
+
+async def test_objects_are_detached_when_their_unit_of_work_has_ended(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        session.add(Item(name="one"))
+        await commit_db_session(db)
+        item = (await session.scalars(select(Item))).one()
+        assert object_session(item) is session.sync_session
+    assert object_session(item) is None
+    # So another session may take it.
+    async with new_db_ctx():
+        (await db_session(db)).add(item)
