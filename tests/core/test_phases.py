@@ -461,6 +461,21 @@ async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed
     assert told(connection) == [200, b"body"]
 
 
+async def test_trailers_wait_for_the_commit_of_the_first_work_behind_the_body(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({**START, "trailers": True})
+        await send(BODY)
+        await insert(db, "checksum")
+        await send(TRAILERS)
+        assert await database.names() == ["checksum"]
+
+    trace = Trace()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.AFTER]
+
+
 @shows(Phase.BODY, Phase.REFUSED)
 async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,7 +13,7 @@ from tests.support.database import eventually, insert, insert_row_that_fails_at_
 from tests.support.server import RawClient
 from tests.support.world import World
 
-from ctxdb_core import commit_db_session, db_session
+from ctxdb_core import commit_db_session, db_session, set_rollback_only
 
 
 @pytest.mark.background
@@ -63,6 +63,25 @@ async def test_background_work_behind_a_rolled_back_response_is_committed(world:
     assert (await world.get(handler)).status_code == 400
     await eventually(lambda: world.database.checkouts == 2 and not world.database.checked_out, "no background work")
     assert await world.names() == ["background"]
+
+
+@pytest.mark.parametrize(("status", "writes"), [(200, False), (404, True)])
+async def test_a_mark_for_rollback_does_not_hold_for_the_body_behind_the_response(
+    world: World, status: int, writes: bool
+) -> None:
+    async def body() -> AsyncGenerator[str, None]:
+        await insert(world.db, "body")
+        yield "body"
+
+    async def handler() -> Stream:
+        if writes:
+            await insert(world.db, "response")
+        set_rollback_only()
+        return Stream(body(), status=status)
+
+    assert (await world.get(handler)).status_code == status
+    await eventually(lambda: world.database.checkouts == 1 + writes and not world.database.checked_out, "no body")
+    assert await world.names() == ["body"]
 
 
 @pytest.mark.background

@@ -85,7 +85,7 @@ class Exchange:
     @property
     def has_work(self) -> bool:
         """Whether there may be something to commit or to roll back."""
-        return bool(self.unit.sessions or self.unit.callbacks)
+        return bool(self.unit.sessions or self.unit.hooks)
 
     async def begin_attempt(self) -> None:
         """Roll back what earlier calls of the handler have left: a middleware tries again."""

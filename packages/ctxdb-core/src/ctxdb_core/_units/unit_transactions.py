@@ -161,7 +161,6 @@ class UnitTransactions(UnitSessions):
         """Roll back what `set_rollback_only` has named out of `dbs`; return where there may be something to commit."""
         if dbs is None and None in hooks.rollback_only:
             await self.roll_back(None, None)
-            hooks.forget_marks(None)
             return []
         named = hooks.marked(dbs)
         await self.roll_back(None, named)
@@ -201,6 +200,9 @@ class UnitTransactions(UnitSessions):
             dbs: where to roll back; everywhere by default.
         """
         await run_to_completion(self._roll_back(self.sessions, error, dbs))
+        if dbs is None and self.hooks is not None:
+            # `set_rollback_only` was about what was open. What a streamed body does next, for instance, is committed.
+            self.hooks.forget_marks(None)
         self._leave_blocks(dbs)
         await self._wait_for_callbacks()
 

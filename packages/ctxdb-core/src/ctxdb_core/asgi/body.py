@@ -31,8 +31,14 @@ from ctxdb_core.asgi.types import Message
 
 __all__ = ["Body", "StreamedBody", "let_failure_arrive", "running_task"]
 
-# What a body is sent in (ASGI, "Response Body", "Path Send" and "Zero Copy Send").
-_BODY_MESSAGES = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+# What a body ends with (ASGI, "Response Body", "Path Send" and "Zero Copy Send"), and what comes behind its last part,
+# which an exchange does not look at while its request uses no session.
+_LAST_MESSAGES = (
+    "http.response.body",
+    "http.response.pathsend",
+    "http.response.zerocopysend",
+    "http.response.trailers",
+)
 
 # How many turns of the event loop a failed task is given to end, and its task group to cancel the task that sends.
 # FastAPI needs one; each further task between the two may need one more.
@@ -84,7 +90,7 @@ class Body:
                 self.senders = {*self.senders, sender}
                 if self.has_used_a_session:
                     self._await_end(sender, unit)
-        elif message["type"] in _BODY_MESSAGES:
+        elif message["type"] in _LAST_MESSAGES:
             self.is_complete = True
 
     def note_use(self, unit: UnitOfWork) -> None:

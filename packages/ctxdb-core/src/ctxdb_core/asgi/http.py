@@ -12,9 +12,9 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
 from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
-from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.session_end import in_transaction
+from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
@@ -283,9 +283,10 @@ class HTTPExchange(Exchange):
                 return
         body.note_use(self)
 
-    def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:
+    def _hooks(self) -> UnitHooks:
+        # What is asked for is about the start of the response, also if there is nothing else to end.
         self.is_idle = False
-        super().on_outcome(db, outcome, callback)
+        return super()._hooks()
 
     def open_session(self, db: DBConnect, create: CreateSession | None = None) -> Coroutine[Any, Any, AsyncSession]:
         if self.body is not None and self.body.parked is not None:
