@@ -1,7 +1,7 @@
 """Sessions that take a second connection while the code that waits for them holds a first one.
 
-As many of them as the pool has connections wait for each other, until the pool's time-out. That cannot be made to work;
-so it is told: by a warning when it is seen first, and by the error of the time-out.
+If as many requests do so at once as the pool has connections, they wait for each other until the pool's time-out. ctxdb
+cannot prevent that; it tells of it by a warning when a request does so first, and by the error of the time-out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _holds(session: AsyncSession) -> bool:
 
 
 def _place() -> str:
-    """Return which code asks for the session, and which call of ctxdb it is in."""
+    """Return a description of the code that asks for the session, and of the call of ctxdb that the code is in."""
     frames = user_frames(sys._getframe(1))  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
     if not frames:
         return "at an unknown place"
