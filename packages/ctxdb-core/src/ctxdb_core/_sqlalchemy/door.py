@@ -233,7 +233,7 @@ class Door:
             _all_waiting.discard(mine)
 
     def _refuse_deadlock(self, mine: _Waiting) -> None:
-        """Raise an error if the task that has the turn waits, by way of other doors maybe, for one that `mine` keeps."""
+        """Raise an error if the holder of the turn waits for a door that `mine` keeps, directly or by way of others."""
         reached, doors = {self}, [self]
         while doors:
             door = doors.pop()

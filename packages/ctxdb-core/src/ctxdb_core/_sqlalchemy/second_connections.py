@@ -27,8 +27,9 @@ _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenle
 """Packages between the code of the application and the pool."""
 
 _ADVICE = (
-    "A pool of which every connection is held so stands still. Size it for two connections for each request that does "
-    "so at once, or give the first one back before (`await commit_db_session(db)`, `await close_db_session(db)`)."
+    "A pool stands still when all of its connections are held in this way. Size it for two connections for each "
+    "request that does so at once, or give the first one back before (`await commit_db_session(db)`, `await "
+    "close_db_session(db)`)."
 )
 
 
@@ -55,7 +56,7 @@ def note_second_session(db: object, session: AsyncSession, first: AsyncSession) 
     if db not in _warned:
         _warned.add(db)
         logger.warning(
-            "%r: a unit of work holds a connection and takes a second one, %s. %s This is told once.",
+            "%r: a unit of work holds a connection and takes a second one, %s. %s This warning is logged once.",
             db,
             place,
             _ADVICE,
