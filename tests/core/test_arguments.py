@@ -246,6 +246,11 @@ async def test_a_function_that_is_not_async_is_told(run: Callable[[Any], Awaitab
         await run(lambda: 5)
 
 
+def test_a_url_of_a_database_without_a_known_asyncio_driver_asks_for_one() -> None:
+    with pytest.raises(ArgumentValueError, match="'mssql' URL is not for asyncio: name a driver that is"):
+        DBConnect.from_url("mssql://server/shop")
+
+
 def test_a_url_without_an_asyncio_driver_is_told_at_once() -> None:
     with pytest.raises(ArgumentValueError, match=r"postgresql\+asyncpg"):
         DBConnect.from_url("postgresql+psycopg2://db.invalid/shop")

@@ -35,7 +35,7 @@ class DBEvent:
     """The base of all events."""
 
     db: Any = field(repr=False)
-    """The `DBConnect` that it happened on. That imports this module, so no type says so here."""
+    """The `DBConnect` of the session. Its module imports this one, so the type cannot be named here."""
     host: str
     """The host that the session is on, also after `DBConnect.change_host`; without any password."""
     session_id: int
@@ -52,7 +52,7 @@ class TransactionBegun(DBEvent):
     """A transaction has taken its connection: sent before its first statement is."""
 
     connection: Connection = field(repr=False)
-    """What it has taken. The transaction owns it: a listener must make no statement on it, and not keep it."""
+    """The connection. The transaction owns it: a listener must make no statement on it, and must not keep it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,11 +84,11 @@ class SessionClosed(DBEvent):
     """A session was closed."""
 
     duration: float
-    """Since it was opened."""
+    """Since the session was opened."""
     transactions: int
-    """How many it has had."""
+    """How many transactions the session has had."""
     connection_held: float
-    """How long it had a connection, all of its transactions together."""
+    """How long the session had a connection, all of its transactions together."""
 
 
 EventListener: TypeAlias = Callable[[DBEvent], object]

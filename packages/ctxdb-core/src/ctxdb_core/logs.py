@@ -41,10 +41,10 @@ def log_units(*dbs: DBConnect, logger: logging.Logger | None = None, level: int 
     Args:
         *dbs: the databases.
         logger: the logger; by default, ``ctxdb.units``.
-        level: of the records; that of a failed commit is a warning at least.
+        level: the level of the records; the record of a failed commit is a warning at least.
 
     Returns:
-        What ends it: a function to be called without arguments.
+        A function without arguments that ends the logging.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect` (a ``TypeError``, too).

@@ -58,7 +58,7 @@ def instrument(
         meter_provider: makes the metrics; by default, the provider of the process.
 
     Returns:
-        What ends it: a function to be called without arguments.
+        A function without arguments that ends the instrumentation.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect` (a ``TypeError``, too).

@@ -14,7 +14,7 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 __all__ = ["CommitPolicy", "RequestPolicy", "commit_2xx", "commit_below_400", "commit_policy", "with_request"]
 
 CommitPolicy: TypeAlias = Callable[[int], bool]
-"""Given the status of the response that is about to be sent: whether to commit. An exception always rolls back."""
+"""Given the status of the response that is about to be sent, returns whether to commit. Exceptions always roll back."""
 
 RequestPolicy: TypeAlias = Callable[[int, Any], bool]
 """A commit policy that is given the request as well: what the framework has for it, an ``aiohttp.web.Request``, say."""
@@ -97,7 +97,7 @@ def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
         # The policy cannot be called at all.
         raise _refused(policy) from None
     except ValueError:
-        # Some functions that are written in C have none.
+        # Some functions that are written in C have no signature.
         return _ignoring_request(cast("CommitPolicy", policy))
     if _takes(signature, 200):
         return _ignoring_request(cast("CommitPolicy", policy))

@@ -22,7 +22,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 def instrument(*dbs: DBConnect, registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
-    """Let `registry` have metrics of all work on `dbs` from now on; call this once for each registry.
+    """Add metrics of all work on `dbs` to `registry` from now on; call this function once for each registry.
 
     ``prometheus_client.make_asgi_app()`` serves those of the default registry. Each worker process tells its own, as
     each has pools of its own: let Prometheus ask each of them.
@@ -32,7 +32,7 @@ def instrument(*dbs: DBConnect, registry: CollectorRegistry = REGISTRY) -> Calla
         registry: where the metrics are registered.
 
     Returns:
-        What ends it, and takes the metrics out of the registry: a function to be called without arguments.
+        A function without arguments that ends the instrumentation, and takes the metrics out of the registry.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect` (a ``TypeError``, too).
@@ -117,7 +117,7 @@ class _Collector:
         self._pools = pools
 
     def describe(self) -> Iterator[Metric]:
-        """Yield what the registry compares with the names that it has."""
+        """Yield the metrics whose names the registry compares with those that it has."""
         return self.collect()
 
     def collect(self) -> Iterator[Metric]:

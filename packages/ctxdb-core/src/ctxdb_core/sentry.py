@@ -27,7 +27,7 @@ def instrument(*dbs: DBConnect) -> Callable[[], None]:
         *dbs: the databases.
 
     Returns:
-        What ends it: a function to be called without arguments.
+        A function without arguments that ends the instrumentation.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect` (a ``TypeError``, too).

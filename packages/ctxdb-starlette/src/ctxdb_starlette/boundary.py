@@ -36,7 +36,7 @@ _PASSING_ON = (
     TrustedHostMiddleware,
 )
 
-# More of them, which not every version of the frameworks has.
+# More middlewares of this kind, by their names, as not every version of the frameworks has them.
 _PASSING_ON_BY_NAME = frozenset(
     {
         ("ctxdb_core.asgi.limits", "LimitingStatements"),
@@ -50,7 +50,7 @@ _PASSING_ON_BY_NAME = frozenset(
 _MIDDLEWARE_PACKAGES = ("ctxdb_core.asgi.", "fastapi.middleware.", "fastapi.telemetry.", "starlette.middleware.")
 _WSGI_MODULE = "starlette.middleware.wsgi"
 
-# No stack of middlewares is so deep, but an object that makes up its attributes may look like an endless one.
+# No stack of middlewares is so deep, but an object that makes its attributes up may look like an endless stack.
 _MAX_DEPTH = 100
 
 IsBottom = Callable[[Any], bool]
@@ -60,8 +60,9 @@ IsBottom = Callable[[Any], bool]
 def mark_stream_boundaries(app: Any, tell: Callable[[], None]) -> None:
     """Put an `ASGIStreamBoundary` beneath each stack of middlewares in `app` of which one may hold a start back.
 
-    There is one around the routes of an application, of each that is mounted in it, and around single routes and
-    mounts. They are followed as far as each middleware keeps what is beneath it in ``app``, which is a convention.
+    A stack of middlewares lies around the routes of an application, of each application that is mounted in it, and
+    around single routes and mounts. A stack is followed as long as each middleware keeps the one beneath it in ``app``,
+    which is a convention.
 
     Args:
         app: what a `DBSessionMiddleware` was given.

@@ -32,10 +32,11 @@ class DBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
     Args:
         app: the application, passed by ``add_middleware``.
         before_commit: awaited with each session that is about to be committed.
-        commit_policy: given the status of the response, and the ASGI scope if it takes a second argument: whether to
-            commit.
+        commit_policy: called with the status of the response, and with the ASGI scope if it takes a second argument;
+            returns whether to commit.
         statement_timeout: how many seconds each statement of a request may take.
-        deadline: given the ASGI scope of a request: when its last statement has to be done, on the event loop's clock.
+        deadline: called with the ASGI scope of a request; returns when its last statement has to be done, on the event
+            loop's clock.
         reads_from: for databases, the one whose sessions requests by GET, HEAD, OPTIONS and TRACE get in their place:
             ``{master: replica}``.
     """

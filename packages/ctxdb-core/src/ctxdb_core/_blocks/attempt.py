@@ -1,4 +1,4 @@
-"""What an attempt has committed so far: an attempt is made again only if it has committed nothing."""
+"""Counts what an attempt has committed: only an attempt that has committed nothing is made again."""
 
 from __future__ import annotations
 

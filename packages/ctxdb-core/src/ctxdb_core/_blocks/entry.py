@@ -188,8 +188,8 @@ def _mere_session(place: Place) -> Answer:
 def _autocommit(place: Place) -> Answer:
     return Refuse(
         TransactionRequiredError(
-            "This block runs without a transaction, as `transactional` was asked to, and so would what is in here. Use "
-            "`transactional(db)`, which begins one."
+            "This block runs without a transaction, as `transactional` was asked to, so none can begin inside of it. "
+            "Use `transactional(db)`, which begins one."
         )
     )
 

@@ -52,7 +52,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         )
     session = await db_session(db)
     with SharedSessionBlock(unit, db, may_nest=True), hold_block(session.sync_session):
-        # What is only added to the unit's session would not be seen.
+        # Without a flush, the joining session would not see the objects that were added to the unit's session.
         await session.flush()
         connection = await session.connection()
         joined = cast("SessionT", await _create(unit.source_of(db), session, connection))
@@ -66,7 +66,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             # savepoint has ended with its transaction, and nothing is left to release.
             begun = begun_connections(joined)
             if all(each.in_nested_transaction() for each in begun) if begun else connection.in_transaction():
-                # Interrupted, it would take the connection with it.
+                # A commit that is interrupted would cost the unit of work its connection.
                 await run_to_completion(joined.commit())
             elif joined.new or joined.dirty or joined.deleted:
                 raise TransactionRequiredError(

@@ -57,8 +57,8 @@ class Place:
     Args:
         db: the database that the block is about.
         unit: the unit of work that was found, if any: also one that the running code may not use.
-        why_not: why it may not use the unit; ``None`` if it may.
-        is_in_block: whether it is inside of a block on that database which is a transaction of the unit.
+        why_not: why the running code may not use the unit; ``None`` if it may.
+        is_in_block: whether the running code is inside of a block on `db` which is a transaction of the unit.
     """
 
     db: DBConnect
@@ -81,7 +81,7 @@ class Place:
     @property
     def usable_unit(self) -> UnitOfWork:
         """The unit of work, where the running code may use it."""
-        assert self.unit is not None and self.why_not is None  # noqa: PT018 - one thing
+        assert self.unit is not None and self.why_not is None  # noqa: PT018 - callers have decided on both
         return self.unit
 
     @property
@@ -91,19 +91,19 @@ class Place:
         return session is not None and in_transaction(session)
 
 
-def find(db: DBConnect, *, about_it_alone: bool = False) -> Place:
+def find(db: DBConnect, *, skip_other_contexts: bool = False) -> Place:
     """Return what there is on `db` for the running code.
 
     Args:
         db: the database.
-        about_it_alone: pass over blocks that a `TransactionContext` of another database has opened, also where the unit
-            of work of such a block would hold the session on `db`, too.
+        skip_other_contexts: pass over blocks that a `TransactionContext` of another database has opened, also where the
+            unit of work of such a block would hold the session on `db`, too.
 
     Raises:
         ContextNotInitiatedError: the running code iterates over an async generator in a block on the same session.
     """
     unit = innermost_unit(db)
-    if about_it_alone:
+    if skip_other_contexts:
         while isinstance(unit, TaskUnit) and unit.db is not db:
             unit = unit.outer
     elif unit is not None:

@@ -72,10 +72,10 @@ def retry_on_conflict(
     Needs the extra ``retry``: ``pip install 'ctxdb-core[retry]'``.
 
     Args:
-        attempts: how many there may be, the first one included; or one of tenacity's ``stop_...``.
-        wait: at most how many seconds to wait before the second one. The limit doubles for each further one, up to two
-            seconds; how long the wait is within it is left to chance, so that those who met do not meet again. Or one
-            of tenacity's ``wait_...``.
+        attempts: how many attempts there may be, the first one included; or one of tenacity's ``stop_...``.
+        wait: how many seconds to wait, at most, before the second attempt. The limit doubles for each further attempt,
+            up to two seconds; the wait within it is random, so that transactions which have conflicted do not do so
+            again. Or one of tenacity's ``wait_...``.
 
     Raises:
         MissingExtraError: tenacity is not installed (an ``ImportError``, too).
@@ -158,7 +158,7 @@ def retry_on_conflict(
 
 @contextmanager
 def _watched() -> Iterator[Callable[[Exception], bool]]:
-    """Watch an attempt; yield what tells whether its error allows for another one."""
+    """Watch an attempt; yield a function that tells whether an error of the attempt allows for another attempt."""
     attempt = Attempt(current_attempt.get())
     task = asyncio.current_task()
     cancellations = 0 if task is None else task.cancelling()

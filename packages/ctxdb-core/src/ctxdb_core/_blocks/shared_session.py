@@ -1,4 +1,4 @@
-"""Which blocks the running code is in, on the session of a unit of work that it shares with others."""
+"""Keeps track of the blocks that the running code is in, on sessions of units of work that several tasks share."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class SharedSessionBlock(JoinedBlock):
         unit: whose session.
         db: on which database.
         may_nest: whether the block may be inside of another one of a `TransactionContext` in this task.
-        by_context: whether it is a `TransactionContext`'s own.
+        by_context: whether a `TransactionContext` has made the block.
         ends_work: whether the block's end undoes, or commits, what was done on the session meanwhile. Around the yields
             of an async generator, the consumer's use of the session is refused then.
 
     Raises:
-        SessionAlreadyActiveError: another task is in such a block; or this one is, and it may not be nested.
+        SessionAlreadyActiveError: another task is in such a block; or this task is, and the block may not be nested.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SharedSessionBlock(JoinedBlock):
         self._generator = iterated_generator()
         self._current: IteratedUnit | None = None
         around = [block for block in here if block.by_context and block.is_by(self) and block.is_around()]
-        # A context's own unit is a block around this one, too.
+        # The unit of a `TransactionContext`'s block is a block around this one, too.
         if not may_nest and (around or isinstance(unit, TaskUnit)):
             raise SessionAlreadyActiveError
         if any(block.is_beside(self) for block in here):
@@ -126,5 +126,5 @@ class SharedSessionBlock(JoinedBlock):
         """Return whether this block is another task's, which goes on while that of `other` does."""
         if self.db is not other.db or self._task is other._task or self in other._outer:
             return False
-        # A framework enters what a handler depends on in tasks that end before the handler begins.
+        # A framework may enter the dependencies of a handler in tasks that end before the handler begins.
         return self._task is not None and not self._task.done()

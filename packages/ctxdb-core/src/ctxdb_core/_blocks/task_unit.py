@@ -27,13 +27,13 @@ TaskUnitBlock: TypeAlias = AbstractAsyncContextManager[AsyncSession]
 class TaskUnit(UnitOfWork):
     """The unit of work of a block, which replaces the session on one database, for one task.
 
-    Other databases are those of the unit of work around it. Where there is none they are this one's, and are committed
-    at its end. Tasks that inherit it are refused: a session serves the task that opened it.
+    Sessions on other databases are those of the unit of work around the block. Without one, they are this unit's, and
+    are committed at its end. Tasks that inherit this unit are refused: a session serves the task that opened it.
 
     Args:
         db: the database.
         commits: whether the block commits what is open on it.
-        outer: the unit of work around the block, which waits for it; ``None`` where there is none.
+        outer: the unit of work around the block, which waits for the block; ``None`` if there is none.
     """
 
     is_plain = False
@@ -129,7 +129,7 @@ async def open_task_unit(
     Args:
         db: where.
         create: makes the session, if not `db` itself.
-        commits: whether it is committed at the end of the block; else it is just closed.
+        commits: whether the session is committed at the end of the block, or just closed.
         outer: the unit of work that waits for the block, if there is one.
 
     Raises:
@@ -144,7 +144,7 @@ async def open_task_unit(
             if commits:
                 await session.begin()
             yield session
-            # The task that leaves the block may be another one than has entered it, as with a test's fixture.
+            # Another task may leave the block than has entered it: a test's fixture does so.
             unit.take_over()
             if not commits:
                 # The session is closed without a roll-back, which would expire the objects that were read.
@@ -166,8 +166,8 @@ class OuterCommit:
     whether a statement has begun the open transaction: then this block has to commit it.
 
     Args:
-        unit: of the enclosing block.
-        session: the one that the enclosing block commits.
+        unit: the unit of work of the enclosing block.
+        session: the session that the enclosing block commits.
     """
 
     def __init__(self, unit: UnitOfWork, session: AsyncSession) -> None:

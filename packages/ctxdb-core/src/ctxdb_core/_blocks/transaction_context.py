@@ -52,14 +52,15 @@ class TransactionContext(Generic[SessionT_co]):
     It is generic in the class of its sessions: that of the session maker, or of the `DBConnect`.
 
     Args:
-        engine_or_db: where. An engine stays its owner's, who disposes of it.
-        default_session_maker: makes the sessions that are opened here; it is bound to the database if it is bound to
-            nothing. By default, the `DBConnect`'s own, or one whose objects stay readable after a commit.
+        engine_or_db: the database. An engine stays its owner's, who disposes of it.
+        default_session_maker: makes the sessions that this object opens; if it is bound to no engine, its sessions are
+            bound to that of `engine_or_db`. By default, the `DBConnect`'s own, or one whose objects stay readable after
+            a commit.
         auto_context_on_execute: whether `execute` opens a session for its one statement where there is none.
-        auto_context_force_transaction: whether it is committed even after a SELECT.
+        auto_context_force_transaction: whether that session is committed even after a SELECT.
 
     Raises:
-        TypeError: `engine_or_db` is neither.
+        TypeError: `engine_or_db` is neither an engine nor a `DBConnect`.
     """
 
     @overload
@@ -117,7 +118,7 @@ class TransactionContext(Generic[SessionT_co]):
     ) -> AsyncIterator[SessionT_co]:
         """Open a session for a block, without a transaction: what is to stay is committed inside, as by `transaction`.
 
-        In a unit of work, this is its session, and ending it is left to it.
+        In a unit of work, the block shares the unit's session, and leaves the end of that to the unit.
 
         Args:
             session_maker: makes the session, if one is opened.
@@ -130,7 +131,7 @@ class TransactionContext(Generic[SessionT_co]):
                 that a middleware has given up on.
             BaseException: what the block raised.
         """
-        match decide(find(self._db, about_it_alone=True), Block.SESSION):
+        match decide(find(self._db, skip_other_contexts=True), Block.SESSION):
             case Join(unit):
                 with SharedSessionBlock(unit, self._db, may_nest=reuse_if_exists, by_context=True, ends_work=False):
                     yield await self._share(unit, session_maker)
@@ -151,8 +152,8 @@ class TransactionContext(Generic[SessionT_co]):
         """Run a block in a transaction: committed at its end, rolled back by an exception.
 
         In a unit of work, and where a transaction is open already, the block goes on behind a savepoint, to which an
-        exception rolls back. It is committed with the rest: by the unit of work, or by the block around this one. In a
-        mere `session`, where nobody would, it is committed with this block.
+        exception rolls back. It is committed with the rest: by the unit of work, or by the block around this one.
+        Inside of a block of `session`, which commits nothing, it is committed at the end of this block.
 
         Args:
             session_maker: makes the session, if one is opened.
@@ -169,7 +170,7 @@ class TransactionContext(Generic[SessionT_co]):
             BaseException: what the block raised, or the error of the commit.
         """
         block = Block.TRANSACTION if allow_nested_transactions else Block.NOT_NESTED
-        place = find(self._db, about_it_alone=True)
+        place = find(self._db, skip_other_contexts=True)
         match decide(place, block):
             case BeginBeside(around):
                 async with self._open(around, session_maker, commits=True) as session:
@@ -238,7 +239,7 @@ class TransactionContext(Generic[SessionT_co]):
             ContextClosedError: the block or unit of work that this code was started in has ended; with `strict` alone,
                 unless it has ended in the middle of this code.
         """
-        place = find(self._db, about_it_alone=True)
+        place = find(self._db, skip_other_contexts=True)
         match decide(place, Block.SESSION):
             case Refuse(error):
                 raise error
@@ -332,7 +333,7 @@ class TransactionContext(Generic[SessionT_co]):
                 `auto_context_on_execute` is false; or it has ended in the middle of this code.
             BaseException: the error of the statement, or of the commit.
         """
-        place = find(self._db, about_it_alone=True)
+        place = find(self._db, skip_other_contexts=True)
         match decide(place, Block.SESSION):
             case Join(unit):
                 session = await self._share(unit)
@@ -355,7 +356,7 @@ class TransactionContext(Generic[SessionT_co]):
             )
 
     def _open_new(self, session_maker: SessionMaker | None, *, commits: bool) -> TaskUnitBlock:
-        answer = decide(find(self._db, about_it_alone=True), Block.NEW)
+        answer = decide(find(self._db, skip_other_contexts=True), Block.NEW)
         assert isinstance(answer, BeginBeside)
         return self._open(answer.around, session_maker, commits=commits)
 

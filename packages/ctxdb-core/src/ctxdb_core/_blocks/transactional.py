@@ -50,9 +50,9 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     A unit of work counts as a transaction from its beginning, whether or not a statement has been made yet: that of a
     request, of ``new_db_ctx()``, or of another such block. A mere session of a `TransactionContext` does not, as nobody
     would commit it: ``required`` and ``nested`` begin a transaction on it, and ``mandatory`` is an error. The others
-    take it for a transaction, as its statements begin one. Nor does an inherited unit that has ended, or another
-    request's in whose context a scheduler has started a job; but where a unit ends in the middle of a block that has
-    joined it, blocks inside of that one raise `ContextClosedError`.
+    take it for a transaction, as its statements begin one. An inherited unit that has ended counts as none, and so does
+    that of a request in whose context a scheduler has started this job; but where a unit ends in the middle of a block
+    that has joined it, blocks inside of that block raise `ContextClosedError`.
 
     Args:
         db: whose session the block gets, and where savepoints and options are applied. A new unit of work is one for
@@ -71,15 +71,17 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             ``not_supported`` suspend it, and run without: each statement is committed by itself
             ================= ================================== =============================================
 
-        isolation_level: of the transaction. One that is joined must have it, unless it has made no statement yet.
+        isolation_level: the transaction's level. A transaction that is joined must have it already, unless it has made
+            no statement yet.
         read_only: have the database refuse writes; as for `isolation_level`.
-        no_rollback_for: exceptions that are no failure: they leave the block as its end does.
+        no_rollback_for: exceptions that are no failure: the block ends as without them, and they are raised afterwards.
 
     An exception that leaves a joined block lets the transaction be rolled back only, even if it is caught further out:
     its commit raises `UnexpectedRollbackError`.
 
     Raises:
-        ValueError: `propagation` or `isolation_level` is none, or the one excludes the other.
+        ValueError: `propagation` or `isolation_level` is not one of those that there are, or the one excludes the
+            other.
         TypeError: `db` is no `DBConnect`, or what is decorated is no async function.
     """
 

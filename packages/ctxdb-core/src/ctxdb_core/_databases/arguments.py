@@ -1,4 +1,4 @@
-"""What is passed to a `DBConnect`: wrong arguments are told where they are passed, with the right call."""
+"""Checks what is passed to a `DBConnect`: the error for a wrong argument names the right call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SESSION_OPTIONS = (
     | inspect.signature(Session).parameters.keys()
     | inspect.signature(async_sessionmaker).parameters.keys()
 ) - {"execution_options", "future"}
-"""What makes a session what it is, and is nothing to an engine; two of its options are an engine's as well."""
+"""The options of sessions and of session makers, without the two that an engine has as well."""
 
 
 def article(name: str) -> str:
@@ -50,10 +50,10 @@ def type_of(value: object) -> str:
 
 
 def check_function(function: object, name: str) -> None:
-    """Raise the error that says what to pass if `function`, an argument called `name`, is none that could be called.
+    """Raise the error that says what to pass if `function`, an argument called `name`, cannot be called.
 
     Raises:
-        ArgumentTypeError: it is not; a coroutine that was given in its place is closed.
+        ArgumentTypeError: `function` cannot be called; if it is a coroutine, it is closed.
     """
     if callable(function):
         return
@@ -81,12 +81,12 @@ def why_no_engine_creator(creator: object) -> str | None:
 def parameters_of(function: Callable[..., Any]) -> int | None:
     """Return how many positional arguments `function` has to be given: 0, 1, more; ``None`` where that is not known.
 
-    One that could take an argument, and need not, counts as 1.
+    A function that can take one argument, and need not, counts as 1.
     """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        # Some functions that are written in C have none.
+        # Some functions that are written in C have no signature.
         return None
     for count in (1, 0, 2, 3):
         try:
@@ -121,7 +121,7 @@ def check_session_maker_creator(creator: object) -> None:
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Raise the error that says where to put them if some of the options of an engine are a session's."""
+    """Raise an error if some of the `options` of an engine are options of sessions; it says where to put these."""
     if "host" in options or "port" in options:
         raise ArgumentTypeError("from_url() takes host and port as parts of the URL alone.")
     if misplaced := sorted(_SESSION_OPTIONS & options.keys()):
@@ -138,7 +138,7 @@ def _enumerate(names: Iterable[str]) -> str:
 
 
 def check_url(url: object) -> URL:
-    """Return `url` parsed; raise the error that says what to pass if it is the URL of no database for asyncio."""
+    """Return `url` parsed; raise the error that says what to pass if it is no URL, or has no driver for asyncio."""
     if isinstance(url, AsyncEngine):
         raise ArgumentTypeError("from_url() is given an engine: there is `DBConnect.from_engine(engine)` for that.")
     if not isinstance(url, str | URL):
@@ -153,11 +153,9 @@ def check_asyncio_driver(url: URL) -> None:
     """Raise the error that says what to write if the driver in `url` is none for asyncio."""
     dialect = url.get_dialect()
     if not dialect.get_async_dialect_cls(url).is_async:
-        backend = url.get_backend_name()
-        raise ArgumentValueError(
-            f"The driver of a {url.drivername!r} URL is not for asyncio: write "
-            f"{_ASYNCIO_DRIVERS.get(backend, 'one that is')!r}, for instance."
-        )
+        driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())
+        hint = "name a driver that is" if driver is None else f"write {driver!r}, for instance"
+        raise ArgumentValueError(f"The driver of a {url.drivername!r} URL is not for asyncio: {hint}.")
 
 
 _ASYNCIO_DRIVERS = {
@@ -198,13 +196,13 @@ def looks_like_url(value: object) -> bool:
 def explain_missing_call(method: Any, result: type, call: str) -> None:
     """Have the methods of `result` say what is missing when they are called on `method` itself.
 
-    ``db.engine.begin()`` is written for ``(await db.engine()).begin()``. A bound method has the attributes of its
-    function, and nothing else looks there.
+    ``db.engine.begin()`` is a mistake for ``(await db.engine()).begin()``. A bound method has the attributes of its
+    function, so `method` gets one attribute for each method of `result`.
 
     Args:
         method: a function that returns a `result`, once it is awaited.
-        result: the class.
-        call: how it is got.
+        result: the class whose methods explain themselves.
+        call: the code that gets a `result`, for the error to show.
     """
 
     def explaining(name: str) -> Callable[..., Any]:

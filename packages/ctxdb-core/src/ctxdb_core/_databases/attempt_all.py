@@ -11,7 +11,7 @@ async def attempt_all(closers: Collection[Callable[[], Awaitable[None]]]) -> Non
     """Await each of `closers`, also if another one has failed.
 
     Raises:
-        Exception: the one error there was; an ``ExceptionGroup`` if there were several.
+        Exception: the only error; an ``ExceptionGroup`` if there were several.
     """
     errors: list[Exception] = []
     for close in closers:

@@ -1,4 +1,4 @@
-"""`BorrowedEngine`: an engine that there is already, in the place of one that a `DBConnect` makes."""
+"""`BorrowedEngine`: lets a `DBConnect` use an engine that the application has made."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ guest_loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
 
 class BorrowedEngine:
-    """Creates the engines of a `DBConnect` that was given one: that one, and others like it for other event loops.
+    """Creates the engines of a `DBConnect` that was given one: that one, and engines like it for other event loops.
 
-    The pool of an engine serves one event loop. That of the first use gets the given engine, which its owner disposes
-    of. Each other one gets an engine like it: with the same dialect, options and listeners, and a pool of its own. It
-    is disposed of like any that a `DBConnect` has made.
+    The pool of an engine serves one event loop. The loop that uses the `DBConnect` first gets the given engine, which
+    its owner disposes of. Each other loop gets an engine like it, with the same dialect, options and listeners, and a
+    pool of its own, which is disposed of like every engine that a `DBConnect` has made.
 
     Args:
         engine: the engine.

@@ -122,9 +122,9 @@ class DBConnect(Database, Generic[SessionT_co]):
         self._lock = threading.Lock()
         """Keeps two threads from making an observer each."""
         self._read_only = False
-        """Whether `from_url` was asked for a read-only database: one that takes its place for a while is so, too."""
+        """Whether `from_url` was asked for a read-only database: then those of `overridden` are read-only, too."""
         self._capture_callback: Callable[[Callable[[], object]], Callable[[], object]] | None = None
-        """Returns what is called after a commit in the place of a callback of `on_commit`: a testing tool's."""
+        """Given a callback of `on_commit`, returns what is called in its place; set by a testing tool."""
 
     @classmethod
     def from_url(
@@ -150,10 +150,10 @@ class DBConnect(Database, Generic[SessionT_co]):
             **engine_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
-            ArgumentTypeError: `url` is none, or an option belongs to sessions or to nothing (a ``TypeError``, too).
-            ArgumentValueError: the URL has no asyncio driver; `read_only` is asked for a database that cannot be made
-                so; or `warn_connection_held_after` is negative (a ``ValueError``, too).
-            sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
+            ArgumentTypeError: `url` is no URL, or an option is not one of engines (a ``TypeError``, too).
+            ArgumentValueError: the URL has no asyncio driver; the database cannot be made read-only, as `read_only`
+            asks; or `warn_connection_held_after` is negative (a ``ValueError``, too). sqlalchemy.exc.ArgumentError:
+            `url` cannot be parsed.
         """
         parsed = check_url(url)
         check_engine_options(engine_options)
@@ -164,8 +164,8 @@ class DBConnect(Database, Generic[SessionT_co]):
             return create_engine(parsed, host, dict(engine_options), read_only=read_only)
 
         if "pool" not in engine_options:
-            # An engine that is never used opens nothing: options that it does not take are told here, by the call that
-            # has them, and not at the first request. A pool that is given would keep its listeners.
+            # An engine that is never used opens nothing. It is made here for the error of a wrong option, which belongs
+            # to this call and not to the first request. A pool that is given would keep the listeners of this engine.
             try_engine_options(engine_creator, host_of(parsed))
         make: Any = cls
         db: DBConnect[SessionT] = make(
@@ -186,11 +186,11 @@ class DBConnect(Database, Generic[SessionT_co]):
         session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[SessionT]] = default_session_maker,  # type: ignore[assignment]  # then it is `AsyncSession`
         warn_connection_held_after: float | None = None,
     ) -> DBConnect[SessionT]:
-        """Return a `DBConnect` for an engine that there is already.
+        """Return a `DBConnect` for an engine that the application has made.
 
-        The engine gets the guards that every engine of a `DBConnect` gets; they stay on it. It remains its owner's,
-        who disposes of it: `close` does not. Its pool serves the event loop that uses it first; another one gets an
-        engine like it, with a pool of its own, which is closed here.
+        The engine gets the guards that every engine of a `DBConnect` gets; they stay on it. It remains its owner's, who
+        disposes of it: `close` does not. Its pool serves the event loop that uses it first; each other loop gets an
+        engine like it, with a pool of its own, which `close` closes.
 
         Args:
             engine: the engine.
@@ -326,7 +326,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         logged, and change nothing. Sessions that the caller makes by `session_maker` are not followed.
 
         Returns:
-            What ends it: a function to be called without arguments, once or more often.
+            A function without arguments that ends the calls of `listener`; it may be called more than once.
         """
         with self._lock:
             if self._observer is None:
@@ -341,10 +341,10 @@ class DBConnect(Database, Generic[SessionT_co]):
         return status_of(self, self._engines.target.all)
 
     def on_engine(self, listener: EngineListener, *, overridden: bool = False) -> None:
-        """Call `listener` with each host and the engine that is made for it: first those of now, later each new one.
+        """Call `listener` with each engine and its host: first for the engines that there are, later for each new one.
 
-        It is called before the engine is used, on the event loop that the engine is for, or else now. It must not use
-        this object.
+        For a new engine, it is called before the engine is used, on the engine's event loop. It must not use this
+        object.
 
         Args:
             listener: is called with the host and the engine.
@@ -397,7 +397,8 @@ class DBConnect(Database, Generic[SessionT_co]):
             **engine_options: with a URL, passed to `sqlalchemy.ext.asyncio.create_async_engine`.
 
         Raises:
-            ArgumentTypeError: neither is given, or options beside a creator (a ``TypeError``, too).
+            ArgumentTypeError: `url_or_creator` is neither a URL nor a function, or there are options beside a function
+                (a ``TypeError``, too).
             ArgumentValueError: the URL has no asyncio driver (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
         """
@@ -444,7 +445,7 @@ _INSTEAD = {
 }
 
 
-# The keys are the engines inside, as two AsyncEngines may share one.
+# The keys are synchronous engines, as two `AsyncEngine` objects may share one.
 _borrowed: WeakValueDictionary[Engine, DBConnect] = WeakValueDictionary()
 
 
@@ -467,7 +468,7 @@ async def close_all(*dbs: DBConnect[Any]) -> None:
 
     Raises:
         ArgumentTypeError: one of `dbs` is no `DBConnect`; the others are closed.
-        Exception: the one error there was; an ``ExceptionGroup`` if there were several.
+        Exception: the only error; an ``ExceptionGroup`` if there were several.
     """
 
     async def close(db: DBConnect[Any]) -> None:

@@ -35,7 +35,7 @@ class HostlessCreator:
         return self._create() if engine is None else engine
 
     def find_host(self) -> str:
-        """Return where the engine is that is created next."""
+        """Return the host of the engine that is created next."""
         engine: object = self._create()
         if not isinstance(engine, AsyncEngine):
             # `LoopEngine` raises the error for it.

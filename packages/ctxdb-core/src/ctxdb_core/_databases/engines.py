@@ -22,7 +22,7 @@ class Replacement:
     """A change of the `Target` of a `DBConnect` that is taken back later.
 
     Args:
-        replaced: what to go on with afterwards.
+        replaced: the target from before the change.
     """
 
     def __init__(self, replaced: Target) -> None:
@@ -41,7 +41,7 @@ class Engines:
         self.target = target
         """Where the `DBConnect` leads now. It is read without the lock, and replaced as a whole while that is held."""
         self.resolve_commits = resolve_commits
-        # Guards `target` and what is beside it: event loops of several threads may use the same database.
+        # Guards all attributes: event loops of several threads may use the same database.
         self._lock = threading.Lock()
         self._replacements: list[Replacement] = []
         # These listeners are told of the engines of blocks of `overridden`, too.
@@ -60,10 +60,10 @@ class Engines:
         return self._open(loop) if engine is None else engine
 
     def check_knows_host(self) -> None:
-        """Raise the error that says so if no host is known yet.
+        """Raise an error if no host is known yet.
 
         Raises:
-            HostNotSetError: none is.
+            HostNotSetError: no host is known.
         """
         if not self.target.knows_host:
             raise HostNotSetError(
@@ -88,7 +88,7 @@ class Engines:
         """Return a new engine of `host` for the running event loop.
 
         Args:
-            host: where.
+            host: the host.
             others: the engines of `host` for other event loops.
         """
         target = self.target
@@ -213,11 +213,11 @@ class Engines:
 
 
 def check_host(host: object) -> None:
-    """Raise the error that says so if `host` names no host.
+    """Raise an error if `host` names no host.
 
     Raises:
-        ArgumentTypeError: it is no string.
-        HostNotSetError: it is empty.
+        ArgumentTypeError: `host` is no string.
+        HostNotSetError: `host` is empty.
     """
     if host is not None and not isinstance(host, str):
         raise ArgumentTypeError(f"{type_of(host)} is given as the host: give its name as a string.")
@@ -226,5 +226,5 @@ def check_host(host: object) -> None:
 
 
 def _without_ended(engines: LoopEngines) -> LoopEngines:
-    """Leave out the engines of loops that have ended, as they went with them."""
+    """Return `engines` without those of closed event loops, as an engine ends with its loop."""
     return {loop: engine for loop, engine in engines.items() if not loop.is_closed()}

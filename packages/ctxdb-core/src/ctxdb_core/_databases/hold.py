@@ -1,4 +1,4 @@
-"""`Hold`: a connection that a transaction has taken, and the warning if it keeps it for too long."""
+"""`Hold`: warns of a connection that a transaction has held for too long, and tells which code has taken it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ logger = logging.getLogger("ctxdb")
 # Between the code that makes a statement and the pool that gives it a connection.
 _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenlet", "sqlalchemy"}
 
-# The files that are known to be of either kind. The frames on the way from the pool to the application are looked at
-# for each connection, and the name of a file is found faster than a code object, which is hashed with its constants.
+# Files that are known to be of the machinery, or of the application. The frames on the way from the pool to the
+# application are looked at for each connection, and the name of a file is found faster than a code object, which is
+# hashed with its constants.
 _machinery_files: set[str] = set()
 _application_files: set[str] = set()
 _MOST_FILES = 5000
@@ -122,7 +123,7 @@ def acquiring_instruction() -> tuple[CodeType | None, int]:
     outer = running.parent
     frame = None if outer is None else outer.gr_frame
     if frame is not None:
-        # That of the function that has switched to the greenlet.
+        # The innermost frame is that of the function which has switched to the greenlet.
         frame = frame.f_back
     below: CodeType | None = None
     while frame is not None:

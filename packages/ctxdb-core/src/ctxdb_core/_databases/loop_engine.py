@@ -60,7 +60,7 @@ _drains: WeakKeyDictionary[Engine, _Drain] = WeakKeyDictionary()
 CLOSE_SECONDS = 2.0
 """How long an engine's idle connections have to be closed, before they are thrown away."""
 
-# A pool that makes no progress is not waited for, either.
+# After so many attempts, a pool that makes no progress is given up.
 _MOST_ATTEMPTS = 100
 
 
@@ -82,7 +82,7 @@ class LoopEngine:
     """An engine and its session maker, bound to the event loop that was running when they were made.
 
     Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. A
-    database in memory would be another one then: its engine is used on every loop.
+    second engine would be a second database in memory, so the one engine of such a database is used on every loop.
 
     Args:
         host: where it is.
@@ -210,6 +210,6 @@ def _terminate_with(engine: Engine) -> None:
 
 def _terminate(dialect: Dialect, connections: list[Any]) -> None:
     for connection in connections:
-        # Older versions of the driver cannot; their threads do not keep the process from ending.
+        # Older versions of aiosqlite cannot terminate a connection; their threads do not keep the process from ending.
         with suppress(Exception):
             dialect.do_terminate(connection)

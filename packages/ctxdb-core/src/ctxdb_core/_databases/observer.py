@@ -218,7 +218,7 @@ def note_error(session: AsyncSession, error: BaseException | None) -> None:
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    # Savepoints begin as well; so does a session's next engine, if it uses several.
+    # The event also comes for a savepoint, and for each further engine that the transaction uses.
     if transaction.parent is None and (record := _record_of(session)) is not None:
         known = record.transaction
         if known is not None and known.of() is not transaction:

@@ -31,8 +31,8 @@ class Override(Generic[DBT_co]):
     """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`.
 
     Args:
-        db: the object, which the block is entered with.
-        begin: lets it lead to the other database.
+        db: the `DBConnect`, which ``with`` returns.
+        begin: makes the `DBConnect` lead to the other database.
     """
 
     def __init__(self, db: DBT_co, begin: Callable[[], Overridden]) -> None:
@@ -68,7 +68,7 @@ def override(db: DBT, engines: Engines, host: str | None, engine_creator: Engine
     Args:
         db: the `DBConnect`.
         engines: its engines.
-        host: what it is told to be the host.
+        host: the host that `engine_creator` is called with.
         engine_creator: creates the engines of the other database.
     """
     return Override(db, lambda: _OverriddenEngines(engines, host, engine_creator))
@@ -80,7 +80,7 @@ class _OverriddenEngines:
         self._replacement = engines.replace(
             host=host,
             engine_creator=engine_creator,
-            # The user's, also where a testing tool has another in its place.
+            # The user's session maker, also where a testing tool has put another one in its place.
             session_maker_creator=engines.own_target.session_maker_creator,
             before_create_session=None,
             listeners=(),

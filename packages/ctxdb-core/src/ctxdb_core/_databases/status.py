@@ -77,14 +77,14 @@ class OpenUnit(Protocol):
 
     @property
     def id(self) -> str:
-        """What tells the unit from all others."""
+        """The unit's id: see `UnitStatus.id`."""
 
     @property
     def request(self) -> str | None:
         """Method and path of its request."""
 
     def source_of(self, db: Any) -> Database:
-        """Return whose session it has where its code asks for `db`."""
+        """Return the database whose session the unit uses where its code asks for `db`."""
 
 
 open_units: set[ref[Any]] = set()

@@ -1,4 +1,4 @@
-"""What an engine, a connection or a session says of the transactions that are made on it."""
+"""Reads from an engine, a connection or a session which isolation level its transactions have, and who began them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_bound_to_connection(session: AsyncSession) -> bool:
     try:
         return isinstance(session.sync_session.get_bind(), Connection)
     except UnboundExecutionError:
-        # It has an engine for each class.
+        # The session has no engine of its own, but one for each mapped class (`binds`).
         return False
 
 
@@ -47,12 +47,12 @@ def isolation_level_of(bind: Engine | Connection) -> str | None:
 
 
 def is_read_only(bind: Engine | Connection) -> bool:
-    """Return whether nothing can be written on `bind`, as far as ctxdb has seen to it."""
+    """Return whether ctxdb has made `bind` read-only."""
     return bool(bind.get_execution_options().get(READ_ONLY_OPTION))
 
 
 def begun_connections(session: AsyncSession) -> set[Connection]:
-    """Return the connections of the open transaction: none if what was only added has not reached the database yet."""
+    """Return the connections that the open transaction has taken: none before its first statement."""
     transaction = session.sync_session.get_transaction()
     if transaction is None:
         return set()

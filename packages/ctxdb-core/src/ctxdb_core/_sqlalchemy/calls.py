@@ -1,4 +1,4 @@
-"""Calls of a session on their way through its door: each in its turn, and in its time."""
+"""Makes each call of a session in its turn at the session's `Door`, and within the time limit of the call."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
 async def _call_in_time(
     door: Door, latest: float | None, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Make a call that is given up if neither the pool, nor the network, nor the database has answered in time."""
+    """Make a call that is given up if the pool, the network or the database does not answer in time."""
     if door.limit is not None or getattr(fn, "__name__", "") in _CLEANS_UP:
-        # A call inside of another one; or what gives a connection back, which has limits of its own.
+        # The limit of the outer call covers a call that is made inside of it; giving a connection back has limits of
+        # its own.
         return await call_through(door, fn, args, kwargs)
     limit = door.limit = CallLimit(latest)
     is_given_up = False
@@ -86,7 +87,7 @@ def _session_of(fn: Any) -> Any:
 
 
 def _note_interruption(session: object) -> None:
-    """Note whether a transaction had written that was lost with its connection, as a statement was interrupted."""
+    """Note which interrupted statement has cost the session its open transaction, and whether that had written."""
     if not isinstance(session, TracedSession) or session.interrupted is not None:
         return
     transaction = session.get_transaction()
@@ -101,14 +102,14 @@ def _note_interruption(session: object) -> None:
 async def _go_on_after_interruption(
     error: PendingRollbackError, door: Door, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Go on in a new transaction, if the one that was lost with an interrupted statement had only read.
+    """Make the call again in a new transaction, if the one that was lost with an interrupted statement had only read.
 
     Raises:
-        StatementInterruptedError: it had written.
+        StatementInterruptedError: the lost transaction had written, or the running code is in its ``with`` block.
         PendingRollbackError: no statement was interrupted; the error is about another failure.
     """
     session = getattr(fn, "__self__", None)
-    # While the rows of a streamed result are fetched, no call of the session is under way that could note it.
+    # Fetching the rows of a streamed result is no call of the session, so `pass_door` does not note its interruption.
     _note_interruption(session)
     if not isinstance(session, TracedSession) or session.interrupted is None:
         raise error
@@ -122,7 +123,7 @@ async def _go_on_after_interruption(
             "Let the interruption propagate; or call `await rollback_db_session(db)` to go on without that work; or "
             "run what may take too long beside the transaction, `await run_in_new_ctx(fn, ...)`."
         ) from error
-    # No statement is sent by this: the connection is gone.
+    # This roll-back sends nothing: the connection is gone.
     loaded = LoadedValues(session)
     await call_through(door, session.rollback, (), {})
     loaded.restore()

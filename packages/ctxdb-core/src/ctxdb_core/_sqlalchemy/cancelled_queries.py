@@ -1,4 +1,4 @@
-"""Stops on the server what a cancelled task was doing, and keeps cancellations that come at the pool."""
+"""Stops the query of a cancelled task on the server, and keeps cancellations of tasks that wait for a pool."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ logger = logging.getLogger("ctxdb")
 __all__ = ["keep_cancellation_at_pool", "stop_cancelled_queries", "stop_seconds", "stops_under_way"]
 
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
+"""How long a call may wait for the server to stop its query."""
 LATE_STOP_TIMEOUT_SECONDS = 1.0
+"""The same for a call whose own time limit is up: see `stop_seconds`."""
 
 
 def stop_cancelled_queries(engine: AsyncEngine) -> None:
     """Make the database stop the query of a cancelled task, also when the task is cancelled again and again.
 
-    SQLAlchemy throws the connection of a cancelled query away; the drivers stop the query while it does. An anyio
-    cancel scope interrupts that as well: the query runs on, or the driver's thread does.
+    SQLAlchemy throws the connection of a cancelled query away, and the driver stops the query while its connection is
+    closed. An anyio cancel scope cancels the task once more, which interrupts the driver: the query goes on in the
+    server, or in the driver's thread.
     """
     driver = engine.dialect.driver
     if driver == "asyncpg":
@@ -64,9 +67,10 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
             return
         handled = sys.exc_info()[1]
         try:
-            await_only(run_to_completion(_noted(close(dbapi_connection.driver_connection, stop_seconds()))))
+            await_only(run_to_completion(_tracked(close(dbapi_connection.driver_connection, stop_seconds()))))
         except asyncio.CancelledError:
-            # A cancellation that brought us here goes on, and is what the task gets to see.
+            # If a cancellation has led to this termination, SQLAlchemy raises that one again when this function
+            # returns.
             if not isinstance(handled, asyncio.CancelledError):
                 raise
         except Exception:  # noqa: BLE001 - a dead connection cannot be closed gracefully
@@ -76,7 +80,7 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
 
 
 async def _close_asyncpg(connection: Any, seconds: float) -> None:
-    # Stops a query that is running, and waits for a cancel request that is under way.
+    # `close` of asyncpg stops a running query, and waits for a cancel request that is under way.
     try:
         async with asyncio.timeout(seconds):
             await connection.close(timeout=seconds)
@@ -95,7 +99,8 @@ async def _close_aiosqlite(connection: Any, seconds: float) -> None:
 def _connect_aiosqlite(
     dialect: Dialect, record: ConnectionPoolEntry, arguments: list[Any], options: dict[str, Any]
 ) -> Any:
-    # A file is opened in the driver's thread, and nobody would close it if the task that waits for it were cancelled.
+    # aiosqlite opens the file in its thread: if the task that waits for that were cancelled, nothing would close the
+    # file.
     opened: list[Any] = []
 
     async def connect() -> None:
@@ -111,16 +116,16 @@ def _connect_aiosqlite(
 
 
 _cancel_keys: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""By psycopg's connection, what cancels its queries."""
+"""For each connection of psycopg, the object of libpq that sends its cancel requests."""
 
 
 _stopping: WeakKeyDictionary[type, type] = WeakKeyDictionary()
-"""For a class of psycopg's connections, the one that stops cancelled queries as it is done here."""
+"""For each class of psycopg's connections, the derived class that stops cancelled queries by this module."""
 
 
 def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
     connection: Any = record.driver_connection
-    # psycopg closes a connection whose cancel request is interrupted, and the key would be gone with it.
+    # psycopg closes a connection whose cancel request is interrupted, and a closed connection gives out no key.
     _cancel_keys[connection] = _cancel_key_of(connection)
     cls = type(connection)
     if not hasattr(cls, "cancel_safe"):
@@ -135,14 +140,15 @@ async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
         request = connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
-        await _noted(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS))
+        await _tracked(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS))
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
         # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
         connection.pgconn.finish()
     else:
         cancellation = None
-    # The request has been made: `_cancel_psycopg` need not make another one. It is to do so where this is interrupted.
+    # The request has been made, so `_cancel_psycopg` need not make another. If this function is interrupted before, the
+    # key stays, and `_cancel_psycopg` makes the request.
     _cancel_keys.pop(connection, None)
     if cancellation is not None and not isinstance(cancellation, Exception):
         raise cancellation
@@ -150,8 +156,8 @@ async def _stop_query_of_psycopg(connection: Any) -> None:
 
 def _cancel_key_of(connection: Any) -> Any:
     try:
-        # libpq 17: it sends the request without blocking. The older one blocks, and psycopg's binary holds the GIL
-        # meanwhile: beside a peer that does not answer, the whole process would stand still.
+        # libpq 17 sends the request without blocking. An older libpq blocks, and psycopg's binary package holds the GIL
+        # meanwhile: while the peer does not answer, the whole process stands still.
         return connection.pgconn.cancel_conn()
     except Exception:  # noqa: BLE001 - an older libpq, or an older psycopg
         return connection.pgconn.get_cancel()
@@ -167,15 +173,15 @@ def _cancel_psycopg(dbapi_connection: object, record: ConnectionPoolEntry, excep
         key = _cancel_key_of(connection)
     if key is not None and (connection.closed or connection.info.transaction_status.name == "ACTIVE"):
         request = _send_cancel_request(key) if hasattr(key, "poll") else asyncio.to_thread(key.cancel)
-        _see_through(request)
+        _await_request(request)
 
 
-def _see_through(request: Coroutine[Any, Any, Any]) -> None:
-    """Wait until the server has been asked to stop a query, for as long as `stop_seconds` says; log if that fails."""
+def _await_request(request: Coroutine[Any, Any, Any]) -> None:
+    """Wait for `request`, which asks the server to stop a query, for up to `stop_seconds`; log it if it fails."""
     try:
-        await_only(run_to_completion(_noted(asyncio.wait_for(request, stop_seconds()))))
+        await_only(run_to_completion(_tracked(asyncio.wait_for(request, stop_seconds()))))
     except asyncio.CancelledError:
-        # The cancellation by which the query is stopped goes on.
+        # SQLAlchemy raises the cancellation that has led here again.
         pass
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
@@ -224,9 +230,9 @@ class _MySQLKiller:
         if engine is None or not isinstance(exception, asyncio.CancelledError):
             return
         connection: Any = record.driver_connection
-        # KILL takes a pool of its own, as the engine's may be at its limit.
+        # KILL is sent by a pool of its own, as the engine's may be at its limit.
         request = greenlet_spawn(_kill, engine.pool.recreate(), connection.thread_id())
-        _see_through(request)
+        _await_request(request)
 
 
 def _kill(pool: Pool, number: int) -> None:
@@ -251,7 +257,8 @@ _stops: set[asyncio.Future[None]] = set()
 """A future for each query that is being stopped."""
 
 
-async def _noted(stop: Coroutine[Any, Any, None]) -> None:
+async def _tracked(stop: Coroutine[Any, Any, None]) -> None:
+    """Await `stop`, and count it as under way meanwhile."""
     under_way = asyncio.get_running_loop().create_future()
     _stops.add(under_way)
     try:
@@ -277,10 +284,10 @@ def stop_seconds() -> float:
 
 
 def keep_cancellation_at_pool(engine: AsyncEngine) -> None:
-    """Let a task be cancelled whose turn at the pool comes in the same moment.
+    """Keep the cancellation of a task to which the pool gives a connection in the same moment.
 
-    SQLAlchemy 2.0 waits for it by `asyncio.wait_for`, which forgets the cancellation then on Python 3.11: a handler
-    whose client has left would go on, and wait for the rest of its request, with the connection.
+    SQLAlchemy 2.0 waits for a connection by `asyncio.wait_for`, which loses such a cancellation on Python 3.11: a
+    handler whose client has left would go on, and hold the connection while it waits for the rest of its request.
     """
     if sys.version_info >= (3, 12) or not sqlalchemy.__version__.startswith("2.0."):
         return

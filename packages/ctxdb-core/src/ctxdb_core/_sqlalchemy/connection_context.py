@@ -1,4 +1,4 @@
-"""Which context variables a connection gets to see: it lives longer than the request that happens to open or use it."""
+"""Hides context variables from connections, which live longer than the request that opens or uses them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _hidden: dict[ContextVar[Any], Any] = {}
 
 
 def hide_from_connections(variable: ContextVar[T], shown: T) -> None:
-    """Have new connections see `shown` instead of what `variable` is."""
+    """Have code that opens a connection see `shown` as the value of `variable`."""
     _hidden[variable] = shown
 
 
 def connect_without_hidden_variables(engine: AsyncEngine) -> None:
     """Hide the variables of `hide_from_connections` from each connection that `engine` opens from now on.
 
-    The event loop keeps a copy of the context in which a driver began to listen to a socket, for as long as it does:
-    each connection of the pool would keep the unit of work alive that it was opened in, and what that unit knows.
+    The event loop keeps a copy of the context in which a driver began to listen to a socket, for as long as the driver
+    listens: each pooled connection would keep alive the unit of work that it was opened in, and all that the unit
+    refers to.
 
-    Where a connection cannot be opened, the next task that waits for one is told, and tries for itself.
+    If a connection cannot be opened, the next task that waits for the pool is woken, and tries to open one itself.
     """
     known = _engines.get(engine.dialect)
     if known is None:
@@ -42,8 +43,8 @@ def connect_without_hidden_variables(engine: AsyncEngine) -> None:
     known[:] = [*(each for each in known if each() is not None), ref(engine.sync_engine)]
 
 
-# By dialect, as a dialect opens the connections. Copies of an engine for other event loops have the same dialect, each
-# with a pool of its own.
+# The engines of each dialect, as it is the dialect that opens connections. Copies of an engine for other event loops
+# share its dialect, and each has a pool of its own.
 _engines: WeakKeyDictionary[Dialect, list[ref[Engine]]] = WeakKeyDictionary()
 
 
@@ -51,7 +52,7 @@ def _connect_or_pass_on(engines: list[ref[Engine]], connect: Callable[..., Any],
     try:
         return call_out_of_sight(connect, *args, **kwargs)
     except Exception:
-        # When the pool has taken note of the failure.
+        # Called in the loop's next round: the pool takes note of the failure as soon as this error reaches it.
         asyncio.get_running_loop().call_soon(_pass_on, engines)
         raise
 
@@ -64,7 +65,7 @@ def _pass_on(engines: list[ref[Engine]]) -> None:
 def call_out_of_sight(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Return ``fn(*args, **kwargs)``, which does not see the variables of `hide_from_connections`.
 
-    For what a connection keeps beyond the request, with a copy of the context: a timer of the driver's, for instance.
+    For calls in which the driver stores a copy of the context for longer than the request: in a timer, for instance.
     """
     with ExitStack() as stack:
         for variable, shown in _hidden.items():

@@ -1,4 +1,4 @@
-"""Results that are still read from the server: who may read them, and what ends them.
+"""Follows results that are still read from the server, so that none is read after the end of its transaction.
 
 `session.stream()`, and `stream()` of a connection, leave a cursor open on the server, which the result reads from bit
 by bit. Such a result knows the connection of its transaction. If it read on when the transaction has ended, it would
@@ -48,14 +48,14 @@ _open: WeakKeyDictionary[Connection, WeakSet[ServerCursor]] = WeakKeyDictionary(
 """The cursors that may be open on the server, by the connection that they were opened on."""
 
 _left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-"""By the driver's connection, the driver's cursors that must be closed before it."""
+"""For each connection of the driver, the driver's cursors that must be closed before it."""
 
 _doors: WeakKeyDictionary[Connection, Door] = WeakKeyDictionary()
 """The doors of the sessions whose connection the user's code has asked for."""
 
 
 def follow_cursors(engine: AsyncEngine) -> None:
-    """Have the results be known that `engine` opens on the server from now on."""
+    """Follow the results that `engine` opens on the server from now on."""
     dialect: Any = engine.dialect
     made_by = dialect.execution_ctx_cls
     if not issubclass(made_by, _FollowedExecution):
@@ -93,11 +93,11 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
     Args:
         connection: what the cursor was opened on.
         dbapi_cursor: the cursor.
-        execution_options: those of the statement, which say how many rows are fetched at once.
+        execution_options: the statement's, which say how many rows are fetched at once.
     """
 
     def __init__(self, connection: Connection, dbapi_cursor: Any, execution_options: Any) -> None:
-        # Nothing is fetched before the statement has been executed, which is still to come.
+        # The buffer is given here, as SQLAlchemy would fetch rows to fill it, and the statement is executed only later.
         super().__init__(dbapi_cursor, execution_options, initial_buffer=deque())
         door: Door | None = getattr(getcurrent(), "entered", None) or _doors.get(connection)
         self._door = door
@@ -142,7 +142,7 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
         close_psycopg_cursor(self._cursor)
         return self._cursor
 
-    # --- what the result asks for -------------------------------------------------------------------------------------
+    # --- methods that the result calls --------------------------------------------------------------------------------
 
     def fetchone(self, result: Any, dbapi_cursor: Any, hard_close: bool = False) -> Any:  # noqa: FBT001, FBT002 - SQLAlchemy's
         if self._rowbuffer:
@@ -208,7 +208,7 @@ def _refuse() -> NoReturn:
 
 
 def take_left_cursors(driver_connection: object) -> list[Any]:
-    """Return the driver's cursors that are to be closed before a connection of aiosqlite's is."""
+    """Return the driver's cursors that must be closed before `driver_connection`, of aiosqlite, is; forget them."""
     return _left.pop(driver_connection, [])
 
 
@@ -219,21 +219,21 @@ def _give_up_cursors(context: ExceptionContext) -> None:
     if connection is None or not is_given_up:
         return
     cursors = [cursor.give_up() for cursor in tuple(_open.get(connection, ()))]
-    # There is none where the connection was lost before it could be made.
+    # If the connection was lost before the statement had a cursor, there is none to close.
     cursor_of_statement = getattr(context.execution_context, "cursor", None)
     if cursor_of_statement is not None:
         close_psycopg_cursor(cursor_of_statement)
         cursors.append(cursor_of_statement)
     if connection.dialect.driver == "aiosqlite":
-        # SQLite keeps the transaction of a closed connection, and its lock, until the last of its statements is
-        # closed: that would be when the traceback of the error is thrown away.
+        # SQLite keeps the transaction of a closed connection, and its lock, until the connection's last statement is
+        # closed. Without this, that is when the traceback of the error is thrown away.
         with suppress(InvalidRequestError):
             left = _left.setdefault(connection.connection.driver_connection, [])
             left.extend(filter(None, map(driver_cursor_of, cursors)))
 
 
 def _end_cursors_of_savepoint(connection: Connection, name: str, context: None) -> None:
-    # PostgreSQL closes the cursors that were opened since, and a read of one would abort the transaction.
+    # PostgreSQL closes the cursors that were opened after the savepoint: reading from one would abort the transaction.
     number = number_of_savepoint(name)
     for cursor in tuple(_open.get(connection, ())):
         if cursor.savepoints_before >= number:

@@ -145,14 +145,14 @@ class Door:
         self.latest: Callable[[], float | None] | None = None
         """Returns when a call that begins now is given up, on the event loop's clock; ``None`` without a limit."""
         self.limit: CallLimit | None = None
-        """What gives up the running call, where it has a limit."""
+        """Gives up the running call when its time is up; ``None`` if the call has no limit."""
         self.commit_is_unknown = False
-        """Whether nobody knows what became of the last commit of the session, as its answer was lost."""
+        """Whether the outcome of the session's last commit is unknown, as its answer was lost."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
         self._refuse: Refuse | None = None
         self._holder: Any = None
-        """The task whose turn it is, or a greenlet's that has not come through the door; ``None`` where it is free."""
+        """The task that has the turn, or a `_GreenletTurn`; ``None`` while the turn is free."""
         self._nested = 0
         """How many calls of the holder are made inside of its first one, by an event listener for instance."""
         self._guests: tuple[Any, ...] = ()
@@ -172,11 +172,11 @@ class Door:
         """Take the turn for a call of the running task, if that takes no waiting; `leave` gives it back.
 
         Returns:
-            Whether it was taken; if not, `wait` for it.
+            Whether the turn was taken; if not, `wait` takes it.
 
         Raises:
             ContextNotInitiatedError: the session belongs to another event loop.
-            ContextClosedError: it has ended.
+            ContextClosedError: the session has ended.
         """
         loop = _get_running_loop()
         if loop is self._loop and self._holder is None and self._prepare is None:
@@ -186,7 +186,7 @@ class Door:
         if self._is_within(task):
             self._nested += 1
             if not self.is_held_by(task):
-                self._guests = (*self._guests, _real(task))
+                self._guests = (*self._guests, _task_of(task))
             return True
         if loop is not self._loop:
             self._refuse_call()
@@ -219,7 +219,7 @@ class Door:
             await handed_over
         except BaseException:
             if handed_over.cancelled():
-                # In the same moment, the task that had the turn may have passed this one over.
+                # The task that had the turn may have taken this place out of the queue in the same moment.
                 if place in waiting:
                     waiting.remove(place)
             elif handed_over.exception() is None:
@@ -233,7 +233,7 @@ class Door:
             _all_waiting.discard(mine)
 
     def _refuse_deadlock(self, mine: _Waiting) -> None:
-        """Raise an error if the task that has the turn waits, even by way of other doors, for one that `mine` keeps."""
+        """Raise an error if the holder of the turn waits for a door that `mine` keeps, directly or by way of others."""
         reached, doors = {self}, [self]
         while doors:
             door = doors.pop()
@@ -246,7 +246,7 @@ class Door:
 
     def is_held_by(self, task: Any) -> bool:
         """Return whether `task` has the turn."""
-        return self._holder is not None and task is not None and _real(self._holder) is _real(task)
+        return self._holder is not None and task is not None and _task_of(self._holder) is _task_of(task)
 
     def leave(self) -> None:
         """Give the turn back: to the task that has waited for the longest time."""
@@ -256,7 +256,8 @@ class Door:
                 self._leave_as_guest()
             return
         if self._interrupted is not None:
-            # The call has ended well although it was cancelled: its driver has kept the cancellation to itself.
+            # The call was cancelled by `interrupt` and has ended well all the same: its driver has swallowed the
+            # cancellation.
             self._interrupted = None
             if (task := current_task()) is not None:
                 task.uncancel()
@@ -318,7 +319,7 @@ class Door:
         if self.limit is not None and self.latest is not None:
             self.limit.restart(self.latest())
 
-    # --- statements, as far as they come another way ------------------------------------------------------------------
+    # --- statements that have not come through the door ---------------------------------------------------------------
 
     def look(self, session: Session, clause: Any) -> None:
         """Look once more before a connection is taken for a statement: called by ``Session.get_bind``.
@@ -359,7 +360,7 @@ class Door:
         if self._holder is turn:
             self.leave()
 
-    # --- what the unit of work asks for -------------------------------------------------------------------------------
+    # --- for the unit of work -----------------------------------------------------------------------------------------
 
     def is_held(self) -> bool:
         """Return whether the running code has taken the turn by `turn` or `last_turn`."""
@@ -379,13 +380,13 @@ class Door:
     @property
     def running_task(self) -> asyncio.Task[Any] | None:
         """The task that has a call under way."""
-        task = None if self._holder is None else _real(self._holder)
+        task = None if self._holder is None else _task_of(self._holder)
         return task if isinstance(task, asyncio.Task) and not task.done() else None
 
     def prepare_next_call(self, prepare: Callable[[], Awaitable[object]] | None) -> None:
         """Have the next call await `prepare` before it takes its turn; ``None`` takes that back.
 
-        `prepare` takes itself back when it is done.
+        Each call awaits `prepare` until that takes itself back, as it has to when it is done.
         """
         self._prepare = prepare
 
@@ -411,7 +412,7 @@ class Door:
             refuse()
 
     def end(self, refuse: Refuse) -> None:
-        """Have each call from now on raise the error of `refuse`, and those that wait for their turn at once."""
+        """Have each call from now on raise the error of `refuse`; calls that wait for their turn raise it at once."""
         self._refuse = refuse
         self._loop = None
         waiting, self._waiting = self._waiting, None
@@ -431,7 +432,7 @@ class Door:
         if self._is_within(task):
             self._nested += 1
             if not self.is_held_by(task):
-                self._guests = (*self._guests, _real(task))
+                self._guests = (*self._guests, _task_of(task))
         elif self._holder is None:
             self._holder = task
         else:
@@ -475,7 +476,7 @@ def _error_of(refuse: Refuse) -> BaseException:
         return exc
 
 
-def _real(holder: Any) -> Any:
-    """Return the task that has a turn: the real one, where a stand-in of it runs something to completion."""
+def _task_of(holder: Any) -> Any:
+    """Return the task that `holder` stands for: a `LentTask` runs something to completion for another task."""
     task = holder.task if isinstance(holder, _GreenletTurn) else holder
     return task.host if isinstance(task, LentTask) else task

@@ -1,7 +1,7 @@
 """`DoorSession`: the class that is put behind the user's asynchronous session class (see `session_factory`).
 
-It comes in the place of ``AsyncSession``: that is where every call passes to the synchronous session, through its
-`Door` and in a greenlet that is used again.
+Its methods are those of ``AsyncSession``, each of which passes its call to the synchronous session: through the `Door`
+of that session, and in a greenlet that is used again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _ENDS = frozenset({"close", "commit", "invalidate", "reset", "rollback"})
 
 def _call(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of the synchronous session."""
-    # A plain function, as all three of its kind: a coroutine more would be resumed for each message from the server.
+    # This and the other stand-ins are plain functions: one more coroutine would be resumed for each message from the
+    # server.
     session: GuardedSession = fn.__self__
     if not session.in_transaction() and session.identity_map and session.door is not None:
-        # SQLAlchemy asks for the listeners of a query before it begins the transaction.
+        # `look_back` may add a listener of queries, and SQLAlchemy looks for these before it begins the transaction.
         session.look_back()
     if session.on_begin is not None:
         return _call_with_hook(session, fn, args, kwargs)
@@ -77,11 +78,12 @@ async def _call_with_hook(
 ) -> Any:
     """Make a call of a session that has an `on_begin`, which comes before the first statement of a transaction."""
     door, on_begin = session.door, session.on_begin
-    assert door is not None and on_begin is not None  # noqa: PT018 - one thing
+    assert door is not None and on_begin is not None  # noqa: PT018 - an `on_begin` is only set with a door
     name = getattr(fn, "__name__", "")
     # What is only added is flushed by a commit; other ends of a transaction make no statement.
     makes_statements = name not in _ENDS or (name == "commit" and bool(session.new or session.dirty or session.deleted))
-    # Options of the connection are those of its transaction, which must not have begun then.
+    # `session.connection(execution_options=...)` sets options for a whole transaction: it must come before any
+    # statement.
     comes_first = "execution_options" in kwargs and name == "connection"
     async with door.turn():
         if makes_statements and not comes_first:
@@ -101,9 +103,9 @@ async def _call_with_hook(
 
 
 def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
-    """Return a method of SQLAlchemy's with other names in the place of some that its module has.
+    """Return a copy of a method of SQLAlchemy's in which `stand_ins` come in the place of globals of its module.
 
-    So SQLAlchemy's own code runs, in whichever version is installed, and no object of SQLAlchemy is changed.
+    The copy runs SQLAlchemy's own code, in whichever version is installed, and no object of SQLAlchemy is changed.
     """
     copy = types.FunctionType(
         method.__code__, {**method.__globals__, **stand_ins}, method.__name__, method.__defaults__, method.__closure__
@@ -158,23 +160,24 @@ async def _note_hidden_write(session: DoorSession) -> None:
                 guard.note_set_up_is_no_work()
 
 
-def _by_owner(start: Any) -> Any:
+def _in_task_block(start: Any) -> Any:
     @functools.wraps(start)
-    async def start_by_owner(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+    async def start_in_task_block(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
         started = await start(self, is_ctxmanager)
         guard = self.session.sync_session
         if isinstance(guard, GuardedSession) and guard.door is not None and is_ctxmanager and not self.nested:
-            # A transaction that is begun without a block is the session's: nobody has said that it ends on an error.
+            # Only the end of an `async with` block rolls back on an error: without one, the transaction is not this
+            # task's.
             enter_block(guard).follow(cast(SessionTransaction, self.sync_transaction))
         return started
 
-    return start_by_owner
+    return start_in_task_block
 
 
 def _outside_of_blocks(method: Any) -> Any:
     @functools.wraps(method)
     async def call_outside_of_blocks(self: DoorSession, *args: Any) -> None:
-        # A flush that is asked for writes what the running task has changed. The one before a query passes by.
+        # An explicit flush writes what the running task has changed. The autoflush before a query does not come here.
         refuse_in_block_of_other_task(self.sync_session)
         await method(self, *args)
 
@@ -189,7 +192,7 @@ def _in_turn_outside_of_blocks(method: Any) -> Any:
             refuse_in_block_of_other_task(self.sync_session)
             await method(self)
             return
-        # No other task enters a block in between.
+        # While this task has the turn, no other task enters a block.
         async with door.turn():
             refuse_in_block_of_other_task(self.sync_session)
             await method(self)
@@ -197,16 +200,17 @@ def _in_turn_outside_of_blocks(method: Any) -> Any:
     return call_in_turn_outside_of_blocks
 
 
-def _unless_owned(close: Any) -> Any:
+def _if_it_may_be_closed(close: Any) -> Any:
     @functools.wraps(close)
-    async def close_unless_owned(self: DoorSession) -> None:
-        # In a `finally` that an exception has led to, that one is to surface, as from an `async with` block.
+    async def close_if_allowed(self: DoorSession) -> None:
+        # If an exception has led to a `finally` that closes the session, the exception surfaces, as from an `async
+        # with` block.
         exc = sys.exc_info()[1]
         await _note_hidden_write(self)
         if guard_of(self).may_be_closed(self, exc):
             await close(self)
 
-    return close_unless_owned
+    return close_if_allowed
 
 
 for _cls, _library_cls, _spawn in (
@@ -218,8 +222,8 @@ for _cls, _library_cls, _spawn in (
     ).items():
         setattr(_cls, _name, _method)
 for _name in ("close", "reset", "invalidate"):
-    setattr(DoorSession, _name, _unless_owned(getattr(DoorSession, _name)))
-DoorTransaction.start = _by_owner(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
+    setattr(DoorSession, _name, _if_it_may_be_closed(getattr(DoorSession, _name)))
+DoorTransaction.start = _in_task_block(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
 DoorSession.flush = _outside_of_blocks(DoorSession.flush)  # type: ignore[method-assign]  # of our own class
 DoorSession.rollback = _in_turn_outside_of_blocks(  # type: ignore[method-assign]  # of our own class
     DoorSession.rollback

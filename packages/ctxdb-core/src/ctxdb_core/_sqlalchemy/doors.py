@@ -1,4 +1,4 @@
-"""What is asked of the doors of several sessions at once; sessions that have none are passed over."""
+"""Functions for the doors of several sessions at once; a session without a door is passed over."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def wait_for_calls(sessions: Iterable[AsyncSession]) -> None:
 
 def observe_statements(sessions: Iterable[AsyncSession], observer: StatementObserver) -> None:
     """Have `observer` called before each further statement of `sessions`."""
-    # Without a generator in between: this is done in each request that has used a session.
+    # A loop of its own, as the generator of `_doors` costs more and each request that has used a session comes here.
     for session in sessions:
         door = door_of(session)
         if door is not None:

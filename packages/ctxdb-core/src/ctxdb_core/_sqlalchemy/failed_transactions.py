@@ -32,7 +32,7 @@ def _note_interruption(context: ExceptionContext) -> None:
 
 
 _IN_FAILED_TRANSACTION = "25P02"
-"""PostgreSQL's in_failed_sql_transaction: the statement is refused for what an earlier one has done."""
+"""PostgreSQL's in_failed_sql_transaction: the statement is refused because an earlier one has failed."""
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -51,14 +51,14 @@ def _handle_error(context: ExceptionContext) -> None:
     elif sqlstate is not None:
         note_failure(connection, context)
     if context.statement is None and sqlstate is None:
-        # COMMIT or ROLLBACK was not refused by the server, it did not get there: another task is in the middle of a
-        # query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
+        # The server has not refused COMMIT or ROLLBACK: the driver has not sent it, as another task is in the middle of
+        # a query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     elif connection.in_transaction():
         # A statement that fails aborts its transaction. If the application swallows the error, the transaction can only
         # be rolled back, and COMMIT does so without an error (PostgreSQL, "COMMIT": its command tag is then ROLLBACK).
-        # The listener is on this one connection of this one session: it goes when the transaction is over.
+        # The listener is on the `Connection` object of this one transaction, and is gone with it.
         listen_once(connection, "commit", check_transaction)
 
 
@@ -66,7 +66,7 @@ def check_transaction(connection: Connection) -> None:
     """Raise an error if the transaction of `connection` is aborted: a listener of its commit.
 
     Raises:
-        TransactionAbortedError: it is; it was rolled back.
+        TransactionAbortedError: the transaction is aborted; it was rolled back.
         DBAPIError: the connection was lost, and the transaction with it.
     """
     # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter

@@ -1,4 +1,4 @@
-"""The statements of open transactions that have failed or were interrupted: what later errors of these name."""
+"""Keeps the statements of open transactions that have failed or were interrupted, for later errors to name them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FailedStatement(NamedTuple):
         return f"{self.statement!r} ({self.error})"
 
 
-# By weak reference, and as text alone: an error knows the frames of the code that has made the statement.
+# Only text is kept: an error would keep alive the frames of the code that has made the statement.
 _failures: WeakKeyDictionary[Connection, FailedStatement] = WeakKeyDictionary()
 
 
@@ -42,7 +42,7 @@ def note_failure(connection: Connection, context: ExceptionContext) -> None:
 
 
 def failure_of(connection: Connection) -> FailedStatement | None:
-    """Return the statement that was the last to fail on `connection`, whose failure no other one has caused."""
+    """Return the statement that failed last on `connection`, apart from those that an aborted transaction refused."""
     return _failures.get(connection)
 
 

@@ -21,14 +21,14 @@ __all__ = ["ConcurrentChanges"]
 _NO_VALUE = LoaderCallableStatus.NO_VALUE
 
 MOST_WATCHED = 1000
-"""Up to how many objects in a flush their own changes are noted.
+"""How many objects a flush may write for changes of these objects to be noted.
 
-A flush waits once for each thousand rows: to look at all of its objects each time would take time by the square of
-their number. A larger flush notes the changes only of objects that it does not write.
+A flush waits once for each thousand rows: a look at all of its objects each time would take time that grows with the
+square of their number. A larger flush notes only the changes of objects that it does not write.
 """
 
 Changes = dict[InstanceState[Any], dict[str, Any]]
-"""The attributes that were changed, each with its value from before."""
+"""For each object, the attributes that were changed, with their values from before."""
 
 
 class ConcurrentChanges:

@@ -2,8 +2,8 @@
 
 SQLAlchemy runs each call that may wait for the database in a greenlet of its own. Since Python 3.11, a greenlet maps a
 stack for its Python frames, and unmaps the stack when it ends: two system calls and a page fault, 8 to 11 microseconds.
-A greenlet that is used again costs one. So greenlets whose call has ended are kept here, a few for each thread, as a
-greenlet cannot leave the thread in which it was started.
+A greenlet that is used again costs one microsecond. So greenlets whose call has ended are kept here, a few for each
+thread, as a greenlet cannot leave the thread in which it was started.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CallGreenlet(greenlet):
     waiting: Waiting | None = None
     """Told when the running call waits; ``None`` where nothing needs to know."""
 
-    parent: greenlet  # of the call that is running: the one that awaits what the call waits for
+    parent: greenlet  # the greenlet that awaits what the running call waits for
 
     def leave_doors(self) -> None:
         """Leave the doors of the other sessions that the call has used."""
@@ -67,13 +67,13 @@ class CallGreenlet(greenlet):
             door.leave()
 
     def run(self) -> None:
-        # The first switch into a greenlet hands its arguments to `run`; all calls come alike by the one in the loop.
+        # The first switch into a greenlet starts `run`. Each call, the first one too, comes by a later switch.
         call = self.parent.switch(None)
         while True:
             outcome = _Outcome()
             outcome.set_by(*call)
             call = None
-            # The switch keeps its argument until it returns, which is at the next call: the caller empties the outcome.
+            # The switch returns at the next call, and keeps its argument until then: so the caller empties the outcome.
             call = self.parent.switch(outcome)
             del outcome
 

@@ -61,7 +61,7 @@ class GuardedSession(TracedSession):
     notes_writes = False
     """Whether the session knows what it has written also where no unit of work has taken it."""
     rereading: Rereading | None = None
-    """What the open transaction has of the objects that were loaded before it began, if there are any."""
+    """The objects that were loaded before the open transaction began; ``None`` if there are none."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         door = self.door
@@ -71,7 +71,8 @@ class GuardedSession(TracedSession):
             # A call without arguments comes from code that looks at the session, not from a statement.
             if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
                 if self.task_blocks and not is_flushing(self):
-                    # A flush may be that of another task's query; it writes the objects of the task in the block.
+                    # A flush is let through: this task's query has begun it, and it writes objects of the task in the
+                    # block.
                     refuse_in_block_of_other_task(self)
                 self.note_write()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
@@ -86,8 +87,8 @@ class GuardedSession(TracedSession):
         return bind if self.translate_bind is None else self.translate_bind(bind)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it
-        # An object that is only added to a session which has ended would be lost without a statement; and a statement
-        # may name its engine itself, so that `get_bind` is not asked.
+        # An ended session refuses here what `get_bind` does not see: an object that is only added makes no statement,
+        # and would be lost; and a statement may name its engine itself.
         if self.door is not None:
             self.door.refuse_if_ended()
             if not self.in_transaction():
@@ -100,7 +101,7 @@ class GuardedSession(TracedSession):
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
         refuse_in_block_of_other_task(self)
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
-            # What the hook sets in a savepoint would be undone with it, in the middle of the transaction.
+            # If the hook set something inside of the savepoint, the savepoint's roll-back would undo that.
             await_only(self.begin_with_hook(self.on_begin))
         if not nested or self.door is None:
             return super().begin(nested)
@@ -127,7 +128,7 @@ class GuardedSession(TracedSession):
             self.rereading = Rereading(self) if self.identity_map else None
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
-        # Asked for now: an object that is expired is read by the next line.
+        # Looked up before the call: an expired object, which `objects` leaves out, is read by the call itself.
         earlier = None if self.rereading is None else self.rereading.objects(self)
         found = super().get(entity, ident, **options)
         if found is None or earlier is None:
@@ -135,7 +136,7 @@ class GuardedSession(TracedSession):
         state: InstanceState[Any] = object_state(found)
         if state not in earlier or state.modified:
             return found
-        # Asked for once, so that what is got again and again in one transaction costs one query.
+        # The object is read anew once in each transaction, however often it is asked for.
         with keeping_changes(self):
             found = super().get(entity, ident, **{**options, "populate_existing": True})
         earlier.pop(state, None)
@@ -145,7 +146,7 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
-        # An object of the identity map has been changed: `session.dirty` would look at each of them.
+        # `session.dirty` in `note_originals` looks at each object of the identity map; `check_modified` does not.
         if self.identity_map.check_modified():
             note_originals(self)
         worker: Any = getcurrent()
@@ -254,7 +255,7 @@ class GuardedSession(TracedSession):
 
 
 def guard_of(session: AsyncSession) -> GuardedSession:
-    """Return the synchronous session of one that is known to be guarded."""
+    """Return the synchronous session of `session`, which is known to be guarded."""
     return session.sync_session  # type: ignore[return-value]  # a cast would cost time
 
 

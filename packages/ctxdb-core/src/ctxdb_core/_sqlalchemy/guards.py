@@ -32,7 +32,7 @@ def teach(bind: Engine | Connection) -> None:
         return
     _taught.add(sync_engine)
     if not sync_engine.dialect.is_async:
-        # SQLAlchemy refuses it to an asynchronous session.
+        # SQLAlchemy refuses a synchronous engine to an asynchronous session.
         return
     engine = AsyncEngine(sync_engine)
     connect_without_hidden_variables(engine)

@@ -1,7 +1,7 @@
-"""Sees to it that there is a transaction where an `on_begin` is to set something for it.
+"""Begins a transaction for an `on_begin`, also where the database is in autocommit.
 
-On PostgreSQL, ``SET LOCAL`` and ``set_config(..., true)`` end with their transaction. In autocommit that is their own
-statement: the next one would be executed without the role or the tenant that was set, and nothing would say so.
+On PostgreSQL, ``SET LOCAL`` and ``set_config(..., true)`` end with their transaction. In autocommit, each statement is
+a transaction: the statement after them would be executed without the role or the tenant, and without an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ctxdb_core.errors import TransactionRequiredError
 
 __all__ = ["begin_transaction", "with_transaction"]
 
-# What a read-only connection behind a pooler, which cannot be in autocommit either, begins its transactions with.
+# A level other than AUTOCOMMIT, by which a transaction begins. Read-only connections behind a pooler have it as well.
 _LEVEL = {"isolation_level": "READ COMMITTED"}
 
 _NO_TRANSACTION = (
@@ -44,7 +44,7 @@ async def begin_transaction(session: AsyncSession) -> None:
 
 
 def with_transaction(session: AsyncSession, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `options` of the connection that a transaction of `session` is about to begin with, and what it needs.
+    """Return connection `options` for a transaction that `session` is about to begin, with a level if it needs one.
 
     Raises:
         TransactionRequiredError: as `begin_transaction`.
@@ -52,7 +52,7 @@ def with_transaction(session: AsyncSession, options: Mapping[str, Any]) -> Mappi
     try:
         bind = session.sync_session.get_bind()
     except UnboundExecutionError:
-        # It has an engine for each class.
+        # The session has no engine of its own, but one for each mapped class (`binds`).
         return options
     if isinstance(bind, Connection) or "isolation_level" in options or not _is_in_autocommit(bind):
         return options

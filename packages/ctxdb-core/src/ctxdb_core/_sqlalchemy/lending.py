@@ -1,9 +1,10 @@
 """A driver's connection that the user's code has taken: in the transaction from the first call, and not beyond its end.
 
 ``(await (await session.connection()).get_raw_connection()).driver_connection`` is asyncpg's own connection, for
-``copy_records_to_table`` and for cursors of its own. Two things go wrong with it by itself. SQLAlchemy begins the
-transaction with its own first statement, so the work that the driver does before that is committed at once. And a
-driver connection that is kept for longer than the transaction reaches into the transaction of another request.
+``copy_records_to_table`` and for cursors of its own. Two things go wrong if the driver's connection is handed out as it
+is. SQLAlchemy begins the transaction with its own first statement, so the work that the driver does before that is
+committed at once. And a driver connection that is kept for longer than the transaction reaches into the transaction of
+another request.
 
 So the transaction is begun when the session's connection is asked for. The user's code gets a stand-in, which refuses
 each call once the connection was given back: for asyncpg, its own proxy for connections of a pool
@@ -54,7 +55,7 @@ def lend_driver_connection(connection: Connection) -> None:
     pooled: Any = connection.connection
     # A connection that was detached from its pool has no record there. It belongs to the code that has detached it.
     if type(pooled) is ConnectionFairy and pooled.record_info is not None:
-        # The object belongs to this one loan: the pool makes another one each time.
+        # The pool makes another `ConnectionFairy` at each check-out, so the class of this one can be changed.
         pooled.__class__ = _LentConnection
         pooled.record_info[_BORROWER] = ref(connection)
 

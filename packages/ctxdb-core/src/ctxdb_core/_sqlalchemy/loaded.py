@@ -1,4 +1,4 @@
-"""What the objects of a session have loaded, kept over a roll-back of the unit of work.
+"""Keeps what the objects of a session have loaded when the unit of work is rolled back.
 
 SQLAlchemy expires each object of a session when its transaction is rolled back, and asyncio code cannot load an expired
 attribute by reading it: an access log that reads the user's name behind a 404 would fail. So the values that had been
@@ -36,12 +36,12 @@ def note_originals(session: Session) -> None:
         session.info[_ORIGINALS] = (ref(session.get_transaction()), originals)
     for each in session.dirty:
         state: InstanceState[Any] = inspect(each)
-        # The first change of a transaction is the one of what was loaded.
+        # The oldest note has what was loaded: at later flushes, SQLAlchemy knows only what the code has set before.
         originals[state] = {**state.committed_state, **originals.get(state, {})}
 
 
 def _originals_of(session: Session) -> dict[InstanceState[Any], dict[str, Any]] | None:
-    """Return what was remembered in the open transaction: earlier ones have been committed, or rolled back."""
+    """Return what was remembered in the open transaction; what an earlier transaction remembered is out of date."""
     transaction, originals = session.info.get(_ORIGINALS, (None, None))
     return originals if transaction is not None and transaction() is session.get_transaction() else None
 

@@ -74,7 +74,7 @@ class _Noted(NamedTuple):
     only_reads: bool
     """Whether it has written nothing."""
     deadline: float | None
-    """When the session's work has to be done, on the event loop's clock; ``None`` where there is no limit."""
+    """The time at which the session's work has to be done, on the event loop's clock; ``None`` without a limit."""
     pooled: ref[Any]
     """The connection as the pool has given it out, anew for each check-out: a later one has nothing to do with this."""
 
@@ -87,13 +87,13 @@ class LostCommit(NamedTuple):
     timeline: str
     """The timeline that the server wrote: 8 hexadecimal digits."""
     position: int
-    """Up to where the server had written its WAL, in bytes: all of the transaction's is before, except for its end."""
+    """How far the server had written its WAL, in bytes: only the record of the transaction's end comes after it."""
 
     async def ask(self, pool: Pool) -> tuple[str | None, str]:
         """Ask a server what it knows of the transaction: ``pg_xact_status``, and the timeline that the server writes.
 
         Args:
-            pool: of which a connection is taken; it is disposed of.
+            pool: the pool whose connection asks; it is disposed of afterwards.
 
         Raises:
             Exception: the server does not answer, or is a standby.
@@ -129,7 +129,7 @@ def resolve_lost_commits(engine: AsyncEngine) -> None:
 def ask_outcome_by(engine: AsyncEngine, ask: AskOutcome) -> None:
     """Ask `ask` for the outcome of lost commits, where they are resolved, and not the server that the engine is for.
 
-    For databases that move from one server to another. It is cancelled when there is no more time.
+    For databases that move from one server to another. The call of `ask` is cancelled when its time is up.
     """
     _commits_of(engine).ask = ask
 
@@ -143,7 +143,7 @@ def check_can_resolve(backend: str) -> None:
 
 
 def note_reader(session: Any) -> None:
-    """Let the coming commit of `session` know whether it has written: that of a reader is not asked about."""
+    """Note for the coming commit of `session` whether it has written: a commit without writes is not asked about."""
     transaction = session.get_transaction()
     if transaction is None or (session.door is None and not session.notes_writes):
         return
@@ -151,7 +151,8 @@ def note_reader(session: Any) -> None:
     deadline = None if session.deadline is None else session.deadline()
     for connection in connections_of(transaction):
         if not connection.invalidated and not connection.closed:
-            # The note stays there if the commit is refused, or if only a savepoint is released before a roll-back.
+            # The note stays on the connection if the commit is refused, or if only a savepoint is released before a
+            # roll-back: so it names the check-out of the connection for which it is true.
             connection.info[_NOTED] = _Noted(only_reads, deadline, ref(connection.connection))
 
 
@@ -170,9 +171,9 @@ class _Commits:
     """The commits of the engines that have one dialect. It may outlive the engine that it was made for."""
 
     resolves = False
-    """Whether PostgreSQL is asked what became of one whose answer was lost."""
+    """Whether PostgreSQL is asked what became of a commit whose answer was lost."""
     ask: AskOutcome | None = None
-    """Who is asked, if not the engine's own server."""
+    """Asked for the outcome of a lost commit, if not the engine's own server is."""
 
     def __init__(self, engine: Engine) -> None:
         self._dialect = ref(engine.dialect)
@@ -278,7 +279,7 @@ class _Commits:
     async def _resolve(
         self, connection: PoolProxiedConnection, transaction: LostCommit, deadline: float | None
     ) -> bool | None:
-        """Return whether `transaction` has been committed; ``None`` if that cannot be told until the deadline."""
+        """Return whether `transaction` has been committed; ``None`` if that cannot be told before the deadline."""
         latest = asyncio.get_running_loop().time() + RESOLVE_SECONDS
         # The question takes a pool of its own: the engine's connections may be as dead as the one of the commit.
         pool = pool_of(connection).recreate()
@@ -329,13 +330,13 @@ def _is_lost(dialect: Dialect, connection: PoolProxiedConnection, exc: BaseExcep
     dbapi = dialect.loaded_dbapi
     if not isinstance(exc, dbapi.Error):
         return not isinstance(exc, Exception) or isinstance(exc, OSError | TimeoutError)
-    # The module of aiosqlite has no such class.
+    # aiosqlite's module has no `InterfaceError`.
     if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
     if is_mysql(dialect):
         number = error_number(exc)
-        # The first is asyncmy's, which has sent nothing. The others are told by a server that ends the connection.
+        # asyncmy raises SERVER_GONE before it has sent anything. A server that ends the connection tells the other two.
         return number != SERVER_GONE and (
             number in (CONNECTION_KILLED, SERVER_SHUTDOWN) or dialect.is_disconnect(exc, connection, None)
         )

@@ -31,7 +31,7 @@ _taught: WeakSet[Engine] = WeakSet()
 def is_behind_pooler(connection: Connection) -> bool:
     """Return whether what a session sets on `connection` may reach another program's; asks the server once.
 
-    It is about connections in autocommit: a transaction has settings of its own, which no pooler gives away.
+    Only connections in autocommit need the question: a setting that is local to a transaction reaches no other program.
     """
     info = connection.info
     if _BEHIND_POOLER not in info:
@@ -70,8 +70,8 @@ def make_read_only(engine: AsyncEngine) -> None:
     dialect = engine.dialect
 
     def set_level(set_isolation_level: Callable[[Any, str], None], dbapi_connection: Any, level: str) -> None:
-        # Each query before that is known is a transaction of its own, which no pooler divides: asyncpg sends a query in
-        # two parts.
+        # Until the server is known to be the connection's own, each query runs in a transaction, which no pooler
+        # divides: asyncpg sends a query in two parts.
         has_autocommit = dbapi_connection.driver_connection in own_server
         set_isolation_level(dbapi_connection, level if level != "AUTOCOMMIT" or has_autocommit else "READ COMMITTED")
 
@@ -113,7 +113,7 @@ def _ask(dbapi_connection: Any, query: str) -> Any:
 
 
 def tell_wrong_settings(engine: AsyncEngine) -> None:
-    """Log a warning at the first connection of `engine` if it is to a pooler, and its driver is set for a server."""
+    """Log a warning if the first connection of `engine` leads to a pooler, and its driver is set up for a server."""
     sync_engine = engine.sync_engine
     if engine.dialect.name != "postgresql" or sync_engine in _taught:
         return

@@ -299,7 +299,7 @@ def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, A
 def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
     """Have `listener` called at an event of one pool, connection or session, unless it is already.
 
-    `event.contains` does not do: it looks for the ``id`` of the target. SQLAlchemy copies the listeners of a disposed
+    `event.contains` is no help: it looks for the ``id`` of the target. SQLAlchemy copies the listeners of a disposed
     pool to its successor, and keeps them known by the ``id`` of the disposed pool. A new pool may get that ``id``, and
     would be taken for a pool that has the listeners.
     """
@@ -319,7 +319,7 @@ def deleted_in(session: Session) -> list[InstanceState[Any]]:
 def follow_parts(
     result: ChunkedIteratorResult[Any], around: Callable[[Iterator[Sequence[Any]]], Iterator[Sequence[Any]]]
 ) -> None:
-    """Have `around` called with the iterator of the parts that a result of the ORM is made in, for one in its place.
+    """Replace the iterator that makes the parts of a result of the ORM by what `around` returns for it.
 
     A part is made when it is read: its rows are fetched, and the objects are filled.
     """
@@ -338,7 +338,7 @@ def commit_values(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
 
 
 def savepoints_set_on(connection: Connection) -> int:
-    """Return how many savepoints have been set on a connection: SQLAlchemy numbers them, and its event has no name."""
+    """Return how many savepoints have been set on a connection: SQLAlchemy numbers them."""
     number: int = getattr(connection, "_Connection__savepoint_seq")  # noqa: B009 - Python mangles such a name
     return number
 
@@ -360,7 +360,7 @@ def isolation_level_on_connect(dialect: Dialect) -> str | None:
 def pool_of(connection: PoolProxiedConnection, default: Pool | None = None) -> Pool:
     """Return the pool that a connection goes back to, which may be another one than the engine's own."""
     pool: Any = getattr(connection, "_pool", default)
-    return pool  # type: ignore[no-any-return]  # as both are
+    return pool  # type: ignore[no-any-return]  # `_pool` is a pool as well
 
 
 class PoolNumbers(NamedTuple):
@@ -377,7 +377,7 @@ def pool_numbers(pool: Pool) -> PoolNumbers:
     """Return what a pool holds, and how many tasks wait for it; zeros for the kinds of pools that do not count."""
     if not isinstance(pool, QueuePool):
         return PoolNumbers(0, 0, 0, None, None)
-    # An overflow of -1 is none, and a size of 0 none either.
+    # SQLAlchemy has no limit for an overflow of -1, nor for a size of 0.
     size, overflow = pool.size(), pool._max_overflow  # noqa: SLF001 - see the module
     limit = None if overflow < 0 or size == 0 else size + overflow
     getters: Collection[Future[Any]] = ()
@@ -392,8 +392,8 @@ def pool_numbers(pool: Pool) -> PoolNumbers:
 def pass_on_failed_connect(pool: Pool) -> None:
     """Let the next task that waits for a connection of `pool` open one itself, as another task has failed to.
 
-    A pool at its limit lets tasks wait until a connection is given back. One that could not be opened leaves a place
-    free, and nobody would be told. A pool whose tasks wait on another event loop than the running one is left alone.
+    A pool at its limit lets tasks wait until a connection is given back. A connection that could not be opened leaves a
+    place free, and SQLAlchemy wakes no task for it. A pool whose tasks wait on another event loop is left alone.
     """
     counting: Any = pool
     loop = asyncio.get_running_loop()
@@ -417,7 +417,7 @@ def replace_terminate(dialect: Dialect, terminate: Callable[[Callable[[Any], Non
 def replace_connect(dialect: Dialect, connect: Callable[..., Any]) -> None:
     """Have `connect` called in the place of ``Dialect.connect``, with that and its arguments; once for a dialect.
 
-    Of the event ``do_connect``, only one listener can open the connection.
+    The event ``do_connect`` does not do: only one of its listeners can open the connection.
     """
     _replace(dialect, "connect", connect)
 
@@ -434,7 +434,7 @@ def follow_dialect(dialect: Dialect, name: str, around: Callable[..., Any]) -> N
 
 
 def wrap_in_dialect(dialect: Dialect, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put what `wrap` returns, given a method of the dialect, in the place of that: `follow_dialect` for a closure.
+    """Replace a method of the dialect by the function that `wrap` returns for it: `follow_dialect` for a closure.
 
     A closure costs half of what a partial function does that calls one of Python's.
     """
@@ -442,7 +442,7 @@ def wrap_in_dialect(dialect: Dialect, name: str, wrap: Callable[[Callable[..., A
 
 
 def find_by_context(find: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Return a function that calls `find` with what a pool's events call the connection, given an `ExecutionContext`.
+    """Return a function of an `ExecutionContext` that calls `find` with the `dbapi_connection` of a pool's events.
 
     The public way, ``context.root_connection.connection``, is a property: twice the cost, for each statement.
     """
@@ -459,7 +459,7 @@ def call_on_return(entry: Any, call: Callable[[Any], object]) -> None:
 
 
 def listeners_of(target: Any, name: str) -> list[Callable[..., Any]]:
-    """Return what listens to an event of an engine or of a pool, what it has taken over from another one included."""
+    """Return the listeners of an event of an engine or of a pool, with those that it has inherited from another one."""
     return list(getattr(target.dispatch, name))
 
 
@@ -546,9 +546,10 @@ def driver_cursor_of(adapted: Any) -> Any:
 def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
     """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
 
-    `begin` is given the adapter, and what sends BEGIN. It is awaited once: the adapter is one of `cls` again then, and
-    it is already when code is given the driver's connection. An adapter may be made one of the derived class by
-    ``__class__``, and `begin` may change its driver's connection.
+    An adapter becomes one of the derived class by an assignment to its ``__class__``. `begin` is given the adapter and
+    the function that sends BEGIN, and may exchange the driver's connection of the adapter. It is awaited for the first
+    transaction only: right before, the adapter becomes one of `cls` again, as it does when code is given the driver's
+    connection.
     """
     adapter: Any = cls
     start = adapter._start_transaction  # noqa: SLF001 - see the module
@@ -558,7 +559,7 @@ def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Aw
         return begin(self, partial(start, self))
 
     def cursor(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # It is made before the transaction begins.
+        # The cursor is made before BEGIN, so it must ask its adapter which connection of the driver it has after that.
         made = adapter.cursor(self, *args, **kwargs)
         made.__class__ = _derived(type(made), attributes, cursors)
         return made
@@ -616,7 +617,7 @@ class _ConnectionOfAdapter:
 
 
 def swap_asyncpg_connections(adapter: Any, other: Any) -> None:
-    """Let two of SQLAlchemy's adapters of asyncpg, neither of which is in a transaction, change their connections."""
+    """Exchange the connections of two of SQLAlchemy's adapters of asyncpg, neither of which is in a transaction."""
     for name in ("_connection", "_prepared_statement_cache", "_invalidate_schema_cache_asof"):
         mine, others = getattr(adapter, name), getattr(other, name)
         setattr(adapter, name, others)
@@ -656,7 +657,7 @@ def lend_asyncpg_connection(connection: Any) -> Any:
         # The engine takes its connections out of a pool of asyncpg's own.
         return connection
     proxy = PoolConnectionProxy(None, connection)
-    # Only a pool of asyncpg's may be what the connection asks, when it drops its caches.
+    # When a connection drops its caches, it asks its proxy for the pool: this proxy has none.
     connection._set_proxy(None)  # noqa: SLF001 - see the module
     return proxy
 
@@ -680,8 +681,8 @@ def forget_prepared_statements(adapted: Any) -> None:
 def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement], Any]) -> type:
     """Return a class, derived from SQLAlchemy's adapter of psycopg, that has `execute` called for its first statement.
 
-    An adapter may be made one of the class by ``__class__``. It is one of `cls` again as soon as it has made a cursor,
-    or code is given the driver's connection.
+    An adapter becomes one of the derived class by an assignment to its ``__class__``, and one of `cls` again as soon as
+    it makes a cursor, or code is given the driver's connection.
     """
     made_by: Any = cls
     cursors: dict[type, tuple[type, tuple[str, ...]]] = {}
@@ -732,10 +733,10 @@ class FirstStatement:
     """The first statement that SQLAlchemy's adapter of psycopg executes.
 
     Args:
-        adapter: that.
+        adapter: SQLAlchemy's adapter of the connection.
         cursor: SQLAlchemy's adapter of the cursor that executes it.
         make_cursor: makes another one.
-        slots: the names of what a cursor has.
+        slots: the names of the cursor's attributes.
     """
 
     __slots__ = ("_adapter", "_cursor", "_make_cursor", "_slots", "execute")
@@ -746,7 +747,7 @@ class FirstStatement:
         self._make_cursor = make_cursor
         self._slots = slots
         self.execute: Callable[[], Any]
-        """Executes it."""
+        """Executes the statement."""
 
     @property
     def connection(self) -> Any:
@@ -755,11 +756,11 @@ class FirstStatement:
 
     @property
     def may_have_been_sent(self) -> bool:
-        """Whether more than BEGIN may have been sent: psycopg makes the statement up when BEGIN was answered."""
+        """Whether more than BEGIN may have been sent: psycopg sets the query of its cursor when BEGIN was answered."""
         return self._cursor._cursor._query is not None  # noqa: SLF001 - see the module
 
     def swap_connections(self, other: Any) -> None:
-        """Let the adapter and another one of SQLAlchemy's change their connections, neither of which has begun."""
+        """Exchange the connections of the adapter and of `other`, neither of which has begun a transaction."""
         mine, others = self._adapter._connection, other._connection  # noqa: SLF001 - see the module
         for name in ("autocommit", "isolation_level", "read_only", "deferrable"):
             value = getattr(mine, name)
@@ -773,8 +774,8 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection may be made one of the class by ``__class__``. psycopg waits for the end of the query then, unless
-    `stop` raises the cancellation.
+    A connection becomes one of the derived class by an assignment to its ``__class__``. After `stop`, psycopg waits for
+    the end of the query, unless `stop` has raised the cancellation.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
@@ -818,7 +819,7 @@ _psycopg_loans: dict[type, tuple[type, type]] = {}
 
 
 def _delete_nothing(self: Any) -> None:
-    """Stand in for the method that warns of a connection which is deleted while it is open: the pool has it still."""
+    """Stand in for the method that warns when an open connection is deleted: the pool has this connection still."""
 
 
 def _refuse_attribute(self: Any, name: str) -> Any:

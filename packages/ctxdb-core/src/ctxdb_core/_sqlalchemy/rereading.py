@@ -33,15 +33,15 @@ _NO_VALUE = LoaderCallableStatus.NO_VALUE
 
 
 class Rereading:
-    """The objects that `session` has from its earlier transactions; made when it begins another one."""
+    """The objects that `session` has from its earlier transactions, as it begins another transaction."""
 
     __slots__ = ("_loaded", "is_ahead")
 
     def __init__(self, session: Session) -> None:
         self.is_ahead = True
-        """Whether the other transaction has not begun."""
+        """Whether the transaction that this object was made for has yet to begin."""
         self._loaded: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
-        """What each object has loaded on demand; looked up at the first query, as it may never come."""
+        """What each object has loaded on demand; looked up at the first query, as there may be none."""
         listen_once(session, "do_orm_execute", _read_anew)
 
     def objects(self, session: Session) -> WeakKeyDictionary[InstanceState[Any], dict[str, Any]]:
@@ -83,6 +83,7 @@ def _rereading_of(session: Session) -> Rereading | None:
 
 
 def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
+    """Have a query fill the objects of earlier transactions anew: a listener of ``do_orm_execute``."""
     session = execution.session
     rereading = _rereading_of(session)
     if rereading is None or not execution.is_select or execution.is_column_load:
@@ -110,7 +111,7 @@ def keeping_changes(session: Session) -> Iterator[None]:
     """Keep what other tasks change on the objects of `session` while the block waits, and fills these objects anew."""
     worker: Any = getcurrent()
     if type(worker) is not CallGreenlet or isinstance(worker.waiting, ChangesDuringQuery):
-        # SQLAlchemy's own greenlet tells nobody that it waits; and a block inside of another one is a part of that.
+        # A greenlet of SQLAlchemy's own does not tell when it waits; and an inner block is covered by the outer one.
         yield
         return
     changes, outer = ChangesDuringQuery(session), worker.waiting
@@ -174,7 +175,8 @@ class ChangesDuringQuery:
                 continue
             for name, (value, original) in values.items():
                 if name in state.committed_state or name in state.expired_attributes:
-                    # It is a change still; or the code does not want it any more.
+                    # SQLAlchemy knows the change still; or the code has expired the attribute, and does not want the
+                    # change any more.
                     continue
                 if state.dict.get(name, _NO_VALUE) is value:
                     # The query has loaded other attributes of the object, and SQLAlchemy takes all of them for read.
@@ -185,7 +187,8 @@ class ChangesDuringQuery:
 
 
 def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
-    # `session.refresh()` asks for one object, and for all of it.
+    """Put back what an object has loaded on demand, and a query has not: a listener of ``refresh``."""
+    # `session.refresh()` reads one object anew, with all that it has loaded on demand: nothing is to be kept then.
     rereading = _rereading_of(context.session) if context.refresh_state is None else None
     if rereading is None:
         return

@@ -22,7 +22,7 @@ def begin_before_savepoints(engine: AsyncEngine) -> None:
 
 def _begin_sqlite(connection: Connection, name: str | None) -> None:
     if connection.dialect.driver != "aiosqlite":
-        # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+        # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
     driver_connection: Any = connection.connection.driver_connection
     # With ``isolation_level=None``, the driver begins none: the user's code does.

@@ -1,7 +1,7 @@
 """Sessions that take a second connection while the code that waits for them holds a first one.
 
-As many of them as the pool has connections wait for each other, until the pool's time-out. That cannot be made to work;
-so it is told: by a warning when it is seen first, and by the error of the time-out.
+If as many requests do so at once as the pool has connections, they wait for each other until the pool's time-out. ctxdb
+cannot prevent that; it tells of it by a warning when a request does so first, and by the error of the time-out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _MACHINERY = {"asyncio", "contextlib", "ctxdb_core", "ctxdb_inspector", "greenle
 """Packages between the code of the application and the pool."""
 
 _ADVICE = (
-    "A pool of which every connection is held so stands still. Size it for two connections for each request that does "
-    "so at once, or give the first one back before (`await commit_db_session(db)`, `await close_db_session(db)`)."
+    "A pool stands still when all of its connections are held in this way. Size it for two connections for each "
+    "request that does so at once, or give the first one back before (`await commit_db_session(db)`, `await "
+    "close_db_session(db)`)."
 )
 
 
@@ -55,7 +56,7 @@ def note_second_session(db: object, session: AsyncSession, first: AsyncSession) 
     if db not in _warned:
         _warned.add(db)
         logger.warning(
-            "%r: a unit of work holds a connection and takes a second one, %s. %s This is told once.",
+            "%r: a unit of work holds a connection and takes a second one, %s. %s This warning is logged once.",
             db,
             place,
             _ADVICE,
@@ -91,7 +92,7 @@ def _holds(session: AsyncSession) -> bool:
 
 
 def _place() -> str:
-    """Return which code asks for the session, and which call of ctxdb it is in."""
+    """Return a description of the code that asks for the session, and of the call of ctxdb that the code is in."""
     frames = user_frames(sys._getframe(1))  # noqa: SLF001 - documented, and a hundredth of what `traceback` costs
     if not frames:
         return "at an unknown place"

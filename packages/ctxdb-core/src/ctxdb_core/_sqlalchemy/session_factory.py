@@ -113,7 +113,7 @@ class SessionFactory:
         "_pattern",
         "_settings",
         "_sync_class",
-        "_sync_given",
+        "_sync_class_given",
         "maker",
     )
 
@@ -121,25 +121,26 @@ class SessionFactory:
         self.maker = maker
         self._before_commit = before_commit
         self._class: Any = None
-        self._sync_given: Any = None
+        self._sync_class_given: Any = None
         self._settings: dict[str, Any] | None = None
-        """What the session maker said when the pattern was looked for; ``None`` where it is to be looked for."""
+        """The session maker's options when the pattern was looked for; ``None`` before that."""
         self._pattern: SessionPattern | None = None
 
     def __call__(self, **options: Any) -> AsyncSession:
         """Return a new session, with `options` in the place of those of the session maker."""
         maker = self.maker
-        if self._pattern is not None and not options and maker.kw == self._settings and self._is_as_it_was():
+        if self._pattern is not None and not options and maker.kw == self._settings and self._has_same_classes():
             return self._pattern()
         if type(maker) is not async_sessionmaker:
-            # Its class may make sessions in a way of its own.
+            # A class derived from `async_sessionmaker` may make sessions in a way of its own.
             return self._guarded(maker(**options))
-        if not isinstance(self._class_given(), type) or not isinstance(maker.class_, type):
-            # Any callable may make sessions: their class is known when they are there.
+        if not isinstance(self._given_sync_class(), type) or not isinstance(maker.class_, type):
+            # The session maker was given a function instead of a class: the class of a session is known once it is
+            # made.
             return self._guarded(maker(**options))
-        if not self._is_as_it_was():
-            self._class, self._sync_given = maker.class_, self._class_given()
-            self._async_class, self._sync_class = derive_async(self._class), self._derive_sync(self._sync_given)
+        if not self._has_same_classes():
+            self._class, self._sync_class_given = maker.class_, self._given_sync_class()
+            self._async_class, self._sync_class = derive_async(self._class), self._derive_sync(self._sync_class_given)
             self._settings = self._pattern = None
         if not options and maker.kw != self._settings:
             self._settings = maker.kw.copy()
@@ -155,16 +156,17 @@ class SessionFactory:
 
     def _guarded(self, session: AsyncSession) -> AsyncSession:
         if self._before_commit is not None:
-            # What it tells of its events was determined by the class that it was made of.
+            # A session has the listeners of the class that it was made of: those of a derived class would come too
+            # late.
             event.listen(session.sync_session, "before_commit", self._before_commit)
             guard_of(guarded(session)).notes_writes = True
         return guarded(session)
 
-    def _class_given(self) -> Any:
+    def _given_sync_class(self) -> Any:
         return self.maker.kw.get("sync_session_class") or self.maker.class_.sync_session_class
 
-    def _is_as_it_was(self) -> bool:
-        return self.maker.class_ is self._class and self._class_given() is self._sync_given
+    def _has_same_classes(self) -> bool:
+        return self.maker.class_ is self._class and self._given_sync_class() is self._sync_class_given
 
     def _construct(self, settings: dict[str, Any]) -> AsyncSession:
         settings["sync_session_class"] = self._sync_class
@@ -173,14 +175,14 @@ class SessionFactory:
         return session
 
     def _find_pattern(self) -> SessionPattern | None:
-        """Return a pattern of the sessions that the settings make; ``None`` where making one may be more than that."""
+        """Return a pattern of the sessions that the settings make; ``None`` if their classes do more to make one."""
         classes: tuple[Any, ...] = (self._async_class, self._sync_class)
         if any(cls.__new__ is not object.__new__ for cls in classes):
             return None
         if self._async_class.__init__ is not AsyncSession.__init__ or self._sync_class.__init__ is not Session.__init__:
             return None
         if any(isinstance(value, Mapping) for value in self.maker.kw.values()):
-            # It may change, and nothing would tell.
+            # The user's code may change the mapping later, which a pattern would not see.
             return None
         return SessionPattern.of(lambda: self._async_class(**{**self.maker.kw, "sync_session_class": self._sync_class}))
 

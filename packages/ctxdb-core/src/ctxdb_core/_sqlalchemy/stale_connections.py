@@ -78,7 +78,7 @@ def _check_aiosqlite(dbapi_connection: Any, record: object, proxy: object) -> No
         # A property that looks whether the driver still has its file.
         dbapi_connection._connection.in_transaction  # noqa: B018, SLF001 - of SQLAlchemy's adapter
     except AttributeError:
-        # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+        # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
         return
     except ValueError:
         raise _closed() from None
@@ -248,7 +248,7 @@ class _Asyncpg(_FirstUses):
             # Of SQLAlchemy's adapter. Its property of that name costs as much again.
             connection = dbapi_connection._connection  # noqa: SLF001 - see above
         except AttributeError:
-            # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+            # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
             return
         if connection.is_closed() or (
             # In autocommit there is no BEGIN that could be sent again.
@@ -311,7 +311,7 @@ class _Psycopg(_FirstUses):
             # Of SQLAlchemy's adapter. Its property of that name costs as much again.
             pgconn = dbapi_connection._connection.pgconn  # noqa: SLF001 - see above
         except AttributeError:
-            # A shared transaction's (`ctxdb_core.testing`), whose engine has inherited this listener.
+            # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
             return
         # The status tells the same as `closed` of psycopg's connection, for a third of the time. A connection that was
         # idle for a moment only is asked as well: a restart of the server ends all connections at once, however

@@ -1,4 +1,4 @@
-"""What a statement does, as far as can be told before it is sent."""
+"""Tells, before a statement is sent, whether it only reads."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class TaskBlock:
         each = None if session is None else session.get_nested_transaction() or session.get_transaction()
         while each is not None and each is not mine:
             each = each.parent
-        # An ended transaction never comes back: the next look is spared.
+        # An ended transaction never comes back, so the next call need not look for it.
         self._has_ended = each is None
         return not self._has_ended
 
@@ -112,7 +112,7 @@ def hold_block(session: Session) -> Iterator[None]:
     """Run a block that belongs to the running task.
 
     Raises:
-        SessionAlreadyActiveError: another task is in one.
+        SessionAlreadyActiveError: another task is in a block on `session`.
     """
     if not isinstance(session, BlockedSession):
         yield

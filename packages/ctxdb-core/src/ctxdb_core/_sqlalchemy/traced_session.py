@@ -62,7 +62,7 @@ class TracedSession(BlockedSession):
         self._set_up, self._written = self._written, None
 
     def note_set_up_is_no_work(self) -> None:
-        """Note that `on_begin` has only set something in the open transaction, such as a role: so the database says."""
+        """Note that `on_begin` has written nothing in the open transaction, as the database has told."""
         self._set_up = None
 
     def _has_noted_write(self) -> bool:
@@ -70,6 +70,6 @@ class TracedSession(BlockedSession):
 
     @property
     def begins_with_next_call(self) -> bool:
-        """Whether no statement has been made in the open transaction, or none is open."""
+        """Whether no transaction is open, or the open one has made no statement."""
         transaction = self.get_transaction()
         return transaction is None or not connections_of(transaction)

@@ -1,4 +1,4 @@
-"""A warning of a SQLAlchemy below the declared bound, which an installer can be told to ignore: it names the loss."""
+"""Warns of a SQLAlchemy below the declared bound, which an installer can be told to ignore, and names what is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an open transaction holds work, as the database says: the statements alone do not tell."""
+"""Asks the database whether an open transaction holds work, which the statements alone do not tell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[
 
     Args:
         session: whose transaction.
-        door: that of the session; the question takes a turn.
+        door: the session's door: the question takes a turn at it.
         by_statements: the answer for a database that cannot be asked.
 
     Raises:
@@ -51,7 +51,7 @@ def _has_written_sqlite(connection: Connection) -> bool:
     return bool(driver_connection.in_transaction)
 
 
-# In a test's shared transaction, whose driver is "shared", all work has one transaction id.
+# A test's shared transaction, whose driver is "shared", has no entry: all work in it has one transaction id.
 _ANSWERS: dict[str, Callable[[Connection], bool]] = {
     "postgresql+asyncpg": _has_written_postgresql,
     "postgresql+psycopg": _has_written_postgresql,

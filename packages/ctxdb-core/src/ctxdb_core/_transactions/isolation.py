@@ -27,7 +27,8 @@ IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEA
 
 _READ_ONLY_QUERIES = {"postgresql": "SHOW transaction_read_only", "sqlite": "PRAGMA query_only"}
 
-# What may be read-only, by SQLAlchemy's names. MySQL and MariaDB cannot be asked whether the open transaction is.
+# The databases whose transactions may be read-only, by SQLAlchemy's names. MySQL and MariaDB cannot be asked whether
+# the open transaction is.
 _READ_ONLY = {"postgresql": "PostgreSQL", "sqlite": "SQLite", "mysql": "MySQL", "mariadb": "MariaDB"}
 
 
@@ -35,15 +36,15 @@ _READ_ONLY = {"postgresql": "PostgreSQL", "sqlite": "SQLite", "mysql": "MySQL", 
 class TransactionOptions:
     """What one transaction is begun with. The next one on the same session or connection knows nothing of it.
 
-    A session that is bound to a connection takes part in a transaction that other code began, a test for instance. Its
-    options cannot be chosen any more, and these are ignored there.
+    A session that is bound to a connection takes part in a transaction that other code began, a test for instance. The
+    options of that transaction cannot be chosen any more, so a session of this kind ignores the options.
 
     Args:
         isolation_level: the database's own default if it is ``None``.
         read_only: have the database refuse writes.
 
     Raises:
-        ValueError: `isolation_level` is none.
+        ValueError: `isolation_level` is not one of `IsolationLevel`.
     """
 
     isolation_level: IsolationLevel | None = None
@@ -110,7 +111,7 @@ class TransactionOptions:
         read_only = self.read_only and not is_read_only(bind)
         # The option also tells `retry_on_conflict` that such a transaction commits nothing.
         options: dict[str, Any] = {READ_ONLY_OPTION: True} if read_only else {}
-        # On SQLite this is what transactions are, and setting it would change how the driver begins them.
+        # SQLite's transactions have this level anyway, and setting it would change how the driver begins them.
         is_default = bind.dialect.name == "sqlite" and self.isolation_level == (
             isolation_level_of(bind) or "SERIALIZABLE"
         )
@@ -168,6 +169,6 @@ async def _answers_read_only(connection: AsyncConnection) -> bool:
 
 def _levels(bind: Engine | Connection) -> list[str]:
     try:
-        return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # none that we know asks it
+        return list(bind.dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # the dialects ignore it
     except NotImplementedError:
         return []

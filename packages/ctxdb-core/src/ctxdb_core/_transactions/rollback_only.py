@@ -21,10 +21,11 @@ def set_rollback_only(
     """Have each commit of the current transaction fail, the release of a savepoint in it included.
 
     Args:
-        session: whose transaction; where none has begun yet, the next one is.
+        session: the session of the transaction; if none is open, one is begun.
         why: the message of the error.
-        cause: what it is raised from.
-        joined: the savepoint that contains it, if that is still open; without one, none does.
+        cause: the exception that the error is raised from.
+        joined: the savepoint, or transaction, that the failed code was part of: only its own commit, and those inside
+            of it, fail. By default, the whole transaction cannot be committed.
     """
     transaction = innermost(session) if joined is not None else session.get_transaction()
     each = transaction
@@ -45,7 +46,7 @@ def refuse_if_rollback_only(session: Session) -> None:
     """Raise the error that says why the current transaction cannot be committed, if it cannot.
 
     Raises:
-        UnexpectedRollbackError: it can only be rolled back.
+        UnexpectedRollbackError: the transaction can only be rolled back.
     """
     doomed = session.info.get(_DOOMED, {})
     transaction = innermost(session) if doomed else None
@@ -57,7 +58,7 @@ def refuse_if_rollback_only(session: Session) -> None:
 
 
 def check_commits(session: Session, check: Callable[[], None]) -> None:
-    """Have `check` called before each commit of `session`, by whichever code; the first `check` of a session holds.
+    """Have `check` called before each commit of `session`, whichever code commits; a session's first `check` counts.
 
     The release of a savepoint is no commit: what it keeps is committed, or rolled back, with the transaction.
     """

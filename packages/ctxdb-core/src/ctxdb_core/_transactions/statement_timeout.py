@@ -1,4 +1,4 @@
-"""How long the statements of a unit of work may take, and how each of its transactions is told."""
+"""`StatementTimeout`: limits how long the statements of a unit of work may take, in each of its transactions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class StatementTimeout:
 
     Args:
         seconds: how long each statement may take.
-        deadline: when the last one has to be done, on the event loop's clock (`loop.time()`).
+        deadline: when the last statement has to be done, on the event loop's clock (`loop.time()`).
 
     Raises:
         ValueError: `seconds` is not positive.
-        TypeError: it is no number.
+        TypeError: `seconds` is no number.
     """
 
     seconds: float | None = None
@@ -57,7 +57,7 @@ class StatementTimeout:
         """Return how many seconds a statement that begins now may take; ``None`` without a limit.
 
         Raises:
-            DeadlineExceededError: none, as the deadline has passed.
+            DeadlineExceededError: the deadline has passed.
         """
         if self.deadline is None:
             return self.seconds
@@ -69,7 +69,7 @@ class StatementTimeout:
         return left if self.seconds is None else min(left, self.seconds)
 
     def milliseconds(self) -> int | None:
-        """Return `left` as PostgreSQL is told it; ``None`` without a limit.
+        """Return `left` in milliseconds, as PostgreSQL takes it; ``None`` without a limit.
 
         What is left until a deadline is rounded down to two digits: each other number is another statement to prepare,
         and drivers keep a limited number of those.
@@ -136,7 +136,7 @@ async def limit_open_transaction(session: AsyncSession, current: CurrentTimeout)
 
 
 CLIENT_SECONDS = 1.0
-"""How much later than the database a call is given up on this side: its own error tells more."""
+"""How much later than the database ctxdb gives a call up: the database's own error tells more."""
 
 
 def _latest(timeout: StatementTimeout | None) -> float | None:
@@ -162,8 +162,8 @@ def _limit(session: Session, connection: Connection, timeout: StatementTimeout, 
             _interrupted.add(connection)
             _Interrupter(session, connection, current)
     elif not is_mysql(connection.dialect):
-        # Those two have no common limit, and MySQL's is for SELECT alone. The client's side holds the limit there: it
-        # has the server end the connection.
+        # MySQL and MariaDB have no common limit, and MySQL's is for SELECT alone. Their statements are limited by ctxdb
+        # alone, which has the server end the connection.
         raise TransactionOptionsError(
             f"A statement timeout is known for PostgreSQL, SQLite, MySQL and MariaDB, not for {backend}."
         )
@@ -228,8 +228,8 @@ _INTERRUPTED = (
     "transaction cannot be committed. Let the error propagate, or give the statement more time."
 )
 
-# SQLAlchemy connections each statement of which gives the running call its time anew.
+# The connections on which a listener restarts the limit of the running call at each statement.
 _timed: WeakSet[Connection] = WeakSet()
 
-# SQLAlchemy connections that have an interrupter already.
+# The connections that have an interrupter already.
 _interrupted: WeakSet[Connection] = WeakSet()

@@ -1,4 +1,4 @@
-"""What was set on a connection for longer than a transaction, undone before the pool has the connection back."""
+"""Undoes what was set on a connection for longer than a transaction, before the pool has the connection back."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ class TableCleaner:
     It finds these tables by itself, also if an application in another process, a trigger or a cascading delete has
     changed them. All other tables cost next to nothing.
 
-    It refuses what may not be a database of tests. One of these has to say that it is:
+    It refuses a database that may not be one of tests. One of these has to mark the database as one of tests:
 
     - its name, of which "test" begins a word, as in ``shop_test`` (SQLite: that of its file);
-    - its place, for a SQLite file in the directory for temporary ones;
+    - its place, for a SQLite file in the directory for temporary files;
     - its mark, which `create_database` leaves, and ``COMMENT ON DATABASE shop_ci IS 'ctxdb: test database'``;
     - `test_databases`.
 

@@ -42,10 +42,10 @@ def confine(maker: async_sessionmaker[SessionT], redirect: Redirect) -> async_se
 
 
 def onto(connection: AsyncConnection, what: str) -> Redirect:
-    """Return what keeps all statements on one connection.
+    """Return a function that redirects all statements to one connection.
 
     Args:
-        connection: which one.
+        connection: the connection.
         what: whose connection it is, for the error.
     """
     sync_connection = connection.sync_connection

@@ -119,7 +119,7 @@ class Connection(AdaptedConnection):
         self._settings = Settings()
         """What was set in autocommit, for all statements that follow."""
         self.isolation_level: str | None = None
-        """What was asked for: to be told to who asks, as it makes no difference here."""
+        """The level that was set. It is only there to be read, as it makes no difference on a shared connection."""
 
     @property
     def autocommit(self) -> bool:
@@ -195,7 +195,7 @@ class Connection(AdaptedConnection):
             try:
                 await_only(self._shared.thread.run(self._shared.commit, transaction))
             except BaseException:
-                # It may have been kept from being committed, or from hearing of it.
+                # The commit may not have run, or its answer may not have arrived.
                 self._transaction = transaction
                 raise
 
@@ -247,5 +247,5 @@ class _DriverConnection:
 
 def _current_task() -> object:
     task: object = asyncio.current_task()
-    # What runs to its end in spite of cancellations does so in a stand-in of its task.
+    # While a coroutine runs to completion, a `LentTask` stands in for the running task.
     return task.host if isinstance(task, LentTask) else task

@@ -80,7 +80,7 @@ class _TestUnit(UnitOfWork):
     def __init__(self) -> None:
         super().__init__()
         self.savepoint_sessions: dict[DBConnect, Callable[[], AsyncSession]] = {}
-        """What makes the sessions that are to be put on a connection of the test."""
+        """By database, the functions that make sessions on a connection of the test."""
         self.stand_ins: dict[DBConnect, Any] = {}
         """What the test has put in the place of sessions: mocks, for instance. They are not among `sessions`."""
 
@@ -151,9 +151,9 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:  # 
     use `shared_transaction`.
 
     Args:
-        auto_close: whether its sessions are committed (or rolled back, if the block raises) and closed at the end.
-            Without it, they are left to the test as they are, which commits, rolls back or closes them; one that it
-            forgets in mid transaction is told by a ``ResourceWarning``. `put_savepoint_session_in_ctx` closes its own.
+        auto_close: whether the unit's sessions are committed (or rolled back, if the block raises) and closed at the
+            end. Without it, the test has to commit, roll back or close them; a session that it forgets in mid
+            transaction causes a ``ResourceWarning``. `put_savepoint_session_in_ctx` closes its own.
 
     Raises:
         BaseException: what the block raised, or the error of a commit.

@@ -49,7 +49,7 @@ class Driver:
         return None
 
     async def begin(self) -> None:
-        """Begin the outer transaction, and learn what will have to be known."""
+        """Begin the outer transaction, and read what `commit` is going to need."""
 
     async def run(self, *statements: str) -> None:
         """Run statements that return nothing, in one round trip if that is possible."""
@@ -64,12 +64,12 @@ class Driver:
 
         Args:
             savepoint: its name.
-            *before: statements to be run in between.
+            *before: statements to be run between the check and the release.
         """
         raise NotImplementedError
 
     async def set_read_only(self, *, on: bool, savepoint: bool) -> None:
-        """Have writes refused, or not any more; `savepoint` says that one has just begun."""
+        """Have writes refused, or not any more; `savepoint` tells whether a savepoint has just been set."""
         raise NotImplementedError
 
     async def interrupt(self) -> None:
@@ -77,7 +77,7 @@ class Driver:
         raise NotImplementedError
 
     def forget_schema(self) -> None:
-        """Take notice that the schema has changed."""
+        """Forget what was read of the schema, as the schema has changed."""
 
 
 class _Postgres(Driver):
@@ -192,7 +192,7 @@ _DRIVERS: dict[str, type[Driver]] = {
 
 
 def check_driver(engine: Engine) -> None:
-    """Raise the error that says so if the driver of `engine` is not known here."""
+    """Raise an error if the driver of `engine` is not known here."""
     if engine.dialect.driver not in _DRIVERS:
         raise SharedTransactionError(f"The testing tools know {', '.join(_DRIVERS)}, and not {engine.dialect.driver}.")
 
@@ -203,7 +203,7 @@ def driver_of(engine: Engine, dbapi_connection: Any) -> Driver:
 
 
 def backend_pid_of(engine: Engine, dbapi_connection: Any) -> int | None:
-    """Return the server process of a connection of `engine`; ``None`` where there is none that could be asked for."""
+    """Return the server process of a connection of `engine`; ``None`` if its driver cannot tell."""
     return driver_of(engine, dbapi_connection).backend_pid if engine.dialect.driver in _DRIVERS else None
 
 

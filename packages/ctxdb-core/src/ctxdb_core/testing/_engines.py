@@ -113,7 +113,7 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
     # A connection costs nothing here, so there may be any number of them.
     pool = AsyncAdaptedQueuePool(connect, max_overflow=-1, dialect=dialect)
     for name in ("checkout", "checkin", "reset"):
-        # What the application does when a connection is opened was done to the original's.
+        # There is none for ``connect``: its listeners were called when the original engine opened the connection.
         event.listen(pool, name, partial(_call_listeners, sync_engine, name))
     engine = SharedEngine(sync_engine, {})
     engine.dialect = dialect

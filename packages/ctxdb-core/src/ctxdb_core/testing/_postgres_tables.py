@@ -5,7 +5,7 @@ tell at once, and for every process: a table that is empty and not bloated has n
 also if it is rolled back. So one look at the sizes leaves only few tables, of which is asked whether they have rows.
 
 For tables that had rows to begin with, a copy is kept. Each row carries the number of the transaction that wrote it
-(``xmin``): one that is younger than the copy, or another number of rows, is a change.
+(``xmin``): a row that is younger than the copy, or another number of rows, is a change.
 
 Rows are removed by DELETE: TRUNCATE makes new files for each table and its indexes, and takes several milliseconds for
 each where the DELETE of a test's few rows takes some microseconds.
@@ -30,7 +30,7 @@ from ctxdb_core.testing._errors import CleanUpError, WrongDatabaseError
 from ctxdb_core.testing._marks import MARK, names_a_test
 from ctxdb_core.testing._tables import Tables, refuse_busy, refuse_unmarked
 
-# Emptied by DELETE, a table keeps its pages, which every look at it has to pass.
+# A table that is emptied by DELETE keeps its pages, which every look at it has to pass.
 _BLOATED_PAGES = 128
 
 LOCK_TIMEOUT = "5s"
@@ -106,7 +106,7 @@ class PostgresTables(Tables):
         self._readable: set[str] = set()
         """The sequences that this role may look into."""
         self._starts: dict[str, int] = {}
-        """What sequences were about to return that had not been asked yet."""
+        """The first values of the sequences that had not been used yet."""
         self._pages: dict[str, int] = {}
         self._partitions: dict[str, set[str]] = {}
         """Of each partitioned table, those of its partitions that have rows."""
@@ -130,7 +130,7 @@ class PostgresTables(Tables):
             own_backends.add(self._backend_pid)
 
     def forget(self) -> None:
-        """Writes of this server process are another's from now on."""
+        """Take writes of this server process for those of other programs from now on."""
         if self._backend_pid is not None:
             own_backends.discard(self._backend_pid)
 
@@ -158,10 +158,10 @@ class PostgresTables(Tables):
         self.is_silent = await self._try(_NO_TRIGGERS)
         await self._copy()
         others = await self._others()
-        # Also those of the application: a part of it may be at work already.
+        # The application's own sessions count as well: a part of it may be at work already.
         age = min((other.age for other in others), default=_tables.QUIET_SECONDS)
         if age < _tables.QUIET_SECONDS:
-            # If one of them writes now and then, it does so again.
+            # A session that writes now and then does so again in this time.
             await asyncio.sleep(_tables.QUIET_SECONDS - age)
             if await self.changed() or self.sequences_moved:
                 raise refuse_busy(self._name, f" ({_names_of(others)})")
@@ -249,7 +249,7 @@ class PostgresTables(Tables):
         """Empty `tables`, put the copied rows back, and set the sequences."""
         statements = []
         if self.is_silent:
-            # Also those of foreign keys: no order has to be kept.
+            # The triggers of foreign keys are silent, too: no order has to be kept.
             statements += [_NO_TRIGGERS, *(f"DELETE FROM ONLY {table}" for table in tables)]
         elif tables:
             tables = await self._ordered(tables)
@@ -284,12 +284,12 @@ class PostgresTables(Tables):
         name = _literal(sequence)
         if last is not None:
             return f"SELECT setval({name}, {last}, true)"
-        # One that is new begins at its start.
+        # A sequence that is new begins at its start.
         start = self._starts.get(sequence, f"(SELECT seqstart FROM pg_sequence WHERE seqrelid = {name}::regclass)")
         return f"SELECT setval({name}, {start}, false)"
 
     async def _look(self) -> None:
-        """See how large the tables are, and where the sequences."""
+        """Read the sizes of the tables, and the last values of the sequences."""
         self._pages, self._sequences, self._readable = {}, {}, set()
         for is_table, name, number, is_readable in await self.driver.fetch(_STATE):
             if is_table:

@@ -27,7 +27,7 @@ _SET_CONFIG = re.compile(
     r"(?:[^(),']|'[^']*'|\([^()]*\))*,\s*(?P<local>'\w+'|\$\d+|%\(\w+\)s|\w+)",
     re.IGNORECASE,
 )
-# Who may do what depends on them: they are given up first, and taken last.
+# Roles decide what the session may do: they are given up first, and taken last.
 _ROLES = ("session_authorization", "role")
 
 
@@ -63,7 +63,7 @@ def assignment(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
 
 
 def query(names: Sequence[str]) -> str:
-    """Return the query for the values of settings; one that is not known has none, which is what it gets back."""
+    """Return the query for the values of settings; the value of an unknown setting is empty."""
     values = [f"coalesce(current_setting({_quoted(name)}, true), '')" for name in names]
     return f"SELECT {', '.join(values)}"
 
@@ -85,7 +85,7 @@ def _resolve(expression: str, parameters: tuple[Any, ...]) -> Any:
         if expression.startswith("%"):
             return given[expression[2:-2]]
     except (LookupError, TypeError):
-        # Of a statement that is executed for several sets of parameters.
+        # The statement is executed for several sets of parameters.
         return None
     return expression.strip("'")
 

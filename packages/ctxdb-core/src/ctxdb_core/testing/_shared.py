@@ -41,7 +41,7 @@ class SharedTransaction:
         self, thread: LoopThread, dbs: tuple[DBConnect, ...], timeout: float, *, private: bool = False
     ) -> None:
         self._private = private
-        # Each once: what is replaced twice would be put back twice.
+        # Without duplicates: engines that are replaced twice would be put back twice.
         self._dbs = tuple(dict.fromkeys(dbs))
         self._claimed: tuple[DBConnect, ...] = ()
         self._shared = SharedConnection(thread, timeout)
@@ -51,7 +51,7 @@ class SharedTransaction:
         self._chosen: dict[object, Engine] = {}
         """Engines for sessions that have chosen one by themselves."""
         self.session: AsyncSession | None = None
-        """The test's, once it has begun."""
+        """The test's session, once the transaction has begun."""
 
     async def begin(self) -> AsyncSession:
         """Begin, and return the test's session. Runs on the thread's loop."""
@@ -64,7 +64,7 @@ class SharedTransaction:
             raise
 
     def _claim(self) -> None:
-        """Keep others from the databases, who may begin at the same moment on a thread of their own."""
+        """Keep other shared transactions, which may begin at the same moment on another thread, from the databases."""
         with _claiming:
             for db in self._dbs:
                 if db in _active:
@@ -107,7 +107,7 @@ class SharedTransaction:
             await self._shared.end()
 
     def restore(self) -> None:
-        """Give the databases their own engines back, and raise what the test has to know."""
+        """Give the databases their own engines back, and raise an error if a roll-back has undone committed work."""
         while self._guarded:
             engine = self._guarded.pop()
             for name, listener in _GUARDS.items():
@@ -176,14 +176,14 @@ def _refuse_original(connection: Connection) -> None:
     )
 
 
-# What is held back from the engines that the databases had before.
+# The listeners that refuse to use the engines which the databases had before.
 _GUARDS = {"begin": _refuse_original, "commit": _refuse_original}
 
 
 async def _original_engine(db: DBConnect) -> AsyncEngine:
     """Return an engine of `db` that can be used on the thread's loop."""
     if db.host is None:
-        # The handler may know it.
+        # Its `before_create_session_handler` may set the host.
         await db.session_maker()
     engine = await db.engine()
     if engine.dialect.name == "sqlite" and sqlite_file(engine.url) is None:
@@ -202,10 +202,10 @@ async def shared_transaction(
     """Let the block and the application that it tests share one connection, and roll everything back at its end.
 
     Nothing of the application has to know. All that it gets from `db` is part of the connection's one transaction:
-    sessions, engines, session makers; in this task and in others, on this event loop and on those of other threads. Its
-    commits release savepoints, having checked what COMMIT would check; its roll-backs go back to them. Sessions take
-    turns: a transaction that has written is ended before another task's one begins. Inside of it, its own code can open
-    others (`run_in_new_ctx`).
+    sessions, engines, session makers; in this task and in others, on this event loop and on those of other threads. The
+    commits of the application release savepoints, having checked what COMMIT would check; its roll-backs go back to
+    them. Sessions take turns: a transaction that has written has to end before another task's transaction begins. The
+    code inside of a transaction can open others (`run_in_new_ctx`).
 
     Args:
         db: the database.
@@ -213,8 +213,9 @@ async def shared_transaction(
         timeout: how many seconds a transaction waits for another one's end before that is taken for a deadlock.
 
     Returns:
-        The test's own session, on the same connection, to prepare data and to look at it. It stands in nobody's way:
-        what it has flushed is seen by the application, and once the application has used the database, it stays.
+        The test's own session, on the same connection, to prepare data and to look at it. The application never has to
+        wait for it: it sees what the session has flushed, which cannot be rolled back once the application has used the
+        database.
 
     Raises:
         SharedTransactionError: something was asked of the one connection that it cannot give; the message says what,

@@ -33,22 +33,22 @@ class SharedConnection:
         self.thread = thread
         self.timeout = timeout
         self.problems: list[str] = []
-        """What makes the outcome of the test worthless, to be said at its end."""
+        """Roll-backs that make the outcome of the test worthless, for the error at its end."""
         self.unusable: str | None = None
         """Why there can be no further statement."""
         self._open: list[Transaction] = []
         self._turns = asyncio.Condition()
         self._saw_ddl = False
         self._running: asyncio.Task[Any] | None = None
-        """What is executing a statement."""
+        """The task that is executing a statement."""
         self._executing: Transaction | None = None
-        """Whose statement that is."""
+        """The transaction of that statement."""
         self._was_interrupted = False
-        """Whether one was stopped."""
+        """Whether a statement was stopped."""
         self._in_force = Settings()
         """The settings that the connection has now; any other is what the connection came with."""
         self._originals: dict[str, str] = {}
-        """What it came with, of all that was ever set."""
+        """The values that the connection came with, of all settings that were changed at any time."""
         self._backend_pid: int | None = None
 
     async def begin(self, engine: AsyncEngine) -> None:
@@ -171,7 +171,7 @@ class SharedConnection:
             transaction.over = True
 
     async def interrupt(self, transaction: Transaction) -> None:
-        """Stop the statement that a transaction has begun, be it that it still waits for its turn."""
+        """Stop the statement that a transaction has begun, also if the statement still waits for its turn."""
         if self._executing is transaction:
             self._was_interrupted = True
             await self.driver.interrupt()
@@ -209,7 +209,7 @@ class SharedConnection:
             return False
         if transaction.savepoint is None:
             if transaction.autocommit and kind is not None and _only_reads(transaction, kind) and not top.failed:
-                # It is over before anybody could be in its way.
+                # The transaction is over before another one could get in its way.
                 return True
             if any(outer is top for outer in transaction.inside):
                 return True
@@ -248,7 +248,7 @@ class SharedConnection:
             try:
                 await self._release(transaction)
             except BaseException:
-                # Its time may be up, by the timeout that it has set.
+                # The transaction may have set a timeout for statements, which has stopped the release.
                 transaction.failed = self.driver.aborts_on_error
                 raise
             transaction.wrote = False
@@ -274,11 +274,12 @@ class SharedConnection:
             return
         assert transaction.savepoint is not None
         is_last = self._open[-1] is transaction
-        # What is checked may depend on them.
+        # The checks of a COMMIT may depend on the settings, so these are restored after the checks.
         restore = self._restoration()
         try:
             if transaction.wrote:
-                # Others may have begun since. Then its savepoint stays until they have ended: nobody goes back to it.
+                # Other transactions may have begun since. Then this savepoint stays until they have ended, and another
+                # one is checked.
                 checked = transaction.savepoint if is_last else "ctxdb_checked"
                 if not is_last:
                     await self.driver.run(f"SAVEPOINT {checked}")
@@ -317,7 +318,8 @@ class SharedConnection:
             self._complain(transaction, [*inner.within, str(inner)])
             self._leave(inner, committed=False)
         if transaction.within and not transaction.wrote and not transaction.failed:
-            # It has only read. What others have committed meanwhile must stand, as it would elsewhere.
+            # The transaction has only read. What others have committed meanwhile must stand, as with connections of
+            # their own.
             await self._release(transaction)
             return
         if transaction.within:
@@ -325,7 +327,7 @@ class SharedConnection:
         await self._control(
             f"ROLLBACK TO SAVEPOINT {transaction.savepoint}", f"RELEASE SAVEPOINT {transaction.savepoint}"
         )
-        # Those of any transaction are set behind its savepoint.
+        # The settings of a transaction are made behind its savepoint, and have been undone with it.
         self._in_force = Settings()
         self._leave(transaction, committed=False)
         await self._release_committed()

@@ -60,7 +60,7 @@ def kind_of(sql: str) -> Kind:
     transaction is rolled back after others have committed in the meantime.
 
     Raises:
-        SharedTransactionError: it would end the shared transaction itself, or prepare it for a two-phase commit.
+        SharedTransactionError: `sql` would end the shared transaction itself, or prepare it for a two-phase commit.
     """
     start = start_of(sql)
     hides_control = ";" in sql and _HIDDEN_CONTROL.match(sql)
@@ -87,7 +87,8 @@ def open_savepoints(names: list[str], sql: str) -> list[str]:
         return [*names, name]
     if name not in names:
         return names
-    # The last one of its name, and all that were set after it. SQLAlchemy never comes back to one of its own.
+    # The last savepoint of the name ends, and all later ones. After ROLLBACK TO the savepoint itself stays open, but
+    # SQLAlchemy never uses one of its own again.
     index = len(names) - 1 - names[::-1].index(name)
     stays = verb == "ROLLBACK" and not name.startswith("sa_savepoint_")
     return names[: index + stays]

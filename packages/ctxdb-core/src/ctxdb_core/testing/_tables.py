@@ -23,7 +23,7 @@ class Tables:
     is_silent = False
     """Whether `restore` fires no trigger, so that nothing has changed again after it."""
     sequences_moved = False
-    """Whether sequences were found elsewhere than they were, when `changed` was asked."""
+    """Whether the last call of `changed` has found a sequence that has moved."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -33,20 +33,20 @@ class Tables:
 
         Args:
             named: the names of databases that the user has called tests'.
-            url: the address of this one.
+            url: the address of the database.
         """
         raise NotImplementedError
 
     async def remember(self) -> None:
-        """Take what is in the tables now for what shall be there.
+        """Remember the present rows of the tables, which `restore` brings back.
 
         Raises:
-            WrongDatabaseError: others write to them.
+            WrongDatabaseError: other sessions write to the tables.
         """
         raise NotImplementedError
 
     async def check_writers(self, changed: list[str]) -> list[str]:
-        """Raise the error that says so if others write to the tables right now; return the tables that have changed.
+        """Raise an error if other sessions write to the tables right now; return the tables that have changed.
 
         Args:
             changed: the tables that had changed so far.

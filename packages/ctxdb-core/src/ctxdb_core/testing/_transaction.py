@@ -12,7 +12,7 @@ class Transaction:
         autocommit: whether each statement is a transaction of its own.
         read_only: whether writes are refused.
         lenient: whether it lets others go first also when it has written: they see what it wrote, and it cannot undo
-            that any more. So are the sessions of tests.
+            that any more. The transaction of a test's session is lenient.
         settings: what is set for it.
     """
 

@@ -20,14 +20,14 @@ from ctxdb_core.testing._errors import WrongDatabaseError
 from ctxdb_core.testing._marks import MARK_OF_MADE, SQLITE_MARK, is_sqlite_made_by_tests
 
 _NAME_BYTES = 63
-"""PostgreSQL truncates what is longer (PostgreSQL, "Identifiers and Key Words"), to one name for several."""
+"""PostgreSQL truncates a longer name (PostgreSQL, "Identifiers and Key Words"), so that two names may become one."""
 
 _NO_WORKER = "ctxdb"
 """The ending of the name where there are no workers: no worker is called so, and hardly a database of anything else."""
 
 _SQLITE_FILES = ("", "-journal", "-wal", "-shm")
 
-# Another file may have been copied there since, which has no mark.
+# Since a file was made here, another file, which has no mark, may have been copied over it.
 _files_made_here: set[Path] = set()
 
 
@@ -70,14 +70,14 @@ def _name_for(worker: str, base: str) -> str:
 
 
 async def create_database(url: str | URL, template: str | None = None) -> None:
-    """Create the database that `url` names; one that this function has made before is replaced.
+    """Create the database that `url` names; a database that this function has made before is replaced.
 
     It knows its own by a mark that it leaves: a comment on a PostgreSQL database, the application ID of a SQLite file.
     A database without this mark is never dropped. For one in memory, there is nothing to do.
 
     Args:
         url: where it is to be; the role must be allowed to create databases.
-        template: on PostgreSQL, the database that it becomes a copy of; nobody may be connected to that.
+        template: on PostgreSQL, the database that the new one becomes a copy of, while no client is connected to it.
 
     Raises:
         WrongDatabaseError: the database exists, and this function has not made it.
@@ -138,7 +138,7 @@ async def _drop_own_database(connection: AsyncConnection, name: str) -> None:
             f"The database {name!r} exists, and create_database() has not made it (its comment does not say so): it is "
             "left alone. Name another one; or, if nobody needs it, drop it yourself."
         )
-    # Its tests have ended, or another run of them takes the database from them.
+    # The tests that have used the database have ended, or this run of tests takes it from them.
     await connection.exec_driver_sql(f"DROP DATABASE {_quoted(connection, name)} WITH (FORCE)")
 
 

@@ -45,7 +45,7 @@ __all__ = [
 def ctxdb_dbs() -> DBConnect | Sequence[DBConnect]:
     """The databases of the tests, to be overridden in ``conftest.py``: one `DBConnect`, or several.
 
-    One that is read-only sees the same data as the first other one before it whose database has the same name.
+    A read-only `DBConnect` sees the same data as the first one before it whose database has the same name.
     """
     raise pytest.UsageError(
         'Tell ctxdb which databases the tests use: define a fixture `ctxdb_dbs` in conftest.py, with scope="session", '
@@ -89,7 +89,7 @@ def ctxdb_shared_transaction(
 ) -> Iterator[Mapping[DBConnect, AsyncSession]]:
     """Test and application share a connection to each database; all is rolled back after the test.
 
-    Its value are the test's sessions, by `DBConnect`. See `ctxdb_core.testing.shared_transaction`.
+    Its value maps each `DBConnect` to the test's session on it. See `ctxdb_core.testing.shared_transaction`.
     """
     with ExitStack() as stack:
         sessions = {}
@@ -165,7 +165,7 @@ def _new_db_ctx(request: pytest.FixtureRequest) -> None:
     _check_runs_in_context(request, "new_db_ctx")
 
 
-# The test's session that those of its unit of work are put beside, and its database.
+# The database, and the test's session on whose connection the sessions of its unit of work are put.
 _beside = pytest.StashKey[tuple[DBConnect, AsyncSession]]()
 
 
@@ -181,7 +181,7 @@ def ctxdb_test_context(request: pytest.FixtureRequest) -> None:
         request.node.stash[_beside] = groups[0][0], request.getfixturevalue("ctxdb_rollback_session")
 
 
-# The fixtures whose context a test runs in. A plain test, which can run in none, has nothing of it.
+# The fixtures whose context an asynchronous test runs in. A plain test, which can run in none, has no such entry.
 _contexts = pytest.StashKey[set[str]]()
 
 
@@ -194,7 +194,7 @@ def _check_runs_in_context(request: pytest.FixtureRequest, name: str) -> None:
         )
     if contexts is None and name in inspect.signature(request.function).parameters:
         raise pytest.UsageError(f"{name} is for asynchronous tests: this one is a plain function.")
-    # It comes from a fixture that all tests have, and makes no difference to a plain one.
+    # A plain test that asks for the fixture by way of another one, which all tests have, runs as without it.
 
 
 @pytest.fixture(scope="session")
@@ -240,7 +240,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let tests run in the contexts that they ask for: a fixture runs in another one than its test."""
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
-            # Other plugins wrap the function in a plain one before it runs: it is told by this from then on.
+            # Other plugins wrap the function in a plain one before it runs: only the entry tells then that the test was
+            # asynchronous.
             asked_for = item.stash[_contexts] = {"new_db_ctx", "ctxdb_test_context"} & {*item.fixturenames}
             if asked_for:
                 item.obj = _in_contexts(item, item.obj, asked_for)

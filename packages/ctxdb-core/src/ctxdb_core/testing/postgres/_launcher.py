@@ -1,4 +1,4 @@
-"""This side of the supervisor process: it is started, given orders, and ended."""
+"""`Launcher`: starts the supervisor process of embedded servers, gives it orders, and ends it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Launcher:
         return future
 
     def started(self) -> Future[str]:
-        """Return the future of the directory that all files are in: where relative paths lead."""
+        """Return the future of the directory that holds all files, to which relative paths refer."""
         return self._started
 
     def close(self) -> None:
@@ -89,8 +89,8 @@ class Launcher:
 
     def _write(self, message: object) -> None:
         with self._lock, contextlib.suppress(OSError, ValueError):
-            # By the pipe, as every user of the machine may read a process's arguments. A closed one fails what is
-            # pending, when the supervisor has ended.
+            # Orders go through the pipe, as every user of the machine may read a process's arguments. If the pipe is
+            # closed, the supervisor has ended, and `_read` lets all pending orders fail.
             self._input.write(json.dumps(message) + "\n")
             self._input.flush()
 

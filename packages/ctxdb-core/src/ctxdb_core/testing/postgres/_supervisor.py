@@ -127,7 +127,7 @@ class _Supervisor:
             target.unlink(missing_ok=True)
 
     async def serve(self, name: str, args: Sequence[str], timeout: float) -> str:
-        """Start the server on the data directory `name`; return when it lets clients in, as what."""
+        """Start the server on the data directory `name`; when it lets clients in, return ``ready`` or ``standby``."""
         if self._is_running(name):
             raise _OrderError(f"{name} is running.")
         with self._log(name).open("ab") as log:
@@ -172,7 +172,7 @@ class _Supervisor:
         """Have a server shut down by a signal, and return when it has ended."""
         process = self._running(name)
         process.send_signal(number)
-        # A frozen one sees the signal only then.
+        # A frozen server sees the signal only when it is thawed.
         self._thaw(process)
         try:
             async with asyncio.timeout(timeout):
@@ -208,10 +208,10 @@ class _Supervisor:
 
     async def _freeze(self, process: asyncio.subprocess.Process) -> list[int]:
         _send(process.pid, signal.SIGSTOP)
-        # While it may still run, it may start another.
+        # As long as the first process may run, it may start another one.
         while process.returncode is None and _processes().get(process.pid, (0, "T"))[1] not in "TtZ":  # noqa: ASYNC110 - not ours
             await asyncio.sleep(POLL_SECONDS / 10)
-        # Each is in a group of its own: they have to be found one by one.
+        # Each child is in a process group of its own, so the children have to be found one by one.
         children = _children(process.pid)
         for child in children:
             _send(child, signal.SIGSTOP)
@@ -297,7 +297,7 @@ async def _supervise() -> None:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
     finally:
-        # From here on nothing interrupts: what is left now is left for good.
+        # From here on nothing interrupts: what is not removed now would be left for good.
         reader.cancel()
         for task in tasks:
             task.cancel()
