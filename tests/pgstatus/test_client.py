@@ -25,7 +25,7 @@ from tests.support.sidecar import (
 )
 
 from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, ReadRule, SidecarError
-from ctxdb_pgstatus.sidecar.choice import Locality
+from ctxdb_pgstatus.locality import Locality
 
 HOUR = 3600.0
 
@@ -368,10 +368,10 @@ async def test_a_sidecar_that_was_never_there_is_an_error_that_says_what_to_do()
         (503, b'{"error_text": "pg_monitor is not ready"}', "it has not asked its hosts yet"),
         (500, b"", "it answers with status 500"),
         (302, b"", "it answers with status 302"),
-        (200, b"<html>", "is no answer"),
-        (200, b'{"hosts": []}', "is no answer"),
-        (200, b'{"host": 5}', "is no answer"),
-        (404, b"Not Found", "is no answer"),
+        (200, b"<html>", "is none of a sidecar's"),
+        (200, b'{"hosts": []}', "is none of a sidecar's"),
+        (200, b'{"host": 5}', "is none of a sidecar's"),
+        (404, b"Not Found", "is none of a sidecar's"),
     ],
 )
 async def test_malformed_answer_is_an_error(
@@ -412,7 +412,7 @@ async def test_an_answer_with_a_value_that_cannot_be_is_an_error_and_not_taken_f
             lambda: client.find_reader(ReadRule(max_lag_ms=5, max_lag_bytes=5)),
             lambda: client.promotion_of("n2"),
         ):
-            with pytest.raises(SidecarError, match="is no answer"):
+            with pytest.raises(SidecarError, match="is none of a sidecar's"):
                 await question()
 
 
@@ -425,9 +425,9 @@ async def test_a_fault_that_a_newer_sidecar_tells_of_is_no_error(url: str, sidec
 @pytest.mark.parametrize(
     ("raw", "fields", "reason"),
     [
-        (b"[" * 100_000, [], "is no answer"),
-        (b'{"host":' * 100_000, [], "is no answer"),
-        (b"9" * 100_000, [], "is no answer"),
+        (b"[" * 100_000, [], "is none of a sidecar's"),
+        (b'{"host":' * 100_000, [], "is none of a sidecar's"),
+        (b"9" * 100_000, [], "is none of a sidecar's"),
         (b'{"host": "' + b"n" * (1 << 20) + b'"}', [], "longer than 1048576 bytes"),
         (gzip.compress(b'{"host": "' + b"n" * (1 << 26) + b'"}'), [(b"content-encoding", b"gzip")], "compressed"),
     ],
@@ -530,4 +530,4 @@ async def test_a_loop_that_has_ended_is_forgotten(url: str) -> None:
 
 
 async def _open(client: PgStatusClient) -> None:
-    client._here()
+    client._on_this_loop()

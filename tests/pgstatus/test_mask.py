@@ -45,7 +45,7 @@ def test_a_message_that_is_too_long_is_cut(password: str | None) -> None:
 
 
 def test_no_part_of_a_password_is_left_where_a_message_is_cut() -> None:
-    for size in range(1980, 2001):
+    for size in (*range(14), *range(1980, 2001)):
         assert "hunter" not in mask_password("a" * size + "hunter22hunter" * 1000, "hunter22hunter")
 
 

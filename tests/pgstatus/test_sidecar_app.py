@@ -11,8 +11,8 @@ from tests.support.server import http_client
 from tests.support.sidecar import START, cluster, dead, master, replica, serve_sidecar, told_app
 
 from ctxdb_pgstatus import MasterUncertainError, PgStatusError
+from ctxdb_pgstatus.locality import Locality
 from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
 
 JSON = {"accept": "application/json"}

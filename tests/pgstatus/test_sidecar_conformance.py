@@ -17,9 +17,9 @@ from tests.support.server import http_client
 from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
 
 from ctxdb_pgstatus import HostStatus
+from ctxdb_pgstatus.locality import Locality
 from ctxdb_pgstatus.lsn import parse_lsn
 from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.choice import Locality
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.sidecar.settings import Settings
 

@@ -17,9 +17,9 @@ from tests.support.database import eventually
 from tests.support.server import http_client
 from tests.support.sidecar import serve_sidecar
 
-from ctxdb_pgstatus.sidecar.server import Limits, Request, Response, Server
+from ctxdb_pgstatus.sidecar.server import ClientLimits, Request, Response, Server
 
-BRIEF = Limits(request_seconds=0.1, idle_seconds=0.1, write_seconds=0.1)
+BRIEF = ClientLimits(request_seconds=0.1, idle_seconds=0.1, write_seconds=0.1)
 
 
 class Desk:
@@ -325,7 +325,7 @@ async def test_a_request_that_stays_in_part_is_given_up(desk: Desk, sent: bytes)
 
 
 async def test_a_request_in_part_behind_a_whole_one_is_given_up(desk: Desk) -> None:
-    async with serve_sidecar(desk, Limits(request_seconds=0.1)) as url, connect(url) as client:
+    async with serve_sidecar(desk, ClientLimits(request_seconds=0.1)) as url, connect(url) as client:
         client.get("/a")
         client.send(b"GET /b HTT")
         assert await client.bodies(1) == [b"/a"]
@@ -366,7 +366,7 @@ async def test_an_answer_that_is_waited_for_is_not_cut_off_by_the_limit_for_idle
 
 
 async def test_a_client_that_does_not_read_its_answers_is_cut_off(desk: Desk) -> None:
-    async with serve_sidecar(desk, Limits(write_seconds=0.1)) as url:
+    async with serve_sidecar(desk, ClientLimits(write_seconds=0.1)) as url:
         address = urlsplit(url)
         with socket.create_connection((address.hostname or "", address.port or 0)) as client:
             client.sendall(b"GET /large HTTP/1.1\r\n\r\n" * 200)
@@ -423,7 +423,7 @@ async def _answers(client: httpx.AsyncClient) -> bool:
 
 
 async def test_connections_beyond_the_limit_are_refused(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    async with serve_sidecar(desk, Limits(connections=2)) as url:
+    async with serve_sidecar(desk, ClientLimits(connections=2)) as url:
         async with connect(url) as first, connect(url) as second:
             for client in (first, second):
                 client.get("/a")

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 from ctxdb_pgstatus import ClusterStatus, HostStatus, SyncCondition
 from ctxdb_pgstatus.sidecar.app import SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
-from ctxdb_pgstatus.sidecar.server import Answer, Limits, Server
+from ctxdb_pgstatus.sidecar.server import Answer, ClientLimits, Server
 
 START = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -195,7 +195,7 @@ class OriginalSidecar:
 
 
 @asynccontextmanager
-async def serve_sidecar(app: Answer, limits: Limits | None = None) -> AsyncIterator[str]:
+async def serve_sidecar(app: Answer, limits: ClientLimits | None = None) -> AsyncIterator[str]:
     """Serve `app` with the sidecar's own server, and yield its URL."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

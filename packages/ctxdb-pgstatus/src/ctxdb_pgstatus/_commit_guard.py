@@ -1,4 +1,4 @@
-"""`CommitGuard`: what is asked when a COMMIT has returned, before anybody is told that it has."""
+"""`CommitGuard`: after COMMIT has returned, asks whether the host is still the master before the commit succeeds."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ _STATE = "ctxdb_pgstatus.state"
 
 
 class ConnectionState:
-    """What is known of one connection to a host of the cluster.
+    """What is known of one connection to a host of the cluster, and of the transaction on it.
 
     Attributes:
-        engine: whose pool it is from.
-        host: where it leads to.
-        wrote: whether its transaction may have written something.
-        settings: what its transaction has set for itself.
-        is_bound: whether its transaction has something on this connection that another one would not have.
-        is_committing: whether COMMIT has been sent, and not answered.
-        positions: where its commit leaves its position, beside those of the code that commits.
-        started_at: when the server was started that it leads to; ``None`` if that is not known.
-        is_new: whether nobody has had it before.
+        engine: the `FollowedEngine` whose pool the connection is from.
+        host: the host that the connection leads to.
+        wrote: whether the transaction may have written something.
+        settings: the ``SET LOCAL`` statements of the transaction.
+        is_bound: whether the transaction has something on this connection that another connection would not have.
+        is_committing: whether COMMIT has been sent, and has not been answered.
+        positions: where the commit leaves its position, beside the positions of the code that commits: those of the
+            code that took the connection from the pool.
+        started_at: when the server was started that the connection leads to; ``None`` if that is not known.
+        is_new: whether the pool has not handed the connection out yet.
     """
 
     __slots__ = (
@@ -60,7 +61,7 @@ class ConnectionState:
         self.begin(None)
 
     def begin(self, positions: Positions | None) -> None:
-        """Forget what was done before: somebody takes the connection from the pool now."""
+        """Forget the last transaction, as the connection is taken from the pool anew, by the code of `positions`."""
         self.wrote = False
         self.settings: list[str] = []
         self.is_bound = False
@@ -68,33 +69,35 @@ class ConnectionState:
         self.positions = positions
 
     def keep(self, info: dict[Any, Any]) -> None:
-        """Be the state of the connection with this ``info``."""
+        """Be the state of the connection that has this ``info``."""
         info[_STATE] = self
 
 
 def state_of(connection: Connection | PoolProxiedConnection) -> ConnectionState | None:
-    """Return what is known of a connection; ``None`` if it is not one to a host of the cluster, or is not made yet."""
+    """Return what is known of a connection; ``None`` if it is to no host of the cluster, or is still being set up."""
     try:
         info = connection.info
     except NotImplementedError:
-        # SQLAlchemy asks the first connection for the server's version before its pool has it.
+        # SQLAlchemy asks the first connection of an engine for the server's version before the connection is in the
+        # pool, by a stand-in of the pool's proxy that has no `info`.
         return None
     return info.get(_STATE)
 
 
 class CommitGuard:
-    """Lets a COMMIT succeed only if its host is the master after it has returned.
+    """Lets a COMMIT succeed only if its host is the master after COMMIT has returned.
 
-    Where a sidecar that is asked for the master is away, the host itself is asked, on the connection of the commit:
-    whether it is a primary still, on the timeline on which the sidecar has known it as the master. That is enough as
-    long as the sidecar alone is away. What neither can tell is no success and no failure: `CommitUnconfirmedError`.
+    The source is asked. If that cannot answer (a sidecar may be away), the host itself is asked, on the connection of
+    the commit: is it still a primary, on the timeline on which the source has known it as the master? That is enough
+    as long as the source alone is away. If neither can tell, the commit is no success and no failure:
+    `CommitUnconfirmedError`.
 
-    Where the dialect commits, and not in a session's event: that comes too late to keep a success from being told, and
-    connections that are used without a session commit as well.
+    The question is asked where the dialect commits. A session's event ``after_commit`` would come too late to keep the
+    success from being told, and would not see commits of connections without a session.
 
     Args:
-        source: who is asked.
-        confirm: whether to ask for the master; without it, commits leave their positions only.
+        source: knows the master.
+        confirm: whether to ask for the master. Without that, commits only leave their positions for later reads.
         timeout: how many seconds the answer may take.
     """
 
@@ -102,7 +105,8 @@ class CommitGuard:
         self._source = source
         self._confirms = confirm
         self._timeout = timeout
-        # Code that has a driver's connection may write past SQLAlchemy, by COPY for instance.
+        # The drivers' connections that were handed out to code of the user's, which may write past SQLAlchemy: by COPY,
+        # for instance. Each commit of such a connection is confirmed.
         self._handed_out: WeakSet[Any] = WeakSet()
 
     def attach(self, engine: Engine) -> None:
@@ -137,13 +141,13 @@ class CommitGuard:
             self._handed_out.add(driver_connection)
             return driver_connection
 
-        # SQLAlchemy has events before these calls, and none after them.
+        # SQLAlchemy has events before the dialect commits (`commit`, `commit_twophase`), and none after that.
         follow_dialect(engine.dialect, "do_commit", do_commit_and_check)
         follow_dialect(engine.dialect, "do_commit_twophase", do_commit_twophase_and_check)
         follow_dialect(engine.dialect, "get_driver_connection", hand_out_driver_connection)
 
     def begin(self, connection: PoolProxiedConnection) -> None:
-        """Note that code takes a connection from the pool: its driver's connection is in no other hands any more."""
+        """Note that a connection is taken from the pool: code that was handed its driver's connection has ended."""
         if self._handed_out:
             self._handed_out.discard(_driver_connection(connection))
 
@@ -176,7 +180,8 @@ class CommitGuard:
 
     def _committed(self, connection: PoolProxiedConnection, state: ConnectionState) -> None:
         if connection.dbapi_connection is None:
-            # It was lost while it committed, and the commit has been found on the master.
+            # The connection was lost while it committed, and with `resolve_commits` the commit was found on the master.
+            # The position after the commit can be read no more.
             state.wrote = False
             self._note(state, UNKNOWN_POSITION)
             return
@@ -188,26 +193,27 @@ class CommitGuard:
                 self._confirm(connection, state.host)
                 self._confirm_server(state)
             except (MasterChangedError, CommitUnconfirmedError):
-                # Nobody shall wait for a host that may be frozen: the error is to be answered.
+                # The host may be frozen, and would not answer a ROLLBACK: cut off, the connection lets the error out at
+                # once.
                 driver.abort(_driver_connection(connection))
                 raise
         if positions_wanted(self._source):
             self._note_position(connection, state)
 
     async def is_master(self, host: str) -> bool:
-        """Return whether `host` is the master, if commits are to be confirmed at all.
+        """Return whether `host` is the master; ``True`` without a question if commits are not to be confirmed.
 
         Raises:
-            Exception: it cannot be found out.
+            Exception: the source cannot tell.
         """
         return not self._confirms or await self._source.confirm_master(host)
 
     def _confirm(self, connection: PoolProxiedConnection, host: str) -> None:
-        """Return if `host`, which a commit has returned from on `connection`, is the master.
+        """Raise an error unless `host` is the master. A commit has just returned from it on `connection`.
 
         Raises:
-            MasterChangedError: it is not.
-            CommitUnconfirmedError: it could not be found out.
+            MasterChangedError: `host` is not the master.
+            CommitUnconfirmedError: neither the source nor the host could tell.
         """
         deadline = asyncio.get_running_loop().time() + self._timeout
         try:
@@ -216,36 +222,47 @@ class CommitGuard:
             # The host that has committed is not asked. The name may lead to a promoted standby by now, and the old
             # master would not know.
             raise _unconfirmed(host, exc) from exc
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the source does not tell
+        except Exception as exc:  # noqa: BLE001 - whatever the error is, the source does not tell
             is_master = self._ask_host(connection, host, deadline, exc)
         if not is_master:
             raise MasterChangedError(
-                f"A commit returned from {host!r}, which is not the master any more: what was written there is likely "
-                "to be lost. Look whether the write is there before you try again, which goes to the new master."
+                f"A commit returned from {host!r}, which is not the master any more: the write is likely to be lost. "
+                "Look on the new master whether the write is there before you do it again."
             )
 
     def _confirm_server(self, state: ConnectionState) -> None:
-        """Return if the server that has committed is the one that was confirmed, and no other one of the same name.
+        """Raise an error if another server than the one that committed answers by the name of the host now.
+
+        `_confirm` has asked about the name of the master. The connection may lead to a server that had the name before.
 
         Raises:
-            MasterChangedError: it is another one.
+            MasterChangedError: the server that committed has lost the name.
         """
         known = self._source.server_of(state.host) if isinstance(self._source, KnowsServers) else None
         if known is not None and state.started_at not in (None, known):
             raise MasterChangedError(
-                f"A commit returned from a server that is not behind the name {state.host!r} any more: what was "
-                "written there is likely to be lost. Look whether the write is there before you try again, which goes "
-                "to the new master."
+                f"A commit returned from a server that is not behind the name {state.host!r} any more: the write is "
+                "likely to be lost. Look on the new master whether the write is there before you do it again."
             )
 
     async def _ask_source(self, host: str) -> bool:
-        # A source that may be away leaves time for asking the host.
+        # If the source may be away, half of the time is left for the question to the host.
         share = 0.5 if isinstance(self._source, RemembersMaster) else 1.0
         async with asyncio.timeout(self._timeout * share):
             return await self._source.confirm_master(host)
 
     def _ask_host(self, connection: PoolProxiedConnection, host: str, deadline: float, reason: Exception) -> bool:
-        """Return whether `host` says itself that it is the master that the source knew before it was away."""
+        """Return whether `host` says that it is still the primary that the source knew as the master.
+
+        Args:
+            connection: the connection of the commit.
+            host: the host that it leads to.
+            deadline: when to give up, by the event loop's clock.
+            reason: why the source cannot tell.
+
+        Raises:
+            CommitUnconfirmedError: the source knows no master, or the host does not answer.
+        """
         known = self._source.known_master() if isinstance(self._source, RemembersMaster) else None
         if known is None:
             raise _unconfirmed(host, reason) from reason
@@ -268,7 +285,7 @@ class CommitGuard:
             return
         try:
             position = driver.read_position(connection)
-        except Exception:  # noqa: BLE001 - the commit stands, and only the master is sure to have it
+        except Exception:  # noqa: BLE001 - the commit stands; without its position, later reads go to the master
             position = UNKNOWN_POSITION
             driver.abort(_driver_connection(connection))
         self._note(state, position)
@@ -281,8 +298,8 @@ class CommitGuard:
 
 def _unconfirmed(host: str, reason: Exception) -> CommitUnconfirmedError:
     return CommitUnconfirmedError(
-        f"A commit returned from {host!r}, and whether that is the master could not be found out "
-        f"({str(reason) or type(reason).__name__}). The write is likely to be there: look before you try again.",
+        f"A commit returned from {host!r}, and whether {host!r} is the master could not be found out "
+        f"({str(reason) or type(reason).__name__}). The write is likely to be there: look before you do it again.",
         host,
     )
 

@@ -1,8 +1,8 @@
-"""What is imported when it is first used: the sidecar, which uses neither SQLAlchemy nor httpx, starts without them.
+"""`errors`: the module of this package's errors, imported when one of them is first raised or caught.
 
-SQLAlchemy takes a second of CPU and 30 MiB. The errors of this package derive from those of ctxdb-core, which imports
-it. So the modules that the sidecar consists of name errors by `errors`, as in ``raise errors.OptionError(...)``, and
-import them when they raise or catch one.
+The errors derive from those of ctxdb-core, which imports SQLAlchemy: about a second of CPU and 30 MiB. The sidecar uses
+neither SQLAlchemy nor httpx, and starts without them. So each module that the sidecar imports names an error by way of
+`errors`, as in ``raise errors.OptionError(...)``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`mask_password`: keeps a password out of a message that a server or a driver has written, and the message short."""
+"""`mask_password`: takes the password out of a message that a server or a driver has written, and cuts the message."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ from collections.abc import Container
 
 __all__ = ["mask_password"]
 
-# No message of PostgreSQL comes near it.
+# In characters. PostgreSQL refuses a connection in far fewer.
 _LONGEST = 2000
-# A shorter password is part of ordinary words: masked within them, it could be read from what is missing.
+# A password of fewer characters may be a part of ordinary words. If it were masked inside of them, a reader could tell
+# it from the letters that are missing: "a***uthentication".
 _LONG_ENOUGH = 8
 
 
 def mask_password(text: str, password: str | None, public: Container[str] = ()) -> str:
-    """Return a message without the password of the account that it is about, and cut it if it is too long to be shown.
+    """Return the message `text` without `password`, and cut it if it is too long to be shown.
 
-    No message of PostgreSQL or of a driver is known to hold the password; this is for those that are not known.
+    No message of PostgreSQL or of a driver is known to hold the password. This is a precaution against a message that
+    nobody has seen yet.
 
     Args:
         text: the message.
-        password: the password; ``None`` if there is none.
-        public: names that messages may show, of the user for instance. A password that equals one of them is not
-            masked: it would hide the name from those who look for the fault, and the password from nobody.
+        password: the password of the account that the message is about; ``None`` if there is none.
+        public: names that messages may show, such as the user's. A password that equals such a name is not masked:
+            that would hide the name from a reader who looks for the fault, and the password from nobody.
     """
     if len(text) > _LONGEST:
-        # A server may send a megabyte: it is kept, logged and shown at each poll. What is left of a password that this
-        # has cut is cut off below.
-        return mask_password(text[:_LONGEST], password, public)[: _LONGEST // 2] + "..."
+        # A server may send a message of a megabyte, which would be kept, logged and shown at each poll. The password is
+        # masked before the message is cut, as a part of a password would not be recognised.
+        return _masked(text, password, public)[: _LONGEST // 2] + "..."
+    return _masked(text, password, public)
+
+
+def _masked(text: str, password: str | None, public: Container[str]) -> str:
     if not password or password in public:
         return text
     if len(password) >= _LONG_ENOUGH:

@@ -1,4 +1,4 @@
-"""The token in which a client keeps the position of what it has written: signed, and valid for a time."""
+"""`TokenSigner`: signs the tokens in which clients keep the WAL position of their last write, and reads them again."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from hashlib import sha256
 __all__ = ["TokenSigner"]
 
 _TOKEN = re.compile(r"(?P<position>[0-9a-f]{1,16})\.(?P<expires>[0-9a-f]{1,12})\.[A-Za-z0-9_-]{24}", re.ASCII)
-# A browser has one cookie of a name, or a few, which were set for several domains and paths.
+# How many signatures are computed for one request. A browser sends several cookies of one name only if they were set
+# for several domains or paths.
 _MOST_SIGNATURES = 4
 
 
 class TokenSigner:
-    """Signs positions and reads them again.
+    """Signs WAL positions and reads them again.
 
     Args:
-        secret: what nobody else knows.
-        purpose: what the tokens are for: those of another purpose are not accepted.
+        secret: bytes that only the processes of the application know.
+        purpose: what the tokens are for. A token that was signed for another purpose is not accepted.
         max_age: for how many seconds a token is valid.
     """
 
     def __init__(self, secret: bytes, purpose: str, max_age: float) -> None:
-        # A key of its own, as the application may use its secret for other things.
+        # The key is derived from the secret, as the application may sign other things with the secret itself.
         self._key = hmac.digest(secret, f"ctxdb_pgstatus read your writes: {purpose}".encode(), sha256)
         self._max_age = max_age
 
@@ -36,15 +37,15 @@ class TokenSigner:
         return f"{payload}.{self._signature(payload)}"
 
     def read(self, tokens: Iterable[str], *, above: int = 0) -> int | None:
-        """Return the highest position of tokens that are ours and valid; ``None`` if none is, or none is above a limit.
+        """Return the highest position above a limit of which a client has brought a valid token; ``None`` without one.
 
-        A request may carry as many tokens as its header fields have room for. What a token's own text rules out costs
-        no signature: another form, a time that is over, a position that does not matter. Of the rest, the signatures of
-        four are computed, the highest positions first.
+        A client may forge as many tokens as its header fields have room for. So no signature is computed for a token
+        whose text rules it out: by its form, by a time that is over, or by a position that is not above the limit. Of
+        the other tokens, the signatures of four are computed, those of the highest positions first.
 
         Args:
-            tokens: what a client has sent.
-            above: a position up to which nothing is to be known.
+            tokens: the tokens that a client has sent.
+            above: the limit, a position in bytes.
         """
         now = time.time()
         candidates: dict[str, int] = {}

@@ -12,8 +12,10 @@ from ctxdb_pgstatus._lazy import errors
 __all__ = ["HostAddress", "parse_hosts"]
 
 _HIGHEST_PORT = 65535
-# An IPv6 address in brackets, or what has no colon; then a port.
+# The directory of a Unix socket, then a port: libpq takes a host that begins with a slash for such a directory
+# (PostgreSQL, "Parameter Key Words", on `host`).
 _SOCKET_AND_PORT = re.compile(r"(?P<directory>/[^:]*)(?::(?P<port>\d+))?", re.ASCII)
+# An IPv6 address in brackets, or a name without colons; then a port.
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<name>[^\s:/@\[\],;]+))(?::(?P<port>\d+))?", re.ASCII)
 
 
@@ -55,7 +57,7 @@ class HostAddress:
             host = in_directory["directory"]
             port = default_port if in_directory["port"] is None else int(in_directory["port"])
         else:
-            # Of a URL, the part that may hold a password is left out.
+            # The user may have given a URL. The part before the "@" may hold a password, and is not shown.
             shown = name.rpartition("@")[2]
             raise errors.HostListError(f"{shown!r} is no host: write 'name', 'name:port', '192.0.2.1' or '[::1]:5433'.")
         if not 1 <= port <= _HIGHEST_PORT:
@@ -64,10 +66,15 @@ class HostAddress:
 
 
 def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) -> tuple[HostAddress, ...]:
-    """Read the hosts of a cluster, in their order. What has been read already stays as it is.
+    """Return the addresses of a cluster's hosts, in the order of `hosts`.
+
+    Args:
+        hosts: each host as `HostAddress.parse` takes it, or as a `HostAddress`.
+        default_port: the port of a host that names none.
 
     Raises:
-        HostListError: there is none, one cannot be read, two lead to the same place, or two have the same name.
+        HostListError: the list is empty, a host cannot be read, two hosts lead to the same address and port, or two
+            hosts have the same name.
     """
     if isinstance(hosts, str):
         raise errors.HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
@@ -75,7 +82,7 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
         host if isinstance(host, HostAddress) else HostAddress.parse(host, default_port) for host in hosts
     )
     if not addresses:
-        raise errors.HostListError("There are no hosts: name at least one.")
+        raise errors.HostListError("There are no hosts: name at least one host.")
     names: dict[tuple[str, int], str] = {}
     for address in addresses:
         place = (address.host.lower(), address.port)

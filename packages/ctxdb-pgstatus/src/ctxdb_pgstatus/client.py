@@ -1,4 +1,4 @@
-"""`PgStatusClient`: asks a running sidecar, and keeps what it answers for a moment."""
+"""`PgStatusClient`: asks a running sidecar, and keeps its answers for a moment."""
 
 from __future__ import annotations
 
@@ -7,63 +7,72 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextvars import Context
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import count
 from threading import Lock
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
 
+from ctxdb_pgstatus._client.answers import (
+    REPLICA_PATHS,
+    Cluster,
+    ClusterReader,
+    Confirmed,
+    read_confirmed,
+    read_host,
+    read_start,
+)
+from ctxdb_pgstatus._client.requests import (
+    LONGEST_ANSWER,
+    Failure,
+    KeptAnswer,
+    LoopRequests,
+    Question,
+    SharedRequests,
+    SidecarTimeoutError,
+    read_body,
+    wait_for_shared,
+)
 from ctxdb_pgstatus.errors import MasterUncertainError, OptionError, SidecarError
-from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
+from ctxdb_pgstatus.lsn import format_lsn
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition
+from ctxdb_pgstatus.status import HostStatus, Promotion, SyncCondition
 
 __all__ = ["PgStatusClient"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.client")
 
 _HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
-# A host takes 400 bytes: this is room for two thousand of them. Parsing it cannot take long.
-_LONGEST_ANSWER = 1 << 20
 _ANSWERS = (httpx.codes.OK, httpx.codes.NOT_FOUND, httpx.codes.SERVICE_UNAVAILABLE)
-# How a sidecar says that it is there, and cannot tell where the name of the master leads.
+# In the answer of a sidecar that runs, and cannot tell whether the master's name still leads to the master's server.
 _UNCERTAIN = b'"uncertain":true'
 
 _Answer = TypeVar("_Answer")
-_PATHS: dict[SyncCondition | None, str] = {
-    None: "/replica",
-    "time": "/sync_by_time",
-    "bytes": "/sync_by_bytes",
-    "time_or_bytes": "/sync_by_time_or_bytes",
-    "time_and_bytes": "/sync_by_time_and_bytes",
-}
 
 
 class PgStatusClient:
     """Knows what a sidecar knows: `ctxdb-pgstatus` or pg-status. A source for `follow_master` and `follow_replica`.
 
     An answer is kept for `max_age`, and for longer while the sidecar cannot be asked. Callers that need the same answer
-    at the same time share one request. It may be used on several event loops, and has an HTTP client for each: close
-    it, or use it as an async context manager, on every one of them.
+    at the same time share one request. A client may be used on several event loops, and has an HTTP client for each
+    loop: close it, or use it as an async context manager, on each of them.
 
-    pg-status confirms nothing anew: with it, `confirm_master` is as recent as its last poll of the hosts.
+    pg-status cannot be told to ask its hosts anew: with it, `confirm_master` is as recent as its last poll.
 
     Args:
-        base_url: where the sidecar is: ``http://127.0.0.1:8000``.
+        base_url: the address of the sidecar, such as ``http://127.0.0.1:8000``.
         max_age: for how many seconds an answer is taken out of memory.
         timeout: for how many seconds an answer is waited for.
         max_stale: how many seconds an answer may be old if the sidecar cannot be asked; ``None`` for any age.
         grace: how many seconds after its last answer the sidecar may be away before commits count as unconfirmed. Until
-            then the host that a commit was made on is asked itself, on the commit's own connection, whether it is a
-            primary still. That does not show a promotion that neither it nor the sidecar has told of: a primary that
-            was cut off while the sidecar was away, too, takes writes that the cluster will not have. 0 for never.
+            then the host on which a commit was made is asked, on the commit's own connection, whether it is still a
+            primary. That does not show every promotion: a primary that was cut off from the cluster while the sidecar
+            was away says that it is a primary, and takes writes that the cluster will not have. With 0, the host is
+            never asked.
 
     Raises:
         OptionError: an option has a value that it cannot have.
@@ -92,17 +101,21 @@ class PgStatusClient:
         self._grace = grace
         self._timeout = timeout
         self._max_stale = math.inf if max_stale is None else max_stale
-        self._master = _Question[str | None]("/master", _read_host)
-        self._cluster = _Question[_Cluster]("/hosts", _ClusterReader().read)
-        # The same answer as that of `_master`, but asked of the hosts themselves.
-        self._confirmed = _Question[_Confirmed]("/master", _read_confirmed, no_cache=True)
-        self._doubts = 0
-        self._doubted_at: dict[str, float] = {}
-        self._not_replayed_at = -math.inf
-        self._turns = {condition: count() for condition in _PATHS}
+        self._master = Question[str | None]("/master", read_host)
+        self._cluster = Question[Cluster]("/hosts", ClusterReader().read)
+        # The same endpoint as that of `_master`, but the sidecar asks its hosts before it answers.
+        self._confirmed = Question[Confirmed]("/master", read_confirmed, no_cache=True)
+        # How many failures of hosts were reported. An answer from before a report is not taken out of memory after it.
+        self._reports = 0
+        # When a failure of each host was reported last.
+        self._reported_at: dict[str, float] = {}
+        # When the sidecar last could not be asked for a replica that has replayed a position.
+        self._position_failed_at = -math.inf
+        self._turns = {condition: count() for condition in REPLICA_PATHS}
         self._reader_turns = count()
-        self._servers: dict[str, _Kept[datetime | None]] = {}
-        self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
+        # When the servers of hosts were started, as the sidecar told by other answers than that of `/hosts`.
+        self._servers: dict[str, KeptAnswer[datetime | None]] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, LoopRequests] = {}
         self._lock = Lock()
         self._failing = False
 
@@ -118,51 +131,51 @@ class PgStatusClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End the requests and close the connections of this event loop. A later question opens them anew."""
+        """End the requests and close the connections of this event loop. A later question opens new connections."""
         with self._lock:
-            here = self._loops.pop(asyncio.get_running_loop(), None)
-        if here is not None:
-            await here.close()
+            requests = self._loops.pop(asyncio.get_running_loop(), None)
+        if requests is not None:
+            await requests.close()
 
     async def master(self) -> str | None:
-        """Return the master's name; ``None`` if there is none.
+        """Return the master's name; ``None`` if there is no master.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         return await self._ask(self._master)
 
     async def replica(self) -> str | None:
-        """Return a replica's name, each in its turn; the master's if there is none; ``None`` without a master.
+        """Return a replica's name, each in its turn; the master's without a replica; ``None`` without a master.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         return await self.find_replica()
 
     async def sync_by_time(self) -> str | None:
-        """Return a replica as `replica` does, of those that are in sync by time."""
+        """Return the name of a replica that is in sync by time, as `replica` does."""
         return await self.find_replica("time")
 
     async def sync_by_bytes(self) -> str | None:
-        """Return a replica as `replica` does, of those that are in sync by bytes."""
+        """Return the name of a replica that is in sync by bytes, as `replica` does."""
         return await self.find_replica("bytes")
 
     async def sync_by_time_or_bytes(self) -> str | None:
-        """Return a replica as `replica` does, of those that are in sync by time or by bytes."""
+        """Return the name of a replica that is in sync by time or by bytes, as `replica` does."""
         return await self.find_replica("time_or_bytes")
 
     async def sync_by_time_and_bytes(self) -> str | None:
-        """Return a replica as `replica` does, of those that are in sync both by time and by bytes."""
+        """Return the name of a replica that is in sync both by time and by bytes, as `replica` does."""
         return await self.find_replica("time_and_bytes")
 
     async def hosts(self) -> tuple[HostStatus, ...]:
         """Return all hosts.
 
-        Of pg-status, which does not tell, `HostStatus.since` is when this client saw it first.
+        pg-status does not tell `HostStatus.since`. With it, this is when the client first saw the host in its role.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         return (await self._ask(self._cluster)).status.hosts
 
@@ -176,12 +189,13 @@ class PgStatusClient:
         """Return a replica's name, each in its turn; the master's if no replica will do; ``None`` without a master.
 
         Args:
-            sync: by which lag it has to be in sync.
-            min_position: a WAL position in bytes that it must have replayed: then the sidecar is asked each time.
-            max_wait: how long the sidecar may wait for one that has replayed `min_position`, in seconds.
+            sync: by which lag the replica has to be in sync.
+            min_position: a WAL position in bytes that the replica must have replayed. With a position, the sidecar is
+                asked each time.
+            max_wait: how long the sidecar may wait for a replica that has replayed `min_position`, in seconds.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         if min_position is not None:
             return await self._find_replayed(sync, min_position, max_wait)
@@ -193,20 +207,22 @@ class PgStatusClient:
     async def find_reader(
         self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
     ) -> str | None:
-        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+        """Return the name of a replica that suits a rule, each in its turn; else the master's, if the rule allows that.
 
         Args:
-            rule: what it has to be like.
-            min_position: a WAL position in bytes that it must have replayed: then the sidecar is asked each time.
-            max_wait: how long the sidecar may wait for one that has replayed `min_position`, in seconds.
+            rule: which replicas will do.
+            min_position: a WAL position in bytes that the replica must have replayed. With a position, the sidecar is
+                asked each time.
+            max_wait: how long the sidecar may wait for a replica that has replayed `min_position`, in seconds.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         status = (await self._ask(self._cluster)).status
         replicas = rule.best(status.replicas())
         if min_position is not None:
-            # The sidecar chooses among all that have replayed it, and this one is taken if the rule admits it.
+            # The sidecar knows the position, and not the rule: it names a replica that has replayed the position, which
+            # is taken if the rule admits it.
             found = await self._find_replayed(rule.sync, min_position, max_wait, rule)
             admitted = {each.host for each in status.replicas() if rule.admits(each)}
             replicas = [found] if found is not None and found in admitted else []
@@ -218,7 +234,7 @@ class PgStatusClient:
         """Return the names of all living replicas.
 
         Raises:
-            SidecarError: the sidecar could not be asked, and there is no answer of before, or it is too old.
+            SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
         return frozenset(host.host for host in (await self._ask(self._cluster)).status.replicas())
 
@@ -230,28 +246,28 @@ class PgStatusClient:
             MasterUncertainError: the sidecar cannot find out whether the name still leads to the server of the master.
         """
         failure = self._confirmed.failure
-        if failure is not None and failure.took_all_its_time and time.monotonic() - failure.at < self._max_age:
-            # Nobody waits for a sidecar that is known to hang.
+        if failure is not None and failure.timed_out and time.monotonic() - failure.at < self._max_age:
+            # The sidecar has just let another caller wait in vain: this one is told at once.
             raise SidecarError(failure.text)
-        # One that is under way may have looked before the call.
-        kept = await self._share_kept(self._confirmed, under_way=False)
+        # The sidecar may have asked the hosts for a running request before this call.
+        kept = await self._share_kept(self._confirmed, running=False)
         answer = kept.answer
         if answer.uncertain is not None:
             raise MasterUncertainError(answer.uncertain)
-        self._master.kept, self._master.failure = _Kept(answer.host, kept.at, kept.doubts), None
+        self._master.kept, self._master.failure = KeptAnswer(answer.host, kept.at, kept.reports), None
         if answer.host is not None and answer.tells_server:
-            self._servers[answer.host] = _Kept(answer.started_at, kept.at, kept.doubts)
+            self._servers[answer.host] = KeptAnswer(answer.started_at, kept.at, kept.reports)
         return answer.host == host
 
     def known_master(self) -> KnownMaster | None:
         """Return the master that the sidecar named last; ``None`` if that was more than `grace` seconds ago.
 
-        ``None`` also without a master, and if a failure has been reported of that host since then.
+        ``None`` also if the sidecar named no master, or if a failure of that host was reported since then.
         """
         kept = self._master.kept
         if kept is None or kept.answer is None or not time.monotonic() - kept.at < self._grace:
             return None
-        if self._doubted_at.get(kept.answer, -math.inf) >= kept.at:
+        if self._reported_at.get(kept.answer, -math.inf) >= kept.at:
             return None
         cluster = None if self._cluster.kept is None else self._cluster.kept.answer.status
         timelines = {} if cluster is None else {each.host: each.timeline for each in cluster.hosts}
@@ -261,7 +277,7 @@ class PgStatusClient:
     def server_of(self, host: str) -> datetime | None:
         """Return when the server was started that answers the sidecar by the name `host`; ``None`` if that is unknown.
 
-        Out of memory. It is unknown as well while the sidecar cannot ask the host, and to pg-status.
+        The answer comes out of memory. It is unknown while the sidecar cannot ask the host; pg-status never tells it.
         """
         asked = self._servers.get(host)
         kept = self._cluster.kept
@@ -271,38 +287,38 @@ class PgStatusClient:
         return next((each.started_at for each in hosts if each.host == host and not each.possible_dead), None)
 
     async def ask_server_of(self, host: str) -> datetime | None:
-        """Have the sidecar ask the host over a new connection, and return what `server_of` does after that."""
+        """Have the sidecar ask the host over a new connection; return what `server_of` does after that."""
         path = f"/status?{urlencode({'host': host})}"
-        question = _Question[str | None](path, _read_start)
+        question = Question[str | None](path, read_start)
         at = time.monotonic()
         try:
-            start = await self._here().once(path, lambda: self._fetch(question, no_cache=True))
+            start = await self._on_this_loop().once(path, lambda: self._fetch(question, no_cache=True))
         except SidecarError:
             return None
         answer = None if start is None else datetime.fromisoformat(start)
-        self._servers[host] = _Kept(answer, at, self._doubts)
+        self._servers[host] = KeptAnswer(answer, at, self._reports)
         return answer
 
     async def promotion_of(self, host: str) -> Promotion | None:
-        """Return what a host had replayed when it was promoted last; ``None`` if the sidecar has not seen that.
+        """Return how much a host had replayed when it was promoted last; ``None`` if the sidecar has not seen that.
 
         Raises:
             SidecarError: the sidecar could not be asked.
         """
-        cluster = await self._share(self._cluster, under_way=False)
+        cluster = await self._share(self._cluster, running=False)
         return next((each.promotion for each in cluster.status.hosts if each.host == host), None)
 
     def report_failure(self, host: str) -> None:
-        """Let the next questions go to the sidecar, and have it ask the hosts anew. Does not wait."""
-        self._doubts += 1
-        self._doubted_at[host] = time.monotonic()
+        """Take no earlier answer out of memory any more, and have the sidecar ask the hosts anew. Does not wait."""
+        self._reports += 1
+        self._reported_at[host] = time.monotonic()
 
     async def _find_replayed(
         self, sync: SyncCondition | None, min_position: int, max_wait: float, rule: ReadRule | None = None
     ) -> str | None:
         known = self._cluster.kept
         if not (await self._ask(self._cluster) if known is None else known.answer).tells_timelines:
-            # pg-status does not know of this parameter, and would name any replica.
+            # pg-status would ignore the parameter, and name any replica.
             return await self._ask(self._master)
         parameters = {"min_lsn": format_lsn(min_position)}
         if rule is not None and rule.max_lag_ms is not None:
@@ -311,34 +327,34 @@ class PgStatusClient:
             parameters["lag_bytes"] = str(rule.max_lag_bytes)
         if max_wait > 0:
             parameters["wait_ms"] = str(math.ceil(max_wait * 1000))
-        path = f"{_PATHS[sync]}?{urlencode(parameters)}"
-        # Nobody waits for a sidecar that is known to be away.
-        if time.monotonic() - self._not_replayed_at >= self._max_age:
-            question = _Question[str | None](path, _read_host, patience=max(max_wait, 0.0))
+        path = f"{REPLICA_PATHS[sync]}?{urlencode(parameters)}"
+        # A sidecar that could not be asked a moment ago is not asked again yet.
+        if time.monotonic() - self._position_failed_at >= self._max_age:
+            question = Question[str | None](path, read_host, max_wait=max(max_wait, 0.0))
             try:
-                return await self._here().once(path, lambda: self._fetch(question, no_cache=False))
+                return await self._on_this_loop().once(path, lambda: self._fetch(question, no_cache=False))
             except SidecarError:
-                self._not_replayed_at = time.monotonic()
-        # The master has everything: the last one that was heard of.
+                self._position_failed_at = time.monotonic()
+        # The master that was named last: it has every position.
         return await self._ask(self._master)
 
-    async def _ask(self, question: _Question[_Answer]) -> _Answer:
+    async def _ask(self, question: Question[_Answer]) -> _Answer:
         kept = question.kept
         now = time.monotonic()
-        if kept is not None and kept.doubts == self._doubts and now - kept.at < self._max_age:
+        if kept is not None and kept.reports == self._reports and now - kept.at < self._max_age:
             return kept.answer
         usable = kept is not None and now - kept.at <= self._max_stale
         failure = question.failure
         if failure is None:
             sharing = self._share(question)
-        elif failure.doubts == self._doubts and now - failure.at < self._max_age:
-            # Not again at once: nobody waits for a sidecar that is known to be away.
+        elif failure.reports == self._reports and now - failure.at < self._max_age:
+            # A sidecar that could not be asked a moment ago is not asked again yet.
             if kept is not None and usable:
                 return kept.answer
             raise SidecarError(failure.text)
         elif kept is not None and usable:
-            # It is tried again while the last good answer is given.
-            self._flights(question).join(under_way=True)
+            # The sidecar is asked again in the background: this caller gets the last answer at once.
+            self._requests_for(question).join(running=True)
             return kept.answer
         else:
             sharing = self._share(question)
@@ -349,63 +365,67 @@ class PgStatusClient:
                 raise
             return kept.answer
 
-    async def _share(self, question: _Question[_Answer], *, under_way: bool = True) -> _Answer:
-        """Send a question, or wait for the answer to one that others have sent."""
-        return (await self._share_kept(question, under_way=under_way)).answer
+    async def _share(self, question: Question[_Answer], *, running: bool = True) -> _Answer:
+        """Send a question, or wait for the answer to that of another caller (see `SharedRequests.join`)."""
+        return (await self._share_kept(question, running=running)).answer
 
-    async def _share_kept(self, question: _Question[_Answer], *, under_way: bool) -> _Kept[_Answer]:
-        """Do as `_share` does, and return with the answer when it was asked for."""
-        flights = self._flights(question)
-        under_way = under_way and flights.doubts == self._doubts
-        kept, failure = await _outcome(flights.join(under_way=under_way))
+    async def _share_kept(self, question: Question[_Answer], *, running: bool) -> KeptAnswer[_Answer]:
+        """Return what `_share` does, together with when that was asked for."""
+        requests = self._requests_for(question)
+        running = running and requests.reports == self._reports
+        kept, failure = await wait_for_shared(requests.join(running=running))
         if kept is None:
             raise SidecarError(failure)
         return kept
 
-    def _flights(self, question: _Question[_Answer]) -> _Flights[_Answer]:
-        return self._here().flights(question, lambda: self._doubts, lambda: self._send(question))
+    def _requests_for(self, question: Question[_Answer]) -> SharedRequests[_Answer]:
+        return self._on_this_loop().shared(question, lambda: self._reports, lambda: self._send(question))
 
-    async def _send(self, question: _Question[_Answer]) -> tuple[_Kept[_Answer] | None, str]:
-        """Send a question and keep the answer, or the failure."""
-        doubts = self._doubts
-        no_cache = question.no_cache or (question.kept is not None and question.kept.doubts != doubts)
+    async def _send(self, question: Question[_Answer]) -> tuple[KeptAnswer[_Answer] | None, str]:
+        """Send a question, and keep the answer or the failure.
+
+        A failure is returned as its message, and not raised: several callers may wait, and each of them raises an error
+        of its own, with its own traceback.
+        """
+        reports = self._reports
+        no_cache = question.no_cache or (question.kept is not None and question.kept.reports != reports)
         at = time.monotonic()
         try:
             answer = await self._fetch(question, no_cache=no_cache)
         except SidecarError as exc:
-            question.failure = _Failure(str(exc), time.monotonic(), doubts, isinstance(exc, _SidecarTimeoutError))
+            question.failure = Failure(str(exc), time.monotonic(), reports, isinstance(exc, SidecarTimeoutError))
             return None, str(exc)
-        kept = _Kept(answer, at, doubts)
+        kept = KeptAnswer(answer, at, reports)
         question.kept, question.failure = kept, None
         return kept, ""
 
-    async def _fetch(self, question: _Question[_Answer], *, no_cache: bool) -> _Answer:
+    async def _fetch(self, question: Question[_Answer], *, no_cache: bool) -> _Answer:
         headers = _HEADERS | {"cache-control": "no-cache"} if no_cache else _HEADERS
-        limit = asyncio.timeout(self._timeout + question.patience)
+        limit = asyncio.timeout(self._timeout + question.max_wait)
         try:
-            async with limit, self._here().http.stream("GET", question.path, headers=headers) as response:
-                body = await _read_body(response)
+            async with limit, self._on_this_loop().http.stream("GET", question.path, headers=headers) as response:
+                body = await read_body(response)
         except TimeoutError:
-            error = self._failed(question, f"no answer within {self._timeout + question.patience:g} s")
-            raise _SidecarTimeoutError(str(error)) from None
+            error = self._failed(question, f"no answer within {self._timeout + question.max_wait:g} s")
+            raise SidecarTimeoutError(str(error)) from None
         except httpx.HTTPError as exc:
             raise self._failed(question, f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__) from None
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE and not (body and _UNCERTAIN in body):
-            raise self._failed(question, "it has not asked its hosts yet")
+            raise self._failed(question, "it has not asked its hosts yet, or the master refuses it")
         if response.status_code not in _ANSWERS:
             raise self._failed(question, f"it answers with status {response.status_code}")
         if body is None:
-            raise self._failed(question, f"its answer is compressed, or longer than {_LONGEST_ANSWER} bytes")
+            raise self._failed(question, f"its answer is compressed, or longer than {LONGEST_ANSWER} bytes")
         try:
             answer = question.read(json.loads(body))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise self._failed(question, f"what it answers (status {response.status_code}) is no answer") from None
+            raise self._failed(question, f"its answer (status {response.status_code}) is none of a sidecar's") from None
         if self._failing:
             self._failing = False
             _logger.info("the sidecar answers again", extra={"sidecar": self._shown_url})
         return answer
 
-    def _failed(self, question: _Question[Any], reason: str) -> SidecarError:
+    def _failed(self, question: Question[Any], reason: str) -> SidecarError:
         path = question.path.partition("?")[0]
         error = SidecarError(
             f"The sidecar at {self._shown_url} could not be asked for {path}: {reason}. "
@@ -416,298 +436,15 @@ class PgStatusClient:
             _logger.warning("%s", error, extra={"sidecar": self._shown_url})
         return error
 
-    def _here(self) -> _OnLoop:
+    def _on_this_loop(self) -> LoopRequests:
         loop = asyncio.get_running_loop()
-        here = self._loops.get(loop)
-        if here is None:
+        requests = self._loops.get(loop)
+        if requests is None:
             with self._lock:
                 for other in [other for other in self._loops if other.is_closed()]:
                     del self._loops[other]
-                here = self._loops[loop] = _OnLoop(self._url)
-        return here
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept(Generic[_Answer]):
-    """An answer, when it was asked for, and how many failures had been reported by then."""
-
-    answer: _Answer
-    at: float
-    doubts: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    text: str
-    at: float
-    doubts: int
-    took_all_its_time: bool
-
-
-class _SidecarTimeoutError(SidecarError):
-    """The sidecar accepts connections, perhaps, and does not answer."""
-
-
-@dataclass(eq=False, slots=True)
-class _Question(Generic[_Answer]):
-    """Something that the sidecar is asked, and its last answer."""
-
-    path: str
-    read: Callable[[Any], _Answer]
-    no_cache: bool = False
-    patience: float = 0.0
-    kept: _Kept[_Answer] | None = None
-    failure: _Failure | None = None
-
-
-_Outcome = tuple[_Kept[_Answer] | None, str]
-
-
-class _Flights(Generic[_Answer]):
-    """The requests for one answer on one event loop: at most one is under way, and one waits for it to end."""
-
-    def __init__(self, doubts: Callable[[], int], send: Callable[[], Coroutine[Any, Any, _Outcome[_Answer]]]) -> None:
-        self._current_doubts = doubts
-        self._send = send
-        self._running: asyncio.Task[_Outcome[_Answer]] | None = None
-        self._waiting: asyncio.Task[_Outcome[_Answer]] | None = None
-        self.doubts = doubts()
-        """How many failures were reported when the one that is under way was sent."""
-
-    def join(self, *, under_way: bool) -> asyncio.Task[_Outcome[_Answer]]:
-        """Return the request whose answer to wait for.
-
-        Args:
-            under_way: whether one will do that has been sent before.
-        """
-        if self._waiting is not None and (not under_way or self._running is None or self._running.done()):
-            return self._waiting
-        if self._running is None or self._running.done():
-            self.doubts = self._current_doubts()
-            self._running = self._start(None)
-            return self._running
-        if under_way:
-            return self._running
-        self._waiting = self._start(self._running)
-        return self._waiting
-
-    def tasks(self) -> Sequence[asyncio.Task[_Outcome[_Answer]]]:
-        """Return what has not ended."""
-        return [task for task in (self._running, self._waiting) if task is not None and not task.done()]
-
-    def _start(self, previous: asyncio.Task[_Outcome[_Answer]] | None) -> asyncio.Task[_Outcome[_Answer]]:
-        # In a context of its own: it belongs to nobody's unit of work.
-        return asyncio.create_task(self._run(previous), context=Context())
-
-    async def _run(self, previous: asyncio.Task[_Outcome[_Answer]] | None) -> _Outcome[_Answer]:
-        if previous is not None:
-            await asyncio.wait([previous])
-            self._running, self._waiting = self._waiting, None
-        self.doubts = self._current_doubts()
-        return await self._send()
-
-
-class _OnLoop:
-    """What belongs to one event loop: an HTTP client, and the requests that are under way."""
-
-    def __init__(self, url: httpx.URL) -> None:
-        # The sidecar is near: no proxy stands between. Reading certificates takes longer than all else here.
-        secure = url.scheme == "https"
-        self.http = httpx.AsyncClient(
-            # httpx logs each URL as it is.
-            base_url=url.copy_with(username=None, password=None),
-            auth=httpx.BasicAuth(url.username, url.password) if url.userinfo else None,
-            timeout=None,  # noqa: S113 - each request has a time limit as a whole
-            trust_env=secure,
-            verify=secure,
-        )
-        self._flights: dict[_Question[Any], _Flights[Any]] = {}
-        self._once: dict[str, asyncio.Task[str | None]] = {}
-
-    def flights(
-        self,
-        question: _Question[_Answer],
-        doubts: Callable[[], int],
-        send: Callable[[], Coroutine[Any, Any, _Outcome[_Answer]]],
-    ) -> _Flights[_Answer]:
-        flights = self._flights.get(question)
-        if flights is None:
-            flights = self._flights[question] = _Flights(doubts, send)
-        return flights
-
-    async def once(self, path: str, send: Callable[[], Coroutine[Any, Any, str | None]]) -> str | None:
-        """Send what is not kept; share it with those who ask the same while it is under way."""
-        task = self._once.get(path)
-        if task is None:
-            task = self._once[path] = asyncio.create_task(send(), context=Context())
-            task.add_done_callback(lambda _: self._once.pop(path))
-        return await _outcome(task)
-
-    async def close(self) -> None:
-        tasks: list[asyncio.Task[Any]] = [task for flights in self._flights.values() for task in flights.tasks()]
-        tasks += self._once.values()
-        for task in tasks:
-            task.cancel()
-        try:
-            if tasks:
-                await asyncio.wait(tasks)
-        finally:
-            await self.http.aclose()
-
-
-async def _read_body(response: httpx.Response) -> bytes | None:
-    """Return the body of a response; ``None`` if it is more than an answer has, or may become more.
-
-    What is compressed was not asked for, and may unfold to a thousand times its size.
-    """
-    if response.headers.get("content-encoding", "identity").lower() != "identity":
-        return None
-    body = bytearray()
-    async for piece in response.aiter_raw():
-        body += piece
-        if len(body) > _LONGEST_ANSWER:
-            return None
-    return bytes(body)
-
-
-async def _outcome(task: asyncio.Task[_Answer]) -> _Answer:
-    """Wait for a task that others wait for, too: who is cancelled leaves it to them."""
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        waiting = asyncio.current_task()
-        if task.cancelled() and waiting is not None and not waiting.cancelling():
-            raise SidecarError("The client was closed while its answer was waited for: close it last.") from None
-        raise
-
-
-@dataclass(frozen=True, slots=True)
-class _Cluster:
-    """All hosts, and the names of the replicas to choose from: of several the nearest ones."""
-
-    status: ClusterStatus
-    replicas: Mapping[SyncCondition | None, Sequence[str]]
-    tells_timelines: bool
-
-
-@dataclass(slots=True)
-class _ClusterReader:
-    """Reads the answer of ``/hosts``; of pg-status, too, which leaves out the roles and since when they are."""
-
-    _before: dict[str, HostStatus] = field(default_factory=dict)
-
-    def read(self, content: Any) -> _Cluster:
-        now = datetime.now(UTC)
-        hosts = tuple(self._read_host(entry, now) for entry in content)
-        self._before = {host.host: host for host in hosts}
-        master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
-        status = ClusterStatus(hosts, master, now)
-        distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
-        replicas = {sync: _nearest(status.replicas(sync), distances) for sync in _PATHS}
-        # pg-status does not: by that it is told apart.
-        return _Cluster(status, replicas, any("timeline" in entry for entry in content))
-
-    def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
-        name, alive = _text(entry["host"]), bool(entry["alive"])
-        role: Role | None = None
-        if alive:
-            # A host that merely says that it is the master is not one, and no replica either.
-            role = "master" if entry.get("role", "master" if entry["master"] else "replica") == "master" else "replica"
-        before = self._before.get(name)
-        since = _time(entry.get("since"))
-        if since is None:
-            since = before.since if before is not None and (before.alive, before.role) == (alive, role) else now
-        fault = entry.get("fault")
-        return HostStatus(
-            name,
-            alive,
-            role,
-            since,
-            timeline=_number(entry.get("timeline")),
-            position=parse_lsn(entry["lsn"]) if entry.get("lsn") else None,
-            lag_ms=_number(entry.get("lag_ms")),
-            lag_bytes=_number(entry.get("lag_bytes")),
-            error=None if entry.get("error") is None else _text(entry["error"]),
-            in_sync_by_time=bool(entry.get("sync_by_time")),
-            in_sync_by_bytes=bool(entry.get("sync_by_bytes")),
-            # A dead host is one that may be dead, too, in what a sidecar tells.
-            possible_dead=alive and bool(entry.get("possible_dead")),
-            takes_reads=bool(entry.get("takes_reads", True)),
-            # A newer sidecar may know more of them.
-            fault=fault if fault in get_args(Fault) else None,
-            system_identifier=_number(entry.get("system_identifier")),
-            started_at=_time(entry.get("started_at")),
-            promotion=_read_promotion(entry.get("promotion")),
-        )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _number(value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise TypeError(f"{value!r} is no whole number")
-    return value
-
-
-def _time(value: Any) -> datetime | None:
-    if value is None:
-        return None
-    time = datetime.fromisoformat(value)
-    if time.tzinfo is None:
-        raise ValueError(f"{value!r} has no time zone")
-    return time
-
-
-def _read_promotion(content: Any) -> Promotion | None:
-    if content is None:
-        return None
-    timeline = _number(content["timeline"])
-    return None if timeline is None else Promotion(timeline, parse_lsn(content["lsn"]))
-
-
-def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
-    best = min((distances[host.host] for host in hosts), default=0)
-    return [host.host for host in hosts if distances[host.host] == best]
-
-
-def _read_start(content: Any) -> str | None:
-    start = None if content.get("possible_dead") else content.get("started_at")
-    _time(start)
-    return None if start is None else _text(start)
-
-
-def _read_host(content: Any) -> str | None:
-    host = content["host"]
-    if host is not None and not isinstance(host, str):
-        raise TypeError(host)
-    return host or None
-
-
-@dataclass(frozen=True, slots=True)
-class _Confirmed:
-    """The master that the sidecar has confirmed.
-
-    Attributes:
-        host: its name; ``None`` if there is none.
-        started_at: when its server was started; ``None`` if that is unknown.
-        tells_server: whether the sidecar knows of servers at all: pg-status does not.
-        uncertain: why the sidecar cannot tell where the name of the master leads; ``None`` if it can.
-    """
-
-    host: str | None
-    started_at: datetime | None = None
-    tells_server: bool = False
-    uncertain: str | None = None
-
-
-def _read_confirmed(content: Any) -> _Confirmed:
-    if content.get("uncertain"):
-        return _Confirmed(None, uncertain=_text(content["error_text"]))
-    return _Confirmed(_read_host(content), _time(content.get("started_at")), "started_at" in content)
+                requests = self._loops[loop] = LoopRequests(self._url)
+        return requests
 
 
 def _base_url(text: str) -> httpx.URL:
@@ -715,7 +452,7 @@ def _base_url(text: str) -> httpx.URL:
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, TypeError):
-        # Not shown, as it may hold a password.
+        # The text is not shown, as it may hold a password.
         raise OptionError(f"`base_url` is no URL: {hint}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise OptionError(f"`base_url` has no scheme, or no host: {hint}")

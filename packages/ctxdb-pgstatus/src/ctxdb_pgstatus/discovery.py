@@ -1,6 +1,6 @@
-"""Where a `HostMonitor` learns which hosts there are: from Patroni, from SRV records, or from a file.
+"""How a `HostMonitor` finds the hosts of a cluster: by Patroni's REST API, by SRV records, or by a file.
 
-Any object with a coroutine method `find` will do (`HostDiscovery`).
+An application may give the monitor an object of its own instead: any `HostDiscovery`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _DEFAULT_PORT = 5432
 
 @dataclass(frozen=True, slots=True)
 class DiscoveredHost:
-    """A host that was found.
+    """A host that a `HostDiscovery` has found.
 
     Attributes:
-        address: where it is.
-        nofailover: whether it is never promoted.
-        noloadbalance: whether it takes no reads.
+        address: where the host is reached.
+        nofailover: whether the host is never promoted.
+        noloadbalance: whether the host takes no reads.
     """
 
     address: HostAddress
@@ -46,26 +46,27 @@ class HostDiscovery(Protocol):
     async def find(self) -> Sequence[DiscoveredHost]:
         """Return all hosts, in an order that is the same for every process.
 
-        Called every few seconds, and cancelled if it takes longer than the monitor's `connect_timeout`.
+        The monitor calls this every `poll_interval`, but not more than once a second, and cancels the call if it takes
+        longer than `connect_timeout`.
 
         Raises:
-            Exception: they cannot be found at the moment. The monitor goes on with those that it knows.
+            Exception: the hosts cannot be found at the moment. The monitor goes on with the hosts that it knows.
         """
 
 
 class PatroniDiscovery:
     """Finds the members of a Patroni cluster by its REST API: ``GET /cluster``.
 
-    Every member answers for all of them, and members that are found are asked as well when the given ones are away. The
-    tags ``nofailover`` and ``noloadbalance`` are heeded. Which member is the leader is not: the monitor asks the
-    servers themselves.
+    Every member answers for the whole cluster. If the members at `urls` are away, members that were found earlier are
+    asked. The tags ``nofailover`` and ``noloadbalance`` are heeded. What Patroni says about the leader is not used: the
+    monitor asks the servers themselves.
 
     Args:
-        urls: the REST API of some members: ``http://n1:8008``.
-        timeout: how many seconds each of them may take to answer.
+        urls: the addresses of the REST API of some members, such as ``http://n1:8008``.
+        timeout: how many seconds each member may take to answer.
 
     Raises:
-        OptionError: there is no URL, or one cannot be read.
+        OptionError: `urls` is empty, or holds something else than an address of a REST API.
     """
 
     def __init__(self, urls: Iterable[str], *, timeout: float = 1.0) -> None:
@@ -74,19 +75,20 @@ class PatroniDiscovery:
             raise errors.OptionError("`urls` is empty: give the REST API of a member, as in ['http://n1:8008'].")
         for url in given:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise errors.OptionError(f"{urlsplit(url).hostname or url!r} is no URL of a REST API: http://n1:8008.")
+                raise errors.OptionError(
+                    f"{urlsplit(url).hostname or url!r} is no URL of a REST API: give one such as http://n1:8008."
+                )
         self._given = tuple(url.rstrip("/") for url in given)
         self._found: tuple[str, ...] = ()
         self._timeout = timeout
 
     async def find(self) -> Sequence[DiscoveredHost]:
-        """Return the members, by their names.
+        """Return the members, in the order of their names.
 
         Raises:
             PgStatusError: no member has answered.
         """
-        # Only here: the monitor itself does without it.
-        import httpx  # noqa: PLC0415 - see above
+        import httpx  # noqa: PLC0415 - a monitor that is given a list of hosts starts without httpx
 
         problems = []
         async with httpx.AsyncClient(timeout=self._timeout, follow_redirects=False) as client:
@@ -101,7 +103,10 @@ class PatroniDiscovery:
                     continue
                 self._found = tuple(api for api, _ in members if api is not None)
                 return [host for _, host in members]
-        raise errors.PgStatusError(f"No member of the Patroni cluster has told its members: {'; '.join(problems)}")
+        raise errors.PgStatusError(
+            f"No member of the Patroni cluster has answered GET /cluster: {'; '.join(problems)}. Give the REST API of "
+            "a member that runs."
+        )
 
 
 def _read_members(content: Any) -> list[tuple[str | None, DiscoveredHost]]:
@@ -109,7 +114,7 @@ def _read_members(content: Any) -> list[tuple[str | None, DiscoveredHost]]:
     found = []
     for member in sorted(content["members"], key=lambda member: str(member["name"])):
         if "host" not in member:
-            # It has not started PostgreSQL yet.
+            # Patroni names no host for a member that has not started PostgreSQL yet.
             continue
         tags = member.get("tags") or {}
         api = member.get("api_url")
@@ -123,13 +128,13 @@ def _read_members(content: Any) -> list[tuple[str | None, DiscoveredHost]]:
 
 
 class SRVDiscovery:
-    """Finds hosts by the SRV records of a name (RFC 2782): by priority, and the heavier ones first.
+    """Finds hosts by the SRV records of a name (RFC 2782): in the order of priority, then of weight, the highest first.
 
-    It takes `dnspython`: ``pip install 'ctxdb-pgstatus[srv]'``.
+    This class needs `dnspython`: ``pip install 'ctxdb-pgstatus[srv]'``.
 
     Args:
-        name: the name that has the records: ``_postgresql._tcp.shop.example.org``.
-        resolver: a ``dns.asyncresolver.Resolver``; by default one that is set up as the system's.
+        name: the name that has the records, such as ``_postgresql._tcp.shop.example.org``.
+        resolver: a ``dns.asyncresolver.Resolver``; by default a resolver that is set up as the system's.
 
     Raises:
         OptionError: `dnspython` is not installed.
@@ -140,7 +145,7 @@ class SRVDiscovery:
             import dns.asyncresolver  # noqa: PLC0415 - an extra
         except ImportError:
             raise errors.OptionError(
-                "SRV records take dnspython: install it by `pip install 'ctxdb-pgstatus[srv]'`."
+                "Reading SRV records takes dnspython: install it by `pip install 'ctxdb-pgstatus[srv]'`."
             ) from None
         self._name = name
         self._resolver = resolver or dns.asyncresolver.Resolver()
@@ -149,23 +154,23 @@ class SRVDiscovery:
         """Return the hosts that the records name.
 
         Raises:
-            dns.exception.DNSException: they cannot be had at the moment.
+            dns.exception.DNSException: the records cannot be read at the moment.
         """
         answer = await self._resolver.resolve(self._name, "SRV")
         records = sorted(answer, key=lambda record: (record.priority, -record.weight, str(record.target), record.port))
-        # "." says that there is no such service.
+        # A target of "." says that there is no such service (RFC 2782).
         names = [(str(record.target).rstrip("."), record.port) for record in records]
         return [DiscoveredHost(_address(name, port)) for name, port in names if name]
 
 
 class FileDiscovery:
-    """Finds hosts in a file, which may change: one host a line, or several with commas; what follows a ``#`` is none.
+    """Finds hosts in a file, which may change: one host a line, or several with commas. A ``#`` begins a comment.
 
-    Replace the file as a whole (write another one, and rename it), so that nobody reads half of it.
+    Replace the file as a whole (write another file, and rename it), so that the monitor never reads half of it.
 
     Args:
         path: where the file is.
-        port: the port of hosts that name none.
+        port: the port of a host that names none.
     """
 
     def __init__(self, path: str | PathLike[str], *, port: int = _DEFAULT_PORT) -> None:
@@ -177,15 +182,15 @@ class FileDiscovery:
 
         Raises:
             OSError: the file cannot be read.
-            HostListError: there is something else than hosts in it.
+            HostListError: the file holds something else than hosts.
         """
-        # A file of a few lines: a thread would take longer than the read.
+        # The file has a few lines: to start a thread for the read would take longer than the read.
         lines = self._path.read_text(encoding="utf-8").splitlines()
         names = [name.strip() for line in lines for name in line.partition("#")[0].split(",")]
         return [DiscoveredHost(HostAddress.parse(name, self._port)) for name in names if name]
 
 
 def _address(host: str, port: int) -> HostAddress:
-    """Return the address of a host, named so that ``HostAddress.parse`` finds it again."""
+    """Return the address of a host, with a name from which ``HostAddress.parse`` reads the same host and port."""
     name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return HostAddress(name, host, port)

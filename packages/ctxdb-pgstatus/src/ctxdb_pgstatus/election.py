@@ -1,4 +1,4 @@
-"""Which of the hosts that call themselves master is the one true master."""
+"""`elect`: which of the hosts that are primaries by their own word is the master of the cluster."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["Claim", "Election", "elect"]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A living host that says that it is the master.
+    """A host that is alive and says that it is a primary.
 
     Attributes:
-        host: its name.
-        timeline: the timeline that it writes: each promotion begins a higher one.
-        position: up to where it has written its WAL.
-        standbys: how many standbys receive its WAL.
-        takes_writes: whether it lets clients write.
-        server: which server it is: two names may lead to one.
+        host: the host's name.
+        timeline: the timeline that the host writes. Each promotion begins a higher timeline (PostgreSQL, "Continuous
+            Archiving and Point-in-Time Recovery", on timelines).
+        position: the WAL position in bytes up to which the host has written.
+        standbys: how many standbys receive the host's WAL.
+        takes_writes: whether the host lets clients write.
+        server: the server that answers by this name, as two names may lead to one server; ``None`` if it is unknown.
     """
 
     host: str
@@ -33,15 +34,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Election:
-    """How an election went.
+    """The result of an election.
 
     Attributes:
-        master: the one true master; ``None`` if no claim holds, or if several servers take writes on one timeline.
-        rivals: the hosts that claim the same timeline as the preferred one, beside it. Two servers went on from the
-            same point, and only one of them is right: which, no timeline tells.
-        stale: the hosts whose timeline was left by a promotion: masters of the past.
-        preferred: which of the rivals it would be best to keep, as far as PostgreSQL tells: the master, if there is
-            one.
+        master: the master; ``None`` if no claim holds, or if several servers take writes on the highest timeline.
+        rivals: the hosts, beside `preferred`, that claim the same timeline as `preferred` does. Such servers went on
+            from the same point of one timeline, and no timeline tells which of them is right.
+        stale: the hosts whose timeline is lower than the highest one: masters of the past, which a promotion has left.
+        preferred: the master if there is one; else the host that an operator had best keep, by its WAL and standbys.
     """
 
     master: str | None
@@ -53,15 +53,15 @@ class Election:
 def elect(claims: Sequence[Claim], *, highest_timeline: int = 0) -> Election:
     """Choose the master.
 
-    The highest timeline wins. Where several servers claim it, the one that takes writes is the master. If several take
-    writes, there is none: each process would see them in its own way, and both would acknowledge writes that the other
-    does not have. Nothing depends on who answered first or who was the master before, so that every process chooses the
-    same.
+    The highest timeline wins. If several servers claim the highest timeline, the server that takes writes is the
+    master. If several of these take writes, there is no master: each of them acknowledges writes that the others do not
+    have. The result does not depend on which host answered first or was the master before, so that all processes choose
+    the same master.
 
     Args:
-        claims: who claims to be the master, in the order in which the hosts were named.
-        highest_timeline: the highest timeline that was seen on any host at any time. A claim below it is stale, also if
-            no other is there: some host was promoted, and may be away for a moment.
+        claims: the hosts that say that they are primaries, in the order of the list of hosts.
+        highest_timeline: the highest timeline that was seen on any host at any time. A claim of a lower timeline is
+            stale, even if no host claims this one now: a host was promoted to it, and may be away for a moment.
     """
     highest = max((claim.timeline for claim in claims), default=0)
     highest = max(highest, highest_timeline)
@@ -69,7 +69,7 @@ def elect(claims: Sequence[Claim], *, highest_timeline: int = 0) -> Election:
     stale = tuple(claim.host for claim in claims if claim.timeline < highest)
     if not valid:
         return Election(None, stale=stale)
-    # `max` keeps the order of the hosts among equals.
+    # Among equals, `max` returns the first one in the order of the list of hosts.
     preferred = max(valid, key=lambda claim: (claim.takes_writes, claim.position, claim.standbys))
     rivals = tuple(claim.host for claim in valid if claim is not preferred)
     takers = [claim for claim in valid if claim.takes_writes]
@@ -78,7 +78,7 @@ def elect(claims: Sequence[Claim], *, highest_timeline: int = 0) -> Election:
 
 
 def _without_other_names(claims: Sequence[Claim]) -> list[Claim]:
-    """Leave out those that are another name of a server that is there already."""
+    """Return one claim for each server: of the names that lead to one server, the first."""
     found: list[Claim] = []
     for claim in claims:
         server = claim.server

@@ -5,7 +5,7 @@ CtxDBError
     ├── HostListError            hosts were given that cannot be read (a ``ValueError``, too)
     ├── OptionError              an option has a value that it cannot have (a ``ValueError``, too)
     ├── NoMasterError            a session on the master was asked for while the cluster has none
-    ├── NoReplicaError           a session for reading was asked for while no host of the cluster answers
+    ├── NoReplicaError           a session for reading was asked for while no host of the cluster will do
     ├── HostUnreachableError     a host that counts as alive did not accept a connection
     ├── ConnectionLostError      a connection to a host broke before its transaction was committed
     ├── MasterChangedError       a commit returned from a host that is not the master any more
@@ -14,7 +14,7 @@ CtxDBError
     │                            (a ``CommitOutcomeUnknownError`` of ctxdb-core, too)
     ├── MiddlewareOrderError     `ReadYourWrites` was put inside of the unit of work
     ├── StaleReaderError         a reader's transaction cannot see what the same code has committed on the master
-    └── SidecarError             the sidecar could not be asked, and no answer of before is recent enough
+    └── SidecarError             the sidecar could not be asked, and no earlier answer is recent enough
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PgStatusError(CtxDBError):
     Attributes:
         retryable: whether the same work may be done again, by a new unit of work: nothing of the transaction that
             failed is committed, and a later try may find another host. ``False`` if the work may have been committed,
-            or if no time will mend what is wrong.
+            or if a later try would fail as well.
     """
 
     retryable: bool = False
@@ -53,7 +53,7 @@ class PgStatusError(CtxDBError):
 class HostListError(PgStatusError, ValueError):
     """Hosts were given that cannot be read.
 
-    Raised when a monitor is made, before anything is connected to. The way out is in the message.
+    Raised when a monitor is made, before it connects to any host. The way out is in the message.
     """
 
 
@@ -67,17 +67,19 @@ class OptionError(PgStatusError, ValueError):
 class NoMasterError(PgStatusError):
     """A session on the master was asked for while the cluster has none.
 
-    Raised at once, instead of letting the request wait for a connection that cannot be had. The way out: answer 503,
-    and let the client try again; the next session after the election goes to the new master.
+    Raised at once: a request that waited for a connection would wait in vain. The way out: answer 503, and let the
+    client try again; the next session after the election goes to the new master.
     """
 
     retryable = True
 
 
 class NoReplicaError(PgStatusError):
-    """A session for reading was asked for while no host of the cluster answers, the master neither.
+    """A session for reading was asked for while no host of the cluster will do: no replica, and not the master either.
 
-    Raised at once, as `NoMasterError` is.
+    Raised at once, as `NoMasterError` is: if no host answers; if no host has what the code has written before; or if no
+    replica will do, and the ``fallback`` to the master is switched off. The way out: answer 503, and let the client try
+    again.
     """
 
     retryable = True
@@ -86,14 +88,14 @@ class NoReplicaError(PgStatusError):
 class HostUnreachableError(PgStatusError):
     """A host that counts as alive did not accept a connection.
 
-    Raised where a session needs a connection that cannot be opened: until a host counts as dead, sessions go there. The
-    driver's error, or the operating system's, is the ``__cause__``. The way out: answer 503, and let the client try
-    again, if it is `retryable`; correct the user, the password or the database's name if it is not.
+    Raised where a session needs a connection that cannot be opened. Sessions go to a host that has failed until it
+    counts as dead. The driver's error, or the operating system's, is the ``__cause__``. The way out: if the error is
+    `retryable`, answer 503 and let the client try again; if not, correct the user, the password or the database's name.
 
     Attributes:
         host: the host, as the cluster's source calls it.
         retryable: ``False`` if the host has refused the account (SQLSTATE classes 28 and 3D): the next try will fail as
-            well. psycopg does not tell why a connection was refused, so with psycopg it is always ``True``.
+            well. psycopg does not tell the SQLSTATE of a refused connection, so with psycopg this is always ``True``.
     """
 
     def __init__(self, message: str, host: str, *, retryable: bool = True) -> None:
@@ -105,9 +107,9 @@ class HostUnreachableError(PgStatusError):
 class ConnectionLostError(PgStatusError):
     """A connection to a host broke, or its host was demoted, before its transaction was committed.
 
-    Raised by the statement that meets it. Nothing of the transaction is stored: a server rolls back what has lost its
-    client. The driver's error is the ``__cause__``. The way out: do the work again in a new unit of work, or answer 503
-    and let the client do it.
+    Raised by the statement that was under way, or is the first one after that. Nothing of the transaction is stored: a
+    server rolls back a transaction that has lost its client. The driver's error is the ``__cause__``. The way out: do
+    the work again in a new unit of work, or answer 503 and let the client do it.
 
     Attributes:
         host: the host, as the cluster's source calls it.
@@ -123,28 +125,28 @@ class ConnectionLostError(PgStatusError):
 class MasterChangedError(PgStatusError):
     """A commit returned from a host that is not the master any more.
 
-    Raised from the commit, so that no success is answered: what was written is on a host that the cluster has left, and
-    is likely to be lost there. The way out: answer an error; what is tried again goes to the master of then. Look first
-    whether the write is there, as after any commit whose outcome is unknown.
+    Raised from the commit, so that no success is answered: the write is on a host that the cluster has left, and is
+    likely to be lost. The way out: answer an error. Look whether the write is there before it is done again, as after
+    any commit whose outcome is unknown; a new session goes to the new master.
     """
 
 
 class MasterUncertainError(PgStatusError):
     """Whether a name still leads to the server of the master could not be found out.
 
-    Raised by ``confirm_master``, where a new connection is needed for that and cannot be had: the standby that has left
-    the master may have been promoted, and have got its name. A commit that waits for the answer raises
-    `CommitUnconfirmedError`.
+    Raised by ``confirm_master`` if only a new connection could tell, and none can be opened. A standby that has left
+    the master may have been promoted, and the name may lead to that standby now. A commit that waits for the answer
+    raises `CommitUnconfirmedError`.
     """
 
 
 class CommitUnconfirmedError(PgStatusError, CommitOutcomeUnknownError):
     """Nobody can tell what became of a commit, or whether its host is the master.
 
-    Raised from the commit where the connection broke while COMMIT was under way; and where COMMIT has returned while
-    neither the cluster's source nor the host itself could say in time whether the host is the master. It is no failure:
-    the write may be there, and is likely to be in the second case. The original error is the ``__cause__``. The way
-    out: look whether the write is there before it is done again, or make writes repeatable.
+    Raised from the commit in two cases: the connection broke while COMMIT was under way; or COMMIT has returned, and
+    neither the `HostSource` nor the host itself could say in time whether the host is the master. The commit need not
+    have failed: the write may be there, and is likely to be in the second case. The original error is the
+    ``__cause__``. The way out: look whether the write is there before it is done again, or make writes repeatable.
 
     Attributes:
         host: the host that COMMIT was sent to.
@@ -158,7 +160,8 @@ class CommitUnconfirmedError(PgStatusError, CommitOutcomeUnknownError):
 class MiddlewareOrderError(PgStatusError):
     """`ReadYourWrites` was put inside of the unit of work.
 
-    Raised at each request: from there, no commit is seen before the response starts. The way out is in the message.
+    Raised at each request: inside of the unit of work, the middleware would see no commit before the response starts.
+    The way out is in the message.
     """
 
     def __init__(self) -> None:
@@ -172,15 +175,16 @@ class MiddlewareOrderError(PgStatusError):
 class StaleReaderError(PgStatusError):
     """A reader's transaction cannot see what the same code has committed on the master since it began.
 
-    Raised by a statement on a replica that has not replayed that commit, where the transaction cannot go on elsewhere:
-    it has savepoints, options of its own or a streamed result. The way out: end it first, by ``commit_db_session``.
+    Raised by a statement on a replica that has not replayed that commit, if the reader's transaction cannot go on on
+    another host, as it has savepoints, options of its own or a streamed result. The way out: end the transaction before
+    the statement, by ``commit_db_session``.
     """
 
     retryable = True
 
 
 class SidecarError(PgStatusError):
-    """The sidecar could not be asked, and no answer of before is recent enough.
+    """The sidecar could not be asked, and no earlier answer is recent enough.
 
     Raised by ``PgStatusClient``. The way out: start the sidecar, or correct its address.
     """

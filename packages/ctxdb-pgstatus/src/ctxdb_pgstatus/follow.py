@@ -1,4 +1,4 @@
-"""`follow_master` and `follow_replica`: `DBConnect`s that go where the master is, or a replica."""
+"""`follow_master` and `follow_replica`: have the sessions of a `DBConnect` go to the master, or to replicas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FollowHandler", "follow_master", "follow_replica"]
 FollowHandler: TypeAlias = Callable[[DBConnect], Awaitable[None]]
 """A ``before_create_session_handler`` of `DBConnect`."""
 
-# How long the connections to a master are kept that has answered in the place of a replica.
+# After the master was last read from in the place of a replica, connections to it are kept for so long.
 _FALLBACK_SECONDS = 30.0
 
 
@@ -38,18 +38,18 @@ def follow_master(
 ) -> FollowHandler:
     """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to the master.
 
-    Without a master they fail at once, also those that are waiting for a connection. When the master changes, sessions
-    that have no transaction open move along (events go on naming the host that they were made for); connections to a
-    host that has died, or that says wrongly that it is the master, are cut off.
+    Without a master, sessions fail at once, also those that are waiting for a connection. When the master changes, a
+    session that has no transaction open moves to the new master; its events go on naming the host that it was made for.
+    Connections to a host that has died, or that wrongly says that it is the master, are cut off.
 
-    What is done past SQLAlchemy's connections, by a DBAPI connection's own ``commit`` for instance, is not confirmed.
+    A commit that is made past SQLAlchemy, by a DBAPI connection's own ``commit`` for instance, is not confirmed.
 
     Args:
-        source: who knows the master, such as a ``HostMonitor``.
-        confirm_commits: ask after each commit that may have written something whether its host is still the master. All
-            that are waiting for the answer share the question.
+        source: knows the master: a ``HostMonitor``, for instance.
+        confirm_commits: whether `source` is asked, after each commit that may have written something, whether the host
+            is still the master. Commits that wait for the answer at the same time share one question.
         confirm_timeout: how many seconds the answer may take.
-        connect_timeout: how many seconds a connection may take to be opened.
+        connect_timeout: how many seconds it may take to open a connection.
 
     Raises:
         OptionError: a number of seconds is not positive.
@@ -73,29 +73,30 @@ def follow_replica(
 ) -> FollowHandler:
     """Return a ``before_create_session_handler`` by which the sessions of a `DBConnect` go to replicas, in turn.
 
-    The connections to all living replicas are kept. Where no replica will do, the master answers, and a replica again
-    as soon as one does; without `fallback`, `NoReplicaError` is raised instead.
-    Code that has written through a `follow_master` on the same source reads what it has written,
-    also by a session that is in the middle of a transaction, which goes on elsewhere then, or else raises
-    `StaleReaderError`. A transaction with a snapshot of its own ("REPEATABLE READ") keeps it.
+    The connections to all living replicas are kept. While no replica will do, the master is read from; without
+    `fallback`, `NoReplicaError` is raised instead.
+
+    Code that has written through a `follow_master` on the same source reads what it has written. That holds also for a
+    session in the middle of a transaction: the transaction goes on on another host, or raises `StaleReaderError` if it
+    cannot. A transaction with a snapshot of its own ("REPEATABLE READ") keeps that snapshot.
 
     Args:
-        source: who knows the replicas, such as a ``HostMonitor``.
-        sync: by which lag a replica has to be in sync; by default, all that live are good enough.
-        wait: how many seconds to wait for a replica that has what the running code has written, before the master is
-            asked instead.
-        connect_timeout: how many seconds a connection may take to be opened.
+        source: knows the replicas: a ``HostMonitor``, for instance.
+        sync: by which lag a replica has to be in sync; by default, every living replica will do.
+        wait: how many seconds to wait for a replica that has replayed what the running code has written, before the
+            master is read from instead.
+        connect_timeout: how many seconds it may take to open a connection.
         max_lag_ms: up to which lag in milliseconds a replica will do, in the place of the source's own limit. Without
-            `sync`, it is a condition of its own.
-        max_lag_bytes: the same in bytes.
-        near: returns how far a host is: of the replicas that will do, the nearest are read from. ``Locality.distance``
-            tells it by data centres and regions.
-        fallback: whether the master is read from where no replica will do. Without it, replicas that fail or lag bring
-            their load upon nobody else.
+            `sync`, this is a condition of its own.
+        max_lag_bytes: up to which lag in bytes a replica will do, likewise.
+        near: returns how far a host is. Of the replicas that will do, the nearest are read from. ``Locality.distance``
+            tells distances by data centres and regions.
+        fallback: whether the master is read from where no replica will do. Without that, the master is spared the load
+            of replicas that fail or lag.
 
     Raises:
-        OptionError: `sync` is no such condition, a limit is negative, `connect_timeout` is not positive, or the source
-            cannot find replicas by more than `sync`.
+        OptionError: `sync` is no such condition, a number is out of its range, or the source can find replicas by
+            `sync` alone while a rule asks for more.
     """
     if sync not in (None, "time", "bytes", "time_or_bytes", "time_and_bytes"):
         raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
@@ -121,7 +122,7 @@ def _check_seconds(name: str, seconds: float) -> None:
 
 
 class _Follower:
-    """What following the master and following replicas have in common."""
+    """A ``before_create_session_handler``: what following the master and following replicas have in common."""
 
     def __init__(self, source: HostSource, guard: CommitGuard | None, connect_timeout: float) -> None:
         self.source = source
@@ -132,27 +133,30 @@ class _Follower:
         self._engines: WeakSet[FollowedEngine] = WeakSet()
 
     async def __call__(self, db: DBConnect) -> None:
-        """Have the next session of `db` go where it should."""
+        """Have the next session of `db` go to the right host."""
         await self.choose(db, None)
 
     async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
-        """Change the host of `db` to the right one; return its engine on this loop, unless that is a test's.
+        """Change the host of `db` to the right one, and return its engine on this event loop.
 
         Args:
-            db: whose host to change.
-            positions: of the running code, if they are known.
+            db: the database whose sessions follow.
+            positions: the positions of the running code, if the caller has them at hand.
+
+        Returns:
+            the engine; ``None`` if this is the engine of a test's `shared_transaction`, which follows no host.
 
         Raises:
-            NoMasterError, NoReplicaError: there is none.
+            NoMasterError, NoReplicaError: no host will do.
         """
         raise NotImplementedError
 
     def is_fit(self, host: str, positions: Positions) -> bool:
-        """Return whether `host` has what the running code has to see."""
+        """Return whether `host` has replayed what the running code has written."""
         raise NotImplementedError
 
     async def review(self) -> None:
-        """Leave the hosts that the cluster has left, and return to those that it has returned to."""
+        """Have each engine leave its host if sessions must not go there any more, or return to it if they may again."""
         in_use, alive = await self._hosts()
         for engine in list(self._engines):
             if engine.host in in_use:
@@ -161,13 +165,15 @@ class _Follower:
                 engine.leave(abort=engine.host not in alive)
 
     def report_failure(self, host: str) -> None:
-        """Have a host looked at."""
+        """Have the source ask a host now, as something has failed on it."""
         self.source.report_failure(host)
 
     async def has_seen(self, host: str, lost: LostCommit) -> bool:
-        """Return whether the last promotion of `host` was after all of a transaction, except for its end.
+        """Return whether `host` had replayed all of a transaction but its commit, at the least, when it was promoted.
 
-        Then the host knows the transaction's identifier, and gives it to no other transaction.
+        Then the host knows the transaction's identifier, and has not given it to another transaction: it can tell
+        whether the transaction was committed. `lost.position` is in the WAL of `lost.timeline`: only a promotion that
+        has left this very timeline can be compared with it.
         """
         promotion = await self.source.promotion_of(host) if isinstance(self.source, KnowsPromotions) else None
         return (
@@ -177,25 +183,25 @@ class _Follower:
         )
 
     def forget_position(self, host: str, positions: Positions) -> None:
-        """Trust a host no more to have what the running code has to see, until it is asked again."""
+        """Forget how far `host` has replayed, so that it is asked anew before the running code reads from it."""
         positions.see_on(self.source, host, -1)
 
     def no_server(self, host: str) -> PgStatusError:
-        """Return the error for a name of which each connection leads to another server than the source knows."""
+        """Return the error for a host of which each connection leads to another server than the source knows."""
         raise NotImplementedError
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Return the hosts that may be used, and those that are in order."""
+        """Return the hosts that sessions may go to, and the hosts whose open connections may be used to their end."""
         raise NotImplementedError
 
     def _accompany(self, db: DBConnect) -> None:
-        """Follow the engines of `db`, those that there are and those to come."""
+        """Follow all engines of `db`, now and in the future."""
         if db not in self._dbs:
             self._dbs.add(db)
             db.on_engine(partial(self._follow, ref(db)))
 
     def _follow(self, db: ref[DBConnect], host: str, engine: AsyncEngine) -> None:
-        # Of a test's shared transaction, nothing is to be followed: all of it is on one connection.
+        # In a test's `shared_transaction`, all sessions are on one connection, which must stay where it is.
         if engine.dialect.driver != "shared" and FollowedEngine.of(engine.sync_engine) is None:
             self._engines.add(FollowedEngine(engine, host, db, self))
 
@@ -206,14 +212,15 @@ class _MasterFollower(_Follower):
         while True:
             host = await self.source.find_master()
             if host is None:
-                # Whoever waits for a connection need not wait any longer.
+                # Sessions that wait for a connection to the old master are told by this that they wait in vain.
                 await self.review()
                 raise NoMasterError(
                     "The cluster has no master at the moment. Answer 503 and let the client try again: the next "
                     "session after an election goes to the new master."
                 )
             if host != db.host:
-                # Before the idle connections to the old host are closed: a dead one would not answer.
+                # `change_host` closes the idle connections to the old host. If that is dead, its connections have to be
+                # cut off before, as the close would wait for the host.
                 await self.review()
                 await db.change_host(host)
             engine = FollowedEngine.of((await db.engine()).sync_engine)
@@ -230,8 +237,8 @@ class _MasterFollower(_Follower):
 
     def no_server(self, host: str) -> PgStatusError:
         return NoMasterError(
-            f"Several servers take turns behind the name {host!r}, and which one is the master cannot be told by it. "
-            "Name each server by a name of its own."
+            f"Several servers take turns behind the name {host!r}, so that a connection cannot be told to lead to the "
+            "master. Name each server by a name of its own."
         )
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:
@@ -258,7 +265,7 @@ class _ReplicaFollower(_Follower):
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
-                missing = "answers" if position is None else "that has what was written before can be read from"
+                missing = "answers" if position is None else "has what this code has written before, or can be asked"
                 if not self._rule.fallback:
                     missing = "is a replica that will do"
                 raise NoReplicaError(
@@ -292,7 +299,11 @@ class _ReplicaFollower(_Follower):
         return await source.find_replica(rule.sync, min_position=position, max_wait=wait)
 
     def _with_fallback(self, host: str, replicas: frozenset[str]) -> frozenset[str]:
-        """Return the hosts to keep, and the master among them as long as replicas that lag need it now and then."""
+        """Return the hosts whose connections are kept: `replicas`, and the master if it was read from a while ago.
+
+        Replicas that lag leave some reads to the master now and then. Without this, the connections to the master would
+        be closed after each of them.
+        """
         now = asyncio.get_running_loop().time()
         if host not in replicas and replicas:
             self._fallback, self._fallback_until = host, now + _FALLBACK_SECONDS
@@ -305,8 +316,8 @@ class _ReplicaFollower(_Follower):
 
     def no_server(self, host: str) -> PgStatusError:
         return NoReplicaError(
-            f"Several servers take turns behind the name {host!r}, and which one has what was written before cannot be "
-            "told by it. Name each server by a name of its own."
+            f"Several servers take turns behind the name {host!r}, so that a connection cannot be told to lead to a "
+            "server that has what this code has written before. Name each server by a name of its own."
         )
 
     async def _hosts(self) -> tuple[frozenset[str], frozenset[str]]:

@@ -1,4 +1,4 @@
-"""`Locality`: which hosts are near."""
+"""`Locality`: which hosts are near, by data centres and regions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Locality"]
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Where the hosts are, and where they are asked from.
+    """Where the hosts are, and where their readers are.
 
     Attributes:
-        dcs: the data centre of each host.
-        geos: the region of each host.
+        dcs: the data centre of each host, by the host's name.
+        geos: the region of each host, by the host's name.
         current_dc: the data centre whose replicas are preferred; ``None`` for no preference.
-        current_geo: the region whose replicas are preferred after those; ``None`` for no preference.
+        current_geo: the region whose replicas are preferred after those of `current_dc`; ``None`` for no preference.
     """
 
     dcs: Mapping[str, str | None] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Locality:
     current_geo: str | None = None
 
     def distance(self, host: str) -> int:
-        """Return 0 for a host of the same data centre, 1 for one of the same region, else 2."""
+        """Return 0 for a host in `current_dc`, 1 for another host in `current_geo`, and 2 for all others."""
         if self.current_dc is not None and self.dcs.get(host) == self.current_dc:
             return 0
         if self.current_geo is not None and self.geos.get(host) == self.current_geo:
@@ -35,7 +35,7 @@ class Locality:
         return 2
 
     def nearest(self, hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
-        """Return those of `hosts` that are nearest, in their order."""
+        """Return the hosts out of `hosts` that are nearest, in the order of `hosts`."""
         if self.current_dc is None and self.current_geo is None:
             return hosts
         best = min((self.distance(host.host) for host in hosts), default=0)

@@ -1,4 +1,7 @@
-"""Log sequence numbers, the WAL positions, as PostgreSQL writes them: ``0/3000060``."""
+"""Log sequence numbers (LSNs), which are WAL positions, as PostgreSQL writes them: ``0/3000060``.
+
+The two hexadecimal numbers are the upper and the lower 32 bits of a position in bytes (PostgreSQL, "pg_lsn Type").
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ _POSITION = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})", re.ASCII)
 
 
 def format_lsn(position: int) -> str:
-    """Return a position in bytes as PostgreSQL writes it."""
+    """Return the LSN of a position in bytes."""
     return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
 
 
 def parse_lsn(text: str) -> int:
-    """Return the position in bytes.
+    """Return the position in bytes that the LSN `text` stands for.
 
     Raises:
-        ValueError: `text` is no position.
+        ValueError: `text` is no LSN.
     """
     match = _POSITION.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no WAL position: it has to look like 0/3000060.")
+        raise ValueError(f"{text!r} is no WAL position: give one that looks like 0/3000060.")
     return (int(match[1], 16) << 32) + int(match[2], 16)

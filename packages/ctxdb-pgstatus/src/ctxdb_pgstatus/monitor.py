@@ -23,7 +23,7 @@ from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.member import Member
 from ctxdb_pgstatus._probing.membership import Membership
 from ctxdb_pgstatus._probing.pace import Pace
-from ctxdb_pgstatus._probing.probe import Limits
+from ctxdb_pgstatus._probing.probe import TimeLimits
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
@@ -161,7 +161,7 @@ class HostMonitor:
         file = None if password_file is None else Path(password_file)
         self._account = Account(user, password, database, ssl, file)
         self._interval = poll_interval
-        self._limits = Limits(connect_timeout, query_timeout or connect_timeout, conn_max_age)
+        self._limits = TimeLimits(connect_timeout, query_timeout or connect_timeout, conn_max_age)
         self._pace = Pace(poll_interval, self._limits.connect + self._limits.query, max_fails)
         self._judge = Judge(sync_max_lag_ms, sync_max_lag_bytes)
         self._turns: dict[SyncCondition | None, itertools.count[int]] = {

@@ -1,4 +1,4 @@
-"""`Limits` and `ReadRule`: which replicas a reader is content with, and which of them it likes best."""
+"""`LagLimits` and `ReadRule`: which replicas will do for a reader, and which of them are preferred."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from ctxdb_pgstatus.status import HostStatus, SyncCondition
 
-__all__ = ["Limits", "ReadRule"]
+__all__ = ["LagLimits", "ReadRule"]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LagLimits:
     """How far a replica may be behind.
 
     Attributes:
         lag_ms: the highest lag in milliseconds; ``None`` for the monitor's own limit.
         lag_bytes: the highest lag in bytes; ``None`` for the monitor's own limit.
-        among: the replicas to choose from; ``None`` for all.
+        among: the names of the replicas to choose from; ``None`` for all.
     """
 
     lag_ms: int | None = None
@@ -25,7 +25,13 @@ class Limits:
     among: Container[str] | None = None
 
     def admit(self, host: HostStatus, condition: SyncCondition | None) -> bool:
-        """Return whether `host` will do; without a condition, a limit that is not given does not count."""
+        """Return whether `host` is within the limits.
+
+        Args:
+            host: a replica.
+            condition: by which lag `host` has to be in sync. With ``None``, each limit that is given has to be kept;
+                the monitor's own limits do not count.
+        """
         if self.among is not None and host.host not in self.among:
             return False
         match condition:
@@ -55,14 +61,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ReadRule:
-    """Which replicas a reader is content with, and which of them it likes best.
+    """Which replicas will do for a reader, and which of them are preferred.
 
     Attributes:
-        sync: by which lag they have to be in sync; ``None`` for any that lives.
-        max_lag_ms: up to which lag in milliseconds, in the place of the source's own limit. Without `sync`, it is a
-            condition of its own.
-        max_lag_bytes: the same in bytes.
-        near: returns how far a host is, such as ``Locality.distance``: of those that will do, the nearest are taken.
+        sync: by which lag a replica has to be in sync; ``None`` if every living replica will do.
+        max_lag_ms: up to which lag in milliseconds a replica will do, in the place of the source's own limit. Without
+            `sync`, this is a condition of its own.
+        max_lag_bytes: up to which lag in bytes a replica will do, likewise.
+        near: returns how far a host is, as ``Locality.distance`` does. Of the replicas that will do, the nearest are
+            taken.
         fallback: whether the master is read from where no replica will do.
     """
 
@@ -74,17 +81,17 @@ class ReadRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it says nothing but `sync`, which every source understands."""
+        """Whether the rule says no more than `sync`, which every `HostSource` understands."""
         return self == ReadRule(self.sync)
 
     def admits(self, replica: HostStatus) -> bool:
-        """Return whether a replica is fresh enough."""
-        return Limits(self.max_lag_ms, self.max_lag_bytes).admit(replica, self.sync)
+        """Return whether the lag of a replica is within the limits of the rule."""
+        return LagLimits(self.max_lag_ms, self.max_lag_bytes).admit(replica, self.sync)
 
     def best(self, replicas: Iterable[HostStatus]) -> list[str]:
-        """Return the names of those that will do and are nearest, in their order.
+        """Return the names of the replicas that will do and are nearest, in the order of `replicas`.
 
-        One that has failed to answer since its last answer is among them only if all others have.
+        A replica whose last poll has failed is among them only if that holds for all replicas that will do.
         """
         fit = [replica for replica in replicas if self.admits(replica)]
         fit = [replica for replica in fit if not replica.possible_dead] or fit

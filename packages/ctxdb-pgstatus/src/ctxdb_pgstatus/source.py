@@ -1,4 +1,8 @@
-"""Whom `follow_master` and `follow_replica` ask: a `HostMonitor`, a `PgStatusClient`, or what does the same."""
+"""`HostSource` and its additions: what `follow_master` and `follow_replica` ask about the hosts of a cluster.
+
+`HostMonitor` and `PgStatusClient` have all of these methods. An object of the application's own needs those of
+`HostSource`; each other protocol here adds what the source may know beyond that.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ __all__ = [
 
 
 class HostSource(Protocol):
-    """What knows the hosts of a cluster. Its methods may be called on any event loop."""
+    """Knows the hosts of a cluster. The methods may be called on any event loop."""
 
     async def find_master(self) -> str | None:
-        """Return the master's name, out of memory if that is recent enough; ``None`` if there is none."""
+        """Return the master's name, out of memory if that is recent enough; ``None`` if there is no master."""
 
     async def find_replica(
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
@@ -32,32 +36,32 @@ class HostSource(Protocol):
         """Return a replica's name, each in its turn; the master's if no replica will do; ``None`` without a master.
 
         Args:
-            sync: by which lag it has to be in sync.
-            min_position: a WAL position in bytes that it must have replayed.
-            max_wait: how long to wait for one that has replayed `min_position`, in seconds.
+            sync: by which lag the replica has to be in sync.
+            min_position: a WAL position in bytes that the replica must have replayed.
+            max_wait: how long to wait for a replica that has replayed `min_position`, in seconds.
         """
 
     async def find_replicas(self) -> frozenset[str]:
-        """Return the names of all living replicas: the hosts to which connections are worth keeping."""
+        """Return the names of all living replicas. `follow_replica` keeps its connections to these hosts."""
 
     async def confirm_master(self, host: str) -> bool:
         """Ask the hosts anew, and return whether `host` is the master after all that happened before the call.
 
         Raises:
-            Exception: it cannot be found out.
+            Exception: the source cannot find out whether `host` is the master.
         """
 
     def report_failure(self, host: str) -> None:
-        """Say that something failed on `host`, so that it is asked now instead of at its next turn. Does not wait."""
+        """Have `host` asked now instead of at its next poll, as something has failed on it. Does not wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownMaster:
-    """The master, as a source knew it when it last could tell.
+    """The master that a source knew when it could last tell which host that is.
 
     Attributes:
-        host: its name.
-        timeline: the timeline that it wrote; ``None`` if that was not told.
+        host: the master's name.
+        timeline: the timeline that the master wrote; ``None`` if the source does not know it.
     """
 
     host: str
@@ -66,52 +70,54 @@ class KnownMaster:
 
 @runtime_checkable
 class RemembersMaster(Protocol):
-    """A source that may be away itself, as a sidecar may, and remembers what it knew before.
+    """A `HostSource` that cannot always be asked, as a sidecar may be away, and remembers the last master.
 
-    While it is away, commits are confirmed by the host that they were made on, if that is the master remembered here.
+    While the source cannot be asked, a commit is confirmed by the host on which it was made, if that is the remembered
+    master.
     """
 
     def known_master(self) -> KnownMaster | None:
-        """Return the master of the last answer; ``None`` if that is too old to be relied on, or was cast into doubt."""
+        """Return the remembered master; ``None`` if it is too old, or a failure of it was reported since."""
 
 
 @runtime_checkable
 class KnowsServers(Protocol):
-    """A `HostSource` that knows which server is behind a host's name, and notices when it is another one."""
+    """A `HostSource` that knows which server is behind a host's name. A server is known by the time of its start."""
 
     def server_of(self, host: str) -> datetime | None:
-        """Return when the server was started that was the last to answer by this name; ``None`` if that is unknown."""
+        """Return when the server was started that last answered by the name `host`; ``None`` if that is unknown."""
 
     async def ask_server_of(self, host: str) -> datetime | None:
-        """Find out over a new connection where the name leads now, and return what `server_of` does then."""
+        """Find out over a new connection where the name `host` leads now; return what `server_of` does after that."""
 
 
 @runtime_checkable
 class KnowsPromotions(Protocol):
-    """A `HostSource` that has seen hosts being promoted.
+    """A `HostSource` that notices how far a host had replayed its timeline when it was promoted.
 
-    What became of a commit whose answer was lost can be told by the new master then (see ``resolve_commits``).
+    With that, a new master can tell the outcome of a commit whose answer the old master did not send any more (see
+    ``resolve_commits``).
     """
 
     async def promotion_of(self, host: str) -> Promotion | None:
-        """Return what a host had replayed when it was promoted last; ``None`` if that was not seen.
+        """Return how much a host had replayed when it was promoted last; ``None`` if the source has not seen that.
 
         Raises:
-            Exception: it cannot be found out at the moment.
+            Exception: the source cannot be asked at the moment.
         """
 
 
 @runtime_checkable
 class ReadsByRule(Protocol):
-    """A `HostSource` that finds replicas by more than their being in sync."""
+    """A `HostSource` that finds replicas by limits of the caller's own, by distance, or without falling back."""
 
     async def find_reader(
         self, rule: ReadRule, *, min_position: int | None = None, max_wait: float = 0.0
     ) -> str | None:
-        """Return a replica's name by a rule, each in its turn; else the master's, if the rule allows that.
+        """Return the name of a replica that suits a rule, each in its turn; else the master's, if the rule allows that.
 
         Args:
-            rule: what it has to be like.
-            min_position: a WAL position in bytes that it must have replayed.
-            max_wait: how long to wait for one that has replayed `min_position`, in seconds.
+            rule: which replicas will do.
+            min_position: a WAL position in bytes that the replica must have replayed.
+            max_wait: how long to wait for a replica that has replayed `min_position`, in seconds.
         """

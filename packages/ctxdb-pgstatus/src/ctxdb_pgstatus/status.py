@@ -1,4 +1,7 @@
-"""What is known of a cluster at one moment: immutable, replaced as a whole, and so read without a lock."""
+"""`ClusterStatus`: all that is known of a cluster at one moment.
+
+It is immutable. A newer status takes its place as a whole, so that any thread may read it without a lock.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,28 @@ from typing import Literal
 __all__ = ["ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition"]
 
 Role = Literal["master", "replica"]
-"""What a host is: ``"master"`` takes writes, ``"replica"`` is in recovery."""
+"""What a host says that it is: ``"master"`` for a primary, ``"replica"`` for a standby, which is in recovery."""
 
 SyncCondition = Literal["time", "bytes", "time_or_bytes", "time_and_bytes"]
 """By which lag a replica has to be in sync."""
 
-
 Fault = Literal["stranger", "shared_name", "rival", "stale"]
-"""Why a living host is not what it says: it is of another cluster; several servers take turns behind its name; it takes
-writes on the same timeline as another one; or it says "master" on a timeline that a promotion has left."""
+"""Why a living host is not what it says:
+
+- ``"stranger"``: the host is of another cluster.
+- ``"shared_name"``: several servers take turns behind the host's name.
+- ``"rival"``: the host is a primary on the same timeline as another primary.
+- ``"stale"``: the host is a primary on a timeline that a promotion has left.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """What a host had replayed before it went on on another timeline.
+    """How much of a timeline a host had replayed when it was promoted, or followed a promoted host to a new timeline.
 
     Attributes:
-        timeline: the timeline before.
-        position: up to where at least, in bytes.
+        timeline: the timeline that the host has left.
+        position: the WAL position in bytes up to which the host had replayed that timeline at least.
     """
 
     timeline: int
@@ -39,26 +46,28 @@ class HostStatus:
     """One host, as it was at its last poll.
 
     Attributes:
-        host: its name, as the user wrote it.
-        alive: whether it answers, or refuses the monitor and so shows that it is there. One that has just begun to fail
-            counts as alive until it has failed `max_fails` times, or kept silent for a poll interval.
-        role: what it says it is, or said last; ``None`` if it is not alive, or has not told yet. Two hosts may both say
-            "master": `ClusterStatus.master` is the true one.
-        timeline: the timeline that it writes, or receives.
-        position: the WAL position in bytes: what a master has inserted, what a replica has replayed.
+        host: the host's name, as the user wrote it.
+        alive: whether the host answers, or refuses the monitor and so shows that it is there. A host that has just
+            begun to fail counts as alive until it has failed `max_fails` times, or kept silent for a poll interval.
+        role: what the host says that it is, or said last; ``None`` if the host is not alive, or has not told yet. Two
+            hosts may both say "master": `ClusterStatus.master` names the true master.
+        timeline: the timeline that the host writes, or receives.
+        position: the WAL position in bytes up to which a master has inserted, or a replica has replayed.
         lag_ms: how far a replica is behind in milliseconds; 0 for the master; ``None`` if unknown.
         lag_bytes: how far a replica is behind in bytes; 0 for the master; ``None`` if unknown.
-        since: since when it has been alive, or not, in this role (UTC).
-        error: the last error of a poll, without secrets, also if the host is alive again; ``None`` if there was none.
+        since: the time (UTC) from which on the host has been dead, or alive in this role.
+        error: the last error of a poll, without secrets, also if the host is alive again; ``None`` if no poll failed.
         in_sync_by_time: whether `lag_ms` is within the monitor's limit.
         in_sync_by_bytes: whether `lag_bytes` is within the monitor's limit.
-        takes_reads: whether readers are sent to it if it is a replica.
-        fault: why it is not what it says; ``None`` if it is.
-        system_identifier: that of the database cluster that it serves; ``None`` if unknown.
-        started_at: when its server was started: another time, and it is another server, or has restarted.
-        promotion: what it had replayed when it was promoted last, if that was seen.
-        possible_dead: whether it counts as alive, and has not answered since it last did: it may be about to count as
-            dead.
+        takes_reads: whether readers are sent to the host if it is a replica.
+        fault: why the host is not what it says; ``None`` if it is.
+        system_identifier: identifies the database cluster that the host serves (``pg_control_system()``); ``None`` if
+            unknown.
+        started_at: when the host's server was started. A change of this time tells that another server answers by the
+            name, or that the server has restarted.
+        promotion: how much of its former timeline the host had replayed when it left that; ``None`` if no such change
+            was seen.
+        possible_dead: whether the host counts as alive although the last attempt to ask it has failed.
     """
 
     host: str
@@ -80,7 +89,7 @@ class HostStatus:
     promotion: Promotion | None = None
 
     def in_sync(self, condition: SyncCondition | None) -> bool:
-        """Return whether `condition` holds; ``None`` always does."""
+        """Return whether the host is in sync by `condition`; every host is if that is ``None``."""
         match condition:
             case None:
                 return True
@@ -96,12 +105,12 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All hosts of a cluster, in the order in which they were named.
+    """What is known of a cluster at one moment.
 
     Attributes:
-        hosts: each host.
-        master: the one true master's name; ``None`` if there is none.
-        at: when this was put together (UTC).
+        hosts: all hosts, in the order in which they were named.
+        master: the master's name; ``None`` if there is no master.
+        at: when this status was put together (UTC).
     """
 
     hosts: tuple[HostStatus, ...]
@@ -117,5 +126,5 @@ class ClusterStatus:
         self._replicas.update({each: tuple(host for host in replicas if host.in_sync(each)) for each in conditions})
 
     def replicas(self, condition: SyncCondition | None = None) -> tuple[HostStatus, ...]:
-        """Return the living replicas that take reads and are in sync by `condition`, in their order."""
+        """Return the living replicas that take reads and are in sync by `condition`, in the order of `hosts`."""
         return self._replicas[condition]

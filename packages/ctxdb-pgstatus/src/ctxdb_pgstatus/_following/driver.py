@@ -1,4 +1,7 @@
-"""What is asked of a driver's connection itself, past SQLAlchemy: asyncpg's, psycopg's, or another one's."""
+"""Questions to a driver's connection, past SQLAlchemy: to one of asyncpg, psycopg or another driver.
+
+The kind of driver is told by the methods of its connection, so that no driver has to be imported.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ from ctxdb_core.adapters import call_out_of_sight
 
 __all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_position", "read_start"]
 
-# As a number: the drivers disagree about what a WAL position is.
+# Each query returns text, as the drivers return other values as different types: asyncpg a WAL position as a number,
+# psycopg as text.
 _POSITION = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::text"
-# The functions of a CASE that is not taken are not called: on a standby they would raise.
+# The first 8 digits of a WAL file's name are its timeline. On a standby, these functions would raise an error: CASE
+# does not call them there.
 _MASTER_TIMELINE = """
 SELECT CASE WHEN NOT pg_is_in_recovery() THEN
     ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text END
 """
-# In microseconds: as a number, as above.
+# In microseconds, which is PostgreSQL's own precision.
 _STARTED_AT = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -35,17 +40,22 @@ def is_open(connection: Any) -> bool:
 
 
 def abort(connection: Any) -> None:
-    """Cut the connection off without a word to its server: what waits for an answer fails at once."""
+    """Cut the connection off without a word to its server: a call that waits for an answer fails at once."""
     if hasattr(connection, "terminate"):
         connection.terminate()
     elif hasattr(connection, "pgconn"):
-        # psycopg would wait on for a socket that is closed under it; one that is shut down tells it.
+        # psycopg waits until the socket is readable: a socket that is shut down is, and one that is closed under
+        # psycopg never would be. The duplicate is closed here, and the descriptor of libpq stays open.
         with suppress(OSError, Exception), socket.socket(fileno=os.dup(connection.pgconn.socket)) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def in_recovery(connection: Any) -> bool:
-    """Return whether the server has said on this connection that it is a standby: PostgreSQL 14 and newer say so."""
+    """Return whether the server has reported to this connection that it is a standby.
+
+    PostgreSQL 14 and newer report ``in_hot_standby`` at the start of a connection, and whenever it changes
+    (PostgreSQL, "libpq", on `PQparameterStatus`).
+    """
     if hasattr(connection, "get_settings"):
         return getattr(connection.get_settings(), "in_hot_standby", None) == "on"
     if hasattr(connection, "pgconn"):
@@ -54,22 +64,22 @@ def in_recovery(connection: Any) -> bool:
 
 
 def read_position(connection: PoolProxiedConnection) -> int:
-    """Return up to where the server has written its WAL, in bytes; the connection is in no transaction."""
+    """Return the WAL position in bytes up to which the server has written. The connection is in no transaction."""
     position = _read(connection, _POSITION)
-    assert position is not None, "a server has a position"
+    assert position is not None, "a primary has a WAL position"
     return int(position)
 
 
 def read_master_timeline(connection: PoolProxiedConnection) -> int | None:
-    """Return the timeline that the server writes; ``None`` if it is a standby. The connection is in no transaction."""
+    """Return the timeline that the server writes; ``None`` for a standby. The connection is in no transaction."""
     timeline = _read(connection, _MASTER_TIMELINE)
     return None if timeline is None else int(timeline)
 
 
 def read_start(adapted: Any) -> datetime:
-    """Return when the server was started: which server it is. The connection is new, and in no transaction."""
+    """Return when the server was started, by which it is known. The connection `adapted` is new: in no transaction."""
     microseconds = _read_from(adapted, _STARTED_AT)
-    assert microseconds is not None, "a server that answers has been started"
+    assert microseconds is not None, "a server that answers was started at some time"
     return _EPOCH + timedelta(microseconds=int(microseconds))
 
 
@@ -85,9 +95,9 @@ def _read_from(adapted: Any, query: str) -> str | None:
     driver_connection = adapted.driver_connection
     value: str | None
     if hasattr(driver_connection, "fetchval"):
-        # asyncpg: outside of the transaction that SQLAlchemy's cursor would begin. asyncpg keeps the prepared statement
-        # for minutes, by a timer with a copy of the context, which would keep the unit of work that has opened the
-        # connection.
+        # This is asyncpg's connection. SQLAlchemy's cursor would begin a transaction on it. asyncpg keeps the prepared
+        # statement for minutes, by a timer with a copy of the context; out of the unit's sight, the copy does not keep
+        # the unit of work that has opened the connection.
         return cast("str | None", call_out_of_sight(_fetch_value, driver_connection, query))
     cursor = adapted.cursor()
     try:

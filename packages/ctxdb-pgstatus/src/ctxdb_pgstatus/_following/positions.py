@@ -1,4 +1,8 @@
-"""`Positions`: the WAL positions that the running code has written up to, and that its next reads have to see."""
+"""`Positions`: up to which WAL positions the running code has written, which its next reads have to see.
+
+The flow: a commit leaves the position after it by `note`; `required` tells a reader which position its replica must
+have replayed; `see_on` remembers that a replica has. `current_positions` holds the `Positions` of the running code.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +29,22 @@ DEFAULT_MAX_AGE = 300.0
 """For how many seconds a write is remembered."""
 
 UNKNOWN_POSITION = (1 << 64) - 1
-"""Something was written, at a position that is not known: only the master is sure to have it."""
-
+"""Stands for a write whose position is not known. No replica has replayed this position, so the master is read from."""
 
 _AT_ONCE_SECONDS = 10.0
-"""Within this time, requests of one client are taken to run at once."""
+"""Two requests whose commits are at most so far apart are taken for requests that one client may have sent at once."""
 
 
 class _Written:
-    """Up to where one cluster was written."""
+    """Up to where a cluster was written.
+
+    Attributes:
+        source: the cluster.
+        host: the master that took the write; ``None`` if a client has brought the position along.
+        position: the WAL position in bytes after the commit.
+        at: when this became known, by ``time.monotonic()``.
+        replayed: by hosts, the position that a host was found to have replayed.
+    """
 
     __slots__ = ("at", "host", "position", "replayed", "source")
 
@@ -43,38 +54,40 @@ class _Written:
         self.position = position
         self.at = time.monotonic()
         self.replayed: dict[str, int] = {}
-        """Up to where hosts were found to have replayed it."""
 
 
 class Positions:
-    """What the code of one request has written, or of one task that serves none."""
+    """What the code of one request has written; outside of requests, the code of one task."""
 
-    __slots__ = ("__weakref__", "_limits", "_of_others", "_own", "_parent", "_task")
+    __slots__ = ("__weakref__", "_limits", "_of_children", "_own", "_parent", "_task")
 
     def __init__(self) -> None:
-        # All of clusters by their identity: there is hardly ever more than one.
+        # The keys of these three are the ids of sources. There is hardly ever more than one source.
         self._limits: dict[int, tuple[float, float]] = {}
         self._own: dict[int, _Written] = {}
-        self._of_others: dict[int, _Written] = {}
+        # What tasks have written that this code has started, and tasks of these.
+        self._of_children: dict[int, _Written] = {}
+        # Returns the task that the positions are of; ``None`` for those of a request, which all of its tasks share.
         self._task: Callable[[], object] | None = None
+        # Returns the positions of the code that has started this task.
         self._parent: Callable[[], Positions | None] = lambda: None
 
     @classmethod
     def of_task(cls) -> Positions:
-        """Return those of the running code; of the current task, if it serves no request that has them.
+        """Return the positions of the running code: those of its request, or else those of the current task.
 
-        A task that was started by another one begins with what that one had written. What it writes, the other one's
-        next reads have to see as well; but not what its brothers do. So requests have nothing to do with each other
-        although all of them have inherited the context that their server was started in.
+        A task begins with what the code that started it had written by then. What the task writes later, the next reads
+        of that code have to see as well; but not those of other tasks that the same code has started. So two requests
+        have nothing to do with each other, although both have inherited the context in which their server was started.
         """
         found = current_positions.get()
         task = asyncio.current_task()
-        if found is not None and (found._task is None or found._task() is task):  # noqa: SLF001 - its own
+        if found is not None and (found._task is None or found._task() is task):  # noqa: SLF001 - its own class
             return found
         positions = cls()
         positions._task = ref(task) if task is not None else lambda: None
         if found is not None:
-            positions._own = dict(found._own)  # noqa: SLF001 - its own
+            positions._own = dict(found._own)  # noqa: SLF001 - its own class
             positions._parent = ref(found)
         current_positions.set(positions)
         return positions
@@ -85,46 +98,46 @@ class Positions:
         Args:
             source: the cluster.
             max_age: for how many seconds a write is remembered.
-            wait: for how many seconds to wait for a replica that has replayed it.
+            wait: for how many seconds to wait for a replica that has replayed a write.
         """
         self._limits[id(source)] = max_age, wait
 
     def wait_for(self, source: HostSource) -> float | None:
-        """Return for how many seconds to wait for a replica; ``None`` if that is left to the reader."""
+        """Return for how many seconds to wait for a replica; ``None`` if `limit` has set nothing for this cluster."""
         limits = self._limits.get(id(source))
         return None if limits is None else limits[1]
 
     def bring(self, source: HostSource, position: int) -> None:
-        """Take up a position that the client of a request has brought along."""
+        """Let reads see a position that the client of a request has brought along."""
         self._own[id(source)] = _Written(source, None, position)
 
     def note(self, source: HostSource, host: str, position: int) -> None:
         """Remember a commit.
 
         Args:
-            source: which cluster it was made on.
-            host: the master.
-            position: one after its commit record.
+            source: the cluster.
+            host: the master, on which the commit was made.
+            position: a WAL position behind the commit record.
         """
         _note(self._own, source, host, position)
         _note_latest(source, host, position)
         parent = self._parent()
         while parent is not None:
-            _note(parent._of_others, source, host, position)  # noqa: SLF001 - its own
-            parent = parent._parent()  # noqa: SLF001 - its own
+            _note(parent._of_children, source, host, position)  # noqa: SLF001 - its own class
+            parent = parent._parent()  # noqa: SLF001 - its own class
 
     def required(self, source: HostSource) -> int | None:
-        """Return the position that a reader has to see; ``None`` if nothing was written that is not too old."""
+        """Return the position that a reader has to see; ``None`` if nothing was written of late."""
         written = self._written(source)
         return None if written is None else written.position
 
     @property
     def are_empty(self) -> bool:
-        """Whether nothing was written, wherever that might have been."""
-        return not self._own and not self._of_others
+        """Whether nothing was written, on any cluster."""
+        return not self._own and not self._of_children
 
     def is_seen_on(self, source: HostSource, host: str) -> bool:
-        """Return whether nothing is required of `host`, or `see_on` has said that it has it."""
+        """Return whether a reader may go to `host`: nothing was written, or `see_on` has said that `host` has it."""
         written = None if self.are_empty else self._written(source)
         return written is None or written.replayed.get(host, -1) >= written.position
 
@@ -137,9 +150,9 @@ class Positions:
     def written_by(self, source: HostSource) -> int | None:
         """Return the position that the client of this request has to see from now on; ``None`` if nothing was written.
 
-        The commits that this process has made meanwhile for others are included: they may have been the same client's.
-        A browser that writes by two requests at once keeps the cookie of the response that comes last, which may be
-        that of the earlier commit.
+        Commits that this process has made meanwhile for other requests are included, as these may be of the same
+        client. A browser that writes by two requests at once keeps the cookie of the response that comes last, and that
+        response may be the one of the earlier commit.
         """
         written = self._written(source)
         if written is None or written.host is None:
@@ -151,12 +164,13 @@ class Positions:
 
     def _written(self, source: HostSource) -> _Written | None:
         own = self._current(self._own, source)
-        others = self._current(self._of_others, source)
-        if own is None or others is None:
-            return own or others
-        if own.host == others.host:
-            return max(own, others, key=_position)
-        return max(own, others, key=_time)
+        of_children = self._current(self._of_children, source)
+        if own is None or of_children is None:
+            return own or of_children
+        if own.host == of_children.host:
+            return max(own, of_children, key=_position)
+        # Positions of different masters do not compare: the later write counts.
+        return max(own, of_children, key=_time)
 
     def _current(self, known: dict[int, _Written], source: HostSource) -> _Written | None:
         if not known:
@@ -175,8 +189,8 @@ current_positions: ContextVar[Positions | None] = ContextVar("ctxdb_pgstatus_pos
 
 def _note(known: dict[int, _Written], source: HostSource, host: str, position: int) -> None:
     written = known.get(id(source))
-    # Positions of different masters are not comparable: what only the old one had may be lost. And what a client has
-    # brought along, it had before this commit.
+    # Positions of different masters do not compare, and a write that only the old master had may be lost: the new one
+    # replaces it. So does it replace a position that the client has brought along, which is older than this commit.
     if written is not None and written.host == host:
         position = max(position, written.position)
     known[id(source)] = _Written(source, host, position)
@@ -190,8 +204,13 @@ def _time(written: _Written) -> float:
     return written.at
 
 
-class _Wanted:
-    """A source whose replicas are read from, and the last commit that was noted for it."""
+class _ReadSource:
+    """A source whose replicas are read from.
+
+    Attributes:
+        find: returns the source; ``None`` if it is gone.
+        latest: the last commit of this process that was noted for the source.
+    """
 
     __slots__ = ("find", "latest")
 
@@ -200,25 +219,28 @@ class _Wanted:
         self.latest: _Written | None = None
 
 
-# A source may be any object: it is kept by weak reference where it allows that, and compared by identity.
-_wanted: list[_Wanted] = []
+# The sources whose replicas are read from. Without a reader, no commit is asked for its position. A source may be any
+# object, and need not be hashable: so this is a list, and its entries are compared by identity.
+_read_sources: list[_ReadSource] = []
 
 
 def want_positions(source: HostSource) -> None:
-    """Have the commits that are made on this cluster from now on leave their positions."""
-    _wanted[:] = [each for each in _wanted if each.find() is not None]
+    """Have each later commit on this cluster leave its position, as replicas of the cluster are going to be read."""
+    _read_sources[:] = [each for each in _read_sources if each.find() is not None]
     if positions_wanted(source):
         return
     try:
-        _wanted.append(_Wanted(ref(source)))
+        _read_sources.append(_ReadSource(ref(source)))
     except TypeError:
-        _wanted.append(_Wanted(lambda: source))
+        # The object allows no weak reference.
+        _read_sources.append(_ReadSource(lambda: source))
 
 
 def _note_latest(source: HostSource, host: str, position: int) -> None:
     if position == UNKNOWN_POSITION:
+        # It would send the reads of all clients to the master.
         return
-    for each in _wanted:
+    for each in _read_sources:
         if each.find() is source:
             latest = each.latest
             if latest is None or latest.host != host or latest.position <= position:
@@ -226,12 +248,12 @@ def _note_latest(source: HostSource, host: str, position: int) -> None:
 
 
 def _latest_of(source: HostSource) -> _Written | None:
-    return next((each.latest for each in _wanted if each.find() is source), None)
+    return next((each.latest for each in _read_sources if each.find() is source), None)
 
 
 def _begin_before_gather() -> None:
-    """Let the positions of gathered tasks reach the code that waits for them, even if it has written nothing before."""
-    if _wanted:
+    """Give the code that is about to gather tasks `Positions` of its own, so that theirs find a parent to report to."""
+    if _read_sources:
         Positions.of_task()
 
 
@@ -240,4 +262,4 @@ before_gather(_begin_before_gather)
 
 def positions_wanted(source: HostSource) -> bool:
     """Return whether `want_positions` was called for `source`."""
-    return any(each.find() is source for each in _wanted)
+    return any(each.find() is source for each in _read_sources)

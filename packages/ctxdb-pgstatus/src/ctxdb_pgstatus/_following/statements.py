@@ -1,4 +1,4 @@
-"""Whether a statement may write: only what surely does not is trusted not to."""
+"""Whether a statement may write. A statement counts as reading only if it surely writes nothing."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ __all__ = ["is_local_setting", "is_setting", "may_write"]
 
 _SAVEPOINTS = (SavepointClause, ReleaseSavepointClause, RollbackToSavepointClause)
 
-# What a transaction is told about itself, a statement timeout for instance.
+# A statement that sets a parameter, such as a statement timeout.
 _SETTING = re.compile(r"(?:RE)?SET\s[^;]*", re.IGNORECASE)
 
 _LOCAL_SETTING = re.compile(r"SET\s+LOCAL\s[^;]*", re.IGNORECASE)
 
 _STRING = re.compile(r"'(?:[^']|'')*'")
 _QUOTED_NAME = re.compile(r'"(?:[^"]|"")*"')
-# Where a string might end elsewhere than it seems to, and comments.
+# Signs by which a string might end elsewhere than `_STRING` takes it to end: backslashes, comments, dollar quotes. And
+# a semicolon, behind which another statement may follow.
 _UNCERTAIN = re.compile(r"\\|--|/\*|\$\w*\$|;")
 _WORD = re.compile(r'(\.\s*)?([A-Za-z_][\w$]*|")(\s*\()?')
 
-# In a query: an INSERT or another one in a WITH clause, SELECT INTO, and the locks of FOR UPDATE.
+# Words by which a query writes: a statement in its WITH clause, SELECT INTO, and FOR UPDATE, whose row locks write,
+# too.
 _WRITING = frozenset({"insert", "update", "delete", "merge", "into", "for"})
 
-# What a parenthesis may follow: keywords, types with a length, and functions of PostgreSQL that only compute.
+# Words that a parenthesis may follow: keywords, types with a length, and functions of PostgreSQL that only compute.
+# Other functions may be the user's own, and write.
 _NAMES = """
 all and any array as between bit by case cast char character cube decimal distinct else end except exists filter
 float from group having ilike in intersect interval is join lateral like limit materialized not null numeric offset
@@ -49,8 +52,12 @@ _HARMLESS = frozenset(_NAMES.split())
 def may_write(statement: str, context: ExecutionContext | None) -> bool:
     """Return whether a statement that is about to be executed may write something.
 
-    SQLAlchemy's own queries do not, as long as they call no functions but well-known ones, lock nothing, and have no
-    other statement inside. What others have written may do anything.
+    A query that SQLAlchemy has compiled does not, as long as it calls no functions but well-known ones, locks nothing,
+    and has no other statement inside. A statement that was given as text may write, unless it only changes a setting.
+
+    Args:
+        statement: the statement as it is sent.
+        context: what SQLAlchemy knows of the statement.
     """
     compiled = None if context is None else context.compiled
     if compiled is None:
@@ -73,8 +80,8 @@ def is_local_setting(statement: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _only_reads(query: str) -> bool:
-    # What is sent is looked at, not what it was compiled from: an ORM's mapping adds columns and criteria, and pieces
-    # of text may be anywhere.
+    # The text that is sent is looked at, and not the construct that it was compiled from: mappings of the ORM add
+    # columns and criteria of their own, and `text()` may stand anywhere in a construct.
     text = _QUOTED_NAME.sub('"', _STRING.sub("", query))
     if _UNCERTAIN.search(query) or "'" in text:
         return False

@@ -14,11 +14,11 @@ from ctxdb_pgstatus._probing.link import Link, LogicalRole, PooledError
 from ctxdb_pgstatus._probing.lookup import Lookup
 from ctxdb_pgstatus.addresses import HostAddress
 
-__all__ = ["Limits", "Probe", "is_busy", "is_refusal"]
+__all__ = ["Probe", "TimeLimits", "is_busy", "is_refusal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TimeLimits:
     """How long things may take, in seconds.
 
     Attributes:
@@ -47,7 +47,7 @@ class Probe:
         self,
         address: HostAddress,
         account: Account,
-        limits: Limits,
+        limits: TimeLimits,
         lost: Callable[[], None],
         logical: LogicalRole = None,
     ) -> None:

@@ -14,7 +14,7 @@ from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
-from ctxdb_pgstatus._probing.probe import Limits, Probe, is_busy, is_refusal
+from ctxdb_pgstatus._probing.probe import Probe, TimeLimits, is_busy, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
 from ctxdb_pgstatus.status import Promotion
 
@@ -67,7 +67,7 @@ class Watch:
         address: HostAddress,
         account: Account,
         pace: Pace,
-        limits: Limits,
+        limits: TimeLimits,
         report: Callable[[Watch], None],
         logical: LogicalRole = None,
     ) -> None:

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from urllib.parse import parse_qs
 
 from ctxdb_pgstatus._lazy import errors
+from ctxdb_pgstatus.locality import Locality
 from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
-from ctxdb_pgstatus.sidecar.choice import Choice, Limits, Locality
+from ctxdb_pgstatus.reading import LagLimits
+from ctxdb_pgstatus.sidecar.choice import Choice
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.sidecar.server import Request, Response
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition
@@ -235,7 +237,7 @@ class SidecarApp:
         return self._name(self._choice.replica(status, condition, limits), request)
 
     def _check_replica(
-        self, status: ClusterStatus, request: Request, parameters: Mapping[str, str], limits: Limits
+        self, status: ClusterStatus, request: Request, parameters: Mapping[str, str], limits: LagLimits
     ) -> Response:
         """Tell by the status code whether a host is a replica within limits, or whether there is one."""
         asked = parameters.get("host")
@@ -250,13 +252,13 @@ class SidecarApp:
     def _most_in_sync(self, status: ClusterStatus, request: Request) -> Response:
         return self._name(self._choice.most_in_sync(status, self._limits(_parameters(request.query))), request)
 
-    def _limits(self, parameters: Mapping[str, str]) -> Limits:
+    def _limits(self, parameters: Mapping[str, str]) -> LagLimits:
         lag_ms, lag_bytes = _number(parameters, "lag_ms"), _number(parameters, "lag_bytes")
         position = _position(parameters, "min_lsn")
         _number(parameters, "wait_ms")
         # 0/0 is before all that there is: whatever a replica has replayed will do.
         among = self.monitor.replayed(position) if position and self.monitor is not None else None
-        return Limits(lag_ms, lag_bytes, among)
+        return LagLimits(lag_ms, lag_bytes, among)
 
     # --- all of them --------------------------------------------------------------------------------------------------
 

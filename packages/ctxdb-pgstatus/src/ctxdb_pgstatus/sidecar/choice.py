@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import count
 
 from ctxdb_pgstatus.locality import Locality
-from ctxdb_pgstatus.reading import Limits
+from ctxdb_pgstatus.reading import LagLimits
 from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
 
-__all__ = ["Choice", "Limits", "Locality"]
+__all__ = ["Choice"]
 
 
 class Choice:
@@ -27,7 +27,7 @@ class Choice:
         self._status: ClusterStatus | None = None
         self._found: dict[SyncCondition | None, Sequence[HostStatus]] = {}
 
-    def replica(self, status: ClusterStatus, condition: SyncCondition | None, limits: Limits | None) -> str | None:
+    def replica(self, status: ClusterStatus, condition: SyncCondition | None, limits: LagLimits | None) -> str | None:
         """Return a replica's name, the master's if none will do, ``None`` without a master."""
         if limits is not None:
             hosts = self._best([host for host in status.replicas() if limits.admit(host, condition)])
@@ -40,7 +40,7 @@ class Choice:
             return status.master
         return hosts[next(self._turns[condition]) % len(hosts)].host
 
-    def most_in_sync(self, status: ClusterStatus, limits: Limits) -> str | None:
+    def most_in_sync(self, status: ClusterStatus, limits: LagLimits) -> str | None:
         """Return the replica that is the fewest bytes behind; of several the first."""
         known = [host for host in status.replicas() if host.lag_bytes is not None and limits.admit(host, "bytes")]
         hosts = _responsive(known)

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 import httptools
 
-__all__ = ["Answer", "Limits", "Request", "Response", "Server", "error"]
+__all__ = ["Answer", "ClientLimits", "Request", "Response", "Server", "error"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.http")
 
@@ -30,7 +30,7 @@ _TOO_MANY_REQUESTS, _TOO_MANY_FIELDS, _INTERNAL_ERROR = 429, 431, 500
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ClientLimits:
     """What a client may take.
 
     Attributes:
@@ -146,9 +146,9 @@ class Server:
         limits: what a client may take.
     """
 
-    def __init__(self, answer: Answer, limits: Limits | None = None) -> None:
+    def __init__(self, answer: Answer, limits: ClientLimits | None = None) -> None:
         self.answer = answer
-        self.limits: Limits = limits or Limits()
+        self.limits: ClientLimits = limits or ClientLimits()
         self.clock: _Clock = _Clock()
         self.is_closing: bool = False
         self._connections: set[_Connection] = set()

@@ -14,7 +14,7 @@ from typing import Literal
 from ctxdb_pgstatus._lazy import errors
 from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import FileDiscovery, HostDiscovery, PatroniDiscovery, SRVDiscovery
-from ctxdb_pgstatus.sidecar.choice import Locality
+from ctxdb_pgstatus.locality import Locality
 
 __all__ = ["VARIABLES", "LogFormat", "Settings"]
 
