@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +22,8 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from ctxdb_core import DBConnect
+from ctxdb_demo import cli, demo_database, domain
 from ctxdb_demo.demo_database import parse_url
 from ctxdb_demo.errors import DemoError
 from ctxdb_demo.frameworks import FRAMEWORKS
@@ -29,6 +32,7 @@ from ctxdb_pgstatus.testing import EmbeddedPostgres, postgres_is_available
 COMMAND = Path(sys.executable).with_name("ctxdb-demo")
 PASSWORD = "s3cret"
 TIMEOUT_SECONDS = 120
+UNWANTED_VARIABLES = ("COLUMNS", "DATABASE_URL")
 
 # What each scenario must answer, and what must be in the database afterwards.
 PROMISES = {
@@ -66,8 +70,44 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+@dataclass
+class Result:
+    """How a run of the demo has ended, and what it has printed."""
+
+    returncode: int | str | None
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs the command in this process: a process of its own takes longer to start than most runs take."""
+    signals = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ()))
+    handlers = {number: signal.getsignal(number) for number in signals}
+    for name in UNWANTED_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> Result:
+        capsys.readouterr()
+        status: int | str | None
+        try:
+            status = cli.main(arguments)
+        except SystemExit as exc:
+            status = exc.code
+        return Result(status, *capsys.readouterr())
+
+    yield run
+    # The command leaves them ignored, for the rest of the life of its process.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_process(*arguments: str, **environment: str) -> Result:
+    """Run the command as its users do."""
+    done = subprocess.run(
         [COMMAND, *arguments],
         env=demo_environment(**environment),
         capture_output=True,
@@ -75,23 +115,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-
-
-def run_changed(change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process in which `change`, some Python code, was executed before."""
-    code = f"import sys\nfrom ctxdb_demo import cli\n{change}\nsys.exit(cli.main({list(arguments)!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=demo_environment(),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def demo_environment(**more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "DATABASE_URL")}
+    inherited = {name: value for name, value in os.environ.items() if name not in UNWANTED_VARIABLES}
     return {**inherited, "PYTHONUTF8": "1", **more}
 
 
@@ -118,7 +146,7 @@ def table(output: str) -> dict[str, Row]:
     return {title: row for title, row in rows.items() if row.kept in ("yes", "NO")}
 
 
-def assert_promises_kept(result: subprocess.CompletedProcess[str]) -> None:
+def assert_promises_kept(result: Result) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     rows = table(result.stdout)
     assert {title: (row.status, row.after) for title, row in rows.items()} == PROMISES
@@ -127,7 +155,7 @@ def assert_promises_kept(result: subprocess.CompletedProcess[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_one_sentence(result: Result, *words: str) -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     last = result.stderr.splitlines()[-1]
@@ -140,45 +168,54 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -
 
 class TestPromises:
     @needs_postgres
-    @pytest.mark.parametrize("framework", FRAMEWORKS)
-    def test_are_kept_on_the_embedded_postgresql(self, framework: str, temporary: Path) -> None:
-        result = run("--framework", framework, TMPDIR=str(temporary))
+    def test_are_kept_on_the_embedded_postgresql(self, temporary: Path) -> None:
+        result = run_process(TMPDIR=str(temporary))
         assert_promises_kept(result)
-        assert result.stdout.casefold().startswith(framework)
+        assert result.stdout.startswith("FastAPI ")
         assert "on PostgreSQL 18" in result.stdout
         assert list(temporary.iterdir()) == []
 
-    @pytest.mark.parametrize(("arguments", "title"), [([], "FastAPI"), (["--framework", "starlette"], "Starlette")])
-    def test_are_kept_on_sqlite(self, arguments: list[str], title: str, temporary: Path) -> None:
-        result = run(*arguments, "--database-url", "sqlite://", TMPDIR=str(temporary))
+    @needs_postgres
+    @pytest.mark.parametrize("framework", FRAMEWORKS)
+    def test_are_kept_by_each_framework(self, framework: str, users_server: EmbeddedPostgres, run: Run) -> None:
+        result = run("--framework", framework, "--database-url", users_server.url())
         assert_promises_kept(result)
-        assert result.stdout.startswith(f"{title} ")
+        assert result.stdout.casefold().startswith(f"{framework} ")
+
+    def test_are_kept_on_sqlite(self, temporary: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        result = run("--database-url", "sqlite://")
+        assert_promises_kept(result)
         assert "on SQLite" in result.stdout
         assert list(temporary.iterdir()) == []
         rows = table(result.stdout)
         assert rows["audit log in a second session"].held.endswith("taken 3 times")
         assert rows["concurrent sessions"].held.endswith("taken 4 times 3 at once")
 
-    def test_broken_promises_are_named_and_fail_the_command(self) -> None:
-        change = "from ctxdb_demo import domain\nasync def forget(db): pass\ndomain.commit_db_session = forget"
-        result = run_changed(change, "--database-url", "sqlite://")
+    def test_broken_promises_are_named_and_fail_the_command(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(domain, "commit_db_session", forget)
+        result = run("--database-url", "sqlite://")
         assert result.returncode == 1
         rows = table(result.stdout)
         assert rows["early commit"].kept == "NO"
         assert rows["simple write"].kept == "yes"
         assert "early commit: The database changed by nothing instead of {'carol': 30}." in result.stdout
 
-    def test_about_connections_are_checked_as_well(self) -> None:
-        change = "from ctxdb_demo import domain\nasync def forget(db): pass\ndomain.close_db_session = forget"
-        rows = table(run_changed(change, "--database-url", "sqlite://").stdout)
+    def test_about_connections_are_checked_as_well(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(domain, "close_db_session", forget)
+        rows = table(run("--database-url", "sqlite://").stdout)
         assert {title for title, row in rows.items() if row.kept == "NO"} == {"early close"}
+
+
+async def forget(db: DBConnect) -> None:
+    """Do nothing, in the place of what a promise needs."""
 
 
 class TestDatabases:
     @needs_postgres
     @pytest.mark.parametrize("driver", ["", "+psycopg"])
     def test_a_users_postgresql_keeps_its_tables_and_none_of_the_demos(
-        self, users_server: EmbeddedPostgres, driver: str
+        self, users_server: EmbeddedPostgres, driver: str, run: Run
     ) -> None:
         url = users_server.url().replace("+asyncpg", driver)
         with psycopg.connect(users_server.url("psycopg").replace("+psycopg", ""), autocommit=True) as connection:
@@ -193,7 +230,7 @@ class TestDatabases:
         assert tables == [("accounts",)]
 
     @needs_postgres
-    def test_tables_of_another_demo_are_left_alone(self, users_server: EmbeddedPostgres) -> None:
+    def test_tables_of_another_demo_are_left_alone(self, users_server: EmbeddedPostgres, run: Run) -> None:
         with psycopg.connect(users_server.url("psycopg").replace("+psycopg", ""), autocommit=True) as connection:
             connection.execute("CREATE TABLE ctxdb_demo_audit (id int)")
             try:
@@ -203,7 +240,7 @@ class TestDatabases:
                 # Fails where the demo has dropped it.
                 connection.execute("DROP TABLE ctxdb_demo_audit")
 
-    def test_a_users_sqlite_file_keeps_its_tables_and_none_of_the_demos(self, tmp_path: Path) -> None:
+    def test_a_users_sqlite_file_keeps_its_tables_and_none_of_the_demos(self, tmp_path: Path, run: Run) -> None:
         path = tmp_path / "own.db"
         connection = sqlite3.connect(path)
         connection.execute("CREATE TABLE accounts (id int)")
@@ -212,13 +249,15 @@ class TestDatabases:
         connection.close()
         assert tables == [("accounts",)]
 
-    def test_a_sqlite_file_that_did_not_exist_is_removed(self, tmp_path: Path) -> None:
+    def test_a_sqlite_file_that_did_not_exist_is_removed(self, tmp_path: Path, run: Run) -> None:
         assert run("--database-url", f"sqlite+aiosqlite:///{tmp_path / 'new.db'}").returncode == 0
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_demo_says_that_it_uses_sqlite_without_an_embedded_postgresql(self) -> None:
-        change = "from ctxdb_demo import demo_database\ndemo_database.postgres_is_available = lambda: False"
-        result = run_changed(change)
+    def test_the_demo_says_that_it_uses_sqlite_without_an_embedded_postgresql(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demo_database, "postgres_is_available", lambda: False)
+        result = run()
         assert_promises_kept(result)
         said = "There is no embedded PostgreSQL for this platform: the demo runs on SQLite instead."
         assert said in result.stderr
@@ -263,7 +302,7 @@ class TestMistakes:
             (["--frame", "fastapi"], "unrecognized arguments"),
         ],
     )
-    def test_a_wrong_option_gets_a_sentence(self, arguments: list[str], words: str) -> None:
+    def test_a_wrong_option_gets_a_sentence(self, arguments: list[str], words: str, run: Run) -> None:
         result = run(*arguments)
         assert result.returncode == 2
         assert words in result.stderr.splitlines()[-1]
@@ -278,11 +317,11 @@ class TestMistakes:
             (f"postgresql+nonsense://u:{PASSWORD}@h/d", "postgresql+asyncpg://"),
         ],
     )
-    def test_a_wrong_url_gets_a_sentence(self, url: str, words: str) -> None:
+    def test_a_wrong_url_gets_a_sentence(self, url: str, words: str, run: Run) -> None:
         assert_one_sentence(run("--database-url", url), words)
 
     @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-    def test_an_unreachable_database_gets_a_sentence(self, driver: str) -> None:
+    def test_an_unreachable_database_gets_a_sentence(self, driver: str, run: Run) -> None:
         with socket.socket() as unused:
             # Bound, but not listening: nobody else gets the port meanwhile.
             unused.bind(("127.0.0.1", 0))
@@ -292,39 +331,39 @@ class TestMistakes:
 
     @needs_postgres
     @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-    def test_a_wrong_password_gets_a_sentence(self, users_server: EmbeddedPostgres, driver: str) -> None:
+    def test_a_wrong_password_gets_a_sentence(self, users_server: EmbeddedPostgres, driver: str, run: Run) -> None:
         url = users_server.url(driver).replace(PASSWORD, "guessed")
         result = run("--database-url", url)
         assert_one_sentence(result, "password authentication failed")
         assert "guessed" not in result.stderr
 
     @needs_postgres
-    def test_a_database_that_does_not_exist_gets_a_sentence(self, users_server: EmbeddedPostgres) -> None:
+    def test_a_database_that_does_not_exist_gets_a_sentence(self, users_server: EmbeddedPostgres, run: Run) -> None:
         assert_one_sentence(run("--database-url", users_server.url(database="nowhere")), '"nowhere" does not exist')
 
-    def test_a_sqlite_file_that_cannot_be_opened_gets_a_sentence(self, tmp_path: Path) -> None:
+    def test_a_sqlite_file_that_cannot_be_opened_gets_a_sentence(self, tmp_path: Path, run: Run) -> None:
         result = run("--database-url", f"sqlite:///{tmp_path / 'missing' / 'file.db'}")
         assert_one_sentence(result, "unable to open database file")
 
-    def test_a_missing_driver_gets_a_sentence(self, tmp_path: Path) -> None:
-        (tmp_path / "psycopg.py").write_text("raise ImportError")
-        result = run("--database-url", "postgresql+psycopg://h/d", PYTHONPATH=str(tmp_path))
+    def test_a_missing_driver_gets_a_sentence(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+        result = run("--database-url", "postgresql+psycopg://h/d")
         assert_one_sentence(result, "psycopg is not installed", "postgresql+asyncpg://")
 
-    def test_a_port_that_is_taken_gets_a_sentence(self) -> None:
+    def test_a_port_that_is_taken_gets_a_sentence(self, run: Run) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             result = run("--port", str(port), "--database-url", "sqlite://")
         assert_one_sentence(result, f"Port {port}")
 
     @needs_postgres
-    def test_a_server_that_does_not_start_gets_a_sentence(self, temporary: Path) -> None:
-        change = (
-            "from functools import partial\nfrom ctxdb_demo import demo_database\n"
-            "wrong = partial(demo_database.EmbeddedPostgres, {'no_such_setting': 'on'})\n"
-            "demo_database.EmbeddedPostgres = wrong"
-        )
-        result = run_changed(f"import os\nos.environ['TMPDIR'] = {str(temporary)!r}\n{change}")
+    def test_a_server_that_does_not_start_gets_a_sentence(
+        self, temporary: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TMPDIR", str(temporary))
+        wrong = partial(EmbeddedPostgres, {"no_such_setting": "on"})
+        monkeypatch.setattr(demo_database, "EmbeddedPostgres", wrong)
+        result = run()
         assert result.returncode == 2
         assert 'unrecognized configuration parameter "no_such_setting"' in result.stderr
         assert "Traceback" not in result.stderr
@@ -510,7 +549,7 @@ def test_the_domain_imports_no_framework() -> None:
 
 @needs_postgres
 def test_a_failover_is_shown_and_loses_nothing() -> None:
-    result = run("--cluster")
+    result = run_process("--cluster")
     assert result.returncode == 0, result.stderr
     lines = [line.split(" s  ", 1)[1] for line in result.stdout.splitlines()]
     assert "n1 is killed (SIGKILL)" in lines
@@ -522,7 +561,7 @@ def test_a_failover_is_shown_and_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("option", [["--serve"], ["--framework", "litestar"], ["--database-url", "sqlite://"]])
-def test_a_failover_is_not_shown_on_what_is_not_its_own(option: list[str]) -> None:
+def test_a_failover_is_not_shown_on_what_is_not_its_own(option: list[str], run: Run) -> None:
     result = run("--cluster", *option)
     assert result.returncode == 2
     assert "--cluster brings its own databases" in result.stderr
