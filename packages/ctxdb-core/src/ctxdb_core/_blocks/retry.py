@@ -116,7 +116,7 @@ def retry_on_conflict(
                 try:
                     with _watched() as may_be_repeated:
                         unit = UnitOfWork(inherited_before_commit())
-                        unit.is_block = True
+                        unit.note_is_block()
                         unit.share_statement_timeout(beside().around)
                         async with opened(unit):
                             return await fn(*args, **kwargs)

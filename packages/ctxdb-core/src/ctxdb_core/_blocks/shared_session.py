@@ -30,14 +30,14 @@ class JoinedBlock:
 
     def __enter__(self) -> None:
         if self.unit is not None:
-            self.unit.blocks = (*self.unit.blocks, self)
+            self.unit.join(self)
         _around.set((*self._outer, self))
 
     def __exit__(self, *exc_info: object) -> None:
         # Not by a token: a fixture, for instance, leaves its block in another context than it has entered it in.
         _around.set(self._outer)
         if self.unit is not None:
-            self.unit.blocks = tuple(block for block in self.unit.blocks if block is not self)
+            self.unit.part_with(self)
         # A context that has inherited this block may last, and must not keep the unit alive.
         self.unit, self._outer = None, ()
 

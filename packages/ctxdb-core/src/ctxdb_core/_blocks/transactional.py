@@ -171,7 +171,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
 
     @asynccontextmanager
     async def _in_unit(self, unit: UnitOfWork, around: UnitOfWork | None) -> AsyncIterator[AsyncSession]:
-        unit.is_block = True
+        unit.note_is_block()
         unit.share_statement_timeout(around)
         async with opened(unit, seat(unit)):
             session = await unit.open_session(self._db)

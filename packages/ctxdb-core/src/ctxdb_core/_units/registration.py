@@ -1,8 +1,8 @@
-"""`Registration`: a unit of work that has opened a session, as far as the process has to know of it."""
+"""`Registration`: what the rest of the process knows of a unit of work: its id, its watchers, that it is open."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from time import perf_counter
 from weakref import ref
 
@@ -10,33 +10,50 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.status import open_units
 from ctxdb_core._units.leak import UNIT_LEAKED, LeakGuard
+from ctxdb_core._units.watcher import UnitWatcher
 
-__all__ = ["Registration"]
+__all__ = ["NO_WATCHERS", "Registration"]
+
+NO_WATCHERS: Mapping[object, UnitWatcher] = {}
+"""The watchers of a unit of work that has none."""
 
 
 class Registration(LeakGuard):
     """Says that a unit of work has opened a session and has not ended: to `DBConnect.status`, and where it leaks.
 
-    It is made for the first session of a unit, and kept by nothing but the unit.
-
-    Args:
-        unit: the unit of work, an `OpenUnit`.
-        sessions: its open sessions, as they are at any time.
+    A unit makes it for its first session, watcher or id, whichever comes first. Nothing but the unit keeps it.
     """
 
-    __slots__ = ("_reference", "closing", "opened")
+    __slots__ = ("_reference", "closing", "id", "opened", "watchers")
 
-    def __init__(self, unit: object, sessions: Collection[object]) -> None:
+    _reference: ref[object]
+
+    def __init__(self) -> None:
         # As `LeakGuard.__init__`, without the call: each request that uses a database makes one of these.
-        self._sessions, self._message = sessions, UNIT_LEAKED
-        self.opened: float = perf_counter()
-        """When the unit opened its first session, by `time.perf_counter`."""
+        self._sessions, self._message = (), UNIT_LEAKED
+        self.id: str | None = None
+        """What tells the unit from all others; ``None`` as long as nothing has asked for it."""
+        self.watchers: Mapping[object, UnitWatcher] = NO_WATCHERS
+        """What is told of the response and of the end of the unit, by the objects that have set it up."""
+        self.opened: float | None = None
+        """When the unit opened its first session, by `time.perf_counter`; ``None`` before that."""
         self.closing: tuple[AsyncSession, ...] = ()
         """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
+
+    def begin(self, unit: object, sessions: Collection[object]) -> None:
+        """Note that a unit of work opens its first session.
+
+        Args:
+            unit: the unit of work, an `OpenUnit`.
+            sessions: its open sessions, as they are at any time.
+        """
+        self.opened = perf_counter()
+        self._sessions = sessions
         self._reference = reference = ref(unit, open_units.discard)
         open_units.add(reference)
 
     def end(self) -> None:
         """Note that the unit has ended, and with it its sessions."""
-        self.disarm()
-        open_units.discard(self._reference)
+        if self.opened is not None:
+            self._sessions = ()
+            open_units.discard(self._reference)

@@ -13,6 +13,7 @@ from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
 from ctxdb_core._units.layout import share_layout
+from ctxdb_core._units.registration import Registration
 from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
 from ctxdb_core._units.unit_transactions import UnitTransactions
@@ -38,10 +39,7 @@ class UnitOfWork(UnitTransactions):
     """
 
     token: Token[Any] | None
-    _id: str | None = None
-    """The unit's name, once it was asked for."""
-    is_block: bool = False
-    """Whether it is one block of the user's, which is committed or undone as a whole, as that of `transactional` is."""
+    registration: Registration | None
 
     @classmethod
     def ended(cls) -> UnitOfWork:
@@ -53,9 +51,10 @@ class UnitOfWork(UnitTransactions):
     @property
     def id(self) -> str:
         """What tells this unit from all others, also from those of other processes; made when it is first asked for."""
-        if self._id is None:
-            self._id = self._new_id()
-        return self._id
+        registration = self._registered()
+        if registration.id is None:
+            registration.id = self._new_id()
+        return registration.id
 
     def _new_id(self) -> str:
         return new_unit_id()

@@ -22,14 +22,19 @@ BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
 
 
 class UnitHooks:
-    """What `on_commit`, `on_rollback`, `on_begin` and `set_rollback_only` have asked of one unit of work.
+    """What `on_commit`, `on_rollback`, `on_begin`, `set_rollback_only` and blocks have asked of one unit of work.
 
-    A unit makes it at the first such call, so that others pay for nothing of it.
+    A unit makes it at the first such call or block, so that others pay for nothing of it.
     """
 
-    __slots__ = ("_at_begin", "callbacks", "rollback_only")
+    __slots__ = ("_at_begin", "blocks", "callbacks", "is_block", "rollback_only")
 
     def __init__(self) -> None:
+        self.blocks: tuple[object, ...] = ()
+        """The open blocks that share the unit's transactions, and end them or have others end them."""
+        self.is_block = False
+        """Whether the unit is one block of the user's, which is committed or undone as a whole, as that of
+        `transactional` is."""
         self.callbacks: Callbacks | None = None
         """What is to be called when transactions have ended; ``None`` as long as nothing was asked for."""
         self.rollback_only: frozenset[DBConnect | None] = frozenset()

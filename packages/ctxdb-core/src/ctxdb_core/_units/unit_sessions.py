@@ -57,11 +57,9 @@ class UnitSessions:
     hooks: UnitHooks | None = None
     """What the code has asked of the begin and the end of transactions; ``None`` as long as it was nothing."""
     registration: Registration | None = None
-    """Tells the process of the unit; made together with its first session."""
+    """What the rest of the process knows of the unit; ``None`` as long as it has no session, watcher or id."""
     token: Token[Any] | None = None
     """What was current when the unit was entered, and is made current again by `UnitOfWork.leave`."""
-    blocks: tuple[object, ...] = ()
-    """The open blocks that share its transactions, and end them or have others end them."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions = {}
@@ -78,6 +76,11 @@ class UnitSessions:
     def opened(self) -> float | None:
         """When the first session was opened, by `time.perf_counter`; ``None`` before that."""
         return None if self.registration is None else self.registration.opened
+
+    def _registered(self) -> Registration:
+        if self.registration is None:
+            self.registration = Registration()
+        return self.registration
 
     def of(self, db: DBConnect) -> UnitSessions:
         """Return the unit that answers for `db`: this one, unless it is about another database alone."""
@@ -145,9 +148,12 @@ class UnitSessions:
         return session
 
     def _take(self, db: DBConnect, session: AsyncSession) -> None:
-        if self.registration is None:
-            self.sessions = self._place_of_sessions()
-            self.registration = Registration(self, self.sessions)
+        registration = self.registration
+        if registration is None:
+            self.registration = registration = Registration()
+        if registration.opened is None:
+            self.sessions = sessions = self._place_of_sessions()
+            registration.begin(self, sessions)
         self.prepare_session(db, session)
         self.sessions[db] = session
         if self.token is not None and isinstance(outer := self.token.old_value, UnitSessions):

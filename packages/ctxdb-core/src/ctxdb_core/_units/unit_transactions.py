@@ -17,6 +17,7 @@ from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
+from ctxdb_core._units.registration import NO_WATCHERS
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, UnitSessions
@@ -36,8 +37,11 @@ class UnitTransactions(UnitSessions):
     # What a base class declares is declared again where it is set: type checkers would infer another type from that.
     sessions: dict[DBConnect, AsyncSession]
     hooks: UnitHooks | None
-    watchers: Mapping[object, UnitWatcher] = {}
-    """What is told of the response and of the end of the unit, by the objects that have set it up: see `watch`."""
+
+    @property
+    def watchers(self) -> Mapping[object, UnitWatcher]:
+        """What is told of the response and of the end of the unit, by the objects that have set it up: see `watch`."""
+        return NO_WATCHERS if self.registration is None else self.registration.watchers
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         """Tell `watcher` of the start of the response and of the end of the unit, which are still to come.
@@ -46,7 +50,8 @@ class UnitTransactions(UnitSessions):
             watcher: what is told.
             owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
         """
-        self.watchers = {**self.watchers, object() if owner is None else owner: watcher}
+        registration = self._registered()
+        registration.watchers = {**registration.watchers, object() if owner is None else owner: watcher}
 
     # --- what the code asks of its transactions -----------------------------------------------------------------------
 
@@ -100,6 +105,32 @@ class UnitTransactions(UnitSessions):
         """
         if self.hooks is not None:
             self.hooks.check_may_commit(db)
+
+    # --- the blocks that share its transactions -----------------------------------------------------------------------
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the unit is one block of the user's, which is committed or undone as a whole."""
+        return self.hooks is not None and self.hooks.is_block
+
+    def note_is_block(self) -> None:
+        """Note that the unit is one block of the user's, which is committed or undone as a whole."""
+        self._hooks().is_block = True
+
+    @property
+    def blocks(self) -> tuple[object, ...]:
+        """The open blocks that share the unit's transactions, and end them or have others end them."""
+        return () if self.hooks is None else self.hooks.blocks
+
+    def join(self, block: object) -> None:
+        """Note that `block` is open, and shares the unit's transactions."""
+        hooks = self._hooks()
+        hooks.blocks = (*hooks.blocks, block)
+
+    def part_with(self, block: object) -> None:
+        """Note that `block` is over."""
+        hooks = self._hooks()
+        hooks.blocks = tuple(each for each in hooks.blocks if each is not block)
 
     def _hooks(self) -> UnitHooks:
         if self.hooks is None:
@@ -182,7 +213,8 @@ class UnitTransactions(UnitSessions):
         (``session.begin()``, a savepoint, those of ctxdb), if a statement is under way, if a callback waits for its
         outcome, and if anything was done in it that is not known to be reading.
         """
-        if self.blocks or (self.hooks is not None and (self.hooks.callbacks or self.hooks.rollback_only)):
+        hooks = self.hooks
+        if hooks is not None and (hooks.blocks or hooks.callbacks or hooks.rollback_only):
             return
         for db, session in list(self.sessions.items()):
             if in_transaction(session) and await has_only_read(session):
@@ -242,10 +274,8 @@ class UnitTransactions(UnitSessions):
             return False
         registration = self.registration
         if registration is None:
-            # The unit has never had a session.
+            # The unit has never had a session or a watcher.
             self.sessions = NO_SESSIONS_ANY_MORE
-            if self.watchers:
-                self._note_end(None)
             return True
         if registration.closing:
             return False
@@ -349,9 +379,11 @@ class UnitTransactions(UnitSessions):
         return None if self.autocommit or is_in_before_commit(self.sessions) else self.settings.before_commit
 
     def _note_end(self, error: BaseException | None) -> None:
-        if self.registration is not None:
-            self.registration.end()
-        watchers, self.watchers = self.watchers, {}
+        registration = self.registration
+        if registration is None:
+            return
+        registration.end()
+        watchers, registration.watchers = registration.watchers, NO_WATCHERS
         for watcher in watchers.values():
             try:
                 watcher.unit_ends(error)

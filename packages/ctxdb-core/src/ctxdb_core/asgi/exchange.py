@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
@@ -13,12 +13,13 @@ from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.watcher import report_failure
+from ctxdb_core.asgi.response import ANSWERED, Refusal, Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
 
-__all__ = ["ANSWERED", "Exchange", "ExchangeSettings", "Options"]
+__all__ = ["Exchange", "ExchangeSettings", "Options"]
 
 _SWITCHING_PROTOCOLS = 101
 
@@ -44,18 +45,6 @@ class ExchangeSettings(UnitSettings):
     middleware: Options
 
 
-class Refusal(NamedTuple):
-    """A response that was refused, as its transactions could not be ended."""
-
-    error: Exception | None
-    """Why the transactions could not be ended."""
-    can_be_answered: bool
-    """Whether another response can be sent for the error."""
-
-
-ANSWERED = Refusal(None, can_be_answered=False)
-"""The refusal of an exchange that has begun its one answer: the error is not kept, as it refers to the exchange."""
-
 _SILENT = (Phase.REFUSED, Phase.BROKEN)
 
 
@@ -71,14 +60,24 @@ class Exchange(RequestUnit):
     """The scope of the request, as the application has left it."""
     phase: Phase = Phase.HANDLING
     """The phase that the request is in."""
-    is_idle: bool
-    """Whether the unit has never had a session, a callback or a strategy: then there is nothing to end at any time."""
-    starting: ResponseStart | None = None
-    """The start of the response that is on its way; ``None`` before and after."""
+    response: Response | None = None
+    """What is known of the response; ``None`` while the unit is idle.
+
+    An idle unit has never had a session, a callback, a watcher or a strategy: there is nothing to end at any time.
+    """
     server: Send
     """The `send` of the server."""
-    refusal: Refusal | None = None
-    """What has kept the application's response from being sent; `ANSWERED` once another one is sent for that error."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing that would have to be ended."""
+        return self.response is None
+
+    def follow_response(self) -> Response:
+        """Follow the response from now on, as there is something to end; return what is known of it."""
+        if self.response is None:
+            self.response = Response()
+        return self.response
 
     def send(self, message: Message) -> Awaitable[None]:
         """Forward a message of the application, after what has to happen before it."""
@@ -89,23 +88,17 @@ class Exchange(RequestUnit):
         return receive
 
     def identify(self) -> tuple[str, str | None]:
-        scope = self.origin
-        if unit_id_givers or self._id is not None or "method" not in scope:
+        scope, registration = self.origin, self.registration
+        if registration is None or registration.id is not None or unit_id_givers or "method" not in scope:
             return super().identify()
         # The common case, without calls.
-        self._id = unit_id = f"{process.name}-{next(unit_numbers)}"
+        registration.id = unit_id = f"{process.name}-{next(unit_numbers)}"
         return unit_id, f"{scope['method']} {scope['path']}"
 
     async def send_behind(self, start: ResponseStart, message: Message) -> None:
         """Send a message of another task once the response has started."""
         await start.wait()
         await self.send(message)
-
-    def end_start(self, start: ResponseStart) -> None:
-        """Let the messages through that wait for `start`."""
-        start.end()
-        if self.starting is start:
-            self.starting = None
 
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
@@ -142,12 +135,19 @@ class Exchange(RequestUnit):
             can_be_answered: whether another response can be sent for `error`. There is one such answer at the most.
         """
         self.move_to(Phase.REFUSED)
-        self.refusal = Refusal(error, can_be_answered and self.refusal is None)
+        response = self.follow_response()
+        response.refusal = Refusal(error, can_be_answered and response.refusal is None)
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What has kept the application's response from being sent; ``None`` if nothing has."""
+        return None if self.response is None else self.response.refusal
 
     @property
     def failure(self) -> Exception | None:
         """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""
-        return None if self.refusal is None else self.refusal.error
+        refusal = self.refusal
+        return None if refusal is None else refusal.error
 
     async def settle(self, status: int) -> None:
         """End the transactions as a response with `status` demands it.
@@ -173,7 +173,8 @@ class Exchange(RequestUnit):
     @property
     def error_to_answer(self) -> Exception | None:
         """Why the response was refused, if another one can be sent for that error."""
-        return self.failure if self.refusal is not None and self.refusal.can_be_answered else None
+        refusal = self.refusal
+        return refusal.error if refusal is not None and refusal.can_be_answered else None
 
     def begin_answer(self, raised: Exception | None = None) -> None:
         """Begin the response for `error_to_answer`: from now on, what is sent is that response.
@@ -186,7 +187,7 @@ class Exchange(RequestUnit):
         if raised is not None:
             _attach(raised, error)
         self.move_to(Phase.HANDLING)
-        self.refusal = ANSWERED
+        self.follow_response().refusal = ANSWERED
 
     async def fail(self, exc: BaseException) -> bool:
         """Roll back for what the application has raised, and return whether that is the error to raise.

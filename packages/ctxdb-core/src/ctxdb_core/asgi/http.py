@@ -20,6 +20,7 @@ from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
+from ctxdb_core.asgi.response import Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
@@ -42,13 +43,8 @@ class HTTPExchange(Exchange):
     a handler, and `body`, once a response is sent while sessions are in use.
     """
 
-    is_idle: bool
     source: Receive
-    """Where the request comes from."""
-    kept: KeptRequest | None = None
-    """What the application has received of the request's body."""
-    body: Body | None = None
-    """The body of the response, as far as it has to be followed."""
+    """Where the request comes from: the `receive` of the server, or a `KeptRequest` once the body is being read."""
 
     # --- the request --------------------------------------------------------------------------------------------------
 
@@ -56,49 +52,44 @@ class HTTPExchange(Exchange):
         """Pass the request on to the application, and keep it for a handler of errors that wants to read it."""
         message = await self.source()
         if message["type"] == "http.request":
-            if self.kept is None:
-                self.kept = KeptRequest()
-            self.kept.keep(message)
+            if not isinstance(self.source, KeptRequest):
+                self.source = KeptRequest(self.source)
+            self.source.keep(message)
         return message
 
     def request_again(self, receive: Receive) -> Receive:
         """Return where a handler of errors receives the request from: from its beginning, if that was kept."""
-        kept = self.kept
-
-        async def receive_again() -> Message:
-            message = None if kept is None else kept.take()
-            return await self.source() if message is None else message
-
-        return receive_again
+        return self.source.receive_again if isinstance(self.source, KeptRequest) else self.source
 
     # --- what the application sends -----------------------------------------------------------------------------------
 
     def send(self, message: Message) -> Awaitable[None]:
         # A plain function: most messages cost no coroutine of their own.
-        if self.is_idle:
+        response = self.response
+        if response is None:
             if message["type"] == "http.response.start":
                 self.phase = _BODY
             return self.server(message)
         if message["type"] == "http.response.start":
-            return self._start(message)
-        if self.starting is not None and self.starting.holds_up():
-            return self.send_behind(self.starting, message)
-        if self.body is not None and self.phase in _STARTED:
-            return self._go_on(self.body, message)
+            return self._start(response, message)
+        if response.start is not None and response.start.holds_up():
+            return self.send_behind(response.start, message)
+        if response.body is not None and self.phase in _STARTED:
+            return self._go_on(response.body, message)
         return self.forward(message)
 
-    async def _start(self, message: Message) -> None:
+    async def _start(self, response: Response, message: Message) -> None:
         """Forward the start of a response, once the transactions have ended that it stands for."""
-        self.starting = start = ResponseStart()
+        response.start = start = ResponseStart()
         try:
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
                 try:
-                    if self.calls is None and self.body is None:
-                        await self._settle_and_start(message["status"])
+                    if self.calls is None and response.body is None:
+                        await self._settle_and_start(response, message["status"])
                     else:
-                        await self._end_transactions_apart(message["status"])
+                        await self._end_transactions_apart(response, message["status"])
                 finally:
                     start.leave()
             if self.watchers:
@@ -106,22 +97,22 @@ class HTTPExchange(Exchange):
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))
         finally:
-            self.end_start(start)
+            response.end_start(start)
 
-    def _end_transactions_apart(self, status: int) -> Awaitable[None]:
+    def _end_transactions_apart(self, response: Response, status: int) -> Awaitable[None]:
         """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
 
         Raises:
             Exception: why it could not be ended; the response is refused.
         """
-        calls, body = self.calls, self.body
+        calls, body = self.calls, response.body
         if calls is not None and calls.at_work and not self.closed:
             return self._abandon(calls, status)
         if isinstance(body, StreamedBody) and self._overrules(status, body):
-            return self._overrule(body)
+            return self._overrule(response, body)
         if body is not None and body.has_used_a_session:
             return self._start_behind_body()
-        return self._settle_and_start(status)
+        return self._settle_and_start(response, status)
 
     async def _start_behind_body(self) -> None:
         """Go over to the body without ending a transaction: this body has begun before its start was sent.
@@ -130,7 +121,7 @@ class HTTPExchange(Exchange):
         """
         self.move_to(Phase.BODY)
 
-    async def _settle_and_start(self, status: int) -> None:
+    async def _settle_and_start(self, response: Response, status: int) -> None:
         """End the transactions for the start of a response, and begin its body."""
         try:
             await self.settle(status)
@@ -139,8 +130,8 @@ class HTTPExchange(Exchange):
             # that, and goes on with background work, which is committed like that of any response.
             if self.phase in _NOT_STARTED:
                 self.move_to(Phase.BODY)
-        if self.body is None:
-            self._follow(Body(running_task()))
+        if response.body is None:
+            self._follow(response, Body(running_task()))
 
     async def _abandon(self, calls: HandlerCalls, status: int) -> None:
         """End the unit for a response in the place of a handler that goes on."""
@@ -156,13 +147,13 @@ class HTTPExchange(Exchange):
         commits = self.settings.middleware.commits
         return commits(body.status, self.origin) and not commits(status, self.origin)
 
-    async def _overrule(self, body: StreamedBody) -> None:
+    async def _overrule(self, response: Response, body: StreamedBody) -> None:
         """Undo what the streamed body has done since its transactions ended, and refuse its further statements."""
         self.move_to(Phase.OVERRULED)
         body.is_complete = True
         await body.recover(self)
         # The error has a body of its own.
-        self._follow(Body(running_task()))
+        self._follow(response, Body(running_task()))
         await wait_for_calls(self.sessions.values())
         await self.roll_back()
 
@@ -171,7 +162,7 @@ class HTTPExchange(Exchange):
         body.note_sent(message, self)
         if body.is_complete:
             if any(map(in_transaction, self.sessions.values())):
-                return self._end_body(message)
+                return self._end_body(body, message)
             if self.phase is Phase.BODY:
                 self.move_to(Phase.AFTER)
         elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
@@ -183,9 +174,9 @@ class HTTPExchange(Exchange):
         await self.end_reading()
         await self.forward(message)
 
-    async def _end_body(self, message: Message) -> None:
+    async def _end_body(self, body: Body, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
-        if self.body is not None and self.body.has_users_beside_sender:
+        if body.has_users_beside_sender:
             await let_failure_arrive()
         try:
             await self.commit(ends_body=True)
@@ -203,7 +194,7 @@ class HTTPExchange(Exchange):
 
     def follow_calls(self) -> HandlerCalls:
         """Follow the calls of handlers from now on, as a middleware may give up on one."""
-        self.is_idle = False
+        self.follow_response()
         return follow_calls(self)
 
     async def begin_stream(self, status: int) -> StreamedBody | None:
@@ -225,7 +216,7 @@ class HTTPExchange(Exchange):
                 return None
         self.move_to(Phase.AHEAD)
         body = StreamedBody(status, running_task())
-        self._follow(body)
+        self._follow(self.follow_response(), body)
         return body
 
     def _is_handling(self) -> bool:
@@ -238,28 +229,33 @@ class HTTPExchange(Exchange):
 
     # --- what is done in the unit -------------------------------------------------------------------------------------
 
-    def _follow(self, body: Body) -> None:
+    def _follow(self, response: Response, body: Body) -> None:
         """Install `body` as the strategy for what is done from now on."""
-        self.body = body
+        response.body = body
         observe_statements(self.sessions.values(), self.note_statement)
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
-        self.is_idle = False
+        response = self.follow_response()
         if self.phase is Phase.HANDLING:
             if self.settings.middleware.has_boundary:
                 # The statements of middlewares outside of the boundary are noted, too.
                 follow_calls(self)
-        elif self.phase in _STARTED and self.body is None:
-            self.body = Body()
+        elif self.phase in _STARTED and response.body is None:
+            response.body = Body()
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         # The watcher is to be told of the end, also if there is nothing else to end.
-        self.is_idle = False
+        self.follow_response()
         super().watch(watcher, owner)
 
     def statement_observer(self) -> StatementObserver | None:
-        return None if self.calls is None and self.body is None else self.note_statement
+        return None if self.calls is None and self._body is None else self.note_statement
+
+    @property
+    def _body(self) -> Body | None:
+        """The body of the response, as far as it has to be followed."""
+        return None if self.response is None else self.response.body
 
     def note_statement(self, session: Session, clause: Any) -> None:
         """Tell the strategies of a statement that is about to be made on `session`: a `StatementObserver`.
@@ -267,7 +263,7 @@ class HTTPExchange(Exchange):
         Raises:
             ContextClosedError: the statement is one of a handler that was given up on, or of an overruled body.
         """
-        calls, body = self.calls, self.body
+        calls, body = self.calls, self._body
         if body is None or self.phase is Phase.ABANDONED:
             if calls is not None:
                 calls.observe(session, clause)
@@ -285,12 +281,13 @@ class HTTPExchange(Exchange):
 
     def _hooks(self) -> UnitHooks:
         # What is asked for is about the start of the response, also if there is nothing else to end.
-        self.is_idle = False
+        self.follow_response()
         return super()._hooks()
 
     def open_session(self, db: DBConnect, create: CreateSession | None = None) -> Coroutine[Any, Any, AsyncSession]:
-        if self.body is not None and self.body.parked is not None:
-            return self._open_session_after_recovery(self.body, db, create)
+        body = self._body
+        if body is not None and body.parked is not None:
+            return self._open_session_after_recovery(body, db, create)
         return super().open_session(db, create)
 
     async def _open_session_after_recovery(
@@ -302,24 +299,29 @@ class HTTPExchange(Exchange):
     # --- the end ------------------------------------------------------------------------------------------------------
 
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
-        if self.body is not None and self.body.parked is not None:
-            await self.body.recover(self)
+        body = self._body
+        if body is not None and body.parked is not None:
+            await body.recover(self)
         await super().roll_back(error, dbs)
 
     def begin_answer(self, raised: Exception | None = None) -> None:
         super().begin_answer(raised)
-        if self.body is not None:
-            self.body.is_complete = True
-            self.body = None
+        response = self.follow_response()
+        if response.body is not None:
+            response.body.is_complete = True
+            response.body = None
 
     def finish_idle(self) -> bool:
-        return (self.body is None or self.body.parked is None) and super().finish_idle()
+        body = self._body
+        return (body is None or body.parked is None) and super().finish_idle()
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
-        if self.body is not None:
-            await self.body.recover(self)
+        body = self._body
+        if body is not None:
+            await body.recover(self)
         await super()._finish(commit=commit, error=error)
 
     @property
     def is_cut_off(self) -> bool:
-        return self.body is not None and self.body.is_cut_off()
+        body = self._body
+        return body is not None and body.is_cut_off()

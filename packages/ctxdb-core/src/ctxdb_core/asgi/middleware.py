@@ -13,10 +13,11 @@ from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
-from ctxdb_core.asgi.exchange import ANSWERED, Exchange, ExchangeSettings
+from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
+from ctxdb_core.asgi.response import ANSWERED
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
@@ -86,10 +87,10 @@ class ASGIHTTPDBSessionMiddleware:
         exchange: Exchange
         if scope["type"] == "http":
             exchange = http_exchange = HTTPExchange()
-            http_exchange.is_idle = True
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
             exchange = WebSocketExchange()
+            exchange.follow_response()
         else:
             await self._pass_on(scope, receive, send)
             return
@@ -112,7 +113,7 @@ class ASGIHTTPDBSessionMiddleware:
             except BaseException as exc:
                 if await exchange.fail(exc):
                     raise
-            if exchange.is_idle:
+            if exchange.response is None:
                 exchange.sessions = NO_SESSIONS_ANY_MORE
                 return
             if exchange.error_to_answer is not None:
@@ -158,10 +159,10 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
         answering = HTTPExchange()
-        answering.is_idle = False
         answering.sessions, answering.loop = {}, exchange.loop
         answering.settings, answering.origin = self._settings, scope
-        answering.server, answering.refusal = exchange.server, ANSWERED
+        answering.server = exchange.server
+        answering.follow_response().refusal = ANSWERED
         scope[REQUEST_KEY] = answering
         token = _set_current_unit(answering)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core.asgi.response import Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message
 from ctxdb_core.phases import Phase
@@ -21,23 +22,21 @@ class WebSocketExchange(Exchange):
     The handshake starts its response, which ends with the close frame; what is between the two is its body.
     """
 
-    is_idle: bool = False
-
     def send(self, message: Message) -> Awaitable[None]:
-        kind = message["type"]
+        kind, response = message["type"], self.follow_response()
         if kind == "websocket.accept":
-            return self._accept(message)
-        if self.starting is not None and self.starting.holds_up():
-            return self.send_behind(self.starting, message)
+            return self._accept(response, message)
+        if response.start is not None and response.start.holds_up():
+            return self.send_behind(response.start, message)
         if kind == "websocket.close":
             return self._close(message)
         if kind == "websocket.http.response.start":
             return self._deny(message)
         return self.forward(message)
 
-    async def _accept(self, message: Message) -> None:
+    async def _accept(self, response: Response, message: Message) -> None:
         """Accept the connection, once what was done before is committed."""
-        self.starting = start = ResponseStart()
+        response.start = start = ResponseStart()
         try:
             if self.phase is Phase.HANDLING:
                 start.enter()
@@ -47,7 +46,7 @@ class WebSocketExchange(Exchange):
                     start.leave()
             await self.forward(self.announce(message) if self.watchers else message)
         finally:
-            self.end_start(start)
+            response.end_start(start)
 
     async def _commit_handshake(self) -> None:
         # The upgrade is a success like any other; a policy is about what requests ask for, and is not asked.
