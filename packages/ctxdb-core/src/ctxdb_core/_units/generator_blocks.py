@@ -27,6 +27,7 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.settings import NO_SETTINGS, UnitSettings
 from ctxdb_core._units.unit import UnitOfWork, current_unit
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_YET
 from ctxdb_core.errors import ContextNotInitiatedError
 
 __all__ = ["IteratedUnit", "innermost_unit", "is_at_yield", "iterated_generator", "seat"]
@@ -144,7 +145,7 @@ class IteratedUnit(UnitOfWork):
 
     def __init__(self, unit: UnitOfWork, generator: FrameType, *, shares: DBConnect | None = None) -> None:
         # Without `super().__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
-        self.sessions = {}
+        self.sessions = NO_SESSIONS_YET
         self.loop = unit.loop
         self._unit = unit
         self._around = current_unit.get(None)

@@ -20,6 +20,7 @@ from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_YET
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -73,7 +74,7 @@ def begin(
     if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
     unit: RequestUnit = RequestUnit()
-    unit.sessions = {}
+    unit.sessions = NO_SESSIONS_YET
     unit.loop = _get_running_loop()
     if not (before_commit is None and statement_timeout is None and deadline is None and reads_from is None):
         unit.settings = UnitSettings(before_commit, _statement_timeout(statement_timeout, deadline), reads_from)

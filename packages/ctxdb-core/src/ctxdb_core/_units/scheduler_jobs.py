@@ -107,7 +107,8 @@ def refuse_in_other_job(current_unit: ContextVar[Any]) -> None:
     Raises:
         ContextNotInitiatedError: it is.
     """
-    if is_job(_OF_NO_REQUEST) and is_inherited(current_unit):
+    # Most programs have none of these libraries: they pay for one look at each session that is opened.
+    if _are_loaded(_OF_NO_REQUEST) and is_job(_OF_NO_REQUEST) and is_inherited(current_unit):
         raise ContextNotInitiatedError(OTHER_JOB)
 
 

@@ -91,7 +91,7 @@ class UnitOfWork(UnitTransactions):
 
     def _place_of_sessions(self) -> dict[DBConnect, AsyncSession]:
         watched = sessions_beside_schedulers(current_unit)
-        return self.sessions if watched is None else watched
+        return {} if watched is None else watched
 
     def enter(self) -> None:
         """Make this the current unit of work of the running context."""

@@ -7,6 +7,7 @@ from asyncio import _get_running_loop  # for implementers of event loops, and wh
 from collections.abc import Awaitable, Callable
 from contextvars import Token
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,10 +25,13 @@ from ctxdb_core._units.settings import NO_SETTINGS, UnitSettings
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core.errors import ContextClosedError, ContextNotInitiatedError
 
-__all__ = ["NO_SESSIONS_ANY_MORE", "CreateSession", "UnitSessions"]
+__all__ = ["NO_SESSIONS_ANY_MORE", "NO_SESSIONS_YET", "CreateSession", "UnitSessions"]
 
 CreateSession: TypeAlias = Callable[[], Awaitable[AsyncSession]]
 """Makes a session, where it is not the `DBConnect` that does."""
+
+NO_SESSIONS_YET: Any = MappingProxyType({})
+"""What `sessions` of a unit is before its first one is opened: all units share it, so it cannot be changed."""
 
 NO_SESSIONS_ANY_MORE: dict[DBConnect, AsyncSession] = {}
 """What `sessions` of a unit that has ended is. Never written to: sessions are opened in units that have not."""
@@ -62,7 +66,7 @@ class UnitSessions:
     """What was current when the unit was entered, and is made current again by `UnitOfWork.leave`."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
-        self.sessions = {}
+        self.sessions = NO_SESSIONS_YET
         self.loop = _get_running_loop()
         if before_commit is not None:
             self.settings = UnitSettings(before_commit)
@@ -163,7 +167,7 @@ class UnitSessions:
 
     def _place_of_sessions(self) -> dict[DBConnect, AsyncSession]:
         """Return where to keep the sessions, when the first one is opened."""
-        return self.sessions
+        return {}
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Note that code which this unit may wait for opens a `session` of its own on `db`."""

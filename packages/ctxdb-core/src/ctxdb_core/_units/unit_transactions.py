@@ -253,7 +253,7 @@ class UnitTransactions(UnitSessions):
             refuse: raises the error that further use of the session gets.
         """
         self.check_usable()
-        session = self.sessions.pop(db, None)
+        session = self.sessions.pop(db) if db in self.sessions else None
         if self.callbacks is not None:
             self.callbacks.settle([db], Outcome.ROLLED_BACK)
         registration = self.registration

@@ -74,10 +74,6 @@ class Body:
         self.senders: Collection[ref[Any]] = senders
         """The tasks that have sent something of the response, and may be about to send more of it."""
 
-    def note_sent(self, message: Message, unit: UnitOfWork) -> None:
-        """Note what is about to be forwarded to the server."""
-        self.note_progress(message, unit)
-
     def note_progress(self, message: Message, unit: UnitOfWork) -> None:
         """Note which task sends the body, and the end of the body."""
         if self.parked is not None and self.parked.recovering is None:
@@ -92,6 +88,9 @@ class Body:
                     self._await_end(sender, unit)
         elif message["type"] in _LAST_MESSAGES:
             self.is_complete = True
+
+    note_sent = note_progress
+    """Note what is about to be forwarded to the server: that is the body's progress, unless a boundary tells of it."""
 
     def note_use(self, unit: UnitOfWork) -> None:
         """Note that a session is used: from now on, the end of a sender matters."""

@@ -16,7 +16,7 @@ from ctxdb_core._units.watcher import report_failure
 from ctxdb_core.asgi.response import ANSWERED, Refusal, Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
-from ctxdb_core.phases import FINISHING, Phase, check_transition
+from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase
 from ctxdb_core.policy import RequestPolicy
 
 __all__ = ["Exchange", "ExchangeSettings", "Options"]
@@ -119,8 +119,11 @@ class Exchange(RequestUnit):
         Raises:
             IllegalTransitionError: it cannot follow the current one.
         """
-        if phase is not self.phase:
-            check_transition(self.phase, phase)
+        current = self.phase
+        if phase is not current:
+            # As `check_transition`, without the call: each request that uses a session comes here twice.
+            if phase not in TRANSITIONS[current]:
+                raise IllegalTransitionError(current, phase)
             self.phase = phase
 
     def forward(self, message: Message) -> Awaitable[None]:

@@ -285,9 +285,9 @@ class HTTPExchange(Exchange):
         return super()._hooks()
 
     def open_session(self, db: DBConnect, create: CreateSession | None = None) -> Coroutine[Any, Any, AsyncSession]:
-        body = self._body
-        if body is not None and body.parked is not None:
-            return self._open_session_after_recovery(body, db, create)
+        response = self.response
+        if response is not None and response.body is not None and response.body.parked is not None:
+            return self._open_session_after_recovery(response.body, db, create)
         return super().open_session(db, create)
 
     async def _open_session_after_recovery(
@@ -312,8 +312,10 @@ class HTTPExchange(Exchange):
             response.body = None
 
     def finish_idle(self) -> bool:
-        body = self._body
-        return (body is None or body.parked is None) and super().finish_idle()
+        response = self.response
+        if response is not None and response.body is not None and response.body.parked is not None:
+            return False
+        return super().finish_idle()
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         body = self._body

@@ -12,7 +12,7 @@ from ctxdb_core._units.lifecycle import REQUEST_KEY, outer_unit
 from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
-from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
 from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
@@ -87,6 +87,7 @@ class ASGIHTTPDBSessionMiddleware:
         exchange: Exchange
         if scope["type"] == "http":
             exchange = http_exchange = HTTPExchange()
+            http_exchange.response = None
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
             exchange = WebSocketExchange()
@@ -99,7 +100,7 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
             return
         # As in `UnitSessions.__init__`, which an exchange has not got: a request without database use would feel it.
-        exchange.sessions = {}
+        exchange.sessions = NO_SESSIONS_YET
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
         exchange.origin = scope
@@ -115,6 +116,8 @@ class ASGIHTTPDBSessionMiddleware:
                     raise
             if exchange.response is None:
                 exchange.sessions = NO_SESSIONS_ANY_MORE
+                return
+            if exchange.refusal is None and exchange.finish_idle():
                 return
             if exchange.error_to_answer is not None:
                 await self._answer(exchange, scope, receive, root_app)
@@ -159,7 +162,7 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         """Answer an error whose unit of work has ended: a handler that was given up on may still ask for that one."""
         answering = HTTPExchange()
-        answering.sessions, answering.loop = {}, exchange.loop
+        answering.sessions, answering.loop = NO_SESSIONS_YET, exchange.loop
         answering.settings, answering.origin = self._settings, scope
         answering.server = exchange.server
         answering.follow_response().refusal = ANSWERED
