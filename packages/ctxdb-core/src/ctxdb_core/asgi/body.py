@@ -173,12 +173,15 @@ class StreamedBody(Body):
 
     Args:
         status: the status of its start at the boundary.
+        call: the call of the handler that makes it.
         sender: the task that has sent it.
     """
 
-    def __init__(self, status: int, sender: ref[Any]) -> None:
+    def __init__(self, status: int, call: object, sender: ref[Any]) -> None:
         super().__init__(sender)
         self.status: int = status
+        self.call: object | None = call
+        """The call of the handler that makes it; ``None`` once that has returned."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Leave it to the boundary to tell of the progress."""

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
-from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
+from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
+from ctxdb_core._units.authorship import find_authors
 from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
@@ -117,18 +118,30 @@ class HTTPExchange(Exchange):
         calls, body = self.calls, self.body
         if calls is not None and calls.at_work and not self.closed:
             return self._abandon(calls, status)
-        if isinstance(body, StreamedBody) and self._overrules(status, body):
-            return self._overrule(body)
-        if body is not None and body.has_used_a_session:
-            return self._start_behind_body()
+        if isinstance(body, StreamedBody):
+            if self._overrules(status, body):
+                return self._overrule(body)
+            if self._goes_on(body, status):
+                return self._start_behind_body()
         return self._settle_and_start(status)
 
+    def _goes_on(self, body: StreamedBody, status: int) -> bool:
+        """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
+        if not body.has_used_a_session:
+            return False
+        if body.is_complete or body.call is None:
+            # Its start was held back until it was made: a success can wait for the commit of it all.
+            return not self.settings.middleware.commits(status, self.origin)
+        authors = find_authors(self.sessions.values(), (body.call,))
+        return authors.handlers or not authors.others
+
     async def _start_behind_body(self) -> None:
-        """Go over to the body without ending a transaction: this body has begun before its start was sent.
+        """Go over to the body without ending a transaction: this body has begun before its start is sent.
 
         What is open now is the work of the body, and is committed before its last part.
         """
         self.move_to(Phase.BODY)
+        await self.end_reading()
 
     async def _settle_and_start(self, status: int) -> None:
         """End the transactions for the start of a response, and begin its body."""
@@ -206,8 +219,12 @@ class HTTPExchange(Exchange):
         self.is_idle = False
         return follow_calls(self)
 
-    async def begin_stream(self, status: int) -> StreamedBody | None:
+    async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
+
+        Args:
+            status: the status of its start.
+            call: the call of the handler that makes it.
 
         Returns:
             The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several
@@ -224,12 +241,24 @@ class HTTPExchange(Exchange):
                 # Meanwhile, a middleware has begun a response of its own.
                 return None
         self.move_to(Phase.AHEAD)
-        body = StreamedBody(status, running_task())
+        body = StreamedBody(status, call, running_task())
         self._follow(body)
         return body
 
     def _is_handling(self) -> bool:
         return self.phase is Phase.HANDLING
+
+    async def forget_stream(self) -> None:
+        """Begin anew if the streamed body has returned: a middleware has dropped the response, and calls once more.
+
+        What the body has left open is ended by the start that comes now.
+        """
+        body = self.body
+        if isinstance(body, StreamedBody) and body.call is None:
+            await body.recover(self)
+            if self.phase is Phase.AHEAD:
+                self.body = None
+                self.move_to(Phase.HANDLING)
 
     async def fail_stream(self, body: StreamedBody, error: BaseException) -> None:
         """Roll back for an `error` of a streamed body, which middlewares may hide by a proper end of it."""
