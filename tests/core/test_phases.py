@@ -531,6 +531,45 @@ async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cann
     assert told(connection) == [503, b"body"]
 
 
+@shows(Phase.BODY, Phase.HANDLING)
+@pytest.mark.parametrize(
+    ("status", "commit_fails", "answer", "names"),
+    [(200, False, 200, ["middleware"]), (200, True, 409, []), (504, False, 504, [])],
+)
+async def test_a_response_in_the_place_of_one_whose_start_was_cancelled_is_ended_like_any_other(
+    db: DBConnect, database: Database, status: int, commit_fails: bool, answer: int, names: list[str]
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+
+    async def limit_time(scope: Scope, receive: Receive, send: Send) -> None:
+        call = asyncio.create_task(app(scope, receive, send))
+        await committing.wait()
+        call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+        trace.note(scope)
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "middleware"))
+        await send({**START, "status": status})
+        trace.note()
+        await send(BODY)
+
+    async def before_commit(session: object) -> None:
+        if not committing.is_set():
+            committing.set()
+            await asyncio.Event().wait()
+        trace.note()
+
+    committing = asyncio.Event()
+    trace = Trace()
+    connection = await Connection().run(Answering(limit_time, before_commit))
+    assert told(connection) == [answer, b"body"]
+    assert await database.names() == names
+    if status == 200:
+        assert trace.phases[:2] == [Phase.BODY, Phase.HANDLING]
+
+
 @shows(Phase.BODY, Phase.BROKEN)
 async def test_a_body_whose_work_cannot_be_committed_breaks_off(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

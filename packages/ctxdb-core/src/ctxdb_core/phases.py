@@ -11,7 +11,8 @@ transactions then is said by the table here alone::
                |                        start |     (also -> ABANDONED, REFUSED; HANDLING, if called again)
                v                              v
               BODY <--------------------------+       websocket: a close that fails -> REFUSED
-          last|    +- last chunk, commit fails -> BROKEN <- AFTER, OVERRULED
+          last|    +- start cancelled, another one comes -> HANDLING
+              |    +- last chunk, commit fails -> BROKEN <- AFTER, OVERRULED
               v
             AFTER
 
@@ -63,8 +64,9 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.HANDLING: frozenset({Phase.AHEAD, Phase.BODY, Phase.REFUSED, Phase.ABANDONED}),
     # A middleware may drop the response, and call the handler once more.
     Phase.AHEAD: frozenset({Phase.HANDLING, Phase.BODY, Phase.REFUSED, Phase.ABANDONED, Phase.OVERRULED}),
-    # A websocket is in its body from the handshake to its close frame, which may have to be refused.
-    Phase.BODY: frozenset({Phase.AFTER, Phase.BROKEN, Phase.REFUSED}),
+    # If the task that was to send the start is cancelled, a middleware may answer in its place. A websocket is in its
+    # body from the handshake to its close frame, which may have to be refused.
+    Phase.BODY: frozenset({Phase.HANDLING, Phase.AFTER, Phase.BROKEN, Phase.REFUSED}),
     Phase.AFTER: frozenset({Phase.BROKEN}),
     # The response for the error is begun anew.
     Phase.REFUSED: frozenset({Phase.HANDLING}),

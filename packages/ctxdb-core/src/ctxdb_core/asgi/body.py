@@ -59,6 +59,8 @@ class Body:
     """Whether a session was used since the transactions of the response were ended."""
     is_complete: bool = False
     """Whether the last of the body was sent, or nothing more of it is going to be."""
+    lacks_start: bool = False
+    """Whether the task that was to send the start was cancelled: nothing of the response has left."""
     parked: ParkedSessions | None = None
     """The transactions that the body had open when it was cut off."""
     # Tasks are known by weak reference: the context of a task knows the exchange, and its error the frames of a body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Collection, Coroutine
 from typing import Any
 
@@ -92,6 +93,8 @@ class HTTPExchange(Exchange):
         """Forward the start of a response, once the transactions have ended that it stands for."""
         self.starting = start = ResponseStart()
         try:
+            if self.body is not None and self.body.lacks_start:
+                await self._begin_anew(self.body)
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
@@ -147,13 +150,29 @@ class HTTPExchange(Exchange):
         """End the transactions for the start of a response, and begin its body."""
         try:
             await self.settle(status)
-        finally:
-            # The phase changes also if the task is cancelled, as it is when the client has gone. The framework swallows
-            # that, and goes on with background work, which is committed like that of any response.
-            if self.phase in _NOT_STARTED:
-                self.move_to(Phase.BODY)
+        except asyncio.CancelledError:
+            # The client may have gone: the framework swallows that then, and goes on with background work, which is
+            # committed like that of any response. Or a middleware limits the time, and is going to answer.
+            self._begin_body(Body())
+            assert self.body is not None
+            self.body.lacks_start = True
+            raise
+        self._begin_body(Body(running_task()))
+
+    def _begin_body(self, body: Body) -> None:
+        """Go over to the body of the response, which is `body` unless that has begun before."""
+        if self.phase in _NOT_STARTED:
+            self.move_to(Phase.BODY)
         if self.body is None:
-            self._follow(Body(running_task()))
+            self._follow(body)
+
+    async def _begin_anew(self, body: Body) -> None:
+        """Forget `body`: another response comes in the place of its own. What it has left open is ended by that one."""
+        phase = self.phase
+        await body.recover(self)
+        if self.phase is phase:
+            self.body = None
+            self.move_to(Phase.HANDLING)
 
     async def _abandon(self, calls: HandlerCalls, status: int) -> None:
         """End the unit for a response in the place of a handler that goes on."""
@@ -249,16 +268,9 @@ class HTTPExchange(Exchange):
         return self.phase is Phase.HANDLING
 
     async def forget_stream(self) -> None:
-        """Begin anew if the streamed body has returned: a middleware has dropped the response, and calls once more.
-
-        What the body has left open is ended by the start that comes now.
-        """
-        body = self.body
-        if isinstance(body, StreamedBody) and body.call is None:
-            await body.recover(self)
-            if self.phase is Phase.AHEAD:
-                self.body = None
-                self.move_to(Phase.HANDLING)
+        """Begin anew if the streamed body has returned: a middleware has dropped the response, and calls once more."""
+        if isinstance(self.body, StreamedBody) and self.body.call is None:
+            await self._begin_anew(self.body)
 
     async def fail_stream(self, body: StreamedBody, error: BaseException) -> None:
         """Roll back for an `error` of a streamed body, which middlewares may hide by a proper end of it."""
