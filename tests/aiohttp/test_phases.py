@@ -22,7 +22,11 @@ from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
 from ctxdb_core.adapters import Phase
 
 # No middleware of aiohttp can hold the start of a response back while its body runs.
-shows = ShownTransitions(skipped={Phase.AHEAD, Phase.OVERRULED})
+shows = ShownTransitions(
+    skipped={Phase.AHEAD, Phase.OVERRULED},
+    # A response whose start was cancelled in the middle of its commit has no body yet in aiohttp.
+    not_taken={(Phase.BODY, Phase.HANDLING)},
+)
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.phases import ShownTransitions
 
-from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect
+from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -304,7 +305,7 @@ async def test_a_start_for_which_a_middlewares_work_cannot_be_committed_is_refus
 
 @shows(Phase.AHEAD, Phase.ABANDONED)
 @pytest.mark.parametrize("handler_writes", [False, True])
-async def test_a_middleware_may_give_up_on_a_second_call_after_a_stream_that_it_has_dropped(
+async def test_a_middleware_may_give_up_on_a_second_call_beside_a_stream_that_it_drops(
     db: DBConnect, database: Database, handler_writes: bool
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -312,10 +313,11 @@ async def test_a_middleware_may_give_up_on_a_second_call_after_a_stream_that_it_
         if len(attempts) == 1:
             await send({**START, "status": 500})
             await send(BODY)
-            return
-        if handler_writes:
-            await insert(db, "handler")
-        at_work.set()
+            streamed.set()
+        else:
+            if handler_writes:
+                await insert(db, "handler")
+            at_work.set()
         await asyncio.Event().wait()
 
     async def retry(scope: Scope, receive: Receive, send: Send) -> None:
@@ -323,25 +325,126 @@ async def test_a_middleware_may_give_up_on_a_second_call_after_a_stream_that_it_
             trace.note()
 
         trace.note(scope)
-        await boundary(scope, receive, drop)
-        call = asyncio.create_task(boundary(scope, receive, drop))
+        calls = [asyncio.create_task(boundary(scope, receive, drop))]
+        await streamed.wait()
+        calls.append(asyncio.create_task(boundary(scope, receive, drop)))
         await at_work.wait()
         if not handler_writes:
             await insert(db, "middleware")
         await send(START)
         await send(BODY)
-        call.cancel()
-        with suppress(asyncio.CancelledError):
-            await call
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
 
     attempts: list[int] = []
-    at_work = asyncio.Event()
+    streamed, at_work = asyncio.Event(), asyncio.Event()
     boundary = ASGIStreamBoundary(app)
     trace = Trace()
     connection = await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(retry)))
     assert trace.phases == [Phase.HANDLING, Phase.AHEAD, Phase.ABANDONED]
     assert told(connection) == [200, b"body"]
     assert await database.names() == ([] if handler_writes else ["middleware"])
+
+
+@shows(Phase.AHEAD, Phase.HANDLING)
+@pytest.mark.parametrize("commit_fails", [False, True])
+async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before_its_start(
+    db: DBConnect, database: Database, commit_fails: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        trace.note()
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            await send(START)
+            await insert(db, "dropped")
+            raise LookupError
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "response"))
+        await send({**START, "headers": [(b"content-length", b"4")]})
+        assert await database.names() == ["response"]
+        await send(BODY)
+
+    async def retry(scope: Scope, receive: Receive, send: Send) -> None:
+        async def drop(message: Message) -> None:
+            trace.note()
+
+        trace.note(scope)
+        with pytest.raises(LookupError):
+            await boundary(scope, receive, drop)
+        await boundary(scope, receive, send)
+
+    attempts: list[int] = []
+    boundary = ASGIStreamBoundary(app)
+    trace = Trace()
+    connection = await Connection().run(Answering(trace.around(retry)))
+    assert trace.phases[:3] == [Phase.HANDLING, Phase.AHEAD, Phase.HANDLING]
+    assert told(connection) == [409 if commit_fails else 200, b"body"]
+    assert await database.names() == ([] if commit_fails else ["response"])
+
+
+@pytest.mark.parametrize("commit_fails", [False, True])
+async def test_a_success_whose_start_was_held_back_until_its_body_was_made_waits_for_the_commit_of_it_all(
+    db: DBConnect, database: Database, commit_fails: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
+        await send(CHUNK)
+        await send(BODY)
+
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is BODY:
+            await send(held[0])
+            assert await database.names() == ["body"]
+            assert database.checked_out == 0
+            for each in held[1:]:
+                await send(each)
+
+    connection = await Connection().run(Answering(holding_back(app, hold)))
+    assert told(connection) == ([409, b"body"] if commit_fails else [200, b"body", b"body"])
+
+
+async def test_an_error_whose_start_was_held_back_keeps_the_work_of_its_body(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(ERROR)
+        await insert(db, "body")
+        await send(BODY)
+
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is BODY:
+            for each in held:
+                await send(each)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    assert told(connection) == [503, b"body"]
+    assert await database.names() == ["body"]
+
+
+async def test_a_start_waits_for_the_commit_of_a_middlewares_work_if_its_body_has_only_read(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send(CHUNK)
+
+    held: list[Message] = []
+
+    async def audit(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            await insert_row_that_fails_at_commit(db)
+            await send(held[0])
+
+    connection = await Connection().run(Answering(holding_back(app, audit)))
+    assert told(connection) == [409, b"body"]
 
 
 @shows(Phase.AHEAD, Phase.OVERRULED)
@@ -426,6 +529,45 @@ async def test_an_error_in_the_place_of_a_stream_breaks_off_if_its_own_work_cann
         await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(holding_back(app, overrule))))
     assert trace.phases[-2:] == [Phase.OVERRULED, Phase.BROKEN]
     assert told(connection) == [503, b"body"]
+
+
+@shows(Phase.BODY, Phase.HANDLING)
+@pytest.mark.parametrize(
+    ("status", "commit_fails", "answer", "names"),
+    [(200, False, 200, ["middleware"]), (200, True, 409, []), (504, False, 504, [])],
+)
+async def test_a_response_in_the_place_of_one_whose_start_was_cancelled_is_ended_like_any_other(
+    db: DBConnect, database: Database, status: int, commit_fails: bool, answer: int, names: list[str]
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+
+    async def limit_time(scope: Scope, receive: Receive, send: Send) -> None:
+        call = asyncio.create_task(app(scope, receive, send))
+        await committing.wait()
+        call.cancel()
+        with suppress(asyncio.CancelledError):
+            await call
+        trace.note(scope)
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "middleware"))
+        await send({**START, "status": status})
+        trace.note()
+        await send(BODY)
+
+    async def before_commit(session: object) -> None:
+        if not committing.is_set():
+            committing.set()
+            await asyncio.Event().wait()
+        trace.note()
+
+    committing = asyncio.Event()
+    trace = Trace()
+    connection = await Connection().run(Answering(limit_time, before_commit))
+    assert told(connection) == [answer, b"body"]
+    assert await database.names() == names
+    if status == 200:
+        assert trace.phases[:2] == [Phase.BODY, Phase.HANDLING]
 
 
 @shows(Phase.BODY, Phase.BROKEN)

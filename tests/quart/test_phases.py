@@ -19,7 +19,11 @@ from ctxdb_core.adapters import Phase
 from ctxdb_quart import setup
 
 # Quart passes no messages on through middlewares of its own, and nothing in it answers in the place of a handler.
-shows = ShownTransitions(skipped={Phase.AHEAD, Phase.OVERRULED, Phase.ABANDONED})
+shows = ShownTransitions(
+    skipped={Phase.AHEAD, Phase.OVERRULED, Phase.ABANDONED},
+    # A response whose start was cancelled in the middle of its commit has no body yet in Quart.
+    not_taken={(Phase.BODY, Phase.HANDLING)},
+)
 
 
 @pytest.fixture

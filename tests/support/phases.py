@@ -17,10 +17,12 @@ class ShownTransitions:
 
     Args:
         skipped: the phases that no request of the adapter enters.
+        not_taken: rows between phases that it does enter, which none passes.
     """
 
-    def __init__(self, *, skipped: Collection[Phase] = ()) -> None:
+    def __init__(self, *, skipped: Collection[Phase] = (), not_taken: Collection[Transition] = ()) -> None:
         self._skipped = skipped
+        self._not_taken = not_taken
         self._shown: set[Transition] = set()
 
     def __call__(self, current: Phase, following: Phase) -> Callable[[Test], Test]:
@@ -38,7 +40,9 @@ class ShownTransitions:
             (current, following)
             for current in Phase
             for following in TRANSITIONS[current]
-            if current not in self._skipped and following not in self._skipped
+            if current not in self._skipped
+            and following not in self._skipped
+            and (current, following) not in self._not_taken
         }
         assert self._shown == reachable
 

@@ -8,10 +8,11 @@ transactions then is said by the table here alone::
       o--->  HANDLING ------ commit fails -> REFUSED <- commit fails, or
           start|    |  start, handler working -> ABANDONED -> AbandonedWorkError
                |    +- boundary sees a stream -> AHEAD -- error instead -> OVERRULED
-               |                        start |     (also -> ABANDONED, REFUSED)
+               |                        start |     (also -> ABANDONED, REFUSED; HANDLING, if called again)
                v                              v
               BODY <--------------------------+       websocket: a close that fails -> REFUSED
-          last|    +- last chunk, commit fails -> BROKEN <- AFTER, OVERRULED
+          last|    +- start cancelled, another one comes -> HANDLING
+              |    +- last chunk, commit fails -> BROKEN <- AFTER, OVERRULED
               v
             AFTER
 
@@ -61,9 +62,11 @@ class Phase(Enum):
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.HANDLING: frozenset({Phase.AHEAD, Phase.BODY, Phase.REFUSED, Phase.ABANDONED}),
-    Phase.AHEAD: frozenset({Phase.BODY, Phase.REFUSED, Phase.ABANDONED, Phase.OVERRULED}),
-    # A websocket is in its body from the handshake to its close frame, which may have to be refused.
-    Phase.BODY: frozenset({Phase.AFTER, Phase.BROKEN, Phase.REFUSED}),
+    # A middleware may drop the response, and call the handler once more.
+    Phase.AHEAD: frozenset({Phase.HANDLING, Phase.BODY, Phase.REFUSED, Phase.ABANDONED, Phase.OVERRULED}),
+    # If the task that was to send the start is cancelled, a middleware may answer in its place. A websocket is in its
+    # body from the handshake to its close frame, which may have to be refused.
+    Phase.BODY: frozenset({Phase.HANDLING, Phase.AFTER, Phase.BROKEN, Phase.REFUSED}),
     Phase.AFTER: frozenset({Phase.BROKEN}),
     # The response for the error is begun anew.
     Phase.REFUSED: frozenset({Phase.HANDLING}),

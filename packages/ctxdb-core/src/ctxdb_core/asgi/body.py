@@ -59,6 +59,8 @@ class Body:
     """Whether a session was used since the transactions of the response were ended."""
     is_complete: bool = False
     """Whether the last of the body was sent, or nothing more of it is going to be."""
+    lacks_start: bool = False
+    """Whether the task that was to send the start was cancelled: nothing of the response has left."""
     parked: ParkedSessions | None = None
     """The transactions that the body had open when it was cut off."""
     # Tasks are known by weak reference: the context of a task knows the exchange, and its error the frames of a body
@@ -172,12 +174,15 @@ class StreamedBody(Body):
 
     Args:
         status: the status of its start at the boundary.
+        call: the call of the handler that makes it.
         sender: the task that has sent it.
     """
 
-    def __init__(self, status: int, sender: ref[Any]) -> None:
+    def __init__(self, status: int, call: object, sender: ref[Any]) -> None:
         super().__init__(sender)
         self.status: int = status
+        self.call: object | None = call
+        """The call of the handler that makes it; ``None`` once that has returned."""
 
     def note_sent(self, message: Message, unit: UnitOfWork) -> None:
         """Leave it to the boundary to tell of the progress."""

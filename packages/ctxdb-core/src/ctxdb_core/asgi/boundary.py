@@ -43,6 +43,8 @@ class ASGIStreamBoundary:
         if not isinstance(exchange, HTTPExchange):
             await self.app(scope, receive, send)
             return
+        if exchange.phase is Phase.AHEAD:
+            await exchange.forget_stream()
         streamed = False
         body: StreamedBody | None = None
         starting: ResponseStart | None = None
@@ -56,7 +58,7 @@ class ASGIStreamBoundary:
             try:
                 starting.enter()
                 try:
-                    body = await exchange.begin_stream(message["status"])
+                    body = await exchange.begin_stream(message["status"], call)
                 finally:
                     starting.leave()
                 await pass_up(message)
@@ -114,6 +116,8 @@ class ASGIStreamBoundary:
                 await exchange.fail_stream(body, exc)
             raise
         finally:
+            if body is not None:
+                body.call = None
             calls.end(call)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Collection, Coroutine
 from typing import Any
 
@@ -11,7 +12,8 @@ from sqlalchemy.orm import Session
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
-from ctxdb_core._units.abandonment import HandlerCalls, follow_calls
+from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
+from ctxdb_core._units.authorship import find_authors
 from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
@@ -82,6 +84,8 @@ class HTTPExchange(Exchange):
         """Forward the start of a response, once the transactions have ended that it stands for."""
         response.start = start = ResponseStart()
         try:
+            if response.body is not None and response.body.lacks_start:
+                await self._begin_anew(response, response.body)
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
@@ -108,30 +112,58 @@ class HTTPExchange(Exchange):
         calls, body = self.calls, response.body
         if calls is not None and calls.at_work and not self.closed:
             return self._abandon(calls, status)
-        if isinstance(body, StreamedBody) and self._overrules(status, body):
-            return self._overrule(response, body)
-        if body is not None and body.has_used_a_session:
-            return self._start_behind_body()
+        if isinstance(body, StreamedBody):
+            if self._overrules(status, body):
+                return self._overrule(response, body)
+            if self._goes_on(body, status):
+                return self._start_behind_body()
         return self._settle_and_start(response, status)
 
+    def _goes_on(self, body: StreamedBody, status: int) -> bool:
+        """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
+        if not body.has_used_a_session:
+            return False
+        if body.is_complete or body.call is None:
+            # Its start was held back until it was made: a success can wait for the commit of it all.
+            return not self.settings.middleware.commits(status, self.origin)
+        authors = find_authors(self.sessions.values(), (body.call,))
+        return authors.handlers or not authors.others
+
     async def _start_behind_body(self) -> None:
-        """Go over to the body without ending a transaction: this body has begun before its start was sent.
+        """Go over to the body without ending a transaction: this body has begun before its start is sent.
 
         What is open now is the work of the body, and is committed before its last part.
         """
         self.move_to(Phase.BODY)
+        await self.end_reading()
 
     async def _settle_and_start(self, response: Response, status: int) -> None:
         """End the transactions for the start of a response, and begin its body."""
         try:
             await self.settle(status)
-        finally:
-            # The phase changes also if the task is cancelled, as it is when the client has gone. The framework swallows
-            # that, and goes on with background work, which is committed like that of any response.
-            if self.phase in _NOT_STARTED:
-                self.move_to(Phase.BODY)
-        if response.body is None:
-            self._follow(response, Body(running_task()))
+        except asyncio.CancelledError:
+            # The client may have gone: the framework swallows that then, and goes on with background work, which is
+            # committed like that of any response. Or a middleware limits the time, and is going to answer.
+            self._begin_body(response, Body()).lacks_start = True
+            raise
+        self._begin_body(response, Body(running_task()))
+
+    def _begin_body(self, response: Response, body: Body) -> Body:
+        """Go over to the body of the response, and return it: `body`, unless it has begun before."""
+        if self.phase in _NOT_STARTED:
+            self.move_to(Phase.BODY)
+        if response.body is not None:
+            return response.body
+        self._follow(response, body)
+        return body
+
+    async def _begin_anew(self, response: Response, body: Body) -> None:
+        """Forget `body`: another response comes in the place of its own. What it has left open is ended by that one."""
+        phase = self.phase
+        await body.recover(self)
+        if self.phase is phase:
+            response.body = None
+            self.move_to(Phase.HANDLING)
 
     async def _abandon(self, calls: HandlerCalls, status: int) -> None:
         """End the unit for a response in the place of a handler that goes on."""
@@ -197,8 +229,12 @@ class HTTPExchange(Exchange):
         self.follow_response()
         return follow_calls(self)
 
-    async def begin_stream(self, status: int) -> StreamedBody | None:
+    async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
+
+        Args:
+            status: the status of its start.
+            call: the call of the handler that makes it.
 
         Returns:
             The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several
@@ -215,12 +251,18 @@ class HTTPExchange(Exchange):
                 # Meanwhile, a middleware has begun a response of its own.
                 return None
         self.move_to(Phase.AHEAD)
-        body = StreamedBody(status, running_task())
+        body = StreamedBody(status, call, running_task())
         self._follow(self.follow_response(), body)
         return body
 
     def _is_handling(self) -> bool:
         return self.phase is Phase.HANDLING
+
+    async def forget_stream(self) -> None:
+        """Begin anew if the streamed body has returned: a middleware has dropped the response, and calls once more."""
+        response = self.response
+        if response is not None and isinstance(response.body, StreamedBody) and response.body.call is None:
+            await self._begin_anew(response, response.body)
 
     async def fail_stream(self, body: StreamedBody, error: BaseException) -> None:
         """Roll back for an `error` of a streamed body, which middlewares may hide by a proper end of it."""
