@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import text
@@ -55,6 +56,34 @@ async def test_what_was_loaded_stays_readable_after_the_fallback(db: DBConnect, 
         await suggestions(db)
         assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
         assert item.name == "loaded"
+
+
+@POSTGRESQL
+@pytest.mark.parametrize("by_block", [True, False])
+async def test_a_session_that_has_only_read_can_be_closed_after_its_fallback(db: DBConnect, by_block: bool) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await suggestions(db)
+        if by_block:
+            async with session:
+                pass
+        else:
+            await session.close()
+        assert await session.scalar(text("SELECT 1")) == 1
+
+
+@POSTGRESQL
+async def test_a_unit_that_has_only_read_ends_well_after_rows_that_took_too_long(db: DBConnect) -> None:
+    # Both drivers have fetched the first rows by then.
+    slow = text("SELECT i, CASE WHEN i > 100 THEN pg_sleep(300) END FROM generate_series(1, 3000) i")
+    seen = 0
+    async with new_db_ctx():
+        rows = await (await db_session(db)).stream(slow)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                async for _ in rows:
+                    seen += 1
+    assert seen
 
 
 @POSTGRESQL

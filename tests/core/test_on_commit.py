@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session
 from tests.support.database import Database, insert
 
-from ctxdb_core import DBConnect, atomic_db_session, commit_db_session, db_session, new_db_ctx, on_commit
+from ctxdb_core import (
+    DBConnect,
+    atomic_db_session,
+    commit_db_session,
+    db_session,
+    new_db_ctx,
+    on_commit,
+    on_rollback,
+    rollback_db_session,
+)
+from ctxdb_core.events import DBEvent, SessionClosed, SessionOpened, TransactionBegun, TransactionCommitted
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -104,3 +117,66 @@ async def test_a_roll_back_of_everything_takes_the_callbacks_of_released_savepoi
                 on_commit(db, lambda: seen.append("undone"))
             raise LookupError
     assert seen == []
+
+
+class FailingAfterCommits(Session):
+    pass
+
+
+@event.listens_for(FailingAfterCommits, "after_commit")
+def fail(session: Session) -> None:
+    raise LookupError("the listener")
+
+
+def failing_after_commits(database: Database, host: str) -> DBConnect:
+    return DBConnect(
+        lambda host: database.watch_new(),
+        lambda engine: async_sessionmaker(engine, expire_on_commit=False, sync_session_class=FailingAfterCommits),
+        host=host,
+    )
+
+
+@KINDS
+async def test_a_commit_stands_although_a_listener_of_it_fails(database: Database) -> None:
+    seen: list[str] = []
+    events: list[type[DBEvent]] = []
+    async with failing_after_commits(database, "first") as db:
+        db.on_event(lambda each: events.append(type(each)))
+        with pytest.raises(LookupError, match="the listener") as caught:
+            async with new_db_ctx():
+                await insert(db, "stands")
+                on_commit(db, lambda: seen.append("committed"))
+                on_rollback(db, lambda: seen.append("rolled back"))
+        await database.assert_quiet()
+    assert seen == ["committed"]
+    assert await database.names() == ["stands"]
+    assert caught.value.__notes__ == [
+        "ctxdb: the commit on <DBConnect host='first'> had succeeded, and stands: a listener of it failed after that"
+    ]
+    assert events == [SessionOpened, TransactionBegun, TransactionCommitted, SessionClosed]
+
+
+async def test_a_unit_goes_on_after_a_listener_of_its_early_commit_has_failed(database: Database) -> None:
+    async with failing_after_commits(database, "first") as db, new_db_ctx():
+        session = await insert(db, "early")
+        with pytest.raises(LookupError):
+            await commit_db_session(db)
+        assert await session.scalar(text("SELECT name FROM item")) == "early"
+        await rollback_db_session(db)
+
+
+async def test_the_databases_before_a_commit_whose_listener_fails_are_named(database: Database) -> None:
+    def plain(host: str) -> DBConnect:
+        return DBConnect(lambda host: database.watch_new(), host=host)
+
+    async with plain("first") as first, failing_after_commits(database, "second") as second, plain("third") as third:
+        with pytest.raises(LookupError) as caught:
+            async with new_db_ctx():
+                for number, db in enumerate((first, second, third)):
+                    await insert(db, str(number))
+        await database.assert_quiet()
+    assert await database.names() == ["0", "1"]
+    assert (
+        "a listener of the commit on <DBConnect host='second'> failed after the one on <DBConnect host='first'>"
+        in (caught.value.__notes__[0])
+    )

@@ -91,6 +91,18 @@ def test_a_session_says_whether_it_has_to_flush(session: Session) -> None:
     assert private.has_to_flush(session)
 
 
+def test_a_session_knows_that_it_has_committed_although_a_listener_has_failed(session: Session) -> None:
+    event.listen(session, "after_commit", lambda session: 1 / 0)
+    session.add(Thing())
+    session.flush()
+    assert not private.has_committed(session)
+    with pytest.raises(ZeroDivisionError):
+        session.commit()
+    assert private.has_committed(session)
+    session.close()
+    assert not private.has_committed(session)
+
+
 def test_a_session_is_at_rest_until_an_object_is_added_changed_or_deleted_or_a_transaction_begins(
     session: Session,
 ) -> None:

@@ -34,6 +34,20 @@ class Book(Base):
     author: Mapped[Author] = relationship(back_populates="books")
 
 
+class Medium(Base):
+    __tablename__ = "medium"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "medium"}  # noqa: RUF012 - as SQLAlchemy has it
+
+
+class Film(Medium):
+    __tablename__ = "film"
+    id: Mapped[int] = mapped_column(ForeignKey("medium.id"), primary_key=True)
+    minutes: Mapped[int]
+    __mapper_args__ = {"polymorphic_identity": "film"}  # noqa: RUF012 - as SQLAlchemy has it
+
+
 pytestmark = pytest.mark.parametrize("database_kind", ["asyncpg", "sqlite"], indirect=True)
 
 
@@ -118,6 +132,18 @@ async def test_deferred_columns_that_a_query_does_not_load_keep_what_they_have(l
         await commit_db_session(library)
         await session.scalars(select(Author))
         assert author.about == "long"
+
+
+async def test_columns_of_a_subclass_that_a_query_for_its_base_does_not_load_keep_what_they_have(
+    library: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        film = Film(id=1, minutes=90)
+        session.add(film)
+        await commit_db_session(library)
+        assert (await session.scalars(select(Medium))).all() == [film]
+        assert film.minutes == 90
 
 
 async def test_relationships_that_a_query_loads_are_fresh(library: DBConnect, database: Database) -> None:

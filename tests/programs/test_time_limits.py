@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import pytest
 from sqlalchemy import text
-from tests.support.application import Reply
+from tests.support.application import Reply, Stream
 from tests.support.database import insert
 from tests.support.world import World
 
@@ -28,6 +29,18 @@ async def test_a_page_that_only_reads_is_answered_without_its_slow_part(world: W
 
     response = await world.get(page)
     assert (response.status_code, response.text) == (200, "none")
+
+
+async def test_a_body_that_only_reads_goes_on_without_its_slow_part(world: World) -> None:
+    async def page() -> Stream:
+        async def body() -> AsyncGenerator[str]:
+            await (await db_session(world.db)).execute(text("SELECT 1"))
+            yield await suggestions(world.db)
+            yield await (await db_session(world.db)).scalar(text("SELECT ', the end'"))
+
+        return Stream(body())
+
+    assert (await world.get(page)).text == "none, the end"
 
 
 @pytest.mark.exception_handlers

@@ -29,7 +29,7 @@ from ctxdb_core.events import (
     TransactionRolledBack,
 )
 
-__all__ = ["Observer", "note_error"]
+__all__ = ["Observer", "note_commit", "note_error"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -226,6 +226,11 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
             record.end()
         if record.transaction is None:
             record.begin(transaction, connection)
+
+
+def note_commit(session: AsyncSession) -> None:
+    """Note that the transaction of `session` is committed, also if a listener of the user's has failed after that."""
+    _after_commit(session.sync_session)
 
 
 def _before_commit(session: Session) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, cast
 
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_session
 from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.util import greenlet_spawn
@@ -22,7 +21,7 @@ from ctxdb_core._sqlalchemy.calls import pass_door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.hooked_transactions import with_transaction
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
-from ctxdb_core._sqlalchemy.written import holds_work
+from ctxdb_core._sqlalchemy.written import UNANSWERED, holds_work
 
 __all__ = ["DoorSession", "DoorTransaction", "call_of_users_class", "through_the_door"]
 
@@ -152,8 +151,8 @@ async def _note_hidden_write(session: DoorSession) -> None:
     if door is None or guard.before_close is None or door.is_held() or door.has_ended:
         return
     if guard.in_transaction() and not guard.has_written(beside_on_begin=True):
-        # The statement that has aborted a transaction has raised an error already.
-        with suppress(DBAPIError):
+        # The statement that has aborted a transaction, or was interrupted, has raised an error already.
+        with suppress(*UNANSWERED):
             if await holds_work(session, door, guard.has_written):
                 guard.note_write()
             else:

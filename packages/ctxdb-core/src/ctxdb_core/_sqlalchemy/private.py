@@ -22,7 +22,7 @@ from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
-from sqlalchemy.orm.session import _new_sessionid, _sessions
+from sqlalchemy.orm.session import SessionTransactionState, _new_sessionid, _sessions
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -55,6 +55,7 @@ __all__ = [
     "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
+    "has_committed",
     "has_to_flush",
     "innermost_block",
     "is_at_rest",
@@ -120,6 +121,12 @@ def is_flushing(session: Session) -> bool:
 def has_to_flush(session: Session) -> bool:
     """Return whether a flush has something to do, as far as can be told without a look at each object."""
     return bool(session._new or session._deleted or session.identity_map._modified)  # noqa: SLF001 - see the module
+
+
+def has_committed(session: Session) -> bool:
+    """Return whether the session's transaction was committed and has not ended: a listener of the commit has failed."""
+    transaction = session.get_transaction()
+    return transaction is not None and transaction._state is SessionTransactionState.COMMITTED  # noqa: SLF001 - see the module
 
 
 def is_at_rest(session: Session) -> bool:

@@ -6,8 +6,8 @@ at a commit, so that the next look loads them. Sessions of ctxdb do not, as asyn
 server-sent event that asks for a row's state, again and again, would see its first state for ever.
 
 So from the second transaction of a session on, its queries fill the objects anew that they return, and ``get`` asks the
-database once for each object of an earlier transaction. A relationship or a deferred column that was loaded, and is not
-a part of the query, keeps what it has.
+database once for each object of an earlier transaction. A relationship, a deferred column or a subclass's column that
+was loaded, and is not a part of the query, keeps what it has.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Rereading:
 
 
 def _loaded_on_demand(state: InstanceState[Any]) -> dict[str, Any]:
-    """Return the values of the relationships and deferred columns that have been loaded."""
+    """Return the values of the relationships, and of the columns that not every query loads, that have been loaded."""
     loaded = {key: state.dict[key] for key in _keys_loaded_on_demand(state.mapper) if key in state.dict}
     if loaded and not event.contains(state.class_, "refresh", _keep_loaded):
         event.listen(state.class_, "refresh", _keep_loaded)
@@ -70,7 +70,9 @@ def _keys_loaded_on_demand(mapper: Mapper[Any]) -> tuple[str, ...]:
     """Return the attributes whose values SQLAlchemy forgets if a query fills an object anew without loading them."""
     keys = _keys_by_mapper.get(mapper)
     if keys is None:
-        deferred = (each.key for each in mapper.column_attrs if each.deferred)
+        # A query for a base class does not load what its subclasses add.
+        common = mapper.base_mapper.column_attrs
+        deferred = (each.key for each in mapper.column_attrs if each.deferred or each.key not in common)
         keys = _keys_by_mapper[mapper] = (*mapper.relationships.keys(), *deferred)
     return keys
 

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 
-__all__ = ["holds_work"]
+__all__ = ["UNANSWERED", "holds_work"]
+
+UNANSWERED = (DBAPIError, PendingRollbackError)
+"""What `holds_work` raises where the database cannot tell: the transaction is aborted, or it was lost with its
+connection, as when a time limit interrupts a statement.
+"""
 
 
 async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[[], bool]) -> bool:
@@ -24,7 +30,7 @@ async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[
         by_statements: the answer for a database that cannot be asked.
 
     Raises:
-        DBAPIError: the transaction is aborted, for instance.
+        DBAPIError, PendingRollbackError: see `UNANSWERED`.
     """
     connections = {each for each in begun_connections(session) if not is_autocommit(each)}
     if not connections:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.private import has_committed
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
 from ctxdb_core._units import session_end
@@ -97,7 +98,7 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
             # A commit that the user asks for expires objects; the commit at the end of a request does not.
             await (session_end.commit(session) if dbs is None else session.commit())
         except BaseException as exc:
-            _name_committed(exc, db, committed)
+            _name_committed(exc, db, committed, stands=has_committed(session.sync_session))
             await roll_back(sessions, dbs, exc)
             raise
         committed.append(db)
@@ -120,11 +121,20 @@ def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[DBCo
     return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
 
 
-def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect]) -> None:
+def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect], *, stands: bool) -> None:
+    """Have `error` name the databases that were committed before it.
+
+    Args:
+        error: what the commit on `failed` has raised.
+        failed: the database that was to be committed next.
+        committed: those that were committed before that.
+        stands: whether the commit on `failed` has succeeded as well, so that only a listener of it has failed.
+    """
     if not committed:
         return
     names = ", ".join(map(repr, committed))
-    message = f"ctxdb: the commit on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
+    what = "a listener of the commit" if stands else "the commit"
+    message = f"ctxdb: {what} on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
     error.add_note(message)
     if isinstance(error, StatementError):
         # SQLAlchemy's own errors show a detail in their text, too.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.private import innermost_block
-from ctxdb_core._sqlalchemy.written import holds_work
+from ctxdb_core._sqlalchemy.written import UNANSWERED, holds_work
 from ctxdb_core.errors import OpenCursorError
 
 __all__ = ["has_only_read", "is_kept_for_cursor"]
@@ -28,7 +27,7 @@ async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
     try:
         await session.flush()
         has_written = await _has_written(session)
-    except DBAPIError:
+    except UNANSWERED:
         # The commit that follows says what is wrong with the transaction.
         return False
     if has_written and not ends_body:
@@ -54,8 +53,8 @@ async def has_only_read(session: AsyncSession) -> bool:
         return False
     try:
         return not await _has_written(session)
-    except DBAPIError:
-        # The transaction is aborted: the error of its end says so.
+    except UNANSWERED:
+        # The transaction is aborted, or lost: what comes next says so, or goes on in a new one.
         return False
 
 

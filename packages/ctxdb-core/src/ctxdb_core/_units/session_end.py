@@ -10,15 +10,17 @@ from typing import Any, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._databases.observer import note_error
+from ctxdb_core._databases.observer import note_commit, note_error
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.door_session import DoorSession
+from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import forget_block, is_at_rest
+from ctxdb_core._sqlalchemy.private import forget_block, has_committed, is_at_rest
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import set_rollback_only
+from ctxdb_core._units.callbacks import COMMIT_STANDS
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
 
 logger = logging.getLogger("ctxdb")
@@ -71,7 +73,8 @@ async def _commit_without_expiring(session: AsyncSession) -> None:
 async def roll_back(session: AsyncSession, error: BaseException | None, name: object) -> None:
     """Roll back, or throw the connection away if that fails.
 
-    The failure is attached to `error`, the one that made the roll-back necessary; it is logged where there is none.
+    The failure is attached to `error`, the one that made the roll-back necessary; it is logged where there is none. A
+    transaction that is committed, as a listener of its commit has made the `error`, is ended, and the error says so.
     """
     async with turn(session):
         if not in_transaction(session):
@@ -81,11 +84,25 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
         loaded = LoadedValues(session.sync_session)
         try:
             async with asyncio.timeout(ROLL_BACK_SECONDS):
-                await session.rollback()
-            loaded.restore()
+                if has_committed(session.sync_session):
+                    await _end_committed(session, error, name)
+                else:
+                    await session.rollback()
+                    loaded.restore()
         except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
             report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
             await _discard(session)
+
+
+async def _end_committed(session: AsyncSession, error: BaseException | None, name: object) -> None:
+    # SQLAlchemy leaves the transaction as it is where a listener of `after_commit` fails, with its connection.
+    note_commit(session)
+    session.sync_session.info[COMMIT_STANDS] = True
+    transaction = session.sync_session.get_transaction()
+    assert transaction is not None, "it was committed"
+    await call_in_greenlet(transaction.close)
+    if error is not None:
+        error.add_note(f"ctxdb: the commit on {name} had succeeded, and stands: a listener of it failed after that")
 
 
 async def close(session: AsyncSession, error: BaseException | None, name: object) -> None:
