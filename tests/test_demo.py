@@ -141,7 +141,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -
 class TestPromises:
     @needs_postgres
     @pytest.mark.parametrize("framework", FRAMEWORKS)
-    def test_are_kept_on_the_embedded_postgresql(self, framework: str, temporary: Path) -> None:
+    def test_promises_are_kept_on_the_embedded_postgresql(self, framework: str, temporary: Path) -> None:
         result = run("--framework", framework, TMPDIR=str(temporary))
         assert_promises_kept(result)
         assert result.stdout.casefold().startswith(framework)
@@ -149,7 +149,7 @@ class TestPromises:
         assert list(temporary.iterdir()) == []
 
     @pytest.mark.parametrize(("arguments", "title"), [([], "FastAPI"), (["--framework", "starlette"], "Starlette")])
-    def test_are_kept_on_sqlite(self, arguments: list[str], title: str, temporary: Path) -> None:
+    def test_promises_are_kept_on_sqlite(self, arguments: list[str], title: str, temporary: Path) -> None:
         result = run(*arguments, "--database-url", "sqlite://", TMPDIR=str(temporary))
         assert_promises_kept(result)
         assert result.stdout.startswith(f"{title} ")
@@ -168,7 +168,7 @@ class TestPromises:
         assert rows["simple write"].kept == "yes"
         assert "early commit: The database changed by nothing instead of {'carol': 30}." in result.stdout
 
-    def test_about_connections_are_checked_as_well(self) -> None:
+    def test_promises_about_connections_are_checked_as_well(self) -> None:
         change = "from ctxdb_demo import domain\nasync def forget(db): pass\ndomain.close_db_session = forget"
         rows = table(run_changed(change, "--database-url", "sqlite://").stdout)
         assert {title for title, row in rows.items() if row.kept == "NO"} == {"early close"}

@@ -75,7 +75,7 @@ async def test_an_engine_is_made_at_the_first_use(hosts: Hosts) -> None:
 
 
 @pytest.mark.parametrize("host", ["", None])
-async def test_a_host_is_needed(hosts: Hosts, host: str | None) -> None:
+async def test_a_session_of_a_database_without_a_host_is_refused(hosts: Hosts, host: str | None) -> None:
     with pytest.raises(HostNotSetError, match="host"):
         await DBConnect(hosts, host=host).create_session()
 
@@ -255,7 +255,7 @@ async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
         await DBConnect(lambda host: cast("Any", host), host="a").engine()
 
 
-async def test_the_session_maker_is_the_users(hosts: Hosts) -> None:
+async def test_sessions_are_made_by_the_users_session_maker(hosts: Hosts) -> None:
     def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
         return async_sessionmaker(engine, expire_on_commit=True, info={"mine": True})
 

@@ -437,7 +437,9 @@ async def test_an_error_of_a_joined_block_is_not_contained_by_the_savepoint_of_a
     assert await database.names() == []
 
 
-async def test_of_several_databases_none_is_committed(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+async def test_a_failed_joined_block_keeps_each_database_of_the_unit_from_its_commit(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
     with pytest.raises(UnexpectedRollbackError):
         async with new_db_ctx():
             await insert(db, "elsewhere")

@@ -605,7 +605,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.Monke
     assert isinstance(caught.value, CtxDBError)
 
 
-def test_nonsense_is_refused_at_once() -> None:
+def test_wrong_arguments_of_a_retry_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="attempts=0"):
         retry_on_conflict(attempts=0)
     with pytest.raises(ValueError, match="wait=-1"):

@@ -185,7 +185,7 @@ async def test_a_transaction_that_somebody_else_began_keeps_its_limit(database: 
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
-async def test_a_timeout_is_more_than_nothing(seconds: float) -> None:
+async def test_a_timeout_that_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="statement_timeout"):
         async with new_db_ctx(statement_timeout=seconds):
             pytest.fail("the block was entered")

@@ -339,7 +339,7 @@ def test_something_else_than_an_engine_is_refused() -> None:
         TransactionContext("sqlite+aiosqlite://")  # type: ignore[call-overload]  # what is tested
 
 
-def test_every_error_is_one_of_ours() -> None:
+def test_every_error_of_a_transaction_context_is_a_ctxdb_error() -> None:
     for error in (NoSessionError, SessionAlreadyActiveError, TransactionAlreadyActiveError):
         assert issubclass(error, CtxDBError)
 
@@ -892,7 +892,7 @@ async def test_tasks_with_blocks_of_their_own_do_not_meet(context: TransactionCo
     assert await database.names() == ["0", "2"]
 
 
-async def test_a_task_that_outlives_the_block_that_it_was_started_in(context: TransactionContext) -> None:
+async def test_a_task_that_outlives_its_block_has_no_session_until_it_opens_one(context: TransactionContext) -> None:
     release = asyncio.Event()
 
     async def late() -> None:
@@ -1001,7 +1001,7 @@ async def _next(generator: AsyncGenerator[Any]) -> Any:
 
 
 @KINDS
-async def test_an_engine_will_do(engine: AsyncEngine, database: Database) -> None:
+async def test_a_transaction_context_can_be_made_of_an_engine(engine: AsyncEngine, database: Database) -> None:
     context = TransactionContext(engine)
     async with context.transaction():
         await context.execute(add("one"))

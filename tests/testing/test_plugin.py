@@ -238,7 +238,7 @@ def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pyteste
     result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")
 
 
-def test_a_database_that_is_nobodys_tests_is_cleaned_by_the_word_of_the_user_alone(
+def test_a_database_without_a_mark_of_tests_is_cleaned_only_if_a_fixture_names_it(
     pytester: pytest.Pytester, postgres_server: EmbeddedPostgres
 ) -> None:
     conftest = CONFTEST.format(url=postgres_server.url())
