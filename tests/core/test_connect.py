@@ -489,7 +489,7 @@ async def test_events_name_the_host_of_each_session(hosts: Hosts) -> None:
         for _ in range(2):
             async with new_db_ctx():
                 session = await db_session(db)
-                # The next one has taken its turn before this one has begun.
+                # This session makes `db` change its host before the first session has begun a transaction.
                 async with new_non_ctx_session(db):
                     await session.scalar(SELECT_PID)
     of_first = ["SessionOpened", "TransactionBegun", "TransactionCommitted", "SessionClosed"]
@@ -517,7 +517,7 @@ async def test_kept_engines_of_several_loops_are_reused_by_each_of_them(hosts: H
             await asyncio.to_thread(step.wait)
             assert [*(await use_all()).values()] == first
             await asyncio.to_thread(step.wait)
-            # Left by the other loop, it is closed on this one as well.
+            # The other loop has changed the host, which closes this loop's connections as well.
             await asyncio.to_thread(step.wait)
             await eventually(lambda: hosts.connections("r1") == 0, "r1 still has connections")
             await eventually(lambda: len(asyncio.all_tasks()) == 1, "the engine has not been retired")
@@ -562,7 +562,7 @@ async def test_hosts_take_turns_under_many_sessions_while_one_of_them_comes_and_
             for times in range(1, 5):
                 # A session on an earlier engine may be counted when the next one is awaited.
                 await eventually(partial(has_engines, times), "no new engine for r3")
-                # Until it has one, that it has no connection does not tell that it was retired.
+                # Only after its first connection does the lack of connections tell that an engine was retired.
                 await eventually(lambda: hosts.connections("r3") > 0, "no connection to r3")
                 await eventually(lambda: served["r3"] > 3, "no session on r3")
                 if times < 4:

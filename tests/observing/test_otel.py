@@ -131,7 +131,7 @@ async def test_spans_of_statements_are_beneath_their_transaction(
         telemetry.instrument(url_db)
     instrumentor = SQLAlchemyInstrumentor()
     engine = (await url_db.engine()).sync_engine
-    # It declares that it is made for SQLAlchemy up to 2.0.
+    # The instrumentation declares that it is made for SQLAlchemy up to 2.0.
     instrumentor.instrument(
         engine=engine,
         tracer_provider=telemetry.tracers,

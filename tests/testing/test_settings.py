@@ -1,4 +1,4 @@
-"""What one session sets in a shared transaction for its own: no other session has it, nor the next one."""
+"""Settings of a session for its own transaction in a shared one: neither other sessions nor later ones have them."""
 
 from __future__ import annotations
 

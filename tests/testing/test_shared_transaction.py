@@ -252,7 +252,7 @@ async def test_a_read_only_transaction_can_be_joined_and_leaves_others_alone(db:
         await run_in_new_ctx(insert, db, "one")
         async with block, block as reading:
             assert (await reading.scalars(select(Item.name))).all() == ["one"]
-            # What may write beside it elsewhere may do so here.
+            # Code that may write beside a read-only transaction elsewhere may do so in a shared transaction.
             await run_in_new_ctx(insert, db, "beside") if database.is_postgresql else None
         with pytest.raises(DBAPIError):
             async with block, block:

@@ -1,4 +1,4 @@
-"""`TableCleaner` and databases that it may not touch: those of nobody's tests, and those that others write to."""
+"""`TableCleaner` and databases that it may not touch: those without a mark of tests, and those that others write to."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_a_name_with_test_inside_of_a_word_marks_nothing(name: str) -> None:
 
 @pytest.fixture
 async def shop(database: Database, postgresql: None) -> AsyncIterator[Database]:
-    """A database with a row, which nothing calls a test's."""
-    # The suite's own connection to it ends with it.
+    """A database with a row and without a mark of tests."""
+    # The suite's own connection to this database ends with the database.
     name = f"shop_{uuid4().hex[:8]}"
     await database.query(f"CREATE DATABASE {name}")
     assert database.server is not None

@@ -84,7 +84,7 @@ class SharedConnection:
         async with self._turns:
             if self.unusable is None:
                 self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."
-                # What is deferred must not be checked any more, nor does anybody wait any more.
+                # Open transactions end without the checks of a COMMIT, and no transaction waits for them any more.
                 self._open.clear()
             else:
                 await self._connection.invalidate()
