@@ -60,7 +60,7 @@ class Driver:
         raise NotImplementedError
 
     async def commit(self, savepoint: str, *before: str) -> None:
-        """Release `savepoint`, unless a COMMIT would be refused now: what is deferred to it is checked first.
+        """Release `savepoint`, unless a COMMIT would be refused now: deferred constraints are checked first.
 
         Args:
             savepoint: its name.

@@ -122,7 +122,7 @@ class SharedTransaction:
             raise SharedTransactionError("\n".join(self._shared.problems))
 
     def _redirect(self, session: Session, bind: Engine | Connection) -> Engine | Connection:
-        """Return what is shared in the place of an engine that a session has chosen by itself."""
+        """Return the shared engine that takes the place of an engine which a session has chosen by itself."""
         if bind.dialect.driver == SHARED_DRIVER:
             return bind
         check_same_database(bind, self._originals[self._dbs[0]].sync_engine, "this shared transaction")

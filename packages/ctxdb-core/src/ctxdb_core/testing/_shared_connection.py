@@ -1,4 +1,4 @@
-"""`SharedConnection`: one connection and its outer transaction, and the turns of those who take a part of it."""
+"""`SharedConnection`: one connection, its outer transaction, and the turns of the transactions inside of that."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ class SharedConnection:
             self._in_force = settings
 
     def _restoration(self) -> list[str]:
-        """Return the statements that undo what is in force.
+        """Return the statements that put the settings in force back to what the connection came with.
 
         They belong behind the savepoint: a timeout that hits one of them must not abort the outer transaction.
         """
