@@ -68,7 +68,9 @@ class SharedTransaction:
         with _claiming:
             for db in self._dbs:
                 if db in _active:
-                    raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
+                    raise SharedTransactionError(
+                        f"{db!r} is in a shared transaction already: these cannot be nested. Use that one."
+                    )
             self._claimed = self._dbs
             _active.update(self._claimed)
 

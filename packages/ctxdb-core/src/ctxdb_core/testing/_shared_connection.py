@@ -83,7 +83,10 @@ class SharedConnection:
             own_backends.discard(self._backend_pid)
         async with self._turns:
             if self.unusable is None:
-                self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."
+                self.unusable = (
+                    "has ended, together with its test: a task, a session or a client outlives the block. End it "
+                    "inside of the block."
+                )
                 # Open transactions end without the checks of a COMMIT, and no transaction waits for them any more.
                 self._open.clear()
             else:
@@ -432,6 +435,6 @@ def _only_reads(transaction: Transaction, kind: Kind) -> bool:
 def _refusal(reason: str, waited: float) -> SharedTransactionError:
     seconds = f" (it has waited for {waited:g} s)" if waited else ""
     return SharedTransactionError(
-        f"In a shared transaction there is one connection: {reason}{seconds}; {_ALTERNATIVE} Transactions that have "
-        "only read stand in nobody's way."
+        f"In a shared transaction there is one connection: {reason}{seconds}; {_ALTERNATIVE} A transaction that has "
+        "only read lets no other one wait."
     )
