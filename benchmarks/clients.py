@@ -113,6 +113,6 @@ async def _read_slowly(port: int, path: str) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
             await loop.sock_connect(connection, (HOST, port))
             await loop.sock_sendall(connection, request)
-            # One that was refused asks again.
+            # A reader that was refused asks again.
             while (received := await loop.sock_recv(connection, _SLOW_BYTES)) and b" 500 " not in received[:16]:
                 await asyncio.sleep(_SLOW_PAUSE_SECONDS)

@@ -37,7 +37,7 @@ def pool_of(size: int, timeout: float = 30.0) -> EngineOptions:
 
 
 def create_engine(url: str, options: EngineOptions) -> AsyncEngine:
-    """Return an engine with `options`; whoever asks for it disposes of it."""
+    """Return an engine with `options`, which the caller disposes of."""
     return create_async_engine(url, **options)
 
 
@@ -54,7 +54,7 @@ async def create_table(url: str) -> None:
 
 
 async def drop_table(url: str) -> None:
-    """Remove the table: the database may be somebody's own."""
+    """Remove the table, as the database may be a user's."""
     engine = create_engine(url, pool_of(1))
     try:
         async with engine.begin() as connection:

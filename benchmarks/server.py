@@ -72,7 +72,7 @@ async def _port(name: str, connection: Connection[None, int]) -> int:
 def _run(name: str, url: str, connection: Connection[int, None]) -> None:
     # Ctrl-C is for the parent: it ends this process by closing the connection.
     os.setsid()
-    # A full pool is what some contenders are expected to come to: its tracebacks are no news, and would cost time.
+    # Some contenders are expected to exhaust their pool: the tracebacks tell nothing new, and cost time.
     logging.disable(logging.CRITICAL)
     asyncio.run(_serve(name, url, connection))
 

@@ -168,7 +168,7 @@ def assert_one_sentence(result: Result, *words: str) -> None:
 
 class TestPromises:
     @needs_postgres
-    def test_are_kept_on_the_embedded_postgresql(self, temporary: Path) -> None:
+    def test_promises_are_kept_on_the_embedded_postgresql(self, temporary: Path) -> None:
         result = run_process(TMPDIR=str(temporary))
         assert_promises_kept(result)
         assert result.stdout.startswith("FastAPI ")
@@ -177,12 +177,12 @@ class TestPromises:
 
     @needs_postgres
     @pytest.mark.parametrize("framework", FRAMEWORKS)
-    def test_are_kept_by_each_framework(self, framework: str, users_server: EmbeddedPostgres, run: Run) -> None:
+    def test_promises_are_kept_by_each_framework(self, framework: str, users_server: EmbeddedPostgres, run: Run) -> None:
         result = run("--framework", framework, "--database-url", users_server.url())
         assert_promises_kept(result)
         assert result.stdout.casefold().startswith(f"{framework} ")
 
-    def test_are_kept_on_sqlite(self, temporary: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_promises_are_kept_on_sqlite(self, temporary: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))
         result = run("--database-url", "sqlite://")
         assert_promises_kept(result)
@@ -201,7 +201,7 @@ class TestPromises:
         assert rows["simple write"].kept == "yes"
         assert "early commit: The database changed by nothing instead of {'carol': 30}." in result.stdout
 
-    def test_about_connections_are_checked_as_well(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_promises_about_connections_are_checked_as_well(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(domain, "close_db_session", forget)
         rows = table(run("--database-url", "sqlite://").stdout)
         assert {title for title, row in rows.items() if row.kept == "NO"} == {"early close"}

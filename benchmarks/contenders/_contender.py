@@ -49,9 +49,9 @@ class Contender:
     """
 
     name: ClassVar[str]
-    """What it is called in the tables and in ``--contender``."""
+    """The contender's name in the tables."""
     remark: ClassVar[str] = ""
-    """What a reader of the tables has to know of it."""
+    """What a reader of the tables has to know of the contender."""
 
     def __init__(self, url: str, options: EngineOptions) -> None:
         self.engine = create_engine(url, options)
@@ -81,7 +81,7 @@ class Contender:
         raise NotImplementedError
 
     def lookup(self) -> AbstractAsyncContextManager[Lookup] | None:
-        """Open a place where the session is there, and return the loop that asks for it; ``None`` without one."""
+        """Open a block that has a session, and return a loop that asks for it; ``None`` where no call asks for it."""
         return None
 
     async def close(self) -> None:

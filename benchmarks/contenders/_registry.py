@@ -1,4 +1,4 @@
-"""The names of the contenders, and where each is."""
+"""The names of the contenders, and the module of each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(name: str) -> type[Contender]:
     module_name, class_name = _MODULES[name]
     try:
         with warnings.catch_warnings():
-            # What other libraries use that SQLAlchemy deprecates is no news for a reader of figures.
+            # Other libraries use names that SQLAlchemy deprecates: its warnings do not concern a reader of figures.
             warnings.simplefilter("ignore")
             module = importlib.import_module(f"benchmarks.contenders.{module_name}")
     except ModuleNotFoundError as exc:

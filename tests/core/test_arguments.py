@@ -50,7 +50,7 @@ async def engine(database: Database) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
-def test_the_error_is_a_type_error_too() -> None:
+def test_an_argument_type_error_is_a_type_error() -> None:
     assert issubclass(ArgumentTypeError, CtxDBError)
     assert issubclass(ArgumentTypeError, TypeError)
 

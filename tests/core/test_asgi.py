@@ -373,7 +373,7 @@ async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -> None:
-    """It is made without a call of ``__init__``, which requests without database use would feel."""
+    """An exchange is made without a call of ``__init__``, which would cost requests that use no database."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(scope["ctxdb.unit_of_work"])
@@ -386,7 +386,7 @@ async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -
 
 
 async def test_a_request_with_a_session_needs_no_dict_for_its_attributes_after_many_without(db: DBConnect) -> None:
-    """CPython would give it one if the first thirty requests had been all to decide on the places of attributes."""
+    """CPython decides by the first thirty instances of a class which attributes have a place without a dict."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/write":
@@ -661,7 +661,8 @@ async def test_messages_of_other_tasks_wait_until_a_websocket_is_accepted(db: DB
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "one")
-        # What the commit itself waits for is not kept waiting for the commit: the server refuses it.
+        # The commit waits for its callback, so the callback's message must not wait for the commit: the server refuses
+        # it.
         on_commit(db, lambda: send(sent_by_callback))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_send_message(send, ACCEPT))

@@ -34,7 +34,9 @@ async def ask(work: Callable[[], Awaitable[object]], path: str = "/", **options:
     return sent
 
 
-async def test_each_statement_of_a_request_may_take_so_long(db: DBConnect, database: Database) -> None:
+async def test_a_statement_of_a_request_that_takes_longer_than_the_timeout_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
     async def work() -> None:
         session = await insert(db, "one")
         await session.execute(text("SELECT pg_sleep(60)"))

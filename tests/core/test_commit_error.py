@@ -33,7 +33,7 @@ def answering(answer: Callable[[Scope, Send], Awaitable[None]], db: DBConnect) -
         await insert_row_that_fails_at_commit(db)
         with pytest.raises(IntegrityError) as caught:
             await send(start(200))
-        # Not before it has been asked for: whatever is sent in between might claim a success.
+        # An answer is let through only after `commit_error` was asked for: before, it might claim a success.
         await send(start(200))
         assert commit_error(scope) is caught.value
         await answer(scope, send)

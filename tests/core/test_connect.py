@@ -75,7 +75,7 @@ async def test_an_engine_is_made_at_the_first_use(hosts: Hosts) -> None:
 
 
 @pytest.mark.parametrize("host", ["", None])
-async def test_a_host_is_needed(hosts: Hosts, host: str | None) -> None:
+async def test_a_session_of_a_database_without_a_host_is_refused(hosts: Hosts, host: str | None) -> None:
     with pytest.raises(HostNotSetError, match="host"):
         await DBConnect(hosts, host=host).create_session()
 
@@ -255,7 +255,7 @@ async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
         await DBConnect(lambda host: cast("Any", host), host="a").engine()
 
 
-async def test_the_session_maker_is_the_users(hosts: Hosts) -> None:
+async def test_sessions_are_made_by_the_users_session_maker(hosts: Hosts) -> None:
     def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
         return async_sessionmaker(engine, expire_on_commit=True, info={"mine": True})
 
@@ -489,7 +489,7 @@ async def test_events_name_the_host_of_each_session(hosts: Hosts) -> None:
         for _ in range(2):
             async with new_db_ctx():
                 session = await db_session(db)
-                # The next one has taken its turn before this one has begun.
+                # This session makes `db` change its host before the first session has begun a transaction.
                 async with new_non_ctx_session(db):
                     await session.scalar(SELECT_PID)
     of_first = ["SessionOpened", "TransactionBegun", "TransactionCommitted", "SessionClosed"]
@@ -517,7 +517,7 @@ async def test_kept_engines_of_several_loops_are_reused_by_each_of_them(hosts: H
             await asyncio.to_thread(step.wait)
             assert [*(await use_all()).values()] == first
             await asyncio.to_thread(step.wait)
-            # Left by the other loop, it is closed on this one as well.
+            # The other loop has changed the host, which closes this loop's connections as well.
             await asyncio.to_thread(step.wait)
             await eventually(lambda: hosts.connections("r1") == 0, "r1 still has connections")
             await eventually(lambda: len(asyncio.all_tasks()) == 1, "the engine has not been retired")
@@ -562,7 +562,7 @@ async def test_hosts_take_turns_under_many_sessions_while_one_of_them_comes_and_
             for times in range(1, 5):
                 # A session on an earlier engine may be counted when the next one is awaited.
                 await eventually(partial(has_engines, times), "no new engine for r3")
-                # Until it has one, that it has no connection does not tell that it was retired.
+                # Only after its first connection does the lack of connections tell that an engine was retired.
                 await eventually(lambda: hosts.connections("r3") > 0, "no connection to r3")
                 await eventually(lambda: served["r3"] > 3, "no session on r3")
                 if times < 4:

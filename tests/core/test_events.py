@@ -86,7 +86,7 @@ async def test_a_unit_of_work_tells_of_its_session_and_transaction(db: DBConnect
     assert {(event.db, event.host, event.session_id) for event in heard} == {(db, "127.0.0.1", heard[0].session_id)}
 
 
-async def test_sessions_are_told_apart(db: DBConnect, heard: Heard) -> None:
+async def test_events_of_different_sessions_have_different_ids(db: DBConnect, heard: Heard) -> None:
     await gather_in_new_ctx(lambda: insert(db, "one"), lambda: insert(db, "two"))
     assert len({event.session_id for event in heard}) == 2
     heard.assert_paired()

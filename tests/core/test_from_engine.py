@@ -66,7 +66,7 @@ async def test_an_engine_without_a_pool_serves_every_event_loop(database: Databa
     assert await asyncio.to_thread(asyncio.run, db.engine()) is engine
 
 
-async def test_the_session_maker_is_the_users(engine: AsyncEngine) -> None:
+async def test_sessions_are_made_by_the_users_session_maker(engine: AsyncEngine) -> None:
     db = DBConnect.from_engine(
         engine, session_maker_creator=lambda engine: async_sessionmaker(engine, info={"mine": True})
     )

@@ -30,7 +30,8 @@ from ctxdb_core.adapters import is_context_initiated
 
 pytest_plugins = ["pytester"]
 
-# What a run of pytest in this process imports is forgotten after it, which this module does not survive.
+# After a run of pytest in this process, the modules that it has imported are removed. aiosqlite must stay, so it is
+# imported before.
 IMPORTED = (aiosqlite,)
 
 Block = Callable[[DBConnect], AbstractAsyncContextManager[object]]
@@ -80,7 +81,7 @@ async def test_the_consumer_keeps_its_own_session(db: DBConnect, database: Datab
             assert await db_session(db) is own
             raise LookupError
     assert own not in seen
-    # The generator has one and the same all along.
+    # The generator has the same session at each of its steps.
     assert [session is seen[0] for session in seen] == [True] * 3
     assert await database.names() == []
 

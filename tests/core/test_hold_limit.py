@@ -118,7 +118,7 @@ async def test_the_warning_names_the_host_that_the_connection_leads_to(
 
 @pytest.fixture
 def timers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[asyncio.TimerHandle]]:
-    """The timers that were started for an hour: by nobody but a limit of that."""
+    """The timers of one hour, which only a hold limit of one hour starts."""
     started: list[asyncio.TimerHandle] = []
     loop_class = asyncio.BaseEventLoop
     call_later = loop_class.call_later

@@ -38,7 +38,7 @@ async def is_read_only(session: AsyncSession) -> bool:
 
 @pytest.fixture
 async def db(database: Database, db: DBConnect) -> DBConnect:
-    """A pool of one connection: what sticks to it is seen by whoever comes next."""
+    """A pool of one connection, so that a setting which was left on it is seen by the next transaction."""
     if not database.is_postgresql:
         return db
     return DBConnect(lambda host: database.watch_new(pool_size=1), host="127.0.0.1")
@@ -254,7 +254,7 @@ async def test_a_transaction_that_cannot_be_begun_leaves_nothing_behind(db: DBCo
         assert database.checked_out == 0
 
 
-async def test_a_session_on_somebody_elses_connection_takes_the_transaction_as_it_is(database: Database) -> None:
+async def test_a_session_on_a_connection_of_other_code_takes_the_transaction_as_it_is(database: Database) -> None:
     engine = database.watch_new()
     async with engine.connect() as connection, connection.begin() as outer:
 

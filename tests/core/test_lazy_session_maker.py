@@ -101,6 +101,6 @@ async def test_lazy_sessions_go_to_the_current_host(database: Database) -> None:
     assert created == ["a", "b"]
 
 
-def test_the_same_one_is_returned_each_time() -> None:
+def test_a_database_has_one_lazy_session_maker() -> None:
     db = DBConnect.from_url("sqlite+aiosqlite://")
     assert db.lazy_session_maker is db.lazy_session_maker

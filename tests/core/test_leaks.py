@@ -1,4 +1,4 @@
-"""What is said of units of work that are thrown away instead of being ended, and of which ones nothing is said."""
+"""The warning of a unit of work that is thrown away without being ended, and the units that it does not concern."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ctxdb_core.adapters import UnitOfWork, begin, finalize, running_unit
 
 @asynccontextmanager
 async def resource_warnings() -> AsyncIterator[list[str]]:
-    """Collect the garbage of the block, and what is said of it."""
+    """Collect the garbage of the block, and the warnings that this gives."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -34,7 +34,7 @@ def _of_units(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 async def collect_garbage() -> None:
-    # The event loop keeps what it was going to call, with its context, until its next turn.
+    # The event loop keeps callbacks that are due, with their contexts, until its next turn.
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()

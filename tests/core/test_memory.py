@@ -65,7 +65,7 @@ async def _dispose(db: DBConnect) -> None:
     await engine.dispose()
 
 
-def test_its_engine_is_told_to_listeners_once() -> None:
+def test_listeners_are_told_once_of_the_engine_of_a_database_in_memory() -> None:
     db = DBConnect.from_url(URL)
     engines: list[AsyncEngine] = []
     db.on_engine(lambda host, engine: engines.append(engine))

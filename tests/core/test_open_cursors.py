@@ -146,7 +146,7 @@ async def test_a_connection_that_was_detached_from_its_pool_can_be_asked_for(db:
     async with new_db_ctx():
         await driver_connection_of(await insert(db, "kept"))
     assert await database.names() == ["kept"]
-    # It is closed, and never given back.
+    # A detached connection is closed, and never given back to the pool.
     database.in_use.clear()
 
 
@@ -216,7 +216,7 @@ async def test_a_connection_of_psycopg_is_refused_once_it_was_given_back(databas
             for use in uses:
                 with pytest.raises(psycopg.InterfaceError, match="released back to the pool"):
                     await use()
-        # The application's own object, which psycopg would warn of.
+        # psycopg would warn of this open cursor, which the application has kept.
         of_server._close()
     assert await database.names() == ["copied", "innocent"]
 

@@ -236,7 +236,7 @@ async def test_an_answer_in_the_place_of_a_handler_is_refused_like_any_other(
     expected = IntegrityError if reason == "the commit fails" else AbandonedWorkError
     with pytest.raises(expected):
         await connection.run(ASGIHTTPDBSessionMiddleware(give_up, before_commit))
-    # Work that cannot be told apart is not even tried to be committed: nothing is asked while it is rolled back.
+    # ctxdb does not try to commit work whose authors cannot be told apart: `before_commit` is not asked.
     assert trace.phases[-1] is Phase.REFUSED
     if reason == "the commit fails":
         assert trace.phases == [Phase.HANDLING, Phase.ABANDONED, Phase.REFUSED]

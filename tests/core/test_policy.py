@@ -19,16 +19,16 @@ def test_the_default_commits_below_400() -> None:
     ]
 
 
-def test_only_2xx() -> None:
+def test_commit_2xx_rolls_back_all_but_successes() -> None:
     assert [status for status in (101, 199, 200, 299, 300, 404) if commit_2xx(status)] == [200, 299]
 
 
-def test_exceptions_either_way() -> None:
+def test_a_policy_can_name_exceptions_from_the_default_both_ways() -> None:
     policy = commit_policy(commit={404}, roll_back={202})
     assert [status for status in (200, 202, 302, 404, 500) if policy(status)] == [200, 302, 404]
 
 
-def test_exceptions_to_another_policy() -> None:
+def test_a_policy_can_name_exceptions_from_another_policy() -> None:
     policy = commit_policy(commit_2xx, commit=[303])
     assert [status for status in (200, 302, 303) if policy(status)] == [200, 303]
 
@@ -91,7 +91,7 @@ def test_value_that_is_no_policy_is_refused_at_once(wrong: Any) -> None:
         with_request(wrong)
 
 
-def test_exceptions_to_a_policy_that_takes_the_request() -> None:
+def test_a_policy_can_name_exceptions_from_one_of_the_request() -> None:
     policy = commit_policy(commit_reads, commit=[404], roll_back=[202])
     assert [policy(status, "a read") for status in (200, 202, 404)] == [True, False, True]
     assert [policy(status, "a write") for status in (200, 202, 404)] == [False, False, True]

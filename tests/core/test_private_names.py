@@ -116,7 +116,7 @@ def test_a_session_is_at_rest_until_an_object_is_added_changed_or_deleted_or_a_t
     assert not private.is_at_rest(session)
     session.rollback()
     assert private.is_at_rest(session)
-    # Without its transaction, as if the change had come in the middle of a COMMIT.
+    # An object is marked as changed without a transaction, as by a change in the middle of a COMMIT.
     private.changed_states(session).add(instance_state(thing))
     assert not private.is_at_rest(session)
     assert private.has_to_flush(session)
@@ -765,7 +765,7 @@ async def test_a_connection_goes_on_with_another_one_of_the_pool(database: Datab
     taken: list[Any] = []
     async with engine.connect() as connection:
         async with engine.connect() as other:
-            # The pool hands out the one that came back first.
+            # The pool has a second connection to hand out.
             await other.execute(text("SELECT 1"))
         await connection.run_sync(swap)
         assert (await connection.execute(text("SELECT 1"))).scalar() == 1

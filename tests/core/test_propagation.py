@@ -399,7 +399,7 @@ async def test_savepoints_of_two_tasks_do_not_meet(db: DBConnect, database: Data
         results = await asyncio.gather(first(), other(), return_exceptions=True)
         assert [type(result) for result in results] == [LookupError, SessionAlreadyActiveError]
         assert "requires_new" in str(results[1])
-        # One after the other is fine.
+        # The second task may have its block when that of the first has ended.
         await other()
     assert await database.names() == ["second"]
 
@@ -437,7 +437,9 @@ async def test_an_error_of_a_joined_block_is_not_contained_by_the_savepoint_of_a
     assert await database.names() == []
 
 
-async def test_of_several_databases_none_is_committed(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+async def test_a_failed_joined_block_keeps_each_database_of_the_unit_from_its_commit(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
     with pytest.raises(UnexpectedRollbackError):
         async with new_db_ctx():
             await insert(db, "elsewhere")
@@ -537,7 +539,7 @@ async def test_each_call_of_a_decorated_function_is_a_block(db: DBConnect, datab
     added = await add("one")
     assert_type(added, str)
     assert added == "one"
-    # Calls that it does not take are the type checker's to refuse.
+    # mypy refuses calls that the signature of the decorated function does not allow.
     refused = lambda: add(1, fail=False)  # type: ignore[arg-type]  # noqa: E731
     assert callable(refused)
     with pytest.raises(LookupError):
@@ -578,7 +580,7 @@ async def test_transactional_object_can_be_nested_and_used_by_several_tasks_at_o
                 await add(name, depth - 1)
             assert session is await db_session(db)
 
-    # Two connections for each level of each of them, one of which is never used: the pool has five.
+    # The pool has five connections, and each level of each call may take two.
     await asyncio.gather(add("a", 0), add("b", 0))
     await add("c", 1)
     assert await database.names() == ["a0", "b0", "c0", "c1"]

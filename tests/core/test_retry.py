@@ -116,7 +116,7 @@ async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, data
 
     async def others() -> None:
         async with new_non_ctx_atomic_session(second_db) as session:
-            # The victim is whoever looks for a deadlock first.
+            # The victim is the transaction whose server process looks for a deadlock first.
             await session.execute(text("SET LOCAL deadlock_timeout = '10min'"))
             await session.execute(lock, {"name": "b"})
             b_is_locked.set()
@@ -140,7 +140,7 @@ async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, data
     await b_is_locked.wait()
     await ours()
     await task
-    # More than one, if an attempt comes to the row before the one that waits for it.
+    # There may be more than two, as an attempt may lock the row before the other transaction, which waits for it.
     assert attempts > 1
     assert await database.names() == ["a", "b", "c"]
 
@@ -148,7 +148,7 @@ async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, data
 @SQLITE
 async def test_a_locked_file_is_met_again(database: Database) -> None:
     attempts = 0
-    # Without waiting for the lock.
+    # SQLite fails at once where it would otherwise wait for the lock.
     db = DBConnect(lambda host: database.watch_new(connect_args={"timeout": 0}), host="a")
     with closing(sqlite3.connect(make_url(database.url).database or "", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -547,7 +547,7 @@ async def test_a_cancelled_attempt_is_the_last(db: DBConnect) -> None:
             await conflict(db)
         except DBAPIError:
             met.set()
-            # What is raised here has a conflict for its context.
+            # A cancellation that is raised here has the conflict as its ``__context__``.
             await asyncio.sleep(60)
 
     task = asyncio.create_task(work())
@@ -605,7 +605,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.Monke
     assert isinstance(caught.value, CtxDBError)
 
 
-def test_nonsense_is_refused_at_once() -> None:
+def test_wrong_arguments_of_a_retry_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="attempts=0"):
         retry_on_conflict(attempts=0)
     with pytest.raises(ValueError, match="wait=-1"):

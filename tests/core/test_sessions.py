@@ -1013,7 +1013,7 @@ async def test_blocks_of_two_tasks_do_not_share_the_transaction_of_a_unit(
         results = await asyncio.gather(first(), second(), return_exceptions=True)
         assert [type(result) for result in results] == [LookupError, SessionAlreadyActiveError]
         assert "run_in_new_ctx" in str(results[1])
-        # One after the other is fine.
+        # The second task may have its block when that of the first has ended.
         await asyncio.create_task(second())
     assert await database.names() == ["second"]
 
@@ -1370,6 +1370,6 @@ async def test_objects_are_detached_when_their_unit_of_work_has_ended(db: DBConn
         item = (await session.scalars(select(Item))).one()
         assert object_session(item) is session.sync_session
     assert object_session(item) is None
-    # So another session may take it.
+    # Another session can take an object that is detached.
     async with new_db_ctx():
         (await db_session(db)).add(item)

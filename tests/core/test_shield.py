@@ -30,13 +30,13 @@ class Work:
         return "result"
 
 
-async def test_returns_the_result() -> None:
+async def test_run_to_completion_returns_the_result_of_the_work() -> None:
     work = Work()
     work.release.set()
     assert await run_to_completion(work()) == "result"
 
 
-async def test_raises_the_error() -> None:
+async def test_run_to_completion_raises_the_error_of_the_work() -> None:
     async def fail() -> None:
         await asyncio.sleep(0)
         raise LookupError("it failed")

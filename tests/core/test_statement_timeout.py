@@ -35,7 +35,7 @@ ENDLESS = text(
 
 @pytest.fixture
 async def db(database: Database) -> AsyncIterator[DBConnect]:
-    """A pool of one connection: what sticks to it is seen by whoever comes next."""
+    """A pool of one connection, so that a limit which was left on it is seen by the next transaction."""
     options = {"pool_size": 1} if database.is_postgresql else {}
     async with DBConnect(lambda host: database.watch_new(**options), host="127.0.0.1") as db:
         yield db
@@ -170,7 +170,7 @@ async def test_a_unit_inside_has_no_timeout_of_the_one_around_it(database: Datab
         assert await timeout_of(await db_session(db)) == "0"
 
 
-async def test_a_transaction_that_somebody_else_began_keeps_its_limit(database: Database) -> None:
+async def test_a_transaction_that_other_code_has_begun_keeps_its_limit(database: Database) -> None:
     engine = database.watch_new()
     async with engine.connect() as connection, connection.begin() as outer:
         db = DBConnect(lambda host: engine, lambda engine: async_sessionmaker(connection), host="a")
@@ -185,7 +185,7 @@ async def test_a_transaction_that_somebody_else_began_keeps_its_limit(database: 
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
-async def test_a_timeout_is_more_than_nothing(seconds: float) -> None:
+async def test_a_timeout_that_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="statement_timeout"):
         async with new_db_ctx(statement_timeout=seconds):
             pytest.fail("the block was entered")

@@ -339,7 +339,7 @@ def test_something_else_than_an_engine_is_refused() -> None:
         TransactionContext("sqlite+aiosqlite://")  # type: ignore[call-overload]  # what is tested
 
 
-def test_every_error_is_one_of_ours() -> None:
+def test_every_error_of_a_transaction_context_is_a_ctxdb_error() -> None:
     for error in (NoSessionError, SessionAlreadyActiveError, TransactionAlreadyActiveError):
         assert issubclass(error, CtxDBError)
 
@@ -614,7 +614,7 @@ async def test_blocks_of_two_tasks_do_not_share_the_session_of_a_unit(
         results = await asyncio.gather(first(), second(), return_exceptions=True)
         assert [type(result) for result in results] == [type(None), SessionAlreadyActiveError]
         assert "Another task" in str(results[1])
-        # One after the other is fine.
+        # The second task may have its block when that of the first has ended.
         await asyncio.create_task(second())
     assert await database.names() == ["first", "second"]
 
@@ -679,7 +679,7 @@ async def test_a_transaction_that_finds_a_unit_which_has_ended_is_its_own(
         async with getattr(context, block)() as session:
             assert await insert_item(db, "own") is session
             assert await database.names() == []
-        # And afterwards nothing is open, as before.
+        # After the blocks, no unit of work is open again.
         with pytest.raises(ContextClosedError):
             await db_session(db)
 
@@ -892,7 +892,7 @@ async def test_tasks_with_blocks_of_their_own_do_not_meet(context: TransactionCo
     assert await database.names() == ["0", "2"]
 
 
-async def test_a_task_that_outlives_the_block_that_it_was_started_in(context: TransactionContext) -> None:
+async def test_a_task_that_outlives_its_block_has_no_session_until_it_opens_one(context: TransactionContext) -> None:
     release = asyncio.Event()
 
     async def late() -> None:
@@ -962,13 +962,13 @@ async def test_units_of_work_inside_of_a_block_are_their_own(
 async def test_a_block_may_be_entered_used_and_left_in_different_tasks(
     context: TransactionContext, database: Database
 ) -> None:
-    """As that of a test's fixture is: the task that enters it ends, and the others follow one after the other."""
+    """A test's fixture is entered in a task that ends before the test begins in another one."""
     shared = contextvars.copy_context()
 
     tasks = []
 
     async def in_task(coro: Coroutine[Any, Any, Any]) -> Any:
-        # Kept: that a task has ended says more than that it is gone.
+        # The tasks are kept, so that the block can see that its task has ended, and not only that it is gone.
         tasks.append(asyncio.get_running_loop().create_task(coro, context=shared))
         return await tasks[-1]
 
@@ -988,7 +988,7 @@ async def test_a_block_may_be_entered_used_and_left_in_different_tasks(
 
     generator = fixture()
     await in_task(use("two", await in_task(_next(generator))))
-    # Closed before its end, and in a context that knows nothing of it.
+    # The generator is closed before its end, and in a context that does not have its block.
     await generator.aclose()
     assert await database.names() == ["one"]
 
@@ -1001,7 +1001,7 @@ async def _next(generator: AsyncGenerator[Any]) -> Any:
 
 
 @KINDS
-async def test_an_engine_will_do(engine: AsyncEngine, database: Database) -> None:
+async def test_a_transaction_context_can_be_made_of_an_engine(engine: AsyncEngine, database: Database) -> None:
     context = TransactionContext(engine)
     async with context.transaction():
         await context.execute(add("one"))
@@ -1165,7 +1165,7 @@ async def test_results_can_be_read_after_their_session(auto: TransactionContext,
 
 
 async def test_objects_can_be_read_after_their_session(db: DBConnect, database: Database) -> None:
-    """Whatever the session maker says of a commit: nobody could load them again."""
+    """The objects stay readable even with `expire_on_commit`, as no session could load them again."""
     auto = TransactionContext(db, default_session_maker=async_sessionmaker(), auto_context_on_execute=True)
     item = (await auto.execute(add("one").returning(Item))).scalar_one()
     assert item.name == "one"

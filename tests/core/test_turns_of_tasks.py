@@ -144,7 +144,7 @@ async def test_a_sibling_that_is_stopped_as_its_turn_comes_is_told_why(db: DBCon
         async with new_db_ctx():
             session = await db_session(db)
             first = asyncio.create_task(session.execute(text("SELECT 1")))
-            # It goes on in the same moment as the sibling, whose turn has just come.
+            # With this callback, the first task ends in the same moment in which the sibling gets its turn.
             first.add_done_callback(lambda _: None)
             await asyncio.sleep(0)
             sibling = asyncio.create_task(read(db, 1))
@@ -272,7 +272,7 @@ async def _sleep(db: DBConnect, seconds: float) -> None:
 
 
 async def _after(db: DBConnect, seconds: float) -> None:
-    # Begun later, it waits for its turn.
+    # This call begins in a later turn of the event loop than the others, and so waits for its turn at the session.
     await asyncio.sleep(0)
     await _sleep(db, seconds)
 

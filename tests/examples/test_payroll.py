@@ -56,7 +56,7 @@ async def test_the_script_says_which_line_is_wrong(bank: Bank, file: Path) -> No
 async def test_a_batch_that_conflicts_with_another_transaction_is_tried_again(bank: Bank) -> None:
     attempts = await bank.let_the_first_change_conflict()
     assert await payroll.pay("may", SALARIES, asyncio.Event())
-    # One that failed, and two batches.
+    # There were three tries: one that failed, and one for each of the two batches.
     assert await attempts() == 4
     assert await bank.balances() == {"ada": 101, "bob": 102, "cy": 103}
 
@@ -85,7 +85,7 @@ async def test_a_signal_lets_the_script_finish_its_batch(bank: Bank, file: Path)
             await bank.somebody_waits()
             script.send(signal.SIGTERM)
         status, _ = await script.ended()
-    # It was its last one, but it has not seen that there is none after it.
+    # This was the last batch, but the script has stopped before it could see that.
     assert status == 3
     assert await bank.balances() == {"ada": 101, "bob": 102, "cy": 103}
 

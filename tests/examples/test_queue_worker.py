@@ -44,7 +44,7 @@ async def test_an_order_that_fails_is_undone_and_put_off(bank: Bank, target: str
         "SELECT failures, due > now(), error <> '' FROM ctxdb_demo_orders WHERE source = 'ada'"
     )
     assert rows == [(1, True, True)]
-    # It does not hold the others up.
+    # The failed order does not hold the others up.
     assert await handle_next()
     assert not await handle_next()
     assert await bank.transfers() == 1

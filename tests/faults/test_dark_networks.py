@@ -86,13 +86,13 @@ async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_pe
         waiting.cancel()
         turns = 0
         while not waiting.done():
-            # As long as the loop comes round to this, nothing holds the process.
+            # While this loop goes round, nothing blocks the process.
             await asyncio.sleep(0.01)
             turns += 1
         assert turns > 1
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        # The server is asked to stop it for five seconds, and not once more.
+        # ctxdb tries for five seconds to have the server stop the query, and not a second time.
         assert network.cancel_requests == 1
         await session.invalidate()
 

@@ -17,6 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, Item, eventually, insert
 from tests.support.faulty_network import Fault, FaultyNetwork, Point
+from tests.support.ways import in_a_savepoint, in_a_transaction_context, in_a_unit
 
 from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_session
 
@@ -110,24 +111,9 @@ async def _write_rows(db: DBConnect) -> None:
         await session.execute(insert_into(Item), [{"name": "a"}, {"name": "b"}])
 
 
-async def _write_row(db: DBConnect) -> None:
-    async with new_db_ctx():
-        await insert(db, "a")
-
-
-async def _write_in_a_savepoint(db: DBConnect) -> None:
-    async with new_db_ctx(), (await db_session(db)).begin_nested():
-        await insert(db, "a")
-
-
 async def _write_before_a_deadline(db: DBConnect) -> None:
     async with new_db_ctx(deadline=asyncio.get_running_loop().time() + 60):
         await insert(db, "a")
-
-
-async def _write_in_a_transaction_context(db: DBConnect) -> None:
-    async with TransactionContext(db).transaction() as session:
-        await session.execute(text("INSERT INTO item VALUES ('a')"))
 
 
 async def _write_by_a_lazy_session_maker(db: DBConnect) -> None:
@@ -144,11 +130,11 @@ async def _write_without_a_unit(db: DBConnect) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        _write_row,
+        in_a_unit,
         _write_rows,
-        _write_in_a_savepoint,
+        in_a_savepoint,
         _write_before_a_deadline,
-        _write_in_a_transaction_context,
+        in_a_transaction_context,
         _write_by_a_lazy_session_maker,
         _write_without_a_unit,
     ],
@@ -174,7 +160,7 @@ async def test_a_connection_is_replaced_however_it_was_lost_with_its_begin(
 ) -> None:
     await _pid(far)
     network.fail(Point.BEGIN, fault)
-    await _write_row(far)
+    await in_a_unit(far)
     assert network.failed.is_set()
     assert await database.names() == ["a"]
 

@@ -131,7 +131,7 @@ async def test_spans_of_statements_are_beneath_their_transaction(
         telemetry.instrument(url_db)
     instrumentor = SQLAlchemyInstrumentor()
     engine = (await url_db.engine()).sync_engine
-    # It declares that it is made for SQLAlchemy up to 2.0.
+    # The instrumentation declares that it is made for SQLAlchemy up to 2.0.
     instrumentor.instrument(
         engine=engine,
         tracer_provider=telemetry.tracers,
@@ -214,7 +214,7 @@ async def test_a_failed_commit_is_an_error_that_shows_no_value(telemetry: Teleme
     assert attributes(telemetry.span("COMMIT"))[db_attributes.DB_RESPONSE_STATUS_CODE] == "23503"
 
 
-async def test_an_error_of_the_code_is_told_with_the_roll_back(telemetry: Telemetry, url_db: DBConnect) -> None:
+async def test_a_span_of_a_roll_back_has_the_error_of_the_code(telemetry: Telemetry, url_db: DBConnect) -> None:
     telemetry.instrument(url_db)
     with pytest.raises(LookupError):
         async with new_db_ctx():

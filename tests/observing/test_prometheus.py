@@ -63,7 +63,9 @@ async def test_transactions_are_told_by_their_outcome(registry: CollectorRegistr
         assert registry.get_sample_value("ctxdb_transaction_duration_seconds_count", labels) == count
 
 
-async def test_the_end_takes_the_metrics_away(database: Database, registry: CollectorRegistry) -> None:
+async def test_the_end_of_the_instrumentation_takes_the_metrics_away(
+    database: Database, registry: CollectorRegistry
+) -> None:
     async with DBConnect.from_url(database.url) as db:
         stop = instrument(db, registry=registry)
         with pytest.raises(ValueError, match="Duplicated"):

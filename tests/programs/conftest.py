@@ -6,12 +6,11 @@ Programs that use another library are skipped where that is not installed: it co
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 
 import pytest
 from tests.support.adapters import ADAPTERS
 from tests.support.database import Database
-from tests.support.world import Setting, World
+from tests.support.world import Setting, World, open_world
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,7 +29,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
-    async with database.connect() as db, AsyncExitStack() as stack:
-        yield World(setting, database, db, stack)
-        # Stopping the server and closing the engines would hide what is still in use.
-        await database.assert_quiet()
+    async with open_world(setting, database) as world:
+        yield world

@@ -45,7 +45,7 @@ async def test_orders_that_wait_for_each_other_are_told_why_and_the_next_one_is_
     world.application.exception_statuses[PoolTimeoutError] = 503
     client = await world.start(("/audited", _told(audited, told)), ("/order", order))
     statuses = await world.statuses(client, ["/audited?one", "/audited?two"])
-    # What one of them gives back on time-out may serve the other.
+    # A connection that one order gives back at its time-out may serve the other order.
     assert 503 in statuses
     assert "units of work hold a connection of this pool and wait for a second one" in told[0]
     assert f"{__name__.rpartition('.')[2]}.py" in told[0]

@@ -189,7 +189,9 @@ async def test_a_job_behind_its_request_has_a_transaction_of_its_own(
     assert await world.names() == ["mail"]
 
 
-async def test_aiohttps_own_way_to_spawn_a_job(db: DBConnect, database: Database) -> None:
+async def test_a_job_that_is_spawned_by_the_integration_of_aiohttp_has_a_unit_of_its_own(
+    db: DBConnect, database: Database
+) -> None:
     from aiohttp import web
     from aiohttp.test_utils import TestServer
     from aiojobs.aiohttp import setup as setup_jobs

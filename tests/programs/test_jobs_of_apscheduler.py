@@ -35,7 +35,7 @@ async def scheduler() -> AsyncIterator[Any]:
     scheduler.start()
     yield scheduler
     scheduler.shutdown()
-    # It stops its timer in a callback of the event loop.
+    # The scheduler stops its timer in a callback of the event loop, which runs in the next turn.
     await eventually(lambda: not scheduler.running, "the scheduler runs")
 
 

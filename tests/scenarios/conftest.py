@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 
 import pytest
 from tests.support.adapters import ADAPTERS
 from tests.support.database import Database
-from tests.support.world import Setting, World
+from tests.support.world import Setting, World, open_world
 
 
 def _settings() -> list[Setting]:
@@ -56,7 +55,5 @@ def database_kind(setting: Setting) -> str:
 
 @pytest.fixture
 async def world(setting: Setting, database: Database) -> AsyncIterator[World]:
-    async with database.connect() as db, AsyncExitStack() as stack:
-        yield World(setting, database, db, stack)
-        # Stopping the server and closing the engines would hide what is still in use.
-        await database.assert_quiet()
+    async with open_world(setting, database) as world:
+        yield world

@@ -115,7 +115,7 @@ async def test_writes_of_the_middleware_are_rolled_back_for_an_error_response(wo
 
 async def test_a_success_of_the_middleware_is_not_sent_if_its_commit_fails(world: World) -> None:
     response = await give_up(world, before=lambda: insert_row_that_fails_at_commit(world.db))
-    # A middleware of aiohttp that has returned already learns of it no more.
+    # In aiohttp, the commit comes after this middleware has returned, so it does not see the error.
     handled = world.setting.adapter.has_exception_handlers and world.setting.adapter.name != "aiohttp"
     assert response.status_code == (409 if handled else 500)
 

@@ -278,7 +278,7 @@ async def test_a_client_that_leaves_during_a_stream_leaves_nothing_behind(world:
             if in_stream:
                 await insert(world.db, "stream")
             while True:
-                # A server that has lost its client may swallow what it is sent without ever waiting.
+                # A server whose client has left may drop what the application sends, without ever letting it wait.
                 await asyncio.sleep(0)
                 yield "x" * 65536
         finally:

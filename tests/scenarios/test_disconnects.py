@@ -182,7 +182,7 @@ async def test_a_commit_is_seen_through_although_its_client_leaves(world: World)
         await world.database.commit_is_held()
         leaving = asyncio.create_task(leave(request))
         for _ in range(20):
-            # What would stop it gets its turns.
+            # These turns of the event loop would stop the handler, if anything did.
             await asyncio.sleep(0)
             assert world.database.backends("query ~ '^COMMIT' AND wait_event = 'advisory'")
     await leaving

@@ -170,7 +170,7 @@ async def test_no_byte_leaves_before_the_commit_is_over(world: World, streamed: 
         assert await client.read_body() == b"body"
 
 
-async def test_a_policy_decides(world: World) -> None:
+async def test_a_commit_policy_decides_what_commits(world: World) -> None:
     count = 0
 
     async def handler() -> Reply:

@@ -70,7 +70,7 @@ async def test_background_tasks_and_callbacks_of_a_failed_commit_do_not_run(worl
 
 
 @pytest.mark.background
-async def test_a_stream_is_not_begun(world: World) -> None:
+async def test_a_stream_whose_commit_fails_is_not_begun(world: World) -> None:
     begun: list[str] = []
 
     async def chunks() -> AsyncGenerator[str, None]:

@@ -14,7 +14,7 @@ from tests.support.world import World
 from ctxdb_core import ContextClosedError
 
 REQUESTS = int(os.environ.get("CTXDB_LEDGER_REQUESTS", "600"))
-"""How many there are for each adapter: a few seconds' worth by default."""
+"""How many requests each adapter gets; by default, they take a few seconds."""
 
 SEED = os.environ.get("CTXDB_LEDGER_SEED") or str(SystemRandom().randrange(1_000_000))
 """What each request does is drawn by it; how they meet each other is up to the machine."""

@@ -173,7 +173,7 @@ async def test_two_databases_are_committed_together_or_not_at_all(world: World) 
     assert await world.names() == ["first 200", "second 200"]
 
 
-async def test_concurrent_sessions_in_one_request(world: World) -> None:
+async def test_a_request_can_have_several_sessions_at_once(world: World) -> None:
     async def read() -> AsyncSession:
         session = await db_session(world.db)
         await session.execute(text("SELECT 1"))
@@ -186,7 +186,7 @@ async def test_concurrent_sessions_in_one_request(world: World) -> None:
     assert (await world.get(handler)).text == "8"
 
 
-async def test_an_own_transaction_stands_in_a_request_that_fails(world: World) -> None:
+async def test_an_atomic_block_stands_in_a_request_that_fails(world: World) -> None:
     async def handler() -> Reply:
         async with atomic_db_session(world.db):
             await insert(world.db, "own")

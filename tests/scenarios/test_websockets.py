@@ -23,7 +23,7 @@ async def insert_each_message(world: World, socket: Socket) -> None:
 
 
 @pytest.mark.postgresql
-async def test_a_connection_is_one_unit_of_work_ended_before_its_close_frame(world: World) -> None:
+async def test_a_websocket_is_one_unit_of_work_ended_before_its_close_frame(world: World) -> None:
     async def handler(socket: Socket) -> None:
         while (name := await socket.receive()) != "end":
             await insert(world.db, name or "")

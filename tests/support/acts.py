@@ -1,4 +1,4 @@
-"""What the requests of the ledger do on the server: every way in which one can end, on a two-row write each."""
+"""What the requests of the ledger do on the server: one act for each way in which a request can end."""
 
 from __future__ import annotations
 

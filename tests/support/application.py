@@ -72,7 +72,7 @@ SocketHandler: TypeAlias = Callable[[Socket], Awaitable[None]]
 
 
 Around: TypeAlias = Callable[[Callable[[], None]], Awaitable[Reply]]
-"""A middleware that gives up on handlers: it starts the one of a request by what it is given, and answers instead."""
+"""A middleware that gives up on handlers: it is given a function that starts one, calls that, and answers instead."""
 
 
 @dataclass

@@ -174,7 +174,7 @@ async def _port(file: Path, process: asyncio.subprocess.Process) -> int:
 
 
 async def _address(port: int) -> str:
-    """Return where the first tab is reached."""
+    """Return the DevTools address of the first tab."""
     async with asyncio.timeout(20), http_client(f"http://127.0.0.1:{port}") as client:
         while True:
             for target in (await client.get("/json/list")).json():

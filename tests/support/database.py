@@ -141,7 +141,8 @@ class Database:
         try:
             yield
         finally:
-            # All locks of the connection: it counts them, and one that another test has left would hold every commit.
+            # The connection counts its locks. One that another test has left would hold every commit, so all of them
+            # are released.
             observer.execute("SELECT pg_advisory_unlock_all()")
 
     async def commit_is_held(self) -> None:

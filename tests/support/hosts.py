@@ -30,7 +30,7 @@ class FakeSource:
     replicas: tuple[str, ...] = ("n2", "n3")
     confirms: bool = True
     replayed: dict[str, int] = field(default_factory=dict)
-    """Up to where replicas have replayed; a replica that is not named has everything."""
+    """The positions up to which replicas have replayed; a replica that is not named has replayed everything."""
     confirmed: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     searches: list[tuple[int | None, float]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class FakeSource:
 
 @dataclass(eq=False)
 class ForgettableSidecar(FakeSource):
-    """A `FakeSource` that may be away, and knows what it knew before."""
+    """A `FakeSource` that may be away, and answers from its memory then."""
 
     known: KnownMaster | None = field(default_factory=lambda: KnownMaster("n1", None))
 

@@ -1,4 +1,4 @@
-"""Cancellation at a chosen step of some work: each ``await`` that waits is one."""
+"""Cancellation at a chosen step of some work: each ``await`` that has to wait is a step."""
 
 from __future__ import annotations
 

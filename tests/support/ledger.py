@@ -33,7 +33,7 @@ class Entry:
     act: Act
     manner: str
     luck: float
-    """Between 0 and 1: for whatever the act and the manner leave to chance."""
+    """A number between 0 and 1, which decides what the act and the manner leave to chance."""
     status: int | None = None
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Ledger:
         return await entry.act.run(self.desk, entry.key, entry.luck)
 
     async def make_all_requests(self, base_url: str, clients: int) -> None:
-        """Let so many clients at a time make the requests."""
+        """Let `clients` clients at a time make the requests."""
         entries = iter(self.entries.values())
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):

@@ -96,7 +96,7 @@ class EmbeddedMariaDB:
         with socket.socket() as free:
             free.bind((self.host, 0))
             self.port: int = free.getsockname()[1]
-        # It refuses to run as root by accident.
+        # MariaDB runs as root only if it is told to.
         account = ["--user=root"] if os.getuid() == 0 else []
         # A server that starts deletes what others have in the directory for temporary files.
         temporary = self._directory / "tmp"

@@ -22,7 +22,14 @@ from ctxdb_core import (
     transactional,
 )
 
-__all__ = ["WAYS_TO_WRITE", "WayToWrite", "assert_told_is_stored"]
+__all__ = [
+    "WAYS_TO_WRITE",
+    "WayToWrite",
+    "assert_told_is_stored",
+    "in_a_savepoint",
+    "in_a_transaction_context",
+    "in_a_unit",
+]
 
 
 async def _select(db: DBConnect) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -79,3 +79,12 @@ class World:
 
     async def names(self) -> list[str]:
         return await self.database.names()
+
+
+@asynccontextmanager
+async def open_world(setting: Setting, database: Database) -> AsyncIterator[World]:
+    """Provide what a scenario has at hand; check at its end that nothing of it is left on the database."""
+    async with database.connect() as db, AsyncExitStack() as stack:
+        yield World(setting, database, db, stack)
+        # Stopping the server and closing the engines would hide what is still in use.
+        await database.assert_quiet()

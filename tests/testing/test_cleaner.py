@@ -152,7 +152,9 @@ async def test_a_role_that_may_not_silence_triggers_cleans_as_well(
 
 
 @pytest.mark.usefixtures("triggers")
-async def test_rows_of_tables_that_inherit_are_left_to_them(db: DBConnect, database: Database, schema: Schema) -> None:
+async def test_rows_of_inheriting_tables_do_not_count_as_their_parents(
+    db: DBConnect, database: Database, schema: Schema
+) -> None:
     await schema(
         "CREATE TABLE own_base (id INT)",
         "CREATE TABLE own_heir (extra INT) INHERITS (own_base)",
@@ -247,7 +249,7 @@ async def test_a_sequence_that_stands_at_zero_goes_on_there(
         await database.query("DROP SEQUENCE own_sequence")
 
 
-async def test_transactions_that_end_while_it_cleans_are_waited_for(
+async def test_the_cleaner_waits_for_transactions_that_are_about_to_end(
     db: DBConnect, database: Database, cleaner: TableCleaner, postgresql: None
 ) -> None:
     await run_in_new_ctx(insert, db, "one")

@@ -115,7 +115,7 @@ async def starlette_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
     with TestClient(starlette_app(db, act), raise_server_exceptions=False) as client:
 
         async def post() -> int:
-            # It blocks this event loop; the application runs on one of another thread.
+            # The client blocks this event loop, and runs the application on the event loop of another thread.
             return client.post("/").status_code
 
         yield post
@@ -123,7 +123,7 @@ async def starlette_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
 
 @asynccontextmanager
 async def fastapi_test_client(db: DBConnect, act: Act) -> AsyncIterator[Post]:
-    # Without its lifespan, it has an event loop for each request.
+    # A client that does not run the lifespan has an event loop for each request.
     client = FastAPIClient(starlette_app(db, act, FastAPI), raise_server_exceptions=False)
 
     async def post() -> int:

@@ -1,4 +1,4 @@
-"""A test's own unit of work, and sessions that nothing is kept of."""
+"""A test's own unit of work, and sessions whose work is rolled back."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_test_context_leaves_its_sessions_to_the_test(db: DBConnect, dat
 async def test_a_session_that_a_test_forgets_in_mid_transaction_is_warned_of(database: Database) -> None:
     async def forget(db: DBConnect) -> None:
         async with set_test_context():
-            # Has begun, and holds no connection yet, which SQLAlchemy would warn of as well.
+            # The transaction has begun without a connection, of which SQLAlchemy would warn as well.
             await (await db_session(db)).begin()
 
     with warnings.catch_warnings(record=True) as caught:

@@ -66,7 +66,7 @@ async def test_a_test_context_calls_nothing_of_a_mock_at_its_end(
     assert session.mock_calls == []
 
 
-async def test_early_ends_are_the_mocks(db: DBConnect, session: AsyncMock) -> None:
+async def test_early_ends_call_the_methods_of_the_mock(db: DBConnect, session: AsyncMock) -> None:
     async with set_test_context(), put_session_in_ctx(db, session):
         await commit_db_session(db)
         await rollback_db_session(db)

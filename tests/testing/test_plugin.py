@@ -18,11 +18,12 @@ from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 pytest_plugins = ["pytester"]
 
-# What a run imports is forgotten after it, which extension modules do not survive: so it is there already.
+# After a run of pytest in this process, the modules that it has imported are removed, which extension modules do not
+# survive. So these are imported before.
 IMPORTED = (aiosqlite, asyncpg, starlette.testclient)
 
 OPTIONS = ["-p", "no:cacheprovider", "-Werror"]
-# pytest-asyncio warns where this is not chosen, which makes no difference here.
+# pytest-asyncio warns if this option is not set. Its value makes no difference here.
 ASYNCIO = ["-o", "asyncio_default_fixture_loop_scope=function"]
 
 CONFTEST = """
@@ -80,7 +81,7 @@ class TestClean:
 
 @pytest.fixture(params=["asyncpg", "sqlite"])
 def url(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres, tmp_path: Path) -> Iterator[str]:
-    """A database with the tests' tables, that is looked at after the run."""
+    """A database with the tests' tables, whose rows are checked after the run."""
     if request.param == "sqlite":
         file = tmp_path / "plugin.db"
         with closing(sqlite3.connect(file)) as connection:
@@ -97,7 +98,7 @@ def url(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres, tmp_p
                 connection.execute(table)
             yield own
             assert connection.execute("SELECT count(*) FROM item").fetchone() == (0,)
-        # Without FORCE: the runs have left no connection.
+        # DROP without FORCE fails if a run has left a connection.
         admin.execute("DROP DATABASE plugin_test")
 
 
@@ -238,7 +239,7 @@ def test_a_run_without_databases_is_told_what_to_define(pytester: pytest.Pyteste
     result.stdout.fnmatch_lines("*define a fixture `ctxdb_dbs` in conftest.py*")
 
 
-def test_a_database_that_is_nobodys_tests_is_cleaned_by_the_word_of_the_user_alone(
+def test_a_database_without_a_mark_of_tests_is_cleaned_only_if_a_fixture_names_it(
     pytester: pytest.Pytester, postgres_server: EmbeddedPostgres
 ) -> None:
     conftest = CONFTEST.format(url=postgres_server.url())

@@ -79,7 +79,7 @@ async def test_commits_of_routing_sessions_in_a_shared_transaction_are_rolled_ba
     assert await database.names() == []
 
 
-async def test_the_tests_session_in_a_shared_transaction_stands_in_nobodys_way(
+async def test_the_tests_session_in_a_shared_transaction_blocks_no_other_session(
     db: DBConnect, database: Database
 ) -> None:
     async with shared_transaction(db, timeout=0.05) as session:

@@ -1,4 +1,4 @@
-"""What one session sets in a shared transaction for its own: no other session has it, nor the next one."""
+"""Settings of a session for its own transaction in a shared one: neither other sessions nor later ones have them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_a_units_statement_timeout_is_its_own_while_others_take_turns(db: 
 
 
 @POSTGRESQL
-async def test_a_reader_with_a_statement_timeout_stands_in_nobodys_way(db: DBConnect) -> None:
+async def test_a_reader_with_a_statement_timeout_blocks_no_other_session(db: DBConnect) -> None:
     async with shared_transaction(db, timeout=0.05), new_db_ctx(statement_timeout=1.5):
         await (await db_session(db)).scalars(select(Item))
         # Without the variables by which it would be known to run inside of this transaction.
@@ -182,7 +182,7 @@ async def test_deferred_trigger_sees_the_settings_of_its_session(db: DBConnect) 
 
 
 @POSTGRESQL
-async def test_a_role_of_one_transaction_is_nobody_elses(db: DBConnect) -> None:
+async def test_a_role_of_one_transaction_is_not_that_of_another(db: DBConnect) -> None:
     async with shared_transaction(db) as session, new_db_ctx():
         own = await db_session(db)
         await own.execute(text("SET LOCAL ROLE pg_monitor"))

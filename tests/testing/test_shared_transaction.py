@@ -178,7 +178,7 @@ async def test_statement_that_would_really_commit_is_refused(db: DBConnect, stat
             await session.execute(text(statement))
 
 
-async def test_engines_are_part_of_it(db: DBConnect, database: Database) -> None:
+async def test_engines_are_part_of_a_shared_transaction(db: DBConnect, database: Database) -> None:
     async with shared_transaction(db):
         engine = await db.engine()
         async with engine.begin() as connection:
@@ -211,7 +211,7 @@ async def test_session_that_is_older_than_the_shared_transaction_is_refused(db: 
 
 
 @pytest.mark.parametrize("propagation", ["not_supported", "supports", "never"])
-async def test_blocks_without_transactions_are_part_of_it(
+async def test_blocks_without_transactions_are_part_of_a_shared_transaction(
     db: DBConnect, database: Database, propagation: Propagation
 ) -> None:
     async with shared_transaction(db):
@@ -221,7 +221,9 @@ async def test_blocks_without_transactions_are_part_of_it(
     assert await database.names() == []
 
 
-async def test_an_engine_with_options_of_its_own_is_part_of_it(db: DBConnect, database: Database) -> None:
+async def test_an_engine_with_options_of_its_own_is_part_of_a_shared_transaction(
+    db: DBConnect, database: Database
+) -> None:
     async with shared_transaction(db):
         engine = (await db.engine()).execution_options(some_option="some value")
         async with engine.begin() as connection:
@@ -250,7 +252,7 @@ async def test_a_read_only_transaction_can_be_joined_and_leaves_others_alone(db:
         await run_in_new_ctx(insert, db, "one")
         async with block, block as reading:
             assert (await reading.scalars(select(Item.name))).all() == ["one"]
-            # What may write beside it elsewhere may do so here.
+            # Code that may write beside a read-only transaction elsewhere may do so in a shared transaction.
             await run_in_new_ctx(insert, db, "beside") if database.is_postgresql else None
         with pytest.raises(DBAPIError):
             async with block, block:
@@ -262,14 +264,14 @@ async def test_a_read_only_transaction_can_be_joined_and_leaves_others_alone(db:
         assert await names(db) == [*beside, "one", "three", "two"]
 
 
-async def test_the_database_can_be_closed_inside_of_it(db: DBConnect) -> None:
+async def test_a_database_can_be_closed_inside_of_a_shared_transaction(db: DBConnect) -> None:
     async with shared_transaction(db):
         await run_in_new_ctx(insert, db, "one")
         await db.close()
         assert await names(db) == ["one"]
 
 
-async def test_a_change_of_the_host_stays_inside_of_it(db: DBConnect) -> None:
+async def test_a_change_of_the_host_stays_inside_of_a_shared_transaction(db: DBConnect) -> None:
     async with shared_transaction(db):
         await run_in_new_ctx(insert, db, "one")
         await db.change_host("elsewhere.example")
@@ -324,7 +326,9 @@ async def test_writes_are_refused_once_the_connection_is_lost(
     assert await database.names() == []
 
 
-async def test_a_read_only_database_beside_it_sees_it_and_cannot_write(db: DBConnect, database: Database) -> None:
+async def test_a_read_only_database_sees_a_shared_transaction_and_cannot_write(
+    db: DBConnect, database: Database
+) -> None:
     replica = DBConnect.from_url(database.url, read_only=True)
     async with shared_transaction(db, replica):
         await run_in_new_ctx(insert, db, "one")
@@ -427,7 +431,7 @@ async def test_the_end_of_a_shared_transaction_waits_for_no_statement(
 
 
 @pytest.mark.parametrize("style", [shared_transaction, rollback_session])
-async def test_sequences_move_on_where_they_are_no_tables(
+async def test_a_roll_back_takes_numbers_of_sequences_back_on_sqlite_alone(
     db: DBConnect, database: Database, style: Callable[[DBConnect], AbstractAsyncContextManager[AsyncSession]]
 ) -> None:
     key = "INT GENERATED ALWAYS AS IDENTITY" if database.is_postgresql else "INTEGER PRIMARY KEY AUTOINCREMENT"
@@ -441,7 +445,7 @@ async def test_sequences_move_on_where_they_are_no_tables(
     await database.query("DROP TABLE numbered")
 
 
-async def test_of_two_that_begin_at_once_the_second_is_refused_and_harms_nothing(
+async def test_the_second_of_two_shared_transactions_at_once_is_refused_and_harms_nothing(
     db: DBConnect, database: Database
 ) -> None:
     begun = asyncio.Event()
@@ -476,7 +480,9 @@ async def test_databases_are_free_after_a_shared_transaction_that_could_not_begi
     assert await database.names() == []
 
 
-async def test_a_database_that_is_named_twice_is_one(db: DBConnect, database: Database) -> None:
+async def test_a_database_that_is_named_twice_is_put_back_after_a_shared_transaction(
+    db: DBConnect, database: Database
+) -> None:
     async with shared_transaction(db, db):
         await run_in_new_ctx(insert, db, "one")
     await run_in_new_ctx(insert, db, "really")

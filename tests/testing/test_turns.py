@@ -130,7 +130,7 @@ async def test_two_transactions_that_write_by_turns_are_refused_at_once(db: DBCo
                 await second.commit()
 
 
-async def test_the_tests_session_stands_in_nobodys_way(db: DBConnect) -> None:
+async def test_the_tests_session_blocks_no_other_session(db: DBConnect) -> None:
     async def read() -> list[str]:
         session = await db_session(db)
         return list((await session.scalars(select(Item.name))).all())
@@ -152,7 +152,7 @@ async def test_the_tests_session_stands_in_nobodys_way(db: DBConnect) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_the_tests_session_stands_in_nobodys_way_after_a_savepoint(db: DBConnect, *, fails: bool) -> None:
+async def test_the_tests_session_blocks_no_other_session_after_a_savepoint(db: DBConnect, *, fails: bool) -> None:
     async with shared_transaction(db, timeout=0.05) as session:
         session.add(Item(name="prepared"))
         with suppress(LookupError):

@@ -135,7 +135,7 @@ async def precious(database: Database, postgresql: None) -> AsyncIterator[Databa
 
 @pytest.mark.parametrize("act", [create_database, drop_database])
 @pytest.mark.parametrize("comment", [None, "ctxdb: test database", "of the shop"])
-async def test_a_database_that_was_not_made_by_it_is_left_alone(
+async def test_a_database_that_create_database_has_not_made_is_left_alone(
     precious: Database, act: Callable[[URL], Awaitable[None]], comment: str | None
 ) -> None:
     url = worker_url(precious.url, "gw1")
@@ -172,7 +172,7 @@ async def test_a_name_that_postgresql_would_cut_off_is_refused(
 
 @pytest.mark.parametrize("act", [create_database, drop_database])
 @pytest.mark.parametrize("content", ["sqlite", "text"])
-async def test_a_file_that_was_not_made_by_it_is_left_alone(
+async def test_a_file_that_create_database_has_not_made_is_left_alone(
     tmp_path: Path, act: Callable[[URL], Awaitable[None]], content: str
 ) -> None:
     url = worker_url(f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", "gw1")

@@ -1,4 +1,4 @@
-"""`TableCleaner` and databases that it may not touch: those of nobody's tests, and those that others write to."""
+"""`TableCleaner` and databases that it may not touch: those without a mark of tests, and those that others write to."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ async def refused(cleaner: TableCleaner, match: str) -> None:
 @pytest.mark.parametrize(
     "name", ["test", "shop_test", "test_gw0", "Shop-Test", "ShopTests", "testdb", "shop_TEST", "tests.db", "shop test"]
 )
-def test_a_name_of_which_test_begins_a_word_is_a_tests(name: str) -> None:
+def test_a_name_with_a_word_that_begins_with_test_marks_a_database_of_tests(name: str) -> None:
     assert names_a_test(name)
 
 
 @pytest.mark.parametrize("name", ["shop", "latest", "contest_entries", "LATEST", "attestations", "shop_gw0", ""])
-def test_a_name_that_has_test_inside_of_a_word_is_nobodys(name: str) -> None:
+def test_a_name_with_test_inside_of_a_word_marks_nothing(name: str) -> None:
     assert not names_a_test(name)
 
 
 @pytest.fixture
 async def shop(database: Database, postgresql: None) -> AsyncIterator[Database]:
-    """A database with a row, which nothing calls a test's."""
-    # The suite's own connection to it ends with it.
+    """A database with a row and without a mark of tests."""
+    # The suite's own connection to this database ends with the database.
     name = f"shop_{uuid4().hex[:8]}"
     await database.query(f"CREATE DATABASE {name}")
     assert database.server is not None
@@ -55,27 +55,27 @@ async def shop(database: Database, postgresql: None) -> AsyncIterator[Database]:
     await database.query(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_a_database_that_nothing_calls_a_tests_is_refused(shop: Database) -> None:
+async def test_a_database_without_a_mark_of_tests_is_refused(shop: Database) -> None:
     async with shop.connect() as db:
         await refused(TableCleaner(db), f"nothing says that the database '{shop.name}' is for tests")
         await refused(TableCleaner(db, test_databases=["other"]), f"test_databases=\\['{shop.name}'\\]")
     assert await shop.names() == ["precious"]
 
 
-async def test_the_word_of_the_user_makes_a_database_a_tests(shop: Database) -> None:
+async def test_the_argument_test_databases_marks_a_database_of_tests(shop: Database) -> None:
     async with shop.connect() as db:
         for word in (shop.name, ["other", shop.name]):
             async with TableCleaner(db, test_databases=word) as cleaner:
                 assert await cleaner.clean() == []
 
 
-async def test_a_comment_makes_a_database_a_tests(shop: Database) -> None:
+async def test_a_comment_marks_a_database_of_tests(shop: Database) -> None:
     await shop.query(f"COMMENT ON DATABASE {shop.name} IS 'ctxdb: test database'")
     async with shop.connect() as db, TableCleaner(db) as cleaner:
         assert await cleaner.clean() == []
 
 
-async def test_a_database_that_create_database_has_made_is_a_tests(database: Database, postgresql: None) -> None:
+async def test_create_database_marks_a_database_of_tests(database: Database, postgresql: None) -> None:
     url = make_url(database.url).set(database="made")
     await create_database(url)
     async with DBConnect.from_url(url) as db, TableCleaner(db) as cleaner:
@@ -90,7 +90,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def test_a_file_that_nothing_calls_a_tests_is_refused(elsewhere: Path) -> None:
+async def test_a_file_without_a_mark_of_tests_is_refused(elsewhere: Path) -> None:
     file = elsewhere / "shop.db"
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("CREATE TABLE item (name TEXT)")
@@ -102,13 +102,13 @@ async def test_a_file_that_nothing_calls_a_tests_is_refused(elsewhere: Path) -> 
 
 
 @pytest.mark.parametrize("path", ["shop_test.db", "temporary/shop.db"])
-async def test_a_file_is_a_tests_by_its_name_and_its_place(elsewhere: Path, path: str) -> None:
+async def test_the_name_or_the_place_of_a_file_marks_a_database_of_tests(elsewhere: Path, path: str) -> None:
     (elsewhere / "temporary").mkdir()
     async with DBConnect.from_url(f"sqlite+aiosqlite:///{elsewhere / path}") as db, TableCleaner(db) as cleaner:
         assert await cleaner.clean() == []
 
 
-async def test_a_file_that_create_database_has_made_is_a_tests(elsewhere: Path) -> None:
+async def test_create_database_marks_a_file_of_tests(elsewhere: Path) -> None:
     url = f"sqlite+aiosqlite:///{elsewhere / 'shop.db'}"
     await create_database(url)
     async with DBConnect.from_url(url) as db, TableCleaner(db) as cleaner:
@@ -164,7 +164,7 @@ async def test_a_database_that_others_write_to_is_refused_and_loses_nothing(db: 
     await database.query("DELETE FROM item")
 
 
-async def test_a_writer_that_has_ended_is_none(db: DBConnect, database: Database) -> None:
+async def test_a_writer_that_has_ended_prevents_no_clean_up(db: DBConnect, database: Database) -> None:
     writer = Writer(database)
     with writer.at_work():
         await eventually(lambda: writer.acknowledged > 3, "nothing is written")

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals:
             return _run(arguments, signals)
     except BrokenPipeError:
-        # Whoever read the output has had enough; Python would complain once more when it flushes.
+        # The reader of the output has closed the pipe; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PROMISE
     except (KeyboardInterrupt, asyncio.CancelledError):

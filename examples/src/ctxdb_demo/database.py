@@ -1,4 +1,4 @@
-"""The application's database: made once here, imported by whoever needs it."""
+"""The application's database: made once here, and imported where it is needed."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def _enforce_foreign_keys(dbapi_connection: Any, connection_record: object) -> N
 
 
 db = DBConnect(create_engine, host=os.environ.get("DATABASE_URL") or None)
-"""What every function of the application asks for its session. Without the variable: ``await db.connect(url)``."""
+"""The database of the functions that ask for a session. Without the variable, ``await db.connect(url)`` comes first."""

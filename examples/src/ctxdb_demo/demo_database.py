@@ -221,7 +221,7 @@ async def _connect(engine: AsyncEngine, url: URL) -> str:
 async def _tables(engine: AsyncEngine, place: _Place) -> AsyncIterator[None]:
     creating = asyncio.ensure_future(_create_tables(engine, place.url))
     try:
-        # Seen through: else it would not be known whether there is something to drop.
+        # This runs to its end although it is cancelled: else nobody would know whether there are tables to drop.
         await see_through(creating)
         yield
     finally:
@@ -253,7 +253,7 @@ async def _drop_tables(engine: AsyncEngine, url: URL) -> None:
     async def drop() -> None:
         async with engine.begin() as connection:
             if url.get_backend_name() == "postgresql":
-                # Somebody may be looking at the tables in a transaction of theirs.
+                # Another program may read the tables in a transaction of its own.
                 await connection.execute(text(f"SET LOCAL lock_timeout = '{DROP_TIMEOUT_SECONDS}s'"))
             await connection.run_sync(Base.metadata.drop_all)
 

@@ -25,11 +25,11 @@ STATEMENT_PAGE_BYTES = 64 * 1024
 
 
 class Base(DeclarativeBase):
-    """The tables; their names are such that they can live beside somebody else's."""
+    """The base of the tables, whose names begin such that they can be in a user's own database."""
 
 
 class Account(Base):
-    """Somebody's money."""
+    """The money of one owner."""
 
     __tablename__ = "ctxdb_demo_accounts"
 
@@ -191,7 +191,7 @@ async def pay_out(owner: str, amount: int) -> int:
     balance = await withdraw(owner, amount)
     if amount % CASH_MACHINE_NOTE:
         raise CashMachineError(f"There are no notes for {amount}.")
-    # Only once the withdrawal is committed.
+    # The money comes out only once the withdrawal is committed.
     on_commit(db, partial(record, f"{owner} was paid {amount}"))
     return balance
 
@@ -211,9 +211,9 @@ async def pay_bonus(amount: int) -> int:
     """Pay the same bonus to everyone, all at once; return to how many."""
     session = await db_session(db)
     owners = (await session.scalars(select(Account.owner))).all()
-    # Whoever waits for others that need a connection must not keep one.
+    # The bonuses below need connections, so the request that waits for them must not keep its own.
     await commit_db_session(db)
-    # Each in a session and a transaction of its own; not so many that other requests would have to wait.
+    # Each bonus has a session and a transaction of its own; not so many at once that other requests would have to wait.
     paid = await gather_in_new_ctx(*(partial(deposit, owner, amount) for owner in owners), max_concurrent=POOL_SIZE - 1)
     return paid.count(True)
 

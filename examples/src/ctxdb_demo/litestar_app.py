@@ -117,6 +117,6 @@ def create_app() -> Litestar:
             IntegrityError: answer_conflict,
         },
         openapi_config=OpenAPIConfig(title="A small bank", version="1.0.0"),
-        # What is logged, and where, is for whoever runs the application to say.
+        # The operator of the application decides what is logged, and where.
         logging_config=None,
     )

@@ -26,7 +26,7 @@ _LEGEND = (
 
 def print_report(title: str, outcomes: Sequence[Outcome]) -> None:
     """Print the table of the outcomes and, below it, every promise that was not kept."""
-    # A file is as wide as the table likes to be, unless somebody says otherwise.
+    # In a file, the table has the width that it needs, unless the environment says otherwise.
     knows_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if knows_width else WIDTH, highlight=False)
     table = Table(

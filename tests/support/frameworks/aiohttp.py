@@ -24,7 +24,7 @@ def build_aiohttp(application: Application) -> web.Application:
     async def record_errors(app: web.Application) -> None:
         app.middlewares.insert(0, _recorder(application))
 
-    # When the application starts, the adapter moves to the front: this is in front of it.
+    # When the application starts, the adapter moves to the front. The recorder is put in front of it then.
     app.on_startup.append(record_errors)
     return app
 
@@ -121,7 +121,7 @@ def _giving_up(around: Around) -> Middleware:
 
         def call() -> None:
             calls.append(asyncio.ensure_future(handler(request)))
-            # The client that would wait for the answer has given up.
+            # Nobody waits for the handler: its error is read here, so that asyncio does not log it.
             calls[0].add_done_callback(lambda call: call.cancelled() or call.exception())
 
         reply = await around(call)

@@ -50,7 +50,7 @@ def giving_up(app: ASGIApp, around: Around) -> ASGIApp:
         calls: list[asyncio.Future[None]] = []
 
         async def drop(message: Message) -> None:
-            """Drop what the application sends whose place `around` has taken: it comes too late."""
+            """Drop what the application sends, as `around` has answered in its place."""
 
         try:
             reply = await around(lambda: calls.append(asyncio.ensure_future(app(scope, receive, drop))))

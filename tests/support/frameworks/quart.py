@@ -83,7 +83,7 @@ class _Socket:
         try:
             return str(await websocket.receive())
         except asyncio.CancelledError:
-            # The way in which Quart says that the client has left.
+            # Quart tells a handler in this way that its client has left.
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
@@ -133,7 +133,7 @@ class _Transport(httpx.AsyncBaseTransport):
 
 
 def _served(app: ASGIApp, over: asyncio.Event) -> ASGIApp:
-    """Run `app` as servers do: told when the exchange is over, and answered for by 500."""
+    """Run `app` as a server does: tell it when the response is over, and fail where a server would answer by a 500."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         is_received = has_started = False

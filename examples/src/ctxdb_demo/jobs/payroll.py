@@ -45,7 +45,7 @@ class Salary(NamedTuple):
 
 
 # A batch that is in the way of another transaction is paid anew. One whose connection breaks is not: during a commit,
-# nobody could tell whether that has succeeded. Who calls the script again finds out.
+# nobody could tell whether that has succeeded. The next call of the script finds out.
 @retry_on_conflict()
 async def pay_batch(name: str, salaries: Sequence[Salary]) -> int:
     """Pay the next lines of a payroll, all or none; return how many these were: 0 once all are paid.
@@ -53,7 +53,7 @@ async def pay_batch(name: str, salaries: Sequence[Salary]) -> int:
     Raises:
         UnknownAccountError: one of the owners has no account.
     """
-    # That of the attempt, which is committed at its end.
+    # The session of the attempt, which is committed at the end of the attempt.
     async with context.session() as session:
         await context.execute(insert(Payroll).values(name=name, paid=0).on_conflict_do_nothing())
         # Locked: a second script with the same file waits here, and then goes on behind this batch.

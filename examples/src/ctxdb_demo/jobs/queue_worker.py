@@ -1,8 +1,9 @@
 """A worker on a queue in PostgreSQL: ``python -m ctxdb_demo.jobs.queue_worker``, with ``DATABASE_URL`` set.
 
-Whoever wants something done adds an `Order` in a transaction of his own: it is there if and only if that one was
-committed. Each worker takes an order, carries it out and removes it in one unit of work, so it is carried out once, or
-not at all and is still there. As many workers may run as connections are left, in as many processes.
+A program that wants something done adds an `Order` in a transaction of its own: the order is there if and only if that
+transaction was committed. Each worker takes an order, carries it out and removes it in one unit of work, so it is
+carried out once, or not at all and is still there. As many workers may run as connections are left, in as many
+processes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ async def handle_next() -> bool:
             order = await session.scalar(due.limit(1).with_for_update(skip_locked=True))
             if order is None:
                 return False
-            # Noted now: a roll-back takes the object's attributes away.
+            # The id is noted now, as a roll-back expires the object's attributes.
             order_id = order.id
             await domain.transfer(order.source, order.target, order.amount)
             await session.delete(order)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GRACE_SECONDS = 20.0
-"""Less than whoever sends the signal waits before it kills: 30 seconds in Kubernetes, 90 under systemd."""
+"""Less than the time between the signal and the kill: 30 seconds in Kubernetes, 90 under systemd."""
 
 
 @contextmanager
 def stop_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[asyncio.Event]:
-    """Provide an event that SIGTERM or Ctrl-C sets: whoever sees it finishes what is under way, and begins no more.
+    """Provide an event that SIGTERM or Ctrl-C sets: jobs that see it finish what is under way, and begin nothing more.
 
     If that takes longer than `grace_seconds`, or at a second signal, the task that runs the block is cancelled: units
     of work that are open roll back. One that is committing already is seen through.

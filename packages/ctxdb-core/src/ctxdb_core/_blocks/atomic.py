@@ -67,7 +67,7 @@ async def atomic_db_session(
     """
     if current_transaction not in get_args(CurrentTransaction):
         modes = ", ".join(map(repr, get_args(CurrentTransaction)))
-        raise ArgumentValueError(f"current_transaction={current_transaction!r} is none of {modes}.")
+        raise ArgumentValueError(f"current_transaction={current_transaction!r} is not one of {modes}.")
     options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     check_database(db)
     block, place = Block(current_transaction), find(db)

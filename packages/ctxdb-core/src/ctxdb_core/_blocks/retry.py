@@ -104,7 +104,8 @@ def retry_on_conflict(
     def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         if not inspect.iscoroutinefunction(fn):
             raise ArgumentTypeError(
-                f"{fn!r} is no async function: only what is awaited inside of an attempt is part of it."
+                f"{fn!r} is no async function: only what is awaited inside of an attempt is part of it. Write it with "
+                "`async def`."
             )
 
         @functools.wraps(fn)

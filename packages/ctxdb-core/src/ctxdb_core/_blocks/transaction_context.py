@@ -43,8 +43,8 @@ class TransactionContext(Generic[SessionT_co]):
     A block opens a session of its own, which ends with it: `transaction` commits, or rolls back on an exception; after
     `session` and `new_session` nothing is committed that was not committed inside. Where a unit of work is open (in a
     request, under ``new_db_ctx()``), `session` and `transaction` share its session, and it alone commits. Either way
-    ``await db_session(db)`` is the same session. A unit of work that has ended is none; nor is another request's, in
-    whose context a scheduler has started a job.
+    ``await db_session(db)`` is the same session. A unit of work that has ended does not count, and neither does that of
+    a request in whose context a scheduler has started this job.
 
     A session serves one task. A task that was started inside a block has no session until it opens a block of its own;
     only the session of a unit of work is shared by the tasks of that, and two of them cannot be in blocks at once.
@@ -195,7 +195,7 @@ class TransactionContext(Generic[SessionT_co]):
 
     @asynccontextmanager
     async def new_session(self, *, session_maker: SessionMaker | None = None) -> AsyncIterator[SessionT_co]:
-        """Open another session for a block, independent of one that is open: as `session` otherwise.
+        """Open another session for a block, independent of an open one; otherwise like `session`.
 
         It needs a connection of its own, beside that of the block or unit of work around it: see "A second connection"
         in docs/transactions.md for the size of the pool.
@@ -232,10 +232,10 @@ class TransactionContext(Generic[SessionT_co]):
         """Return the session of the block around this code, or of its unit of work.
 
         Args:
-            strict: whether there must be one; else, ``None`` is returned where there is none.
+            strict: whether it is an error if there is no session; else ``None`` is returned.
 
         Raises:
-            NoSessionError: there is none.
+            NoSessionError: there is no session, and `strict` is true.
             ContextClosedError: the block or unit of work that this code was started in has ended; with `strict` alone,
                 unless it has ended in the middle of this code.
         """

@@ -99,7 +99,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
         check_database(db)
         if propagation not in get_args(Propagation):
             raise ArgumentValueError(
-                f"propagation={propagation!r} is none of {', '.join(map(repr, get_args(Propagation)))}."
+                f"propagation={propagation!r} is not one of {', '.join(map(repr, get_args(Propagation)))}."
             )
         self._db = db
         self._propagation = propagation
@@ -115,7 +115,8 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
         """Return `fn` with each of its calls in a block of its own."""
         if not inspect.iscoroutinefunction(fn):
             raise ArgumentTypeError(
-                f"{fn!r} is no async function: only what is awaited inside of the block is part of it."
+                f"{fn!r} is no async function: only what is awaited inside of the block is part of it. Write it with "
+                "`async def`."
             )
 
         @functools.wraps(fn)

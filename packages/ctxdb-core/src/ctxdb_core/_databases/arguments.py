@@ -150,7 +150,7 @@ def check_url(url: object) -> URL:
 
 
 def check_asyncio_driver(url: URL) -> None:
-    """Raise the error that says what to write if the driver in `url` is none for asyncio."""
+    """Raise the error that says what to write if the driver in `url` is not for asyncio."""
     dialect = url.get_dialect()
     if not dialect.get_async_dialect_cls(url).is_async:
         driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())

@@ -237,8 +237,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         Args:
             host: where new sessions go.
             keep: other hosts that are not left for good, such as the replicas that take turns: their engines and
-                connections are kept, and used again by a change back to them. Those of all others are closed, also if
-                an earlier call has kept them.
+                connections are kept, and used again by a change back to them. Those of all other hosts are closed, also
+                if an earlier call has kept them.
 
         Raises:
             HostNotSetError: `host` is empty (a ``ValueError``, too).

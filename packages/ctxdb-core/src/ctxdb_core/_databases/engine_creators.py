@@ -102,5 +102,5 @@ def check_creator_of_other(creator: object) -> None:
         reason = why_no_engine_creator(creator)
     if reason is not None:
         raise ArgumentTypeError(
-            f"The URL of a database is needed here, or what creates an engine for a host; {reason}."
+            f"The URL of a database is needed here, or a function that creates an engine for a host; {reason}."
         )

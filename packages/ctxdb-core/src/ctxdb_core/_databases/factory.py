@@ -24,7 +24,8 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
     if host != host_of(url):
         if not url.host:
             raise ArgumentValueError(
-                f"The URL of this DBConnect names no host, so it cannot be changed to {without_secrets(host)!r}."
+                f"The URL of this DBConnect names no host, so it cannot be changed to {without_secrets(host)!r}: "
+                "name a host in the URL."
             )
         url = url.set(host=host)
     _limit_connect(url, options)
@@ -67,7 +68,9 @@ def _create_read_only(url: URL, options: dict[str, Any]) -> AsyncEngine:
         "mariadb": "SET SESSION TRANSACTION READ ONLY",
     }.get(backend)
     if statement is None:
-        raise ArgumentValueError(f"read_only=True knows PostgreSQL, SQLite, MySQL and MariaDB, not {backend!r}.")
+        raise ArgumentValueError(
+            f"read_only=True knows PostgreSQL, SQLite, MySQL and MariaDB, not {backend!r}: leave it out."
+        )
     engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **options)
 
     @event.listens_for(engine.sync_engine, "connect")

@@ -76,8 +76,9 @@ async def _call_in_time(
         if isinstance(exc.__cause__, CommitOutcomeUnknownError):
             raise exc.__cause__ from exc
         raise DeadlineExceededError(
-            "The time of this call was up, and neither the database nor its limit for statements had ended it: the "
-            "pool had no connection to give, or the network or the server does not answer. The call was given up."
+            "This call was given up, as its time was up: the pool had no connection to give, or the network or the "
+            "server does not answer. Let the error propagate, so that the unit of work is rolled back, or give it more "
+            "time."
         ) from exc
 
 
@@ -118,10 +119,11 @@ async def _go_on_after_interruption(
         raise error
     if interrupted.had_written or innermost_block(session) is not None:
         raise StatementInterruptedError(
-            f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and that was "
-            "caught: the connection was given up to stop it, and this transaction is lost with what was written in it. "
-            "Let the interruption propagate; or call `await rollback_db_session(db)` to go on without that work; or "
-            "run what may take too long beside the transaction, `await run_in_new_ctx(fn, ...)`."
+            f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and the "
+            "interruption was caught. To stop the statement, its driver has given up the connection, so this "
+            "transaction is lost with what was written in it. Let the interruption propagate; or call "
+            "`await rollback_db_session(db)` to go on without that work; or run what may take too long beside the "
+            "transaction, `await run_in_new_ctx(fn, ...)`."
         ) from error
     # This roll-back sends nothing: the connection is gone.
     loaded = LoadedValues(session)

@@ -79,7 +79,7 @@ async def _call_with_hook(
     door, on_begin = session.door, session.on_begin
     assert door is not None and on_begin is not None  # noqa: PT018 - an `on_begin` is only set with a door
     name = getattr(fn, "__name__", "")
-    # What is only added is flushed by a commit; other ends of a transaction make no statement.
+    # A commit flushes objects that were only added; other ends of a transaction make no statement.
     makes_statements = name not in _ENDS or (name == "commit" and bool(session.new or session.dirty or session.deleted))
     # `session.connection(execution_options=...)` sets options for a whole transaction: it must come before any
     # statement.

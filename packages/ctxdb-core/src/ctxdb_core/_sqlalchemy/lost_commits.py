@@ -106,7 +106,8 @@ AskOutcome: TypeAlias = Callable[[PoolProxiedConnection, LostCommit], Awaitable[
 """Given the connection that a commit was lost on: whether it has been committed; ``None`` if that cannot be told."""
 
 
-# Engines that `AsyncEngine.execution_options` returns have one dialect, as do those for other event loops.
+# The commits of each dialect. Engines that `AsyncEngine.execution_options` returns share a dialect, and so do copies of
+# an engine for other event loops.
 _commits: WeakKeyDictionary[Dialect, _Commits] = WeakKeyDictionary()
 _followed: WeakSet[Engine] = WeakSet()
 

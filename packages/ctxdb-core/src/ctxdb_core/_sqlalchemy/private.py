@@ -278,7 +278,7 @@ class SessionPattern:
         session.__dict__ = values = self._async_values.copy()
         for name in self._async_dicts:
             values[name] = {}
-        # SQLAlchemy finds the one by the other.
+        # SQLAlchemy finds the asynchronous session by the synchronous one.
         values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
         return session  # type: ignore[no-any-return]  # of `_async_class`
 
@@ -459,8 +459,8 @@ def find_by_context(find: Callable[[Any], T]) -> Callable[[Any], T]:
 def call_on_return(entry: Any, call: Callable[[Any], object]) -> None:
     """Have `call` called with the connection of a pool's record when that is given back, once.
 
-    The event ``checkin`` costs five times as much. Like it, this is told of no connection that was invalidated or
-    detached: there are events for these.
+    The event ``checkin`` costs five times as much. As with that event, `call` is not called for a connection that was
+    invalidated or detached: there are events for these.
     """
     entry.finalize_callback.append(call)
 
@@ -792,7 +792,7 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
 
 
 def close_psycopg_cursor(adapted: Any) -> None:
-    """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; pass over those of other drivers."""
+    """Close psycopg's cursor in SQLAlchemy's adapter, and nothing on the server; do nothing for other drivers."""
     cursor = driver_cursor_of(adapted)
     if type(cursor).__module__.partition(".")[0] == "psycopg":
         cursor._close()  # noqa: SLF001 - see the module

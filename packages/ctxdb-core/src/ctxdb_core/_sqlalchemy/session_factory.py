@@ -84,7 +84,7 @@ _listening: WeakKeyDictionary[type, dict[BeforeCommit, ref[Any]]] = WeakKeyDicti
 
 
 def _derive_listening(cls: type[GuardedSession], before_commit: BeforeCommit) -> type[GuardedSession]:
-    """Return a class like `cls`, of whose sessions `before_commit` is told.
+    """Return a class like `cls`, whose sessions call `before_commit` before each commit.
 
     A listener of a class costs its sessions nothing but the call; one that each session is given costs 20 microseconds.
     """

@@ -163,9 +163,9 @@ class _FirstUses(ABC):
         self.may_be_gone: Callable[[int, int], Any] = _maybe
         """Given a time-out and a number of sockets, returns something if one of the engine's may have been closed.
 
-        Linux tells that of all sockets by one system call, in less time than it takes to ask for a single one. Only if
-        one was closed, which is so until the pool has replaced its connection, the socket at hand is asked. Where a
-        connection is not known to it, each socket is asked.
+        Linux tells that of all sockets by one system call, in less time than it takes to ask for a single one. Only
+        while a closed socket is among them, until the pool has replaced its connection, each socket is asked by itself.
+        Where a connection is not known to it, each socket is asked.
         """
 
     def attach(self, engine: Engine) -> None:

@@ -24,7 +24,7 @@ def check_databases(dbs: Iterable[DBConnect]) -> tuple[DBConnect, ...]:
     """Return the databases to follow.
 
     Raises:
-        ArgumentTypeError: there is none, or one of them is no `DBConnect`.
+        ArgumentTypeError: there is no database, or one of them is no `DBConnect`.
     """
     found = tuple(dbs)
     if not found:

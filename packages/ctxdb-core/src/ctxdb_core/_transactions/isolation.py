@@ -53,7 +53,7 @@ class TransactionOptions:
     def __post_init__(self) -> None:
         if self.isolation_level is not None and self.isolation_level not in get_args(IsolationLevel):
             levels = ", ".join(map(repr, get_args(IsolationLevel)))
-            raise ArgumentValueError(f"isolation_level={self.isolation_level!r} is none of {levels}.")
+            raise ArgumentValueError(f"isolation_level={self.isolation_level!r} is not one of {levels}.")
 
     def __bool__(self) -> bool:
         return self.isolation_level is not None or self.read_only
@@ -78,12 +78,13 @@ class TransactionOptions:
             if self.isolation_level not in levels:
                 dialect = f"{bind.dialect.name}+{bind.dialect.driver}"
                 raise ArgumentValueError(
-                    f"isolation_level={self.isolation_level!r} is none of {levels}, which {dialect} has."
+                    f"isolation_level={self.isolation_level!r} is not one of {levels}, which {dialect} has."
                 )
         if self.read_only and not is_read_only(bind):
             if bind.dialect.name not in _READ_ONLY:
                 raise TransactionOptionsError(
-                    f"read_only=True is known for {', '.join(_READ_ONLY.values())}, not for {bind.dialect.name}."
+                    f"read_only=True is known for {', '.join(_READ_ONLY.values())}, not for {bind.dialect.name}: leave "
+                    "it out."
                 )
             if is_autocommit(bind):
                 raise TransactionOptionsError(

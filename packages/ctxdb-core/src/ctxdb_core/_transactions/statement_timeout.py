@@ -64,7 +64,8 @@ class StatementTimeout:
         left = self.deadline - asyncio.get_running_loop().time()
         if left <= 0:
             raise DeadlineExceededError(
-                f"The deadline of this unit of work passed {-left:.3f} seconds ago, so the statement was not sent."
+                f"The deadline of this unit of work passed {-left:.3f} seconds ago, so the statement was not sent. Let "
+                "the error propagate, so that the unit of work is rolled back, or give it more time."
             )
         return left if self.seconds is None else min(left, self.seconds)
 
@@ -165,7 +166,7 @@ def _limit(session: Session, connection: Connection, timeout: StatementTimeout, 
         # MySQL and MariaDB have no common limit, and MySQL's is for SELECT alone. Their statements are limited by ctxdb
         # alone, which has the server end the connection.
         raise TransactionOptionsError(
-            f"A statement timeout is known for PostgreSQL, SQLite, MySQL and MariaDB, not for {backend}."
+            f"A statement timeout is known for PostgreSQL, SQLite, MySQL and MariaDB, not for {backend}: leave it out."
         )
 
 

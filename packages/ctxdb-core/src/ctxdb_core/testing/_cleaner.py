@@ -99,6 +99,6 @@ class TableCleaner:
             if self._tables.is_silent:
                 return sorted(found)
         raise CleanUpError(
-            f"Tables change as often as they are cleaned: {', '.join(await self._tables.changed())}. Is something "
-            "still writing, or does a trigger?"
+            f"Tables change as often as they are cleaned: {', '.join(await self._tables.changed())}. Stop what "
+            "is still writing to them, a trigger for instance."
         )

@@ -69,8 +69,8 @@ def check_same_database(bind: Bind, engine: Engine, what: str) -> None:
     """
     if isinstance(bind, Connection) or (bind is not engine and _address(bind.url) != _address(engine.url)):
         raise SharedTransactionError(
-            f"A session chooses by its own get_bind() or binds= what is not the database of {what}, but "
-            f"{bind.engine.url.render_as_string()}: there it would really commit. Let its engines lead to one URL in "
+            f"By its own get_bind() or binds=, a session has chosen {bind.engine.url.render_as_string()}, which is not "
+            f"the database of {what}: there it would really commit. Let its engines lead to one URL in "
             "tests; give each database a DBConnect, and a shared_transaction(), of its own; or test this with real "
             "commits (the fixture `ctxdb_clean_tables`, docs/testing.md)."
         )

@@ -60,7 +60,7 @@ class Driver:
         raise NotImplementedError
 
     async def commit(self, savepoint: str, *before: str) -> None:
-        """Release `savepoint`, unless a COMMIT would be refused now: what is deferred to it is checked first.
+        """Release `savepoint`, unless a COMMIT would be refused now: deferred constraints are checked first.
 
         Args:
             savepoint: its name.
@@ -194,7 +194,9 @@ _DRIVERS: dict[str, type[Driver]] = {
 def check_driver(engine: Engine) -> None:
     """Raise an error if the driver of `engine` is not known here."""
     if engine.dialect.driver not in _DRIVERS:
-        raise SharedTransactionError(f"The testing tools know {', '.join(_DRIVERS)}, and not {engine.dialect.driver}.")
+        raise SharedTransactionError(
+            f"The testing tools know {', '.join(_DRIVERS)}, and not {engine.dialect.driver}: use one of these."
+        )
 
 
 def driver_of(engine: Engine, dbapi_connection: Any) -> Driver:

@@ -68,7 +68,9 @@ class SharedTransaction:
         with _claiming:
             for db in self._dbs:
                 if db in _active:
-                    raise SharedTransactionError(f"{db!r} is in a shared transaction already: they cannot be nested.")
+                    raise SharedTransactionError(
+                        f"{db!r} is in a shared transaction already: these cannot be nested. Use that one."
+                    )
             self._claimed = self._dbs
             _active.update(self._claimed)
 
@@ -122,7 +124,7 @@ class SharedTransaction:
             raise SharedTransactionError("\n".join(self._shared.problems))
 
     def _redirect(self, session: Session, bind: Engine | Connection) -> Engine | Connection:
-        """Return what is shared in the place of an engine that a session has chosen by itself."""
+        """Return the shared engine that takes the place of an engine which a session has chosen by itself."""
         if bind.dialect.driver == SHARED_DRIVER:
             return bind
         check_same_database(bind, self._originals[self._dbs[0]].sync_engine, "this shared transaction")

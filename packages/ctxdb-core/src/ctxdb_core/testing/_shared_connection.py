@@ -1,4 +1,4 @@
-"""`SharedConnection`: one connection and its outer transaction, and the turns of those who take a part of it."""
+"""`SharedConnection`: one connection, its outer transaction, and the turns of the transactions inside of that."""
 
 from __future__ import annotations
 
@@ -83,8 +83,11 @@ class SharedConnection:
             own_backends.discard(self._backend_pid)
         async with self._turns:
             if self.unusable is None:
-                self.unusable = "has ended, together with its test: a task, a session or a client outlives the block."
-                # What is deferred must not be checked any more, nor does anybody wait any more.
+                self.unusable = (
+                    "has ended, together with its test: a task, a session or a client outlives the block. End it "
+                    "inside of the block."
+                )
+                # Open transactions end without the checks of a COMMIT, and no transaction waits for them any more.
                 self._open.clear()
             else:
                 await self._connection.invalidate()
@@ -367,7 +370,7 @@ class SharedConnection:
             self._in_force = settings
 
     def _restoration(self) -> list[str]:
-        """Return the statements that undo what is in force.
+        """Return the statements that put the settings in force back to what the connection came with.
 
         They belong behind the savepoint: a timeout that hits one of them must not abort the outer transaction.
         """
@@ -432,6 +435,6 @@ def _only_reads(transaction: Transaction, kind: Kind) -> bool:
 def _refusal(reason: str, waited: float) -> SharedTransactionError:
     seconds = f" (it has waited for {waited:g} s)" if waited else ""
     return SharedTransactionError(
-        f"In a shared transaction there is one connection: {reason}{seconds}; {_ALTERNATIVE} Transactions that have "
-        "only read stand in nobody's way."
+        f"In a shared transaction there is one connection: {reason}{seconds}; {_ALTERNATIVE} A transaction that has "
+        "only read lets no other one wait."
     )

@@ -37,7 +37,7 @@ _PATTERNS = (
     (Kind.READ, r"(?:SELECT|VALUES|TABLE)\b(?!.*\bINTO\b)|SHOW\b|EXPLAIN\b(?!.*\bANALY[SZ]E\b)|PRAGMA\b"),
     (Kind.READ, r"WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE|INTO)\b)"),
     (Kind.DDL, r"(?:CREATE|ALTER|DROP)\b"),
-    # What is about the transaction itself ends with its savepoint.
+    # A setting of the transaction itself, such as `transaction_read_only`, ends with its savepoint.
     (Kind.SET_LOCAL, r"SET\s+LOCAL\s+(?!\"?transaction_)"),
     (Kind.SET, r"SET\s+(?!LOCAL\b|TRANSACTION\b|CONSTRAINTS\b|SESSION\s+CHARACTERISTICS\b)|RESET\b"),
 )

@@ -68,7 +68,10 @@ class LoopThread:
 
     def _check_alive(self) -> None:
         if self.loop.is_closed():
-            raise SharedTransactionError("The shared transaction of this connection has ended, together with its test.")
+            raise SharedTransactionError(
+                "The shared transaction of this connection has ended, together with its test: a task, a session or a "
+                "client outlives the block. End it inside of the block."
+            )
 
 
 async def _call(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -13,7 +13,7 @@ class Transaction:
         read_only: whether writes are refused.
         lenient: whether it lets others go first also when it has written: they see what it wrote, and it cannot undo
             that any more. The transaction of a test's session is lenient.
-        settings: what is set for it.
+        settings: the settings that are in force for it.
     """
 
     def __init__(self, *, autocommit: bool, read_only: bool, lenient: bool, settings: Settings) -> None:

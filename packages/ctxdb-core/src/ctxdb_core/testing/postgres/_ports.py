@@ -20,7 +20,7 @@ def find_free_port(hosts: Sequence[str]) -> int:
     """Return a port that is free on each of some addresses of this machine.
 
     Raises:
-        EmbeddedPostgresError: there is none, or one of them is no address of this machine.
+        EmbeddedPostgresError: no port was found, or one of `hosts` is no address of this machine.
     """
     for host in hosts:
         if not _is_free(host, 0):
