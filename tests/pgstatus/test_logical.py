@@ -32,7 +32,7 @@ def publishing() -> Iterator[PostgresCluster]:
 
 @pytest.fixture(scope="module")
 def subscribing() -> Iterator[PostgresCluster]:
-    """A server of another cluster, which is to subscribe."""
+    """A server of another cluster, which is to compare_with_publisher."""
     cluster = PostgresCluster(hosts=["127.0.0.32"])
     asyncio.run(cluster.start())
     yield cluster
@@ -190,7 +190,7 @@ async def test_whatever_tells_most_of_a_subscriber_is_its_position(told: tuple[i
     common = {"in_recovery": False, "position": 9, "replay_age_ms": None, "asked_at": 0.0}
     publisher = Answer(timeline=3, slots={"s": Slot(is_active=True, confirmed=confirmed)}, **common)  # type: ignore[arg-type]  # of several types
     member.watch.answer = Answer(timeline=1, subscriptions=(Subscription("s", applied, reported),), **common)  # type: ignore[arg-type]  # see above
-    member.subscribe(publisher)
+    member.compare_with_publisher(publisher)
     assert member.answer is not None
     assert (member.answer.position, member.answer.timeline) == (7, 3)
 

@@ -590,7 +590,7 @@ async def test_a_master_that_goes_on_between_polls_leaves_nobody_behind(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # However short the time between two polls: the replicas were asked before.
-    monkeypatch.setattr("ctxdb_pgstatus._probing.judge._ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("ctxdb_pgstatus._probing.judge._SAME_ROUND_SECONDS", 0.0)
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
         await monitor.poll()

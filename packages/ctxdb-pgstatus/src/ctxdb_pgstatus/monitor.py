@@ -348,7 +348,7 @@ class HostMonitor:
         or several servers take turns behind the name.
         """
         member = self._members.get(host)
-        if member is None or not member.watch.is_certain or member.watch.server is None:
+        if member is None or not member.watch.has_same_server or member.watch.server is None:
             return None
         return member.watch.server.started_at
 
@@ -449,7 +449,7 @@ class HostMonitor:
             self._is_settled = True
             self._elect()
             for member in self._members.values():
-                self._look_at_subscribers(member)
+                self._compare_subscribers(member)
             self._compare_with_standbys()
             for member in self._replicas():
                 answer = member.answer
@@ -457,7 +457,7 @@ class HostMonitor:
                 self._warn_of_missing_timeline(member.watch.address.name, answer)
                 self._judge.judge(member)
             self._publish()
-            await self._ask_the_doubtful()
+            await self._confirm_lags()
         except BaseException:
             await self._stop()
             raise
@@ -543,7 +543,7 @@ class HostMonitor:
                 if self._is_settled:
                     logger.info("There is another host: %s.", name, extra={"host": name})
         for member in self._members.values():
-            member.watch.is_unaided = len(self._members) == 1
+            member.watch.renews_at_each_poll = len(self._members) == 1
         for name, member in before.items():
             if self._members.get(name) is not member:
                 logger.info("Host %s is not there any more.", name, extra={"host": name})
@@ -587,12 +587,12 @@ class HostMonitor:
         for watch in watches:
             watch.hurry()
         await asyncio.gather(*(watch.ask(patient=False) for watch in living or watches))
-        await self._ask_the_doubtful()
+        await self._confirm_lags()
         return self.status
 
-    async def _ask_the_doubtful(self) -> None:
+    async def _confirm_lags(self) -> None:
         """Look again at what looks as if it had fallen behind, before it is said."""
-        if doubtful := [member for member in self._members.values() if member.doubt is not None]:
+        if doubtful := [member for member in self._members.values() if member.unconfirmed is not None]:
             await asyncio.sleep(TRANSIT_SECONDS)
             await asyncio.gather(*(member.watch.ask(patient=False) for member in doubtful))
 
@@ -601,7 +601,7 @@ class HostMonitor:
         if asked is None:
             return False
         candidates = [member for member in self._members.values() if self._may_be_promoted(member, asked)]
-        others = {member: member.watch.ask(patient=False) for member in candidates if member.watch.is_sound}
+        others = {member: member.watch.ask(patient=False) for member in candidates if member.watch.is_responsive}
         answered = asked.watch.ask()
         await asyncio.gather(answered, *others.values())
         if asked.watch.standbys_before_loss:
@@ -621,7 +621,7 @@ class HostMonitor:
         The kept connections go on to the servers that they were opened to, wherever the names lead by now.
         """
         candidates = [member for member in self._members.values() if self._may_be_promoted(member, asked)]
-        others = [member.watch.ask_anew(patient=False) for member in candidates if member.watch.is_sound]
+        others = [member.watch.ask_anew(patient=False) for member in candidates if member.watch.is_responsive]
         answered, *_ = await asyncio.gather(asked.watch.ask_anew(), *others)
         name = asked.watch.address.name
         if not answered and self.status.master == name:
@@ -714,10 +714,10 @@ class HostMonitor:
             if member is None or member.watch is not watch:
                 # It has left the cluster meanwhile.
                 return
-            member.meet(watch.server)
-            watch.is_unaided = len(self._members) == 1 or self._may_have_moved(member)
+            member.note_server(watch.server)
+            watch.renews_at_each_poll = len(self._members) == 1 or self._may_have_moved(member)
             self._elect()
-            self._look_at_subscribers(member)
+            self._compare_subscribers(member)
             answer = member.answer
             if answer is None or not answer.in_recovery:
                 member.forget_lag()
@@ -729,13 +729,13 @@ class HostMonitor:
                 self._judge.compare_with_master(answer, self._members.values())
         self._publish()
 
-    def _look_at_subscribers(self, reported: Member) -> None:
+    def _compare_subscribers(self, reported: Member) -> None:
         """Compare subscribers with the master: the one that has reported, or all of them if the master has."""
         master = self._members.get(self._election.master or "")
         publisher = None if master is None else master.answer
         for member in self._members.values():
             if member.is_subscriber and (member is reported or reported is master):
-                member.subscribe(publisher)
+                member.compare_with_publisher(publisher)
 
     def _warn_of_missing_timeline(self, name: str, answer: Answer) -> None:
         member = self._members[name]
@@ -804,7 +804,7 @@ class HostMonitor:
                     extra={"host": name},
                 )
             return False
-        return name not in self._membership.strangers and not member.watch.is_shared
+        return name not in self._membership.strangers and not member.watch.has_several_servers
 
     def _log_election(self, before: Election, now: Election) -> None:
         timeline = self._membership.highest_timeline
@@ -840,7 +840,7 @@ class HostMonitor:
         election = self._election
         if name in self._membership.strangers:
             return "stranger"
-        if self._members[name].watch.is_shared:
+        if self._members[name].watch.has_several_servers:
             return "shared_name"
         if name in election.rivals or (election.rivals and election.master is None and name == election.preferred):
             return "rival"
