@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Literal
 
 from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.lag import Lag, Reference
@@ -22,7 +23,7 @@ class Member:
         may_be_promoted: whether the host may become the master.
         is_subscriber: whether the host receives the cluster's data by logical replication. Such a host is a primary of
             its own, and counts as a replica.
-        was_warned_of: whether a warning about the host was logged that is not to be repeated.
+        warned_of: the warnings about the host that were logged and are not to be repeated.
         lag: how far the host is behind.
         in_sync_by_time: whether the lag in time is within the limit.
         in_sync_by_bytes: whether the lag in bytes is within the limit.
@@ -37,7 +38,7 @@ class Member:
         self.may_be_promoted = True
         self.is_subscriber = False
         self._as_replica: Answer | None = None
-        self.was_warned_of = False
+        self.warned_of: set[Literal["timeline", "nofailover"]] = set()
         self._task: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self.forget_lag()
