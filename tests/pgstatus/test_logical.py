@@ -32,7 +32,7 @@ def publishing() -> Iterator[PostgresCluster]:
 
 @pytest.fixture(scope="module")
 def subscribing() -> Iterator[PostgresCluster]:
-    """A server of another cluster, which is to subscribe."""
+    """A server of another cluster, which is to compare_with_publisher."""
     cluster = PostgresCluster(hosts=["127.0.0.32"])
     asyncio.run(cluster.start())
     yield cluster
@@ -170,7 +170,7 @@ async def test_what_a_subscriber_has_applied_is_the_position_after_the_commit(
 ) -> None:
     await grant_progress(subscriber)
     async with monitoring(publishing, subscriber, "watcher") as monitor:
-        watch = monitor._members[address(subscriber)].watch
+        watch = monitor._cluster.members[address(subscriber)].watch
         position = number = 0
         async with asyncio.timeout(PATIENCE):
             # A record of the server's own may come between a commit and the question for the position after it.
@@ -185,12 +185,12 @@ async def test_what_a_subscriber_has_applied_is_the_position_after_the_commit(
 @pytest.mark.parametrize("told", [(7, 5, 5), (5, 7, 5), (5, 5, 7), (7, None, None), (None, 7, None), (None, None, 7)])
 async def test_whatever_tells_most_of_a_subscriber_is_its_position(told: tuple[int | None, ...]) -> None:
     monitor = HostMonitor(["n1", "n2"], user="u", subscribers=["n2"])
-    member = monitor._members["n2"]
+    member = monitor._cluster.members["n2"]
     applied, reported, confirmed = told
     common = {"in_recovery": False, "position": 9, "replay_age_ms": None, "asked_at": 0.0}
     publisher = Answer(timeline=3, slots={"s": Slot(is_active=True, confirmed=confirmed)}, **common)  # type: ignore[arg-type]  # of several types
     member.watch.answer = Answer(timeline=1, subscriptions=(Subscription("s", applied, reported),), **common)  # type: ignore[arg-type]  # see above
-    member.subscribe(publisher)
+    member.compare_with_publisher(publisher)
     assert member.answer is not None
     assert (member.answer.position, member.answer.timeline) == (7, 3)
 

@@ -590,13 +590,13 @@ async def test_a_master_that_goes_on_between_polls_leaves_nobody_behind(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # However short the time between two polls: the replicas were asked before.
-    monkeypatch.setattr("ctxdb_pgstatus._probing.judge._ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("ctxdb_pgstatus._probing.judge._SAME_ROUND_SECONDS", 0.0)
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
         await monitor.poll()
         changes = changes_of(monitor)
         await cluster.primary.write_wal(10)
-        await monitor._members[cluster.primary.host].watch.ask()
+        await monitor._cluster.members[cluster.primary.host].watch.ask()
         assert changes == []
         assert all(host.in_sync("time_and_bytes") for host in monitor.hosts())
 
@@ -755,12 +755,12 @@ async def test_many_polls_at_once_are_few(cluster: PostgresCluster, monkeypatch:
         assert asked <= 2 * len(cluster.nodes)
 
 
-async def test_a_poll_that_goes_wrong_in_any_way_is_not_the_last(
+async def test_a_defect_in_a_poll_does_not_end_the_polling(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with monitor_of(cluster) as monitor:
         with monkeypatch.context() as patch:
-            patch.setattr(monitor, "_publish", _fail)
+            patch.setattr(monitor._changes, "tell", _fail)
             await monitor.poll()
         assert "Polling" in caplog.text
         with monkeypatch.context() as patch:

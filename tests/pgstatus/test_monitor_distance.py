@@ -69,7 +69,7 @@ async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_ali
             max_fails=1,
         ) as monitor,
     ):
-        watch = monitor._members[proxy.host].watch
+        watch = monitor._cluster.members[proxy.host].watch
         await watch.ask()
         await until(monitor, lambda: monitor.master() == proxy.host)
         changes = changes_of(monitor)
@@ -135,7 +135,7 @@ async def test_a_process_that_was_stopped_hears_what_the_hosts_have_said_before_
 ) -> None:
     async with monitor_of(cluster, poll_interval=0.3) as monitor:
         changes = changes_of(monitor)
-        watches = [member.watch for member in monitor._members.values()]
+        watches = [member.watch for member in monitor._cluster.members.values()]
         answers = [watch.ask() for watch in watches]
         await until_asked(watches)
         # All that is timed is overdue when the process goes on.
@@ -155,11 +155,11 @@ async def test_a_process_that_was_stopped_hears_of_a_promotion_before_it_confirm
     ):
         await monitor.poll()
         # Nothing is polled before the confirmation, and its answers are late as soon as those of quick polls are.
-        for member in monitor._members.values():
+        for member in monitor._cluster.members.values():
             member.watch._pace = Pace(0.3, PATIENCE, 3)
         await new.promote()
         confirmation = asyncio.create_task(monitor.confirm_master(old.host))
-        watches = [member.watch for member in monitor._members.values()]
+        watches = [member.watch for member in monitor._cluster.members.values()]
         await until_asked(watches)
         time.sleep(0.5)
         assert not await confirmation
@@ -189,7 +189,7 @@ async def test_a_commit_waits_for_the_hosts_that_may_be_promoted(cluster: Postgr
         async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
             slow.delay = HOUR
             confirmation = asyncio.create_task(monitor.confirm_master(cluster.primary.host))
-            assert await monitor._members[cluster.primary.host].watch.ask()
+            assert await monitor._cluster.members[cluster.primary.host].watch.ask()
             assert not confirmation.done()
             slow.drop()
             await confirmation
@@ -208,7 +208,7 @@ async def test_no_commit_waits_for_a_host_that_has_just_failed(cluster: Postgres
     async with Proxy(cluster.standbys[0]) as failing:
         hosts = [cluster.primary.host, failing.host]
         async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
-            watch = monitor._members[failing.host].watch
+            watch = monitor._cluster.members[failing.host].watch
             # The first attempt fails; the next one hangs.
             failing.refusals, failing.blocked = 1, True
             failing.drop()
@@ -227,7 +227,7 @@ async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_
         monitor_of(cluster, hosts=[old.host, slow.host, other.host], connect_timeout=PATIENCE) as monitor,
     ):
         # Nothing is polled before the confirmation, and its answers are late after a fifth of a second.
-        for member in monitor._members.values():
+        for member in monitor._cluster.members.values():
             member.watch._pace = Pace(3.0, PATIENCE, 15)
         slow.delay = 0.25
         await new.promote()

@@ -83,7 +83,7 @@ async def test_a_server_that_refuses_is_left_in_peace_for_longer_and_longer(guar
         monitor_of(guarded, hosts=[proxy.host], user="watcher", password="wrong", poll_interval=0.05) as monitor,
     ):
         await until_error(monitor, "password authentication failed")
-        watch = monitor._members[proxy.host].watch
+        watch = monitor._cluster.members[proxy.host].watch
         questions = 0
         async with asyncio.timeout(PATIENCE):
             while watch.refusals < 3:

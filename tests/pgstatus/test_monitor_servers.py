@@ -150,7 +150,7 @@ async def test_a_connection_that_cannot_be_renewed_is_kept(cluster: PostgresClus
             await monitor.poll()
         async with asyncio.timeout(PATIENCE):
             while proxy.refusals == 1000:
-                monitor._members[proxy.host].watch._upkeep_at = 0.0
+                monitor._cluster.members[proxy.host].watch._upkeep_at = 0.0
                 await monitor.poll()
         await monitor.poll()
         assert changes == []
@@ -324,9 +324,9 @@ async def test_an_undone_timeline_counts_no_more_and_a_later_one_does_though_onl
         for _ in range(3):
             await monitor.poll()
         assert monitor.master() == old.host
-        undone = monitor._membership._undone
+        undone = monitor._cluster.membership._undone_timeline
     async with monitor_of(cluster, hosts=hosts, poll_interval=0.5) as monitor:
-        monitor._membership._undone = undone
+        monitor._cluster.membership._undone_timeline = undone
         assert monitor.master() == old.host
         # Where the monitor does not look, another one is promoted, and the first one follows it.
         await other.promote()

@@ -103,6 +103,21 @@ async def test_a_role_that_may_not_read_the_control_data_knows_the_roles_and_wha
     assert len(warnings) == 2
 
 
+async def test_a_nofailover_host_that_claims_to_be_master_is_warned_of_although_its_timeline_was_before(
+    cluster: PostgresCluster, revoked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, _ = cluster.nodes
+    async with monitor_of(cluster, user=revoked, nofailover=[new.host]) as monitor:
+        await new.promote()
+        await monitor.poll()
+    # The fixtures put the privileges back on the first server, which the other ones are made standbys of again.
+    cluster.primary = old
+    warned = [
+        record.__dict__["host"] for record in caplog.records if "is one of the `nofailover`" in record.getMessage()
+    ]
+    assert warned == [new.host]
+
+
 async def test_a_role_with_pg_monitor_needs_no_control_data(cluster: PostgresCluster, revoked: str) -> None:
     await cluster.primary.execute("GRANT pg_monitor TO watcher")
     await cluster.wait_for_replay()

@@ -373,11 +373,11 @@ async def test_a_confirmed_master_is_told_with_its_server() -> None:
 
 async def test_a_master_that_is_uncertain_is_told_so() -> None:
     app, monitor = told_app(master("n1"), replica("n2"))
-    monitor.error = MasterUncertainError("'n1' cannot be connected to anew")
+    monitor.error = MasterUncertainError("No new connection to 'n1' could be opened")
     response = await ask(app, "/master", {"cache-control": "no-cache"})
     assert (response.status_code, response.json()) == (
         503,
-        {"error_text": "'n1' cannot be connected to anew", "uncertain": True},
+        {"error_text": "No new connection to 'n1' could be opened", "uncertain": True},
     )
 
 

@@ -88,7 +88,8 @@ __all__ = [
 ]
 
 if not typing.TYPE_CHECKING:
-    # Imported when they are first used: see `ctxdb_pgstatus._lazy`.
+    # Each module is imported when one of its names is first used: the sidecar must start without SQLAlchemy and httpx
+    # (see `ctxdb_pgstatus._lazy`).
     _NAMES_OF_MODULES: dict[str, tuple[str, ...]] = {
         "addresses": ("HostAddress",),
         "client": ("PgStatusClient",),

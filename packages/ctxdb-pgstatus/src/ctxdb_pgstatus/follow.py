@@ -169,7 +169,7 @@ class _Follower:
         self.source.report_failure(host)
 
     async def has_seen(self, host: str, lost: LostCommit) -> bool:
-        """Return whether `host` had replayed all of a transaction but its commit, at the least, when it was promoted.
+        """Return whether `host` had replayed at least all of a transaction but its commit when it was promoted.
 
         Then the host knows the transaction's identifier, and has not given it to another transaction: it can tell
         whether the transaction was committed. `lost.position` is in the WAL of `lost.timeline`: only a promotion that

@@ -17,20 +17,21 @@ from ctxdb_pgstatus.source import HostSource
 __all__ = ["ReadYourWrites"]
 
 _SHORTEST_SECRET = 16
-# A token of RFC 9110, which names of cookies and of header fields both are.
+# A token (RFC 9110, section 5.6.2): the form of the names of header fields and of cookies (RFC 6265, section 4.1.1).
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
+# The key by which the ASGI scope, or aiohttp's writer, keeps the positions of a request.
 _KEY = "ctxdb_pgstatus.positions"
 
 
 class ReadYourWrites:
     """Lets each client read what it has written, wherever it reads.
 
-    After a committed write, the response carries the WAL position after the commit in a signed cookie, or in a header
-    field. A request that brings it along reads from a replica that has replayed that position, after a short wait if
-    need be, and else from the master. Clients that have written nothing are not concerned.
+    After a committed write, the response carries the WAL position after the commit, in a signed cookie or in a header
+    field. A later request that brings this position along reads from a replica that has replayed it, after a short wait
+    if need be; else from the master. For clients that have written nothing, nothing changes.
 
-    It is added in one line, around the unit of work::
+    The middleware is added in one line, around the unit of work::
 
         app.add_middleware(DBSessionMiddleware)  # Starlette and FastAPI: what is added later is further out
         app.add_middleware(ReadYourWrites(monitor, secret=...))
@@ -39,20 +40,22 @@ class ReadYourWrites:
 
         ReadYourWrites(monitor, secret=...).setup(app)  # aiohttp
 
-    Writes are those through a `follow_master` on the same source, reads those through a `follow_replica`. What a
-    streamed body or a background task writes after the response has begun comes too late to be told to the client.
+    The writes of a client are those through a `follow_master` on the same source, and its reads are those through a
+    `follow_replica`. If a streamed body or a background task writes after the response has begun, it is too late to
+    tell the client of that write.
 
     Args:
-        source: who knows the cluster.
-        secret: what the positions are signed with, at least 16 bytes; the same for all processes of the application.
-        max_age: for how many seconds a client's last write is remembered. It has to be longer than replicas may lag.
-        cookie: the name of the cookie. Two clusters behind one site need different ones; an application that uses both
+        source: knows the cluster.
+        secret: the key by which the positions are signed: at least 16 bytes, the same for all processes of the
+            application.
+        max_age: for how many seconds a client's last write is remembered. This has to be longer than replicas may lag.
+        cookie: the name of the cookie. Two clusters behind one site need different names; an application that uses both
             has one `ReadYourWrites` around another.
-        header: the name of a header field of responses and requests, for clients without cookies; the cookie is not
-            used then.
-        wait: how many seconds to wait for a replica that has replayed a position, before the master is asked.
-        secure: whether the cookie is for HTTPS only; by default, if the request has come by HTTPS. Behind a proxy which
-            does not tell, say ``True``.
+        header: the name of a header field of responses and requests, for clients without cookies. If it is given, no
+            cookie is used.
+        wait: how many seconds to wait for a replica that has replayed a position, before the master is read from.
+        secure: whether the cookie is for HTTPS only; by default, if the request has come by HTTPS. Behind a proxy that
+            does not tell the application so, give ``True``.
 
     Raises:
         OptionError: an option has a value that it cannot have.
@@ -81,7 +84,10 @@ class ReadYourWrites:
             raise OptionError(f"wait={wait}: give seconds, 0 or more.")
         name = cookie if header is None else header
         if _NAME.fullmatch(name) is None:
-            raise OptionError(f"{name!r} cannot be the name of a {'cookie' if header is None else 'header field'}.")
+            raise OptionError(
+                f"{name!r} cannot be the name of a {'cookie' if header is None else 'header field'}: give a name of "
+                "letters, digits, dashes and underscores."
+            )
         self.source = source
         self._max_age = max_age
         self._wait = wait
@@ -97,19 +103,20 @@ class ReadYourWrites:
         return _ReadYourWritesMiddleware(app, self)
 
     def setup(self, app: Any) -> None:
-        """Add it to an ``aiohttp.web.Application``, before or after `ctxdb_aiohttp.setup`."""
+        """Add this middleware to an ``aiohttp.web.Application``, before or after `ctxdb_aiohttp.setup`."""
 
         async def read_your_writes(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
             writer = request.writer
             values = request.headers.getall(self._asked_field.decode(), ())
             positions = self.begin(vars(writer), (value.encode("utf-8", "surrogateescape") for value in values))
-            # Each request has a context of its own, which lasts until its body is sent.
+            # aiohttp runs each request in a task, and so in a context, of its own, which lasts until the body is sent.
             current_positions.set(positions)
             forward = _by_weak_reference(writer.write_headers)
             is_https = request.scheme == "https"
 
             async def write_headers_with_position(status_line: str, headers: Any) -> None:
-                # Here it is certain what was committed; the hook `on_response_prepare` comes before that.
+                # The unit of work commits in the hook `on_response_prepare`, or before it: so the position is known
+                # only here, where aiohttp is about to write the header fields.
                 if (value := self.value_for(positions, is_https=is_https)) is not None:
                     headers.add(self._field, value)
                 await forward(status_line, headers)
@@ -122,17 +129,18 @@ class ReadYourWrites:
         app.middlewares.insert(0, read_your_writes)
 
     def begin(self, kept: MutableMapping[str, Any], values: Iterable[bytes]) -> Positions:
-        """Return the positions of a request: the same for all that are around one application.
+        """Return the positions of a request, which all `ReadYourWrites` around one application share.
 
         Args:
-            kept: what keeps them for another one further in: the ASGI scope, or the attributes of aiohttp's writer.
-            values: of the header field that it may bring a token in.
+            kept: keeps the positions for a `ReadYourWrites` further in: the ASGI scope, or the attributes of aiohttp's
+                writer.
+            values: the values of the header field in which a request may bring a token along.
         """
         positions: Positions | None = kept.get(_KEY)
         if positions is None:
             positions = kept[_KEY] = Positions()
         positions.limit(self.source, max_age=self._max_age, wait=self._wait)
-        # Of several tokens, which were set for several paths, all are to be seen.
+        # A browser sends several cookies of one name if they were set for several paths: the highest position counts.
         tokens = [token for value in values for token in self._tokens(value.decode("latin-1"))]
         if tokens:
             position = self._signer.read(tokens, above=positions.required(self.source) or 0)
@@ -148,16 +156,16 @@ class ReadYourWrites:
 
     @property
     def asked_field(self) -> bytes:
-        """The name of the header field that requests bring tokens in."""
+        """The name of the header field in which requests bring tokens along."""
         return self._asked_field
 
     @property
     def field(self) -> str:
-        """The name of the header field that responses carry tokens in."""
+        """The name of the header field in which responses carry tokens."""
         return self._field
 
     def value_for(self, positions: Positions, *, is_https: bool) -> str | None:
-        """Return the value of a response's header field; ``None`` if nothing was written."""
+        """Return the value of the response's header field; ``None`` if the request has written nothing."""
         position = positions.written_by(self.source)
         if position is None:
             return None
@@ -202,15 +210,19 @@ class _ReadYourWritesMiddleware:
 
 
 def _by_weak_reference(method: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    """Return what calls a method of aiohttp's writer without keeping the writer, which will keep this."""
+    """Return a function that calls a method of aiohttp's writer, and keeps the writer by a weak reference only.
+
+    The function becomes an attribute of that very writer: with a strong reference, only the garbage collector would
+    free the two.
+    """
     if not ismethod(method):
-        # It stands in for the method already.
+        # Another `ReadYourWrites` has put its function in the place of the method already.
         return method
     found = WeakMethod(method)
 
     async def forward(*args: Any) -> None:
         original = found()
-        assert original is not None, "it was called by way of the writer"
+        assert original is not None, "the writer that calls this function is alive"
         await original(*args)
 
     return forward

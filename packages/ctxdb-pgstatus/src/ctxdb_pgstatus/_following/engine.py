@@ -1,4 +1,8 @@
-"""`FollowedEngine`: an engine on one host of a cluster, which lets go of the host when the cluster does."""
+"""`FollowedEngine`: an engine on one host of a cluster, whose sessions leave the host when the cluster changes.
+
+It stands in for ``Engine.raw_connection`` and ``Dialect.connect``, and listens to the engine's errors. Which host is
+right is decided by a `Follower`, one for all engines of a ``follow_master`` or ``follow_replica``.
+"""
 
 from __future__ import annotations
 
@@ -46,60 +50,68 @@ logger = logging.getLogger("ctxdb_pgstatus")
 WATCH_SECONDS = 0.1
 """How often the cluster is looked at while connections are in use."""
 
+# SQLSTATEs (PostgreSQL, "PostgreSQL Error Codes"): read_only_sql_transaction, by which a standby refuses to write; and
+# invalid_parameter_value, which `pg_xact_status` raises for an identifier that was not assigned yet ("transaction ID
+# ... is in the future").
 _READ_ONLY_SQL_TRANSACTION = "25006"
-# As `pg_xact_status` calls an identifier that was not assigned: an invalid parameter.
 _TRANSACTION_IN_THE_FUTURE = "22023"
-# How many connections to other servers than the source knows are given away before there is an error: as many as a
-# small pool holds, as a name that has moved leaves them all behind.
+# How many connections are thrown away that lead to other servers than the source knows, before an error is raised. When
+# a name has moved to another server, all connections in the pool lead to the old one: as many as a small pool holds.
 _MOST_STRAYS = 20
-# Classes of SQLSTATE (PostgreSQL, "Error Codes"): invalid authorization, and a database that does not exist.
+# The first two signs of SQLSTATEs: invalid authorization, and a database that does not exist.
 _REFUSALS = ("28", "3D")
+# The statements that end a savepoint, which another connection would not have.
+_ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)
+# The isolation levels at which all statements of a transaction see one snapshot (PostgreSQL, "Transaction Isolation").
+_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE")
+# The execution options by which a transaction differs from others of its engine.
+_OPTIONS = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
 
 
 class Follower(Protocol):
-    """Who decides on which host an engine is used."""
+    """Decides which host the sessions of a database go to, and knows what its source says of hosts."""
 
     guard: CommitGuard | None
     connect_timeout: float
     servers: KnowsServers | None
 
     async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
-        """Return the engine that sessions of `db` are to use now; ``None`` if it is not a host's, but a test's."""
+        """Return the engine that sessions of `db` are to use now; ``None`` in a test's `shared_transaction`."""
 
     def is_fit(self, host: str, positions: Positions) -> bool:
-        """Return whether `host` has what the running code has to see."""
+        """Return whether `host` has replayed what the running code has written."""
 
     async def review(self) -> None:
-        """Leave the hosts that the cluster has left."""
+        """Have each engine leave its host if sessions must not go there any more, or return to it if they may again."""
 
     def report_failure(self, host: str) -> None:
-        """Have a host looked at."""
+        """Have the source ask a host now, as something has failed on it."""
 
     async def has_seen(self, host: str, lost: LostCommit) -> bool:
-        """Return whether the last promotion of `host` was after all of a transaction, except for its end."""
+        """Return whether `host` had replayed at least all of a transaction but its commit when it was promoted."""
 
     def forget_position(self, host: str, positions: Positions) -> None:
-        """Trust the host no more to have what the running code has to see, until it is asked again."""
+        """Forget how far `host` has replayed, so that it is asked anew before the running code reads from it."""
 
     def no_server(self, host: str) -> PgStatusError:
-        """Return the error for a name of which each connection leads to another server than the source knows."""
+        """Return the error for a host of which each connection leads to another server than the source knows."""
 
 
 class _HostLeftError(PgStatusError):
-    """The host was left while a connection to it was waited for: to be chosen again."""
+    """The host was left while a connection to it was waited for: `FollowedEngine.raw_connection` chooses again."""
 
     def __init__(self, host: str) -> None:
         super().__init__(
-            f"{host!r} was left, as it does not answer, or is not the master any more: open a new session."
+            f"The host {host!r} was left, as it does not answer, or is not the master any more: open a new session."
         )
 
 
 class _OtherServerError(PgStatusError):
-    """A connection leads to another server than the one that the source knows by this name."""
+    """A connection leads to another server than the one that the source knows by the host's name."""
 
 
 class _Wait:
-    """A task that waits for a connection."""
+    """A task that waits for a connection, and can be told to stop waiting, by a cancellation that `end` takes back."""
 
     __slots__ = ("cancelling", "interrupted", "task")
 
@@ -111,38 +123,38 @@ class _Wait:
         self.interrupted = False
 
     def interrupt(self) -> None:
-        """Let the task stop waiting."""
+        """Have the task stop waiting."""
         if not self.interrupted:
             self.interrupted = True
             self.task.cancel()
 
     def end(self) -> bool:
-        """Return whether the task was cancelled by `interrupt` alone."""
+        """Take the cancellation of `interrupt` back; return whether nothing else has cancelled the task meanwhile."""
         return self.interrupted and self.task.uncancel() <= self.cancelling
 
 
-# By weak references on both sides: each of the two knows the other.
+# Each of the two refers to the other: so the references here are weak on both sides.
 _followed: WeakKeyDictionary[Engine, ref[FollowedEngine]] = WeakKeyDictionary()
 
 
 class FollowedEngine:
-    """Stands in for ``Engine.raw_connection``, which every transaction takes its connection from.
+    """Stands in for ``Engine.raw_connection``, by which every transaction takes its connection.
 
-    Each time, the host is checked: if it was left meanwhile, or has not replayed what the running code has written, the
-    connection is one to another host instead. So a session that has no transaction open moves along, and a request that
-    waits in the pool of a host that was left waits no longer.
+    Each time, the host is checked. If the host was left meanwhile, or has not replayed what the running code has
+    written, the connection is one to another host instead. So a session that has no transaction open moves along; and a
+    request that waits for a connection of the pool stops waiting when the host is left.
 
     Args:
         engine: the engine.
-        host: where it leads to.
-        db: whose engine it is.
-        follower: who decides.
+        host: the host that the engine connects to.
+        db: the database that the engine is of.
+        follower: decides which host is right.
     """
 
     def __init__(self, engine: AsyncEngine, host: str, db: ref[DBConnect], follower: Follower) -> None:
         self.host = host
         self.is_left = False
-        """Whether nobody may use the host any more."""
+        """Whether no session may take a connection to the host any more."""
         self._sync_engine = sync_engine = engine.sync_engine
         self._db = db
         self._follower = follower
@@ -166,17 +178,17 @@ class FollowedEngine:
 
     @classmethod
     def of(cls, engine: Engine) -> FollowedEngine | None:
-        """Return what stands in for `engine`, if something does."""
+        """Return the `FollowedEngine` of `engine`; ``None`` if the engine follows no host."""
         followed = _followed.get(engine)
         return None if followed is None else followed()
 
     # --- taking connections -------------------------------------------------------------------------------------------
 
     def raw_connection(self) -> PoolProxiedConnection:
-        """Return a connection from the pool: to this host, or to another one if this is not the right one any more.
+        """Return a connection from the pool of this host, or of another host if this one is not right any more.
 
         Raises:
-            NoMasterError, NoReplicaError: there is no right one.
+            NoMasterError, NoReplicaError: no host will do.
         """
         positions = current_positions.get()
         followed = self
@@ -188,9 +200,9 @@ class FollowedEngine:
                     return self._take_from_pool()
                 followed = chosen
             try:
-                return followed._take(positions)  # noqa: SLF001 - its own
+                return followed._take(positions)  # noqa: SLF001 - its own class
             except _HostLeftError:
-                # It was left; the loop finds out what there is instead.
+                # The engine is left now, so the loop chooses another host.
                 continue
             except _OtherServerError:
                 strays += 1
@@ -203,8 +215,8 @@ class FollowedEngine:
         db = self._db()
         if db is None:
             raise PgStatusError(
-                f"This session was made for {self.host!r}, which the cluster has left, by a DBConnect that is gone: "
-                "there is nobody to ask for another host. Keep the DBConnect as long as its sessions."
+                f"This session was made for {self.host!r}, which was left since, and the DBConnect is gone that would "
+                "choose another host. Keep a reference to the DBConnect for as long as its sessions are used."
             )
         return await self._follower.choose(db, positions)
 
@@ -223,14 +235,16 @@ class FollowedEngine:
                 wait.end()
                 raise _HostLeftError(self.host) from exc
             if self._is_of_driver(exc):
-                # What a new connection is told and asked before it is handed out is told past `handle_error`.
+                # A new connection is set up and asked for its server before the pool hands it out. SQLAlchemy raises
+                # errors of that time without a `handle_error` event.
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, exc) from exc
             raise
         finally:
             self._waits.discard(wait)
         if wait.interrupted:
-            # The connection had been on its way already; so may have been a cancellation by somebody else.
+            # The pool had handed a connection over when the wait was interrupted. Another cancellation of the task, if
+            # there was one, goes on after this.
             wait.end()
             connection.close()
             raise _HostLeftError(self.host)
@@ -242,7 +256,7 @@ class FollowedEngine:
         return connection
 
     def _is_of_driver(self, error: Exception) -> bool:
-        """Return whether an error was raised by the driver, as its own or as that of its adapter, or by the network."""
+        """Return whether an error is the network's, the driver's, or that of SQLAlchemy's adapter for the driver."""
         dialect = self._sync_engine.dialect
         package = type(error).__module__.partition(".")[0]
         return isinstance(error, (OSError, dialect.loaded_dbapi.Error)) or package == dialect.driver
@@ -250,10 +264,10 @@ class FollowedEngine:
     def _check_server(
         self, connection: PoolProxiedConnection, state: ConnectionState, positions: Positions | None
     ) -> None:
-        """Give a connection away that leads to another server than the one that the source knows by this name.
+        """Throw the connection away if it leads to another server than the source knows by the host's name.
 
         Raises:
-            _OtherServerError: it does.
+            _OtherServerError: the connection was thrown away.
         """
         is_new, state.is_new = state.is_new, False
         servers = self._follower.servers
@@ -263,12 +277,12 @@ class FollowedEngine:
         if known is None or known == state.started_at:
             return
         if is_new:
-            # The source may not have seen yet that the name leads elsewhere.
+            # This connection was opened just now: the source may not have seen yet that the name leads elsewhere.
             known = await_only(servers.ask_server_of(self.host))
             if known is None or known == state.started_at:
                 return
             if self._follower.guard is None and (positions is None or positions.are_empty):
-                # Servers take turns behind the name, and any of them will do.
+                # Several servers take turns behind the name. Any of them will do for code that has written nothing.
                 return
         connection.invalidate()
         raise _OtherServerError(f"{self.host!r} leads to several servers.")
@@ -312,7 +326,7 @@ class FollowedEngine:
             if not driver.is_open(connection):
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, exc) from exc
-            # A pooler in between that does not know what it is asked.
+            # The server refuses the query, or a pooler in front of it does: which server it is stays unknown.
             return None
         finally:
             limit.cancel()
@@ -322,7 +336,7 @@ class FollowedEngine:
     def _before_execute(
         self, connection: Connection, element: object, multiparams: object, params: object, options: object
     ) -> None:
-        """Let a reader go on elsewhere if its code has committed something that this replica does not have."""
+        """Move a reader's transaction to another host if its code has committed something that this replica lacks."""
         positions = current_positions.get()
         if positions is None or positions.are_empty or isinstance(element, _ENDS_OF_SAVEPOINTS):
             return
@@ -334,12 +348,12 @@ class FollowedEngine:
             return
         if state.is_bound or connection.in_nested_transaction() or _has_options(connection):
             raise StaleReaderError(
-                f"The transaction that is open on {state.host!r} began before something was committed on the master "
-                "that it would have to see, and cannot go on elsewhere: it has a savepoint, options of its own, or a "
+                f"The transaction that is open on {state.host!r} has to see what this code has committed on the master "
+                "since it began, and cannot go on on another host: it has a savepoint, options of its own, or a "
                 "streamed result. End it first, by `commit_db_session`, or read by another session."
             )
-        # A transaction that only reads, and sees at each statement what is committed, has nothing on its connection
-        # that another one would not have.
+        # At READ COMMITTED, each statement sees what is committed when it begins (PostgreSQL, "Transaction Isolation").
+        # So a transaction that has only read can go on on another connection, with the settings that it has made.
         swap_connection(connection, self.raw_connection)
         for setting in state.settings:
             connection.exec_driver_sql(setting)
@@ -366,7 +380,7 @@ class FollowedEngine:
             state.is_bound = True
 
     def _handle_error(self, context: ExceptionContext) -> None:
-        """Raise an error of this package's own in the place of one that tells of the host, not of the statement."""
+        """Raise an error of this package if the driver's error is about the host, and not about the statement."""
         connection = context.connection
         error = context.original_exception
         if not isinstance(error, Exception) or not self._is_of_driver(error):
@@ -375,32 +389,33 @@ class FollowedEngine:
             return
         state = None if connection is None else state_of(connection)
         if connection is None or state is None:
-            # While the first connection is asked for the server's version and the like.
+            # The connection is the engine's first one, which SQLAlchemy asks for the server's version and the like.
             if context.is_disconnect:
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, error)
             return
         adapted: Any = connection.connection.dbapi_connection
         if not isinstance(error, context.dialect.loaded_dbapi.Error) and not driver.is_open(adapted.driver_connection):
-            # A streamed result is read past asyncpg's adapter.
+            # A streamed result of asyncpg is read without SQLAlchemy's adapter: the error is asyncpg's own, of which
+            # the dialect cannot tell that the connection is lost.
             context.is_disconnect = True
         if getattr(error, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION:
-            # A transaction that the user has made read-only is refused with the same code. A replica that is asked to
-            # write is what it should be.
+            # The same code refuses a write in a transaction that the user has made read-only, and on a replica that is
+            # read from by `follow_replica`: both are in order. On the master's engine, it tells of a demotion.
             if self._follower.guard is None or not driver.in_recovery(adapted.driver_connection):
                 return
             context.is_disconnect = True
         if context.is_disconnect:
             self._follower.report_failure(state.host)
-            # The driver's error is the cause, as SQLAlchemy raises what a listener raises from it.
+            # SQLAlchemy makes the driver's error the `__cause__` of an error that a listener raises.
             raise self._lost(connection, state, error)
 
     def _lost(self, connection: Connection, state: ConnectionState, error: BaseException) -> PgStatusError:
         reason = str(error) or type(error).__name__
         if state.engine is self and self.is_left:
             reason = (
-                f"{state.host!r} was left while it was in use, as it does not answer, or is not the master any more; "
-                + reason
+                f"the host was left while the connection was in use, as it does not answer, or is not the master any "
+                f"more; {reason}"
             )
         if state.wrote and (state.is_committing or is_autocommit(connection)):
             return CommitUnconfirmedError(
@@ -410,19 +425,22 @@ class FollowedEngine:
             )
         return ConnectionLostError(
             f"The connection to {state.host!r} broke, or the host takes no writes any more, before the transaction was "
-            f"committed: {reason}. Nothing of it is stored: do it again, in a new unit of work.",
+            f"committed: {reason}. Nothing of the transaction is stored: do it again, in a new unit of work.",
             state.host,
         )
 
     # --- commits whose answers were lost ------------------------------------------------------------------------------
 
     async def _find_outcome(self, connection: PoolProxiedConnection, lost: LostCommit) -> bool | None:
-        """Ask the host that is the master now, once there is one, what became of a commit (see `ask_outcome_by`)."""
+        """Ask the master, as soon as there is one, what became of a commit (see `ask_outcome_by`).
+
+        The caller sets the limit of time: until then, the master is asked again while it cannot tell yet.
+        """
         state = state_of(connection)
         while True:
             try:
                 status = await self._ask_master(lost)
-            except Exception:  # noqa: BLE001 - there is no master yet, or it does not answer
+            except Exception:  # noqa: BLE001 - there is no master yet, or the master does not answer
                 status = "in progress"
             if status == "in progress":
                 await asyncio.sleep(WATCH_SECONDS)
@@ -432,23 +450,25 @@ class FollowedEngine:
             return None if status is None else status == "committed"
 
     async def _ask_master(self, lost: LostCommit) -> str | None:
-        """Return ``pg_xact_status`` of the master for a transaction; ``None`` if it cannot know.
+        """Return ``pg_xact_status`` of the master for a transaction; ``None`` if the master cannot know.
 
         Raises:
-            Exception: there is no master at the moment, or it does not answer.
+            Exception: there is no master at the moment, or the master does not answer.
         """
         db, guard = self._db(), self._follower.guard
         master = None if db is None else await self._follower.choose(db, None)
         if master is None or guard is None:
             return None
         try:
-            status, timeline = await lost.ask(master._sync_engine.pool.recreate())  # noqa: SLF001 - its own
+            # `ask` disposes of the pool that it is given: so it is given a new one.
+            status, timeline = await lost.ask(master._sync_engine.pool.recreate())  # noqa: SLF001 - its own class
         except Exception as exc:
             if getattr(exc, "sqlstate", None) != _TRANSACTION_IN_THE_FUTURE:
                 raise
-            # The master has assigned no such identifier yet: it was promoted without the transaction.
+            # The master has not assigned this identifier yet: it was promoted before it had received the transaction.
             return "aborted"
-        # Another host on the same timeline was no standby of this one: it is a copy that was started as a primary.
+        # A transaction's identifier means the same on the same host and timeline. A promotion begins a new timeline: so
+        # another host on the same timeline is a copy that was started as a primary, and counts on its own since then.
         is_same = timeline == lost.timeline and master.host == self.host
         if not is_same and not await self._follower.has_seen(master.host, lost):
             return None
@@ -459,10 +479,11 @@ class FollowedEngine:
     # --- leaving the host ---------------------------------------------------------------------------------------------
 
     def leave(self, *, abort: bool) -> None:
-        """Let nobody use the host any more, until it is returned to. May be called on any event loop.
+        """Let no session take a connection to the host until `return_to_host`. May be called on any event loop.
 
         Args:
-            abort: whether to cut off the connections in use: the host is dead, or not to be believed.
+            abort: whether the connections in use are cut off, too: the host is dead, or wrongly says that it is the
+                master.
         """
         self.is_left = True
         loop = self._loop
@@ -479,7 +500,7 @@ class FollowedEngine:
         if abort and any(map(driver.is_open, self._connections)):
             for connection in list(self._connections):
                 driver.abort(connection)
-            # What is left of them must not be handed out, should the host be returned to.
+            # The pool must not hand the cut connections out later, if the host is returned to.
             self._sync_engine.dispose(close=False)
 
     def return_to_host(self) -> None:
@@ -487,13 +508,13 @@ class FollowedEngine:
         self.is_left = False
 
     def _watch(self) -> None:
-        """Look at the cluster now and then, while there may be somebody who waits for an answer of this host."""
+        """Have the cluster reviewed every `WATCH_SECONDS` for as long as connections to this host are in use."""
         if not self._is_watching:
             self._is_watching = True
             if self._loop is None:
                 self._loop = asyncio.get_running_loop()
-            # The timer is renewed for as long as the engine is in use: with the context of the unit of work that has
-            # set it first, it would keep that alive.
+            # The timer is set again and again. In a copy of the context that set it first, it would keep the unit of
+            # work of that context alive: so its context is empty.
             self._loop.call_later(WATCH_SECONDS, self._look, context=Context())
 
     def _look(self) -> None:
@@ -511,7 +532,8 @@ class FollowedEngine:
         pool = self._sync_engine.pool
         if isinstance(pool, QueuePool) and not self.is_left and pool.checkedout():
             return True
-        # Another pool cannot tell; and of a host that was left, nothing idle is left.
+        # Other kinds of pools cannot tell how many connections are in use. Of a host that was left, the idle
+        # connections are closed, so that each open one is in use.
         return (self.is_left or not isinstance(pool, QueuePool)) and any(map(driver.is_open, self._connections))
 
 
@@ -529,22 +551,15 @@ def _unreachable(host: str, error: BaseException) -> HostUnreachableError:
     )
 
 
-_ENDS_OF_SAVEPOINTS = (ReleaseSavepointClause, RollbackToSavepointClause)
-
-_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE")
-
-
 def _has_options(connection: Connection) -> bool:
     own, common = connection.get_execution_options(), connection.engine.get_execution_options()
     return any(own.get(name) != common.get(name) for name in _OPTIONS)
-
-
-_OPTIONS = ("isolation_level", "postgresql_readonly", "postgresql_deferrable")
 
 
 async def _logged(review: Awaitable[None]) -> None:
     try:
         await review
     except Exception:
-        # As often as it is looked at; who asks for a session gets the error.
-        logger.debug("The cluster could not be looked at", exc_info=True)
+        # At the level of debug, as this would be logged ten times a second. A caller that asks for a session gets the
+        # error.
+        logger.debug("The cluster could not be reviewed", exc_info=True)

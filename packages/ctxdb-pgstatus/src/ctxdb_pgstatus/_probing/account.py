@@ -1,4 +1,4 @@
-"""As whom hosts are connected to, and where the password comes from."""
+"""`Account`: the PostgreSQL role by which a monitor connects to hosts, and where its password comes from."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ __all__ = ["Account", "Password"]
 logger = logging.getLogger("ctxdb_pgstatus")
 
 Password: TypeAlias = str | Callable[[], str | Awaitable[str]]
-"""A password, or a function that returns the one of the moment; the function may be a coroutine function."""
+"""A password, or a function that returns the password of the moment; it may be a coroutine function."""
 
 
 @dataclass(slots=True)
 class Account:
-    """As whom, and for what database, hosts are connected to.
+    """The role and the database by which a monitor connects to hosts.
 
     Attributes:
         user: the PostgreSQL role.
-        password: its password, or what returns it; without one, libpq's ``PGPASSWORD`` and password file are used.
+        password: the password of the role, or a function that returns it. Without a password and a password file,
+            asyncpg uses ``PGPASSWORD`` and libpq's password file.
         database: the database to connect to.
-        ssl: as asyncpg takes it.
+        ssl: the option `ssl` of ``asyncpg.connect``.
         password_file: a file that holds nothing but the password; read anew for each connection.
     """
 
@@ -41,27 +42,27 @@ class Account:
 
     @property
     def driver_password(self) -> Password | None:
-        """What the driver is given: it calls a function whenever it opens a connection."""
+        """The option `password` of ``asyncpg.connect``, which calls a function for each connection that it opens."""
         return self.password if self.password is None and self.password_file is None else self._current_password
 
     async def _current_password(self) -> str:
-        """Return the password of the moment, or the last one where it cannot be had now.
+        """Return the password of the moment; the last password if that cannot be read now.
 
-        A host must not look dead because a vault is away: with an old password its server still says that it is there.
+        A host must not look dead because a vault is away: a server that refuses an old password shows that it runs.
         """
         try:
             password = await self._read_password()
         except Exception:
             if self._last_password is None:
                 raise
-            logger.exception("The monitor's password could not be had; the last one is used.")
+            logger.exception("The monitor's password could not be read; the last password is used.")
             return self._last_password
         self._last_password = password
         return password
 
     async def _read_password(self) -> str:
         if self.password_file is not None:
-            # A few bytes of a local file: a thread would take longer than the read.
+            # The file has a few bytes: to start a thread for the read would take longer than the read.
             return self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
         if callable(self.password):
             found = self.password()

@@ -1,4 +1,4 @@
-"""What a host says of itself, and which server it was that said so."""
+"""`Answer`: what a host says of itself; and `Server`: which server it is that answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ __all__ = ["Answer", "Server", "Slot", "Subscription"]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One run of one PostgreSQL server, whatever names lead to it.
+    """One run of one PostgreSQL server, from its start to its end, by whatever name it is reached.
 
     Attributes:
-        started_at: when its postmaster started: to the microsecond, so that no two servers of a cluster share it.
-        system_identifier: the cluster's, which its standbys share and no other cluster has; ``None`` if the monitor's
-            role may not read it.
-        address: where the server thinks it was reached; ``None`` if it was by a Unix socket.
-        port: the port there.
+        started_at: when the server's postmaster started (``pg_postmaster_start_time()``), to the microsecond: no two
+            servers of a cluster are expected to share this time.
+        system_identifier: identifies the database cluster (``pg_control_system()``). The standbys of a primary share
+            it, and no other cluster has it. ``None`` if the monitor's role may not read it.
+        address: the address of the server's end of the connection; ``None`` for a Unix socket.
+        port: the port of the server's end of the connection; ``None`` for a Unix socket.
     """
 
     started_at: datetime
@@ -27,12 +28,12 @@ class Server:
     port: int | None = None
 
     def is_run_of(self, other: Server) -> bool:
-        """Return whether both are the same run of the same server; the way by which it was reached does not matter."""
+        """Return whether both are the same run of one server. The address by which it was reached does not matter."""
         systems = {self.system_identifier, other.system_identifier} - {None}
         return self.started_at == other.started_at and len(systems) <= 1
 
     def is_restart_of(self, other: Server) -> bool:
-        """Return whether this may be another run of the same server: at the same place, with the same data."""
+        """Return whether this may be another run of the same server: it has the same address, port and cluster."""
         return (self.system_identifier, self.address, self.port) == (
             other.system_identifier,
             other.address,
@@ -49,8 +50,9 @@ class Slot:
     """A logical replication slot of a publisher.
 
     Attributes:
-        is_active: whether a subscriber receives by it now.
-        confirmed: up to where the subscriber has confirmed that it has everything.
+        is_active: whether a subscriber receives by the slot now.
+        confirmed: the publisher's WAL position up to which the subscriber has confirmed to have everything
+            (``confirmed_flush_lsn``).
     """
 
     is_active: bool
@@ -59,13 +61,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A subscription of a logical subscriber.
+    """A subscription of a logical subscriber. All positions are positions of the publisher's WAL.
 
     Attributes:
-        slot: the name of its slot on the publisher.
-        applied: up to where it has applied the publisher's commits; ``None`` if the monitor's role may not read that.
-        reported: up to where its worker has told the publisher that it has everything; ``None`` if none is at work.
-        has_all_tables: whether no table is being copied.
+        slot: the name of the subscription's slot on the publisher.
+        applied: the end of the last commit that the subscriber has applied; ``None`` if the monitor's role may not read
+            that.
+        reported: the position that the apply worker last reported to the publisher; ``None`` if no worker runs.
+        has_all_tables: whether the initial copy of every table has ended.
     """
 
     slot: str
@@ -79,26 +82,27 @@ class Answer:
     """What a host said of itself.
 
     Attributes:
-        in_recovery: whether it is a replica.
-        timeline: the timeline that it writes, or receives; ``None`` if it does not tell.
-        position: the WAL position that it has inserted, or replayed; ``None`` if it has replayed nothing, or does not
-            tell.
-        replay_age_ms: how long ago, by its own clock and that of the primary, the commit was made that a replica
-            replayed last.
-        asked_at: when it was asked, by the event loop's clock.
-        heard_of: the highest timeline whose history it has, though it may not replay it; ``None`` if not looked for.
-        replayed_commit_at: when the commit was made that a replica replayed last, by the primary's clock, in seconds
+        in_recovery: whether the host is a standby.
+        timeline: the timeline that the host writes, or receives; ``None`` if the host does not tell.
+        position: the WAL position in bytes that a primary has inserted, or a standby has replayed; ``None`` if the
+            standby has replayed nothing since its start, or the host does not tell.
+        replay_age_ms: how many milliseconds ago the commit was made that a standby replayed last. The commit's time is
+            by the primary's clock, and the time of the answer by the standby's.
+        asked_at: when the host was asked, by the event loop's clock.
+        highest_known_timeline: the highest timeline whose history file the host has, though the host may not replay
+            that timeline; ``None`` if this was not looked for.
+        replayed_commit_at: when the commit was made that a standby replayed last, by the primary's clock, in seconds
             since 1970.
-        clock: the time by its own clock, in seconds since 1970.
-        takes_writes: whether a primary lets clients write; one that is fenced by ``default_transaction_read_only`` in
-            its configuration does not.
-        standbys: how many standbys are attached to it.
-        lag_ms: a replica's lag in milliseconds where the service itself tells it (Amazon Aurora); it then has no
-            position.
-        received: the WAL position up to which a replica has received, and may have still to replay.
-        slots: the logical replication slots of a primary, by their names, where they are asked for.
-        subscriptions: those of a logical subscriber, where they are asked for.
-        server: which server it was; ``None`` if that is not known.
+        clock: the time of the answer by the host's own clock, in seconds since 1970.
+        takes_writes: whether a primary lets clients write. It does not if it is fenced, by
+            ``default_transaction_read_only`` in its configuration.
+        standbys: how many standbys receive the host's WAL.
+        lag_ms: a replica's lag in milliseconds if the service itself tells it, as Amazon Aurora does; such a host tells
+            no position.
+        received: the WAL position up to which a standby has received, and which it may not have replayed yet.
+        slots: the logical replication slots of a primary, by their names, if they are asked for.
+        subscriptions: the subscriptions of a logical subscriber, if they are asked for.
+        server: the server that answered; ``None`` if that is not known.
     """
 
     in_recovery: bool
@@ -106,7 +110,7 @@ class Answer:
     position: int | None
     replay_age_ms: float | None
     asked_at: float
-    heard_of: int | None = None
+    highest_known_timeline: int | None = None
     replayed_commit_at: float | None = None
     clock: float | None = None
     takes_writes: bool = True

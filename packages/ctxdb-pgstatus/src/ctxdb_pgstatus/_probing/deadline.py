@@ -1,4 +1,4 @@
-"""`Deadline`: the end of the time that a host has for its answer."""
+"""`Deadline`: a timer for the end of the time that a host has for its answer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 __all__ = ["Deadline"]
 
-# From how many seconds on the event loop itself was late, and how many more an answer then gets.
+# If a timer is called later than this, the event loop was late; and for so many seconds an answer is waited for then.
 _LATE_SECONDS = 0.05
 _MORE_SECONDS = 0.1
 
 
 class Deadline:
-    """Calls a function at a time, and a little later if the event loop was late for it.
+    """Calls a function at a given time, or a little later if the event loop was late itself.
 
-    A process that was stopped, or had no CPU, finds its timers due when it goes on, and the answers that have come
-    meanwhile unread: the host is not to blame, and what it has said is to be heard first.
+    A process that was stopped, or got no CPU, finds its timers due when it goes on, while the answers that have come
+    meanwhile are still unread. The hosts are not to blame: so the event loop gets time to read their answers first.
 
     Args:
         at: when to call, by the running event loop's clock.
-        callback: what to call.
+        callback: the function.
     """
 
     def __init__(self, at: float, callback: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""`Judge`: which replicas are in sync, by what the master has or, without one, by what standbys have received."""
+"""`Judge`: which replicas are in sync with the master or, before there is a master, with the most advanced standby."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ctxdb_pgstatus._probing.answer import Answer
-from ctxdb_pgstatus._probing.lag import Sample
+from ctxdb_pgstatus._probing.lag import Reference
 from ctxdb_pgstatus._probing.member import Member
 
 __all__ = ["TRANSIT_SECONDS", "Judge"]
 
 TRANSIT_SECONDS = 0.02
-"""The WAL that is on its way when master and replica are asked at the same time is no lag: this long it may take."""
+"""How long WAL may be on its way from the master to a replica: if both are asked meanwhile, that WAL is no lag."""
 
-# What is asked within this time was asked at the same time.
-_ROUND_SECONDS = 0.25
+# Answers to questions that were asked within this time are compared as if they had been asked at once.
+_SAME_ROUND_SECONDS = 0.25
 
 
 class Judge:
-    """Says of replicas how far they are behind, and whether that is near enough.
+    """Judges how far replicas are behind, and whether they are in sync.
 
     Args:
         max_lag_ms: up to which lag in milliseconds a replica is in sync by time.
@@ -33,36 +33,39 @@ class Judge:
         self.forget()
 
     def forget(self) -> None:
-        """Have nothing to compare with, as before the first master."""
-        self._sample: Sample | None = None
+        """Forget what replicas are compared with, as before there was a master."""
+        self._reference: Reference | None = None
+        # Whether the reference is a master's, and not a standby's.
         self._is_of_master = False
 
     def compare_with_master(self, master: Answer, members: Iterable[Member]) -> None:
-        """Compare replicas with what the master has said from now on, and those that were asked with it at once.
+        """Take the master's answer as the reference, and judge the replicas that were asked at the same time.
 
         Args:
-            master: what the master has said last.
+            master: the last answer of the master.
             members: all hosts.
         """
         if master.position is None:
-            # A service that tells nothing of its WAL.
+            # The service tells nothing of its WAL, as Amazon Aurora does not.
             self.forget()
             return
         self._is_of_master = True
-        self._sample = sample = Sample(master.timeline or 0, master.position, master.asked_at, master.clock)
+        self._reference = reference = Reference(master.timeline or 0, master.position, master.asked_at, master.clock)
         for member in members:
             replica = member.answer
-            # One that was asked long before is not behind because the master has gone on since.
-            if replica is not None and replica.in_recovery and replica.asked_at >= sample.at - _ROUND_SECONDS:
+            # A replica that was asked earlier is judged by its next answer: the master has gone on since its last one.
+            if replica is not None and replica.in_recovery and replica.asked_at >= reference.at - _SAME_ROUND_SECONDS:
                 self.judge(member)
 
     def compare_with_standbys(self, answers: Iterable[Answer]) -> None:
-        """Without a master, now or before, compare replicas with the standby that has received the most.
+        """Before there was a master, take the standby that has received the most WAL as the reference.
+
+        If there was a master, the reference stays what the last master had.
 
         Args:
-            answers: what the hosts of the cluster have said last.
+            answers: the last answers of the hosts of the cluster.
         """
-        if self._sample is not None and self._is_of_master:
+        if self._reference is not None and self._is_of_master:
             return
         received = [
             (answer.timeline, max(answer.received or 0, answer.position), answer.asked_at)
@@ -71,41 +74,46 @@ class Judge:
         ]
         if received:
             self._is_of_master = False
-            self._sample = Sample(*max(received))
+            self._reference = Reference(*max(received))
 
     def judge(self, member: Member) -> None:
-        """Set how far the replica `member` is behind.
+        """Set how far the replica `member` is behind, and whether it is in sync.
 
-        A verdict that is worse than the last one counts when another answer confirms it, `TRANSIT_SECONDS` later at the
-        earliest: what the replica lacked may have been on its way.
+        If a replica was in sync and seems to be no more, the WAL that it lacks may just be on its way. So the verdict
+        waits for another answer, `TRANSIT_SECONDS` later at the earliest. If the replica has replayed by then what it
+        lacked, the comparison begins anew with the present reference; if not, the verdict counts. The first verdict on
+        a replica is treated in the same way.
         """
         answer = member.answer
-        sample = self._sample
-        doubt = member.doubt
-        assert answer is not None, "a replica has said that it is one"
-        caught_up = doubt is not None and member.lag.catch_up(answer, doubt)
-        milliseconds, size = member.lag.measure(answer, sample)
+        reference = self._reference
+        unconfirmed = member.unconfirmed
+        assert answer is not None, "a member counts as a replica by its answer"
+        caught_up = unconfirmed is not None and member.lag.catch_up(answer, unconfirmed)
+        milliseconds, size = member.lag.measure(answer, reference)
         by_time = milliseconds is not None and milliseconds <= self._max_lag_ms
         by_bytes = size is not None and size <= self._max_lag_bytes
         worse = (member.in_sync_by_time and not by_time) or (member.in_sync_by_bytes and not by_bytes)
-        doubtful = worse or not (member.is_judged or (by_time and by_bytes))
-        # Without a sample of the same timeline, no WAL is known that could be on its way: the verdict counts at once.
-        if doubtful and sample is not None and sample.timeline == answer.timeline:
-            if doubt is None or caught_up:
-                member.doubt = replace(sample, at=max(sample.at, answer.asked_at))
+        needs_confirmation = worse or not (member.is_judged or (by_time and by_bytes))
+        # Without a reference of the same timeline, no WAL is known that could be on its way: the verdict counts at
+        # once.
+        if needs_confirmation and reference is not None and reference.timeline == answer.timeline:
+            if unconfirmed is None or caught_up:
+                member.unconfirmed = replace(reference, at=max(reference.at, answer.asked_at))
                 asyncio.get_running_loop().call_later(TRANSIT_SECONDS, member.watch.hurry)
                 return
-            if answer.asked_at < doubt.at + TRANSIT_SECONDS:
+            if answer.asked_at < unconfirmed.at + TRANSIT_SECONDS:
                 return
-        member.doubt = None
-        member.is_judged = sample is not None
+        member.unconfirmed = None
+        member.is_judged = reference is not None
         member.lag.milliseconds, member.lag.bytes = milliseconds, size
         member.in_sync_by_time, member.in_sync_by_bytes = by_time, by_bytes
 
     def has_replayed(self, member: Member, position: int) -> bool:
-        """Return whether a replica is known to have replayed a position of the master's timeline."""
-        answer, sample = member.answer, self._sample
-        # Positions of different timelines do not compare.
-        if answer is None or sample is None or answer.timeline != sample.timeline:
+        """Return whether a replica is known to have replayed a position of the master's timeline.
+
+        A replica on another timeline may have other WAL at this position.
+        """
+        answer, reference = member.answer, self._reference
+        if answer is None or reference is None or answer.timeline != reference.timeline:
             return False
         return (member.position or 0) >= position

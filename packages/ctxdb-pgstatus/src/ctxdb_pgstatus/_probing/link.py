@@ -1,4 +1,4 @@
-"""`Link`: one connection to a host, and the questions that it is asked over it."""
+"""`Link`: one connection to a host, and the queries that the host is asked over it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ctxdb_pgstatus.addresses import HostAddress
 __all__ = ["Link", "LogicalRole", "PooledError"]
 
 LogicalRole: TypeAlias = Literal["publisher", "subscriber"] | None
-"""What a host is asked about logical replication: for its slots, for its subscriptions, or nothing."""
+"""What a host is asked about logical replication: a publisher for its slots, a subscriber for its subscriptions."""
 
 _T = TypeVar("_T")
 
 _APPLICATION_NAME = "ctxdb-pgstatus"
 
+# How a host says that it does not have a function, or that the monitor's role may not execute it.
 _REFUSED_FUNCTIONS = (
     asyncpg.FeatureNotSupportedError,
     asyncpg.InsufficientPrivilegeError,
@@ -31,8 +32,9 @@ _REFUSED_FUNCTIONS = (
 
 
 class PooledError(Exception):
-    """A prepared statement is gone, or there already: a pooler is in between, and gives each transaction another
-    connection to the server.
+    """A pooler is in between that gives each transaction another connection to the server.
+
+    It shows by a prepared statement that is gone, or one that is there before it was prepared.
     """
 
 
@@ -40,9 +42,9 @@ class Link:
     """One connection to a host.
 
     Attributes:
-        server: which server it leads to.
-        opened_at: when it was opened, by the event loop's clock.
-        addresses: what the host's name was resolved to then.
+        server: the server that the connection leads to.
+        opened_at: when the connection was opened, by the event loop's clock.
+        addresses: the addresses that the host's name was resolved to when the connection was opened.
     """
 
     def __init__(self, connection: Any, *, is_pooled: bool, addresses: frozenset[str], logical: LogicalRole) -> None:
@@ -52,8 +54,9 @@ class Link:
         self._connection = connection
         self._is_pooled = is_pooled
         self._lost: Callable[[], None] | None = None
-        # The last timeline that was received over this connection, for the moments in which nothing is.
-        self._received: int | None = None
+        # The timeline that the standby's WAL receiver had last, for the moments in which no WAL receiver runs.
+        self._received_timeline: int | None = None
+        # What the host has refused is not asked again over this connection.
         self._is_limited = False
         self._has_aurora_lag = False
         self._may_read_system = True
@@ -76,18 +79,18 @@ class Link:
         """Connect to a host, and find out which server it is.
 
         Args:
-            address: where it is.
-            account: as whom to connect.
+            address: where the host is.
+            account: the role and the database to connect by.
             connect_timeout: how long connecting may take, in seconds.
-            query_timeout: how long it may take to find out, in seconds.
+            query_timeout: how long it may take to find out which server this is, in seconds.
             is_pooled: whether a pooler is in between that gives each transaction another connection.
-            addresses: what the host's name was resolved to.
-            logical: what is asked about logical replication.
+            addresses: the addresses that the host's name was resolved to.
+            logical: what the host is asked about logical replication.
 
         Raises:
             TimeoutError: there was no answer in time.
             PooledError: there is such a pooler, and `is_pooled` is false.
-            Exception: whatever the driver and the operating system have to say.
+            Exception: an error of the driver or the operating system.
         """
         connection = await asyncpg.connect(
             host=address.host,
@@ -110,11 +113,11 @@ class Link:
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection still stands: its server has not restarted since."""
+        """Whether the connection is open, as far as the driver knows: then its server has not been restarted."""
         return not self._connection.is_closed()
 
     def on_loss(self, callback: Callable[[], None]) -> None:
-        """Have a function called when the connection breaks, which is when its server ends; not at `close`."""
+        """Have a function called when the connection breaks, as it does when its server ends; not at `close`."""
         self._lost = callback
         self._connection.add_termination_listener(self._terminated)
 
@@ -126,22 +129,23 @@ class Link:
         self._connection.terminate()
 
     async def ask(self, timeout: float) -> Answer:
-        """Ask what the host is.
+        """Ask the host for all that an `Answer` holds.
 
         Args:
             timeout: how long the answer may take, in seconds.
 
         Raises:
             TimeoutError: there was no answer in time; the connection is closed then.
-            PooledError: a pooler is in between.
-            Exception: whatever the driver and the operating system have to say.
+            PooledError: a pooler is in between, and the link was not opened for one.
+            Exception: an error of the driver or the operating system.
         """
         return await self._within(timeout, self._ask)
 
     async def _within(self, timeout: float, question: Callable[[], Awaitable[_T]]) -> _T:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        # Instead of the driver's own timeout, or a cancelled query: either would ask a frozen server to cancel.
+        # At the deadline, the connection is cut off. By the driver's own timeout, or a cancellation, the driver would
+        # ask the server to cancel the query, and wait for a server that may be frozen.
         limit = Deadline(deadline, self._connection.terminate)
         try:
             return await question()
@@ -173,15 +177,15 @@ class Link:
             if self._has_aurora_lag and row["in_recovery"]:
                 of_aurora = await self._fetch_row(queries.AURORA_LAG)
                 lag_ms = None if of_aurora is None else of_aurora[0]
-        timeline, heard_of = row["timeline"], None
+        timeline, highest_known_timeline = row["timeline"], None
         if row["in_recovery"]:
             if timeline is None:
-                timeline, heard_of = await self._find_timeline()
+                timeline, highest_known_timeline = await self._find_timeline()
             else:
-                self._received = timeline
+                self._received_timeline = timeline
         takes_writes = not (row["is_read_only"] and (await self._fetch_row(queries.IS_FENCED))[0])
         if self.server is None or self.server.started_at != row["started_at"]:
-            # A pooler has gone to another server, or its server has restarted.
+            # A pooler in between has gone to another server, or the server behind the pooler was restarted.
             await self._identify()
         slots: dict[str, Slot] = {}
         subscriptions: tuple[Subscription, ...] = ()
@@ -199,7 +203,7 @@ class Link:
             received=row["received"],
             replay_age_ms=None if replayed_at is None else (row["clock"] - replayed_at) * 1000,
             asked_at=asked_at,
-            heard_of=heard_of,
+            highest_known_timeline=highest_known_timeline,
             replayed_commit_at=replayed_at,
             clock=row["clock"],
             takes_writes=takes_writes,
@@ -211,15 +215,15 @@ class Link:
         )
 
     async def _find_timeline(self) -> tuple[int | None, int | None]:
-        """Return the timeline of a replica that receives nothing now, and the highest that it has heard of."""
+        """Return the timeline of a standby without a WAL receiver, and the highest one that it has a history of."""
         if self._is_limited or not self._may_read_control:
-            return self._received, None
+            return self._received_timeline, None
         try:
             control = await self._fetch_row(queries.CONTROL)
         except _REFUSED_FUNCTIONS:
             self._may_read_control = False
-            return self._received, None
-        timeline = max(control["timeline"], self._received or 0)
+            return self._received_timeline, None
+        timeline = max(control["timeline"], self._received_timeline or 0)
         return timeline, (await self._fetch_row(queries.FILES))[0] if control["may_list_files"] else None
 
     async def _fetch_system(self) -> int | None:
@@ -251,7 +255,8 @@ class Link:
     async def _fetch(self, query: str) -> Any:
         if not self._is_pooled:
             return await self._connection.fetch(query)
-        # Outside of a transaction, a pooler may send the parts of one query to several connections.
+        # asyncpg prepares a query and executes it by two messages. Outside of a transaction, the pooler may send these
+        # to two connections.
         async with self._connection.transaction(readonly=True):
             return await self._connection.fetch(query)
 

@@ -1,4 +1,4 @@
-"""Names of hosts, resolved in threads of their own: a name server that hangs takes none that others need."""
+"""`Lookup`: resolves the name of a host in a thread of its own, as a name server may hang."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Lookup"]
 class Lookup:
     """Resolves the name of one host.
 
-    ``getaddrinfo`` cannot be cancelled: whoever waits for it in the event loop's default executor keeps one of the few
-    threads that the whole application shares, and the interpreter waits for it when it ends. So each name has one
-    daemon thread at most, however often it is asked for.
+    ``getaddrinfo`` cannot be cancelled. In the event loop's default executor, it would keep one of the few threads that
+    the whole application shares, and the interpreter would wait for it at its end. So each `Lookup` runs it in a daemon
+    thread, and has no more than one such thread at a time.
 
     Args:
         host: a name, an address, or the directory of a Unix socket.
@@ -30,7 +30,7 @@ class Lookup:
         self._running: asyncio.Future[frozenset[str]] | None = None
 
     async def addresses(self) -> frozenset[str]:
-        """Return the addresses that the name leads to now. An address leads to itself, and so does a directory.
+        """Return the addresses that the name leads to now. An address, or a directory, is returned as it is.
 
         Raises:
             OSError: the name cannot be resolved.
@@ -44,13 +44,13 @@ class Lookup:
     def _start(self) -> asyncio.Future[frozenset[str]]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[frozenset[str]] = loop.create_future()
-        # Nobody may be waiting any more when it fails.
+        # If no caller waits any more when the look-up fails, asyncio must not warn of an exception that was not read.
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
         def resolve() -> None:
             try:
                 found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            except Exception as exc:  # noqa: BLE001 - raised where it is waited for
+            except Exception as exc:  # noqa: BLE001 - raised in the caller that waits for the addresses
                 _report(loop, future, exc)
             else:
                 _report(loop, future, frozenset(str(address[0]) for *_, address in found))

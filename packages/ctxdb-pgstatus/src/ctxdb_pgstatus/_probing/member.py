@@ -1,12 +1,13 @@
-"""`Member`: a host of a monitor, and what is known of its lag."""
+"""`Member`: a host of a `HostMonitor`, with what is known of its lag."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Literal
 
 from ctxdb_pgstatus._probing.answer import Answer, Server
-from ctxdb_pgstatus._probing.lag import Lag, Sample
+from ctxdb_pgstatus._probing.lag import Lag, Reference
 from ctxdb_pgstatus._probing.watch import Watch
 from ctxdb_pgstatus.status import Fault, HostStatus
 
@@ -14,20 +15,21 @@ __all__ = ["Member"]
 
 
 class Member:
-    """A host of a `HostMonitor`, and how far it is behind if it is a replica.
+    """A host of a `HostMonitor`, and how far the host is behind if it is a replica.
 
     Attributes:
         watch: asks the host.
-        takes_reads: whether readers are sent to it if it is a replica.
-        may_be_promoted: whether it may become the master.
-        is_subscriber: whether it receives the cluster's data by logical replication: it is a primary of its own, and
-            counts as a replica.
-        was_warned_of: whether a warning was logged that is not to be repeated.
-        lag: how far it is behind.
-        in_sync_by_time: whether its lag in time is within the limit.
-        in_sync_by_bytes: whether its lag in bytes is within the limit.
-        is_judged: whether it has been compared with the master since it was met.
-        doubt: what it seems not to have, without being said to lack it; since when.
+        takes_reads: whether readers are sent to the host if it is a replica.
+        may_be_promoted: whether the host may become the master.
+        is_subscriber: whether the host receives the cluster's data by logical replication. Such a host is a primary of
+            its own, and counts as a replica.
+        warned_of: the warnings about the host that were logged and are not to be repeated.
+        lag: how far the host is behind.
+        in_sync_by_time: whether the lag in time is within the limit.
+        in_sync_by_bytes: whether the lag in bytes is within the limit.
+        is_judged: whether the host's lag has been judged since its server was first seen.
+        unconfirmed: the reference behind which the host seems to have fallen, while no later answer has confirmed that
+            (see `Judge.judge`); ``None`` if it does not seem so.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -35,42 +37,51 @@ class Member:
         self.takes_reads = True
         self.may_be_promoted = True
         self.is_subscriber = False
-        self._of_subscriber: Answer | None = None
-        self.was_warned_of = False
+        self._as_replica: Answer | None = None
+        self.warned_of: set[Literal["timeline", "nofailover"]] = set()
         self._task: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self.forget_lag()
 
     @property
     def answer(self) -> Answer | None:
-        """What the host has said last; of a subscriber, what that amounts to (see `subscribe`)."""
-        return self._of_subscriber if self.is_subscriber else self.watch.answer
+        """What the host said last; for a subscriber, the answer of the replica that it counts as.
+
+        See `compare_with_publisher` for the latter.
+        """
+        return self._as_replica if self.is_subscriber else self.watch.answer
 
     @property
     def position(self) -> int | None:
-        """What it is known to have replayed, or inserted; nothing, if that may not hold any more."""
+        """The WAL position that the host has replayed, or inserted; ``None`` if that may not hold any more.
+
+        It may not hold if the name may lead to another server by now, or the server may have been restarted: a standby
+        begins its replay at an earlier position again.
+        """
         answer = self.answer
-        return answer.position if answer is not None and self.watch.is_certain else None
+        return answer.position if answer is not None and self.watch.has_same_server else None
 
-    def subscribe(self, publisher: Answer | None) -> None:
-        """Compare what a subscriber has said with what its publisher has.
+    def compare_with_publisher(self, publisher: Answer | None) -> None:
+        """Find out which position and timeline of the publisher's WAL a subscriber has.
 
-        A subscriber has its own WAL and its own timelines. What it has of the publisher's is what it has applied of
-        each subscription, or has confirmed to the slot; on the publisher's timeline, as long as the slot is in use. As
-        long as a table is being copied, it is not known what that has.
+        A subscriber has WAL and timelines of its own. Of the publisher's WAL, it has what it has applied by the
+        subscription that is the furthest behind. Three positions tell of a subscription: what was applied, what its
+        worker has reported, and what is confirmed to its slot. Each of them is a lower bound, so the highest counts.
+        While the initial copy of a table is under way, none of them holds for that table. The timeline is the
+        publisher's as long as all slots are in use.
 
         Args:
-            publisher: what the master has said last.
+            publisher: what the master said last; ``None`` without a master.
         """
         answer = self.watch.answer
         if answer is None:
-            self._of_subscriber = None
+            self._as_replica = None
             return
         positions: list[int | None] = []
         is_receiving = True
         for subscription in answer.subscriptions:
             slot = None if publisher is None else publisher.slots.get(subscription.slot)
-            # A subscription to something else than this cluster is none of its business.
+            # Without a slot of that name on the master, the subscription is to another cluster, and does not count.
             if slot is not None:
                 is_receiving = is_receiving and slot.is_active
                 told = (subscription.applied, subscription.reported, slot.confirmed)
@@ -78,14 +89,14 @@ class Member:
                 positions.append(max(known, default=None))
         complete = [position for position in positions if position is not None]
         has_all = bool(positions) and len(complete) == len(positions)
-        self._of_subscriber = replace(
+        self._as_replica = replace(
             answer,
             in_recovery=True,
             position=min(complete) if has_all else None,
             timeline=publisher.timeline if publisher is not None and is_receiving and has_all else None,
             replay_age_ms=None,
             replayed_commit_at=None,
-            heard_of=None,
+            highest_known_timeline=None,
         )
 
     @property
@@ -99,33 +110,34 @@ class Member:
 
     async def stop(self) -> None:
         """End the task and the connections."""
-        # First, as a query that is cancelled would ask the server to cancel it.
+        # The connection is dropped before the task is cancelled. Else asyncpg would ask the server, over a new
+        # connection, to cancel the query, and the server may be frozen.
         self.watch.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def meet(self, server: Server | None) -> None:
-        """Take in which server has answered: what was known of another one's lag says nothing of it."""
+    def note_server(self, server: Server | None) -> None:
+        """Note which server has answered. If it is not the one before, nothing is known of its lag."""
         before, self._server = self._server, server
         if before is not None and server is not None and not server.is_run_of(before):
             self.forget_lag()
 
     def forget_lag(self) -> None:
-        """Know nothing of how far it is behind."""
+        """Forget how far the host is behind."""
         self.lag = Lag()
         self.in_sync_by_time = False
         self.in_sync_by_bytes = False
         self.is_judged = False
-        self.doubt: Sample | None = None
+        self.unconfirmed: Reference | None = None
 
     def dead_status(self) -> HostStatus:
-        """Return what is known of a host that does not answer."""
+        """Return the status of the host as one that does not answer."""
         watch = self.watch
         return HostStatus(host=watch.address.name, alive=False, role=None, since=watch.since, error=watch.error)
 
     def status(self, master: str | None, fault: Fault | None) -> HostStatus:
-        """Return what is known of the host.
+        """Return the status of the host.
 
         Args:
             master: the master's name.

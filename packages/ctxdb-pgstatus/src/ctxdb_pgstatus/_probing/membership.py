@@ -1,4 +1,4 @@
-"""`Membership`: which cluster the hosts are of, and how far its timelines have got."""
+"""`Membership`: which hosts are of the cluster, and what the cluster's highest timeline is."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ logger = logging.getLogger("ctxdb_pgstatus")
 
 
 class Membership:
-    """Which cluster the hosts are of, and up to which timeline it has got.
+    """Which hosts are of the cluster, and what the cluster's highest timeline is.
+
+    The cluster is known by its system identifier: the one that most hosts have.
 
     Attributes:
         system: the system identifier of the cluster; ``None`` as long as no host has told one.
         highest_timeline: the highest timeline of this cluster that any host has had at any time.
-        strangers: the hosts that are of another cluster.
+        strangers: the names of the hosts that are of another cluster.
     """
 
     def __init__(self) -> None:
         self.system: int | None = None
         self.highest_timeline = 0
         self.strangers: frozenset[str] = frozenset()
-        # What each host was of when it answered last, whether it is alive or not.
+        # The system identifier of each host when it answered last, whether the host is alive or not.
         self._systems: dict[str, int] = {}
-        # Up to which timeline replicas may have heard of what an operator has since declared undone.
-        self._undone = 0
+        # The highest timeline at the time of `accept`, by which an operator has declared it undone. Standbys may have
+        # histories of timelines up to this one, which count no more.
+        self._undone_timeline = 0
 
     def update(self, answers: Mapping[str, Answer], names: Sequence[str], master: str | None) -> None:
-        """Take in what the living hosts say.
+        """Learn from what the living hosts say.
 
         Args:
-            answers: by the names of hosts.
-            names: of all hosts, in their order.
-            master: the master up to now, or the last one that there was.
+            answers: the last answer of each living host, by the hosts' names.
+            names: the names of all hosts, in the order of the list.
+            master: the name of the present or the last master; ``None`` if there was no master.
         """
         for name, answer in answers.items():
             if answer.server is not None and answer.server.system_identifier is not None:
@@ -47,18 +50,22 @@ class Membership:
         for name, answer in answers.items():
             if name in self.strangers:
                 continue
-            # A primary writes the timeline that it claims. What a replica has received or heard of may be the remains
-            # of what was undone.
+            # A primary writes the timeline that it tells: that counts. A standby may tell a timeline that was undone,
+            # by WAL or a history that it still has.
             claimed = (answer.timeline or 0) if not answer.in_recovery else 0
-            heard_of = max(answer.timeline or 0, answer.heard_of or 0)
-            self.highest_timeline = max(self.highest_timeline, claimed, heard_of if heard_of > self._undone else 0)
+            highest_known_timeline = max(answer.timeline or 0, answer.highest_known_timeline or 0)
+            self.highest_timeline = max(
+                self.highest_timeline,
+                claimed,
+                highest_known_timeline if highest_known_timeline > self._undone_timeline else 0,
+            )
 
     def accept(self, answers: Mapping[str, Answer], names: Sequence[str]) -> None:
-        """Take what the living hosts say now for the truth, as an operator has asked for."""
+        """Forget what was known, and learn from what the living hosts say now, as an operator has asked for."""
         system, timeline = self.system, self.highest_timeline
         self._systems = {}
         self.system = None
-        self._undone = self.highest_timeline
+        self._undone_timeline = self.highest_timeline
         self.highest_timeline = 0
         self.update(answers, names, None)
         logger.warning(
@@ -78,7 +85,8 @@ class Membership:
         if not known:
             return
         votes = Counter(known)
-        # Among equals, the first in the order of the hosts: so every process chooses the same.
+        # Of several identifiers that the most hosts have, that of the first host in the list is chosen: so all
+        # processes choose the same one.
         most = max(votes.values())
         chosen = next(system for system in known if votes[system] == most)
         if self.system is None:
@@ -87,8 +95,8 @@ class Membership:
         if votes[self.system] < votes[chosen]:
             self._begin_afresh(chosen)
         elif master in self._systems and self._systems[master] != self.system and master in answers:
-            # The host of the master has another database cluster now. If no other primary goes on with the old one,
-            # the cluster was made anew there: by pg_upgrade, for instance.
+            # The master's host has another system identifier now. If no other primary goes on with the old one, the
+            # cluster was made anew on that host, by pg_upgrade for instance.
             claims = [
                 name
                 for name, answer in answers.items()
@@ -107,7 +115,7 @@ class Membership:
         )
         self.system = system
         self.highest_timeline = 0
-        self._undone = 0
+        self._undone_timeline = 0
 
     def _name_strangers(self, answers: Mapping[str, Answer]) -> None:
         strangers = frozenset(

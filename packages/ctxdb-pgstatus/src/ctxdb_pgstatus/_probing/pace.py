@@ -1,4 +1,4 @@
-"""`Pace`: how soon a host is asked again, and from when on its silence counts."""
+"""`Pace`: how soon a host is asked again, and after how much silence it counts as dead."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ __all__ = ["Pace"]
 
 _FIRST_PAUSE_SECONDS = 0.05
 _SHORTEST_PATIENCE_SECONDS = 0.2
-# So many times longer than usual, an answer is late.
+# An answer that takes so many times as long as usual is late.
 _UNUSUAL = 3.0
-# The tenth that is left is for the clock, which is late under load.
+# The share of the poll interval after which silence counts. The rest is left for timers, which are late under load.
 _SHARE_OF_INTERVAL = 0.9
 _FIRST_BACK_OFF_SECONDS = 0.5
 _LONGEST_BACK_OFF_SECONDS = 15.0
@@ -16,12 +16,12 @@ _LONGEST_BACK_OFF_OF_BUSY_SECONDS = 2.0
 
 
 class Pace:
-    """How long to wait for a host, and how long after it has failed.
+    """How long to wait for an answer of a host, and how long to wait after a failure before the host is asked again.
 
-    An attempt may take as long as its time-outs say, so that a distant host is reached at any `poll_interval`. Apart
-    from that, a host that keeps silent counts as dead after nine tenths of a `poll_interval`, while the attempt goes
-    on: so a host that hangs is told within two polls. One whose answers usually take longer has three times as long as
-    it usually takes, but no longer than the time-outs.
+    An attempt may take as long as its time-outs say, so that a distant host is reached at any `poll_interval`. While an
+    attempt goes on, a host that keeps silent counts as dead after nine tenths of a `poll_interval`: so a host that
+    hangs is noticed within two polls. A host whose answers usually take long is given three times its usual time before
+    it counts as dead, but no longer than the time-outs.
 
     Args:
         poll_interval: how often a host is asked, in seconds.
@@ -29,6 +29,7 @@ class Pace:
         max_fails: how many failures in a row make a host a dead one.
 
     Attributes:
+        max_fails: how many failures in a row make a host a dead one.
         interval: how often a host is asked, in seconds.
     """
 
@@ -39,7 +40,7 @@ class Pace:
         self._share = _SHARE_OF_INTERVAL * poll_interval / max_fails
 
     def patience(self, usual: float) -> float:
-        """Return after how many seconds an answer is late: others do not wait for it any longer.
+        """Return after how many seconds an answer is late, so that callers who ask all hosts stop waiting for it.
 
         Args:
             usual: how long answers of this host usually take.
@@ -60,11 +61,11 @@ class Pace:
         return max(0.0, min(_FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 20), self._share - elapsed))
 
     def back_off(self, refusals: int, *, is_busy: bool) -> float:
-        """Return how long to leave a server in peace that is there, but takes no connection of the monitor.
+        """Return for how many seconds not to ask a server that runs, but refuses the connections of the monitor.
 
         Args:
-            refusals: how often it has refused in a row.
-            is_busy: whether time alone may mend it: too many connections, or it starts up.
+            refusals: how often the server has refused in a row.
+            is_busy: whether the reason may pass by itself: the server has too many connections, or starts up.
         """
         longest = _LONGEST_BACK_OFF_OF_BUSY_SECONDS if is_busy else _LONGEST_BACK_OFF_SECONDS
         return min(_FIRST_BACK_OFF_SECONDS * 2.0 ** min(refusals - 1, 20), max(longest, self.interval))

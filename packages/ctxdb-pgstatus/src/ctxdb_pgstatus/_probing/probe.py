@@ -1,4 +1,4 @@
-"""`Probe`: asks one host over a connection that is kept, and renewed before it is too old."""
+"""`Probe`: asks one host over a connection that is kept, and replaced before it is too old."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Probe", "TimeLimits", "is_busy", "is_refusal"]
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """How long things may take, in seconds.
+    """Limits of time for the connection to a host, in seconds.
 
     Attributes:
-        connect: resolving a name, and connecting.
-        query: an answer.
+        connect: how long it may take to resolve the name and to connect.
+        query: how long an answer may take.
         age: how old a connection may get before it is replaced by a new one.
     """
 
@@ -36,11 +36,11 @@ class Probe:
     """Asks one host.
 
     Args:
-        address: where it is.
-        account: as whom to ask.
-        limits: how long it may take.
-        lost: called when the kept connection has broken, which is when its server has ended.
-        logical: what it is asked about logical replication.
+        address: where the host is.
+        account: the role and the database to connect by.
+        limits: how long the parts of an attempt may take.
+        lost: called when the kept connection has broken, as it does when its server ends.
+        logical: what the host is asked about logical replication.
     """
 
     def __init__(
@@ -58,21 +58,22 @@ class Probe:
         self._lost = lost
         self._lookup = Lookup(address.host, address.port)
         self._link: Link | None = None
-        # The one that replaces it when the host is asked next: not while a question is under way.
+        # The connection that takes the place of `_link` when the host is asked next. A question may be under way over
+        # `_link` when this one is opened.
         self._next: Link | None = None
         self._is_pooled = False
 
     @property
     def is_connected(self) -> bool:
-        """Whether the connection that the last answer came by still stands: the server has not restarted since."""
+        """Whether the connection by which the last answer came is open: the server has not been restarted since."""
         return self._link is not None and self._link.is_open
 
     async def ask(self) -> Answer:
-        """Ask, connecting first where that is needed.
+        """Ask the host, over a new connection if none is open.
 
         Raises:
             TimeoutError: there was no answer in time.
-            Exception: whatever the driver and the operating system have to say.
+            Exception: an error of the driver or the operating system.
         """
         try:
             try:
@@ -86,20 +87,18 @@ class Probe:
             raise
 
     async def renew(self, *, anyway: bool = False, age: float | None = None) -> bool:
-        """Open another connection if the kept one is too old, or the name leads elsewhere by now.
-
-        The next question goes over it. If it cannot be had, the kept one stays.
+        """Replace the kept connection if it is too old, or if the name leads to other addresses by now.
 
         Args:
-            anyway: do so in any case.
-            age: how old the kept one may get, in seconds, if that is less than the limit.
+            anyway: whether the connection is replaced in any case.
+            age: how old the kept connection may get, in seconds, if that is less than the limit.
 
         Returns:
-            whether there is another one.
+            whether the connection was replaced (see `replace`).
 
         Raises:
-            TimeoutError: there was no answer in time.
-            Exception: whatever the driver and the operating system have to say.
+            TimeoutError: there was no answer in time; the kept connection stays.
+            Exception: an error of the driver or the operating system; the kept connection stays.
         """
         link = self._link
         if link is None or not link.is_open or self._next is not None:
@@ -114,15 +113,16 @@ class Probe:
         return True
 
     async def replace(self) -> None:
-        """Have the next question go over a connection that is opened now. If it cannot be had, the kept one stays.
+        """Open a connection, over which the next question goes.
 
         Raises:
-            TimeoutError: there was no answer in time.
-            Exception: whatever the driver and the operating system have to say.
+            TimeoutError: there was no answer in time; the kept connection stays.
+            Exception: an error of the driver or the operating system; the kept connection stays.
         """
         following = await self._open()
         try:
-            # The first answer takes more round trips than later ones: it is not to be taken for a host that hangs.
+            # The first answer over a connection takes more round trips than later ones. It is waited for here, as a
+            # `Watch` might take a longer answer for the silence of a host that hangs.
             await following.ask(self._limits.query)
         except BaseException:
             following.close()
@@ -132,17 +132,17 @@ class Probe:
             older.close()
 
     async def visit(self, times: int) -> list[Server]:
-        """Return which servers the name leads to, by so many connections that are opened one after the other.
+        """Return which servers the name leads to, by `times` connections that are opened one after the other.
 
         Raises:
             TimeoutError: there was no answer in time.
-            Exception: whatever the driver and the operating system have to say.
+            Exception: an error of the driver or the operating system.
         """
         servers = []
         for _ in range(times):
             link = await self._open()
             link.close()
-            assert link.server is not None, "it was identified"
+            assert link.server is not None, "`Link.open` has found out which server it is"
             servers.append(link.server)
         return servers
 
@@ -174,8 +174,8 @@ class Probe:
         deadline = loop.time() + self._limits.connect
         try:
             async with asyncio.timeout_at(deadline):
-                # The driver resolves the name once more, in the threads that the whole application shares: so only
-                # where that has just succeeded.
+                # asyncpg resolves the name once more, in the event loop's executor. It gets to do so only right after
+                # the look-up has succeeded here, so that a name server that hangs does not use up those threads.
                 addresses = await self._lookup.addresses()
         except TimeoutError:
             raise TimeoutError(f"its name was not resolved within {self._limits.connect:.3g} s") from None
@@ -200,7 +200,7 @@ class Probe:
 
 
 def is_refusal(exc: BaseException) -> bool:
-    """Return whether a host is there, and refuses the account: nothing that time would mend."""
+    """Return whether an error tells that a host runs, and refuses the account, as it will at the next try."""
     refusals = (
         asyncpg.InvalidAuthorizationSpecificationError,
         asyncpg.InvalidCatalogNameError,
@@ -210,5 +210,5 @@ def is_refusal(exc: BaseException) -> bool:
 
 
 def is_busy(exc: BaseException) -> bool:
-    """Return whether a host is there, and takes no connections at the moment: too many, or it starts up."""
+    """Return whether an error tells that a host runs, and takes no connection now: it has too many, or starts up."""
     return isinstance(exc, (asyncpg.InsufficientResourcesError, asyncpg.CannotConnectNowError))

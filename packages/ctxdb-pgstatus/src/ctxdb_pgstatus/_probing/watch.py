@@ -1,4 +1,4 @@
-"""One host, watched: when it is asked, and from when on a silence counts."""
+"""`Watch`: asks one host again and again, and knows it by its answers and its silence."""
 
 from __future__ import annotations
 
@@ -22,44 +22,51 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger("ctxdb_pgstatus")
 
-# The usual duration of an answer is that of the last one, or this share of the usual one before it, if that is
-# longer.
+# The usual duration of an answer is the duration of the last one, or this share of the usual duration before, whatever
+# is longer: so one short answer among long ones changes little.
 _MEMORY = 0.9
-# How many new connections are opened to see whether several servers take turns behind a name, once it has led to
-# another server; and how many are opened at each renewal, to see whether they still do.
+# Several servers may take turns behind one name, behind a load balancer for instance. How many connections are opened
+# to notice that, after the name has led to another server; and how many at each later renewal, to notice that it has
+# ended.
 _FIRST_VISITS = 3
 _LATER_VISITS = 6
-# Names are resolved no more often than this: name servers are asked for a while after they were wrong, too.
+# The least time between two look-ups of the name, or renewals of the connection.
 _LOOKUP_SECONDS = 1.0
-# Nor is another connection opened more often because somebody asks where the name leads.
+# The least time between two connections that are opened by `look_again`.
 _LOOK_AGAIN_SECONDS = 0.5
 
 
 class Watch:
-    """What is known of one host, and the task that asks it.
+    """The task that asks one host, and what is known of the host.
+
+    `run` makes an attempt to ask the host whenever that is due (`hurry`, `ask`). Beside it, two other tasks open
+    connections: the upkeep replaces an old connection and looks how many servers are behind the name; `ask_anew` opens
+    a connection for callers who have to know where the name leads now.
 
     Args:
         address: where the host is.
-        account: as whom to ask it.
-        pace: how soon to ask again.
+        account: the role and the database to connect by.
+        pace: how soon to ask again, and after how much silence the host counts as dead.
         limits: how long the parts of an attempt may take.
-        report: called after each attempt, before those who wait for it go on; and when a silence has become too long.
+        report: called after each attempt, before the callers that wait for the attempt go on; and when the host has
+            been silent for too long.
         logical: what the host is asked about logical replication.
 
     Attributes:
         address: where the host is.
-        alive: whether it answers, or has failed less than `max_fails` times since it did, or is there and refuses the
-            monitor.
-        answer: what it said last; ``None`` if it is not alive, or has said nothing since the monitor began.
+        alive: whether the host answers, or has failed less than `max_fails` times since its last answer, or runs and
+            refuses the monitor.
+        answer: the host's last answer; ``None`` if the host is not alive, or has not answered since the monitor began.
         failures: how many attempts have failed since the last answer.
-        refusals: how often in a row its server has refused the monitor, and so shown that it is there.
-        server: which server answered last.
-        is_shared: whether several servers take turns behind its name.
-        is_unaided: whether no other host tells if its name comes to lead to another server: the connection is then
-            renewed at each poll.
-        promotion: what it had replayed of the timeline that it has left, if that was seen.
-        error: what the last failure was, without secrets.
-        since: since when it has been alive or not, in its role.
+        refusals: how often in a row the server has refused the monitor, and so shown that it runs.
+        server: the server that answered last.
+        has_several_servers: whether several servers take turns behind the name.
+        renews_at_each_poll: whether the connection is replaced at each poll. The monitor sets this if no other host
+            would tell of a promotion by which the name comes to lead to another server.
+        promotion: how much of its former timeline the host had replayed when it left that; ``None`` if that was not
+            seen.
+        error: the message of the last failure, without secrets.
+        since: the time from which on the host has been dead, or alive in its role.
     """
 
     def __init__(
@@ -77,8 +84,8 @@ class Watch:
         self.failures = 0
         self.refusals = 0
         self.server: Server | None = None
-        self.is_shared = False
-        self.is_unaided = False
+        self.has_several_servers = False
+        self.renews_at_each_poll = False
         self.promotion: Promotion | None = None
         self.error: str | None = None
         self.since = datetime.now(UTC)
@@ -89,75 +96,80 @@ class Watch:
         self._due = asyncio.Event()
         self._waiting: list[asyncio.Future[bool]] = []
         self._impatient: list[asyncio.Future[bool]] = []
-        # What it said last, also if it has been dead since.
+        # The last answer, also if the host has died since.
         self._last: Answer | None = None
-        # Up to where it had replayed its timeline then.
+        # The timeline of the last answer, and how much of it the host had replayed.
         self._replayed: Promotion | None = None
-        # How long answers take, over a connection that is there and over one that is not.
+        # How many seconds an attempt usually takes: over an open connection (True), and with connecting (False).
         self._usual = {True: 0.0, False: 0.0}
+        # Whether the present attempt is late.
         self._is_late = False
-        # Since when it has been asked without an answer.
+        # When the first attempt began that has not been followed by an answer, and the timer that ends its silence.
         self._silent_since: float | None = None
         self._silence: Deadline | None = None
-        # Until when a server that has refused the monitor is left in peace.
+        # Until this time, a server that has refused the monitor is not asked again.
         self._not_before = 0.0
-        # Whether its name has come to lead to another server, and whether it is the only one is to be looked at.
+        # Whether the name has come to lead to another server, so that the next upkeep has to look for more of them.
         self._has_moved = False
         self._upkeep: asyncio.Task[None] | None = None
         self._upkeep_at = 0.0
         self._look_again_at = 0.0
-        # The connection that `ask_anew` opens, and the one that it opens next.
+        # The task of `ask_anew` that opens a connection, and the task that is going to do so after it.
         self._opening: asyncio.Task[bool] | None = None
         self._opening_next: asyncio.Task[bool] | None = None
-        # How many standbys it had before it lost one, and when that was.
+        # How many standbys a primary had before it lost one of them, and when it lost that one.
         self._standbys_before = 0
         self._standby_lost_at = 0.0
         self._longest_loss = limits.age
 
     @property
-    def is_certain(self) -> bool:
-        """Whether the next question goes to the server that has answered: it has not been restarted since."""
-        return self._probe.is_connected and not self.is_shared
+    def has_same_server(self) -> bool:
+        """Whether the next question goes to the server that gave the last answer, and was not restarted since."""
+        return self._probe.is_connected and not self.has_several_servers
 
     @property
-    def is_sound(self) -> bool:
-        """Whether its last answer came, and the next one is not late."""
+    def is_responsive(self) -> bool:
+        """Whether the last attempt was answered, and the present one is not late."""
         return self.alive and not self.failures and not self.refusals and not self._is_late
 
     @property
     def standbys_before_loss(self) -> int:
         """How many standbys this primary had before it lost one that has not come back; 0 if it has lost none of late.
 
-        A standby that is promoted leaves its primary before it takes writes. So if the name of the primary may follow
-        the role, this is when it may come to lead elsewhere.
+        A standby that is promoted leaves its primary before it takes writes. So a name that always leads to the primary
+        may come to lead to another server after such a loss, and not without one.
         """
         is_recent = time.monotonic() - self._standby_lost_at < self._longest_loss
         return self._standbys_before if is_recent else 0
 
     def hurry(self) -> None:
-        """Have it asked now, or right after the attempt that is under way."""
+        """Have the host asked now, or right after the attempt that is under way."""
         self._due.set()
 
     def ask(self, *, patient: bool = True) -> asyncio.Future[bool]:
-        """Have it asked now; the future tells whether an attempt that began after this call was answered.
+        """Have the host asked now, or right after the attempt that is under way.
 
-        Whoever asks while an attempt is under way shares the next one.
+        Callers that ask while an attempt is under way share the next attempt.
 
         Args:
-            patient: whether to wait for as long as the attempt takes, and not only for as long as answers usually take.
+            patient: whether to wait for as long as the attempt takes. Else the future is done when the answer is late,
+                as if the attempt had failed.
+
+        Returns:
+            a future, which tells whether an attempt that began after this call was answered.
         """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         if not patient:
             self._impatient.append(future)
             if self._is_late:
-                # The next attempt cannot begin before the one that is late.
+                # The attempt that is under way is late, and the next one cannot begin before its end.
                 future.set_result(False)
         self._due.set()
         return future
 
     async def run(self) -> None:
-        """Ask whenever it is due, until cancelled."""
+        """Ask the host whenever that is due, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -169,10 +181,10 @@ class Watch:
                 try:
                     await self._attempt()
                 except Exception:
-                    # Whatever it is, the next poll may do better.
+                    # An attempt handles all that a driver may raise. A defect in this package must not end the task.
                     logger.exception("Polling %s failed.", self.address.name, extra={"host": self.address.name})
         finally:
-            self._disarm()
+            self._stop_silence()
             self._probe.close()
             _resolve(self._take_waiting(), result=False)
             openings = [task for task in (self._upkeep, self._opening, self._opening_next) if task is not None]
@@ -180,12 +192,12 @@ class Watch:
                 task.cancel()
             if openings:
                 await asyncio.wait(openings)
-                # They may have opened connections meanwhile.
+                # The tasks may have opened connections after the first `close`.
                 self._probe.close()
 
     async def look_again(self) -> None:
-        """Have it asked over a new connection, and look whether several servers are behind its name."""
-        if self.is_shared or not self.is_sound:
+        """Have the host asked over a new connection, and look whether several servers are behind its name."""
+        if self.has_several_servers or not self.is_responsive:
             return
         if self._upkeep is not None and not self._upkeep.done():
             await asyncio.wait([self._upkeep])
@@ -198,10 +210,10 @@ class Watch:
             await asyncio.wait([self._upkeep])
 
     async def ask_anew(self, *, patient: bool = True) -> bool:
-        """Have it asked over a connection that is opened after this call; return whether that was answered.
+        """Have the host asked over a connection that is opened after this call; return whether that was answered.
 
-        Callers share connections, but only such that are opened after they called. If none can be had, that is no
-        failure of the host: the connection that there is stays.
+        Callers share a connection, but only one that is opened after all of them called. If no connection can be
+        opened, that does not count as a failure of the host: the kept connection stays.
 
         Args:
             patient: whether to wait for as long as that takes, and not only for as long as it usually takes.
@@ -221,12 +233,12 @@ class Watch:
         try:
             await self._probe.replace()
         except Exception:
-            logger.debug("There is no new connection to %s.", self.address.name, exc_info=True)
+            logger.debug("No new connection to %s could be opened.", self.address.name, exc_info=True)
             return False
         return await self.ask()
 
     def close(self) -> None:
-        """Drop the connection, so that what waits for an answer ends."""
+        """Drop the connections, so that an attempt that waits for an answer ends."""
         self._probe.close()
 
     # --- an attempt ---------------------------------------------------------------------------------------------------
@@ -238,8 +250,8 @@ class Watch:
         start = loop.time()
         was_connected = self._probe.is_connected
         usual = self._usual[was_connected]
-        self._arm(start, usual)
-        late = Deadline(start + self._pace.patience(usual), partial(self._be_late, impatient))
+        self._start_silence(start, usual)
+        late = Deadline(start + self._pace.patience(usual), partial(self._give_up_on_late_answer, impatient))
         answered = False
         try:
             try:
@@ -264,24 +276,24 @@ class Watch:
         waiting, self._waiting = self._waiting, []
         return waiting
 
-    def _be_late(self, impatient: list[asyncio.Future[bool]]) -> None:
+    def _give_up_on_late_answer(self, impatient: list[asyncio.Future[bool]]) -> None:
         self._is_late = True
         _resolve([*impatient, *self._impatient], result=False)
 
-    def _arm(self, start: float, usual: float) -> None:
-        """Have it counted as dead if it keeps silent for too long."""
+    def _start_silence(self, start: float, usual: float) -> None:
+        """Begin the silence of the host, unless it has begun: if the silence lasts for too long, the host is dead."""
         if self._silent_since is None:
             self._silent_since = start
             limit = self._pace.silence(usual)
-            self._silence = Deadline(start + limit, partial(self._fall_silent, limit))
+            self._silence = Deadline(start + limit, partial(self._die_of_silence, limit))
 
-    def _disarm(self) -> None:
+    def _stop_silence(self) -> None:
         self._silent_since = None
         if self._silence is not None:
             self._silence.cancel()
             self._silence = None
 
-    def _fall_silent(self, limit: float) -> None:
+    def _die_of_silence(self, limit: float) -> None:
         self._silence = None
         if self.alive:
             self.error = f"no answer within {limit:.3g} s"
@@ -299,12 +311,12 @@ class Watch:
 
     def _answered(self, answer: Answer) -> None:
         before = self.answer
-        self._disarm()
+        self._stop_silence()
         self._note_promotion(self._last, answer)
         self._note_standbys(self._last, answer)
         self.answer = self._last = answer
         self.failures = self.refusals = 0
-        self._meet(answer.server)
+        self._note_server(answer.server)
         if not self.alive or before is None or before.in_recovery != answer.in_recovery:
             self.alive = True
             self.since = datetime.now(UTC)
@@ -313,20 +325,21 @@ class Watch:
             logger.info("Host %s answers: it is a %s.", self.address.name, role, extra=extra)
 
     def _note_promotion(self, before: Answer | None, now: Answer) -> None:
-        """Remember up to where it had replayed the timeline that it has left: by its promotion, or by another's."""
+        """Remember how much of a timeline the host had replayed when it left that for another one."""
         if before is None or not _is_one_run(before, now):
-            # A server is promoted while it runs. Another one behind the same name has not replayed what this one has.
+            # A promotion does not restart a server: another run, or another server behind the name, begins anew.
             self._replayed = self.promotion = None
         if now.timeline is None:
             return
         if self._replayed is not None and self._replayed.timeline < now.timeline:
             self.promotion = self._replayed
         if now.in_recovery and now.position is not None:
-            # In the middle of its promotion, a server is in recovery on its new timeline.
+            # Only a standby replays. In the middle of its promotion, a server is still in recovery, and on its new
+            # timeline already: so this is noted after the comparison.
             self._replayed = Promotion(now.timeline, now.position)
 
     def _note_standbys(self, before: Answer | None, now: Answer) -> None:
-        """Remember that a primary has lost a standby, until as many are there again."""
+        """Remember that a primary has lost a standby, until it has as many standbys as before again."""
         if before is None or before.in_recovery or now.in_recovery or not _is_one_run(before, now):
             self._standbys_before = 0
         elif now.standbys < before.standbys:
@@ -357,8 +370,8 @@ class Watch:
             logger.warning("Host %s does not answer: %s", name, self.error, extra=extra)
 
     def _refused(self, *, busy: bool) -> None:
-        """Note that its server is there: alive, in the role that it had last."""
-        self._disarm()
+        """Note that the server runs: the host is alive, in the role that it had last."""
+        self._stop_silence()
         loop = asyncio.get_running_loop()
         self.failures = 0
         self.refusals += 1
@@ -379,8 +392,8 @@ class Watch:
 
     # --- which server it is -------------------------------------------------------------------------------------------
 
-    def _meet(self, server: Server | None) -> None:
-        """Take in which server has answered."""
+    def _note_server(self, server: Server | None) -> None:
+        """Note which server has answered, and look for more of them if the name leads to another one than before."""
         before, self.server = self.server, server
         if before is None or server is None or server.is_run_of(before):
             return
@@ -394,56 +407,59 @@ class Watch:
         self._start_upkeep()
 
     def _keep_up(self) -> None:
-        """Renew the connection if it is too old, or if the name leads elsewhere by now."""
+        """Start the upkeep, at most once in `_LOOKUP_SECONDS`."""
         now = asyncio.get_running_loop().time()
-        if self.is_sound and now >= self._upkeep_at:
+        if self.is_responsive and now >= self._upkeep_at:
             self._upkeep_at = now + _LOOKUP_SECONDS
             self._start_upkeep()
 
     def _start_upkeep(self, *, anyway: bool = False) -> None:
         if self._upkeep is None or self._upkeep.done():
             self._upkeep = asyncio.create_task(
-                self._look_after(anyway=anyway), name=f"HostMonitor {self.address.name}, upkeep"
+                self._look_after_connection(anyway=anyway), name=f"HostMonitor {self.address.name}, upkeep"
             )
 
-    async def _look_after(self, *, anyway: bool) -> None:
-        """Renew the connection, and look how many servers are behind the name.
+    async def _look_after_connection(self, *, anyway: bool) -> None:
+        """Replace the connection if it is too old or the name leads elsewhere, and look how many servers are behind it.
 
-        What goes wrong here is no failure of the host: the connection that there is stays.
+        An error here does not count as a failure of the host: the kept connection stays.
+
+        Args:
+            anyway: whether the connection is replaced in any case.
         """
         try:
-            age = self._pace.interval if self.is_unaided else None
+            age = self._pace.interval if self.renews_at_each_poll else None
             renewed = await self._probe.renew(anyway=anyway, age=age)
             if renewed:
                 await self.ask()
             visits = _FIRST_VISITS if anyway or self._has_moved else 0
-            if renewed and self.is_shared:
+            if renewed and self.has_several_servers:
                 visits = _LATER_VISITS
             self._has_moved = False
             if visits:
-                self._tell_servers(await self._probe.visit(visits))
+                self._note_servers_behind_name(await self._probe.visit(visits))
         except Exception:
             logger.debug("The connection to %s could not be renewed.", self.address.name, exc_info=True)
 
-    def _tell_servers(self, servers: list[Server]) -> None:
+    def _note_servers_behind_name(self, servers: list[Server]) -> None:
         name = self.address.name
         kept = self.server
         others = {str(each) for each in servers if kept is None or not each.is_run_of(kept)}
-        if others and not self.is_shared:
-            self.is_shared = True
+        if others and not self.has_several_servers:
+            self.has_several_servers = True
             extra = {"host": name, "servers": sorted(others | {str(kept)})}
             logger.warning(
-                "Several servers take turns behind the name %s: %s. It cannot be told which one a connection gets: the "
-                "name is never taken for the master, nor for a replica that has replayed a position. Name each server "
-                "by a name of its own.",
+                "Several servers take turns behind the name %s: %s. A connection may lead to any of them, so this name "
+                "is never taken for the master, nor for a replica that has replayed a position. Name each server by a "
+                "name of its own.",
                 name,
                 "; ".join(sorted(others | {str(kept)})),
                 extra=extra,
             )
             self._report(self)
-        elif self.is_shared and not others:
-            self.is_shared = False
-            logger.info("One server is behind the name %s again: %s.", name, kept, extra={"host": name})
+        elif self.has_several_servers and not others:
+            self.has_several_servers = False
+            logger.info("Only one server is behind the name %s again: %s.", name, kept, extra={"host": name})
             self._report(self)
 
 

@@ -1,8 +1,8 @@
-"""The sidecar: what a monitor knows, over HTTP, for programs in any language.
+"""The sidecar: tells over HTTP what a `HostMonitor` knows, to programs in any language.
 
-It takes the environment variables of pg-status and answers at its endpoints. The data flows from `settings` through
-`command`, which runs the monitor and the server, to `app`, which answers out of memory: by `choice`, and for people and
-for Prometheus by `page`, `history` and `metrics`.
+The sidecar reads the environment variables of pg-status and has the endpoints of pg-status. `settings` reads the
+variables, and `command` runs a monitor and the HTTP server of `server`. `app` answers requests out of memory: `choice`
+chooses the replicas, `page` and `history` make the status page, and `metrics` what Prometheus reads.
 """
 
 from ctxdb_pgstatus.sidecar.command import main

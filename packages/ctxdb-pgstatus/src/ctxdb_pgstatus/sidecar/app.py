@@ -1,4 +1,4 @@
-"""What the sidecar answers at each of its endpoints: out of memory, unless a request asks for news."""
+"""`SidecarApp`: answers the requests to each endpoint of the sidecar, out of memory unless a request forbids that."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _CONDITIONS: Mapping[str, SyncCondition | None] = {
     "/sync_by_time_or_bytes": "time_or_bytes",
     "/sync_by_time_and_bytes": "time_and_bytes",
 }
-# No request is kept for longer than this, whatever it asks for.
+# A request waits no longer than this, whatever `wait_ms` says.
 _LONGEST_WAIT_SECONDS = 60.0
 
 
 class Monitor(Protocol):
-    """What the application needs of a monitor."""
+    """What the application needs of a `HostMonitor`."""
 
     @property
     def status(self) -> ClusterStatus:
-        """The cluster, as it is known now."""
+        """All that is known of the cluster."""
 
     async def poll(self) -> object:
         """Ask all hosts now."""
@@ -48,13 +48,13 @@ class Monitor(Protocol):
     async def find_replica(
         self, sync: SyncCondition | None = None, *, min_position: int | None = None, max_wait: float = 0.0
     ) -> str | None:
-        """Return a replica, after having waited for one that has replayed `min_position`."""
+        """Wait for a replica that has replayed `min_position`, and return its name."""
 
     async def ask_server_of(self, host: str) -> object:
         """Ask a host over a new connection."""
 
     def replayed(self, position: int) -> Container[str]:
-        """Return the replicas that are known to have replayed a WAL position."""
+        """Return the names of the replicas that are known to have replayed a WAL position."""
 
 
 class _InvalidParameterError(Exception):
@@ -74,7 +74,7 @@ def _error(text: str, status: int) -> Response:
     return _json({"error_text": text}, status)
 
 
-# The control characters that JSON may leave as they are: terminals obey them, too, and messages of hosts may have any.
+# `json.dumps` leaves these control characters as they are. Messages of hosts may contain them, and terminals obey them.
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 _NOT_READY = _error("pg_monitor is not ready", 503)
 _NOT_FOUND = _text("", 404)
@@ -82,7 +82,7 @@ _NOT_ALLOWED = Response(405, b"", b"", [(b"allow", b"GET, HEAD")])
 _READING_METHODS = frozenset((b"GET", b"HEAD"))
 _NOT_MONITORED = _error("This host is not monitored", 404)
 _OK = _text("OK")
-# What load balancers ask.
+# The endpoints that load balancers use for their checks.
 _CHECKS = frozenset(("/primary", "/replica"))
 _SIZE = re.compile(r"(?P<number>[0-9]{1,19}) ?(?P<unit>b|kb|mb|gb|tb)?", re.ASCII | re.IGNORECASE)
 _HIGHEST = 2**64 - 1
@@ -90,13 +90,13 @@ _UNITS = {"b": 0, "kb": 10, "mb": 20, "gb": 30, "tb": 40}
 
 
 class SidecarApp:
-    """Answers what `monitor` knows.
+    """Answers requests by what `monitor` knows.
 
     Args:
-        history: what the status page tells of the last minutes.
-        locality: which replicas are preferred.
-        sync_max_lag_ms: the limit that the plots show.
-        poll_interval: how often the status page asks anew, in seconds.
+        history: the lags and changes of the last minutes, for the status page.
+        locality: where the hosts and their readers are.
+        sync_max_lag_ms: up to which lag in milliseconds a replica is in sync by time, which the plots show.
+        poll_interval: how many seconds pass until the status page requests its present content.
     """
 
     def __init__(
@@ -107,14 +107,17 @@ class SidecarApp:
         poll_interval: float = 1.0,
     ) -> None:
         self.monitor: Monitor | None = None
-        """Whose knowledge is answered; ``None`` until every host has been asked once."""
+        """The monitor; ``None`` until it has asked every host once."""
         self._history = history
         self._locality = locality or Locality()
         self._limit_ms = sync_max_lag_ms
         self._refresh = poll_interval
         self._choice = Choice(self._locality)
+        # The responses that name one host, or none: by the host, the status code without a host, and whether it is
+        # JSON.
         self._names: dict[tuple[str | None, int, bool], Response] = {}
-        # Of the status that was last asked about, for as long as it is the one.
+        # The responses of `/hosts` and `/replicas_info`, each with the status that it was made of. They are used until
+        # there is a newer status.
         self._of_hosts: tuple[ClusterStatus, Response] | None = None
         self._of_replicas: tuple[ClusterStatus, Response] | None = None
         self._of_cluster: Mapping[str, Callable[[ClusterStatus, Request], Response]] = {
@@ -136,12 +139,12 @@ class SidecarApp:
         }
 
     def __call__(self, request: Request) -> Response | Awaitable[Response]:
-        """Answer one request; by an awaitable only if the hosts have to be asked first."""
+        """Return the response to a request; an awaitable of it if the hosts have to be asked first."""
         path, method = request.path, request.method
         answer = self._of_cluster.get(path)
         if answer is None and path not in self._without_cluster:
             return _NOT_FOUND
-        # Load balancers check by OPTIONS unless they are told otherwise.
+        # HAProxy checks by OPTIONS unless it is told otherwise (HAProxy, "option httpchk").
         if method not in _READING_METHODS and not (method == b"OPTIONS" and path in _CHECKS):
             return _NOT_ALLOWED
         if answer is None:
@@ -164,14 +167,16 @@ class SidecarApp:
                 except errors.MasterUncertainError as exc:
                     return _json({"error_text": exc.args[0], "uncertain": True}, 503)
                 except errors.PgStatusError as exc:
-                    # It refuses the monitor. Who is connected to it can ask it.
+                    # The master refuses the monitor. A client that is told so may ask the master itself, over a
+                    # connection that it has.
                     return _error(str(exc), 503)
                 if path == "/master" and request.accepts_json:
                     return self._master_and_its_server(monitor.status)
             else:
                 await monitor.poll()
             if path == "/status" and (host := _parameters(request.query).get("host")) is not None:
-                # Who asks so wants to know which server it is, and whether the name leads to another one by now.
+                # A client asks so to find out whether the name leads to another server by now: only a new connection
+                # tells.
                 await monitor.ask_server_of(host)
         if path in _CONDITIONS:
             try:
@@ -187,7 +192,13 @@ class SidecarApp:
     # --- one host -----------------------------------------------------------------------------------------------------
 
     def _name(self, host: str | None, request: Request, *, otherwise: int = 404) -> Response:
-        """Return the response that names `host`: there are as many as hosts, so each is made once."""
+        """Return the response that names `host`. There are few of them, so each is made once and kept.
+
+        Args:
+            host: the name of the host; ``None`` for no host.
+            request: the request.
+            otherwise: the status code of the response for no host.
+        """
         as_json = request.accepts_json
         response = self._names.get((host, otherwise, as_json))
         if response is None:
@@ -205,7 +216,7 @@ class SidecarApp:
         return self._name(status.master, request)
 
     def _master_and_its_server(self, status: ClusterStatus) -> Response:
-        """Return what `_master` does, and which server that is: the same name may lead to another one by now."""
+        """Return the response of `_master`, and in it the start of the master's server, by which that is known."""
         name = status.master
         host = next((each for each in status.hosts if each.host == name), None)
         started_at = None if host is None or host.possible_dead else host.started_at
@@ -218,7 +229,7 @@ class SidecarApp:
         return _json(content, 404 if name is None else 200)
 
     def _primary(self, status: ClusterStatus, request: Request) -> Response:
-        """Tell by the status code whether a host is the master, or whether there is one."""
+        """Tell by the status code whether the host of the query is the master; without a host, if there is a master."""
         host = status.master
         if request.query and (asked := _parameters(request.query).get("host")) is not None:
             if all(each.host != asked for each in status.hosts):
@@ -239,7 +250,7 @@ class SidecarApp:
     def _check_replica(
         self, status: ClusterStatus, request: Request, parameters: Mapping[str, str], limits: LagLimits
     ) -> Response:
-        """Tell by the status code whether a host is a replica within limits, or whether there is one."""
+        """Tell by the status code whether the host of the query is a replica within limits; without one, if any is."""
         asked = parameters.get("host")
         if asked is not None and all(each.host != asked for each in status.hosts):
             return _NOT_MONITORED
@@ -256,11 +267,11 @@ class SidecarApp:
         lag_ms, lag_bytes = _number(parameters, "lag_ms"), _number(parameters, "lag_bytes")
         position = _position(parameters, "min_lsn")
         _number(parameters, "wait_ms")
-        # 0/0 is before all that there is: whatever a replica has replayed will do.
+        # 0/0 is before all WAL: every replica will do, also one that has replayed nothing.
         among = self.monitor.replayed(position) if position and self.monitor is not None else None
         return LagLimits(lag_ms, lag_bytes, among)
 
-    # --- all of them --------------------------------------------------------------------------------------------------
+    # --- all hosts ----------------------------------------------------------------------------------------------------
 
     def _hosts(self, status: ClusterStatus, _request: Request) -> Response:
         if self._of_hosts is None or self._of_hosts[0] is not status:
@@ -282,7 +293,7 @@ class SidecarApp:
         return _NOT_MONITORED
 
     def _health(self, status: ClusterStatus, _request: Request) -> Response:
-        """Return whether the cluster takes writes, and whether all of it is there."""
+        """Return whether the cluster takes writes, and whether all of its hosts are alive."""
         alive = sum(host.alive for host in status.hosts)
         whole = "ok" if alive == len(status.hosts) else "degraded"
         content = {
@@ -320,7 +331,7 @@ class SidecarApp:
             "distance": self._locality.distance(host.host),
             "master": host.host == status.master,
             "alive": host.alive,
-            # As in pg-status, where a dead host is one that may be dead, too.
+            # As in pg-status, which says so of each dead host as well.
             "possible_dead": host.possible_dead or not host.alive,
             "role": host.role,
             "lag_ms": host.lag_ms if host.alive else None,
@@ -344,7 +355,7 @@ def _describe_promotion(promotion: Promotion) -> dict[str, Any]:
 
 
 async def _confirm_master(monitor: Monitor) -> None:
-    """Have the monitor know the master after all that happened before the call."""
+    """Ask the hosts anew, so that the monitor's status tells the master as of after this call."""
     host = monitor.status.master
     if host is None or not await monitor.confirm_master(host):
         await monitor.poll()
@@ -366,7 +377,8 @@ def _number(parameters: Mapping[str, str], name: str) -> int | None:
     text = parameters.get(name)
     if text is None:
         return None
-    # As high as pg-status goes: some write its highest number for "no limit". Longer texts would take long to read.
+    # pg-status takes numbers up to 2^64 - 1, and some clients give the highest one for "no limit". A longer text is not
+    # read at all, as Python takes quadratic time for that.
     if text.isascii() and text.isdigit() and len(text) <= len(str(_HIGHEST)) and (number := int(text)) <= _HIGHEST:
         return number
     raise _InvalidParameterError(name)

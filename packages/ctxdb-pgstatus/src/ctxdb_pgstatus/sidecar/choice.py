@@ -1,4 +1,4 @@
-"""Which replica an endpoint answers: by lag, by WAL position, by nearness, and each in its turn."""
+"""`Choice`: which replica an endpoint names, by lag, by WAL position and by distance, each in its turn."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ __all__ = ["Choice"]
 
 
 class Choice:
-    """Chooses replicas, each in its turn; the master where none will do.
+    """Chooses replicas, each in its turn; the master if no replica will do.
 
-    Of those that will do, a replica that has failed to answer since its last answer is chosen only if all others have;
-    and of those, the nearest.
+    Of the replicas that will do, those are preferred whose last poll was answered; of these, the nearest are chosen.
     """
 
     def __init__(self, locality: Locality) -> None:
         self._locality = locality
         conditions: tuple[SyncCondition | None, ...] = (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
         self._turns = {condition: count() for condition in conditions}
-        # What was found for the status that was last asked about.
+        # The status of the last call, and the replicas that were found in it, for each way to be in sync.
         self._status: ClusterStatus | None = None
         self._found: dict[SyncCondition | None, Sequence[HostStatus]] = {}
 
     def replica(self, status: ClusterStatus, condition: SyncCondition | None, limits: LagLimits | None) -> str | None:
-        """Return a replica's name, the master's if none will do, ``None`` without a master."""
+        """Return a replica's name; the master's if no replica will do; ``None`` without a master."""
         if limits is not None:
             hosts = self._best([host for host in status.replicas() if limits.admit(host, condition)])
         else:
@@ -41,7 +40,7 @@ class Choice:
         return hosts[next(self._turns[condition]) % len(hosts)].host
 
     def most_in_sync(self, status: ClusterStatus, limits: LagLimits) -> str | None:
-        """Return the replica that is the fewest bytes behind; of several the first."""
+        """Return the name of the replica that is the fewest bytes behind, of several the first; else the master's."""
         known = [host for host in status.replicas() if host.lag_bytes is not None and limits.admit(host, "bytes")]
         hosts = _responsive(known)
         if not hosts:

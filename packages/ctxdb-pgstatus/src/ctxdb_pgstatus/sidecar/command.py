@@ -1,4 +1,4 @@
-"""The command ``ctxdb-pgstatus``: reads the settings, runs the monitor and the server until it is told to stop."""
+"""The command ``ctxdb-pgstatus``: reads the settings, and runs the monitor and the server until a signal stops it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["main"]
 
 _logger = logging.getLogger("ctxdb_pgstatus.sidecar")
 
-# For requests that are under way when it is told to stop.
+# After the first signal to stop, requests that are under way have so many seconds to be answered.
 _GRACE_SECONDS = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 2 for wrong settings, 1 if it cannot listen."""
+    """Run the command; return its exit code: 2 for wrong settings, 1 if it cannot listen on its address."""
     _parse(arguments)
     try:
         settings = Settings.from_environment(os.environ)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listener = _listen(settings.listen_address, settings.listen_port)
     except OSError as exc:
         print(  # noqa: T201 - a command speaks to its user
-            f"ctxdb-pgstatus: it cannot listen on {settings.listen_address}, port {settings.listen_port} "
+            f"ctxdb-pgstatus: cannot listen on {settings.listen_address}, port {settings.listen_port} "
             f"({exc.strerror}): set pg_status__http_listen_address and pg_status__http_port.",
             file=sys.stderr,
         )
@@ -62,8 +62,8 @@ def _parse(arguments: Sequence[str] | None) -> None:
         description="Says over HTTP which PostgreSQL host is the master, and which replicas are in sync.",
         epilog="It is set up by environment variables, each with the prefix pg_status__:\n\n"
         + "\n".join(f"  {name.ljust(width)}  {text}" for name, text in VARIABLES.items())
-        + "\n\nThe signal USR1 has the present state of the cluster accepted once, though a higher timeline was seen: "
-        "after an operator has undone a promotion.",
+        + "\n\nThe signal USR1 has the present state of the cluster accepted, though a higher timeline was seen: send "
+        "it after you have undone a promotion.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version)
@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> None:
 
 
 class _Version(argparse.Action):
-    """Shows the version, which takes as long to find out as the server to start: only where it is asked for."""
+    """Shows the version. It is looked up only here, as a look-up takes as long as the start of the server."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show the version and exit")
@@ -84,16 +84,17 @@ def _listen(address: str, port: int) -> socket.socket:
     everywhere = address == "*"
     dual_stack = everywhere and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual_stack or ":" in address else socket.AF_INET
-    # With the protocol's number asyncio turns Nagle's algorithm off, for which responses would wait 40 ms.
+    # asyncio sets TCP_NODELAY only on sockets that were made with the protocol's number. Without that, Nagle's
+    # algorithm and the delayed acknowledgements of a client would hold some responses back for 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
-            # Where else it means that others may take the port, too.
+            # On Windows, the option would let another process listen on the same port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
         listener.bind(("" if everywhere else address, port))
-        # Already here, so that a port in use is noticed here.
+        # A port that is in use shows at `listen` at the latest: so it is called here, where the error is caught.
         listener.listen()
     except BaseException:
         listener.close()
@@ -102,7 +103,7 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def _loop_factory() -> Callable[[], AbstractEventLoop] | None:
-    """Return uvloop's if it is installed: it nearly doubles what the server can do."""
+    """Return the factory of uvloop if that is installed: with it, the server answers nearly twice as many requests."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     factory: Callable[[], AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
@@ -133,7 +134,7 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
 
     def stop() -> None:
         if stopping.is_set():
-            # Told twice, it does not wait for requests that are under way.
+            # At the second signal, the server does not wait for requests that are under way.
             server.abort()
         stopping.set()
 
@@ -146,14 +147,14 @@ async def _run(settings: Settings, listener: socket.socket) -> None:
         task.add_done_callback(accepting.discard)
 
     if hasattr(signal, "SIGUSR1"):
-        # An operator has undone a promotion, and says so: `kill -USR1`.
+        # Sent by an operator who has undone a promotion (see `HostMonitor.accept_lower_timeline`).
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, accept_lower_timeline)
     for warning in settings.warnings:
         _logger.warning("%s", warning)
     address, port = listener.getsockname()[:2]
     await server.start(listener)
     _logger.info("server started", extra={"address": address, "port": port})
-    # It answers that it is not ready yet until the monitor has asked each host once.
+    # The server answers from now on. Until the monitor has asked each host once, it answers that it is not ready.
     watching = asyncio.create_task(_watch(monitor, app, history, settings.poll_interval))
     stopped = asyncio.create_task(stopping.wait())
     try:
@@ -185,5 +186,5 @@ def _on_signals(stop: Callable[[], None]) -> None:
         try:
             loop.add_signal_handler(number, stop)
         except NotImplementedError:
-            # On Windows.
+            # Event loops on Windows have no signal handlers.
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))

@@ -1,4 +1,4 @@
-"""What happened in the last minutes: each host's lag, for the plots, and the last changes."""
+"""`History`: the lags of the last minutes and the last changes, for the status page."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from datetime import datetime, timedelta
 
 from ctxdb_pgstatus.status import ClusterStatus
 
-__all__ = ["Change", "History", "Sample", "changes_between"]
+__all__ = ["Change", "History", "LagSample", "changes_between"]
 
+# How many changes are kept.
 _CHANGES = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LagSample:
     """The lag of one host at one time.
 
     Attributes:
-        at: when (UTC).
-        lag_ms: the lag in milliseconds; ``None`` if it was not known, or the host was dead, or no replica.
+        at: the time (UTC).
+        lag_ms: the lag in milliseconds; ``None`` if it was not known, or if the host was dead or no replica.
     """
 
     at: datetime
@@ -29,11 +30,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that became different.
+    """A change of the cluster.
 
     Attributes:
-        at: when it was noticed (UTC).
-        text: what, in words.
+        at: when the change was noticed (UTC).
+        text: the change in words.
     """
 
     at: datetime
@@ -41,11 +42,15 @@ class Change:
 
 
 class History:
-    """Keeps samples for as long as the plots reach back, and the last changes."""
+    """Keeps the last changes, and the lags of each host for as long as the plots reach back.
+
+    Args:
+        span: how far the plots reach back.
+    """
 
     def __init__(self, span: timedelta = timedelta(minutes=5)) -> None:
         self.span = span
-        self._samples: dict[str, deque[Sample]] = {}
+        self._samples: dict[str, deque[LagSample]] = {}
         self._changes: deque[Change] = deque(maxlen=_CHANGES)
         self._last: datetime | None = None
         self.changes_in_all: int = 0
@@ -58,17 +63,17 @@ class History:
         for host in status.hosts:
             samples = self._samples.setdefault(host.host, deque())
             is_replica = host.alive and host.role == "replica"
-            samples.append(Sample(status.at, host.lag_ms if is_replica else None))
+            samples.append(LagSample(status.at, host.lag_ms if is_replica else None))
             while samples and samples[0].at < status.at - self.span:
                 samples.popleft()
 
     def note(self, old: ClusterStatus, new: ClusterStatus) -> None:
-        """Note what differs between two statuses: to be called at each change."""
+        """Note the changes between two statuses. A monitor calls this at each change (``HostMonitor.on_change``)."""
         for text in changes_between(old, new):
             self._changes.appendleft(Change(new.at, text))
             self.changes_in_all += 1
 
-    def samples(self, host: str) -> Sequence[Sample]:
+    def samples(self, host: str) -> Sequence[LagSample]:
         """Return the samples of a host, the oldest first."""
         return tuple(self._samples.get(host, ()))
 
@@ -78,7 +83,7 @@ class History:
 
 
 def changes_between(old: ClusterStatus, new: ClusterStatus) -> list[str]:
-    """Return in words what differs in who is alive, in which role, and who is the master."""
+    """Return in words how two statuses differ: in the hosts that are alive, their roles, and the master."""
     texts = []
     before = {host.host: host for host in old.hosts}
     for host in new.hosts:

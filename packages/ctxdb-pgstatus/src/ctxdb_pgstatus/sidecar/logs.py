@@ -1,4 +1,4 @@
-"""How the sidecar logs: one line each to standard error, as text or as JSON, with the fields of the record."""
+"""The log of the sidecar: a line on standard error for each record, as text or as JSON, with the record's fields."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from ctxdb_pgstatus.sidecar.settings import LogFormat
 
 __all__ = ["JSONFormatter", "TextFormatter", "set_up"]
 
-# What every record has; the rest was given as `extra`. The two last ones are set by formatters.
+# The attributes that every record has; further ones were given as `extra`. Formatters set the last two.
 _OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def set_up(level: int, log_format: LogFormat) -> None:
-    """Log to standard error."""
+    """Have all loggers write to standard error.
+
+    Args:
+        level: the least severe level that is logged. asyncio's own records are logged from warnings on.
+        log_format: how the lines are written.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
@@ -29,7 +34,7 @@ class TextFormatter(logging.Formatter):
     """``2026-08-21T12:35:01.245Z WARNING monitor: host state changed host=n2``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the line of a record."""
         fields = "".join(f" {name}={_quoted(value)}" for name, value in _fields(record).items())
         text = f"{_time(record)} {record.levelname} {_component(record)}: {record.getMessage()}{fields}"
         if record.exc_info:
@@ -38,10 +43,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line, with the names that pg-status has, and a member for each field."""
+    """One JSON object a line, with the names of members that pg-status uses, and a member for each field."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the line of a record."""
         content: dict[str, object] = {
             "@timestamp": _time(record),
             "levelStr": "ERROR" if record.levelno >= logging.ERROR else record.levelname,
@@ -52,15 +57,15 @@ class JSONFormatter(logging.Formatter):
             content.setdefault(name, value)
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
-        # The one control character that JSON leaves as it is.
+        # DEL is the only ASCII control character that `json.dumps` does not escape.
         return json.dumps(content, default=str).replace("\x7f", "\\u007f")
 
 
 def _printable(text: str) -> str:
     """Return text as one line that moves no cursor and changes no colour.
 
-    Names of hosts and messages of servers come from elsewhere: an escape sequence in one of them could rewrite on the
-    reader's terminal what other lines say.
+    Names of hosts and messages of servers are not ours: by an escape sequence, one of them could change what other
+    lines say on the reader's terminal.
     """
     if text.isprintable():
         return text

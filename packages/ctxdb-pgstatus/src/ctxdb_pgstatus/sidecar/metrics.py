@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics of the sidecar, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus
 __all__ = ["CONTENT_TYPE", "render"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-"""What the metrics are sent as."""
+"""The media type of the metrics."""
 
 _NAMESPACE = "ctxdb_pgstatus"
 _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float | None]]] = (
@@ -46,13 +46,13 @@ _OF_HOSTS: Sequence[tuple[str, str, Callable[[HostStatus, ClusterStatus], float 
     ),
     (
         "host_possible_dead",
-        "Whether the host counts as alive, and has not answered since it last did.",
+        "Whether the host counts as alive, although its last poll has failed.",
         lambda host, _: host.possible_dead,
     ),
     ("host_timeline", "The timeline that the host writes, or receives.", lambda host, _: host.timeline),
     (
         "host_since_timestamp_seconds",
-        "Since when the host has been alive, or not, in its role.",
+        "The time from which on the host has been dead, or alive in its role.",
         lambda host, _: host.since.timestamp(),
     ),
 )
@@ -62,7 +62,7 @@ def render(status: ClusterStatus | None, changes: int) -> bytes:
     """Return the metrics, in Prometheus's text format.
 
     Args:
-        status: of the cluster; ``None`` as long as nothing is known.
+        status: the status of the cluster; ``None`` as long as nothing is known.
         changes: how many changes have been noticed.
     """
     registry = CollectorRegistry(auto_describe=False)

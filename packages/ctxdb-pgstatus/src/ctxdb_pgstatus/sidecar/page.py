@@ -1,4 +1,4 @@
-"""The status page: one HTML document for people, which needs nothing from elsewhere."""
+"""The status page of the sidecar: one HTML document, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from html import escape
 from importlib.metadata import version
 
 from ctxdb_pgstatus.lsn import format_lsn
-from ctxdb_pgstatus.sidecar.history import Change, History, Sample
+from ctxdb_pgstatus.sidecar.history import Change, History, LagSample
 from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus
 
 __all__ = ["HEADERS", "render"]
 
 _WIDTH = 240
 _HEIGHT = 44
-# The browser asks no more often than this, nor more seldom.
+# The least and the most seconds between two requests of the page for its present content.
 _REFRESH_LIMITS = (1.0, 10.0)
 
 _STYLE = """
@@ -57,7 +57,8 @@ footer { padding: 1.5rem 1.25rem; font-size: .85rem; } a { color: inherit; }
 #stale { display: none; } .stale #stale { display: inline; } .stale main { opacity: .55; }
 """
 
-# The page asks for itself, and takes over what is in it: a sidecar that is down leaves the last state readable.
+# The page requests itself, and replaces its main part. So the last state stays readable while the sidecar is down,
+# which a reload would replace by the browser's error page.
 _SCRIPT = """
 const pause = 1000 * document.body.dataset.refresh;
 async function refresh() {
@@ -89,17 +90,17 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-"""What the page is sent with: nothing but its own style and script counts, whatever a host is called."""
+"""The header fields of the page, by which browsers run its own script alone, and none out of the name of a host."""
 
 
 def render(status: ClusterStatus | None, history: History, limit_ms: int, refresh: float) -> str:
     """Return the page.
 
     Args:
-        status: of the cluster; ``None`` as long as nothing is known.
-        history: what happened in the last minutes.
-        limit_ms: up to which lag a replica is in sync by time.
-        refresh: how often the page asks anew, in seconds.
+        status: the status of the cluster; ``None`` as long as nothing is known.
+        history: the lags and changes of the last minutes.
+        limit_ms: up to which lag in milliseconds a replica is in sync by time.
+        refresh: how many seconds pass until the page requests its present content.
     """
     seconds = min(max(refresh, _REFRESH_LIMITS[0]), _REFRESH_LIMITS[1])
     title, content = ("starting", _starting()) if status is None else _cluster(status, history, limit_ms)
@@ -207,8 +208,8 @@ def _measure(text: str | None, *, in_sync: bool) -> str:
     return text if in_sync else f'<span class="warn">{text}</span>'
 
 
-def _plot(name: str, samples: Sequence[Sample], span: timedelta, limit_ms: int) -> str:
-    """Return the lag over time as an SVG: a line for each stretch over which it was known."""
+def _plot(name: str, samples: Sequence[LagSample], span: timedelta, limit_ms: int) -> str:
+    """Return a plot of the lag over time as an SVG, with a line for each stretch over which the lag was known."""
     if not samples:
         return ""
     end = samples[-1].at

@@ -1,8 +1,8 @@
-"""The sidecar's HTTP server: HTTP/1.1 for small answers out of memory, within limits that no client can go past.
+"""The sidecar's HTTP server: HTTP/1.1 for small answers out of memory, within limits that no client can exceed.
 
-httptools, which is llhttp, reads the requests. What is here is what a server around it has to decide: how long a client
-may take for a request, how much it may send, in which order its requests are answered, and what becomes of an answer
-that is waited for when its client leaves.
+httptools, which wraps llhttp, parses the requests. This module decides what a server has to decide beside that: how
+long a client may take for a request, how much it may send, in which order its requests are answered, and what happens
+to an answer under way when its client leaves.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _TOO_MANY_REQUESTS, _TOO_MANY_FIELDS, _INTERNAL_ERROR = 429, 431, 500
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """What a client may take.
+    """How much a client may send, how long it may take, and how many clients there may be.
 
     Attributes:
         head: how many bytes a request's line and header fields may have together.
         fields: how many header fields a request may have.
-        body: how many bytes of a body are read, and thrown away: no request needs one.
-        request_seconds: how long a request may take to arrive, from its first byte to its last, or from the connection
-            on.
+        body: how many bytes of a body are read, and thrown away, as no endpoint needs a body.
+        request_seconds: how long a request may take to arrive, from its first byte to its last; for the first request,
+            from the opening of the connection.
         idle_seconds: how long a connection is kept between two requests.
         write_seconds: how long a client may leave answers unread.
         connections: how many connections may be open.
-        queue: how many requests of a connection may wait for the answer to another one.
+        queue: how many requests of a connection may wait for the answer to an earlier one.
     """
 
     head: int = 16 * 1024
@@ -58,14 +58,15 @@ class ClientLimits:
 
 @dataclass(slots=True)
 class Request:
-    """What a client asks.
+    """A request.
 
     Attributes:
-        method: ``GET``, for instance.
-        path: without the query, decoded.
-        query: what follows the question mark, as it was sent.
-        accepts_json: whether it prefers JSON.
-        bypasses_memory: whether the answer shall not come out of memory (``Cache-Control: no-cache``).
+        method: the method, such as ``GET``.
+        path: the path of the target, decoded.
+        query: the query of the target (the part after the question mark) as it was sent.
+        accepts_json: whether the client accepts JSON.
+        bypasses_memory: whether the answer must not come out of memory (``Cache-Control: no-cache``; RFC 9111, section
+            5.2.1.4).
     """
 
     method: bytes
@@ -81,7 +82,7 @@ class Response:
     Args:
         status: the status code.
         content: the body.
-        content_type: what the body is.
+        content_type: the media type of the body.
         fields: further header fields.
     """
 
@@ -100,24 +101,24 @@ class Response:
         self.fields: bytes = b"\r\n".join(lines)
 
     def encode(self, date: bytes, connection: bytes, *, with_content: bool) -> bytes:
-        """Return what is sent.
+        """Return the bytes of the response.
 
         Args:
-            date: the value of the date field.
-            connection: the field that says what becomes of the connection, with its end of line; or nothing.
-            with_content: whether the body is sent, which ``HEAD`` does not ask for.
+            date: the value of the ``Date`` field.
+            connection: a ``Connection`` field with its end of line; or nothing.
+            with_content: whether the body is sent. It is not in the answer to ``HEAD``.
         """
         content = self.content if with_content else b""
         return b"%b%b\r\n%b%b\r\n\r\n%b" % (self.start, date, connection, self.fields, content)
 
 
 def error(status: int, text: str) -> Response:
-    """Return a response that says in plain text what is wrong."""
+    """Return a response that says in plain text why a request failed."""
     return Response(status, text.encode(), b"text/plain; charset=utf-8")
 
 
 Answer: TypeAlias = Callable[[Request], Response | Awaitable[Response]]
-"""Answers a request: at once, or by an awaitable, which is cancelled if the client leaves."""
+"""Returns the response to a request, or an awaitable of it, which is cancelled if the client leaves."""
 
 _FAILED = error(_INTERNAL_ERROR, "Internal Server Error")
 
@@ -133,17 +134,17 @@ class _Clock:
         now = int(time.time())
         if now != self._second:
             self._second = now
-            # Python is in the C locale unless a program says otherwise.
+            # The names of days and months are English: Python is in the C locale, unless a program sets another one.
             self._text = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)).encode()
         return self._text
 
 
 class Server:
-    """Serves answers on a socket.
+    """Serves HTTP on a socket.
 
     Args:
-        answer: what answers requests; it may be called on the server's event loop only.
-        limits: what a client may take.
+        answer: answers requests; called on the server's event loop.
+        limits: the limits for clients.
     """
 
     def __init__(self, answer: Answer, limits: ClientLimits | None = None) -> None:
@@ -166,7 +167,7 @@ class Server:
         """Accept no more connections, and let requests that are under way be answered.
 
         Args:
-            grace: for how many seconds to wait for them.
+            grace: for how many seconds to wait for these answers, before their connections are cut off.
         """
         self.is_closing = True
         if self._server is not None:
@@ -204,7 +205,7 @@ class Server:
 
 
 class _Connection(asyncio.Protocol):
-    """One client. Its requests are read by httptools, which calls the methods whose names begin with ``on_``."""
+    """The connection of a client. httptools parses requests, and calls the methods whose names begin with ``on_``."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -212,16 +213,20 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._parser: Any = None
-        # Requests that came while an answer was waited for, each with the field that its answer says of the connection.
+        # Requests that came while an earlier one was not answered yet, each with the `Connection` field of its answer.
         self._queue: deque[tuple[Request, bytes]] = deque()
+        # The task of the answer that is waited for.
         self._waiting: asyncio.Task[None] | None = None
+        # Whether the client leaves answers unread, so that no further answer can be sent.
         self._is_paused = False
+        # Whether the transport reads what the client sends.
         self._reads = True
-        # One timer serves all limits of time. It is not set anew at each request: when it rings, it looks whether the
-        # deadline has moved.
+        # One timer serves all limits of time. It is not set anew at each request: when it rings, `_on_time` looks
+        # whether the deadline has moved.
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        # Whether a request has arrived in part, and whether its deadline is set: the first one's is, by the connection.
+        # Whether a part of a request has arrived, and whether its deadline is set. The deadline of the first request is
+        # set when the connection is opened.
         self._is_receiving = False
         self._is_timed = True
         self._begin()
@@ -248,7 +253,7 @@ class _Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if self._waiting is not None:
-            # Nobody is there any more for whom it would be found out.
+            # The client has left before it was answered.
             self._waiting.cancel()
         self._queue.clear()
         self._parser = None
@@ -259,7 +264,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # The request was answered as if it had not asked for another protocol.
+            # The request asks for another protocol, and was answered in HTTP/1.1. httptools parses nothing after it.
             self.finish()
         except httptools.HttpParserCallbackError as exc:
             reason = exc.__context__
@@ -274,7 +279,7 @@ class _Connection(asyncio.Protocol):
 
     def _received_in_part(self, size: int) -> None:
         if not self._has_head:
-            # What httptools holds of a field that has not ended; the callbacks count the others.
+            # httptools keeps a header field until it is complete, and only then calls `on_header`, which counts it.
             self._unread_size += size
             if self._unread_size > self._limits.head:
                 self._refuse(_TOO_MANY_FIELDS)
@@ -285,7 +290,7 @@ class _Connection(asyncio.Protocol):
             self._hurry()
 
     def pause_writing(self) -> None:
-        # The client does not read its answers: until it does, no further request of it is read or answered.
+        # The client does not read its answers. Until it does, none of its requests is read or answered.
         self._is_paused = True
         self._pause_reading()
         self._deadline = self._loop.time() + self._limits.write_seconds
@@ -297,7 +302,7 @@ class _Connection(asyncio.Protocol):
         self._go_on()
 
     def _hurry(self) -> None:
-        """Have the timer ring in time for a deadline that was brought forward."""
+        """Set the timer, if it would ring after the deadline."""
         if self._timer is None or self._timer.when() > self._deadline:
             if self._timer is not None:
                 self._timer.cancel()
@@ -307,7 +312,7 @@ class _Connection(asyncio.Protocol):
         self._timer = None
         now = self._loop.time()
         if self._waiting is not None and not self._is_paused:
-            # An answer that is waited for has its own limit.
+            # The time of a client does not run while it waits for an answer of the server.
             self._deadline = max(self._deadline, now + self._limits.idle_seconds)
         if self._deadline > now:
             self._hurry()
@@ -362,7 +367,8 @@ class _Connection(asyncio.Protocol):
             self._deadline = self._loop.time() + self._limits.idle_seconds
         url = self._url
         if not url.startswith(b"/"):
-            # The absolute form, as it is sent to proxies. The others (RFC 9112, section 3.2) name no path.
+            # The target is in absolute form, as clients send it to proxies. The other forms (RFC 9112, section 3.2), of
+            # CONNECT and OPTIONS, name no path.
             try:
                 parsed = httptools.parse_url(url)
             except httptools.HttpParserError:
@@ -376,12 +382,13 @@ class _Connection(asyncio.Protocol):
         if not parser.should_keep_alive() or parser.should_upgrade():
             connection = _CLOSE
         elif parser.get_http_version() == "1.0":
-            # Such a client waits to be told that its connection is kept.
+            # A client of HTTP/1.0 that has asked for it relies on being told that its connection is kept.
             connection = _KEEP_ALIVE
         else:
             connection = b""
         if self._waiting is not None or self._is_paused or self._queue:
-            # While an answer is waited for, what the client sends is read on: else its leaving would not be noticed.
+            # The client is read from also while an answer is waited for, as it would not be noticed else that it
+            # leaves. So the number of its requests that wait is limited.
             if self._waiting is not None and len(self._queue) >= self._limits.queue:
                 raise _RefusedError(_TOO_MANY_REQUESTS)
             self._queue.append((request, connection))
@@ -422,7 +429,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
     def _go_on(self) -> None:
-        """Answer what came while an answer was waited for, or could not be sent."""
+        """Answer the requests that had to wait."""
         while self._queue and self._waiting is None and not self._is_paused:
             self._answer(*self._queue.popleft())
         is_idle = not self._queue and self._waiting is None and not self._is_paused
@@ -431,7 +438,10 @@ class _Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _refuse(self, status: int) -> None:
-        """Say what is wrong with a request, and read no further: where the next one begins is not known."""
+        """Answer a request by an error and close the connection, as the beginning of the next request is not known.
+
+        If an earlier request is not answered yet, nothing is sent: the client would take it for that answer.
+        """
         if self._waiting is None and not self._queue and not self._transport.is_closing():
             response = error(status, HTTPStatus(status).phrase)
             self._transport.write(response.encode(self._server.clock.date(), _CLOSE, with_content=True))
@@ -439,17 +449,17 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
     def finish(self) -> None:
-        """Close as soon as what is under way is answered."""
+        """Close the connection, unless a request is under way: then its answer closes it."""
         if self._waiting is None and not self._queue:
             self._transport.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Cut the connection off."""
         self._transport.abort()
 
 
 def _accepts_json(value: bytes) -> bool:
-    """Return whether an Accept field names JSON, with a quality that is not 0 (RFC 9110, 12.4.2)."""
+    """Return whether an Accept field names JSON, with a quality that is not 0 (RFC 9110, section 12.4.2)."""
     if value == b"application/json":
         return True
     for accepted in value.lower().split(b","):
@@ -460,7 +470,7 @@ def _accepts_json(value: bytes) -> bool:
 
 
 class _RefusedError(Exception):
-    """A request is not answered: it is longer than it may be, for instance."""
+    """A request breaks a limit or a rule, and is answered by an error. Raised in callbacks of the parser."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)

@@ -1,4 +1,4 @@
-"""What the sidecar is told by environment variables: those of pg-status, the older ones among them."""
+"""`Settings`: the settings of the sidecar, out of the environment variables of pg-status, older releases included."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ _LEVELS = {
 
 VARIABLES = {
     "hosts": "the hosts of the cluster, separated by commas: name, name:port or [IPv6]:port; required, or one of",
-    "hosts_patroni": "in their place: REST APIs of some members of a Patroni cluster, as in http://n1:8008",
-    "hosts_srv": "in their place: a name with SRV records, as in _postgresql._tcp.example.org",
-    "hosts_file": "in their place: a file with one host a line, which may change",
-    "delimiter": "what separates them, if it is no comma",
+    "hosts_patroni": "instead of hosts: REST APIs of some members of a Patroni cluster, as in http://n1:8008",
+    "hosts_srv": "instead of hosts: a name with SRV records, as in _postgresql._tcp.example.org",
+    "hosts_file": "instead of hosts: a file with one host a line, which may change",
+    "delimiter": "what separates the values of a list, if it is no comma",
     "pg_user": "the user to log in as (postgres)",
-    "pg_password": "its password (that of PGPASSWORD or libpq's password file, if there is one; else postgres)",
+    "pg_password": "the user's password (that of PGPASSWORD or libpq's password file, if there is one; else postgres)",
     "pg_password_file": "a file that holds the password and nothing else; read for each connection",
     "pg_database": "the database to connect to (postgres)",
-    "pg_port": "the port of all hosts, or one for each, separated as they are (5432)",
-    "port": "the same, as pg-status 1.x spells it: the last port is that of all further hosts",
-    "hosts_dc": "the data centre of each host",
+    "pg_port": "the port of all hosts, or a list with the port of each host (5432)",
+    "port": "pg_port as pg-status 1.x calls it: the last port of the list is that of all further hosts",
+    "hosts_dc": "a list with the data centre of each host",
     "current_dc": "the data centre of the sidecar: its replicas are preferred",
-    "current_dc_env": "the variable that names it",
-    "hosts_geo": "the region of each host",
+    "current_dc_env": "the name of an environment variable that holds current_dc",
+    "hosts_geo": "a list with the region of each host",
     "current_geo": "the region of the sidecar: its replicas are preferred after those of the same data centre",
-    "current_geo_env": "the variable that names it",
+    "current_geo_env": "the name of an environment variable that holds current_geo",
     "max_fails": "after how many failures in a row a host counts as dead (3)",
     "sleep_ms": "milliseconds between two polls of a host (1000)",
-    "sleep": "the same in seconds, of older releases",
+    "sleep": "sleep_ms in seconds, as older releases call it",
     "query_timeout_ms": "milliseconds that a poll may take (2000)",
-    "connect_timeout": "the same in seconds, of older releases",
+    "connect_timeout": "query_timeout_ms in seconds, as older releases call it",
     "conn_max_age_ms": "milliseconds after which a connection to a host is replaced, and its name resolved (30000)",
-    "nofailover": "the hosts that are never promoted, separated as they are: nothing waits for them",
-    "noloadbalance": "the hosts that take no reads, separated as they are",
-    "subscribers": "the hosts that receive the data by logical replication, separated as they are",
+    "nofailover": "a list of hosts that are never promoted: no confirmation of a commit waits for them",
+    "noloadbalance": "a list of hosts that take no reads",
+    "subscribers": "a list of hosts that receive the data by logical replication",
     "sync_max_lag_ms": "up to which lag in milliseconds a replica is in sync by time (1000)",
     "sync_max_lag_bytes": "up to which lag in bytes a replica is in sync by bytes (1000000)",
     "http_listen_address": "the address to listen on; * for all (127.0.0.1)",
@@ -66,19 +66,19 @@ VARIABLES = {
     "log_level": "debug, info, warning, error or fatal (info)",
     "log_format": "text or json (text)",
 }
-"""Each variable, without its prefix, and what it says."""
+"""The names of the variables, without their prefix, and what each of them sets, with its default in parentheses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the sidecar is to run.
+    """The settings of the sidecar.
 
     Attributes:
-        hosts: where the hosts are, under the names that they are answered by; none if something finds them.
-        discovery: what finds them.
+        hosts: the addresses of the hosts, with the names by which answers call them; empty if `discovery` finds them.
+        discovery: finds the hosts; ``None`` if they are listed.
         user: the user to log in as.
-        password: its password; never shown. ``None`` for that of the file, or for libpq's.
-        password_file: a file that holds it.
+        password: the user's password; never shown. ``None`` if it comes out of `password_file`, or from libpq's places.
+        password_file: a file that holds the password.
         database: the database to connect to.
         poll_interval: seconds between two polls of a host.
         connect_timeout: seconds that a poll may take.
@@ -87,14 +87,14 @@ class Settings:
         subscribers: the hosts that receive the data by logical replication.
         noloadbalance: the hosts that take no reads.
         max_fails: after how many failures in a row a host is dead.
-        sync_max_lag_ms: up to which lag a replica is in sync by time.
-        sync_max_lag_bytes: up to which lag a replica is in sync by bytes.
+        sync_max_lag_ms: up to which lag in milliseconds a replica is in sync by time.
+        sync_max_lag_bytes: up to which lag in bytes a replica is in sync by bytes.
         locality: where the hosts and the sidecar are.
         listen_address: the address to listen on; ``*`` for all.
-        listen_port: the port to listen on; 0 for any.
+        listen_port: the port to listen on; 0 for any free port.
         log_level: the least severe level that is logged.
-        log_format: how.
-        warnings: what to tell the user when it starts.
+        log_format: whether lines of the log are text or JSON.
+        warnings: what is wrong with the variables, but does not keep the sidecar from starting.
     """
 
     hosts: tuple[HostAddress, ...]
@@ -158,7 +158,7 @@ class Settings:
 
 
 class _Reader:
-    """Reads single variables. An empty one counts as not set."""
+    """Reads single variables. An empty variable counts as not set."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -167,10 +167,10 @@ class _Reader:
         return self._environment.get(_PREFIX + name, "").strip() or default
 
     def discovery(self) -> HostDiscovery | None:
-        """Return what finds the hosts; ``None`` if they are listed."""
+        """Return an object that finds the hosts; ``None`` if they are listed."""
         kinds = [kind for kind in ("hosts", "hosts_patroni", "hosts_srv", "hosts_file") if self.text(kind, "")]
         if len(kinds) > 1:
-            raise _wrong(kinds[1], self.text(kinds[1], ""), f"either it or {_PREFIX}{kinds[0]}, not both")
+            raise _wrong(kinds[1], self.text(kinds[1], ""), f"either this variable or {_PREFIX}{kinds[0]}, not both")
         try:
             match kinds:
                 case ["hosts_patroni"]:
@@ -184,11 +184,15 @@ class _Reader:
         return None
 
     def password(self) -> str | None:
-        """Return the password; ``None`` if there is another place where it is to be found."""
+        """Return the password; ``None`` if it comes out of a file, or from one of libpq's places."""
         given = self._environment.get(f"{_PREFIX}pg_password")
         in_file = bool(self.text("pg_password_file", ""))
         if given is not None and in_file:
-            raise _wrong("pg_password_file", self.text("pg_password_file", ""), "either it or pg_password, not both")
+            raise _wrong(
+                "pg_password_file",
+                self.text("pg_password_file", ""),
+                f"either this variable or {_PREFIX}pg_password, not both",
+            )
         if given is not None or in_file:
             return given
         if "PGPASSWORD" in self._environment or "PGPASSFILE" in self._environment:
@@ -197,7 +201,7 @@ class _Reader:
         return None if home and Path(home, ".pgpass").is_file() else "postgres"
 
     def names(self, name: str, hosts: tuple[HostAddress, ...]) -> tuple[str, ...]:
-        """Return some of the hosts; any names if the hosts are to be found."""
+        """Return a list of hosts. Its names have to be out of `hosts`, unless the hosts are found while it runs."""
         given = self._list(name)
         known = {host.name for host in hosts} or set(given)
         for each in given:
@@ -214,7 +218,10 @@ class _Reader:
         return value
 
     def seconds(self, name_in_ms: str, name: str, default: float) -> float:
-        """Return the seconds that one variable gives in milliseconds; else those of its predecessor."""
+        """Return the seconds that `name_in_ms` gives in milliseconds; if it is not set, those of `name`.
+
+        `name` is how older releases call the variable.
+        """
         if self.text(name_in_ms, ""):
             return self.number(name_in_ms, 0, at_least=1) / 1000
         text = self.text(name, str(default))
@@ -234,7 +241,8 @@ class _Reader:
             )
         ports = self._ports(len(names))
         try:
-            # The names stay as they are: what a host is called says nothing of a port that was given apart.
+            # Each host keeps the name as it was written, without a port that was given in `pg_port`. `parse_hosts` is
+            # given host and port, to see whether two hosts are the same.
             addresses = [HostAddress.parse(name, int(port)) for name, port in zip(names, ports, strict=True)]
             parse_hosts(
                 [f"[{each.host}]:{each.port}" if ":" in each.host else f"{each.host}:{each.port}" for each in addresses]
@@ -242,7 +250,8 @@ class _Reader:
         except errors.HostListError as exc:
             raise errors.OptionError(f"{_PREFIX}hosts: {exc}") from None
         if len({address.name for address in addresses}) < len(addresses):
-            # Told apart by their ports: two hosts of one name could not be told apart in any answer.
+            # Several hosts were given the same name and different ports. Answers could not tell them apart by the names
+            # that were written: so the ports become part of their names.
             addresses = [HostAddress(_with_port(each), each.host, each.port) for each in addresses]
         return tuple(addresses)
 
@@ -302,17 +311,17 @@ class _Reader:
         raise _wrong("log_format", text, "text or json")
 
     def unknown(self) -> list[str]:
-        """Return a warning for each variable with the prefix that means nothing here."""
+        """Return a warning for each variable that has the prefix and an unknown name."""
         names = sorted(name for name in self._environment if name.startswith(_PREFIX))
         return [
             f"{name} is not known, and has no effect" for name in names if name.removeprefix(_PREFIX) not in VARIABLES
         ]
 
     def unreadable_files(self) -> list[str]:
-        """Return a warning for each file for TLS that cannot be read: the error of the driver does not name it."""
+        """Return a warning for each file for TLS that cannot be read, as the driver's error does not name the file."""
         given = {name: self._environment.get(name, "") for name in _TLS_FILES}
         return [
-            f"{name} is {path!r}, which is no file that can be read: give the path of one"
+            f"{name} is {path!r}, which is no file that can be read: give the path of a readable file"
             for name, path in given.items()
             if path and not (Path(path).is_file() and os.access(path, os.R_OK))
         ]

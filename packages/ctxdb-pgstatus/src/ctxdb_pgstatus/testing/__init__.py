@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: one server, or a cluster to be killed, frozen, promoted and brought back."""
+"""A real PostgreSQL for tests: `EmbeddedPostgres`, one server; `PostgresCluster`, a primary and its standbys."""
 
 from ctxdb_core.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, postgres_is_available
 from ctxdb_pgstatus.testing.cluster import PostgresCluster, PostgresNode

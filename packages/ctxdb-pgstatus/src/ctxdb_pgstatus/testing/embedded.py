@@ -1,4 +1,4 @@
-"""The name under which `ctxdb_core.testing.EmbeddedPostgres` was first known."""
+"""`EmbeddedPostgres`, which was first published here, and is `ctxdb_core.testing.EmbeddedPostgres` now."""
 
 from __future__ import annotations
 
