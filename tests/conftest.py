@@ -4,6 +4,7 @@ import asyncio
 import functools
 import gc
 import inspect
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -41,6 +42,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     let_children_be_interrupted()
     share_bytecode(config)
+    # The tests' servers have no TLS. Drivers would prepare it and ask for it at each connection, which takes longer
+    # than the connection itself. Tests of TLS say so, and those of failing networks let the drivers ask.
+    os.environ.setdefault("PGSSLMODE", "disable")
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +105,10 @@ async def db(database: Database) -> AsyncIterator[DBConnect]:
 
 
 @pytest.fixture
-async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBConnect]:
+async def far(database: Database, network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DBConnect]:
     """The database, on the other side of the folder's `network`."""
+    # A connection begins as it does by default: with the question whether the server has TLS.
+    monkeypatch.delenv("PGSSLMODE", raising=False)
     near = database.url
     database.url = make_url(near).set(port=network.port).render_as_string(hide_password=False)
     async with database.connect() as far:

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from sqlalchemy import event, make_url, text
+from sqlalchemy import Connection, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
@@ -66,7 +66,10 @@ class Database:
         """Return a new engine, with a pool of five, whose connections are counted."""
         if self.is_postgresql:
             options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30, **options}
-        return self.watch(create_async_engine(self.url, **options))
+        engine = create_async_engine(self.url, **options)
+        if self.is_postgresql and "connect_args" not in options:
+            _tell_what_is_known(engine)
+        return self.watch(engine)
 
     def watch(self, engine: AsyncEngine) -> AsyncEngine:
         def connected(*args: object) -> None:
@@ -163,6 +166,33 @@ class Database:
                 lambda: not self.backends("state <> 'idle'"),
                 lambda: f"still at work on the server: {self.backends('state <> $$idle$$')}",
             )
+
+
+# What the dialect of an engine asked the server with its first connection, by driver and server.
+_known: dict[tuple[str, str | None, int | None], dict[str, Any]] = {}
+
+
+def _tell_what_is_known(engine: AsyncEngine) -> None:
+    """Spare a new engine the questions about the server's version and defaults that an earlier engine has asked.
+
+    Most tests make an engine, for which these questions take longer than its connection does.
+    """
+    dialect = engine.sync_engine.dialect
+    server = (dialect.driver, engine.url.host, engine.url.port)
+    ask = dialect.initialize
+
+    def initialize(connection: Connection) -> None:
+        if server not in _known:
+            before = dict(vars(dialect))
+            ask(connection)
+            _known[server] = {
+                name: value
+                for name, value in vars(dialect).items()
+                if isinstance(value, (bool, str, tuple)) and value != before.get(name)
+            }
+        vars(dialect).update(_known[server])
+
+    vars(dialect)["initialize"] = initialize
 
 
 async def insert(db: DBConnect, name: str) -> AsyncSession:
