@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from ctxdb_aiohttp.entrance import enclose
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
 from ctxdb_aiohttp.signal import note_response
@@ -118,6 +119,9 @@ def setup(
             app.middlewares.remove(inner)
             app.on_cleanup.remove(close_databases)
             take_places()
+            if deadline is None:
+                # A deadline may depend on the route, which is found further in than the application begins.
+                enclose(app, outer, own=(outer, inner, note_response))
 
     take_places()
     app.on_startup.append(take_places_again)
