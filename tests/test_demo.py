@@ -177,7 +177,9 @@ class TestPromises:
 
     @needs_postgres
     @pytest.mark.parametrize("framework", FRAMEWORKS)
-    def test_promises_are_kept_by_each_framework(self, framework: str, users_server: EmbeddedPostgres, run: Run) -> None:
+    def test_promises_are_kept_by_each_framework(
+        self, framework: str, users_server: EmbeddedPostgres, run: Run
+    ) -> None:
         result = run("--framework", framework, "--database-url", users_server.url())
         assert_promises_kept(result)
         assert result.stdout.casefold().startswith(f"{framework} ")

@@ -1,4 +1,4 @@
-"""`enclose`: the unit of work around an application as a whole, where no code but the route's handler is inside of it."""
+"""`enclose`: the unit of work around a whole application, where no code but the route's handler is inside of it."""
 
 from __future__ import annotations
 
