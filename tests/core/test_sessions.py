@@ -806,6 +806,21 @@ async def test_before_commit_is_not_asked_about_its_own_units_of_work(db: DBConn
     assert await database.names() == ["audit", "one"]
 
 
+async def test_a_block_that_before_commit_opens_has_the_before_commit_that_it_was_given(db: DBConnect) -> None:
+    async def write_audit(session: AsyncSession) -> None:
+        seen.append("outer")
+        async with new_db_ctx(before_commit=inner):
+            await insert(db, "audit")
+
+    async def inner(session: AsyncSession) -> None:
+        seen.append("inner")
+
+    seen: list[str] = []
+    async with new_db_ctx(before_commit=write_audit):
+        await insert(db, "one")
+    assert seen == ["outer", "inner"]
+
+
 @pytest.mark.parametrize("commit", [lambda session, db: session.commit(), lambda session, db: commit_db_session(db)])
 async def test_before_commit_may_commit(
     db: DBConnect, database: Database, commit: Callable[[AsyncSession, DBConnect], Awaitable[None]]
