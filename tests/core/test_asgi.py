@@ -21,6 +21,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     new_db_ctx,
+    new_non_ctx_session,
     on_commit,
     on_rollback,
     rollback_db_session,
@@ -730,3 +731,37 @@ async def test_a_lifespan_does_not_join_the_unit_of_work_that_its_server_was_sta
             assert is_context_initiated()
 
     await serve_inside()
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_a_task_may_open_a_session_while_the_response_waits_for_the_statement_of_another_one(
+    db: DBConnect, database: Database, status: int
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async with new_non_ctx_session(third) as blocking:
+            await blocking.execute(text("LOCK TABLE parent"))
+            session = await db_session(db)
+            writing = asyncio.create_task(session.execute(text("INSERT INTO parent VALUES ('one')")))
+            await eventually(lambda: bool(database.backends("wait_event_type = 'Lock'")), "no statement waits")
+            starting = asyncio.ensure_future(send({**START, "status": status}))
+            await asyncio.sleep(0)
+            await db_session(other)
+        await asyncio.gather(writing, starting)
+
+    async def before_commit(session: object) -> None: ...
+
+    connection = Connection()
+    async with database.connect() as other, database.connect() as third:
+        await connection.run(ASGIHTTPDBSessionMiddleware(app, before_commit))
+    assert [message["status"] for message in connection.sent] == [status]
+    assert await database.names("parent") == (["one"] if status == 200 else [])
+
+
+async def test_two_starts_at_once_beneath_a_boundary_are_the_servers_to_refuse(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        await asyncio.gather(*(send({**START, "status": status}) for status in (200, 200)))
+        await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(ASGIStreamBoundary(app)))
+    assert connection.types == ["http.response.start", "http.response.start", "http.response.body"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -634,6 +634,42 @@ async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db
     assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.REFUSED]
     assert connection.types == ["websocket.accept", "websocket.close"]
     assert connection.sent[-1]["code"] == 1011
+
+
+async def test_work_behind_a_handshake_that_was_refused_is_committed(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "handshake")
+        await send({"type": "websocket.close"})
+        await insert(db, "background")
+
+    trace = Trace()
+    connection = await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.AFTER]
+    assert connection.types == ["websocket.close"]
+    assert await database.names() == ["background"]
+
+
+@pytest.mark.parametrize("commit_fails", [False, True])
+async def test_the_end_of_a_denial_waits_for_the_commit_of_its_body(
+    db: DBConnect, database: Database, commit_fails: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "handshake")
+        await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
+        await send({"type": "websocket.http.response.body", "body": b"1", "more_body": True})
+        try:
+            await send({"type": "websocket.http.response.body", "body": b"2"})
+        finally:
+            assert database.checked_out == 0
+            assert await database.names() == ([] if commit_fails else ["body"])
+
+    trace = Trace()
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError) if commit_fails else nullcontext():
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.BROKEN if commit_fails else Phase.AFTER]
+    assert told(connection)[1:] == ([b"1"] if commit_fails else [b"1", b"2"])
 
 
 def test_each_row_of_the_table_has_a_test() -> None:

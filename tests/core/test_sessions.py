@@ -784,6 +784,19 @@ async def test_the_before_commit_of_a_block_replaces_that_of_the_unit_around_it(
     assert seen == ["inner"]
 
 
+async def test_before_commit_may_close_the_session_that_is_next(db: DBConnect, database: Database) -> None:
+    async def close_other(session: AsyncSession) -> None:
+        seen.append(session)
+        await close_db_session(other)
+
+    seen: list[AsyncSession] = []
+    async with database.connect() as other, new_db_ctx(before_commit=close_other):
+        session = await insert(db, "one")
+        await insert(other, "other")
+    assert seen == [session]
+    assert await database.names() == ["one"]
+
+
 async def test_before_commit_is_not_asked_about_its_own_units_of_work(db: DBConnect, database: Database) -> None:
     async def write_audit(session: AsyncSession) -> None:
         await run_in_new_ctx(insert, db, "audit")
@@ -791,6 +804,21 @@ async def test_before_commit_is_not_asked_about_its_own_units_of_work(db: DBConn
     async with new_db_ctx(before_commit=write_audit):
         await insert(db, "one")
     assert await database.names() == ["audit", "one"]
+
+
+async def test_a_block_that_before_commit_opens_has_the_before_commit_that_it_was_given(db: DBConnect) -> None:
+    async def write_audit(session: AsyncSession) -> None:
+        seen.append("outer")
+        async with new_db_ctx(before_commit=inner):
+            await insert(db, "audit")
+
+    async def inner(session: AsyncSession) -> None:
+        seen.append("inner")
+
+    seen: list[str] = []
+    async with new_db_ctx(before_commit=write_audit):
+        await insert(db, "one")
+    assert seen == ["outer", "inner"]
 
 
 @pytest.mark.parametrize("commit", [lambda session, db: session.commit(), lambda session, db: commit_db_session(db)])

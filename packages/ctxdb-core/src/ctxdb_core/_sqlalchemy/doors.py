@@ -20,7 +20,8 @@ def is_busy(session: AsyncSession) -> bool:
 
 async def wait_for_calls(sessions: Iterable[AsyncSession]) -> None:
     """Wait until the calls of `sessions` that are under way, or wait for their turn, have ended."""
-    for door in _doors(sessions):
+    # Meanwhile, a task may open another session, or close one: the calls of a new session are not waited for.
+    for door in list(_doors(sessions)):
         if door.is_busy:
             async with door.turn():
                 pass

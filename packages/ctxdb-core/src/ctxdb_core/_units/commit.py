@@ -63,9 +63,12 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
             release_blocks(session.sync_session)
     prepared: set[DBConnect] = set()
     # The hook may open sessions of its own, or write on others.
-    while pending := [db for db in affected(sessions, dbs) if db not in prepared and in_transaction(sessions[db])]:
+    while pending := [db for db, session in affected(sessions, dbs) if db not in prepared and in_transaction(session)]:
         for db in pending:
             prepared.add(db)
+            if db not in sessions:
+                # The hook, or another task, has closed it.
+                continue
             session = sessions[db]
             if before_commit is not None:
                 token = _preparing.set(sessions)
@@ -90,8 +93,7 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
         BaseException: the first error of a commit; everything that was not committed has been rolled back.
     """
     committed: list[DBConnect] = []
-    for db in affected(sessions, dbs):
-        session = sessions[db]
+    for db, session in affected(sessions, dbs):
         if not in_transaction(session):
             continue
         try:
@@ -112,13 +114,16 @@ async def roll_back(sessions: Sessions, dbs: Collection[DBConnect] | None, error
         dbs: where; everywhere by default.
         error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
     """
-    for db in affected(sessions, dbs):
-        await session_end.roll_back(sessions[db], error, db)
+    for db, session in affected(sessions, dbs):
+        await session_end.roll_back(session, error, db)
 
 
-def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[DBConnect]:
-    """Return the databases out of `dbs` on which there is a session; all of these if `dbs` is ``None``."""
-    return list(sessions) if dbs is None else [db for db in dbs if db in sessions]
+def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[tuple[DBConnect, AsyncSession]]:
+    """Return the databases out of `dbs` on which there is a session, and that; all of these if `dbs` is ``None``.
+
+    It is a list of its own, as tasks may open and close sessions while others are committed.
+    """
+    return list(sessions.items()) if dbs is None else [(db, sessions[db]) for db in dbs if db in sessions]
 
 
 def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect], *, stands: bool) -> None:

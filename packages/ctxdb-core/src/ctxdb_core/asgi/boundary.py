@@ -53,17 +53,17 @@ class ASGIStreamBoundary:
 
         async def start_stream(message: Message) -> None:
             nonlocal body, starting
-            # What other tasks send meanwhile comes behind it.
-            starting = ResponseStart()
+            # What other tasks send meanwhile comes behind it. Two of them may send a start at once.
+            starting = start = ResponseStart()
             try:
-                starting.enter()
+                start.enter()
                 try:
                     body = await exchange.begin_stream(message["status"], call)
                 finally:
-                    starting.leave()
+                    start.leave()
                 await pass_up(message)
             finally:
-                starting.end()
+                start.end()
 
         async def send_behind(start: ResponseStart, message: Message) -> None:
             await start.wait()

@@ -32,6 +32,8 @@ class WebSocketExchange(Exchange):
             return self._close(message)
         if kind == "websocket.http.response.start":
             return self._deny(message)
+        if kind == "websocket.http.response.body" and not message.get("more_body", False):
+            return self._end_denial(message)
         return self.forward(message)
 
     async def _accept(self, response: Response, message: Message) -> None:
@@ -56,14 +58,34 @@ class WebSocketExchange(Exchange):
             self.refuse(exc)
             await self.roll_back(exc)
             raise
-        self.move_to(Phase.BODY)
+        self._begin_body()
+
+    def _begin_body(self) -> None:
+        # Two tasks may have answered the handshake at once.
+        if self.phase is Phase.HANDLING:
+            self.move_to(Phase.BODY)
 
     async def _deny(self, message: Message) -> None:
         """Answer the handshake by an HTTP response (ASGI, "WebSocket Denial Response")."""
         if self.phase is Phase.HANDLING:
             await self.settle(message["status"])
-            self.move_to(Phase.BODY)
+            self._begin_body()
         await self.forward(message)
+
+    async def _end_denial(self, message: Message) -> None:
+        """Send the end of a denial's body, once what was done since its start is committed."""
+        if self.phase in (Phase.BODY, Phase.AFTER):
+            try:
+                await self.commit(ends_body=True)
+            except Exception:
+                self.move_to(Phase.BROKEN)
+                raise
+            self._complete()
+        await self.forward(message)
+
+    def _complete(self) -> None:
+        if self.phase is Phase.BODY:
+            self.move_to(Phase.AFTER)
 
     async def _close(self, message: Message) -> None:
         """Close the connection, once its transactions have ended as the close code demands."""
@@ -81,15 +103,17 @@ class WebSocketExchange(Exchange):
             except Exception as exc:
                 await self._close_as_failed(exc)
                 raise
-        if self.phase is Phase.BODY:
-            self.move_to(Phase.AFTER)
+        # A handshake that is refused has had its whole response.
+        self._begin_body()
+        self._complete()
         await self.forward(message)
 
     async def _close_as_failed(self, error: Exception) -> None:
         """Tell the client that the connection did not end well, as `error` has kept its work from being committed."""
-        if self.phase not in (Phase.HANDLING, Phase.BODY):
+        if self.phase is not Phase.BODY:
             # The connection is closed already.
-            self.move_to(Phase.BROKEN)
+            if self.phase is Phase.AFTER:
+                self.move_to(Phase.BROKEN)
             return
         # The close frame tells of the error.
         self.refuse(error, can_be_answered=False)
