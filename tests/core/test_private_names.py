@@ -680,7 +680,7 @@ async def test_the_context_of_a_statement_leads_to_what_the_events_of_the_pool_c
     event.listen(engine.sync_engine, "checkout", lambda connection, entry, proxy: taken.append(connection))
 
     def around(original: Any, cursor: Any, statement: str, parameters: Any, context: Any) -> None:
-        private.find_by_context(found.append)(context)
+        found.append(private.connection_of_context(context))
         original(cursor, statement, parameters, context)
 
     async with engine.connect() as connection:
@@ -699,7 +699,7 @@ async def test_the_return_of_a_connection_to_its_pool_is_told_once(database: Dat
 
     def note(connection: object, entry: object, proxy: object) -> None:
         taken.append(connection)
-        private.call_on_return(entry, returned.append)
+        private.calls_on_return(entry).append(returned.append)
 
     async with engine.connect():
         pass

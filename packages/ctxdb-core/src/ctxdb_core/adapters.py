@@ -13,8 +13,8 @@ from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.connection_context import call_out_of_sight
 from ctxdb_core._sqlalchemy.lost_commits import AskOutcome, LostCommit, ask_outcome_by
 from ctxdb_core._sqlalchemy.private import (
-    call_on_return,
-    find_by_context,
+    calls_on_return,
+    connection_of_context,
     follow_dialect,
     follow_raw_connection,
     listeners_of,
@@ -68,15 +68,15 @@ __all__ = [
     "ask_outcome_by",
     "before_gather",
     "begin",
-    "call_on_return",
     "call_out_of_sight",
+    "calls_on_return",
     "check_function",
     "check_reads_from",
     "check_transition",
     "close_all",
+    "connection_of_context",
     "default_session_maker",
     "finalize",
-    "find_by_context",
     "follow_calls",
     "follow_dialect",
     "follow_raw_connection",

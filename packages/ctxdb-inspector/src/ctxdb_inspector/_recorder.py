@@ -25,8 +25,8 @@ from ctxdb_core.adapters import (
     RequestUnit,
     UnitOfWork,
     acquiring_instruction,
-    call_on_return,
-    find_by_context,
+    calls_on_return,
+    connection_of_context,
     listeners_of,
     running_unit,
     without_secrets,
@@ -103,17 +103,14 @@ class Recorder:
         # Closures, and few attributes that are looked up: these run for each statement of the application. What is
         # shown is put together when somebody looks.
         held, hold_of, now = pool.held, pool.held.get, perf_counter
-        hold_of_statement = find_by_context(hold_of)
 
         def checkout(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
             hold = held[dbapi_connection] = HoldRecord()
             hold.pool = pool
             hold.taken = now()
             hold.place = acquiring_instruction()
-            hold.returned = hold.statement = hold.running_since = hold.commit_at = None
-            hold.outcome = hold.error = hold.unit = None
-            hold.statements = hold.settled = 0
-            call_on_return(entry, checkin)
+            hold.statements = 0
+            calls_on_return(entry).append(checkin)
             unit = running_unit()
             if unit is not None:
                 record: Any = unit.watchers.get(self)
@@ -145,16 +142,12 @@ class Recorder:
 
         def execute(original: Callable[..., None]) -> Callable[..., None]:
             def execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
-                try:
-                    hold = hold_of_statement(context)
-                except AttributeError:
-                    # There is no context.
-                    hold = None
+                # SQLAlchemy asks the server of a new engine before any connection is taken, and without a context.
+                hold = None if context is None else hold_of(connection_of_context(context))
                 if hold is None:
-                    # SQLAlchemy asks the server of a new engine before any connection is taken.
                     original(cursor, statement, parameters, context)
                     return
-                hold.statement = statement if len(statement) <= LONGEST_STATEMENT else statement[:LONGEST_STATEMENT]
+                hold.statement = statement[:LONGEST_STATEMENT]
                 hold.statements += 1
                 hold.running_since = now()
                 try:
@@ -230,12 +223,10 @@ class Recorder:
         record.owner = self
         record.unit = ref(unit)
         record.id, request = unit.identify()
-        if request is not None and len(request) > LONGEST_REQUEST:
-            request = request[:LONGEST_REQUEST]
-        record.request = request
+        if request is not None:
+            record.request = request[:LONGEST_REQUEST]
         record.started = unit.opened or hold.taken
-        record.ended = record.responded = record.status = None
-        record.holds = [hold]
+        record.holds = (hold,)
         unit.watch(record, self)
         if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record

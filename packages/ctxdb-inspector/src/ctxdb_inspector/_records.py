@@ -8,7 +8,6 @@ from collections.abc import Callable
 from time import perf_counter
 from types import CodeType
 from typing import Any, Protocol
-from weakref import ref
 
 from sqlalchemy.exc import StatementError
 
@@ -41,43 +40,28 @@ class HeldPool(Protocol):
 class HoldRecord:
     """A connection that was taken from its pool.
 
-    It is made without arguments, and what makes it sets all attributes: a constructor of Python's would be called for
-    each connection that the application takes.
+    It has no constructor: that would be called for each connection that the application takes. What takes one sets the
+    attributes that have no default here.
     """
-
-    __slots__ = (
-        "commit_at",
-        "error",
-        "outcome",
-        "place",
-        "pool",
-        "returned",
-        "running_since",
-        "settled",
-        "statement",
-        "statements",
-        "taken",
-        "unit",
-    )
 
     pool: HeldPool
     place: tuple[CodeType | None, int]
     """The instruction that has taken it, as a `Place` has it."""
     taken: float
-    returned: float | None
     statements: int
-    settled: int
+    settled: int = 0
     """How many statements there had been at the last commit or roll-back."""
-    statement: str | None
+    statement: str | None = None
     """The last statement: its text, without parameters."""
-    running_since: float | None
+    running_since: float | None = None
     """Since when the statement is running; ``None`` between statements."""
-    commit_at: float | None
+    commit_at: float | None = None
     """When the last commit or roll-back began."""
-    outcome: str | None
+    outcome: str | None = None
     """How the last transaction has ended, in a word or two; "committing" while COMMIT is under way."""
-    error: str | None
-    unit: UnitRecord | None
+    error: str | None = None
+    returned: float | None = None
+    unit: UnitRecord | None = None
     """The unit of work whose code has taken the connection, until it is given back."""
 
     @property
@@ -122,11 +106,23 @@ class UnitOwner(Protocol):
     """The last ones of those that have ended."""
 
 
-class _Rarely:
-    """What few records of units of work set: the others have it from here."""
+class UnitRecord:
+    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`.
 
-    __slots__ = ("__dict__",)
+    It has no constructor, as `HoldRecord` has none.
+    """
 
+    unit: Callable[[], UnitOfWork | None]
+    """Leads to the unit while there is one."""
+    owner: UnitOwner
+    id: str
+    request: str | None = None
+    started: float
+    holds: tuple[HoldRecord, ...]
+    """The connections that it has taken; the last ones, if they are very many."""
+    responded: float | None = None
+    status: int | None = None
+    ended: float | None = None
     error: str | None = None
     is_lost = False
     """Whether the unit was thrown away, and nothing has ended it."""
@@ -139,36 +135,17 @@ class _Rarely:
     forgotten_results: frozenset[str | None] = frozenset()
     forgotten_error: str | None = None
 
-
-class UnitRecord(_Rarely):
-    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`.
-
-    It is made without arguments, as `HoldRecord` is.
-    """
-
-    __slots__ = ("ended", "holds", "id", "owner", "request", "responded", "started", "status", "unit")
-
-    unit: ref[UnitOfWork]
-    owner: UnitOwner
-    id: str
-    request: str | None
-    started: float
-    holds: list[HoldRecord]
-    """The connections that it has taken; the last ones, if they are very many."""
-    ended: float | None
-    responded: float | None
-    status: int | None
-
     def add(self, hold: HoldRecord) -> None:
         """Note that the unit has taken another connection."""
-        self.holds.append(hold)
+        self.holds += (hold,)
         if len(self.holds) > _MOST_HOLDS:
             self._forget()
 
     def _forget(self) -> None:
         """Keep the sum of what is long over: a job may make a transaction each second, for days."""
-        old = [hold for hold in self.holds[:-_KEPT_HOLDS] if hold.returned is not None]
-        self.holds = [hold for hold in self.holds[:-_KEPT_HOLDS] if hold.returned is None] + self.holds[-_KEPT_HOLDS:]
+        older, newer = self.holds[:-_KEPT_HOLDS], self.holds[-_KEPT_HOLDS:]
+        old = [hold for hold in older if hold.returned is not None]
+        self.holds = (*(hold for hold in older if hold.returned is None), *newer)
         self.forgotten += len(old)
         self.forgotten_for += sum((hold.returned or hold.taken) - hold.taken for hold in old)
         self.forgotten_results |= {hold.result for hold in old}

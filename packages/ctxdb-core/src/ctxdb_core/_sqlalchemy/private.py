@@ -11,10 +11,12 @@ import asyncio
 import copy
 import sys
 from asyncio import Future
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Dialect, Engine, event
@@ -39,16 +41,16 @@ __all__ = [
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
-    "call_on_return",
+    "calls_on_return",
     "changed_states",
     "close_psycopg_cursor",
     "commit_values",
+    "connection_of_context",
     "connections_of",
     "copy_engine",
     "deleted_in",
     "driver_cursor_of",
     "fetch_asyncpg_row",
-    "find_by_context",
     "follow_dialect",
     "follow_handing_out",
     "follow_parts",
@@ -448,21 +450,19 @@ def wrap_in_dialect(dialect: Dialect, name: str, wrap: Callable[[Callable[..., A
     vars(dialect)[name] = wrap(getattr(dialect, name))
 
 
-def find_by_context(find: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Return a function of an `ExecutionContext` that calls `find` with the `dbapi_connection` of a pool's events.
+connection_of_context: Callable[[Any], Any] = attrgetter("_dbapi_connection.dbapi_connection")
+"""Given an `ExecutionContext`, returns what a pool's events call the connection.
 
-    The public way, ``context.root_connection.connection``, is a property: twice the cost, for each statement.
-    """
-    return lambda context: find(context._dbapi_connection.dbapi_connection)  # noqa: SLF001 - see the module
+The public way, ``context.root_connection.connection``, is a property: twice the cost, for each statement.
+"""
 
 
-def call_on_return(entry: Any, call: Callable[[Any], object]) -> None:
-    """Have `call` called with the connection of a pool's record when that is given back, once.
+calls_on_return: Callable[[Any], deque[Callable[[Any], object]]] = attrgetter("finalize_callback")
+"""Given a pool's record of a connection, returns what is called with that when it is given back, once: append to it.
 
-    The event ``checkin`` costs five times as much. As with that event, `call` is not called for a connection that was
-    invalidated or detached: there are events for these.
-    """
-    entry.finalize_callback.append(call)
+The event ``checkin`` costs five times as much. Like it, this is told of no connection that was invalidated or detached:
+there are events for these.
+"""
 
 
 def listeners_of(target: Any, name: str) -> list[Callable[..., Any]]:
