@@ -1,4 +1,4 @@
-"""`enclose`: the unit of work around a whole application, where no code but the route's handler is inside of it."""
+"""`enclose`: the unit of work around an application as a whole, where it has no middlewares but those of ctxdb."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def _is_of_aiohttp(handle: Any) -> bool:
 
 
 def _has_nothing_else(app: web.Application, own: tuple[object, ...]) -> bool:
+    others: list[object] = [*app.middlewares, *app.on_response_prepare]
     return (
-        all(each in own for each in (*app.middlewares, *app.on_response_prepare))
+        all(each in own for each in others)
         # A sub-application is what the resource tells of that aiohttp makes for it.
         and not any("app" in resource.get_info() for resource in app.router.resources())
     )

@@ -17,7 +17,7 @@ def is_complete(response: object) -> bool:
     """Return whether `response` has all of its body: no code of the application runs while it is sent."""
     kind: Any = type(response)
     if kind is web.Response:
-        return isinstance(response.body, _WHOLE_BODIES)  # type: ignore[attr-defined]  # `kind` says so
+        return type(response.body) in _WHOLE_BODIES  # type: ignore[attr-defined]  # `kind` says so
     return (
         getattr(kind, "write_eof", None) is web.Response.write_eof
         and kind.prepare is web.Response.prepare
