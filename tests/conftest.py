@@ -24,7 +24,7 @@ from ctxdb_core._units.unit import current_unit
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 if TYPE_CHECKING:
-    from tests.support.browser import Tab
+    from tests.support.browser import Browser, Tab
 
 
 # Before pytest-xdist looks at its options.
@@ -117,14 +117,21 @@ async def far(database: Database, network: FaultyNetwork, monkeypatch: pytest.Mo
     database.url = near
 
 
-@pytest.fixture
-async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
-    """An empty tab of a browser of the test's own."""
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The one browser of a run, or of each of its workers; each test has a tab and a profile of its own in it."""
     # Tests of single packages run where the libraries that drive the browser are not installed.
-    from tests.support.browser import browser, find_browser
+    from tests.support.browser import Browser
 
-    find_browser()
-    async with browser(tmp_path) as tab:
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.end()
+
+
+@pytest.fixture
+async def tab(browser: Browser) -> AsyncIterator[Tab]:
+    """An empty tab of a browser, with a profile of its own."""
+    async with browser.tab() as tab:
         yield tab
 
 

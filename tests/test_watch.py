@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.browser import browser, find_browser
+from tests.support.browser import Tab
 from tests.support.server import http_client
 
 from ctxdb_pgstatus.testing import postgres_is_available
@@ -112,9 +112,8 @@ async def test_each_fault_is_shown_by_the_inspector() -> None:
         await watch.switch("leak", on=True)
 
 
-async def test_the_buttons_are_on_the_inspectors_page(tmp_path: Path) -> None:
-    find_browser()
-    async with watched("--database-url", "sqlite://") as url, browser(tmp_path) as tab, http_client(url) as client:
+async def test_the_buttons_are_on_the_inspectors_page(tab: Tab) -> None:
+    async with watched("--database-url", "sqlite://") as url, http_client(url) as client:
         await tab.open(f"{url}/")
         await tab.until("document.querySelectorAll('.unit').length > 0")
         buttons = "[...document.querySelectorAll('#watch button')]"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.packaging.workspace import PACKAGES
-from tests.support.browser import Tab, browser
+from tests.support.browser import Tab
 
 pytest.importorskip("mkdocs", reason="the group `docs` is not installed")
 pytest.importorskip("mkdocstrings", reason="the group `docs` is not installed")
@@ -126,36 +126,32 @@ async def search(tab: Tab, words: str) -> str:
     ("words", "page"),
     [("set_rollback_only", "ctxdb_core.html"), ("ContextClosedError", ""), ("SERIALIZABLE", "transactions.html")],
 )
-async def test_search_finds_a_page_and_asks_no_other_host(address: str, tmp_path: Path, words: str, page: str) -> None:
-    async with browser(tmp_path) as tab:
-        await tab.open(f"{address}/index.html")
-        assert page in await search(tab, words)
-        assert [url for url in tab.requests() if not url.startswith((address, "data:", "blob:"))] == []
-        assert tab.complaints() == []
+async def test_search_finds_a_page_and_asks_no_other_host(address: str, tab: Tab, words: str, page: str) -> None:
+    await tab.open(f"{address}/index.html")
+    assert page in await search(tab, words)
+    assert [url for url in tab.requests() if not url.startswith((address, "data:", "blob:"))] == []
+    assert tab.complaints() == []
 
 
-async def test_search_works_on_files_without_a_server(site: Path, tmp_path: Path) -> None:
-    async with browser(tmp_path) as tab:
-        await tab.open((site / "index.html").as_uri())
-        assert await search(tab, "gather_in_new_ctx")
+async def test_search_works_on_files_without_a_server(site: Path, tab: Tab) -> None:
+    await tab.open((site / "index.html").as_uri())
+    assert await search(tab, "gather_in_new_ctx")
 
 
-async def test_a_reader_can_switch_to_dark_mode(address: str, tmp_path: Path) -> None:
-    async with browser(tmp_path) as tab:
-        await tab.open(f"{address}/transactions.html")
-        for _ in range(3):
-            await tab.run("document.querySelector('[data-md-component=palette] label:not([hidden])').click()")
-            if await tab.run("document.body.getAttribute('data-md-color-scheme')") == "slate":
-                break
-        assert await tab.run("getComputedStyle(document.body).colorScheme") == "dark"
+async def test_a_reader_can_switch_to_dark_mode(address: str, tab: Tab) -> None:
+    await tab.open(f"{address}/transactions.html")
+    for _ in range(3):
+        await tab.run("document.querySelector('[data-md-component=palette] label:not([hidden])').click()")
+        if await tab.run("document.body.getAttribute('data-md-color-scheme')") == "slate":
+            break
+    assert await tab.run("getComputedStyle(document.body).colorScheme") == "dark"
 
 
-async def test_each_block_of_code_can_be_copied(address: str, tmp_path: Path) -> None:
-    async with browser(tmp_path) as tab:
-        await tab.open(f"{address}/transactions.html")
-        await tab.until("document.querySelector('.highlight button') !== null")
-        blocks, buttons = await tab.run(
-            "[document.querySelectorAll('pre > code').length,"
-            " document.querySelectorAll('.highlight [data-md-type=copy], .highlight .md-clipboard').length]"
-        )
-        assert blocks == buttons > 0
+async def test_each_block_of_code_can_be_copied(address: str, tab: Tab) -> None:
+    await tab.open(f"{address}/transactions.html")
+    await tab.until("document.querySelector('.highlight button') !== null")
+    blocks, buttons = await tab.run(
+        "[document.querySelectorAll('pre > code').length,"
+        " document.querySelectorAll('.highlight [data-md-type=copy], .highlight .md-clipboard').length]"
+    )
+    assert blocks == buttons > 0

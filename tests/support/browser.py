@@ -8,13 +8,14 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.server import http_client
 from websockets.asyncio.client import ClientConnection, connect
 
 NEEDED = "CTXDB_BROWSER"
@@ -72,7 +73,7 @@ _CONTRASTS = r"""
 
 
 class Tab:
-    """One page of the browser."""
+    """One page of the browser, or the browser itself."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
@@ -138,46 +139,50 @@ class Tab:
         return [event for event in self.events if event.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
-@asynccontextmanager
-async def browser(folder: Path, width: int = 1280, height: int = 800) -> AsyncIterator[Tab]:
-    """Start a browser with a profile of its own in `folder`, and yield an empty tab."""
-    arguments = (*_OPTIONS, f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank")
-    process = await asyncio.create_subprocess_exec(
-        find_browser(),
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        port = await _port(folder / "DevToolsActivePort", process)
-        async with connect(await _address(port), max_size=None, proxy=None) as connection:
-            tab = Tab(connection)
-            yield tab
-            await tab.call("Browser.close")
-        await process.wait()
-    finally:
-        if process.returncode is None:
-            # The browser's helper processes are in its session, and end with it.
-            os.killpg(process.pid, 9)
-            await process.wait()
+class Browser:
+    """A browser's process, which several tests share, as it takes long to start. Each tab has a profile of its own.
 
+    Args:
+        folder: an empty folder for what the browser stores.
+        width: of its windows.
+        height: of its windows.
+    """
 
-async def _port(file: Path, process: asyncio.subprocess.Process) -> int:
-    async with asyncio.timeout(60):
-        while True:
-            assert process.returncode is None, "the browser has ended"
-            if file.exists() and (lines := file.read_text().splitlines()):
-                return int(lines[0])
-            await asyncio.sleep(0.02)
+    def __init__(self, folder: Path, width: int = 1280, height: int = 800) -> None:
+        self._port_file = folder / "DevToolsActivePort"
+        self._process = subprocess.Popen(
+            [find_browser(), *_OPTIONS, f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
+    @asynccontextmanager
+    async def tab(self) -> AsyncIterator[Tab]:
+        """Open an empty tab with a profile of its own, and throw both away afterwards."""
+        port, path = await self._address()
+        async with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
+            browser = Tab(connection)
+            profile = (await browser.call("Target.createBrowserContext"))["browserContextId"]
+            target = await browser.call("Target.createTarget", url="about:blank", browserContextId=profile)
+            page = f"ws://127.0.0.1:{port}/devtools/page/{target['targetId']}"
+            try:
+                async with connect(page, max_size=None, proxy=None) as of_page:
+                    yield Tab(of_page)
+            finally:
+                await browser.call("Target.disposeBrowserContext", browserContextId=profile)
 
-async def _address(port: int) -> str:
-    """Return the DevTools address of the first tab."""
-    async with asyncio.timeout(20), http_client(f"http://127.0.0.1:{port}") as client:
-        while True:
-            for target in (await client.get("/json/list")).json():
-                if target["type"] == "page":
-                    return str(target["webSocketDebuggerUrl"])
-            await asyncio.sleep(0.02)
+    def end(self) -> None:
+        # The browser's helper processes are in its session, and end with it.
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    async def _address(self) -> list[str]:
+        """Return the port, and the path of the browser itself, when it has told them."""
+        async with asyncio.timeout(60):
+            while True:
+                assert self._process.poll() is None, "the browser has ended"
+                if self._port_file.exists() and len(lines := self._port_file.read_text().splitlines()) == 2:
+                    return lines
+                await asyncio.sleep(0.02)

@@ -79,12 +79,15 @@ async def numbers_on(node: PostgresNode) -> list[int]:
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 30.0) -> None:
     """Wait until `condition` holds."""
+    pause = 0.005
     async with asyncio.timeout(seconds):
         while True:
             result = condition()
             if result is True or (not isinstance(result, bool) and await result):
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause)
+            # Many conditions open a connection, which keeps a server busy for as long as this waits.
+            pause = min(2 * pause, 0.1)
 
 
 async def server_of(db: DBConnect) -> str:

@@ -25,6 +25,13 @@ async def until(monitor: HostMonitor, condition: Callable[[], bool]) -> None:
             await monitor.wait_for_change()
 
 
+async def until_received(standby: PostgresNode, position: int) -> None:
+    """Wait until a standby has received the WAL up to a position, whether it replays that or not."""
+    async with asyncio.timeout(PATIENCE):
+        while await standby.fetch_value("SELECT pg_last_wal_receive_lsn()") < position:
+            await asyncio.sleep(0.01)
+
+
 def status_of(monitor: HostMonitor, node: PostgresNode) -> HostStatus:
     return next(host for host in monitor.hosts() if host.host == node.host)
 

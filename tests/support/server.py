@@ -67,7 +67,8 @@ class _Server(uvicorn.Server):
 
 def http_client(base_url: str) -> httpx.AsyncClient:
     """Return a client without certificates: reading them takes longer than most tests."""
-    return httpx.AsyncClient(base_url=base_url, verify=False)
+    # A machine with much to do answers late.
+    return httpx.AsyncClient(base_url=base_url, verify=False, timeout=60)
 
 
 class RawClient:
