@@ -1,4 +1,4 @@
-"""A database that does not answer, or refuses connections: nobody waits for longer than was said."""
+"""A database that does not answer, or refuses connections: no call takes longer than its limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def test_a_pool_without_a_free_connection_is_waited_for_until_the_deadline(db: DBConnect) -> None:
+async def test_a_task_waits_for_a_connection_of_the_pool_until_its_deadline(db: DBConnect) -> None:
     everybody, enough = asyncio.Barrier(6), asyncio.Event()
 
     async def hold() -> None:
@@ -64,18 +64,18 @@ async def test_a_network_that_goes_dark_ends_the_call_in_time(
 
 
 @pytest.mark.parametrize("point", [Point.COMMIT, Point.COMMITTED])
-async def test_a_network_that_goes_dark_with_a_commit_leaves_it_unknown(
+async def test_a_commit_is_unknown_if_the_network_goes_dark_with_it(
     far: DBConnect, network: FaultyNetwork, database: Database, point: Point
 ) -> None:
     network.fail(point, Fault.BLACK_HOLE)
     with pytest.raises(CommitOutcomeUnknownError):
         async with new_db_ctx(deadline=now() + 0.5):
             await insert(far, "a")
-    await eventually(lambda: not database.backends("state <> 'idle'"), "the server is still at it")
+    await eventually(lambda: not database.backends("state <> 'idle'"), "the transaction goes on at the server")
     assert await database.names() == (["a"] if point is Point.COMMITTED else [])
 
 
-async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_peer(
+async def test_the_event_loop_goes_on_while_a_query_is_cancelled_over_a_dark_network(
     far: DBConnect, network: FaultyNetwork
 ) -> None:
     async with new_non_ctx_session(far) as session:
@@ -86,7 +86,7 @@ async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_pe
         waiting.cancel()
         turns = 0
         while not waiting.done():
-            # While this loop goes round, nothing blocks the process.
+            # The event loop is not blocked as long as it comes back to this loop.
             await asyncio.sleep(0.01)
             turns += 1
         assert turns > 1
@@ -97,7 +97,7 @@ async def test_the_process_goes_on_while_a_query_is_cancelled_beside_a_silent_pe
         await session.invalidate()
 
 
-async def test_tasks_that_wait_for_a_pool_are_told_that_the_database_refuses(
+async def test_tasks_that_wait_for_a_pool_fail_when_the_database_refuses_connections(
     database: Database, network: FaultyNetwork
 ) -> None:
     network.lets_in = False
@@ -114,7 +114,7 @@ async def test_tasks_that_wait_for_a_pool_are_told_that_the_database_refuses(
         await asyncio.gather(*(use() for _ in range(5)))
 
 
-async def test_tasks_on_a_second_event_loop_are_told_by_a_given_engine_that_the_database_refuses(
+async def test_tasks_on_a_second_event_loop_fail_when_the_database_of_an_engine_refuses_connections(
     database: Database, network: FaultyNetwork
 ) -> None:
     url = make_url(database.url).set(port=network.port)
@@ -138,9 +138,7 @@ async def test_tasks_on_a_second_event_loop_are_told_by_a_given_engine_that_the_
     await engine.dispose()
 
 
-async def test_a_connection_of_a_url_is_waited_for_no_longer_than_ten_seconds(
-    database: Database, database_kind: str
-) -> None:
+async def test_from_url_limits_the_time_to_connect_to_ten_seconds(database: Database, database_kind: str) -> None:
     given: list[dict[str, Any]] = []
     name = "connect_timeout" if database_kind == "psycopg" else "timeout"
     choices: tuple[dict[str, Any], ...] = ({}, {"connect_args": {name: 7}})

@@ -1,4 +1,4 @@
-"""A commit whose answer is lost: what is told of it, against what is stored."""
+"""Commits whose answers are lost: which error they raise, and which rows are stored."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from ctxdb_core import (
 FAULTS = [Fault.DROP, Fault.RESET, Fault.HALF_CLOSE]
 
 
-class MakerOfItsOwn(async_sessionmaker[AsyncSession]):
-    """A session maker whose class may make sessions in a way of its own."""
+class DerivedSessionMaker(async_sessionmaker[AsyncSession]):
+    """A class that is derived from SQLAlchemy's, and so might make sessions in another way."""
 
 
 @pytest.fixture
@@ -106,17 +106,17 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
     db: DBConnect, database: Database, database_kind: str
 ) -> None:
     if database_kind != "asyncpg":
-        pytest.skip("psycopg learns of it when it has sent COMMIT")
+        pytest.skip("psycopg notices that the connection is closed when it sends COMMIT")
     with pytest.raises(DBAPIError):
         async with new_db_ctx():
             session = await insert(db, "a")
             raw: Any = await (await session.connection()).get_raw_connection()
             database.terminate_backends()
-            await eventually(raw.driver_connection.is_closed, "the driver does not see it")
+            await eventually(raw.driver_connection.is_closed, "the driver does not notice that it is closed")
     assert await database.names() == []
 
 
-async def test_a_connection_that_is_lost_after_code_was_given_the_drivers_own_is_no_unknown_outcome(
+async def test_a_lost_connection_whose_driver_connection_was_lent_is_no_unknown_outcome(
     db: DBConnect, database: Database
 ) -> None:
     with pytest.raises(DBAPIError) as raised:
@@ -137,9 +137,7 @@ async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConn
     assert await database.names("child", "parent") == []
 
 
-async def test_a_server_that_ends_in_the_middle_of_a_commit_leaves_it_unknown(
-    db: DBConnect, database: Database
-) -> None:
+async def test_a_commit_is_unknown_if_the_server_ends_in_the_middle_of_it(db: DBConnect, database: Database) -> None:
     with database.held_commits():
         writing = asyncio.create_task(_write(db))
         await database.commit_is_held()
@@ -149,7 +147,7 @@ async def test_a_server_that_ends_in_the_middle_of_a_commit_leaves_it_unknown(
     await _assert_healthy(db)
 
 
-async def test_each_way_to_commit_tells_of_an_unknown_outcome(
+async def test_each_way_to_commit_raises_an_unknown_outcome(
     far: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     context = TransactionContext(far)
@@ -182,7 +180,7 @@ async def test_each_way_to_commit_tells_of_an_unknown_outcome(
     assert await database.names() == ["block", "context", "early", "engine", "outside"]
 
 
-async def test_the_other_databases_of_a_unit_are_rolled_back(
+async def test_other_databases_of_a_unit_are_rolled_back_after_an_unknown_commit(
     far: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     outcomes: list[str] = []
@@ -201,7 +199,7 @@ async def test_the_other_databases_of_a_unit_are_rolled_back(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_commit_that_is_stored_succeeds_though_its_answer_is_lost(
+async def test_a_stored_commit_succeeds_although_its_answer_is_lost(
     resolving: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
 ) -> None:
     outcomes: list[str] = []
@@ -214,7 +212,7 @@ async def test_a_commit_that_is_stored_succeeds_though_its_answer_is_lost(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_commit_that_did_not_arrive_fails(
+async def test_a_commit_that_did_not_arrive_is_resolved_as_rolled_back(
     resolving: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
 ) -> None:
     outcomes: list[str] = []
@@ -226,20 +224,20 @@ async def test_a_commit_that_did_not_arrive_fails(
     await _assert_healthy(resolving)
 
 
-async def test_a_commit_that_goes_on_at_the_server_is_waited_for(
+async def test_a_lost_commit_is_resolved_after_the_server_has_ended_it(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     with database.held_commits():
         writing = asyncio.create_task(_write(resolving))
         await database.commit_is_held()
         network.break_all(Fault.DROP)
-        await eventually(lambda: network.connections > 1, "nobody asks")
-    # The server does not look whether its client is there while it commits.
+        await eventually(lambda: network.connections > 1, "the server is not asked")
+    # A server goes on to commit although its client has gone.
     await writing
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked_about(
+async def test_a_lost_commit_is_resolved_although_its_task_is_cancelled_meanwhile(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     outcomes: list[str] = []
@@ -247,7 +245,7 @@ async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked
         writing = asyncio.create_task(_write(resolving, outcomes))
         await database.commit_is_held()
         network.break_all(Fault.DROP)
-        await eventually(lambda: network.connections > 1, "nobody asks")
+        await eventually(lambda: network.connections > 1, "the server is not asked")
         writing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await writing
@@ -255,7 +253,7 @@ async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_stays_unknown_where_nobody_can_be_asked_in_time(
+async def test_a_lost_commit_stays_unknown_if_the_server_cannot_be_asked_in_time(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     with pytest.raises(CommitOutcomeUnknownError) as raised:
@@ -298,7 +296,7 @@ async def _by_a_lazy_session_maker(db: DBConnect, statement: TextClause) -> None
         await session.commit()
 
 
-@pytest.mark.parametrize("maker_class", [async_sessionmaker, MakerOfItsOwn])
+@pytest.mark.parametrize("maker_class", [async_sessionmaker, DerivedSessionMaker])
 @pytest.mark.parametrize(
     "execute",
     [
@@ -329,7 +327,7 @@ async def test_only_a_commit_that_has_written_asks_for_its_transaction(
     assert await database.names() == ["a", "b"]
 
 
-async def test_objects_that_a_commit_flushes_are_asked_about(
+async def test_a_lost_commit_that_flushes_objects_is_resolved(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     network.fail(Point.COMMITTED, Fault.DROP)
@@ -342,7 +340,7 @@ async def test_objects_that_a_commit_flushes_are_asked_about(
     assert await database.names() == ["a", "b"]
 
 
-async def test_a_commit_is_asked_about_whatever_the_transaction_before_it_on_the_connection_has_done(
+async def test_a_lost_commit_is_resolved_after_a_rolled_back_reader_on_its_connection(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     async with new_db_ctx():
@@ -356,7 +354,7 @@ async def test_a_commit_is_asked_about_whatever_the_transaction_before_it_on_the
     assert await database.names() == ["a"]
 
 
-async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, database: Database) -> None:
+async def test_from_url_with_resolve_commits_resolves_lost_commits(network: FaultyNetwork, database: Database) -> None:
     url = make_url(database.url).set(port=network.port)
     async with DBConnect.from_url(url, resolve_commits=True) as db:
         network.fail(Point.COMMITTED, Fault.DROP)
@@ -382,7 +380,7 @@ async def test_only_postgresql_can_resolve_commits() -> None:
 
 
 @pytest.mark.parametrize("resolves", [False, True])
-async def test_a_lost_commit_is_known_on_an_engine_that_takes_the_place_of_one_like_it(
+async def test_a_lost_commit_is_noticed_on_an_engine_that_shares_its_dialect_with_a_closed_one(
     far: DBConnect, network: FaultyNetwork, database: Database, *, resolves: bool
 ) -> None:
     """The engines that ``execution_options`` returns have one dialect, by which commits are made."""

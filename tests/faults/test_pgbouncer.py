@@ -1,4 +1,4 @@
-"""ctxdb behind PgBouncer: what is set for one client stays with it, and writes on a read-only database are refused."""
+"""ctxdb behind PgBouncer, which lends one server connection to several clients, one transaction each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODES = {
 
 
 def _options(kind: str) -> dict[str, Any]:
-    """Return what a driver needs behind a pooler of transactions."""
+    """Return the options that a driver needs behind PgBouncer in transaction mode."""
     if kind == "psycopg":
         return {"connect_args": {"prepare_threshold": None}}
     return {
@@ -79,7 +79,7 @@ async def test_a_read_only_database_refuses_writes(pooled: URL, database: Databa
 
 
 @only_transactions
-async def test_a_read_only_database_leaves_other_clients_alone(
+async def test_a_read_only_database_does_not_make_other_clients_read_only(
     pooled: URL, database: Database, database_kind: str
 ) -> None:
     options = _options(database_kind)
@@ -103,7 +103,7 @@ async def test_a_read_only_database_leaves_other_clients_alone(
 
 @only_transactions
 @pytest.mark.parametrize("read_only", [True, False])
-async def test_a_statement_timeout_stays_with_its_unit(
+async def test_a_statement_timeout_does_not_reach_other_clients_of_the_pooler(
     pooled: URL,
     database_kind: str,
     read_only: bool,
@@ -144,7 +144,7 @@ async def test_a_read_only_unit_is_limited_by_the_server(pooled: URL, database_k
 
 
 @only_transactions
-async def test_settings_of_a_driver_that_are_made_for_a_server_are_told_once(
+async def test_driver_settings_that_do_not_suit_a_pooler_are_warned_of_once(
     pooled: URL, database_kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with DBConnect.from_url(pooled) as db:
@@ -159,7 +159,7 @@ async def test_settings_of_a_driver_that_are_made_for_a_server_are_told_once(
 
 
 @only_transactions
-async def test_right_settings_and_plain_servers_are_left_alone(
+async def test_suitable_driver_settings_and_plain_servers_give_no_warning(
     pooled: URL, database: Database, database_kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for url, options in ((pooled, _options(database_kind)), (database.url, {})):
@@ -185,7 +185,7 @@ async def test_connections_that_the_pooler_ends_for_idling_are_replaced(
             engine = await db.engine()
             event.listen(engine.sync_engine, "connect", lambda connection, _: opened.append(connection))
             await use()
-            await eventually(lambda: _has_hung_up(opened[0].driver_connection), "the pooler does not close it")
+            await eventually(lambda: _has_hung_up(opened[0].driver_connection), "the pooler closes no connection")
             await use()
             assert len(opened) == 2
 

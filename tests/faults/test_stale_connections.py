@@ -1,4 +1,4 @@
-"""Connections that were closed while they were idle: no request fails for them, and no round trip is spent on it."""
+"""Connections that were closed while they were idle: no request fails for them, and none costs a round trip more."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _is_running(pid: int) -> bool:
 
 
 async def _end_backend(database: Database, pid: int) -> None:
-    """Have the server close all connections, and wait until it has closed that of a process."""
+    """Have the server close all connections, and wait until one of its processes has ended."""
     database.terminate_backends()
-    await eventually(lambda: not _is_running(pid), "the server does not close it")
+    await eventually(lambda: not _is_running(pid), "the server process does not end")
 
 
 async def _pid(db: DBConnect) -> int:
@@ -81,7 +81,7 @@ async def test_a_connection_that_the_server_ends_for_idling_is_replaced(db: DBCo
         session = await db_session(db)
         dead = await session.scalar(PID)
         await session.execute(text("SET idle_session_timeout = 20"))
-    await eventually(lambda: not _is_running(dead), "the server does not close it")
+    await eventually(lambda: not _is_running(dead), "the server process does not end")
     assert await _pid(db) != dead
 
 
@@ -155,7 +155,7 @@ async def test_a_connection_lost_with_its_begin_is_replaced(
 
 
 @pytest.mark.parametrize("fault", [Fault.RESET, Fault.HALF_CLOSE])
-async def test_a_connection_is_replaced_however_it_was_lost_with_its_begin(
+async def test_a_connection_that_is_reset_or_half_closed_with_its_begin_is_replaced(
     far: DBConnect, network: FaultyNetwork, database: Database, fault: Fault
 ) -> None:
     await _pid(far)
@@ -199,12 +199,13 @@ async def test_a_connection_that_is_lost_while_it_is_held_without_a_transaction_
 async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_replaced(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db, new_non_ctx_session(db) as session:
         connection = await session.connection()
-        # Of SQLAlchemy's adapter: code that is given the driver's connection may set something on it.
+        # The driver's connection is taken out of SQLAlchemy's adapter. A connection whose `driver_connection` was read
+        # is not replaced, as that code may have set something on it.
         driver_connection: Any = (await connection.get_raw_connection()).dbapi_connection._connection  # type: ignore[union-attr]
         (dead,) = database.backend_pids("true")
         await _end_backend(database, dead)
         if hasattr(driver_connection, "is_closed"):
-            await eventually(driver_connection.is_closed, "the driver does not see it")
+            await eventually(driver_connection.is_closed, "the driver does not notice that it is closed")
         assert await session.scalar(PID) != dead
 
 
@@ -297,7 +298,7 @@ async def test_a_transaction_that_code_has_begun_on_the_driver_is_not_replaced(
     assert await database.names() == []
 
 
-async def test_a_connection_is_replaced_once(far: DBConnect, network: FaultyNetwork) -> None:
+async def test_a_connection_is_replaced_only_once(far: DBConnect, network: FaultyNetwork) -> None:
     await _pid(far)
     network.fail(Point.BEGIN, Fault.DROP)
     engine = await far.engine()
@@ -334,7 +335,7 @@ async def test_connections_of_a_borrowed_engine_that_are_older_than_its_guards_a
     async with engine.connect() as one, engine.connect() as other:
         old = {await one.scalar(PID), await other.scalar(PID)}
     async with DBConnect.from_engine(engine) as db:
-        # The pool opens newer connections, of which ctxdb hears.
+        # The pool opens three more connections. ctxdb is told of those, and not of the two older ones.
         assert old < await _fill_pool(db)
         database.terminate_backends(f"pid IN {tuple(old)}")
         assert not await _fill_pool(db) & old
@@ -389,7 +390,7 @@ async def test_no_request_fails_as_the_server_restarts_beneath_a_busy_pool(
                 assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 0
 
         for _ in range(2):
-            # More than the pool has connections.
+            # There are more requests than the pool has connections.
             await asyncio.gather(*(read() for _ in range(20)))
             database.terminate_backends()
         await read()

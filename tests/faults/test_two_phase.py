@@ -16,7 +16,7 @@ from ctxdb_core import CommitOutcomeUnknownError, DBConnect, new_db_ctx, on_comm
 
 @pytest.fixture
 async def prepared(database: Database, far: DBConnect) -> AsyncIterator[DBConnect]:
-    """The database on the other side of the network, whose commits are prepared; what stays prepared is rolled back."""
+    """The database behind the network, with two-phase commits. Transactions that stay prepared are rolled back."""
     async with DBConnect(
         lambda host: database.watch_new(), lambda engine: async_sessionmaker(engine, twophase=True), host="far"
     ) as db:
@@ -62,7 +62,7 @@ async def test_a_lost_commit_of_a_prepared_transaction_is_an_unknown_outcome(
 
 
 @pytest.mark.parametrize("point", [Point.PREPARE, Point.PREPARED])
-async def test_a_lost_preparation_is_a_failure_that_says_what_may_be_left(
+async def test_the_error_of_a_lost_preparation_says_what_may_stay_prepared(
     prepared: DBConnect, network: FaultyNetwork, database: Database, point: Point
 ) -> None:
     outcomes: list[str] = []

@@ -151,7 +151,7 @@ async def test_a_connection_lost_between_the_statements_of_a_flush_stores_nothin
     assert await database.names("parent") == []
 
 
-async def test_a_reader_whose_roll_back_is_lost_is_no_error(
+async def test_a_lost_roll_back_of_a_reader_is_no_error(
     far: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     async with new_non_ctx_session(far) as session:

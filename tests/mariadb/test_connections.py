@@ -58,7 +58,7 @@ async def test_a_connection_that_the_server_ends_for_idling_is_replaced(db: DBCo
         session = await db_session(db)
         dead = await session.scalar(ID)
         await session.execute(text("SET SESSION wait_timeout = 1"))
-    await eventually(lambda: dead not in database.connection_ids(), "the server does not close it")
+    await eventually(lambda: dead not in database.connection_ids(), "the server does not close the connection")
     async with new_db_ctx():
         assert await (await db_session(db)).scalar(ID) != dead
 
@@ -130,7 +130,7 @@ async def test_the_query_of_a_cancelled_task_stops_on_the_server(
 ) -> None:
     async def work() -> None:
         async with new_db_ctx():
-            # It waits for the other insert to be committed or rolled back.
+            # This insert waits until the other transaction with the same key has ended.
             await insert(db, "a")
 
     def is_waiting() -> bool:
@@ -156,7 +156,7 @@ async def test_the_query_of_a_cancelled_task_stops_on_the_server(
 
 @CANCELLERS
 @pytest.mark.parametrize("connected", [True, False])
-async def test_cancelled_at_any_step_a_unit_of_work_is_whole_or_absent(
+async def test_a_unit_of_work_that_is_cancelled_at_any_step_is_whole_or_absent(
     database: MariaDatabase, db: DBConnect, run_cancelled: Callable[..., Awaitable[None]], connected: bool
 ) -> None:
     await assert_units_are_whole_or_absent(database, db, run_cancelled, connected=connected)
@@ -189,7 +189,7 @@ async def test_a_streamed_result_does_not_outlive_its_unit(db: DBConnect, databa
     await _fill_pool(db)
 
 
-async def test_the_unit_of_a_cancelled_reader_ends(db: DBConnect, database: MariaDatabase) -> None:
+async def test_the_query_of_a_cancelled_reader_ends_on_the_server(db: DBConnect, database: MariaDatabase) -> None:
     await database.query("INSERT INTO item SELECT seq FROM seq_1_to_5000")
 
     async def work() -> None:
@@ -255,7 +255,7 @@ async def test_a_read_only_transaction_has_the_isolation_level_that_it_is_given(
             await insert(db, "a")
 
 
-async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_one(db: DBConnect) -> None:
+async def test_a_read_only_block_in_an_open_transaction_that_may_write_is_refused(db: DBConnect) -> None:
     async with new_db_ctx():
         await (await db_session(db)).execute(text("SELECT 1"))
         with pytest.raises(TransactionOptionsError, match="may write"):
@@ -263,7 +263,7 @@ async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_o
                 pass
 
 
-# --- what was read ----------------------------------------------------------------------------------------------------
+# --- objects, and dark networks ---------------------------------------------------------------------------------------
 
 
 async def test_an_object_stays_readable_after_the_end_of_its_unit(db: DBConnect, database: MariaDatabase) -> None:
@@ -275,7 +275,7 @@ async def test_an_object_stays_readable_after_the_end_of_its_unit(db: DBConnect,
     assert item.name == "loaded"
 
 
-async def test_a_connect_to_a_dark_network_is_given_up_by_the_deadline(
+async def test_a_connect_over_a_dark_network_ends_by_the_deadline(
     database: MariaDatabase, network: FaultyMariaDBNetwork
 ) -> None:
     network.go_dark()

@@ -1,4 +1,4 @@
-"""Transactions that the server has rolled back by itself: no commit of a part of one is taken for a success."""
+"""Transactions that MariaDB has rolled back by itself: a commit of the statements after that is an error."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ async def _lock(session: AsyncSession, counter: int) -> None:
 
 
 async def _meet_deadlock(db: DBConnect, database: MariaDatabase, session: AsyncSession) -> None:
-    """Have `session`, whose transaction holds little, be the victim of a deadlock."""
+    """Have `session`, whose transaction has changed few rows, be the victim of a deadlock."""
     await _lock(session, 1)
     async with new_non_ctx_session(db) as other:
-        # The server rolls back the transaction that has changed the least.
+        # InnoDB rolls back the transaction that has changed the fewest rows (MySQL, "Deadlock Detection").
         for number in range(20):
             await other.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"other {number}"})
         await _lock(other, 2)
         waiting = asyncio.create_task(_lock(other, 1))
-        await eventually(lambda: any("counter" in each for each in database.statements()), "nobody waits")
+        await eventually(lambda: any("counter" in each for each in database.statements()), "no statement waits")
         try:
             await _lock(session, 2)
         finally:
@@ -104,7 +104,7 @@ async def test_a_unit_goes_on_after_it_has_rolled_a_deadlock_back(db: DBConnect,
     assert await database.names() == ["b"]
 
 
-async def test_a_deadlock_is_a_conflict_that_is_tried_again(db: DBConnect, database: MariaDatabase) -> None:
+async def test_retry_on_conflict_tries_again_after_a_deadlock(db: DBConnect, database: MariaDatabase) -> None:
     attempts: list[int] = []
 
     @retry_on_conflict(wait=0)
@@ -170,7 +170,7 @@ async def test_a_savepoint_that_the_server_has_rolled_back_contains_no_lock_time
         database.close()
 
 
-async def test_a_duplicate_key_may_be_swallowed(db: DBConnect, database: MariaDatabase) -> None:
+async def test_a_unit_goes_on_after_a_swallowed_duplicate_key(db: DBConnect, database: MariaDatabase) -> None:
     async with new_db_ctx():
         await insert(db, "a")
         with pytest.raises(IntegrityError):
@@ -179,7 +179,7 @@ async def test_a_duplicate_key_may_be_swallowed(db: DBConnect, database: MariaDa
     assert await database.names() == ["a", "b"]
 
 
-async def test_a_deadlock_in_autocommit_dooms_nothing(database: MariaDatabase) -> None:
+async def test_a_lock_timeout_in_autocommit_does_not_abort_later_statements(database: MariaDatabase) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db, new_db_ctx():
         session = await insert(db, "a")
         await session.execute(text("SET innodb_lock_wait_timeout = 0"))

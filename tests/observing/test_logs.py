@@ -1,4 +1,4 @@
-"""The fields of log records."""
+"""`ctxdb_core.logs`: the log records of units of work, and their fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SELECT = text("SELECT 1")
 
 
 class Records(logging.Handler):
-    """Keeps what it is given."""
+    """A handler that keeps the records that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ async def test_a_transaction_outside_of_units_is_logged_by_itself(db: DBConnect,
     assert (record.ctxdb_unit, record.ctxdb_outcome) == (None, "committed")
 
 
-async def test_a_warning_has_the_unit_and_the_hold_time(database: Database) -> None:
+async def test_a_warning_of_ctxdb_has_the_unit_and_the_hold_time(database: Database) -> None:
     with records_of("ctxdb") as records:
         async with (
             DBConnect.from_url(database.url, warn_connection_held_after=0) as strict,
@@ -118,7 +118,7 @@ async def test_a_warning_has_the_unit_and_the_hold_time(database: Database) -> N
     assert record.ctxdb_held > 0
 
 
-async def test_the_applications_own_records_have_the_unit_by_a_filter(db: DBConnect) -> None:
+async def test_records_of_the_application_have_the_unit_by_a_filter(db: DBConnect) -> None:
     handler = Records()
     handler.addFilter(UnitFields())
     logger = logging.getLogger("tests.of.an.application")

@@ -1,4 +1,4 @@
-"""Spans and metrics of OpenTelemetry, by its exporters into memory."""
+"""`ctxdb_core.otel`: spans and metrics of OpenTelemetry, as its exporters for tests keep them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SELECT = text("SELECT 1")
 
 
 class Telemetry:
-    """Spans and metrics as they are exported."""
+    """An OpenTelemetry SDK that keeps the spans and metrics that it would export."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -154,7 +154,7 @@ async def test_spans_of_statements_are_beneath_their_transaction(
         instrumentor.uninstrument()
     paths = telemetry.tree()
     assert "request > unit > transaction > SELECT" in paths
-    # A span that the application has opened itself says more of a statement than its transaction.
+    # A span that the application has opened itself is closer to the statement than the transaction's span.
     assert "request > step > SELECT" in paths
 
 
@@ -205,7 +205,7 @@ async def test_a_failed_commit_is_an_error_that_shows_no_value(telemetry: Teleme
     for name in ("transaction", "unit", "COMMIT"):
         span = telemetry.span(name)
         assert span.status.status_code is StatusCode.ERROR, name
-        # The driver's own class beneath SQLAlchemy, its base for SQLAlchemy 2.0.
+        # SQLAlchemy 2.0 shows the base class of the driver's error, and later versions the driver's own class.
         assert attributes(span)[error_attributes.ERROR_TYPE] in {"IntegrityError", "ForeignKeyViolationError"}
         assert span.events == ()
         assert span.status.description is None
@@ -214,7 +214,7 @@ async def test_a_failed_commit_is_an_error_that_shows_no_value(telemetry: Teleme
     assert attributes(telemetry.span("COMMIT"))[db_attributes.DB_RESPONSE_STATUS_CODE] == "23503"
 
 
-async def test_a_span_of_a_roll_back_has_the_error_of_the_code(telemetry: Telemetry, url_db: DBConnect) -> None:
+async def test_the_spans_of_a_roll_back_have_the_type_of_its_error(telemetry: Telemetry, url_db: DBConnect) -> None:
     telemetry.instrument(url_db)
     with pytest.raises(LookupError):
         async with new_db_ctx():
@@ -225,7 +225,7 @@ async def test_a_span_of_a_roll_back_has_the_error_of_the_code(telemetry: Teleme
         assert (found["ctxdb.outcome"], found["error.type"]) == ("rolled_back", "LookupError")
 
 
-async def test_a_session_outside_of_any_unit_has_its_transaction_beneath_the_current_span(
+async def test_the_transaction_of_a_session_outside_of_units_is_beneath_the_current_span(
     telemetry: Telemetry, url_db: DBConnect
 ) -> None:
     telemetry.instrument(url_db)
@@ -289,7 +289,9 @@ async def test_a_time_out_at_the_pool_is_counted(telemetry: Telemetry, database:
     assert [point.value for point in telemetry.points()["db.client.connection.timeouts"]] == [1]
 
 
-async def test_the_engines_of_several_event_loops_are_followed_once(telemetry: Telemetry, database: Database) -> None:
+async def test_a_transaction_on_a_second_event_loop_has_one_set_of_spans_and_metrics(
+    telemetry: Telemetry, database: Database
+) -> None:
     async def use() -> None:
         async with new_db_ctx():
             await (await db_session(db)).execute(SELECT)
@@ -315,7 +317,9 @@ async def test_a_block_of_overridden_is_followed_too(telemetry: Telemetry, datab
     assert telemetry.tree() == ["unit", "unit > transaction", "unit > transaction > COMMIT"]
 
 
-async def test_an_instrumentation_that_has_ended_tells_nothing(telemetry: Telemetry, url_db: DBConnect) -> None:
+async def test_no_spans_and_metrics_are_made_after_the_instrumentation_has_ended(
+    telemetry: Telemetry, url_db: DBConnect
+) -> None:
     stop = telemetry.instrument(url_db)
     async with new_db_ctx():
         await (await db_session(url_db)).execute(SELECT)
@@ -327,7 +331,7 @@ async def test_an_instrumentation_that_has_ended_tells_nothing(telemetry: Teleme
     assert [point.count for point in telemetry.points()["db.client.connection.use_time"]] == [1]
 
 
-def test_wrong_arguments_are_told_at_once() -> None:
+def test_instrument_refuses_wrong_arguments_at_once() -> None:
     with pytest.raises(ArgumentTypeError):
         instrument()
     with pytest.raises(ArgumentTypeError):

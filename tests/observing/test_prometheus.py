@@ -1,4 +1,4 @@
-"""Metrics of Prometheus, and the dashboard that shows them."""
+"""`ctxdb_core.prometheus`: the metrics, and the Grafana dashboard that shows them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def url_db(database: Database, registry: CollectorRegistry) -> AsyncIterat
         yield db
 
 
-async def test_pools_and_units_are_told(registry: CollectorRegistry, url_db: DBConnect) -> None:
+async def test_the_metrics_hold_the_figures_of_pools_and_units(registry: CollectorRegistry, url_db: DBConnect) -> None:
     async with new_db_ctx():
         await (await db_session(url_db)).execute(SELECT)
         (pool,) = url_db.status().pools
@@ -50,7 +50,7 @@ async def test_pools_and_units_are_told(registry: CollectorRegistry, url_db: DBC
         assert registry.get_sample_value(f"ctxdb_connection_{name}_seconds_count", {"pool": pool.name}) == 1
 
 
-async def test_transactions_are_told_by_their_outcome(registry: CollectorRegistry, url_db: DBConnect) -> None:
+async def test_the_metrics_count_transactions_by_their_outcomes(registry: CollectorRegistry, url_db: DBConnect) -> None:
     with pytest.raises(DBAPIError):
         async with new_db_ctx():
             await insert_row_that_fails_at_commit(url_db)
@@ -63,7 +63,7 @@ async def test_transactions_are_told_by_their_outcome(registry: CollectorRegistr
         assert registry.get_sample_value("ctxdb_transaction_duration_seconds_count", labels) == count
 
 
-async def test_the_end_of_the_instrumentation_takes_the_metrics_away(
+async def test_the_metrics_are_unregistered_at_the_end_of_the_instrumentation(
     database: Database, registry: CollectorRegistry
 ) -> None:
     async with DBConnect.from_url(database.url) as db:
@@ -100,7 +100,7 @@ async def test_every_metric_that_the_dashboard_names_exists_and_is_shown(
     }
     named = {name for expression in expressions_of(DASHBOARD) for name in METRIC.findall(expression)}
     assert named - told == set()
-    # Of each metric, something is shown.
+    # The dashboard shows each metric.
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in told}
     assert families == {re.sub("_(bucket|count|sum)$", "", name) for name in named}
 

@@ -1,4 +1,4 @@
-"""What Sentry is told, by a transport that keeps what it is given."""
+"""`ctxdb_core.sentry`: the tags and breadcrumbs of events, which a transport keeps instead of sending them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_the_trace_of_a_request_has_its_unit_and_outcome(recording: Record
         ("/fail_at_commit", "commit_failed", [("commit_failed", "error")]),
     ],
 )
-async def test_an_error_is_shown_with_what_had_become_of_the_transactions(
+async def test_an_error_in_sentry_has_the_outcomes_of_its_transactions_as_breadcrumbs(
     recording: Recording, app: Any, db: DBConnect, path: str, outcome: str, crumbs: list[tuple[str, str]]
 ) -> None:
     stop = instrument(db)

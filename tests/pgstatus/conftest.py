@@ -19,11 +19,20 @@ def shared_cluster() -> Iterator[PostgresCluster]:
     asyncio.run(cluster.stop())
 
 
+@pytest.fixture(scope="session")
+def ipv6_cluster() -> Iterator[PostgresCluster]:
+    """A primary on ::1 and a standby on 127.0.0.1: "localhost" may stand for either of them."""
+    cluster = PostgresCluster(hosts=["::1", "127.0.0.1"])
+    asyncio.run(cluster.start())
+    yield cluster
+    asyncio.run(cluster.stop())
+
+
 @pytest.fixture
 async def cluster(shared_cluster: PostgresCluster) -> AsyncIterator[PostgresCluster]:
-    """The shared cluster, put back afterwards: the first node is the primary, the others stream from it.
+    """The shared cluster. After the test, the first node is the primary again, and the other nodes stream from it.
 
-    What a test writes there may be found by the next one.
+    Rows and tables that a test leaves there may be found by the next test.
     """
     yield shared_cluster
     await shared_cluster.restore()

@@ -1,4 +1,4 @@
-"""`PgStatusClient`, against a server that answers what pg-status documents, and against the sidecar."""
+"""`PgStatusClient`, asking a server that answers as pg-status documents it, and asking the sidecar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.server import serve
 from tests.support.sidecar import (
     START,
     OriginalSidecar,
+    app_of_hosts,
     cluster,
     dead,
     master,
-    nobody_listens,
     replica,
     serve_sidecar,
-    told_app,
+    unused_url,
 )
 
 from ctxdb_pgstatus import HostSource, KnownMaster, OptionError, PgStatusClient, ReadRule, SidecarError
@@ -45,7 +45,7 @@ def a_source(client: PgStatusClient) -> HostSource:
     return client
 
 
-async def test_the_questions_are_answered(url: str, sidecar: OriginalSidecar) -> None:
+async def test_the_client_answers_with_the_hosts_that_the_sidecar_names(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.hosts = (
         sidecar.entry("n1", master=True),
         sidecar.entry("both"),
@@ -68,7 +68,7 @@ async def test_the_questions_are_answered(url: str, sidecar: OriginalSidecar) ->
         assert await a_source(client).find_replicas() == {"both", "time", "bytes"}
 
 
-async def test_the_hosts_of_pg_status_have_what_it_tells(url: str) -> None:
+async def test_hosts_of_pg_status_have_the_fields_that_pg_status_sends(url: str) -> None:
     async with PgStatusClient(url, max_age=0) as client:
         first = await client.hosts()
         assert [(host.host, host.alive, host.role) for host in first] == [
@@ -79,23 +79,23 @@ async def test_the_hosts_of_pg_status_have_what_it_tells(url: str) -> None:
         ]
         assert (first[1].position, first[1].lag_ms, first[1].in_sync_by_bytes) == (0x3000060, 0, True)
         assert (first[3].position, first[3].lag_ms, first[3].in_sync_by_bytes) == (None, None, False)
-        # It does not tell since when: nothing has changed since the first answer.
+        # pg-status does not tell `since`. It stays at the time of the first answer, as nothing has changed.
         assert [host.since for host in await client.hosts()] == [host.since for host in first]
 
 
-async def test_the_hosts_of_the_sidecar_have_all_that_it_knows() -> None:
+async def test_hosts_of_the_sidecar_have_all_fields() -> None:
     hosts = (master("n1"), master("n2"), replica("n3", by_time=False), dead("n4", "no route"))
-    app, _ = told_app(*hosts)
+    app, _ = app_of_hosts(*hosts)
     async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.hosts() == hosts
         assert (await client.hosts())[0].since == START
-        # n2 claims to be the master, and so is no replica to read from.
+        # n2 says that it is a primary, and so is no replica to read from.
         assert await client.find_replicas() == {"n3"}
         assert {await client.replica() for _ in range(3)} == {"n3"}
 
 
-async def test_near_replicas_are_preferred() -> None:
-    app, _ = told_app(
+async def test_the_nearest_replicas_are_named() -> None:
+    app, _ = app_of_hosts(
         master("n1"), replica("n2"), replica("n3"), locality=Locality({"n2": "far", "n3": "here"}, current_dc="here")
     )
     async with serve_sidecar(app) as url, PgStatusClient(url) as client:
@@ -103,14 +103,14 @@ async def test_near_replicas_are_preferred() -> None:
         assert await client.find_replicas() == {"n2", "n3"}
 
 
-async def test_without_a_replica_the_master_answers(url: str, sidecar: OriginalSidecar) -> None:
+async def test_without_a_replica_the_master_is_named(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.hosts = (sidecar.entry("n1", master=True), sidecar.entry("n2", alive=False))
     async with PgStatusClient(url) as client:
         assert await client.replica() == "n1"
         assert await client.find_replicas() == frozenset()
 
 
-async def test_without_a_master_there_is_none(url: str, sidecar: OriginalSidecar) -> None:
+async def test_without_a_master_no_host_is_named(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.master, sidecar.hosts = None, (sidecar.entry("n1", alive=False),)
     async with PgStatusClient(url) as client:
         assert await client.master() is None
@@ -166,7 +166,7 @@ async def test_pg_status_is_not_asked_for_a_position_as_it_would_name_any_replic
     assert sidecar.paths() == ["/hosts", "/master"]
 
 
-async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSidecar) -> None:
+async def test_a_question_by_position_is_sent_each_time(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.tell_timelines()
     async with PgStatusClient(url, max_age=HOUR) as client:
         await client.hosts()
@@ -183,27 +183,29 @@ async def test_a_position_is_asked_for_each_time(url: str, sidecar: OriginalSide
     ]
 
 
-async def test_a_replica_that_has_replayed_the_position_is_waited_for() -> None:
-    app, monitor = told_app(master("n1"), replica("n2", position=1))
+async def test_the_sidecar_waits_for_a_replica_that_has_replayed_the_position() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2", position=1))
     monitor.next = [cluster(master("n1"), replica("n2", position=2))]
     async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         assert await client.find_replica(min_position=2) == "n1"
         assert await client.find_replica(min_position=2, max_wait=0.1) == "n2"
 
 
-async def test_the_master_is_confirmed_anew(url: str, sidecar: OriginalSidecar) -> None:
+async def test_each_confirmation_has_the_sidecar_ask_its_hosts(url: str, sidecar: OriginalSidecar) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
         assert await client.master() == "n1"
         assert await client.confirm_master("n1")
         sidecar.master = "n2"
         assert not await client.confirm_master("n1")
         assert [each.headers.get("cache-control") for each in sidecar.asked] == [None, "no-cache", "no-cache"]
-        # What was learned by it counts for the next question.
+        # The answer to the confirmation is kept for later questions.
         assert await client.master() == "n2"
     assert len(sidecar.asked) == 3
 
 
-async def test_a_confirmation_is_of_a_request_that_began_after_the_call(url: str, sidecar: OriginalSidecar) -> None:
+async def test_a_confirmation_comes_from_a_request_that_began_after_the_call(
+    url: str, sidecar: OriginalSidecar
+) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
         sidecar.open.clear()
         first = asyncio.create_task(client.confirm_master("n1"))
@@ -213,12 +215,12 @@ async def test_a_confirmation_is_of_a_request_that_began_after_the_call(url: str
         sidecar.open.set()
         assert await first
         assert all(await asyncio.gather(*later))
-    # One for the first, and one for all that came while that was under way.
+    # One request is for the first confirmation, and one for all that came while the first was under way.
     assert sidecar.paths() == ["/master", "/master"]
 
 
-async def test_a_confirmation_that_the_sidecar_cannot_give_is_an_error_and_no_denial() -> None:
-    async with nobody_listens() as url, PgStatusClient(url) as client:
+async def test_a_confirmation_raises_an_error_if_the_sidecar_is_away() -> None:
+    async with unused_url() as url, PgStatusClient(url) as client:
         with pytest.raises(SidecarError, match="could not be asked for /master"):
             await client.confirm_master("n1")
 
@@ -236,7 +238,7 @@ async def test_confirmation_fails_at_once_while_the_sidecar_is_known_to_hang(
 
 
 async def test_the_last_master_is_remembered_with_its_timeline() -> None:
-    app, _ = told_app(master("n1", timeline=7), replica("n2"))
+    app, _ = app_of_hosts(master("n1", timeline=7), replica("n2"))
     async with serve_sidecar(app) as url:
         client = PgStatusClient(url)
         assert client.known_master() is None
@@ -251,7 +253,7 @@ async def test_the_last_master_is_remembered_with_its_timeline() -> None:
 
 
 async def test_the_timeline_of_a_replica_that_has_become_the_master_is_not_remembered() -> None:
-    app, monitor = told_app(master("n1", timeline=7), replica("n2", timeline=7))
+    app, monitor = app_of_hosts(master("n1", timeline=7), replica("n2", timeline=7))
     async with serve_sidecar(app) as url, PgStatusClient(url) as client:
         await client.hosts()
         monitor.next = [cluster(dead("n1"), master("n2", timeline=8), master="n2")]
@@ -259,7 +261,7 @@ async def test_the_timeline_of_a_replica_that_has_become_the_master_is_not_remem
         assert client.known_master() == KnownMaster("n2", None)
 
 
-async def test_a_master_that_a_failure_was_reported_of_is_not_remembered(url: str, sidecar: OriginalSidecar) -> None:
+async def test_a_master_is_forgotten_when_a_failure_of_it_is_reported(url: str, sidecar: OriginalSidecar) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
         await client.confirm_master("n1")
         client.report_failure("n2")
@@ -276,7 +278,9 @@ async def test_a_master_is_remembered_for_the_grace_time_only(url: str) -> None:
         assert client.known_master() is None
 
 
-async def test_a_reported_failure_lets_the_next_question_skip_the_memory(url: str, sidecar: OriginalSidecar) -> None:
+async def test_after_a_reported_failure_the_next_answer_does_not_come_out_of_memory(
+    url: str, sidecar: OriginalSidecar
+) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
         await client.master()
         await client.replica()
@@ -293,7 +297,7 @@ async def test_a_reported_failure_lets_the_next_question_skip_the_memory(url: st
     ]
 
 
-async def test_an_answer_that_was_under_way_when_a_failure_was_reported_does_not_count(
+async def test_an_answer_that_was_requested_before_a_reported_failure_is_not_used_after_it(
     url: str, sidecar: OriginalSidecar
 ) -> None:
     async with PgStatusClient(url, max_age=HOUR) as client:
@@ -322,7 +326,7 @@ async def test_the_last_good_answer_is_kept_while_the_sidecar_is_down(
         assert {await client.replica() for _ in range(4)} == replicas == {"n2", "n3"}
         assert await client.find_replica(min_position=5) == "n1"
     await client.aclose()
-    # It is said once, not at each question.
+    # The failure is logged once, and not at each question.
     assert [record.levelname for record in caplog.records if record.name == "ctxdb_pgstatus.client"] == ["WARNING"]
 
 
@@ -338,7 +342,7 @@ async def test_callers_get_the_last_answer_at_once_while_the_sidecar_is_known_to
         sidecar.master = "n2"
         sidecar.open.set()
 
-        # It is asked again behind the answers, and believed as soon as it answers.
+        # The sidecar is asked again in the background, and its new answer is given as soon as it comes.
         async with asyncio.timeout(10):
             while await client.master() != "n2":
                 await asyncio.sleep(0.001)
@@ -354,7 +358,7 @@ async def test_an_answer_that_is_older_than_allowed_is_not_given(sidecar: Origin
 
 
 async def test_a_sidecar_that_was_never_there_is_an_error_that_says_what_to_do() -> None:
-    async with nobody_listens() as url, PgStatusClient(url) as client:
+    async with unused_url() as url, PgStatusClient(url) as client:
         for question in (client.master, client.replica, client.hosts, client.find_replicas):
             with pytest.raises(SidecarError, match=rf"^The sidecar at {url} could not be asked.*Start it"):
                 await question()
@@ -401,7 +405,7 @@ async def test_malformed_answer_is_an_error(
         ("promotion", 5),
     ],
 )
-async def test_an_answer_with_a_value_that_cannot_be_is_an_error_and_not_taken_for_one(
+async def test_an_answer_with_an_impossible_value_is_an_error(
     url: str, sidecar: OriginalSidecar, name: str, value: object
 ) -> None:
     sidecar.raw = json.dumps([{"host": "n2", "alive": True, "master": False, name: value}]).encode()
@@ -416,7 +420,7 @@ async def test_an_answer_with_a_value_that_cannot_be_is_an_error_and_not_taken_f
                 await question()
 
 
-async def test_a_fault_that_a_newer_sidecar_tells_of_is_no_error(url: str, sidecar: OriginalSidecar) -> None:
+async def test_an_unknown_fault_of_a_newer_sidecar_is_ignored(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.raw = json.dumps([{"host": "n2", "alive": True, "master": False, "fault": "new"}]).encode()
     async with PgStatusClient(url) as client:
         assert [host.fault for host in await client.hosts()] == [None]
@@ -440,14 +444,14 @@ async def test_an_answer_that_would_cost_too_much_to_read_is_an_error(
         sidecar.raw, sidecar.fields = raw, fields
         with pytest.raises(SidecarError, match=reason):
             await client.master()
-        # The next one is read again.
+        # The next answer is read again.
         sidecar.raw, sidecar.fields = None, ()
         assert await client.master() == "n1"
     assert {each.headers["accept-encoding"] for each in sidecar.asked} == {"identity"}
 
 
-async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
-    async with nobody_listens() as url:
+async def test_secrets_of_the_address_are_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    async with unused_url() as url:
         client = PgStatusClient(url.replace("://", "://user:hunter2@") + "/?token=hunter2")
         assert "hunter2" not in repr(client)
         with caplog.at_level(logging.DEBUG, "ctxdb_pgstatus"), pytest.raises(SidecarError) as info:
@@ -457,7 +461,7 @@ async def test_secrets_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
     assert info.value.__context__ is None
 
 
-async def test_a_password_in_the_address_is_sent_and_logged_by_nobody(
+async def test_a_password_in_the_address_is_sent_and_never_logged(
     url: str, sidecar: OriginalSidecar, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
@@ -469,7 +473,7 @@ async def test_a_password_in_the_address_is_sent_and_logged_by_nobody(
 
 
 @pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ftp://n1", "http://", "http://user:hunter2@n1:port"])
-def test_an_address_that_is_none_is_refused(base_url: str) -> None:
+def test_an_invalid_address_is_refused(base_url: str) -> None:
     with pytest.raises(OptionError, match="`base_url`") as info:
         PgStatusClient(base_url)
     assert "hunter2" not in str(info.value)
@@ -478,7 +482,7 @@ def test_an_address_that_is_none_is_refused(base_url: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_age": -1}, {"grace": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}]
 )
-def test_options_are_checked(options: dict[str, float]) -> None:
+def test_invalid_options_of_the_client_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=f"`{next(iter(options))}`"):
         PgStatusClient("http://127.0.0.1:8000", **options)
 
@@ -502,7 +506,7 @@ async def test_waiting_caller_gets_an_error_when_the_client_is_closed(url: str, 
     sidecar.open.set()
 
 
-async def test_event_loops_share_what_is_known(url: str, sidecar: OriginalSidecar) -> None:
+async def test_event_loops_share_kept_answers(url: str, sidecar: OriginalSidecar) -> None:
     client = PgStatusClient(url, max_age=HOUR)
 
     async def ask() -> str | None:
@@ -519,7 +523,7 @@ async def test_event_loops_share_what_is_known(url: str, sidecar: OriginalSideca
     assert client._loops == {}
 
 
-async def test_a_loop_that_has_ended_is_forgotten(url: str) -> None:
+async def test_the_requests_of_a_closed_event_loop_are_forgotten(url: str) -> None:
     client = PgStatusClient(url, max_age=HOUR)
     loop = asyncio.new_event_loop()
     await asyncio.to_thread(loop.run_until_complete, _open(client))

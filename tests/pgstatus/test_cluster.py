@@ -1,4 +1,4 @@
-"""The cluster helper: each thing that it does to a node is seen in PostgreSQL itself."""
+"""`PostgresCluster`: what each of its methods does to a node, as PostgreSQL itself shows it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_primary_and_its_standbys_share_a_port_on_addresses_of_their_own
     assert cluster.standbys == cluster.nodes[1:]
 
 
-async def test_the_standbys_get_what_is_written(cluster: PostgresCluster) -> None:
+async def test_the_standbys_replicate_a_new_table(cluster: PostgresCluster) -> None:
     await cluster.primary.execute("CREATE TABLE replicated (i int)")
     await cluster.wait_for_replay()
     assert [await _has(node, "replicated") for node in cluster.nodes] == [True, True, True]
@@ -60,7 +60,7 @@ async def test_a_url_leads_to_its_node(cluster: PostgresCluster) -> None:
     await engine.dispose()
 
 
-async def test_a_killed_node_is_gone_and_comes_back_as_what_it_was(cluster: PostgresCluster) -> None:
+async def test_a_killed_primary_comes_back_as_a_primary(cluster: PostgresCluster) -> None:
     async with cluster.primary.connect() as connection:
         await cluster.primary.kill()
         with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
@@ -81,7 +81,7 @@ async def test_a_stopped_node_restarts(cluster: PostgresCluster) -> None:
     await standby.wait_for_stream()
 
 
-async def test_a_frozen_node_lets_clients_in_without_an_answer_until_it_is_thawed(cluster: PostgresCluster) -> None:
+async def test_a_frozen_node_accepts_connections_and_answers_only_after_its_thaw(cluster: PostgresCluster) -> None:
     node = cluster.primary
     async with node.connect() as connection:
         await node.freeze()
@@ -135,7 +135,7 @@ async def test_a_former_primary_comes_back_as_a_primary_and_is_rewound_into_a_st
     assert not await _has(old, "of_the_old")
 
 
-async def test_a_node_that_went_its_own_way_cannot_follow(
+async def test_a_node_with_wal_of_its_own_cannot_follow(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, _ = cluster.nodes
@@ -150,7 +150,8 @@ async def test_a_node_that_went_its_own_way_cannot_follow(
 
 async def test_a_running_primary_can_be_made_a_standby(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
-    # A clean shutdown hands everything over.
+    # A primary that is shut down waits until its standbys have received all of its WAL: so it can follow without a
+    # rewind.
     await old.stop()
     await new.promote()
     await old.follow(new)
@@ -177,7 +178,7 @@ async def test_a_delayed_standby_lags_in_time(cluster: PostgresCluster) -> None:
     await standby.set_apply_delay(3600)
     written = await cluster.primary.write_wal(10)
     await other.wait_for_replay(written)
-    # It has received the commit, and will not replay it.
+    # The standby has received the commit, and does not replay it yet.
     await _until(standby, f"SELECT pg_last_wal_receive_lsn() - '0/0'::pg_lsn >= {written}")
     assert await standby.position() < written
     await standby.set_apply_delay(0)
@@ -204,7 +205,7 @@ async def test_synchronous_commits_wait_for_a_standby(cluster: PostgresCluster) 
     await cluster.primary.write_wal(10)
 
 
-async def test_a_restored_cluster_is_as_at_first(cluster: PostgresCluster) -> None:
+async def test_a_restored_cluster_has_its_first_roles_and_the_first_nodes_data(cluster: PostgresCluster) -> None:
     first, second, third = cluster.nodes
     await first.kill()
     await second.promote()
@@ -245,7 +246,7 @@ async def test_a_reset_cluster_is_empty(cluster: PostgresCluster) -> None:
     assert [await _has(node, "before_reset") for node in cluster.nodes] == [False, False, False]
 
 
-async def test_orders_to_a_node_that_is_down_say_so(cluster: PostgresCluster) -> None:
+async def test_an_order_to_a_node_in_the_wrong_state_is_an_error_that_says_so(cluster: PostgresCluster) -> None:
     await cluster.nodes[2].kill()
     with pytest.raises(EmbeddedPostgresError, match="n3 is not running"):
         await cluster.nodes[2].freeze()
@@ -253,7 +254,7 @@ async def test_orders_to_a_node_that_is_down_say_so(cluster: PostgresCluster) ->
         await cluster.nodes[0].start()
 
 
-async def test_a_password_is_asked_for_also_by_replication() -> None:
+async def test_a_cluster_with_a_password_asks_clients_and_standbys_for_it() -> None:
     password = "it's \\ a secret"
     async with PostgresCluster(standbys=1, password=password) as cluster:
         primary, standby = cluster.nodes
@@ -276,7 +277,7 @@ async def test_addresses_and_settings_can_be_chosen() -> None:
         await engine.dispose()
 
 
-async def test_a_server_that_does_not_start_says_why() -> None:
+async def test_the_error_of_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(EmbeddedPostgresError, match="no_such_setting"):
         await PostgresCluster(standbys=0, settings={"no_such_setting": "1"}).start()
 
@@ -286,7 +287,7 @@ async def test_an_address_of_another_machine_is_refused() -> None:
         await PostgresCluster(hosts=["192.0.2.1"]).start()
 
 
-async def test_a_cluster_that_is_not_running_says_so() -> None:
+async def test_an_order_to_a_cluster_that_is_not_running_is_an_error_that_says_so() -> None:
     cluster = PostgresCluster()
     with pytest.raises(EmbeddedPostgresError, match="start it"):
         await cluster.nodes[0].kill()
@@ -311,7 +312,7 @@ async def _left_of(cluster: PostgresCluster) -> _Left:
 
 
 class _Left:
-    """What is left of servers, with their children: processes, and segments of shared memory."""
+    """The processes of servers and their children, and segments of shared memory, that are left when it is called."""
 
     def __init__(self, pids: list[int]) -> None:
         self.pids = pids + [pid for pid, (parent, _) in _processes().items() if parent in pids]
@@ -361,5 +362,5 @@ async def test_cluster_leaves_no_process_and_no_file_when_its_program_is_killed(
         left = _Left(pids)
         os.kill(program.pid, number)
         await asyncio.to_thread(program.wait)
-    # A server that is frozen is given its time to stop, before it is killed.
+    # The supervisor gives the frozen server time to stop, before it kills it.
     await eventually(lambda: not left() and not Path(directory).exists(), lambda: f"left: {left()}, {directory}", 60)

@@ -1,4 +1,4 @@
-"""What is asked when a COMMIT has returned, and what becomes of the answer."""
+"""`CommitGuard`: which commits are confirmed, and what a commit raises that is not confirmed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tests.support.database import Database, Item
 from tests.support.database import insert as insert_item
-from tests.support.hosts import HOST, FakeSource, ForgettableSidecar, Hosts, frozen
+from tests.support.hosts import HOST, FakeSource, Hosts, RememberingSource, frozen
 
 from ctxdb_core import (
     DBConnect,
@@ -81,18 +81,18 @@ async def test_a_commit_that_wrote_is_confirmed_before_it_returns(db: DBConnect,
 
 
 @both_drivers
-async def test_a_commit_on_a_host_that_is_not_the_master_raises(
+async def test_a_commit_on_a_host_that_is_not_the_master_is_an_error(
     db: DBConnect, source: FakeSource, database: Database
 ) -> None:
     source.confirms = False
     with pytest.raises(MasterChangedError, match="'n1'"):
         async with new_db_ctx():
             await insert_item(db, "a")
-    # It is there, for all the good it may do.
+    # The row was stored on the host, which is not the master.
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_that_nobody_can_confirm_is_unconfirmed(db: DBConnect, source: FakeSource) -> None:
+async def test_a_commit_is_unconfirmed_if_the_source_raises_an_error(db: DBConnect, source: FakeSource) -> None:
     source.error = RuntimeError("no answer")
     with pytest.raises(CommitUnconfirmedError, match=r"could not be found out \(no answer\)") as raised:
         async with new_db_ctx():
@@ -101,7 +101,7 @@ async def test_a_commit_that_nobody_can_confirm_is_unconfirmed(db: DBConnect, so
     assert (raised.value.host, raised.value.retryable) == ("n1", False)
 
 
-async def test_a_confirmation_has_a_limited_time(database: Database, source: FakeSource) -> None:
+async def test_a_commit_is_unconfirmed_after_the_confirm_timeout(database: Database, source: FakeSource) -> None:
     source.may_confirm = asyncio.Event()
     handler = follow_master(source, confirm_timeout=0.01)
     async with DBConnect(Hosts(database), before_create_session_handler=handler) as db:
@@ -115,12 +115,12 @@ async def test_a_confirmation_has_a_limited_time(database: Database, source: Fak
 
 
 @pytest.fixture
-def sidecar() -> ForgettableSidecar:
-    return ForgettableSidecar(error=SidecarError("away"))
+def sidecar() -> RememberingSource:
+    return RememberingSource(error=SidecarError("away"))
 
 
 @pytest.fixture
-async def led(database: Database, sidecar: ForgettableSidecar) -> AsyncIterator[DBConnect]:
+async def led(database: Database, sidecar: RememberingSource) -> AsyncIterator[DBConnect]:
     """A `DBConnect` that follows a sidecar which is away."""
     async with DBConnect(Hosts(database), before_create_session_handler=follow_master(sidecar)) as db:
         yield db
@@ -130,7 +130,7 @@ async def led(database: Database, sidecar: ForgettableSidecar) -> AsyncIterator[
 @both_drivers
 @pytest.mark.parametrize("timeline", [None, 1])
 async def test_while_the_sidecar_is_away_the_host_of_a_commit_confirms_it(
-    led: DBConnect, sidecar: ForgettableSidecar, database: Database, timeline: int | None
+    led: DBConnect, sidecar: RememberingSource, database: Database, timeline: int | None
 ) -> None:
     sidecar.known = KnownMaster("n1", timeline)
     for name in ("a", "b"):
@@ -141,8 +141,8 @@ async def test_while_the_sidecar_is_away_the_host_of_a_commit_confirms_it(
 
 
 @both_drivers
-async def test_a_host_on_another_timeline_than_the_master_that_was_known_does_not_confirm(
-    led: DBConnect, sidecar: ForgettableSidecar
+async def test_a_host_on_another_timeline_than_the_known_masters_does_not_confirm_a_commit(
+    led: DBConnect, sidecar: RememberingSource
 ) -> None:
     sidecar.known = KnownMaster("n1", 2)
     with pytest.raises(MasterChangedError):
@@ -150,8 +150,8 @@ async def test_a_host_on_another_timeline_than_the_master_that_was_known_does_no
             await insert_item(led, "a")
 
 
-async def test_a_host_that_was_not_the_master_when_the_sidecar_was_last_heard_does_not_confirm(
-    led: DBConnect, sidecar: ForgettableSidecar
+async def test_a_host_that_is_not_the_known_master_does_not_confirm_a_commit(
+    led: DBConnect, sidecar: RememberingSource
 ) -> None:
     sidecar.known = KnownMaster("n2", 1)
     with pytest.raises(MasterChangedError):
@@ -160,7 +160,7 @@ async def test_a_host_that_was_not_the_master_when_the_sidecar_was_last_heard_do
 
 
 async def test_a_commit_is_unconfirmed_if_the_sidecar_has_been_away_for_too_long(
-    led: DBConnect, sidecar: ForgettableSidecar, database: Database
+    led: DBConnect, sidecar: RememberingSource, database: Database
 ) -> None:
     sidecar.known = None
     with pytest.raises(CommitUnconfirmedError, match="away") as raised:
@@ -171,8 +171,8 @@ async def test_a_commit_is_unconfirmed_if_the_sidecar_has_been_away_for_too_long
 
 
 @both_drivers
-async def test_a_host_that_hangs_does_not_confirm_and_is_not_waited_for(
-    database: Database, sidecar: ForgettableSidecar
+async def test_a_commit_is_unconfirmed_in_time_if_its_host_hangs(
+    database: Database, sidecar: RememberingSource
 ) -> None:
     hosts = Hosts(database)
     sidecar.error, sidecar.may_confirm = None, asyncio.Event()
@@ -190,7 +190,7 @@ async def _write(db: DBConnect) -> None:
         await insert_item(db, "a")
 
 
-async def test_confirmations_can_be_done_without(database: Database, source: FakeSource) -> None:
+async def test_commits_are_not_confirmed_with_confirm_commits_false(database: Database, source: FakeSource) -> None:
     handler = follow_master(source, confirm_commits=False)
     async with DBConnect(Hosts(database), before_create_session_handler=handler) as db, new_db_ctx():
         await insert_item(db, "a")
@@ -216,7 +216,7 @@ async def test_a_cancelled_confirmation_is_no_success(db: DBConnect, source: Fak
 
 
 @pytest.mark.parametrize("confirms", [True, False])
-async def test_a_unit_of_work_that_is_cancelled_is_seen_through_with_its_confirmation(
+async def test_a_cancelled_unit_of_work_waits_for_its_confirmation(
     db: DBConnect, source: FakeSource, confirms: bool
 ) -> None:
     source.may_confirm = asyncio.Event()
@@ -240,7 +240,7 @@ async def test_a_unit_of_work_that_is_cancelled_is_seen_through_with_its_confirm
     assert called == (["on_commit"] if confirms else [])
 
 
-async def test_callbacks_wait_for_the_confirmation(db: DBConnect, source: FakeSource) -> None:
+async def test_on_commit_callbacks_do_not_run_without_a_confirmation(db: DBConnect, source: FakeSource) -> None:
     called: list[str] = []
     source.confirms = False
     with pytest.raises(MasterChangedError):
@@ -265,7 +265,7 @@ def _client(db: DBConnect, handlers: dict[Any, Any] | None = None, *others: DBCo
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
-async def test_an_application_answers_an_error(db: DBConnect, source: FakeSource) -> None:
+async def test_an_application_answers_an_unconfirmed_write_by_500(db: DBConnect, source: FakeSource) -> None:
     async with _client(db) as client:
         assert (await client.post("/?name=a")).status_code == 201
         source.confirms = False
@@ -274,7 +274,9 @@ async def test_an_application_answers_an_error(db: DBConnect, source: FakeSource
         assert (await client.post("/?name=c")).status_code == 201
 
 
-async def test_an_applications_own_handler_answers(db: DBConnect, source: FakeSource) -> None:
+async def test_an_exception_handler_of_the_application_answers_masterchangederror(
+    db: DBConnect, source: FakeSource
+) -> None:
     def unavailable(request: Request, exc: Exception) -> Response:
         return JSONResponse({"error": type(exc).__name__}, status_code=503)
 
@@ -286,7 +288,7 @@ async def test_an_applications_own_handler_answers(db: DBConnect, source: FakeSo
 
 
 @pytest.mark.parametrize("order", ["followed first", "followed last"])
-async def test_of_several_databases_the_rest_is_rolled_back_and_the_error_names_what_was_committed(
+async def test_other_databases_are_rolled_back_and_named_if_a_commit_is_not_confirmed(
     db: DBConnect, source: FakeSource, database: Database, order: str
 ) -> None:
     source.confirms = False
@@ -303,7 +305,7 @@ async def test_of_several_databases_the_rest_is_rolled_back_and_the_error_names_
         else:
             assert [repr(other) in note and "rolled back" in note for note in notes] == [True]
             assert await database.names() == ["on 127.0.0.1", "on n1"]
-        # Both can be used again.
+        # Both databases can be used again.
         source.confirms = True
         async with new_db_ctx():
             for number, each in enumerate(dbs):
@@ -372,7 +374,7 @@ async def test_statements_in_autocommit_are_confirmed_one_by_one(db: DBConnect, 
             await session.execute(insert(items).values(name="b"))
 
 
-async def test_connections_without_a_session_are_guarded(db: DBConnect, source: FakeSource) -> None:
+async def test_commits_of_connections_without_a_session_are_confirmed(db: DBConnect, source: FakeSource) -> None:
     await db.create_session()
     engine = await db.engine()
     async with engine.begin() as connection:
@@ -442,12 +444,12 @@ def _compiled(statement: Any) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize("query", _QUERIES_THAT_READ.values(), ids=_QUERIES_THAT_READ)
-def test_queries_that_surely_read_only(query: Any) -> None:
+def test_a_compiled_query_without_unknown_functions_may_not_write(query: Any) -> None:
     assert not may_write(*_compiled(query))
 
 
 @pytest.mark.parametrize("query", _QUERIES_THAT_MAY_WRITE.values(), ids=_QUERIES_THAT_MAY_WRITE)
-def test_statements_that_may_write(query: Any) -> None:
+def test_other_compiled_statements_may_write(query: Any) -> None:
     assert may_write(*_compiled(query))
 
 
@@ -455,11 +457,11 @@ def test_statements_that_may_write(query: Any) -> None:
     ("sql", "expected"),
     [("SET LOCAL statement_timeout = 5", False), ("SET LOCAL a = 1; DELETE FROM item", True), ("INSERT INTO t", True)],
 )
-def test_plain_sql(sql: str, expected: bool) -> None:
+def test_a_statement_as_text_may_write_unless_it_is_a_setting(sql: str, expected: bool) -> None:
     assert may_write(sql, _Context(None)) is expected  # type: ignore[arg-type]  # all that is asked of it
 
 
-async def test_the_host_of_a_connection_is_what_counts(db: DBConnect, source: FakeSource) -> None:
+async def test_a_commit_is_confirmed_for_the_host_of_its_connection(db: DBConnect, source: FakeSource) -> None:
     async with new_non_ctx_session(db) as session:
         await session.execute(insert(items).values(name="a"))
         # The transaction is under way on n1.

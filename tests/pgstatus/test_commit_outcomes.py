@@ -1,4 +1,4 @@
-"""Commits whose answers were lost with their server: what the host that is the master afterwards tells of them."""
+"""Commits whose answers were lost with their server, and are resolved by the host that is the master after that."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.followers import monitoring, until
-from tests.support.sidecar import serve_sidecar
+from tests.support.sidecar import serve_monitor
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 from ctxdb_pgstatus import CommitUnconfirmedError, ConnectionLostError, HostMonitor, PgStatusClient, follow_master
-from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 
@@ -59,7 +57,7 @@ async def insert(db: DBConnect, *, inserted: Callable[[], Any] | None = None) ->
 
 
 async def until_commit_waits(node: PostgresNode) -> None:
-    """Wait until a COMMIT is done but for the standby that has to confirm it."""
+    """Wait until a COMMIT has only to be confirmed by a standby."""
 
     async def waits() -> bool:
         return bool(await node.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
@@ -76,7 +74,7 @@ async def kill_all(nodes: Sequence[PostgresNode]) -> None:
 
 
 async def lose_answer(cluster: PostgresCluster, db: DBConnect) -> Committing:
-    """Have a COMMIT reach the standbys, and its answer be lost with the primary."""
+    """Begin a COMMIT that reaches the standbys, and whose answer is lost with the primary."""
     for node in cluster.standbys:
         await node.freeze()
     committing = asyncio.create_task(insert(db))
@@ -94,7 +92,7 @@ async def until_replayed(monitor: HostMonitor, node: PostgresNode) -> None:
     await until(lambda: node.host in monitor.replayed(position))
 
 
-async def test_a_commit_that_reached_the_new_master_is_a_success(
+async def test_a_lost_commit_succeeds_if_the_new_master_has_it(
     cluster: PostgresCluster, monitor: HostMonitor, db: DBConnect
 ) -> None:
     new = cluster.standbys[0]
@@ -105,7 +103,7 @@ async def test_a_commit_that_reached_the_new_master_is_a_success(
     assert await stored_on(new)
 
 
-async def test_a_commit_of_a_server_that_comes_back_as_the_master_is_a_success(
+async def test_a_lost_commit_succeeds_if_its_server_comes_back_as_the_master(
     cluster: PostgresCluster, db: DBConnect
 ) -> None:
     committing = await lose_answer(cluster, db)
@@ -114,7 +112,7 @@ async def test_a_commit_of_a_server_that_comes_back_as_the_master_is_a_success(
     assert await stored_on(cluster.primary)
 
 
-async def test_a_commit_is_told_by_the_new_master_also_if_the_old_one_comes_back_as_one(
+async def test_a_lost_commit_is_resolved_by_the_new_master_although_the_old_one_comes_back(
     cluster: PostgresCluster, monitor: HostMonitor, db: DBConnect
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
@@ -127,7 +125,7 @@ async def test_a_commit_is_told_by_the_new_master_also_if_the_old_one_comes_back
     assert await stored_on(new)
 
 
-async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
+async def test_a_lost_commit_is_rolled_back_if_the_new_master_lacks_its_end(
     cluster: PostgresCluster, monitor: HostMonitor, db: DBConnect
 ) -> None:
     old, standbys = cluster.primary, cluster.standbys
@@ -137,18 +135,18 @@ async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
         return not await old.execute("SELECT 1 FROM pg_stat_replication")
 
     async def lose_standbys() -> None:
-        # What is written is sent with the next commit.
+        # The INSERT before this has written WAL, which is sent with the next commit.
         position = await old.write_wal(1)
         await cluster.wait_for_replay()
         await until(lambda: standbys[0].host in monitor.replayed(position))
-        # They follow each other, and receive nothing more.
+        # The standbys follow each other from now on, and receive no WAL of the primary any more.
         for node, other in (standbys, reversed(standbys)):
             await node.follow(other, wait=False)
         await until(is_left)
         are_lost.set()
 
     committing = asyncio.create_task(insert(db, inserted=lose_standbys))
-    # Before that, the commit that waits may be the one by which WAL is written.
+    # Until then, a commit that waits for a standby may be the one of `write_wal`.
     await are_lost.wait()
     await until_commit_waits(old)
     await old.kill()
@@ -159,7 +157,7 @@ async def test_a_commit_whose_end_the_new_master_lacks_is_rolled_back(
     assert not await stored_on(standbys[0])
 
 
-async def test_a_transaction_that_the_new_master_has_never_seen_is_not_taken_for_another_one(
+async def test_a_transaction_unknown_to_the_new_master_is_not_taken_for_another_one_with_its_id(
     cluster: PostgresCluster, db: DBConnect
 ) -> None:
     old, standbys = cluster.primary, cluster.standbys
@@ -170,7 +168,7 @@ async def test_a_transaction_that_the_new_master_has_never_seen_is_not_taken_for
     await standbys[0].set("synchronous_standby_names", "")
     await standbys[0].start()
     await standbys[0].promote()
-    # They get the identifiers that the old master had given away.
+    # These transactions get the identifiers that the old master had assigned.
     for _ in range(5):
         await standbys[0].execute("SELECT pg_current_xact_id()")
     with pytest.raises((ConnectionLostError, CommitUnconfirmedError)):
@@ -178,12 +176,10 @@ async def test_a_transaction_that_the_new_master_has_never_seen_is_not_taken_for
     assert not await stored_on(standbys[0])
 
 
-async def test_a_service_that_follows_a_sidecar_is_told_as_well(cluster: PostgresCluster, monitor: HostMonitor) -> None:
+async def test_a_lost_commit_is_resolved_by_way_of_a_sidecar(cluster: PostgresCluster, monitor: HostMonitor) -> None:
     new = cluster.standbys[0]
-    app = SidecarApp(History())
-    app.monitor = monitor
     async with (
-        serve_sidecar(app) as url,
+        serve_monitor(monitor) as url,
         PgStatusClient(url, max_age=0.1) as client,
         resolving(cluster, client) as db,
     ):
@@ -195,13 +191,13 @@ async def test_a_service_that_follows_a_sidecar_is_told_as_well(cluster: Postgre
         assert await client.promotion_of(new.host) == await monitor.promotion_of(new.host)
 
 
-async def test_a_commit_is_unknown_where_nobody_has_seen_the_promotion(
+async def test_a_lost_commit_stays_unknown_if_the_source_has_not_seen_the_promotion(
     cluster: PostgresCluster, monitor: HostMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing_was_seen(host: str) -> None:
         return None
 
-    # As of a monitor that has been started since.
+    # A monitor that was started after the promotion has not seen it either.
     monkeypatch.setattr(monitor, "promotion_of", nothing_was_seen)
     new = cluster.standbys[0]
     async with resolving(cluster, monitor) as db:

@@ -1,4 +1,4 @@
-"""What the guide "Deploying ctxdb-pgstatus" tells to do is done as it stands there, and leads where the guide says."""
+"""The guide "Deploying ctxdb-pgstatus": its statements and settings, used as they stand there, do what it says."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 GUIDE = Path(__file__).parents[2] / "docs" / "deploying-pgstatus.md"
 PASSWORD = "of the watcher"
 SLOW_MACHINE = {"query_timeout_ms": str(PATIENCE * 1000)}
-"""Has a sidecar give up no host that is merely slow to answer."""
+"""With this, a sidecar does not take a host for dead that is slow to answer, as on a loaded machine."""
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl for certificates")
 
 
@@ -41,7 +41,7 @@ def blocks(language: str) -> list[str]:
 
 
 def statements(start: str) -> list[str]:
-    """Return the statements of the block of SQL that begins with `start`, with a password in the place of dots."""
+    """Return the statements of the block of SQL that begins with `start`, with a password in the place of its dots."""
     (block,) = (each for each in blocks("sql") if each.startswith(start))
     return [each.strip() for each in block.replace("'...'", f"'{PASSWORD}'").split(";") if each.strip()]
 
@@ -49,9 +49,9 @@ def statements(start: str) -> list[str]:
 # --- the role ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_role_of_the_guide_is_all_that_a_sidecar_needs() -> None:
+async def test_the_privileges_of_the_guide_are_enough_for_a_sidecar() -> None:
     async with PostgresCluster(standbys=1, password="of the superuser") as cluster:
-        # As the guide says, on the primary alone.
+        # The guide has them executed on the primary alone.
         for statement in statements("CREATE ROLE watcher"):
             await cluster.primary.execute(statement)
         await cluster.wait_for_replay()
@@ -67,7 +67,7 @@ async def test_the_role_of_the_guide_is_all_that_a_sidecar_needs() -> None:
             assert await sidecar.stop() == 0
 
 
-async def test_reserved_connections_let_the_monitor_in_where_applications_have_taken_all_others() -> None:
+async def test_reserved_connections_let_the_monitor_in_when_applications_have_taken_all_others() -> None:
     settings = {"max_connections": "8", "superuser_reserved_connections": "2", "reserved_connections": "2"}
     async with PostgresCluster(standbys=0, settings=settings) as cluster, AsyncExitStack() as stack:
         primary = cluster.primary
@@ -135,7 +135,7 @@ async def test_the_sidecar_takes_no_host_whose_certificate_another_authority_has
 
 
 @needs_openssl
-async def test_a_monitor_and_an_engine_share_a_context(front: TLSFront, certificate: Path) -> None:
+async def test_a_monitor_and_an_engine_use_one_ssl_context(front: TLSFront, certificate: Path) -> None:
     context = ssl.create_default_context(cafile=certificate)
     async with HostMonitor([f"{front.host}:{front.port}"], user="postgres", ssl=context) as monitor:
         host = monitor.master()
@@ -157,7 +157,7 @@ def test_kubernetes_knows_every_field_of_the_service_for_one_pod() -> None:
 # --- planned work -----------------------------------------------------------------------------------------------------
 
 
-async def test_hosts_that_a_major_upgrade_has_not_reached_yet_get_no_reads_and_the_upgraded_primary_is_the_master(
+async def test_during_a_major_upgrade_the_upgraded_primary_is_the_master_and_old_standbys_get_no_reads(
     cluster: PostgresCluster,
 ) -> None:
     async with (
@@ -173,7 +173,7 @@ async def test_hosts_that_a_major_upgrade_has_not_reached_yet_get_no_reads_and_t
         primary, *standbys = (host.host for host in monitor.hosts())
         assert monitor.master() == primary
         assert {monitor.replica(), monitor.replica()} == set(standbys)
-        # What `pg_upgrade` makes of the primary has another system identifier; the standbys are copied from it later.
+        # The primary that `pg_upgrade` makes has another system identifier. The standbys are made anew later.
         name.nodes = (anew.primary,)
         name.drop()
         await until(monitor, lambda: monitor.master() == primary and monitor.hosts()[1].fault is not None)
@@ -181,7 +181,7 @@ async def test_hosts_that_a_major_upgrade_has_not_reached_yet_get_no_reads_and_t
         assert monitor.replica() == primary
 
 
-async def test_a_monitor_that_starts_in_the_middle_of_a_major_upgrade_takes_the_new_primary_when_an_operator_says_so(
+async def test_a_monitor_started_during_a_major_upgrade_follows_the_new_primary_once_an_operator_accepts_it(
     cluster: PostgresCluster,
 ) -> None:
     async with PostgresCluster(hosts=["127.0.0.41"]) as anew:
@@ -210,11 +210,11 @@ async def test_the_statements_of_the_guide_stop_the_writes_of_a_second_master(cl
         with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
             await old.execute("CREATE TABLE written (number integer)")
         assert monitor.master() == new.host
-        # The next test finds it as it was.
+        # The server comes back without the setting for the next test.
         await old.execute("ALTER SYSTEM RESET default_transaction_read_only")
 
 
-async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_conflict() -> None:
+async def test_retry_on_conflict_repeats_a_read_that_replay_has_cancelled() -> None:
     async with PostgresCluster(standbys=1, settings={"max_standby_streaming_delay": "0"}) as cluster:
         (standby,) = cluster.standbys
         await cluster.primary.execute("CREATE TABLE number (number integer PRIMARY KEY)")
@@ -230,7 +230,7 @@ async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_con
                 attempts += 1
                 session = await db_session(replicas)
                 if attempts == 1:
-                    # A report that takes long, on rows which the primary removes meanwhile.
+                    # The report takes long, and reads rows that the primary removes meanwhile.
                     await session.execute(text("SELECT pg_sleep(60) FROM number"))
                 return list(await session.scalars(select(NUMBERS.c.number)))
 
@@ -239,7 +239,8 @@ async def test_a_read_that_is_in_the_way_of_replay_is_done_again_by_retry_on_con
             await cluster.primary.execute("DELETE FROM number")
             async with asyncio.timeout(PATIENCE):
                 while not reading.done():
-                    # It leaves rows that a poll of the monitor might still see; what it removes is in the way once.
+                    # VACUUM leaves rows that a poll of the monitor might still see: so it is repeated until it removes
+                    # the row, which cancels the report on the standby.
                     await cluster.primary.execute("VACUUM number")
                     await asyncio.sleep(0.05)
             assert reading.result() == []

@@ -1,4 +1,4 @@
-"""The files of `deploy/pgstatus`: what they name is there, and the tools that they are for accept them."""
+"""The files of `deploy/pgstatus`: the names in them exist, and the programs that they are for accept them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -25,9 +24,10 @@ import pytest
 import yaml
 from tests.support.dashboards import assert_panels_do_not_overlap, expressions_of, needs
 from tests.support.server import http_client
-from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
+from tests.support.sidecar import app_of_hosts, cluster, dead, master, replica, serve_sidecar
 from tests.support.sidecar_process import running, variables_of
 
+from ctxdb_core.testing.postgres import find_free_port
 from ctxdb_pgstatus.sidecar.metrics import render
 from ctxdb_pgstatus.sidecar.settings import VARIABLES, Settings
 from ctxdb_pgstatus.testing import EmbeddedPostgres
@@ -38,7 +38,7 @@ RULES = KIT / "prometheus" / "rules.yaml"
 METRIC = re.compile(r"\b(?:ctxdb_pgstatus|process)_\w+")
 
 
-def told_metrics() -> set[str]:
+def names_of_metrics() -> set[str]:
     content = render(cluster(master("n1"), replica("n2"), dead("n3")), changes=1).decode()
     return {line.partition("{")[0].partition(" ")[0] for line in content.splitlines() if not line.startswith("#")}
 
@@ -58,7 +58,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def server(postgres_server: EmbeddedPostgres) -> dict[str, str]:
     """The variables, without their prefix, of a sidecar that asks a real server."""
-    # On a loaded machine, too, no host is given up that is merely slow to answer.
+    # With this time-out, a host that is slow to answer on a loaded machine does not count as dead.
     return {**variables_of(postgres_server), "query_timeout_ms": "20000"}
 
 
@@ -84,7 +84,7 @@ def containers(path: Path) -> list[dict[str, Any]]:
 def test_every_metric_that_alerts_and_dashboard_name_exists() -> None:
     named = {name for expression in expressions() for name in METRIC.findall(expression)}
     assert len(named) > 10
-    assert named - told_metrics() == set()
+    assert named - names_of_metrics() == set()
 
 
 def test_every_alert_says_how_bad_it_is_and_what_has_happened() -> None:
@@ -134,7 +134,7 @@ ROOT = KIT.parents[1]
 
 
 def stages() -> list[list[tuple[str, str]]]:
-    """Return the stages of the Dockerfile, each instruction with what stands behind it, on one line."""
+    """Return the stages of the Dockerfile: for each instruction, its name and its arguments on one line."""
     lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     found: list[list[tuple[str, str]]] = []
     for line in "\n".join(lines).replace("\\\n", "").splitlines():
@@ -182,7 +182,7 @@ def test_the_image_copies_what_is_there_and_not_ignored() -> None:
 def test_an_engine_builds_the_image() -> None:
     (base,) = arguments_of(stages()[-1], "FROM")
     for engine in ("docker", "podman", "buildah"):
-        # Without the base image, it would be fetched from a registry: that is nothing that a test does.
+        # A test must not download the base image from a registry: the engine has to have it.
         command = shutil.which(engine)
         if (
             command is not None
@@ -199,14 +199,14 @@ def test_an_engine_builds_the_image() -> None:
 
 
 def without_root() -> list[str]:
-    """Return what a command is preceded by to run as the user of the image; nothing where this is not root."""
+    """Return the command before another command by which root runs it as the user of the image; nothing for others."""
     if os.geteuid() != 0:
         return []
     (user,) = arguments_of(stages()[-1], "USER")
     uid, gid = user.split(":")
     interpreter = Path(sys.base_exec_prefix)
     may_read = all(folder.stat().st_mode & stat.S_IXOTH for folder in (interpreter, *interpreter.parents))
-    # The interpreter of the tests may be where nobody but root can read.
+    # The interpreter of the tests may be in a folder that only root can read.
     capabilities = "-all" if may_read else "-all,+dac_read_search"
     return [
         needs("setpriv"),
@@ -217,14 +217,14 @@ def without_root() -> list[str]:
 
 @pytest.fixture
 def root_folder() -> Iterator[Path]:
-    """A folder into which other users can look; pytest's own are closed to them."""
+    """A folder that other users can read, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
 
 
-# It installs what the image has: a quarter of a minute of CPU.
+# The test installs the packages of the image, which takes a quarter of a minute of CPU.
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(find_spec("kubernetes_validate") is None, reason="the group `deployment` is not installed")
 async def test_the_steps_of_the_image_make_a_sidecar_that_runs_without_root(
@@ -249,7 +249,7 @@ async def test_the_steps_of_the_image_make_a_sidecar_that_runs_without_root(
     assert not list(Path(home, "bin").glob("pip*"))
     variables = dict(each.split("=", 1) for line in arguments_of(last, "ENV") for each in shlex.split(line))
     path = variables.pop("PATH").replace("/opt/ctxdb", home).replace("$PATH", os.environ["PATH"])
-    port = str(free_port())
+    port = str(find_free_port(["127.0.0.1"]))
     environment = os.environ | {"PATH": path} | variables | prefixed(server) | {"pg_status__http_port": port}
 
     async def run(command: list[str]) -> asyncio.subprocess.Process:
@@ -292,26 +292,26 @@ UNIT = KIT / "systemd" / "ctxdb-pgstatus.service"
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     analyze = needs("systemd-analyze")
     unit = UNIT.read_text(encoding="utf-8")
-    # It looks whether the program is there.
+    # systemd-analyze checks that the program exists.
     copy = tmp_path / "ctxdb-pgstatus.service"
     copy.write_text(unit.replace("/opt/ctxdb-pgstatus/bin/ctxdb-pgstatus", sys.executable), encoding="utf-8")
     done = subprocess.run([analyze, "verify", "--man=no", str(copy)], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_systemd_finds_that_the_unit_may_do_little_more_than_use_the_network() -> None:
-    # The exposure from 0 to 100 that it counts together: 96 for a unit that says nothing of it.
+def test_systemd_rates_the_exposure_of_the_unit_as_low() -> None:
+    # The threshold is the exposure from 0 to 100 as systemd-analyze rates it: 96 for a unit without any restrictions.
     command = [needs("systemd-analyze"), "security", "--offline=yes", "--threshold=20", "--no-pager", str(UNIT)]
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_the_unit_is_started_again_whatever_ends_it_unless_its_settings_are_wrong() -> None:
+def test_the_unit_restarts_always_unless_its_settings_are_wrong() -> None:
     lines = UNIT.read_text(encoding="utf-8").splitlines()
-    # What the command ends with then is in the tests of the command.
+    # The tests of the command assert that it ends with 2 for wrong settings.
     assert {"Restart=always", "RestartPreventExitStatus=2", "DynamicUser=yes"} <= set(lines)
 
 
-def test_the_environment_of_the_unit_is_understood() -> None:
+def test_the_environment_file_of_the_unit_has_known_variables_only() -> None:
     lines = (KIT / "systemd" / "ctxdb-pgstatus.env").read_text(encoding="utf-8").splitlines()
     environment = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     settings = Settings.from_environment(environment)
@@ -334,7 +334,7 @@ def test_a_manifest_sets_variables_that_the_sidecar_knows(path: Path) -> None:
 
 
 @manifests
-def test_a_manifest_lets_its_containers_do_no_more_than_they_need(path: Path) -> None:
+def test_the_containers_of_a_manifest_run_with_least_privileges(path: Path) -> None:
     (container,) = containers(path)
     context = container["securityContext"]
     assert context["runAsNonRoot"] is context["readOnlyRootFilesystem"] is True
@@ -352,7 +352,7 @@ def test_kubernetes_knows_every_field_of_a_manifest(path: Path, version: str) ->
         kubernetes_validate.validate(document, wanted, strict=True)
 
 
-def test_what_the_manifests_select_by_labels_and_names_is_in_them() -> None:
+def test_labels_and_ports_that_the_manifests_select_exist() -> None:
     for path in MANIFESTS:
         by_kind = {each["kind"]: each for each in documents(path)}
         template = by_kind["Deployment"]["spec"]["template"]
@@ -368,7 +368,7 @@ def test_what_the_manifests_select_by_labels_and_names_is_in_them() -> None:
 
 
 def environment_of(path: Path) -> dict[str, str]:
-    """Return what a manifest's sidecar has in its environment, its secrets among it, without their prefix."""
+    """Return the environment variables of a manifest's sidecar, with the values of secrets, without their prefix."""
     (container,) = containers(path)
     secrets = {each["metadata"]["name"]: each["stringData"] for each in documents(path) if each["kind"] == "Secret"}
     variables = {}
@@ -388,8 +388,8 @@ async def test_the_probes_of_a_manifest_reach_a_sidecar_with_the_environment_of_
     port = variables.pop("http_port")
     probes = [container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in container]
     assert probes
-    # The kubelet comes from outside of the pod, to the pod's address: here, that is another address of the loopback
-    # interface than the one on which containers of a pod talk to each other.
+    # The kubelet connects to the pod's address from outside of the pod. Here, another address of the loopback interface
+    # stands for it than the one on which containers of a pod talk to each other.
     pod = "127.0.0.2"
 
     async def answers(served: str, path: str) -> bool:
@@ -414,7 +414,7 @@ async def test_the_probes_of_a_manifest_reach_a_sidecar_with_the_environment_of_
         served = (await sidecar.ready()).rpartition(":")[2]
         for probe in probes:
             assert await succeeds(probe, served)
-        # As the manifests say: from outside of the pod, only a sidecar that listens on all addresses is reached.
+        # From outside of the pod, a sidecar is reached only if it listens on all addresses, as the manifests say.
         assert await answers(served, "/live") == (variables["http_listen_address"] == "*")
         assert await sidecar.stop() == 0
     for probe in probes:
@@ -441,7 +441,7 @@ def test_haproxy_accepts_its_configuration() -> None:
 
 @asynccontextmanager
 async def named_servers(*names: str) -> AsyncIterator[dict[str, int]]:
-    """Serve the name of each server to whoever connects, and yield their ports."""
+    """Start servers that send their own names to each client, and yield their ports."""
     async with AsyncExitStack() as stack:
         ports = {}
         for name in names:
@@ -456,7 +456,7 @@ async def named_servers(*names: str) -> AsyncIterator[dict[str, int]]:
 
 
 async def server_behind(port: int) -> str:
-    """Return the name of the server that a port leads to; nothing if it leads to none."""
+    """Return the name of the server that a port leads to; an empty one if it leads to no server."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         name = await reader.read()
@@ -467,24 +467,18 @@ async def server_behind(port: int) -> str:
 
 
 async def leads_to(port: int, *names: str) -> None:
-    """Wait until a port leads to these servers, and to no other."""
+    """Wait until a port leads to the servers of these names, and to no other server."""
     async with asyncio.timeout(30):
         while {await server_behind(port) for _ in range(4)} != set(names):
             await asyncio.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
-
-
 async def test_haproxy_leads_to_the_primary_and_to_replicas_that_do_not_lag(tmp_path: Path) -> None:
     haproxy = needs("haproxy")
     late = replica("n3", by_time=False, lag_bytes=17 << 20)
-    app, monitor = told_app(master("n1"), replica("n2"), late)
+    app, monitor = app_of_hosts(master("n1"), replica("n2"), late)
     async with serve_sidecar(app) as url, named_servers("n1", "n2", "n3") as ports:
-        primary, replicas = free_port(), free_port()
+        primary, replicas = find_free_port(["127.0.0.1"]), find_free_port(["127.0.0.1"])
         config = HAPROXY.read_text(encoding="utf-8")
         for old, new in {
             "port 8000": f"port {url.rpartition(':')[2]}",
@@ -501,7 +495,7 @@ async def test_haproxy_leads_to_the_primary_and_to_replicas_that_do_not_lag(tmp_
             await leads_to(replicas, "n2")
             monitor.status = cluster(dead("n1"), master("n2"), late, master="n2")
             await leads_to(primary, "n2")
-            # No replica will do.
+            # Without a replica that does not lag, readers go to the primary.
             await leads_to(replicas, "n2")
             monitor.status = cluster(replica("n1"), master("n2"), replica("n3"), master="n2")
             await leads_to(replicas, "n1", "n3")

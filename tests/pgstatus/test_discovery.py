@@ -1,4 +1,4 @@
-"""Hosts that are found: by Patroni's REST API, by SRV records, and in a file, all of them served by the tests."""
+"""Hosts that are found by Patroni's REST API, by SRV records and in a file, all of which the tests serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from tests.support.monitors import monitor_of, until
+from tests.support.monitors import CONNECTIONS, monitor_of, until
 from tests.support.server import serve
 
 from ctxdb_pgstatus import (
@@ -40,8 +40,8 @@ def names_of(hosts: Sequence[DiscoveredHost]) -> list[str]:
     return [host.address.name for host in hosts]
 
 
-class Told:
-    """A discovery that finds what a test says."""
+class FakeDiscovery:
+    """A `HostDiscovery` that finds the hosts that a test sets, or raises the error that it sets."""
 
     def __init__(self, *hosts: DiscoveredHost) -> None:
         self.hosts: Sequence[DiscoveredHost] = hosts
@@ -62,35 +62,34 @@ def discovered(node: PostgresNode, **tags: bool) -> DiscoveredHost:
 # --- monitors ---------------------------------------------------------------------------------------------------------
 
 
-async def test_hosts_come_and_go_while_the_monitor_runs(cluster: PostgresCluster) -> None:
+async def test_a_monitor_watches_found_hosts_and_leaves_removed_ones(cluster: PostgresCluster) -> None:
     first, second, third = cluster.nodes
-    told = Told(discovered(first), discovered(second))
-    async with monitor_of(cluster, hosts=told, poll_interval=0.3) as monitor:
+    discovery = FakeDiscovery(discovered(first), discovered(second))
+    async with monitor_of(cluster, hosts=discovery, poll_interval=0.3) as monitor:
         assert [host.host for host in monitor.hosts()] == [first.host, second.host]
         assert monitor.master() == first.host
-        told.hosts = [discovered(third), discovered(first)]
+        discovery.hosts = [discovered(third), discovered(first)]
         await until(monitor, lambda: [host.host for host in monitor.hosts()] == [third.host, first.host])
         await until(monitor, lambda: monitor.replica() == third.host)
         assert monitor.master() == first.host
-        told.hosts = [discovered(third)]
+        discovery.hosts = [discovered(third)]
         await until(monitor, lambda: monitor.master() is None)
         assert monitor.server_of(first.host) is None
-    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
     async with asyncio.timeout(20):
-        while any([await node.fetch_value(connections) for node in cluster.nodes]):
+        while any([await node.fetch_value(CONNECTIONS) for node in cluster.nodes]):
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("error", [OSError("it is away"), None], ids=["failing", "empty"])
-async def test_the_hosts_that_are_known_stay_while_none_can_be_found(
+async def test_known_hosts_stay_while_no_hosts_can_be_found(
     cluster: PostgresCluster, error: Exception | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = Told(*map(discovered, cluster.nodes))
-    async with monitor_of(cluster, hosts=told, poll_interval=0.3) as monitor:
-        told.error, told.hosts = error, ()
-        finds = told.finds
+    discovery = FakeDiscovery(*map(discovered, cluster.nodes))
+    async with monitor_of(cluster, hosts=discovery, poll_interval=0.3) as monitor:
+        discovery.error, discovery.hosts = error, ()
+        finds = discovery.finds
         async with asyncio.timeout(20):
-            while told.finds < finds + 2:
+            while discovery.finds < finds + 2:
                 await asyncio.sleep(0.01)
         await monitor.poll()
         assert monitor.master() == cluster.primary.host
@@ -100,21 +99,23 @@ async def test_the_hosts_that_are_known_stay_while_none_can_be_found(
     assert ("it is away" if error else "no hosts") in warnings[0]
 
 
-async def test_a_monitor_that_finds_no_hosts_at_first_takes_them_up_later(cluster: PostgresCluster) -> None:
-    told = Told(*map(discovered, cluster.nodes))
-    told.error = OSError("it is away")
-    async with monitor_of(cluster, hosts=told, poll_interval=0.3) as monitor:
+async def test_a_monitor_that_finds_no_hosts_at_first_finds_them_later(cluster: PostgresCluster) -> None:
+    discovery = FakeDiscovery(*map(discovered, cluster.nodes))
+    discovery.error = OSError("it is away")
+    async with monitor_of(cluster, hosts=discovery, poll_interval=0.3) as monitor:
         assert monitor.hosts() == ()
         assert monitor.master() is monitor.replica() is None
         assert (await monitor.poll()).hosts == ()
-        told.error = None
+        discovery.error = None
         await until(monitor, lambda: monitor.master() == cluster.primary.host)
 
 
 async def test_the_tags_of_hosts_that_are_found_are_heeded(cluster: PostgresCluster) -> None:
     first, second, third = cluster.nodes
-    told = Told(discovered(first), discovered(second, noloadbalance=True), discovered(third, nofailover=True))
-    async with monitor_of(cluster, hosts=told, poll_interval=0.3) as monitor:
+    discovery = FakeDiscovery(
+        discovered(first), discovered(second, noloadbalance=True), discovered(third, nofailover=True)
+    )
+    async with monitor_of(cluster, hosts=discovery, poll_interval=0.3) as monitor:
         assert {monitor.replica() for _ in range(4)} == {third.host}
         await first.kill()
         await third.promote()
@@ -126,7 +127,7 @@ async def test_the_tags_of_hosts_that_are_found_are_heeded(cluster: PostgresClus
 
 
 def member(name: str, host: str, port: int, **values: Any) -> dict[str, Any]:
-    """Return a member as Patroni's documentation has it in the answer of ``/cluster``."""
+    """Return a member of the answer of ``/cluster``, as Patroni's documentation describes it."""
     return {
         "name": name,
         "role": "replica",
@@ -167,7 +168,7 @@ async def test_next_patroni_member_is_asked_when_one_does_not_answer() -> None:
         assert names_of(await discovery.find()) == ["10.0.0.1:5432"]
 
 
-async def test_members_that_were_found_are_asked_where_those_that_were_given_are_away() -> None:
+async def test_found_patroni_members_are_asked_when_the_given_ones_are_away() -> None:
     async with patroni(member("n1", "10.0.0.1", 5432)) as other:
         async with patroni(member("n1", "10.0.0.1", 5432, api_url=f"{other}/patroni")) as given:
             discovery = PatroniDiscovery([given])
@@ -188,7 +189,7 @@ async def test_a_monitor_follows_the_members_of_patroni(cluster: PostgresCluster
 
 
 @pytest.mark.parametrize("urls", [[], ["n1:8008"], ["ftp://n1"]])
-def test_a_wrong_url_of_patroni_is_told(urls: list[str]) -> None:
+def test_an_invalid_url_of_patroni_is_refused(urls: list[str]) -> None:
     with pytest.raises(OptionError):
         PatroniDiscovery(urls)
 
@@ -197,7 +198,7 @@ def test_a_wrong_url_of_patroni_is_told(urls: list[str]) -> None:
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Answers each question with the same records, as a name server does."""
+    """A name server that answers each question with the same SRV records."""
 
     def __init__(self, *records: str) -> None:
         self.records = records
@@ -233,12 +234,12 @@ async def test_hosts_are_found_by_srv_records_in_the_order_of_their_priorities_a
         assert names_of(await discovery.find()) == ["n1.example.org:5432", "n2.example.org:5433", "n3.example.org:5432"]
 
 
-async def test_a_name_without_a_service_has_no_hosts() -> None:
+async def test_an_srv_name_without_a_service_has_no_hosts() -> None:
     async with name_server("0 0 0 .") as discovery:
         assert await discovery.find() == []
 
 
-async def test_a_name_without_records_is_an_error() -> None:
+async def test_an_srv_name_without_records_is_an_error() -> None:
     async with name_server() as discovery:
         with pytest.raises(dns.exception.DNSException):
             await discovery.find()
@@ -261,7 +262,7 @@ async def test_hosts_are_found_in_a_file(tmp_path: Path) -> None:
         await FileDiscovery(file).find()
 
 
-async def test_a_monitor_follows_a_file(cluster: PostgresCluster, tmp_path: Path) -> None:
+async def test_a_monitor_follows_the_hosts_in_a_file(cluster: PostgresCluster, tmp_path: Path) -> None:
     first, second, _ = cluster.nodes
     file = tmp_path / "hosts"
     file.write_text(f"{first.host}\n")

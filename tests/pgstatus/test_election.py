@@ -47,7 +47,7 @@ def test_rivals_are_preferred_by_their_wal_and_then_by_their_standbys(better: Cl
     assert elect([worse, better]).preferred == elect([better, worse]).preferred == "n3"
 
 
-def test_of_rivals_that_are_equal_in_all_the_first_of_the_list_is_preferred() -> None:
+def test_of_equal_rivals_the_first_of_the_list_is_preferred() -> None:
     assert elect([Claim("n3", 4), Claim("n1", 4)]).preferred == "n3"
 
 

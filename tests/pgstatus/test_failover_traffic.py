@@ -11,18 +11,16 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.database import eventually
 from tests.support.followers import Engines, monitoring, until
-from tests.support.sidecar import serve_sidecar
+from tests.support.sidecar import serve_monitor
 from tests.support.traffic import Traffic, payments_on
 
 from ctxdb_demo.cluster_app import Base, create_app
 from ctxdb_pgstatus import HostMonitor, PgStatusClient
-from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 
 class Service:
-    """The application on a cluster, its clients, and what it knows the hosts by."""
+    """The application on a cluster, the traffic of its clients, and the monitor by which it knows the hosts."""
 
     def __init__(self, cluster: PostgresCluster, monitor: HostMonitor, engines: Engines, traffic: Traffic) -> None:
         self.cluster = cluster
@@ -58,9 +56,7 @@ async def service(cluster: PostgresCluster, request: pytest.FixtureRequest) -> A
         monitor = await stack.enter_async_context(monitoring(cluster))
         source: HostMonitor | PgStatusClient = monitor
         if request.param == "sidecar":
-            sidecar = SidecarApp(History())
-            sidecar.monitor = monitor
-            url = await stack.enter_async_context(serve_sidecar(sidecar))
+            url = await stack.enter_async_context(serve_monitor(monitor))
             source = await stack.enter_async_context(PgStatusClient(url, max_age=0.1))
         app = create_app(source, engines, secrets.token_hex(16))
         await stack.enter_async_context(app.router.lifespan_context(app))
@@ -69,7 +65,7 @@ async def service(cluster: PostgresCluster, request: pytest.FixtureRequest) -> A
 
 @pytest.fixture(autouse=True)
 def report(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Report a figure: with ``pytest -s``, and in a JUnit file."""
+    """Report a figure, which ``pytest -s`` shows and a JUnit file holds."""
 
     def say(figure: str) -> None:
         record_property("figure", figure)
@@ -79,15 +75,15 @@ def report(record_property: Callable[[str, object], None], request: pytest.Fixtu
 
 
 async def wait_for_standbys(cluster: PostgresCluster, standbys: str) -> None:
-    """Have the commits of whichever node is the primary wait for standbys."""
+    """Have commits wait for standbys, on the present primary and on any node that is promoted later."""
     for node in cluster.nodes:
         await node.set("synchronous_standby_names", standbys)
-    # As `set_synchronous` does, for the primary.
+    # The setting is in force after a checkpoint (see `PostgresCluster.set_synchronous`).
     await cluster.primary.execute("CHECKPOINT")
 
 
 async def fail_over(service: Service) -> tuple[PostgresNode, float]:
-    """Promote the standby that has received most, and have the other one follow it: return it, and when it was."""
+    """Promote the standby that has received the most WAL, and have the other one follow it; return it, and the time."""
     new, other = service.cluster.standbys
     received = {node: await node.fetch_value("SELECT pg_last_wal_receive_lsn()") for node in (new, other)}
     if received[other] > received[new]:
@@ -98,7 +94,9 @@ async def fail_over(service: Service) -> tuple[PostgresNode, float]:
     return new, promoted
 
 
-async def test_a_killed_primary_loses_no_acknowledged_write(service: Service, report: Callable[[str], None]) -> None:
+async def test_no_acknowledged_write_is_lost_when_the_primary_is_killed(
+    service: Service, report: Callable[[str], None]
+) -> None:
     traffic, old = service.traffic, service.cluster.primary
     async with traffic.flowing():
         await traffic.some_writes()
@@ -114,7 +112,7 @@ async def test_a_killed_primary_loses_no_acknowledged_write(service: Service, re
     assert traffic.errors <= {503}
 
 
-async def test_a_frozen_primary_that_thaws_loses_no_acknowledged_write(
+async def test_no_acknowledged_write_is_lost_when_a_frozen_primary_thaws(
     service: Service, report: Callable[[str], None]
 ) -> None:
     traffic, old = service.traffic, service.cluster.primary
@@ -126,7 +124,7 @@ async def test_a_frozen_primary_that_thaws_loses_no_acknowledged_write(
         noticed = time.monotonic()
         new, _ = await fail_over(service)
         await traffic.some_writes()
-        # It takes itself for the primary, and goes on with the commits that it was at.
+        # The old primary still is a primary, and goes on with the commits that were under way.
         await old.thaw()
         await traffic.some_writes(100)
         await service.assert_left(old)
@@ -136,7 +134,7 @@ async def test_a_frozen_primary_that_thaws_loses_no_acknowledged_write(
     assert traffic.errors <= {503}
 
 
-async def test_without_synchronous_replication_a_frozen_primary_loses_at_most_what_it_had_not_sent(
+async def test_without_synchronous_replication_only_writes_before_the_freeze_was_noticed_may_be_lost(
     service: Service,
 ) -> None:
     traffic, old = service.traffic, service.cluster.primary
@@ -149,19 +147,20 @@ async def test_without_synchronous_replication_a_frozen_primary_loses_at_most_wh
         noticed = time.monotonic()
         new, _ = await fail_over(service)
         await traffic.some_writes()
-        # Nothing holds back the commits that it was at.
+        # Without synchronous replication, the commits that were under way return at once.
         await old.thaw()
         await traffic.some_writes(100)
     lost = await traffic.lost_on(new)
     assert {payment for payment in lost if traffic.acknowledged[payment] > noticed} == set()
 
 
-async def test_a_promotion_over_a_living_primary_takes_its_writes_away_at_once(service: Service) -> None:
+async def test_no_write_is_acknowledged_by_a_living_old_primary_after_a_promotion(service: Service) -> None:
     traffic = service.traffic
     await wait_for_standbys(service.cluster, "")
     async with traffic.flowing():
         await traffic.some_writes()
-        # Nobody tells the application; the old primary takes whatever comes, and the other standby follows it still.
+        # The application is not told. The old primary takes all writes that come, and the other standby still follows
+        # it.
         new, _ = service.cluster.standbys
         await new.promote()
         promoted = time.monotonic()
@@ -170,14 +169,14 @@ async def test_a_promotion_over_a_living_primary_takes_its_writes_away_at_once(s
     assert {payment for payment in lost if traffic.acknowledged[payment] > promoted} == set()
 
 
-async def test_no_write_follows_an_old_primary_that_returns_as_one(service: Service) -> None:
+async def test_no_write_goes_to_an_old_primary_that_returns_as_a_primary(service: Service) -> None:
     traffic, old = service.traffic, service.cluster.primary
     async with traffic.flowing():
         await traffic.some_writes()
         await old.kill()
         new, _ = await fail_over(service)
         await traffic.some_writes()
-        # It is named first, and would take writes without a standby.
+        # The old primary is the first of the list, and would take writes without a standby.
         await old.set("synchronous_standby_names", "")
         await old.start()
         before = await payments_on(old)
@@ -188,40 +187,40 @@ async def test_no_write_follows_an_old_primary_that_returns_as_one(service: Serv
         assert await payments_on(old) == before
         assert service.monitor.master() == new.host
         await service.assert_left(old)
-        # As a standby it is one of the replicas again.
+        # Rewound into a standby, the old primary is one of the replicas again.
         await old.rewind(new)
         await eventually(
             lambda: old.host in {host.host for host in service.monitor.status.replicas("time_or_bytes")},
-            lambda: f"it does not come back: {service.monitor.hosts()}",
+            lambda: f"the old primary does not come back: {service.monitor.hosts()}",
         )
         opened = service.engines.connections[old.host]
-        await eventually(lambda: service.engines.connections[old.host] > opened, "nobody reads there")
+        await eventually(lambda: service.engines.connections[old.host] > opened, "no reader connects to it")
         await traffic.some_reads()
     assert await traffic.lost_on(new) == set()
     assert traffic.stale == []
     assert traffic.errors <= {503}
 
 
-async def test_replicas_that_die_and_return_are_left_and_used_again(service: Service) -> None:
+async def test_readers_leave_a_replica_that_dies_and_return_to_it(service: Service) -> None:
     traffic, (replica, _) = service.traffic, service.cluster.standbys
     async with traffic.flowing():
         await traffic.some_reads()
         await replica.kill()
-        await eventually(lambda: len(service.monitor.status.replicas()) == 1, "its death is not noticed")
+        await eventually(lambda: len(service.monitor.status.replicas()) == 1, "the death is not noticed")
         failed = traffic.failed_reads
         await traffic.some_reads(100)
-        # Requests that had begun there may have failed; those after the monitor has noticed go elsewhere.
+        # Requests that had begun on the replica may have failed. Requests after the monitor has noticed go elsewhere.
         assert traffic.failed_reads <= failed + 8
         opened = service.engines.connections[replica.host]
         await replica.start()
-        await eventually(lambda: service.engines.connections[replica.host] > opened, "nobody reads there")
+        await eventually(lambda: service.engines.connections[replica.host] > opened, "no reader connects to it")
         await traffic.some_reads()
     assert await traffic.lost_on(service.cluster.primary) == set()
     assert traffic.stale == []
     assert traffic.errors <= {503}
 
 
-async def test_replicas_that_lag_give_way_to_the_master(service: Service) -> None:
+async def test_readers_go_to_the_master_while_all_replicas_lag(service: Service) -> None:
     traffic, master = service.traffic, service.cluster.primary
     async with traffic.flowing():
         await traffic.some_reads()
@@ -230,12 +229,12 @@ async def test_replicas_that_lag_give_way_to_the_master(service: Service) -> Non
         await master.write_wal(2_000_000)
         await eventually(
             lambda: not service.monitor.status.replicas("time_or_bytes"),
-            lambda: f"they count as in sync: {service.monitor.hosts()}",
+            lambda: f"replicas count as in sync: {service.monitor.hosts()}",
         )
         await traffic.some_reads()
         for standby in service.cluster.standbys:
             await standby.resume_replay()
-        await eventually(lambda: len(service.monitor.status.replicas("bytes")) == 2, "they do not come back")
+        await eventually(lambda: len(service.monitor.status.replicas("bytes")) == 2, "the replicas do not come back")
         await traffic.some_reads()
     assert traffic.stale == []
     assert traffic.errors <= {503}

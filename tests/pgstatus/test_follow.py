@@ -1,4 +1,4 @@
-"""`follow_master` and `follow_replica`, with a source that says what a test wants it to."""
+"""`follow_master` and `follow_replica`, with a `FakeSource`, whose answers a test sets."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_requests_that_wait_in_the_pool_fail_when_the_master_has_gone(
         waiting = [asyncio.create_task(host_of(master)) for _ in range(20)]
         await asyncio.sleep(0)
         source.master, source.replicas = None, ("n1", "n2", "n3")
-        # The pool's time-out is a minute; and the two connections in use are alive, and left alone.
+        # The pool's time-out is a minute. The two connections in use are to a living host, and are left alone.
         async with asyncio.timeout(10):
             results = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(result) for result in results} == {NoMasterError}
@@ -120,7 +120,7 @@ async def test_requests_that_wait_in_the_pool_move_to_the_new_master(
 
 
 @both_drivers
-async def test_requests_stuck_on_a_frozen_host_fail_when_it_is_known_to_be_dead(
+async def test_requests_on_a_frozen_host_fail_when_the_host_counts_as_dead(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     async def sleep() -> None:
@@ -143,12 +143,12 @@ async def test_requests_stuck_on_a_frozen_host_fail_when_it_is_known_to_be_dead(
         source.master, source.replicas = "n2", ("n3",)
         async with asyncio.timeout(10):
             assert await host_of(master) == "n2"
-    # Thawed, the server goes on with its queries: it has not noticed that their clients have gone.
+    # After the thaw, the server goes on with its queries, as it has not noticed that their clients have gone.
     hosts.database.terminate_backends("query ~ 'pg_sleep'")
     await eventually(lambda: not hosts.pids("n1"), "connections are left on the frozen host")
 
 
-async def test_a_frozen_host_with_idle_connections_is_left_at_once(
+async def test_a_session_leaves_a_frozen_host_with_idle_connections_at_once(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     await asyncio.gather(*(host_of(master) for _ in range(2)))
@@ -156,12 +156,12 @@ async def test_a_frozen_host_with_idle_connections_is_left_at_once(
         source.master, source.replicas = "n2", ("n3",)
         before = asyncio.get_running_loop().time()
         assert await host_of(master) == "n2"
-        # It would have two seconds to close them.
+        # A close that waited for the host would be given two seconds.
         assert asyncio.get_running_loop().time() - before < 1
     await eventually(lambda: not hosts.pids("n1"), "connections are left on the frozen host")
 
 
-async def test_a_host_that_becomes_the_master_again_works_at_once(
+async def test_sessions_return_at_once_to_a_host_that_is_the_master_again(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     async with new_non_ctx_session(master) as session:
@@ -169,7 +169,7 @@ async def test_a_host_that_becomes_the_master_again_works_at_once(
         source.master, source.replicas = None, ("n2", "n3")
         with pytest.raises(NoMasterError):
             await host_of(master)
-        # It was cut off.
+        # The session's connection was cut off.
         with pytest.raises(ConnectionLostError):
             await session.scalar(HOST)
     source.master = "n1"
@@ -193,7 +193,7 @@ async def test_a_session_between_transactions_moves_with_the_master(
 
 
 @pytest.mark.parametrize("first", ["left", "cancelled"])
-async def test_a_request_that_is_cancelled_while_its_host_is_left_is_cancelled(
+async def test_a_cancelled_request_stays_cancelled_although_its_host_is_left(
     master: DBConnect, source: FakeSource, first: str
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -203,7 +203,7 @@ async def test_a_request_that_is_cancelled_while_its_host_is_left_is_cancelled(
         engine = FollowedEngine.of((await master.engine()).sync_engine)
         assert engine is not None
         waiting = asyncio.create_task(host_of(master))
-        await eventually(lambda: bool(engine._waits), "nobody waits")
+        await eventually(lambda: bool(engine._waits), "no request waits for a connection")
         if first == "cancelled":
             waiting.cancel()
         engine.leave(abort=False)
@@ -226,7 +226,7 @@ async def test_a_request_that_gets_its_connection_when_its_host_is_left_gives_it
         connection = take_from_pool()
         source.master, source.replicas = "n2", ("n1", "n3")
         asyncio.get_running_loop().call_soon(partial(engine.leave, abort=False))
-        # As `asyncio.wait_for` does on Python 3.11 where the result is there already.
+        # `asyncio.wait_for` swallows a cancellation like this on Python 3.11, if its result has come already.
         with suppress(asyncio.CancelledError):
             await_only(asyncio.sleep(60))
         return connection
@@ -237,7 +237,9 @@ async def test_a_request_that_gets_its_connection_when_its_host_is_left_gives_it
     assert task.cancelling() == 0
 
 
-async def test_a_host_that_accepts_no_connection_is_not_waited_for(database: Database, source: FakeSource) -> None:
+async def test_a_host_that_accepts_no_connection_is_unreachable_after_the_connect_timeout(
+    database: Database, source: FakeSource
+) -> None:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -260,7 +262,7 @@ async def test_a_host_that_accepts_no_connection_is_not_waited_for(database: Dat
 @pytest.mark.parametrize(
     ("user", "name"), [("nobody", None), ("postgres", "no_such_database")], ids=["no such user", "no such database"]
 )
-async def test_an_account_that_the_host_refuses_is_nothing_to_retry(
+async def test_the_error_of_a_refused_account_is_not_retryable(
     database: Database, source: FakeSource, user: str, name: str | None
 ) -> None:
     url = make_url(database.url).set(username=user, database=name or database.name)
@@ -268,11 +270,13 @@ async def test_an_account_that_the_host_refuses_is_nothing_to_retry(
     async with DBConnect(lambda host: create_async_engine(url), before_create_session_handler=handler) as db:
         with pytest.raises(HostUnreachableError) as raised:
             await host_of(db)
-    # psycopg does not tell why.
+    # psycopg does not tell the SQLSTATE of a refused connection.
     assert raised.value.retryable is ("psycopg" in database.url)
 
 
-async def test_a_refused_connection_is_reported(database: Database, source: FakeSource) -> None:
+async def test_a_refused_connection_is_an_unreachable_host_and_is_reported_to_the_source(
+    database: Database, source: FakeSource
+) -> None:
     url = database.url.replace("127.0.0.1", "127.0.0.9")
     async with DBConnect.from_url(url) as other:
         engine = await other.engine()
@@ -285,7 +289,7 @@ async def test_a_refused_connection_is_reported(database: Database, source: Fake
 
 
 @both_drivers
-async def test_a_connection_that_breaks_while_its_server_is_asked_for_its_version_is_none(
+async def test_a_connection_that_breaks_before_its_version_is_known_is_an_unreachable_host(
     database: Database, source: FakeSource
 ) -> None:
     hosts = Hosts(database)
@@ -309,7 +313,9 @@ async def test_a_connection_that_breaks_while_its_server_is_asked_for_its_versio
 
 
 @both_drivers
-async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+async def test_a_connection_that_breaks_is_a_retryable_error_and_is_reported_to_the_source(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
     async with new_non_ctx_session(master) as session:
         await session.scalar(HOST)
         hosts.database.terminate_backends("application_name = 'n1'")
@@ -321,7 +327,7 @@ async def test_a_connection_that_breaks_is_reported(master: DBConnect, source: F
 
 
 @both_drivers
-async def test_a_connection_that_breaks_while_a_result_is_streamed_is_reported(
+async def test_a_connection_that_breaks_in_a_streamed_result_is_reported_to_the_source(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     async with new_non_ctx_session(master) as session:
@@ -368,7 +374,7 @@ async def test_a_write_in_autocommit_whose_connection_breaks_has_an_unknown_outc
 
 
 @both_drivers
-async def test_a_reader_whose_connection_breaks_may_try_again(
+async def test_the_error_of_a_reader_whose_connection_breaks_is_retryable(
     replica: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     async with new_non_ctx_session(replica) as session:
@@ -380,7 +386,7 @@ async def test_a_reader_whose_connection_breaks_may_try_again(
     assert source.failures == [host]
 
 
-async def test_an_error_of_a_statement_is_not_reported(master: DBConnect, source: FakeSource) -> None:
+async def test_an_error_of_a_statement_is_not_reported_to_the_source(master: DBConnect, source: FakeSource) -> None:
     async with new_non_ctx_session(master) as session:
         with pytest.raises(DBAPIError):
             await session.execute(text("SELECT 1 / 0"))
@@ -388,7 +394,7 @@ async def test_an_error_of_a_statement_is_not_reported(master: DBConnect, source
 
 
 @both_drivers
-async def test_a_users_own_read_only_transaction_drops_no_pool(
+async def test_a_write_in_a_users_read_only_transaction_does_not_drop_the_pool(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     await host_of(master)
@@ -402,7 +408,9 @@ async def test_a_users_own_read_only_transaction_drops_no_pool(
     assert hosts.pids("n1") == pids
 
 
-async def test_engines_are_followed_on_every_loop(master: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+async def test_engines_of_several_event_loops_follow_the_master(
+    master: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
     used, moved = threading.Event(), threading.Event()
     served: list[str] = []
 
@@ -412,7 +420,7 @@ async def test_engines_are_followed_on_every_loop(master: DBConnect, source: Fak
             served.append(await session.scalar(HOST))
             used.set()
             await asyncio.to_thread(moved.wait)
-            # It was cut off, by the other loop's change.
+            # The connection was cut off when the other event loop found the new master.
             with pytest.raises(ConnectionLostError):
                 await eventually_fails(session)
         served.append(await host_of(master))
@@ -431,7 +439,7 @@ async def test_engines_are_followed_on_every_loop(master: DBConnect, source: Fak
     assert hosts.created == {"n1": 1, "n2": 2}
 
 
-async def test_an_engine_that_there_is_already_is_followed(hosts: Hosts, source: FakeSource) -> None:
+async def test_an_engine_that_exists_before_the_first_session_is_followed(hosts: Hosts, source: FakeSource) -> None:
     async with DBConnect(hosts, host="n1", before_create_session_handler=follow_master(source)) as db:
         engine = await db.engine()
         await host_of(db)
@@ -440,7 +448,7 @@ async def test_an_engine_that_there_is_already_is_followed(hosts: Hosts, source:
     assert source.confirmed == ["n1"]
 
 
-async def test_a_shared_transaction_asks_nobody(
+async def test_a_shared_transaction_follows_no_host_and_confirms_no_commit(
     master: DBConnect, replica: DBConnect, source: FakeSource, database: Database
 ) -> None:
     await host_of(master)
@@ -464,7 +472,7 @@ async def test_a_shared_transaction_asks_nobody(
 @pytest.mark.parametrize(
     "options", [{"confirm_timeout": 0}, {"connect_timeout": -1}, {"connect_timeout": float("inf")}], ids=str
 )
-def test_seconds_are_positive(options: dict[str, float], source: FakeSource) -> None:
+def test_follow_master_refuses_seconds_that_are_not_positive(options: dict[str, float], source: FakeSource) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         follow_master(source, **options)  # type: ignore[arg-type]  # of floats
 
@@ -486,7 +494,7 @@ async def test_replicas_take_turns_with_few_connections(replica: DBConnect, host
     assert hosts.created == {"n2": 1, "n3": 1}
 
 
-async def test_the_master_answers_where_no_replica_is_left_and_gives_way_again(
+async def test_readers_go_to_the_master_without_a_replica_and_back_to_a_replica(
     replica: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:
     assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
@@ -498,19 +506,21 @@ async def test_the_master_answers_where_no_replica_is_left_and_gives_way_again(
     await eventually(lambda: not hosts.pids("n1"), "connections are left on the master")
 
 
-async def test_without_any_host_reads_fail_at_once(replica: DBConnect, source: FakeSource) -> None:
+async def test_without_any_host_readers_fail_at_once(replica: DBConnect, source: FakeSource) -> None:
     source.master, source.replicas = None, ()
     with pytest.raises(NoReplicaError, match="503"):
         await host_of(replica)
 
 
-async def test_a_frozen_replica_is_left_and_returns(replica: DBConnect, source: FakeSource, hosts: Hosts) -> None:
+async def test_readers_leave_a_frozen_replica_and_return_to_it(
+    replica: DBConnect, source: FakeSource, hosts: Hosts
+) -> None:
     assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
     async with AsyncExitStack() as stack:
         for _ in range(4):
             session = await stack.enter_async_context(new_non_ctx_session(replica))
             await session.scalar(HOST)
-        # All connections of both are in use: half of these wait for n2's, half for n3's.
+        # All connections to both replicas are in use: half of these requests wait for n2, and half for n3.
         waiting = [asyncio.create_task(host_of(replica)) for _ in range(10)]
         await asyncio.sleep(0)
         with frozen(hosts, "n2"):
@@ -525,7 +535,7 @@ async def test_a_frozen_replica_is_left_and_returns(replica: DBConnect, source: 
 
 
 @pytest.mark.parametrize(("sync", "options"), [("often", {}), (None, {"wait": -1.0}), (None, {"connect_timeout": 0})])
-def test_options_that_follow_replica_cannot_serve_are_refused(
+def test_follow_replica_refuses_invalid_options(
     sync: str | None, options: dict[str, float], source: FakeSource
 ) -> None:
     with pytest.raises(OptionError):

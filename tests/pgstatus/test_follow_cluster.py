@@ -25,8 +25,8 @@ from tests.support.followers import (
     until,
     write_number,
 )
-from tests.support.hosts import FakeSource, ForgettableSidecar
-from tests.support.sidecar import serve_sidecar
+from tests.support.hosts import FakeSource, RememberingSource
+from tests.support.sidecar import serve_monitor
 
 from ctxdb_core import db_session, new_non_ctx_session
 from ctxdb_pgstatus import (
@@ -41,8 +41,6 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -51,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("number_table")
 
 @pytest.fixture
 async def forgetful(cluster: PostgresCluster) -> AsyncIterator[HostMonitor]:
-    """A monitor that asks so seldom that it knows what has happened only if it is asked to look."""
+    """A monitor that polls every ten minutes: in a test, it notices a promotion only if it is asked."""
     async with monitoring(cluster, poll_interval=600, connect_timeout=5) as monitor:
         yield monitor
 
@@ -61,7 +59,7 @@ def engines(cluster: PostgresCluster) -> Engines:
     return Engines(cluster)
 
 
-async def test_a_host_that_has_been_demoted_loses_its_pool_and_is_looked_at(
+async def test_a_demoted_host_loses_its_pool_and_is_reported_to_the_source(
     cluster: PostgresCluster, engines: Engines
 ) -> None:
     demoted = cluster.standbys[0]
@@ -77,7 +75,7 @@ async def test_a_host_that_has_been_demoted_loses_its_pool_and_is_looked_at(
         assert engines.connections[demoted.host] == 2
 
 
-async def test_a_commit_on_a_host_that_another_one_was_promoted_over_is_answered_as_an_error(
+async def test_a_commit_on_a_primary_after_a_promotion_of_another_host_is_answered_by_500(
     cluster: PostgresCluster, engines: Engines, forgetful: HostMonitor
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
@@ -108,17 +106,19 @@ async def _none_left(engines: Engines, host: str, cluster: PostgresCluster) -> b
     return await engines.left_on(node) == 0
 
 
-async def test_a_standby_does_not_confirm_a_commit_by_itself(cluster: PostgresCluster, engines: Engines) -> None:
+async def test_a_standby_that_was_taken_for_the_master_does_not_confirm_a_commit(
+    cluster: PostgresCluster, engines: Engines
+) -> None:
     standby = cluster.standbys[0]
-    # The sidecar is away, and took it for the master; what is sent as text may have written something.
-    away = ForgettableSidecar(master=standby.host, error=SidecarError("away"), known=KnownMaster(standby.host, None))
+    # The sidecar is away, and took the standby for the master. A statement that was given as text may have written.
+    away = RememberingSource(master=standby.host, error=SidecarError("away"), known=KnownMaster(standby.host, None))
     async with following(engines, follow_master(away)) as db, new_non_ctx_session(db) as session:
         await session.execute(text("SELECT 1"))
         with pytest.raises(MasterChangedError):
             await session.commit()
 
 
-async def test_a_commit_on_a_host_that_was_frozen_and_thawed_raises(
+async def test_a_commit_on_a_thawed_host_is_an_error_after_a_promotion(
     cluster: PostgresCluster, engines: Engines, forgetful: HostMonitor
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
@@ -134,7 +134,7 @@ async def test_a_commit_on_a_host_that_was_frozen_and_thawed_raises(
     assert await numbers_on(cluster.primary) == [2]
 
 
-async def test_an_old_master_that_returns_as_one_gets_no_write(
+async def test_an_old_primary_that_returns_as_a_primary_gets_no_write(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
@@ -155,14 +155,14 @@ async def test_an_old_master_that_returns_as_one_gets_no_write(
         assert [row[0] for row in await old.execute("SELECT number FROM number")] == [1]
 
 
-async def test_requests_stuck_on_a_frozen_master_fail_when_the_monitor_has_noticed(
+async def test_requests_on_a_frozen_master_fail_when_the_monitor_has_noticed(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
     async with following(engines, follow_master(monitor)) as db:
         await asyncio.gather(*(server_of(db) for _ in range(2)))
         await old.freeze()
-        # Two on the connections that there are, the others in the pool's queue.
+        # Two requests have the connections that there are, and the others wait in the pool's queue.
         stuck = [asyncio.create_task(server_of(db)) for _ in range(10)]
         async with asyncio.timeout(10):
             results = await asyncio.gather(*stuck, return_exceptions=True)
@@ -205,7 +205,7 @@ async def test_replicas_are_balanced_over_few_connections(
     assert engines.connections.total() <= 5
 
 
-async def test_without_replicas_the_master_answers_until_one_returns(
+async def test_readers_go_to_the_master_until_a_replica_returns(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     async with following(engines, follow_replica(monitor)) as db:
@@ -225,13 +225,13 @@ async def test_without_replicas_the_master_answers_until_one_returns(
         assert {await server_of(db) for _ in range(4)} == standbys
 
 
-async def test_a_replica_that_is_promoted_is_left_by_its_readers(
+async def test_new_readers_leave_a_replica_that_is_promoted(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     new, other = cluster.standbys
     async with following(engines, follow_replica(monitor)) as db:
         assert {await server_of(db) for _ in range(4)} == {new.host, other.host}
-        # One of two that follow each other is on each of them.
+        # Of two sessions that are opened one after the other, one is on each replica.
         async with new_non_ctx_session(db) as one, new_non_ctx_session(db) as another:
             session = one if await one.scalar(SERVER) == new.host else another
             await new.promote()
@@ -271,7 +271,7 @@ async def test_a_second_event_loop_follows_the_same_monitor(
     assert await numbers_on(cluster.primary) == [1, 2, 3, 4]
 
 
-async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_pool(
+async def test_a_write_in_a_read_only_transaction_on_a_real_master_does_not_drop_the_pool(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     async with following(engines, follow_master(monitor)) as db:
@@ -283,14 +283,12 @@ async def test_a_user_who_makes_a_transaction_read_only_on_the_master_keeps_the_
         assert engines.connections.total() == 1
 
 
-async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
+async def test_sessions_that_follow_a_sidecar_move_with_a_failover(
     cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
 ) -> None:
     old, new = cluster.primary, cluster.standbys[0]
-    app = SidecarApp(History())
-    app.monitor = monitor
     async with (
-        serve_sidecar(app) as url,
+        serve_monitor(monitor) as url,
         PgStatusClient(url, max_age=0.05) as client,
         following(engines, follow_master(client)) as master,
         following(Engines(cluster, "readers"), follow_replica(client)) as replica,
@@ -306,7 +304,7 @@ async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
         async with new_non_ctx_session(master) as session:
             await session.execute(insert(NUMBERS).values(number=2))
             await old.freeze()
-            # It waits for an answer until the sidecar says that the host is dead.
+            # The statement waits for an answer until the sidecar says that the host is dead.
             with pytest.raises(ConnectionLostError, match="the host was left while the connection was in use"):
                 await session.scalars(select(NUMBERS))
         with pytest.raises(NoMasterError):
@@ -316,7 +314,7 @@ async def test_a_client_of_the_sidecar_is_followed_through_a_failover(
         await until(lambda: _follows(client, new.host))
         await write_and_read(4)
         await old.thaw()
-        # As if it had been frozen in the middle of a commit.
+        # A confirmation after the thaw, as of a commit that the freeze has interrupted.
         assert not await client.confirm_master(old.host)
         await until(lambda: _none_left(engines, old.host, cluster))
     assert await numbers_on(cluster.primary) == [1, 4]

@@ -1,4 +1,4 @@
-"""Sessions through names that come to lead to other servers, or to several, and while a server refuses the monitor."""
+"""Sessions by names that come to lead to other servers, or to several, and while a server refuses the monitor."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import gc
 import random
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 from weakref import ref
 
 import pytest
-from sqlalchemy import URL, event, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import event, func, insert, select
 from sqlalchemy.util import await_only
 from tests.support.database import eventually
-from tests.support.followers import NUMBERS, numbers_on, server_of, write_number
-from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
+from tests.support.followers import NUMBERS, following_by_name, numbers_on, server_of, write_number
+from tests.support.monitors import HOUR, PATIENCE, address, monitor_of, until, until_server
 from tests.support.proxy import Proxy
-from tests.support.sidecar import serve_sidecar
+from tests.support.sidecar import serve_monitor
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
 from ctxdb_core.adapters import UnitOfWork, running_unit
 from ctxdb_pgstatus import (
     CommitUnconfirmedError,
-    FollowHandler,
-    HostAddress,
     HostMonitor,
     HostUnreachableError,
     MasterChangedError,
@@ -37,47 +34,20 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 pytestmark = pytest.mark.usefixtures("number_table")
-
-
-@asynccontextmanager
-async def following(handler: FollowHandler, driver: str = "asyncpg") -> AsyncIterator[DBConnect]:
-    def create_engine(host: str) -> AsyncEngine:
-        address = HostAddress.parse(host)
-        url = URL.create(
-            f"postgresql+{driver}", username="postgres", host=address.host, port=address.port, database="postgres"
-        )
-        return create_async_engine(url, pool_size=2, max_overflow=0)
-
-    async with DBConnect(create_engine, before_create_session_handler=handler) as db:
-        yield db
-
-
-async def until_server(monitor: HostMonitor, name: str, node: PostgresNode) -> None:
-    started_at = await node.fetch_value("SELECT pg_postmaster_start_time()")
-    await until(monitor, lambda: monitor.server_of(name) == started_at)
-
-
-@pytest.fixture(scope="module")
-def ipv6_cluster() -> Iterator[PostgresCluster]:
-    cluster = PostgresCluster(hosts=["::1"])
-    asyncio.run(cluster.start())
-    yield cluster
-    asyncio.run(cluster.stop())
 
 
 async def test_an_engine_reaches_a_host_that_is_named_by_an_ipv6_address_and_a_port(
     ipv6_cluster: PostgresCluster,
 ) -> None:
     await ipv6_cluster.primary.execute("CREATE TABLE number (number integer PRIMARY KEY)")
+    await ipv6_cluster.wait_for_replay()
     name = f"[::1]:{ipv6_cluster.port}"
     async with (
         monitor_of(ipv6_cluster, hosts=[name]) as monitor,
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
     ):
         await write_number(db, 1)
         assert await numbers_on(ipv6_cluster.primary) == [1]
@@ -90,7 +60,7 @@ async def test_a_host_is_reached_by_a_unix_socket(cluster: PostgresCluster) -> N
             Proxy(cluster.primary) as proxy,
             proxy.listening_at(f"{directory}/.s.PGSQL.6000"),
             monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.0) as monitor,
-            following(follow_master(monitor)) as db,
+            following_by_name(follow_master(monitor)) as db,
         ):
             await write_number(db, 1)
             assert monitor.master() == name
@@ -105,12 +75,12 @@ async def test_a_name_of_several_addresses_leads_to_the_one_that_answers(
     def two(host: Any, *args: Any, **options: Any) -> Any:
         if host != "several":
             return resolve(host, *args, **options)
-        # Nobody listens at the first one.
+        # No server listens at the first address.
         return [*resolve("127.0.0.99", *args, **options), *resolve(cluster.primary.host, *args, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     name = f"several:{cluster.port}"
-    async with monitor_of(cluster, hosts=[name]) as monitor, following(follow_master(monitor)) as db:
+    async with monitor_of(cluster, hosts=[name]) as monitor, following_by_name(follow_master(monitor)) as db:
         await write_number(db, 1)
         assert monitor.hosts()[0].fault is None
     assert await numbers_on(cluster.primary) == [1]
@@ -129,7 +99,7 @@ async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_w
     name = f"several:{cluster.port}"
     async with (
         monitor_of(cluster, hosts=[name], poll_interval=0.2, conn_max_age=0.1) as monitor,
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
     ):
         await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
         with pytest.raises(NoMasterError):
@@ -137,17 +107,17 @@ async def test_a_name_of_several_addresses_that_are_of_several_servers_gets_no_w
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_a_connection_that_breaks_while_it_is_made_ready_is_an_unreachable_host(
+async def test_a_connection_that_breaks_before_it_is_handed_out_is_an_unreachable_host(
     cluster: PostgresCluster, driver: str
 ) -> None:
     kill = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid = $1"
-    name = f"{cluster.primary.host}:{cluster.port}"
+    name = address(cluster.primary)
     async with (
         monitor_of(cluster, hosts=[name]) as monitor,
-        following(follow_master(monitor), driver) as db,
+        following_by_name(follow_master(monitor), driver) as db,
         new_non_ctx_session(db) as session,
     ):
-        # SQLAlchemy asks the first one for the server's version.
+        # SQLAlchemy asks the first connection of the engine for the server's version.
         await session.execute(select(NUMBERS))
         engine = (await db.engine()).sync_engine
 
@@ -167,12 +137,12 @@ async def test_a_connection_that_breaks_while_it_is_made_ready_is_an_unreachable
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster, driver: str) -> None:
+async def test_writes_follow_a_name_to_another_server(cluster: PostgresCluster, driver: str) -> None:
     old, new, _ = cluster.nodes
     async with (
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
-        following(follow_master(monitor), driver) as db,
+        following_by_name(follow_master(monitor), driver) as db,
     ):
         await write_number(db, 1)
         await cluster.wait_for_replay()
@@ -185,14 +155,14 @@ async def test_writes_leave_the_server_that_a_name_has_led_to(cluster: PostgresC
         assert await numbers_on(new) == [1, 2]
 
 
-async def test_a_commit_on_a_server_that_a_name_leads_to_no_more_is_answered_as_an_error(
+async def test_a_commit_on_a_server_that_has_lost_its_name_is_an_error(
     cluster: PostgresCluster,
 ) -> None:
     old, new, _ = cluster.nodes
     async with (
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
         new_non_ctx_session(db) as session,
     ):
         await session.execute(insert(NUMBERS).values(number=1))
@@ -203,30 +173,30 @@ async def test_a_commit_on_a_server_that_a_name_leads_to_no_more_is_answered_as_
             await session.commit()
 
 
-async def test_a_connection_that_leads_elsewhere_tells_the_monitor_that_the_name_has_moved(
+async def test_a_new_connection_to_another_server_has_the_monitor_look_where_the_name_leads(
     cluster: PostgresCluster,
 ) -> None:
     old, new, _ = cluster.nodes
     async with (
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], conn_max_age=HOUR) as monitor,
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
     ):
         await new.promote()
         proxy.nodes = (new,)
-        # Without it, the monitor would trust the old primary for another hour.
+        # By itself, the monitor would replace its connection to the old primary after an hour.
         await write_number(db, 1)
         assert monitor.server_of(proxy.host) == await new.fetch_value("SELECT pg_postmaster_start_time()")
         assert await numbers_on(new) == [1]
 
 
-async def test_writes_that_follow_a_sidecar_leave_the_server_that_a_name_has_led_to(cluster: PostgresCluster) -> None:
+async def test_writes_by_a_sidecar_follow_a_name_to_another_server(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     async with (
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
         asking_sidecar(monitor) as client,
-        following(follow_master(client)) as db,
+        following_by_name(follow_master(client)) as db,
     ):
         await write_number(db, 1)
         await cluster.wait_for_replay()
@@ -240,7 +210,7 @@ async def test_writes_that_follow_a_sidecar_leave_the_server_that_a_name_has_led
         assert await numbers_on(new) == [1, 2]
 
 
-async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_leads_elsewhere(
+async def test_a_new_connection_to_another_server_has_the_sidecar_look_where_the_name_leads(
     cluster: PostgresCluster,
 ) -> None:
     old, new, _ = cluster.nodes
@@ -248,7 +218,7 @@ async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_lead
         Proxy(old) as proxy,
         monitor_of(cluster, hosts=[proxy.host], conn_max_age=HOUR) as monitor,
         asking_sidecar(monitor) as client,
-        following(follow_master(client)) as db,
+        following_by_name(follow_master(client)) as db,
     ):
         await client.hosts()
         await new.promote()
@@ -260,9 +230,7 @@ async def test_a_sidecar_is_told_that_a_name_has_moved_by_a_connection_that_lead
 
 @asynccontextmanager
 async def asking_sidecar(monitor: HostMonitor, max_age: float = 1.0) -> AsyncIterator[PgStatusClient]:
-    app = SidecarApp(History())
-    app.monitor = monitor
-    async with serve_sidecar(app) as url, PgStatusClient(url, max_age=max_age) as client:
+    async with serve_monitor(monitor) as url, PgStatusClient(url, max_age=max_age) as client:
         yield client
 
 
@@ -271,7 +239,7 @@ async def asking_sidecar(monitor: HostMonitor, max_age: float = 1.0) -> AsyncIte
 
 @asynccontextmanager
 async def knowing(monitor: HostMonitor, kind: str) -> AsyncIterator[HostMonitor | PgStatusClient]:
-    """The source of followers: a monitor, or a sidecar that was asked when all was well and is not asked again."""
+    """A source: the monitor, or a client of its sidecar that has asked for the hosts and keeps the answer."""
     if kind == "monitor":
         yield monitor
         return
@@ -281,7 +249,7 @@ async def knowing(monitor: HostMonitor, kind: str) -> AsyncIterator[HostMonitor 
 
 
 async def promote_beside(old: PostgresNode, new: PostgresNode) -> None:
-    """Promote a standby; return when its primary, which goes on, has noticed that it has left."""
+    """Promote a standby of a primary that goes on; return when the primary has noticed that the standby has left."""
     before = await old.fetch_value("SELECT count(*) FROM pg_stat_replication")
     await new.promote()
     async with asyncio.timeout(30):
@@ -293,9 +261,9 @@ async def promote_beside(old: PostgresNode, new: PostgresNode) -> None:
 async def watched_without(
     cluster: PostgresCluster, hidden: PostgresNode, conn_max_age: float = HOUR
 ) -> AsyncIterator[tuple[HostMonitor, Proxy]]:
-    """Provide a monitor of all nodes but `hidden`, and the proxy that it reaches the primary by.
+    """Provide a monitor of all nodes but `hidden`, and the proxy by which it reaches the primary.
 
-    So no kept connection leads to `hidden`. By default, nothing is renewed meanwhile.
+    So no kept connection leads to `hidden`. By default, no connection is replaced during the test.
     """
     (other,) = (node for node in cluster.nodes if node not in (cluster.primary, hidden))
     async with (
@@ -317,7 +285,7 @@ async def test_a_commit_on_the_old_primary_is_an_error_once_the_name_of_the_prim
     async with (
         watched_without(cluster, new) as (monitor, writer),
         knowing(monitor, kind) as source,
-        following(follow_master(source)) as db,
+        following_by_name(follow_master(source)) as db,
     ):
         await write_number(db, 1)
         await cluster.wait_for_replay()
@@ -330,14 +298,14 @@ async def test_a_commit_on_the_old_primary_is_an_error_once_the_name_of_the_prim
 
 
 @sources
-async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_the_primary_leads_nowhere(
+async def test_a_commit_is_unconfirmed_if_a_standby_is_gone_and_the_primary_accepts_no_new_connection(
     cluster: PostgresCluster, kind: str
 ) -> None:
     old, new = cluster.nodes[:2]
     async with (
         watched_without(cluster, new) as (monitor, writer),
         knowing(monitor, kind) as source,
-        following(follow_master(source)) as db,
+        following_by_name(follow_master(source)) as db,
     ):
         await write_number(db, 1)
         await promote_beside(old, new)
@@ -346,14 +314,14 @@ async def test_a_commit_is_unconfirmed_while_a_standby_is_gone_and_the_name_of_t
             await write_number(db, 2)
 
 
-async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_while_its_name_may_have_moved(
+async def test_no_known_master_is_told_while_its_name_may_lead_to_another_server(
     cluster: PostgresCluster,
 ) -> None:
     old, new = cluster.nodes[:2]
     async with watched_without(cluster, new) as (monitor, writer):
         await promote_beside(old, new)
         await monitor.poll()
-        # The monitor has lost its connection, and gets no other one.
+        # The monitor has lost its connection, and cannot open another one.
         writer.error = ("53300", "sorry, too many clients already")
         writer.drop()
         async with asyncio.timeout(PATIENCE):
@@ -365,15 +333,15 @@ async def test_a_primary_that_refuses_the_monitor_does_not_speak_for_itself_whil
             await monitor.confirm_master(writer.host)
 
 
-async def test_without_an_age_for_connections_each_commit_is_confirmed_by_where_the_name_leads_then(
+async def test_with_a_conn_max_age_of_0_each_commit_is_confirmed_over_a_new_connection(
     cluster: PostgresCluster,
 ) -> None:
     new, other = cluster.standbys
-    # The one that is promoted is no standby of the old primary's own, which therefore notices nothing.
+    # The promoted node is a standby of the other standby: the old primary does not notice that it leaves.
     await new.follow(other)
     async with (
         watched_without(cluster, new, conn_max_age=0) as (monitor, writer),
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
     ):
         await write_number(db, 1)
         await cluster.wait_for_replay()
@@ -393,8 +361,8 @@ async def test_a_connection_does_not_keep_the_unit_of_work_that_has_opened_it(cl
             assert unit is not None
             return ref(unit)
 
-    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
-    async with monitor_of(cluster, hosts=hosts) as monitor, following(follow_master(monitor)) as db:
+    hosts = [address(node) for node in cluster.nodes]
+    async with monitor_of(cluster, hosts=hosts) as monitor, following_by_name(follow_master(monitor)) as db:
         unit = await asyncio.create_task(write(db))
 
         def is_forgotten() -> bool:
@@ -407,7 +375,7 @@ async def test_a_connection_does_not_keep_the_unit_of_work_that_has_opened_it(cl
             await eventually(is_forgotten, "the unit of work is kept")
 
 
-async def test_a_standby_that_restarts_costs_commits_no_connection_once_it_is_back(cluster: PostgresCluster) -> None:
+async def test_commits_open_no_connection_after_a_standby_has_come_back(cluster: PostgresCluster) -> None:
     standby = cluster.standbys[0]
     async with watched_without(cluster, standby) as (monitor, writer):
         attempts = writer.attempts
@@ -422,11 +390,11 @@ async def test_a_standby_that_restarts_costs_commits_no_connection_once_it_is_ba
         assert writer.attempts == attempts
 
 
-async def test_a_standby_that_is_in_the_list_costs_commits_no_connection_while_it_is_away(
+async def test_commits_open_no_connection_while_a_listed_standby_is_away(
     cluster: PostgresCluster,
 ) -> None:
     old, standby, other = cluster.nodes
-    hosts = [f"{node.host}:{node.port}" for node in (standby, other)]
+    hosts = [address(node) for node in (standby, other)]
     async with (
         Proxy(old) as writer,
         monitor_of(cluster, hosts=[writer.host, *hosts], conn_max_age=HOUR) as monitor,
@@ -438,15 +406,15 @@ async def test_a_standby_that_is_in_the_list_costs_commits_no_connection_while_i
         assert writer.attempts == attempts
 
 
-async def test_no_commit_waits_for_another_host_that_takes_no_new_connection(cluster: PostgresCluster) -> None:
-    primary = f"{cluster.primary.host}:{cluster.port}"
+async def test_no_commit_waits_for_another_host_that_accepts_no_new_connection(cluster: PostgresCluster) -> None:
+    primary = address(cluster.primary)
     async with (
         Proxy(cluster.standbys[0]) as hanging,
         monitor_of(
             cluster, hosts=[primary, hanging.host], poll_interval=0.6, connect_timeout=HOUR, conn_max_age=0
         ) as monitor,
     ):
-        # The kept connection is as good as ever.
+        # Only new connections are blocked: the kept connection goes on.
         hanging.blocked = True
         async with asyncio.timeout(PATIENCE):
             for _ in range(3):
@@ -471,11 +439,11 @@ async def test_a_reader_behind_a_shared_name_sees_what_it_has_written(cluster: P
     fresh, stale = cluster.standbys
     await stale.pause_replay()
     async with Proxy(fresh, stale) as shared:
-        primary = f"{cluster.primary.host}:{cluster.port}"
+        primary = address(cluster.primary)
         async with (
             monitor_of(cluster, hosts=[primary, shared.host], conn_max_age=HOUR) as monitor,
-            following(follow_master(monitor)) as master,
-            following(follow_replica(monitor)) as replica,
+            following_by_name(follow_master(monitor)) as master,
+            following_by_name(follow_replica(monitor)) as replica,
         ):
             for number in range(1, 11):
                 async with new_db_ctx():
@@ -485,12 +453,12 @@ async def test_a_reader_behind_a_shared_name_sees_what_it_has_written(cluster: P
                     assert await (await db_session(replica)).scalar(select(func.max(NUMBERS.c.number))) == number
 
 
-async def test_a_reader_that_has_written_nothing_reads_from_a_shared_name(cluster: PostgresCluster) -> None:
+async def test_a_reader_that_has_written_nothing_may_read_behind_a_shared_name(cluster: PostgresCluster) -> None:
     async with Proxy(*cluster.standbys) as shared:
-        primary = f"{cluster.primary.host}:{cluster.port}"
+        primary = address(cluster.primary)
         async with (
             monitor_of(cluster, hosts=[primary, shared.host], conn_max_age=HOUR) as monitor,
-            following(follow_replica(monitor)) as replica,
+            following_by_name(follow_replica(monitor)) as replica,
         ):
             for _ in range(5):
                 assert await server_of(replica) in {node.host for node in cluster.standbys}
@@ -500,7 +468,7 @@ async def test_a_shared_name_gets_no_writes(cluster: PostgresCluster) -> None:
     async with (
         Proxy(*cluster.nodes) as shared,
         monitor_of(cluster, hosts=[shared.host], poll_interval=0.2, conn_max_age=0.1) as monitor,
-        following(follow_master(monitor)) as db,
+        following_by_name(follow_master(monitor)) as db,
     ):
         await until(monitor, lambda: monitor.hosts()[0].fault == "shared_name")
         with pytest.raises(NoMasterError):
@@ -512,15 +480,15 @@ async def test_a_shared_name_gets_no_writes(cluster: PostgresCluster) -> None:
 
 @asynccontextmanager
 async def refusing(cluster: PostgresCluster) -> AsyncIterator[tuple[HostMonitor, DBConnect]]:
-    """A monitor that the primary refuses, and sessions that follow it."""
+    """A monitor that the primary refuses, and a `DBConnect` that follows this monitor."""
     primary = cluster.primary
     await primary.execute("CREATE ROLE refused LOGIN")
     await cluster.wait_for_replay()
-    hosts = [f"{node.host}:{node.port}" for node in cluster.nodes]
+    hosts = [address(node) for node in cluster.nodes]
     try:
         async with (
             monitor_of(cluster, hosts=hosts, user="refused") as monitor,
-            following(follow_master(monitor)) as db,
+            following_by_name(follow_master(monitor)) as db,
         ):
             await write_number(db, 0)
             await primary.execute("ALTER ROLE refused CONNECTION LIMIT 0")
@@ -532,7 +500,7 @@ async def refusing(cluster: PostgresCluster) -> AsyncIterator[tuple[HostMonitor,
         await cluster.primary.execute("DROP ROLE refused")
 
 
-async def test_commits_are_confirmed_on_their_own_connection_while_the_master_refuses_the_monitor(
+async def test_commits_are_confirmed_by_the_master_itself_while_it_refuses_the_monitor(
     cluster: PostgresCluster,
 ) -> None:
     async with refusing(cluster) as (_, db):
@@ -549,4 +517,4 @@ async def test_a_commit_is_no_success_if_another_host_was_promoted_while_the_mas
         await new.promote()
         with pytest.raises((MasterChangedError, CommitUnconfirmedError)):
             await write_number(db, 1)
-        assert monitor.master() == f"{new.host}:{new.port}"
+        assert monitor.master() == address(new)

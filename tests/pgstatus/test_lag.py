@@ -1,4 +1,4 @@
-"""What two answers tell of a replica's lag."""
+"""`Lag`: how far a replica is behind, by its answers and what the master had."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_lag_is_at_most_the_time_since_the_replica_had_caught_up() -> None:
     lag = Lag()
     lag.measure(_replica(500, 60_000, at=100), Reference(1, 500, 100))
     assert lag.measure(_replica(500, 65_000, at=105), Reference(1, 600, 105)) == (5000, 100)
-    # The commit that it replayed since tells more.
+    # The age of the commit that the replica has replayed since then is a closer bound.
     assert lag.measure(_replica(550, 20, at=105), Reference(1, 600, 105)) == (20, 50)
 
 
@@ -47,7 +47,7 @@ def test_lag_is_unknown_on_another_timeline() -> None:
     lag.measure(_replica(500), Reference(1, 500, 100))
     assert lag.measure(_replica(900, 10), Reference(2, 600, 105)) == (None, None)
     assert lag.measure(_replica(900, 10, timeline=None), Reference(2, 600, 105)) == (None, None)
-    # What it had of another timeline is no measure on the next one either.
+    # That the replica had caught up on the former timeline does not count on the new one.
     assert lag.measure(_replica(590, None, at=106, timeline=2), Reference(2, 600, 105)) == (None, 10)
 
 
@@ -57,32 +57,32 @@ def test_lag_is_unknown_after_a_replica_is_rewound() -> None:
     assert lag.measure(_replica(300, None, at=101), Reference(1, 500, 101)) == (None, 200)
 
 
-def test_without_a_master_ever_seen_the_last_commit_tells_what_it_can() -> None:
+def test_before_any_master_is_known_lag_is_the_age_of_the_last_replayed_commit() -> None:
     assert Lag().measure(_replica(500, 10.2), None) == (11, None)
     assert Lag().measure(_replica(500, None), None) == (None, None)
 
 
-def test_the_age_of_a_commit_is_told_by_the_clock_that_it_was_made_by() -> None:
+def test_the_age_of_a_commit_is_measured_by_the_masters_clock() -> None:
     reference = Reference(1, 500, 100, clock=1_000_000.0)
-    # Its own clock is an hour fast, or slow: the commit was made 1.5 seconds before the master was asked.
+    # The replica's clock is an hour fast, or slow. The commit was made 1.5 seconds before the master was asked.
     for age in (3_601_500.0, -3_598_500.0):
         answer = replace(_replica(400, age, at=100.5), replayed_commit_at=999_998.5)
         assert Lag().measure(answer, reference) == (2000, 100)
 
 
-def test_a_commit_of_the_future_tells_no_lag() -> None:
-    # The clock of the master has been set back, or the master of then had another one.
+def test_lag_is_unknown_if_the_last_replayed_commit_is_of_the_future() -> None:
+    # The clock of the master has been set back, or the commit was made by a former master with another clock.
     reference = Reference(1, 500, 100, clock=1_000_000.0)
     answer = replace(_replica(400, 20, at=100), replayed_commit_at=1_000_010.0)
     lag = Lag()
     assert lag.measure(answer, reference) == (None, 100)
     assert lag.measure(replace(answer, replayed_commit_at=1_000_000.1), reference) == (1, 100)
-    # How long ago it had caught up is told by the clock of the monitor alone.
+    # How long ago the replica had caught up is measured by the clock of the monitor alone.
     lag.measure(replace(answer, position=500), reference)
     later = replace(answer, position=500, asked_at=130.0)
     assert lag.measure(later, Reference(1, 600, 130, clock=900_000.0)) == (30_000, 100)
 
 
-def test_the_lag_that_a_service_tells_is_taken_as_it_is() -> None:
+def test_the_lag_that_a_service_tells_is_used_unchanged() -> None:
     answer = replace(_replica(None), lag_ms=12.5)
     assert Lag().measure(answer, None) == Lag().measure(answer, Reference(1, 500, 100)) == (13, None)

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from sqlalchemy import URL, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from tests.support.followers import NUMBERS
-from tests.support.monitors import HOUR, PATIENCE, monitor_of, until
+from sqlalchemy import func, insert, select
+from tests.support.followers import NUMBERS, following_by_name
+from tests.support.monitors import HOUR, PATIENCE, address, monitor_of, status_by_name, until
 from tests.support.proxy import Proxy
 
-from ctxdb_core import DBConnect, db_session, new_db_ctx
-from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor, follow_master, follow_replica
+from ctxdb_core import db_session, new_db_ctx
+from ctxdb_pgstatus import HostMonitor, follow_master, follow_replica
 from ctxdb_pgstatus._probing.answer import Answer, Slot, Subscription
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
@@ -32,20 +31,16 @@ def publishing() -> Iterator[PostgresCluster]:
 
 @pytest.fixture(scope="module")
 def subscribing() -> Iterator[PostgresCluster]:
-    """A server of another cluster, which is to compare_with_publisher."""
+    """A server of another cluster, which has no subscription yet."""
     cluster = PostgresCluster(hosts=["127.0.0.32"])
     asyncio.run(cluster.start())
     yield cluster
     asyncio.run(cluster.stop())
 
 
-def address(node: PostgresNode) -> str:
-    return f"{node.host}:{node.port}"
-
-
 @pytest.fixture
 async def subscriber(publishing: PostgresCluster, subscribing: PostgresCluster) -> AsyncIterator[PostgresNode]:
-    """A server that subscribes to the table `number` of the publisher, and has it."""
+    """A server that subscribes to the table `number` of the publisher, whose initial copy has ended."""
     publisher, node = publishing.primary, subscribing.primary
     for each in (publisher, node):
         await each.execute(DDL)
@@ -86,21 +81,17 @@ async def insert_number(publisher: PostgresNode, number: int) -> int:
         return position
 
 
-def status_of(monitor: HostMonitor, node: PostgresNode):  # type: ignore[no-untyped-def]  # a HostStatus
-    return next(host for host in monitor.hosts() if host.host == address(node))
-
-
 async def test_a_subscriber_is_a_replica_and_never_the_master(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:
     await grant_progress(subscriber)
     async with monitoring(publishing, subscriber, "watcher") as monitor:
-        host = status_of(monitor, subscriber)
+        host = status_by_name(monitor, address(subscriber))
         assert (host.role, host.fault) == ("replica", None)
-        assert host.system_identifier != status_of(monitor, publishing.primary).system_identifier
+        assert host.system_identifier != status_by_name(monitor, address(publishing.primary)).system_identifier
         assert monitor.master() == address(publishing.primary)
         await insert_number(publishing.primary, 1)
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("time_and_bytes"))
         assert address(subscriber) in {monitor.sync_by_time_and_bytes() for _ in range(4)}
         await publishing.primary.kill()
         await until(monitor, lambda: monitor.master() is None)
@@ -111,7 +102,7 @@ async def test_a_subscriber_is_a_replica_and_never_the_master(
 
 
 async def assert_position_is_found(publishing: PostgresCluster, subscriber: PostgresNode) -> None:
-    """See that a monitor finds a position on the subscriber, while no standby has it, once it has been applied."""
+    """Assert that a monitor finds a position on the subscriber after it was applied, while no standby has it."""
     standby = publishing.standbys[0]
     async with monitoring(publishing, subscriber, "watcher") as monitor:
         await standby.pause_replay()
@@ -135,13 +126,14 @@ async def test_a_position_is_found_on_a_subscriber_once_it_has_applied_it(
 async def test_a_position_is_found_on_a_subscriber_by_what_its_worker_reports(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:
-    # It confirms nothing to its slot, unless it is asked to, and its progress may not be read.
+    # With this setting, the subscriber confirms nothing to its slot unless it is asked to. Without a grant, its
+    # progress may not be read.
     await subscriber.set("wal_receiver_status_interval", "0")
     await assert_position_is_found(publishing, subscriber)
     await subscriber.set("wal_receiver_status_interval", "10s")
 
 
-async def test_a_subscriber_that_copies_a_table_is_in_sync_once_it_has_it(
+async def test_a_subscriber_is_not_in_sync_while_it_copies_a_table(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:
     await grant_progress(subscriber)
@@ -149,23 +141,23 @@ async def test_a_subscriber_that_copies_a_table_is_in_sync_once_it_has_it(
     for node in (publisher, subscriber):
         await node.execute("CREATE TABLE added (number integer PRIMARY KEY)")
     await publisher.execute("ALTER PUBLICATION numbers ADD TABLE added")
-    # Nobody begins to copy.
+    # No worker may begin to copy the table.
     await subscriber.set("max_sync_workers_per_subscription", "0")
     async with monitoring(publishing, subscriber, "watcher") as monitor:
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("time_and_bytes"))
         await subscriber.execute("ALTER SUBSCRIPTION numbers REFRESH PUBLICATION")
-        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await until(monitor, lambda: not status_by_name(monitor, address(subscriber)).in_sync("time_or_bytes"))
         await publishing.standbys[0].pause_replay()
         position = await insert_number(publisher, 1)
         assert await monitor.find_replica(min_position=position, max_wait=0.1) == address(publisher)
         await publishing.standbys[0].resume_replay()
         await subscriber.set("max_sync_workers_per_subscription", "2")
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("time_and_bytes"))
     for node in (publisher, subscriber):
         await node.execute("DROP TABLE added")
 
 
-async def test_what_a_subscriber_has_applied_is_the_position_after_the_commit(
+async def test_the_applied_position_of_a_subscriber_is_the_one_after_the_commit(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:
     await grant_progress(subscriber)
@@ -183,7 +175,7 @@ async def test_what_a_subscriber_has_applied_is_the_position_after_the_commit(
 
 
 @pytest.mark.parametrize("told", [(7, 5, 5), (5, 7, 5), (5, 5, 7), (7, None, None), (None, 7, None), (None, None, 7)])
-async def test_whatever_tells_most_of_a_subscriber_is_its_position(told: tuple[int | None, ...]) -> None:
+async def test_the_highest_known_position_of_a_subscription_counts(told: tuple[int | None, ...]) -> None:
     monitor = HostMonitor(["n1", "n2"], user="u", subscribers=["n2"])
     member = monitor._cluster.members["n2"]
     applied, reported, confirmed = told
@@ -195,18 +187,18 @@ async def test_whatever_tells_most_of_a_subscriber_is_its_position(told: tuple[i
     assert (member.answer.position, member.answer.timeline) == (7, 3)
 
 
-async def test_a_subscriber_that_receives_nothing_is_in_sync_by_nothing(
+async def test_a_subscriber_that_receives_nothing_is_not_in_sync(
     publishing: PostgresCluster, subscriber: PostgresNode
 ) -> None:
     await grant_progress(subscriber)
     connection = await subscriber.fetch_value("SELECT subconninfo FROM pg_subscription")
     async with monitoring(publishing, subscriber, "watcher") as monitor:
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
-        # Nobody listens there.
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("time_and_bytes"))
+        # No server listens at this address.
         await subscriber.execute("ALTER SUBSCRIPTION numbers CONNECTION 'host=127.0.0.99 port=1'")
-        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await until(monitor, lambda: not status_by_name(monitor, address(subscriber)).in_sync("time_or_bytes"))
         await subscriber.execute(f"ALTER SUBSCRIPTION numbers CONNECTION '{connection}'")
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("time_and_bytes"))
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("time_and_bytes"))
 
 
 async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(
@@ -215,10 +207,10 @@ async def test_a_subscription_that_is_disabled_leaves_its_subscriber_behind(
     await grant_progress(subscriber)
     async with monitoring(publishing, subscriber, "watcher") as monitor:
         await insert_number(publishing.primary, 1)
-        await until(monitor, lambda: status_of(monitor, subscriber).in_sync("bytes"))
+        await until(monitor, lambda: status_by_name(monitor, address(subscriber)).in_sync("bytes"))
         await subscriber.execute("ALTER SUBSCRIPTION numbers DISABLE")
         position = await insert_number(publishing.primary, 2)
-        await until(monitor, lambda: not status_of(monitor, subscriber).in_sync("time_or_bytes"))
+        await until(monitor, lambda: not status_by_name(monitor, address(subscriber)).in_sync("time_or_bytes"))
         await publishing.wait_for_replay()
         await monitor.poll()
         assert await monitor.find_replica(min_position=position) == address(publishing.standbys[0])
@@ -235,13 +227,13 @@ async def test_no_commit_waits_for_a_subscriber(publishing: PostgresCluster, sub
                 assert await monitor.confirm_master(primary)
 
 
-async def test_a_subscription_of_something_else_makes_no_replica(
+async def test_a_subscriber_without_a_subscription_to_the_cluster_is_not_in_sync(
     publishing: PostgresCluster, subscribing: PostgresCluster
 ) -> None:
     node = subscribing.primary
     hosts = [address(publishing.primary), address(node)]
     async with monitor_of(publishing, hosts=hosts, subscribers=hosts[1:]) as monitor:
-        host = status_of(monitor, node)
+        host = status_by_name(monitor, address(node))
         assert (host.position, host.timeline) == (None, None)
         assert not host.in_sync("time_or_bytes")
         assert monitor.sync_by_time() == hosts[0]
@@ -254,8 +246,8 @@ async def test_readers_see_on_a_subscriber_what_they_have_written(
     await publishing.standbys[0].pause_replay()
     async with (
         monitoring(publishing, subscriber, "watcher") as monitor,
-        following(follow_master(monitor)) as master,
-        following(follow_replica(monitor, wait=HOUR)) as replica,
+        following_by_name(follow_master(monitor)) as master,
+        following_by_name(follow_replica(monitor, wait=HOUR)) as replica,
     ):
         for number in range(1, 6):
             async with new_db_ctx():
@@ -266,14 +258,3 @@ async def test_readers_see_on_a_subscriber_what_they_have_written(
                 assert await reader.scalar(select(func.max(NUMBERS.c.number))) == number
                 assert await reader.scalar(select(func.inet_server_port())) == subscriber.port
     await publishing.standbys[0].resume_replay()
-
-
-@asynccontextmanager
-async def following(handler: FollowHandler) -> AsyncIterator[DBConnect]:
-    def create_engine(host: str) -> AsyncEngine:
-        place = HostAddress.parse(host)
-        url = URL.create("postgresql+asyncpg", "postgres", host=place.host, port=place.port, database="postgres")
-        return create_async_engine(url)
-
-    async with DBConnect(create_engine, before_create_session_handler=handler) as db:
-        yield db

@@ -10,12 +10,12 @@ from ctxdb_pgstatus.lsn import format_lsn, parse_lsn
 @pytest.mark.parametrize(
     ("text", "position"), [("0/0", 0), ("0/3000060", 0x3000060), ("1/0", 2**32), ("FFFFFFFF/FFFFFFFF", 2**64 - 1)]
 )
-def test_positions_are_read_and_written(text: str, position: int) -> None:
+def test_a_position_is_parsed_and_formatted(text: str, position: int) -> None:
     assert parse_lsn(text) == position
     assert format_lsn(position) == text
 
 
-def test_small_letters_are_read_too() -> None:
+def test_a_position_in_lower_case_is_parsed() -> None:
     assert parse_lsn("a/ff") == 0xA_0000_00FF
 
 

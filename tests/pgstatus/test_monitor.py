@@ -1,4 +1,4 @@
-"""The monitor on a real cluster. Polls are an hour apart where a test is about what is noticed without one."""
+"""`HostMonitor` on a real cluster. Polls are an hour apart in tests of what a monitor notices without a poll."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 from tests.support.database import eventually
-from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.monitors import CONNECTIONS, HOUR, PATIENCE, changes_of, monitor_of, status_of, until
 from tests.support.proxy import Proxy
 
 from ctxdb_pgstatus import ClusterStatus, HostListError, HostMonitor, OptionError, PgStatusError
@@ -29,7 +29,7 @@ async def _nothing_is_left() -> AsyncIterator[None]:
     assert left == set()
 
 
-# --- what is known ----------------------------------------------------------------------------------------------------
+# --- statuses ---------------------------------------------------------------------------------------------------------
 
 
 async def test_after_entering_each_host_is_known(cluster: PostgresCluster) -> None:
@@ -66,7 +66,7 @@ async def test_replicas_take_turns(cluster: PostgresCluster) -> None:
 async def test_a_host_that_cannot_be_reached_is_no_error(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster, hosts=["127.0.0.99", cluster.primary.host, "host.invalid"]) as monitor:
         assert monitor.master() == cluster.primary.host
-        # Without a living replica it is the master.
+        # Without a living replica, the master is named.
         assert monitor.replica() == monitor.sync_by_time() == cluster.primary.host
         dead = [host for host in monitor.hosts() if not host.alive]
         assert [host.host for host in dead] == ["127.0.0.99", "host.invalid"]
@@ -82,7 +82,7 @@ async def test_without_any_host_the_answer_is_none(cluster: PostgresCluster) -> 
         assert not await monitor.confirm_master("127.0.0.99")
 
 
-async def test_a_user_without_privileges_will_do(cluster: PostgresCluster) -> None:
+async def test_a_monitor_works_as_a_user_without_privileges(cluster: PostgresCluster) -> None:
     await cluster.primary.execute("CREATE ROLE watcher LOGIN")
     await cluster.wait_for_replay()
     async with monitor_of(cluster, user="watcher") as monitor:
@@ -92,21 +92,12 @@ async def test_a_user_without_privileges_will_do(cluster: PostgresCluster) -> No
 
 
 @pytest.mark.parametrize("name", ["::1", "[::1]:{port}", "localhost:{port}"])
-async def test_hosts_are_reached_as_they_are_named(name: str, ipv6_cluster: PostgresCluster) -> None:
+async def test_a_host_is_reached_by_each_form_of_its_name(name: str, ipv6_cluster: PostgresCluster) -> None:
     name = name.format(port=ipv6_cluster.port)
     async with monitor_of(ipv6_cluster, hosts=[name]) as monitor:
         [host] = monitor.hosts()
         assert host.host == name
         assert host.alive
-
-
-@pytest.fixture(scope="module")
-def ipv6_cluster() -> Iterator[PostgresCluster]:
-    # Whichever of them is meant by "localhost" here.
-    cluster = PostgresCluster(hosts=["::1", "127.0.0.1"])
-    asyncio.run(cluster.start())
-    yield cluster
-    asyncio.run(cluster.stop())
 
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
@@ -118,7 +109,7 @@ async def test_a_killed_master_is_noticed_without_a_poll(cluster: PostgresCluste
         await until(monitor, lambda: monitor.master() is None)
         assert not status_of(monitor, cluster.primary).alive
         assert status_of(monitor, cluster.primary).error is not None
-        # The replicas are there to be read from.
+        # The replicas can still be read from.
         assert monitor.sync_by_time() in {node.host for node in cluster.standbys}
 
 
@@ -139,7 +130,7 @@ async def test_a_killed_replica_is_noticed_without_a_poll_and_is_found_when_it_r
         assert monitor.replica() == dying.host
 
 
-async def test_a_frozen_host_is_noticed_and_its_thaw_too(cluster: PostgresCluster) -> None:
+async def test_the_freeze_and_the_thaw_of_a_host_are_noticed(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster, poll_interval=0.6) as monitor:
         await cluster.primary.freeze()
         await until(monitor, lambda: monitor.master() is None)
@@ -178,7 +169,7 @@ async def test_a_host_that_hangs_delays_no_other(cluster: PostgresCluster) -> No
         await until(monitor, lambda: not status_of(monitor, other).alive)
 
 
-async def test_a_name_that_is_not_resolved_takes_one_thread(
+async def test_a_name_whose_look_up_hangs_takes_one_thread(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookups: list[str] = []
@@ -205,12 +196,12 @@ async def test_a_name_that_is_not_resolved_takes_one_thread(
         answered.set()
 
 
-async def test_failures_below_the_limit_change_nothing(cluster: PostgresCluster) -> None:
+async def test_fewer_failures_than_max_fails_do_not_make_a_host_dead(cluster: PostgresCluster) -> None:
     async with Proxy(cluster.primary) as proxy, monitor_of(cluster, hosts=[proxy.host]) as monitor:
         changes = changes_of(monitor)
         proxy.refusals = 2
         proxy.drop()
-        # Two that are refused, and one that is not.
+        # After the first connection: two that are refused, and one that is not.
         await eventually(lambda: proxy.attempts == 4, lambda: f"{proxy.attempts} attempts")
         await monitor.poll()
         assert changes == []
@@ -222,7 +213,7 @@ async def test_failures_below_the_limit_change_nothing(cluster: PostgresCluster)
         await until(monitor, lambda: monitor.master() is None)
 
 
-async def test_a_position_counts_for_nothing_once_its_connection_is_broken(cluster: PostgresCluster) -> None:
+async def test_the_position_of_a_replica_does_not_count_after_its_connection_broke(cluster: PostgresCluster) -> None:
     await cluster.wait_for_replay()
     async with (
         Proxy(cluster.standbys[0]) as proxy,
@@ -233,8 +224,8 @@ async def test_a_position_counts_for_nothing_once_its_connection_is_broken(clust
         assert await monitor.find_replica(min_position=position) == proxy.host
         proxy.blocked = True
         proxy.drop()
-        await eventually(lambda: proxy.attempts == 2, "it was not asked again")
-        # It may have been restarted, and be replaying from further behind.
+        await eventually(lambda: proxy.attempts == 2, "the replica was not asked again")
+        # The replica may have been restarted, and replay from an earlier position.
         assert monitor.replica() == proxy.host
         assert await monitor.find_replica(min_position=position) == cluster.primary.host
 
@@ -278,13 +269,13 @@ async def _timeline(node: PostgresNode) -> int:
     return int(name[:8], 16)
 
 
-async def test_of_two_masters_the_higher_timeline_is_the_true_one(
+async def test_of_two_primaries_the_one_on_the_higher_timeline_is_the_master(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new, _ = cluster.nodes
     await new.promote()
     async with monitor_of(cluster) as monitor:
-        # The old one is named first.
+        # The old primary is the first of the list.
         assert monitor.master() == new.host
         assert status_of(monitor, old).role == "master"
         assert not status_of(monitor, old).in_sync("time_or_bytes")
@@ -333,7 +324,7 @@ async def test_an_old_primary_is_refused_by_what_a_replica_receives(cluster: Pos
 async def test_an_old_primary_is_refused_by_what_a_replica_has_received(cluster: PostgresCluster) -> None:
     old, new, replica = cluster.nodes
     await old.execute("CREATE ROLE watcher LOGIN IN ROLE pg_monitor")
-    # So that nothing but its files tells what the replica has received.
+    # The replica's control data does not tell the new timeline, as the checkpoint is older: only its files do.
     await replica.execute("CHECKPOINT")
     await cluster.wait_for_replay()
     await old.kill()
@@ -379,7 +370,9 @@ async def test_while_two_servers_take_writes_on_one_timeline_there_is_no_master(
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-async def test_rivals_are_judged_alike_by_every_monitor(cluster: PostgresCluster, *, reverse: bool) -> None:
+async def test_monitors_judge_rivals_alike_whatever_the_order_of_their_hosts(
+    cluster: PostgresCluster, *, reverse: bool
+) -> None:
     one, other = await _promote_both(cluster)
     hosts = [one.host, other.host]
     async with monitor_of(cluster, hosts=hosts[::-1] if reverse else hosts) as monitor:
@@ -395,7 +388,9 @@ async def test_of_two_servers_on_one_timeline_the_one_that_takes_writes_is_the_m
         assert status_of(monitor, one).fault == "rival"
 
 
-async def test_a_monitor_whose_own_role_is_read_only_takes_no_master_for_a_fenced_one(cluster: PostgresCluster) -> None:
+async def test_a_read_only_role_of_the_monitor_does_not_make_a_primary_count_as_fenced(
+    cluster: PostgresCluster,
+) -> None:
     await cluster.primary.execute("CREATE ROLE reading LOGIN")
     await cluster.primary.execute("ALTER ROLE reading SET default_transaction_read_only = on")
     one, other = await _promote_both(cluster)
@@ -418,7 +413,7 @@ async def test_two_names_of_one_server_are_no_rivals(
     assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
 
 
-async def test_a_replica_that_stays_on_the_old_timeline_is_in_sync_by_nothing(cluster: PostgresCluster) -> None:
+async def test_a_replica_that_stays_on_the_old_timeline_is_not_in_sync(cluster: PostgresCluster) -> None:
     old, new, left_behind = cluster.nodes
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_ms=10**9, sync_max_lag_bytes=10**15) as monitor:
@@ -429,10 +424,10 @@ async def test_a_replica_that_stays_on_the_old_timeline_is_in_sync_by_nothing(cl
         assert status_of(monitor, left_behind).alive
         assert not status_of(monitor, left_behind).in_sync("time_or_bytes")
         assert monitor.sync_by_time() == new.host
-        # Its positions are of another history.
+        # The replica's positions are of another timeline.
         assert await monitor.find_replica(min_position=1) == new.host
         await left_behind.rewind(new)
-        # It may have been asked between its start and the first WAL that it received.
+        # The replica may have been asked after its start, and before it received any WAL.
         async with asyncio.timeout(PATIENCE):
             while monitor.sync_by_time() != left_behind.host:
                 await monitor.poll()
@@ -446,7 +441,7 @@ async def test_a_demoted_primary_becomes_a_replica(cluster: PostgresCluster) -> 
         await until(monitor, lambda: status_of(monitor, old).role == "replica" and monitor.master() == new.host)
 
 
-async def test_a_promotion_that_memory_does_not_know_of_is_seen_by_a_confirmation(cluster: PostgresCluster) -> None:
+async def test_a_confirmation_notices_a_promotion_since_the_last_poll(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     async with monitor_of(cluster) as monitor:
         assert await monitor.confirm_master(old.host)
@@ -463,7 +458,7 @@ async def test_a_host_that_does_not_answer_is_not_confirmed(cluster: PostgresClu
         assert await monitor.confirm_master(proxy.host)
         proxy.refusals = 1
         proxy.drop()
-        # Memory still has it for the master: a single failure is none.
+        # A single failure does not make the host a dead one: it is still the master.
         assert monitor.master() == proxy.host
         assert not await monitor.confirm_master(proxy.host)
 
@@ -478,7 +473,7 @@ async def test_a_replica_of_an_idle_primary_is_in_sync(cluster: PostgresCluster)
         await monitor.poll()
         for node in cluster.standbys:
             assert status_of(monitor, node).in_sync("time_and_bytes")
-            # By the clock alone it would not be.
+            # The age of the last commit alone would be above the limit.
             assert (await node.fetch_value(age) or 1) > 0
 
 
@@ -514,7 +509,7 @@ async def test_a_replica_whose_replay_is_paused_is_in_sync_until_the_master_goes
         assert status_of(monitor, paused).in_sync("time_and_bytes")
 
 
-async def test_a_replica_that_receives_nothing_any_more_is_not_in_sync(cluster: PostgresCluster) -> None:
+async def test_a_replica_that_receives_no_wal_any_more_is_not_in_sync(cluster: PostgresCluster) -> None:
     cut_off, upstream = cluster.standbys
     await cut_off.follow(upstream)
     await cluster.wait_for_replay()
@@ -527,7 +522,7 @@ async def test_a_replica_that_receives_nothing_any_more_is_not_in_sync(cluster: 
         assert not status_of(monitor, cut_off).in_sync("time_or_bytes")
 
 
-async def test_lag_in_bytes(cluster: PostgresCluster) -> None:
+async def test_a_replica_that_lags_in_bytes_is_in_sync_by_time_alone(cluster: PostgresCluster) -> None:
     lagging, other = cluster.standbys
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_bytes=1000, sync_max_lag_ms=10**9) as monitor:
@@ -543,7 +538,7 @@ async def test_lag_in_bytes(cluster: PostgresCluster) -> None:
         assert {monitor.replica() for _ in range(4)} == both
 
 
-async def test_lag_in_time(cluster: PostgresCluster) -> None:
+async def test_a_replica_that_lags_in_time_is_in_sync_by_bytes_alone(cluster: PostgresCluster) -> None:
     lagging, other = cluster.standbys
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_bytes=10**9, sync_max_lag_ms=0) as monitor:
@@ -560,7 +555,9 @@ async def test_lag_in_time(cluster: PostgresCluster) -> None:
         await until(monitor, lambda: monitor.sync_by_time() == cluster.primary.host)
 
 
-async def test_wal_that_is_on_its_way_is_no_lag(cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wal_that_is_on_its_way_to_a_replica_is_no_lag(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow, other = cluster.standbys
     await cluster.wait_for_replay()
     ask = Probe.ask
@@ -586,10 +583,10 @@ async def test_wal_that_is_on_its_way_is_no_lag(cluster: PostgresCluster, monkey
         assert changes == []
 
 
-async def test_a_master_that_goes_on_between_polls_leaves_nobody_behind(
+async def test_a_replica_is_not_compared_with_what_the_master_wrote_after_its_last_answer(
     cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # However short the time between two polls: the replicas were asked before.
+    # The replicas count as asked before the master, however soon after them the master is asked.
     monkeypatch.setattr("ctxdb_pgstatus._probing.judge._SAME_ROUND_SECONDS", 0.0)
     await cluster.wait_for_replay()
     async with monitor_of(cluster, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
@@ -613,7 +610,7 @@ async def test_a_replica_that_has_replayed_a_position_is_found_from_memory(clust
         assert set(found) == {node.host for node in cluster.standbys}
 
 
-async def test_a_replica_is_waited_for_until_it_has_replayed_a_position(cluster: PostgresCluster) -> None:
+async def test_a_search_waits_for_a_replica_that_replays_the_position(cluster: PostgresCluster) -> None:
     first, second = cluster.standbys
     async with monitor_of(cluster) as monitor:
         await first.pause_replay()
@@ -626,7 +623,7 @@ async def test_a_replica_is_waited_for_until_it_has_replayed_a_position(cluster:
             assert await search == second.host
 
 
-async def test_the_master_is_the_answer_where_waiting_does_not_help(cluster: PostgresCluster) -> None:
+async def test_a_search_names_the_master_if_no_replica_replays_the_position(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster) as monitor:
         for node in cluster.standbys:
             await node.pause_replay()
@@ -642,7 +639,9 @@ async def test_the_master_is_the_answer_where_waiting_does_not_help(cluster: Pos
 # --- accounts and options ---------------------------------------------------------------------------------------------
 
 
-async def test_a_wrong_password_is_told_without_the_secret_and_can_be_mended(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_password_is_reported_without_the_password_and_can_be_corrected(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with PostgresCluster(standbys=0, password="right") as cluster:
         caplog.clear()
         async with monitor_of(cluster, password="s3cr3t", poll_interval=0.5) as monitor:
@@ -662,7 +661,7 @@ async def test_a_wrong_password_is_told_without_the_secret_and_can_be_mended(cap
             await until(monitor, lambda: monitor.master() == cluster.primary.host)
 
 
-async def test_a_missing_database_is_told(cluster: PostgresCluster) -> None:
+async def test_a_missing_database_is_named_in_the_error_of_each_host(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster, database="missing") as monitor:
         assert all('database "missing" does not exist' in (host.error or "") for host in monitor.hosts())
 
@@ -699,7 +698,7 @@ def test_wrong_hosts_are_refused() -> None:
 # --- news -------------------------------------------------------------------------------------------------------------
 
 
-async def test_changes_are_waited_for_and_polls_are_none(cluster: PostgresCluster) -> None:
+async def test_wait_for_change_returns_after_a_change_and_not_after_a_mere_poll(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster) as monitor:
         before = monitor.status
         waiting = asyncio.create_task(monitor.wait_for_change())
@@ -711,11 +710,11 @@ async def test_changes_are_waited_for_and_polls_are_none(cluster: PostgresCluste
         await cluster.standbys[0].kill()
         after = await asyncio.wait_for(waiting, PATIENCE)
         assert not next(host for host in after.hosts if host.host == cluster.standbys[0].host).alive
-        # What has happened already is not missed.
+        # A change that has happened already is not missed.
         assert await monitor.wait_for_change(0, since=before) is monitor.status
 
 
-async def test_callbacks_are_given_old_and_new_and_may_fail(
+async def test_callbacks_get_the_old_and_the_new_status_and_may_fail(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with monitor_of(cluster) as monitor:
@@ -740,7 +739,9 @@ async def test_callbacks_are_given_old_and_new_and_may_fail(
         assert len(seen) == 1
 
 
-async def test_many_polls_at_once_are_few(cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_simultaneous_polls_share_their_questions(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = 0
     ask = Probe.ask
 
@@ -800,9 +801,8 @@ async def test_monitor_answers_another_event_loop(cluster: PostgresCluster) -> N
 
 
 async def test_closed_monitor_leaves_no_connection_and_no_waiting_call(cluster: PostgresCluster) -> None:
-    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
     async with monitor_of(cluster) as monitor:
-        assert [await node.fetch_value(connections) for node in cluster.nodes] == [1, 1, 1]
+        assert [await node.fetch_value(CONNECTIONS) for node in cluster.nodes] == [1, 1, 1]
         await cluster.standbys[1].freeze()
         monitor.report_failure(cluster.standbys[1].host)
         pending = asyncio.create_task(monitor.poll())
@@ -814,7 +814,7 @@ async def test_closed_monitor_leaves_no_connection_and_no_waiting_call(cluster: 
         await waiting
     assert monitor.master() is None
     for node in cluster.nodes:
-        await _until_zero(lambda node=node: node.fetch_value(connections))  # type: ignore[misc]  # a default, not a parameter
+        await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
 
 
 async def _until_zero(count: Callable[[], Awaitable[int]]) -> None:
@@ -850,7 +850,7 @@ async def test_closed_monitor_can_be_entered_again(cluster: PostgresCluster) -> 
             assert monitor.master() == cluster.primary.host
 
 
-async def test_entering_can_be_given_up(cluster: PostgresCluster) -> None:
+async def test_a_monitor_can_be_cancelled_while_it_is_entered(cluster: PostgresCluster) -> None:
     await cluster.primary.freeze()
     monitor = monitor_of(cluster, connect_timeout=HOUR)
     with pytest.raises(TimeoutError):

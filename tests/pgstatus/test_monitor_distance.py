@@ -1,4 +1,4 @@
-"""Hosts that are far away or slow, behind a proxy that takes its time."""
+"""`HostMonitor` with hosts that are far away, slow or hanging, behind a proxy that delays what is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.database import eventually
-from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.monitors import CONNECTIONS, HOUR, PATIENCE, changes_of, monitor_of, status_of, until
 from tests.support.pooler import Pooler
 from tests.support.proxy import Proxy
 from tests.support.tls import TLSFront, make_certificate
@@ -56,7 +56,7 @@ async def test_a_host_is_reached_by_tls_over_40_ms_of_round_trips_with_polls_of_
         assert front.handshakes > 0
 
 
-async def test_a_host_that_takes_longer_to_answer_than_a_poll_interval_stays_alive_once_that_is_known(
+async def test_a_host_that_usually_takes_longer_to_answer_than_a_poll_interval_stays_alive(
     cluster: PostgresCluster,
 ) -> None:
     async with (
@@ -111,26 +111,26 @@ async def test_a_slow_host_is_asked_one_question_at_a_time_and_delays_no_other(
         assert overlaps == []
 
 
-async def test_a_host_whose_answer_comes_after_it_was_given_up_is_alive_again(cluster: PostgresCluster) -> None:
+async def test_a_host_that_counted_as_dead_is_alive_again_by_a_late_answer(cluster: PostgresCluster) -> None:
     async with monitor_of(cluster, poll_interval=0.6, connect_timeout=HOUR) as monitor:
         await cluster.primary.freeze()
         await until(monitor, lambda: monitor.master() is None)
-        # Its one connection has not been given up.
+        # The monitor has kept its one connection.
         await cluster.primary.thaw()
         await until(monitor, lambda: monitor.master() == cluster.primary.host)
         assert await cluster.primary.fetch_value(CONNECTIONS) == 1
 
 
 async def until_asked(watches: list[Watch]) -> None:
-    """Wait until all questions are under way, and no longer: the answers may be there a moment later."""
+    """Wait until all questions are under way, and not a moment longer, as the answers come soon after that."""
     for _ in range(100):
         if all(watch._silent_since is not None for watch in watches):
             return
         await asyncio.sleep(0)
-    raise AssertionError("nobody was asked, or has answered")
+    raise AssertionError("a host was not asked, or has answered already")
 
 
-async def test_a_process_that_was_stopped_hears_what_the_hosts_have_said_before_it_takes_them_for_dead(
+async def test_a_process_that_was_stopped_reads_the_answers_of_hosts_before_it_takes_these_for_dead(
     cluster: PostgresCluster,
 ) -> None:
     async with monitor_of(cluster, poll_interval=0.3) as monitor:
@@ -138,23 +138,23 @@ async def test_a_process_that_was_stopped_hears_what_the_hosts_have_said_before_
         watches = [member.watch for member in monitor._cluster.members.values()]
         answers = [watch.ask() for watch in watches]
         await until_asked(watches)
-        # All that is timed is overdue when the process goes on.
+        # When the process goes on, all of its timers are overdue.
         time.sleep(0.8)
         assert all(await asyncio.gather(*answers))
         assert changes == []
 
 
-async def test_a_process_that_was_stopped_hears_of_a_promotion_before_it_confirms_a_commit(
+async def test_a_process_that_was_stopped_notices_a_promotion_before_it_confirms_a_commit(
     cluster: PostgresCluster,
 ) -> None:
     old, new, other = cluster.nodes
     async with (
-        # It takes several answers to tell what is behind a pooler.
+        # Behind a pooler, a question takes several round trips.
         Pooler(new) as pooler,
         monitor_of(cluster, hosts=[old.host, pooler.host, other.host], connect_timeout=PATIENCE) as monitor,
     ):
         await monitor.poll()
-        # Nothing is polled before the confirmation, and its answers are late as soon as those of quick polls are.
+        # No host is polled before the confirmation, whose answers are late as soon as those of quick polls would be.
         for member in monitor._cluster.members.values():
             member.watch._pace = Pace(0.3, PATIENCE, 3)
         await new.promote()
@@ -165,13 +165,10 @@ async def test_a_process_that_was_stopped_hears_of_a_promotion_before_it_confirm
         assert not await confirmation
 
 
-CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
-
-
 # --- confirmations ----------------------------------------------------------------------------------------------------
 
 
-async def test_no_commit_waits_for_a_host_that_is_never_promoted(cluster: PostgresCluster) -> None:
+async def test_no_commit_waits_for_a_nofailover_host(cluster: PostgresCluster) -> None:
     async with Proxy(cluster.standbys[0]) as slow:
         hosts = [cluster.primary.host, slow.host]
         async with monitor_of(cluster, hosts=hosts, nofailover=[slow.host], connect_timeout=HOUR) as monitor:
@@ -209,10 +206,10 @@ async def test_no_commit_waits_for_a_host_that_has_just_failed(cluster: Postgres
         hosts = [cluster.primary.host, failing.host]
         async with monitor_of(cluster, hosts=hosts, connect_timeout=HOUR) as monitor:
             watch = monitor._cluster.members[failing.host].watch
-            # The first attempt fails; the next one hangs.
+            # The first attempt fails, and the next one hangs.
             failing.refusals, failing.blocked = 1, True
             failing.drop()
-            await eventually(lambda: watch.failures == 1, "it has not failed")
+            await eventually(lambda: watch.failures == 1, "the attempt has not failed")
             async with asyncio.timeout(PATIENCE):
                 assert await monitor.confirm_master(cluster.primary.host)
             assert watch.alive
@@ -226,7 +223,7 @@ async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_
         Proxy(new) as slow,
         monitor_of(cluster, hosts=[old.host, slow.host, other.host], connect_timeout=PATIENCE) as monitor,
     ):
-        # Nothing is polled before the confirmation, and its answers are late after a fifth of a second.
+        # No host is polled before the confirmation, whose answers are late after a fifth of a second.
         for member in monitor._cluster.members.values():
             member.watch._pace = Pace(3.0, PATIENCE, 15)
         slow.delay = 0.25
@@ -238,7 +235,7 @@ async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_
         assert monitor.master() == slow.host
 
 
-async def test_a_host_that_is_never_promoted_is_never_the_master(
+async def test_a_nofailover_host_is_never_the_master(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new, _ = cluster.nodes
@@ -252,7 +249,7 @@ async def test_a_host_that_is_never_promoted_is_never_the_master(
     assert [(record.levelno, record.__dict__["host"]) for record in warnings] == [(logging.WARNING, new.host)]
 
 
-async def test_a_host_that_is_left_out_of_reads_gets_none(cluster: PostgresCluster) -> None:
+async def test_a_noloadbalance_host_gets_no_reads(cluster: PostgresCluster) -> None:
     await cluster.wait_for_replay()
     spared, other = cluster.standbys
     async with monitor_of(cluster, noloadbalance=[spared.host]) as monitor:
@@ -262,14 +259,14 @@ async def test_a_host_that_is_left_out_of_reads_gets_none(cluster: PostgresClust
         await monitor.poll()
         assert {await monitor.find_replica(min_position=position) for _ in range(4)} == {other.host}
         assert await monitor.find_replicas() == {other.host}
-        # It may be promoted all the same.
+        # A `noloadbalance` host may be promoted all the same.
         await spared.promote()
         await monitor.poll()
         assert monitor.master() == spared.host
 
 
 @pytest.mark.parametrize("option", ["nofailover", "noloadbalance"])
-def test_a_host_that_is_left_out_has_to_be_one_of_the_list(cluster: PostgresCluster, option: str) -> None:
+def test_an_option_that_names_an_unknown_host_is_refused(cluster: PostgresCluster, option: str) -> None:
     with pytest.raises(OptionError, match=f"`{option}` names n9"):
         monitor_of(cluster, **{option: ["n9"]})
     with pytest.raises(OptionError, match=f"`{option}` is the string"):

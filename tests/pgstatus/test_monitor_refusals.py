@@ -1,4 +1,4 @@
-"""Servers that are there and refuse the monitor: its own troubles, which are none of the application's."""
+"""`HostMonitor` with servers that run and refuse the monitor, which says nothing of the application's connections."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_a_server_with_too_many_connections_is_alive_in_its_role(
         assert changes == []
         assert monitor.master() == proxy.host
         assert monitor.hosts()[0].alive
-        # The monitor cannot say, however, whether it still is the master: whoever is connected has to ask it.
+        # The monitor cannot confirm, however, that the host is still the master.
         with pytest.raises(PgStatusError, match="refuses the monitor"):
             await monitor.confirm_master(proxy.host)
         assert monitor.known_master() == KnownMaster(proxy.host, monitor.hosts()[0].timeline)
@@ -77,7 +77,7 @@ async def test_a_server_with_too_many_connections_is_alive_in_its_role(
     assert len(errors) == 1
 
 
-async def test_a_server_that_refuses_is_left_in_peace_for_longer_and_longer(guarded: PostgresCluster) -> None:
+async def test_a_server_that_refuses_the_monitor_is_asked_less_and_less_often(guarded: PostgresCluster) -> None:
     async with (
         Proxy(guarded.primary) as proxy,
         monitor_of(guarded, hosts=[proxy.host], user="watcher", password="wrong", poll_interval=0.05) as monitor,
@@ -91,13 +91,14 @@ async def test_a_server_that_refuses_is_left_in_peace_for_longer_and_longer(guar
                 monitor.report_failure(proxy.host)
                 await asyncio.sleep(0.005)
                 questions += 1
-        # Each attempt is two connections: with TLS, and without.
+        # Each attempt opens two connections: with TLS, and without.
         assert proxy.attempts <= 8
-        # There are hundreds of questions on a machine that is not slow, and one for each attempt without any peace.
+        # A machine that is not slow asks hundreds of times meanwhile. Without a pause after a refusal, each of these
+        # questions would have been an attempt.
         assert questions > 10
 
 
-async def test_a_rotated_password_cuts_nothing_off(guarded: PostgresCluster) -> None:
+async def test_a_rotated_password_leaves_the_host_alive_in_its_role(guarded: PostgresCluster) -> None:
     primary = guarded.primary
     passwords = ["first"]
     async with (
@@ -137,7 +138,7 @@ async def test_a_password_file_is_read_for_each_connection(guarded: PostgresClus
         await until_confirmed(monitor, proxy.host)
 
 
-async def test_a_password_that_cannot_be_had_any_more_is_used_as_it_was(
+async def test_the_last_password_is_used_while_its_function_fails(
     guarded: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     def read() -> str:
@@ -223,7 +224,7 @@ async def test_a_master_that_starts_up_is_alive_in_its_role(cluster: PostgresClu
         assert changes == []
 
 
-async def test_a_master_that_was_dead_has_its_role_again_when_it_starts_up(cluster: PostgresCluster) -> None:
+async def test_a_dead_master_is_the_master_again_while_it_starts_up(cluster: PostgresCluster) -> None:
     async with (
         Proxy(cluster.primary) as proxy,
         monitor_of(cluster, hosts=[proxy.host, *_standbys(cluster)], poll_interval=0.3) as monitor,
@@ -236,7 +237,7 @@ async def test_a_master_that_was_dead_has_its_role_again_when_it_starts_up(clust
         await until(monitor, lambda: monitor.master() == proxy.host)
 
 
-async def test_a_host_that_has_only_ever_refused_has_no_role(cluster: PostgresCluster) -> None:
+async def test_a_host_that_has_refused_the_monitor_from_the_start_has_no_role(cluster: PostgresCluster) -> None:
     async with Proxy(cluster.primary) as proxy:
         proxy.error = STARTING_UP
         async with monitor_of(cluster, hosts=[proxy.host]) as monitor:

@@ -1,4 +1,4 @@
-"""Names that come to lead to other servers, servers that take turns behind one, and clusters that are made anew."""
+"""`HostMonitor` with names that come to lead to other servers, shared names, and clusters that are made anew."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, status_of, until
+from tests.support.monitors import (
+    HOUR,
+    PATIENCE,
+    address,
+    changes_of,
+    monitor_of,
+    status_by_name,
+    status_of,
+    until,
+    until_server,
+)
 from tests.support.proxy import Proxy
 
-from ctxdb_pgstatus import HostMonitor
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 STARTED_AT = "SELECT pg_postmaster_start_time()"
@@ -33,20 +42,6 @@ async def stranger(module_stranger: PostgresCluster) -> AsyncIterator[PostgresNo
     await module_stranger.restore()
 
 
-def address(node: PostgresNode) -> str:
-    return f"{node.host}:{node.port}"
-
-
-def status_by_name(monitor: HostMonitor, name: str) -> Any:
-    return next(host for host in monitor.hosts() if host.host == name)
-
-
-async def until_server(monitor: HostMonitor, name: str, node: PostgresNode) -> None:
-    """Wait until a monitor knows that a name leads to a server."""
-    started_at = await node.fetch_value(STARTED_AT)
-    await until(monitor, lambda: monitor.server_of(name) == started_at)
-
-
 # --- names that move --------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +56,7 @@ async def test_a_name_whose_address_stays_is_followed_to_another_server(
     ):
         assert monitor.server_of(proxy.host) == await old.fetch_value(STARTED_AT)
         await new.promote()
-        # The old one goes on, and so does the connection to it.
+        # The old primary goes on, and so does the connection to it.
         proxy.nodes = (new,)
         await until_server(monitor, proxy.host, new)
         assert monitor.master() == proxy.host
@@ -79,13 +74,13 @@ async def test_the_only_name_of_a_cluster_is_followed_to_another_server_long_bef
     ):
         assert monitor.server_of(proxy.host) == await old.fetch_value(STARTED_AT)
         await new.promote()
-        # The old one goes on, and so does the connection to it.
+        # The old primary goes on, and so does the connection to it.
         proxy.nodes = (new,)
         await until_server(monitor, proxy.host, new)
         assert await monitor.confirm_master(proxy.host)
 
 
-async def test_a_promotion_is_known_with_what_the_host_had_replayed(cluster: PostgresCluster) -> None:
+async def test_a_promotion_is_known_with_the_position_that_the_host_had_replayed(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     timeline = await old.fetch_value(TIMELINE)
     async with monitor_of(cluster, poll_interval=0.3) as monitor:
@@ -158,7 +153,7 @@ async def test_a_connection_that_cannot_be_renewed_is_kept(cluster: PostgresClus
         assert monitor.hosts()[0].error is None
 
 
-async def test_a_server_that_restarts_is_no_other_one(
+async def test_a_restart_of_a_server_is_not_taken_for_another_server(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -173,7 +168,7 @@ async def test_a_server_that_restarts_is_no_other_one(
 # --- names that are shared --------------------------------------------------------------------------------------------
 
 
-async def test_a_name_behind_which_replicas_take_turns_is_told_and_trusted_with_no_position(
+async def test_a_name_behind_which_replicas_take_turns_is_logged_and_found_for_no_position(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     await cluster.wait_for_replay()
@@ -182,7 +177,7 @@ async def test_a_name_behind_which_replicas_take_turns_is_told_and_trusted_with_
         hosts = [address(primary), shared.host]
         async with monitor_of(cluster, hosts=hosts, poll_interval=0.2, conn_max_age=0.1) as monitor:
             await until(monitor, lambda: status_by_name(monitor, shared.host).fault == "shared_name")
-            # Any of them will do for a reader who has written nothing.
+            # Any of these servers will do for a reader that has written nothing.
             assert monitor.replica() == shared.host
             position = await primary.position()
             for _ in range(5):
@@ -210,7 +205,7 @@ async def test_a_name_behind_which_a_primary_takes_turns_is_never_the_master(clu
 
 
 @pytest.mark.parametrize("first", [True, False])
-async def test_the_primary_of_another_cluster_is_no_master_and_is_named(
+async def test_the_primary_of_another_cluster_is_never_the_master_and_is_logged(
     cluster: PostgresCluster, stranger: PostgresNode, caplog: pytest.LogCaptureFixture, *, first: bool
 ) -> None:
     await stranger.execute("SELECT 1")
@@ -221,7 +216,7 @@ async def test_the_primary_of_another_cluster_is_no_master_and_is_named(
         host = status_by_name(monitor, address(stranger))
         assert (host.role, host.fault) == ("master", "stranger")
         assert {monitor.replica() for _ in range(6)} == {address(node) for node in cluster.standbys}
-        # Also when it is the only one that says so.
+        # The stranger is not the master either when it is the only host that says so.
         await cluster.primary.kill()
         await until(monitor, lambda: monitor.master() is None)
         for node in cluster.standbys:
@@ -234,7 +229,7 @@ async def test_the_primary_of_another_cluster_is_no_master_and_is_named(
 
 
 @pytest.mark.parametrize("first", [True, False])
-async def test_of_two_clusters_with_as_many_hosts_the_first_of_the_list_is_meant(
+async def test_of_two_clusters_with_equally_many_hosts_the_first_of_the_list_is_followed(
     cluster: PostgresCluster, stranger: PostgresNode, *, first: bool
 ) -> None:
     hosts = [address(cluster.primary), address(stranger)]
@@ -263,7 +258,7 @@ async def test_the_standby_of_another_cluster_gets_no_reads(cluster: PostgresClu
 # --- clusters that are made anew, and promotions that are undone ------------------------------------------------------
 
 
-async def test_a_cluster_that_is_made_anew_begins_with_its_own_timelines(
+async def test_a_cluster_that_is_made_anew_is_followed_although_its_timeline_is_lower(
     cluster: PostgresCluster, stranger: PostgresNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = cluster.primary
@@ -275,7 +270,7 @@ async def test_a_cluster_that_is_made_anew_begins_with_its_own_timelines(
         monitor_of(cluster, hosts=[address(old), proxy.host], poll_interval=0.3) as monitor,
     ):
         assert monitor.master() == proxy.host
-        # What `pg_upgrade` leaves at the same place has another system identifier, and timeline 1.
+        # A cluster that `pg_upgrade` has made at the same place has another system identifier, and timeline 1.
         proxy.nodes = (stranger,)
         proxy.drop()
         await old.kill()
@@ -302,13 +297,13 @@ async def test_an_operator_has_a_lower_timeline_accepted_after_a_promotion_was_u
         warnings = [record for record in caplog.records if "An operator has had" in record.getMessage()]
         assert len(warnings) == 1
         assert warnings[0].__dict__["timeline"] < warnings[0].__dict__["timeline_before"]
-        # It holds once.
+        # Later promotions count as ever.
         await cluster.nodes[2].promote()
         await until(monitor, lambda: monitor.master() == cluster.nodes[2].host)
         assert status_of(monitor, old).fault == "stale"
 
 
-async def test_an_undone_timeline_counts_no_more_and_a_later_one_does_though_only_a_replica_tells_of_it(
+async def test_an_undone_timeline_does_not_count_and_a_later_one_of_a_replica_does(
     cluster: PostgresCluster,
 ) -> None:
     old, new, other = cluster.nodes
@@ -319,7 +314,7 @@ async def test_an_undone_timeline_counts_no_more_and_a_later_one_does_though_onl
         await until(monitor, lambda: monitor.master() == new.host)
         await new.kill()
         await until(monitor, lambda: monitor.master() is None)
-        # The other one has the history of what is undone, and keeps it.
+        # The other standby has the history of the undone timeline, and keeps it.
         await monitor.accept_lower_timeline()
         for _ in range(3):
             await monitor.poll()
@@ -328,7 +323,7 @@ async def test_an_undone_timeline_counts_no_more_and_a_later_one_does_though_onl
     async with monitor_of(cluster, hosts=hosts, poll_interval=0.5) as monitor:
         monitor._cluster.membership._undone_timeline = undone
         assert monitor.master() == old.host
-        # Where the monitor does not look, another one is promoted, and the first one follows it.
+        # A host that this monitor does not watch is promoted, and the watched standby follows it.
         await other.promote()
         await new.rewind(other)
         await until(monitor, lambda: monitor.master() is None)

@@ -1,4 +1,4 @@
-"""Servers that do not tell everything: behind poolers, with rights revoked, run as a service, or with a wrong clock."""
+"""`HostMonitor` with servers behind poolers, with privileges revoked, run as a service, or with a wrong clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.monitors import HOUR, PATIENCE, monitor_of, status_of, until, until_received
+from tests.support.monitors import CONNECTIONS, HOUR, PATIENCE, monitor_of, status_of, until, until_received
 from tests.support.pgbouncer import COMMAND as PGBOUNCER
 from tests.support.pgbouncer import PgBouncer
 from tests.support.pooler import Pooler
@@ -22,7 +22,7 @@ from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 @pytest.fixture
 async def watcher(cluster: PostgresCluster) -> AsyncIterator[str]:
-    """The name of a role without privileges, and a schema of its own that stands before PostgreSQL's."""
+    """The name of a role without privileges, whose search path has a schema of its own before PostgreSQL's."""
     primary = cluster.primary
     await primary.execute("CREATE ROLE watcher LOGIN")
     await primary.execute("CREATE SCHEMA watcher AUTHORIZATION watcher")
@@ -61,15 +61,14 @@ async def test_monitors_behind_pgbouncer_share_a_pool_of_one_connection(
     async with AsyncExitStack() as stack:
         bouncer = await stack.enter_async_context(PgBouncer(cluster.primary, tmp_path, default_pool_size="1"))
         name = f"127.0.0.1:{bouncer.port}"
-        # A connection that one of them kept to itself would be missed by the others.
+        # The pool has one connection: a monitor that kept it to itself would keep the other monitors waiting.
         monitors = [
             await stack.enter_async_context(monitor_of(cluster, hosts=[name], connect_timeout=PATIENCE))
             for _ in range(3)
         ]
         for monitor in monitors * 2:
             assert await monitor.confirm_master(name)
-        count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ctxdb-pgstatus'"
-        assert await cluster.primary.fetch_value(count) == 1
+        assert await cluster.primary.fetch_value(CONNECTIONS) == 1
 
 
 # --- rights -----------------------------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ async def test_a_role_that_may_not_read_the_control_data_knows_the_roles_and_wha
         assert monitor.master() == cluster.primary.host
         assert await monitor.confirm_master(cluster.primary.host)
         assert {monitor.replica() for _ in range(4)} == {node.host for node in cluster.standbys}
-        # Nothing tells that they are on the timeline of the master.
+        # The role cannot read whether the standbys are on the timeline of the master.
         assert monitor.sync_by_time_or_bytes() == cluster.primary.host
         await monitor.poll()
     warnings = [record for record in caplog.records if "GRANT pg_monitor" in record.getMessage()]
@@ -103,14 +102,14 @@ async def test_a_role_that_may_not_read_the_control_data_knows_the_roles_and_wha
     assert len(warnings) == 2
 
 
-async def test_a_nofailover_host_that_claims_to_be_master_is_warned_of_although_its_timeline_was_before(
+async def test_a_nofailover_primary_is_logged_also_if_its_missing_timeline_was_logged_before(
     cluster: PostgresCluster, revoked: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new, _ = cluster.nodes
     async with monitor_of(cluster, user=revoked, nofailover=[new.host]) as monitor:
         await new.promote()
         await monitor.poll()
-    # The fixtures put the privileges back on the first server, which the other ones are made standbys of again.
+    # The fixtures put the privileges back on the first server, of which the others are made standbys again.
     cluster.primary = old
     warned = [
         record.__dict__["host"] for record in caplog.records if "is one of the `nofailover`" in record.getMessage()
@@ -130,7 +129,7 @@ async def test_a_role_with_pg_monitor_needs_no_control_data(cluster: PostgresClu
 
 @pytest.fixture
 async def aurora(cluster: PostgresCluster, watcher: str) -> str:
-    """The name of a role that finds the functions of Aurora, whose functions about WAL raise."""
+    """The name of a role that finds functions of Aurora, and functions about WAL that raise an error as Aurora's do."""
     for name, kind in (
         ("pg_last_wal_replay_lsn", "pg_lsn"),
         ("pg_last_wal_receive_lsn", "pg_lsn"),
@@ -163,7 +162,7 @@ async def test_the_readers_of_aurora_are_in_sync_by_the_lag_that_aurora_tells(
             host = status_of(monitor, node)
             assert (host.role, host.lag_ms, host.lag_bytes) == ("replica", 13, None)
             assert (host.in_sync("time"), host.in_sync("bytes")) == (True, False)
-        # No reader tells what it has replayed: whoever has written reads from the writer.
+        # Aurora's readers do not tell what they have replayed: code that has written reads from the writer.
         assert await monitor.find_replica(min_position=1) == cluster.primary.host
     async with monitor_of(cluster, user=aurora, sync_max_lag_ms=12) as monitor:
         assert monitor.sync_by_time() == cluster.primary.host
@@ -172,7 +171,7 @@ async def test_the_readers_of_aurora_are_in_sync_by_the_lag_that_aurora_tells(
 # --- standbys alone ---------------------------------------------------------------------------------------------------
 
 
-async def test_standbys_whose_primary_is_not_listed_are_compared_with_what_they_have_received(
+async def test_standbys_without_a_listed_primary_are_compared_with_the_most_advanced_one(
     cluster: PostgresCluster,
 ) -> None:
     paused, other = cluster.standbys
@@ -188,7 +187,7 @@ async def test_standbys_whose_primary_is_not_listed_are_compared_with_what_they_
         await monitor.poll()
         assert {await monitor.find_replica("time_and_bytes") for _ in range(4)} == {other.host}
         assert {await monitor.find_replica("time_or_bytes") for _ in range(4)} == {other.host}
-        # A position can be read up to as well.
+        # A position is found on a standby as well.
         assert await monitor.find_replica(min_position=position) == other.host
         await paused.resume_replay()
         await paused.wait_for_replay(position)
@@ -213,7 +212,7 @@ async def test_a_replica_of_a_replica_follows_it_through_its_promotion(cluster: 
         async with asyncio.timeout(PATIENCE):
             assert await monitor.find_replica(min_position=position, max_wait=HOUR) == third.host
         await until(monitor, lambda: status_of(monitor, third).in_sync("time_or_bytes"))
-        # The one that was left out knows of the promotion by nobody, and comes back as what it was.
+        # The old primary does not know of the promotion, and comes back as a primary.
         await first.start()
         await until(monitor, lambda: status_of(monitor, first).fault == "stale")
         assert await monitor.confirm_master(second.host)
@@ -241,7 +240,7 @@ async def lagging(cluster: PostgresCluster) -> PostgresNode:
     return node
 
 
-async def test_a_replica_whose_clock_is_fast_lags_no_more_for_it(cluster: PostgresCluster, watcher: str) -> None:
+async def test_a_fast_clock_of_a_replica_does_not_raise_its_lag(cluster: PostgresCluster, watcher: str) -> None:
     await shift_clock_of_standbys(cluster, "10 hours")
     node = await lagging(cluster)
     async with monitor_of(cluster, user=watcher) as monitor:
@@ -250,7 +249,7 @@ async def test_a_replica_whose_clock_is_fast_lags_no_more_for_it(cluster: Postgr
         assert 0 < lag < HOUR * 1000
 
 
-async def test_a_replica_whose_clock_is_slow_lags_no_less_for_it(cluster: PostgresCluster, watcher: str) -> None:
+async def test_a_slow_clock_of_a_replica_does_not_lower_its_lag(cluster: PostgresCluster, watcher: str) -> None:
     await shift_clock_of_standbys(cluster, "-10 hours")
     node = await lagging(cluster)
     async with monitor_of(cluster, user=watcher) as monitor, asyncio.timeout(PATIENCE):
@@ -261,7 +260,7 @@ async def test_a_replica_whose_clock_is_slow_lags_no_less_for_it(cluster: Postgr
 # --- name servers -----------------------------------------------------------------------------------------------------
 
 
-async def test_names_that_hang_take_no_thread_that_the_application_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_look_ups_that_hang_take_no_thread_of_the_applications(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     hanging = threading.Semaphore(0)
 

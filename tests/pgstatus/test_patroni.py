@@ -1,4 +1,4 @@
-"""A service under Patroni and etcd: switchovers, deaths and restarts of its sidecar under acknowledged writes."""
+"""The example application on a cluster under Patroni and etcd: switchovers, deaths, and restarts of the sidecar."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def assert_nothing_is_lost(traffic: Traffic, primary: PatroniMember) -> No
     assert traffic.errors <= {503}
 
 
-async def test_switchovers_and_deaths_lose_no_acknowledged_write_and_have_no_stale_read(
+async def test_no_acknowledged_write_is_lost_and_no_read_is_stale_in_switchovers_and_deaths(
     patroni: PatroniCluster,
 ) -> None:
     leader = await patroni.find("primary")
@@ -80,13 +80,13 @@ async def test_switchovers_and_deaths_lose_no_acknowledged_write_and_have_no_sta
             await patroni.switch_over(leader, first)
             await goes_on_at(first)
 
-            # The server alone: Patroni hands the role on.
+            # The server of the leader dies, and its Patroni hands the role on.
             await patroni.find("synchronous")
             first.kill_server()
             second = await patroni.find("primary", other_than=first)
             await goes_on_at(second)
 
-            # The whole machine.
+            # The machine of the leader dies, with its Patroni.
             await patroni.find("synchronous")
             await second.kill()
             await traffic.some_refusals()
@@ -94,7 +94,7 @@ async def test_switchovers_and_deaths_lose_no_acknowledged_write_and_have_no_sta
             third = await patroni.find("primary", other_than=second)
             await goes_on_at(third)
 
-            # It comes back, as a standby, and serves reads again.
+            # The machine comes back: its server is a standby, and serves reads again.
             await patroni.start(second)
             await until(lambda: second.address in {host.host for host in monitor.status.replicas("time_or_bytes")})
             await goes_on_at(third)
@@ -102,7 +102,7 @@ async def test_switchovers_and_deaths_lose_no_acknowledged_write_and_have_no_sta
     print(traffic)  # noqa: T201 - seen with `pytest -s`
 
 
-async def test_a_restart_of_the_sidecar_refuses_no_write_and_a_switchover_behind_it_loses_none(
+async def test_no_write_is_refused_while_the_sidecar_restarts_and_none_is_lost_in_a_switchover(
     patroni: PatroniCluster,
 ) -> None:
     leader = await patroni.find("primary")

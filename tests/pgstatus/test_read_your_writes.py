@@ -1,4 +1,4 @@
-"""`ReadYourWrites` on a real cluster whose replicas do not replay."""
+"""`ReadYourWrites` on a real cluster, whose standbys pause or delay their replay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from uuid import uuid4
 import httpx
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 from fastapi import FastAPI
 from litestar import Litestar, get, post
 from litestar import Request as LitestarRequest
@@ -27,6 +26,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
+from tests.support.clients import MakeClient, clients_of_aiohttp, clients_of_asgi
 from tests.support.followers import NUMBERS, SERVER, Engines, following, server_of
 from tests.support.hosts import FakeSource
 
@@ -87,7 +87,7 @@ def ryw(monitor: HostMonitor) -> ReadYourWrites:
 
 @asynccontextmanager
 async def paused(cluster: PostgresCluster) -> AsyncIterator[None]:
-    """Have no standby replay anything."""
+    """Pause the replay of all standbys."""
     for node in cluster.standbys:
         await node.pause_replay()
     try:
@@ -98,7 +98,7 @@ async def paused(cluster: PostgresCluster) -> AsyncIterator[None]:
 
 
 class Shop:
-    """What the applications of all frameworks do."""
+    """What the handlers of the applications do, whatever the framework."""
 
     def __init__(self, master: DBConnect, replica: DBConnect) -> None:
         self.master = master
@@ -113,20 +113,10 @@ class Shop:
         return {"numbers": list(found), "server": await session.scalar(SERVER)}
 
 
-Client: TypeAlias = httpx.AsyncClient
-App: TypeAlias = Callable[[Shop, ReadYourWrites], AbstractAsyncContextManager[Callable[[], Client]]]
+App: TypeAlias = Callable[[Shop, ReadYourWrites], AbstractAsyncContextManager[MakeClient]]
 
 
-@asynccontextmanager
-async def _asgi(app: Any) -> AsyncIterator[Callable[[], Client]]:
-    def client() -> Client:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    yield client
-
-
-def starlette(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+def starlette(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
     async def write(request: Request) -> Response:
         await shop.write(int(request.query_params["number"]))
         return PlainTextResponse("written", status_code=201)
@@ -137,10 +127,10 @@ def starlette(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Ca
     app = Starlette(routes=[Route("/", write, methods=["POST"]), Route("/", read)])
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ryw)
-    return _asgi(app)
+    return clients_of_asgi(app)
 
 
-def fastapi(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+def fastapi(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
     app = FastAPI()
 
     @app.post("/", status_code=201)
@@ -154,10 +144,10 @@ def fastapi(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Call
 
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ryw)
-    return _asgi(app)
+    return clients_of_asgi(app)
 
 
-def litestar(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
+def litestar(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
     @post("/")
     async def write(request: LitestarRequest[Any, Any, Any]) -> str:
         await shop.write(int(request.query_params["number"]))
@@ -167,7 +157,7 @@ def litestar(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Cal
     async def read() -> dict[str, Any]:
         return await shop.read()
 
-    return _asgi(Litestar([write, read], plugins=[CtxDBPlugin(), EnclosingPlugin(ryw)]))
+    return clients_of_asgi(Litestar([write, read], plugins=[CtxDBPlugin(), EnclosingPlugin(ryw)]))
 
 
 def _aiohttp(shop: Shop, ryw: ReadYourWrites, *, first: bool, streamed: bool) -> web.Application:
@@ -194,22 +184,16 @@ def _aiohttp(shop: Shop, ryw: ReadYourWrites, *, first: bool, streamed: bool) ->
     return app
 
 
-@asynccontextmanager
-async def _served(app: web.Application) -> AsyncIterator[Callable[[], Client]]:
-    async with TestServer(app) as server:
-        yield lambda: httpx.AsyncClient(base_url=str(server.make_url("/")))
+def aiohttp(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
+    return clients_of_aiohttp(_aiohttp(shop, ryw, first=False, streamed=False))
 
 
-def aiohttp(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
-    return _served(_aiohttp(shop, ryw, first=False, streamed=False))
+def aiohttp_in_another_order(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
+    return clients_of_aiohttp(_aiohttp(shop, ryw, first=True, streamed=False))
 
 
-def aiohttp_in_another_order(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
-    return _served(_aiohttp(shop, ryw, first=True, streamed=False))
-
-
-def aiohttp_streaming(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Callable[[], Client]]:
-    return _served(_aiohttp(shop, ryw, first=False, streamed=True))
+def aiohttp_streaming(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[MakeClient]:
+    return clients_of_aiohttp(_aiohttp(shop, ryw, first=False, streamed=True))
 
 
 each_framework = pytest.mark.parametrize(
@@ -220,7 +204,7 @@ each_framework = pytest.mark.parametrize(
 
 
 @each_framework
-async def test_a_client_reads_what_it_has_written_and_others_are_not_concerned(
+async def test_a_client_reads_its_own_writes_while_others_read_from_lagging_replicas(
     framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
 ) -> None:
     standbys = {node.host for node in cluster.standbys}
@@ -239,7 +223,7 @@ async def test_a_client_reads_what_it_has_written_and_others_are_not_concerned(
                 answer = (await other.get("/")).json()
                 assert answer["numbers"] == []
                 assert answer["server"] in standbys
-            # One replica will do.
+            # One replica goes on to replay.
             await cluster.standbys[0].resume_replay()
             await cluster.standbys[0].wait_for_replay(await cluster.primary.position())
             for _ in range(3):
@@ -247,7 +231,7 @@ async def test_a_client_reads_what_it_has_written_and_others_are_not_concerned(
 
 
 @each_framework
-async def test_the_cookie_is_kept_from_scripts_and_other_sites(
+async def test_the_cookie_is_httponly_and_samesite_lax(
     framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
 ) -> None:
     async with framework(Shop(master, replica), ryw) as make_client, make_client() as client:
@@ -260,7 +244,7 @@ async def test_the_cookie_is_kept_from_scripts_and_other_sites(
 
 
 @each_framework
-async def test_a_header_serves_clients_without_cookies(
+async def test_a_client_without_cookies_brings_its_position_in_a_header_field(
     framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
 ) -> None:
     ryw = ReadYourWrites(monitor, secret=SECRET, header="X-Position", wait=0)
@@ -273,7 +257,7 @@ async def test_a_header_serves_clients_without_cookies(
 
 
 class _Several(ReadYourWrites):
-    """Those of several clusters, or in several ways, around one application: the last one is the outermost."""
+    """Several `ReadYourWrites` around one application; the last one is the outermost."""
 
     def __init__(self, *each: ReadYourWrites) -> None:
         self._each = each
@@ -289,7 +273,7 @@ class _Several(ReadYourWrites):
 
 
 @each_framework
-async def test_several_clusters_do_not_hide_each_other(
+async def test_several_read_your_writes_around_one_application_work_side_by_side(
     framework: App, cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
 ) -> None:
     by_cookie = ReadYourWrites(monitor, secret=SECRET, wait=0)
@@ -307,14 +291,14 @@ async def test_several_clusters_do_not_hide_each_other(
 
 
 @each_framework
-async def test_cookies_in_any_encoding_are_no_error(framework: App, master: DBConnect, replica: DBConnect) -> None:
+async def test_a_cookie_in_any_encoding_is_no_error(framework: App, master: DBConnect, replica: DBConnect) -> None:
     ryw = ReadYourWrites(FakeSource(), secret=SECRET)
     async with framework(Shop(master, replica), ryw) as make_client, make_client() as client:
         for value in (b"ctxdb_position=caf\xe9", "ctxdb_position=café".encode()):
             assert (await client.get("/", headers={b"cookie": value})).status_code == 200
 
 
-async def test_a_position_is_one_after_the_commit_record(
+async def test_the_noted_position_is_behind_the_commit_record(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
 ) -> None:
     positions = Positions.of_task()
@@ -335,7 +319,7 @@ async def test_no_read_is_stale_while_replicas_lag(
 ) -> None:
     served: Counter[str] = Counter()
 
-    async def work(make_client: Callable[[], Client], first: int) -> None:
+    async def work(make_client: MakeClient, first: int) -> None:
         async with make_client() as client:
             for number in range(first, first + 20):
                 assert (await client.post("/", params={"number": number})).status_code == 201
@@ -351,7 +335,7 @@ async def test_no_read_is_stale_while_replicas_lag(
 
 
 async def _statements(node: PostgresNode, name: str, work: Callable[[], Awaitable[object]]) -> list[str]:
-    """Return the first word of each statement that the connections of an application send to a server meanwhile."""
+    """Do `work`; return the first word of each statement that connections with a name send to a server meanwhile."""
     mark = f"from here on {uuid4()}"
     await node.execute(f"SELECT '{mark}'")
     await work()
@@ -383,11 +367,11 @@ async def test_a_reader_that_never_wrote_costs_no_round_trip(
         async def write() -> None:
             await client.post("/", params={"number": 5})
 
-        # One for the position, beside what the monitor is asked for the confirmation.
+        # The SELECT reads the position. The commit is confirmed by the monitor, over a connection of its own.
         assert await _statements(cluster.primary, "writers", write) == ["BEGIN", "INSERT", "COMMIT", "SELECT"]
 
 
-async def test_other_clients_are_not_slowed_by_one_that_waits(
+async def test_other_clients_are_answered_while_one_waits_for_a_replica(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, monitor: HostMonitor
 ) -> None:
     ryw = ReadYourWrites(monitor, secret=SECRET, wait=30)
@@ -428,19 +412,19 @@ async def test_a_browser_that_writes_by_two_requests_at_once_reads_both_writes(
     app = Starlette(routes=[Route("/", write, methods=["POST"]), Route("/", read)])
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ryw)
-    async with _asgi(app) as make_client, make_client() as browser:
+    async with clients_of_asgi(app) as make_client, make_client() as browser:
         first = asyncio.create_task(browser.post("/", params={"number": 1}))
         await first_is_committed.wait()
         await cluster.wait_for_replay()
         async with paused(cluster):
             await browser.post("/", params={"number": 2})
             second_is_answered.set()
-            # Its response comes last, and so does its cookie.
+            # The response of the first write comes last, and so does its cookie.
             await first
             assert (await browser.get("/")).json() == {"numbers": [1, 2], "server": cluster.primary.host}
 
 
-async def test_tokens_that_are_not_ours_are_ignored(
+async def test_forged_and_expired_tokens_are_ignored(
     cluster: PostgresCluster,
     master: DBConnect,
     replica: DBConnect,
@@ -462,7 +446,7 @@ async def test_tokens_that_are_not_ours_are_ignored(
             async with make_client() as client:
                 response = await client.get("/", headers={b"cookie": f"ctxdb_position={forged}".encode("latin-1")})
                 assert response.json()["numbers"] == [], forged
-        # It is found among others.
+        # A valid token is found among other cookies.
         async with make_client() as client:
             cookies = f'a=b; xctxdb_position=1; ctxdb_position="{token}"; c=d'
             assert (await client.get("/", headers={"cookie": cookies})).json()["numbers"] == [1]
@@ -471,7 +455,7 @@ async def test_tokens_that_are_not_ours_are_ignored(
         assert (await writer.get("/")).json()["numbers"] == []
 
 
-async def test_an_early_commit_is_told_of_although_the_request_fails(
+async def test_the_response_of_a_failed_request_carries_the_position_of_an_early_commit(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
 ) -> None:
     shop = Shop(master, replica)
@@ -490,12 +474,12 @@ async def test_an_early_commit_is_told_of_although_the_request_fails(
     )
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ryw)
-    async with _asgi(app) as make_client, make_client() as client:
+    async with clients_of_asgi(app) as make_client, make_client() as client:
         assert "set-cookie" in (await client.post("/conflict")).headers
         assert "set-cookie" in (await client.post("/own")).headers
 
 
-async def test_streams_and_background_tasks_work_as_ever(
+async def test_a_streamed_body_reads_the_write_of_its_request(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, ryw: ReadYourWrites
 ) -> None:
     shop = Shop(master, replica)
@@ -504,7 +488,7 @@ async def test_streams_and_background_tasks_work_as_ever(
         await shop.write(1)
 
         async def body() -> AsyncIterator[str]:
-            # The unit's own reader, after its write was committed.
+            # The reader of this unit of work, after the write was committed.
             yield str((await shop.read())["numbers"])
 
         async def afterwards() -> None:
@@ -515,14 +499,14 @@ async def test_streams_and_background_tasks_work_as_ever(
     app = Starlette(routes=[Route("/", stream, methods=["POST"])])
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(ryw)
-    async with _asgi(app) as make_client, make_client() as client, paused(cluster):
+    async with clients_of_asgi(app) as make_client, make_client() as client, paused(cluster):
         response = await client.post("/")
         assert response.text == "[1]"
         assert "set-cookie" in response.headers
     assert [row[0] for row in await cluster.primary.execute("SELECT number FROM number ORDER BY 1")] == [1, 2]
 
 
-def test_websockets_pass_through() -> None:
+def test_a_websocket_has_the_position_that_its_client_brings() -> None:
     source = FakeSource()
     seen: list[int | None] = []
     ryw = ReadYourWrites(source, secret=SECRET)
@@ -546,7 +530,7 @@ def test_websockets_pass_through() -> None:
 # --- in process -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_unit_of_work_reads_what_it_has_committed_with_a_reader_that_it_had_before(
+async def test_a_unit_of_work_reads_its_own_commit_by_an_older_reader(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
@@ -563,7 +547,7 @@ async def test_a_unit_of_work_reads_what_it_has_committed_with_a_reader_that_it_
         assert (await shop.read())["server"] in {node.host for node in cluster.standbys}
 
 
-async def test_a_reader_in_the_middle_of_a_transaction_goes_on_where_the_write_is(
+async def test_a_reader_in_a_transaction_moves_to_the_host_that_has_the_write(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, readers: Engines
 ) -> None:
     shop = Shop(master, replica)
@@ -576,12 +560,12 @@ async def test_a_reader_in_the_middle_of_a_transaction_goes_on_where_the_write_i
             assert await session.scalar(text("SHOW statement_timeout")) == "12500ms"
             await shop.write(number)
             await commit_db_session(master)
-    # What was taken was given back.
+    # All connections that were taken have been given back.
     assert await asyncio.gather(*(asyncio.create_task(server_of(replica)) for _ in range(4)))
     assert readers.connections.total() <= 5
 
 
-async def test_a_reader_that_has_its_own_snapshot_keeps_it(
+async def test_a_repeatable_read_transaction_keeps_its_snapshot(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
@@ -595,7 +579,7 @@ async def test_a_reader_that_has_its_own_snapshot_keeps_it(
 
 
 @pytest.mark.parametrize("bound_by", ["savepoint", "options", "setting", "stream"])
-async def test_a_reader_that_cannot_go_on_elsewhere_says_so(
+async def test_a_reader_that_cannot_move_raises_an_error(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect, bound_by: str
 ) -> None:
     shop = Shop(master, replica)
@@ -618,26 +602,26 @@ async def test_a_reader_that_cannot_go_on_elsewhere_says_so(
         assert (await shop.read())["numbers"] == [1]
 
 
-async def test_units_of_work_read_what_earlier_ones_have_written(
+async def test_a_unit_of_work_reads_the_writes_of_earlier_ones_and_of_child_tasks(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
     async with paused(cluster):
         await run_in_new_ctx(shop.write, 1)
         assert (await run_in_new_ctx(shop.read))["numbers"] == [1]
-        # Tasks that this one starts know of it; what they write, this one has to see as well.
+        # A task that this one starts reads the write. What that task writes, this one reads as well.
         assert (await asyncio.create_task(run_in_new_ctx(shop.read)))["numbers"] == [1]
         await asyncio.create_task(run_in_new_ctx(shop.write, 2))
         assert (await run_in_new_ctx(shop.read))["numbers"] == [1, 2]
 
 
-async def test_writes_of_gathered_units_of_work_are_read_by_the_caller(
+async def test_the_caller_reads_the_writes_of_gathered_units_of_work(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
 
     async def write_and_read() -> list[int]:
-        # The first thing that this task does by a database.
+        # This task has used no database before.
         await gather_in_new_ctx(*(partial(shop.write, number) for number in range(3)))
         numbers: list[int] = (await shop.read())["numbers"]
         return numbers
@@ -646,11 +630,11 @@ async def test_writes_of_gathered_units_of_work_are_read_by_the_caller(
         assert await asyncio.create_task(run_in_new_ctx(write_and_read)) == [0, 1, 2]
 
 
-async def test_tasks_have_nothing_to_do_with_what_their_brothers_write(
+async def test_a_task_does_not_wait_for_the_writes_of_a_sibling_task(
     cluster: PostgresCluster, master: DBConnect, replica: DBConnect
 ) -> None:
     shop = Shop(master, replica)
-    # As a server's first task may have used the database before it serves.
+    # The context in which both tasks are started has used the database, as that of a server may have.
     await run_in_new_ctx(shop.read)
     async with paused(cluster):
         await asyncio.create_task(run_in_new_ctx(shop.write, 1))
@@ -673,13 +657,13 @@ async def test_readers_go_back_to_replicas_without_new_connections(
     assert readers.connections.total() <= 5
 
 
-async def test_where_the_position_is_not_known_the_master_is_asked() -> None:
+async def test_an_unknown_position_is_required_until_a_commit_on_another_master() -> None:
     source = FakeSource()
     positions = Positions()
     positions.note(source, "n1", UNKNOWN_POSITION)
     positions.note(source, "n1", 5)
     assert positions.required(source) == UNKNOWN_POSITION
-    # On another master, positions are others.
+    # Positions of another master replace those of the former one.
     positions.note(source, "n2", 7)
     assert positions.required(source) == 7
     positions.note(source, "n2", 6)
@@ -711,7 +695,7 @@ async def test_writes_are_forgotten_when_they_are_old(monkeypatch: pytest.Monkey
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-async def test_inside_of_the_unit_of_work_it_says_what_is_wrong() -> None:
+async def test_read_your_writes_inside_of_the_unit_of_work_is_an_error() -> None:
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("ok"))])
     app.add_middleware(ReadYourWrites(FakeSource(), secret=SECRET))
     app.add_middleware(DBSessionMiddleware)
@@ -720,7 +704,7 @@ async def test_inside_of_the_unit_of_work_it_says_what_is_wrong() -> None:
             await client.get("/")
 
 
-def test_a_litestar_plugin_in_the_wrong_place_says_so() -> None:
+def test_an_enclosing_plugin_before_ctxdbplugin_is_refused() -> None:
     ryw = ReadYourWrites(FakeSource(), secret=SECRET)
     with pytest.raises(ImproperlyConfiguredException, match="list it after that"):
         Litestar(plugins=[EnclosingPlugin(ryw), CtxDBPlugin()])
@@ -737,6 +721,6 @@ def test_a_litestar_plugin_in_the_wrong_place_says_so() -> None:
     ],
     ids=str,
 )
-def test_options_that_cannot_be_had_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_of_read_your_writes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ReadYourWrites(FakeSource(), **{"secret": SECRET, **options})

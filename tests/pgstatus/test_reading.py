@@ -1,4 +1,4 @@
-"""Reads by rule: limits of their own, near replicas first, and without the master."""
+"""`ReadRule`, and readers with limits of their own, that prefer near replicas, or never read from the master."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, insert
 from tests.support.followers import Engines, following, server_of, until
 from tests.support.hosts import FakeSource
 from tests.support.monitors import HOUR, monitor_of
-from tests.support.sidecar import serve_sidecar
+from tests.support.sidecar import serve_monitor
 
 from ctxdb_core import db_session, new_db_ctx
 from ctxdb_pgstatus import (
@@ -25,8 +25,6 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus.sidecar.app import SidecarApp
-from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.testing import PostgresCluster
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
@@ -44,7 +42,7 @@ def test_a_rule_without_conditions_admits_every_replica() -> None:
     assert ReadRule().best([replica("n2", None, None), replica("n3")]) == ["n2", "n3"]
 
 
-def test_limits_of_a_rule_stand_in_the_place_of_those_of_the_source() -> None:
+def test_limits_of_a_rule_replace_the_limits_of_the_source() -> None:
     hosts = [replica("n2", 50), replica("n3", 500, in_sync_by_time=True), replica("n4", None)]
     assert ReadRule("time").best(hosts) == ["n3"]
     assert ReadRule("time", max_lag_ms=100).best(hosts) == ["n2"]
@@ -52,7 +50,7 @@ def test_limits_of_a_rule_stand_in_the_place_of_those_of_the_source() -> None:
     assert ReadRule(max_lag_ms=500, max_lag_bytes=0).best([replica("n2", 1, 1), replica("n3", 1, 0)]) == ["n3"]
 
 
-def test_the_nearest_replicas_that_will_do_are_the_best() -> None:
+def test_the_nearest_replicas_within_the_limits_are_read_from() -> None:
     near = Locality({"n2": "a", "n3": "b", "n4": "b"}, {"n2": "e", "n3": "e", "n4": "w"}, "a", "e").distance
     hosts = [replica("n4"), replica("n3"), replica("n2", 5)]
     assert ReadRule(near=near).best(hosts) == ["n2"]
@@ -60,7 +58,7 @@ def test_the_nearest_replicas_that_will_do_are_the_best() -> None:
     assert ReadRule(near=near).best(hosts[:1]) == ["n4"]
 
 
-def test_a_replica_that_may_be_dead_is_the_best_only_if_all_may_be() -> None:
+def test_a_replica_that_may_be_dead_is_read_from_only_if_all_replicas_may_be_dead() -> None:
     hosts = [replica("n2", possible_dead=True), replica("n3")]
     assert ReadRule().best(hosts) == ["n3"]
     assert ReadRule().best(hosts[:1]) == ["n2"]
@@ -78,15 +76,13 @@ def engines(cluster: PostgresCluster) -> Engines:
 async def source(
     request: pytest.FixtureRequest, cluster: PostgresCluster
 ) -> AsyncIterator[HostMonitor | PgStatusClient]:
-    """A monitor, or a client of a sidecar: both find replicas by rule."""
+    """A monitor, or a client of a sidecar. Both find replicas by a `ReadRule`."""
     await cluster.wait_for_replay()
     async with monitor_of(cluster, poll_interval=0.3) as monitor:
         if request.param == "monitor":
             yield monitor
             return
-        app = SidecarApp(History())
-        app.monitor = monitor
-        async with serve_sidecar(app) as url, PgStatusClient(url, max_age=0.0) as client:
+        async with serve_monitor(monitor) as url, PgStatusClient(url, max_age=0.0) as client:
             yield client
 
 
@@ -103,7 +99,7 @@ async def test_readers_go_to_the_nearest_replica(
         assert await server_of(db) == far.host
 
 
-async def test_each_reader_has_limits_of_its_own(
+async def test_readers_with_different_limits_read_from_different_replicas(
     cluster: PostgresCluster, engines: Engines, source: HostMonitor | PgStatusClient
 ) -> None:
     behind, other = cluster.standbys
@@ -132,7 +128,7 @@ async def _lags(source: HostMonitor | PgStatusClient, host: str) -> bool:
     return any(each.host == host and (each.lag_bytes or 0) > 50_000 for each in hosts)
 
 
-async def test_readers_without_fallback_leave_the_master_alone(
+async def test_readers_without_fallback_never_read_from_the_master(
     cluster: PostgresCluster, engines: Engines, source: HostMonitor | PgStatusClient
 ) -> None:
     async with (
@@ -174,7 +170,7 @@ async def test_a_reader_without_fallback_that_has_written_waits_for_a_replica(
         assert await server_of(patient) == cluster.standbys[1].host
 
 
-def test_a_source_that_knows_no_rules_is_told_at_once() -> None:
+def test_a_rule_that_the_source_cannot_follow_is_refused_at_once() -> None:
     with pytest.raises(OptionError, match="find_reader"):
         follow_replica(FakeSource(), fallback=False)
     with pytest.raises(OptionError, match="max_lag_ms=-1"):

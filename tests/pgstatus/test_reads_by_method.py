@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeAlias
 
 import aiohttp as aiohttp_client
-import httpx
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -26,6 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
+from tests.support.clients import MakeClient, clients_of_aiohttp, clients_of_asgi
 from tests.support.followers import SERVER, Engines, following
 
 import ctxdb_aiohttp
@@ -53,7 +53,7 @@ async def replica(cluster: PostgresCluster, monitor: HostMonitor) -> AsyncIterat
 
 
 class Shop:
-    """What the applications of all frameworks do: they ask for one database, whatever the method."""
+    """What the handlers of the applications do, whatever the framework: they use one database for all methods."""
 
     def __init__(self, master: DBConnect, replica: DBConnect, monitor: HostMonitor) -> None:
         self.master = master
@@ -68,17 +68,7 @@ class Shop:
         return {"server": await session.scalar(SERVER), "count": count}
 
 
-MakeClient: TypeAlias = Callable[[], httpx.AsyncClient]
 Framework: TypeAlias = Callable[[Shop], AbstractAsyncContextManager[MakeClient]]
-
-
-@asynccontextmanager
-async def _asgi(app: Any) -> AsyncIterator[MakeClient]:
-    def make_client() -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    yield make_client
 
 
 def starlette(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
@@ -89,7 +79,7 @@ def starlette(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
     app = Starlette(routes=[Route("/", handle, methods=["GET", "HEAD", "OPTIONS", "TRACE", "POST"])])
     app.add_middleware(DBSessionMiddleware, reads_from=shop.reads_from)
     app.add_middleware(shop.read_your_writes)
-    return _asgi(app)
+    return clients_of_asgi(app)
 
 
 def fastapi(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
@@ -102,7 +92,7 @@ def fastapi(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
 
     app.add_middleware(DBSessionMiddleware, reads_from=shop.reads_from)
     app.add_middleware(shop.read_your_writes)
-    return _asgi(app)
+    return clients_of_asgi(app)
 
 
 def litestar(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
@@ -123,7 +113,7 @@ def litestar(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
         CtxDBPlugin(reads_from=shop.reads_from, session=shop.master),
         EnclosingPlugin(shop.read_your_writes),
     ]
-    return _asgi(Litestar([handle, handle_head], plugins=plugins, before_send=[name_server]))
+    return clients_of_asgi(Litestar([handle, handle_head], plugins=plugins, before_send=[name_server]))
 
 
 def aiohttp(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
@@ -135,13 +125,7 @@ def aiohttp(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
     app.router.add_route("*", "/", handle)
     ctxdb_aiohttp.setup(app, reads_from=shop.reads_from)
     shop.read_your_writes.setup(app)
-    return _served(app)
-
-
-@asynccontextmanager
-async def _served(app: web.Application) -> AsyncIterator[MakeClient]:
-    async with TestServer(app) as server:
-        yield lambda: httpx.AsyncClient(base_url=str(server.make_url("/")))
+    return clients_of_aiohttp(app)
 
 
 each_framework = pytest.mark.parametrize(
@@ -155,7 +139,7 @@ def shop(master: DBConnect, replica: DBConnect, monitor: HostMonitor) -> Shop:
 
 
 @each_framework
-async def test_requests_by_safe_methods_read_from_replicas_and_all_others_go_to_the_master(
+async def test_requests_by_safe_methods_read_from_replicas_and_a_post_goes_to_the_master(
     framework: Framework, shop: Shop, cluster: PostgresCluster
 ) -> None:
     standbys = {node.host for node in cluster.standbys}
@@ -164,7 +148,7 @@ async def test_requests_by_safe_methods_read_from_replicas_and_all_others_go_to_
         assert {answer["server"] for answer in answers} == standbys
         assert (await client.options("/")).json()["server"] in standbys
         assert (await client.head("/")).headers["x-server"] in standbys
-        # Litestar has no handlers for it.
+        # Litestar has no handlers for TRACE.
         if framework is not litestar:
             assert (await client.request("TRACE", "/")).json()["server"] in standbys
     async with framework(shop) as make_client, make_client() as client:
@@ -172,7 +156,7 @@ async def test_requests_by_safe_methods_read_from_replicas_and_all_others_go_to_
 
 
 @each_framework
-async def test_a_client_that_has_written_reads_its_write_by_a_safe_method_and_others_keep_reading_from_replicas(
+async def test_a_client_reads_its_own_write_by_a_safe_method(
     framework: Framework, shop: Shop, cluster: PostgresCluster
 ) -> None:
     standbys = {node.host for node in cluster.standbys}
@@ -201,7 +185,7 @@ def app_of(shop: Shop, handler: Callable[[Request], Any]) -> Starlette:
 
 
 async def get(app: Any) -> Any:
-    async with _asgi(app) as make_client, make_client() as client:
+    async with clients_of_asgi(app) as make_client, make_client() as client:
         response = await client.get("/")
         assert response.status_code == 200, response.text
         return response.json()
@@ -281,7 +265,7 @@ async def test_websockets_go_to_the_master(shop: Shop, cluster: PostgresCluster)
         with TestClient(app) as client, client.websocket_connect("/") as websocket:
             return websocket.receive_json()
 
-    # In a thread, as it blocks: the monitor answers on this loop.
+    # The test client blocks. It runs in a thread, as the monitor answers on this event loop.
     assert (await asyncio.to_thread(receive))["server"] == cluster.primary.host
 
 
@@ -304,9 +288,7 @@ async def test_websockets_of_aiohttp_go_to_the_master(shop: Shop, cluster: Postg
         assert (await websocket.receive_json())["server"] == cluster.primary.host
 
 
-async def test_a_test_that_shares_a_transaction_of_the_master_sees_what_safe_requests_read(
-    shop: Shop, cluster: PostgresCluster
-) -> None:
+async def test_a_safe_request_reads_from_the_shared_transaction_of_a_test(shop: Shop, cluster: PostgresCluster) -> None:
     async def handle(request: Request) -> Any:
         return await shop.handle(request.method)
 
@@ -317,7 +299,7 @@ async def test_a_test_that_shares_a_transaction_of_the_master_sees_what_safe_req
     assert await cluster.primary.fetch_value("SELECT count(*) FROM number") == 0
 
 
-async def test_the_status_of_a_replica_tells_of_the_safe_requests_that_read_from_it(
+async def test_a_safe_request_is_in_the_status_of_the_replica(
     shop: Shop, master: DBConnect, replica: DBConnect
 ) -> None:
     async def handle(request: Request) -> list[int]:
@@ -327,7 +309,7 @@ async def test_the_status_of_a_replica_tells_of_the_safe_requests_that_read_from
     assert await get(app_of(shop, handle)) == [0, 1]
 
 
-async def test_adapters_of_others_have_the_same_option(shop: Shop, master: DBConnect, cluster: PostgresCluster) -> None:
+async def test_reads_from_is_an_option_of_begin(shop: Shop, master: DBConnect, cluster: PostgresCluster) -> None:
     unit = begin(reads_from=shop.reads_from)
     assert unit is not None
     assert (await shop.handle("GET"))["server"] in {node.host for node in cluster.standbys}
@@ -335,7 +317,7 @@ async def test_adapters_of_others_have_the_same_option(shop: Shop, master: DBCon
 
 
 @pytest.mark.parametrize("wrong", [["a list"], {"master": "replica"}], ids=["list", "names"])
-def test_an_option_that_is_no_mapping_of_databases_is_told_at_once(wrong: Any) -> None:
+def test_reads_from_that_is_no_mapping_of_databases_is_refused_at_once(wrong: Any) -> None:
     for use in (
         lambda: DBSessionMiddleware(Starlette(), reads_from=wrong),
         lambda: CtxDBPlugin(reads_from=wrong),

@@ -1,4 +1,4 @@
-"""The endpoints of the sidecar, over HTTP."""
+"""`SidecarApp`: what each endpoint of the sidecar answers over HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import httpx
 import pytest
 from tests.support.server import http_client
-from tests.support.sidecar import START, cluster, dead, master, replica, serve_sidecar, told_app
+from tests.support.sidecar import START, app_of_hosts, cluster, dead, master, replica, serve_sidecar
 
 from ctxdb_pgstatus import MasterUncertainError, PgStatusError
 from ctxdb_pgstatus.locality import Locality
@@ -27,7 +27,7 @@ async def ask(app: SidecarApp, path: str, headers: dict[str, str] | None = None)
 
 @pytest.mark.parametrize("path", HOST_PATHS)
 async def test_a_host_is_named_as_plain_text_or_as_json(path: str) -> None:
-    app, _ = told_app(master("n1"))
+    app, _ = app_of_hosts(master("n1"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         plain, in_json = await client.get(path), await client.get(path, headers=JSON)
     assert (plain.status_code, plain.text) == (200, "n1")
@@ -38,7 +38,7 @@ async def test_a_host_is_named_as_plain_text_or_as_json(path: str) -> None:
 
 @pytest.mark.parametrize("path", HOST_PATHS)
 async def test_no_host_is_a_404_with_an_empty_body_or_null(path: str) -> None:
-    app, _ = told_app(dead("n1"), master=None)
+    app, _ = app_of_hosts(dead("n1"), master=None)
     async with serve_sidecar(app) as url, http_client(url) as client:
         plain, in_json = await client.get(path), await client.get(path, headers=JSON)
     assert (plain.status_code, plain.content) == (404, b"")
@@ -56,7 +56,7 @@ async def test_no_host_is_a_404_with_an_empty_body_or_null(path: str) -> None:
     ],
 )
 async def test_the_replicas_that_match_take_turns(path: str, hosts: set[str]) -> None:
-    app, _ = told_app(
+    app, _ = app_of_hosts(
         master("n1"),
         replica("both"),
         replica("time", by_bytes=False),
@@ -69,8 +69,8 @@ async def test_the_replicas_that_match_take_turns(path: str, hosts: set[str]) ->
     assert answers == dict.fromkeys(hosts, 4)
 
 
-async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_replica() -> None:
-    app, _ = told_app(master("n1"), master("n2"), replica("n3"))
+async def test_a_primary_that_is_not_the_master_is_named_by_no_endpoint() -> None:
+    app, _ = app_of_hosts(master("n1"), master("n2"), replica("n3"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
         assert (await client.get("/replicas_info")).content == b'[{"host":"n3"}]'
@@ -93,19 +93,19 @@ async def test_a_host_that_merely_claims_to_be_the_master_is_neither_master_nor_
         ("/replica?min_lsn=0/3000001", "n1"),
         ("/replica?min_lsn=0%2F3000000", "n2"),
         ("/replica?min_lsn=1/0", "n1"),
-        # 18446744073709551615 is the highest number of pg-status, which some write for "no limit".
+        # 18446744073709551615 is the highest number that pg-status takes, and some clients give it for "no limit".
         ("/replica?lag_ms=0&lag_bytes=18446744073709551615", "n1"),
         ("/sync_by_time?lag_ms=5&lag_bytes=18446744073709551615", "n2"),
         ("/most_sync_by_bytes?min_lsn=0/3000001", "n1"),
     ],
 )
-async def test_a_request_sets_limits_of_its_own(question: str, host: str) -> None:
-    app, _ = told_app(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False, position=None))
+async def test_a_request_sets_limits_of_lag_and_position_by_parameters(question: str, host: str) -> None:
+    app, _ = app_of_hosts(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False, position=None))
     assert (await ask(app, question)).text == host
 
 
-async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
-    app, _ = told_app(
+async def test_most_sync_by_bytes_names_the_replica_with_the_least_lag() -> None:
+    app, _ = app_of_hosts(
         master("n1"), replica("n2", lag_bytes=90), replica("n3", lag_bytes=10), replica("n4", lag_bytes=10)
     )
     async with serve_sidecar(app) as url, http_client(url) as client:
@@ -130,28 +130,28 @@ async def test_the_replica_that_is_the_fewest_bytes_behind_is_found() -> None:
     ],
 )
 async def test_a_wrong_parameter_is_a_400_that_names_it(path: str, name: str, value: str) -> None:
-    app, _ = told_app(master("n1"), replica("n2"))
+    app, _ = app_of_hosts(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         response = await client.get(path, params={name: value})
     assert (response.status_code, response.json()) == (400, {"error_text": f"Invalid {name}"})
 
 
 async def test_a_request_waits_for_a_replica_that_has_replayed_its_position() -> None:
-    app, monitor = told_app(master("n1"), replica("n2", position=1))
+    app, monitor = app_of_hosts(master("n1"), replica("n2", position=1))
     monitor.next = [cluster(master("n1"), replica("n2", position=2))]
     assert (await ask(app, "/sync_by_time?min_lsn=0/2&wait_ms=250")).text == "n2"
     assert monitor.waited_for == [("time", 2, 0.25)]
 
 
-async def test_the_json_of_one_host_tells_where_it_is() -> None:
+async def test_the_json_of_one_host_tells_its_data_centre_and_region() -> None:
     locality = Locality({"n1": "frankfurt", "n2": "amsterdam"}, {"n1": "europe", "n2": "europe"})
-    app, _ = told_app(master("n1"), replica("n2"), locality=locality)
+    app, _ = app_of_hosts(master("n1"), replica("n2"), locality=locality)
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/master", headers=JSON)).json() == {"host": "n1", "dc": "frankfurt", "geo": "europe"}
         assert (await client.get("/replica", headers=JSON)).json() == {"host": "n2", "dc": "amsterdam", "geo": "europe"}
 
 
-# --- what load balancers ask ------------------------------------------------------------------------------------------
+# --- checks of load balancers -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,16 @@ async def test_the_json_of_one_host_tells_where_it_is() -> None:
         ("/replica?lag=-1", 400, '{"error_text":"Invalid lag"}'),
     ],
 )
-async def test_a_load_balancer_is_told_by_the_status_code(question: str, status: int, body: str) -> None:
-    app, _ = told_app(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False), dead("n4"))
+async def test_primary_and_replica_answer_load_balancers_by_the_status_code(
+    question: str, status: int, body: str
+) -> None:
+    app, _ = app_of_hosts(master("n1"), replica("n2"), replica("n3", by_time=False, by_bytes=False), dead("n4"))
     response = await ask(app, question)
     assert (response.status_code, response.text) == (status, body)
 
 
 async def test_without_a_master_no_host_is_the_primary_and_replicas_stay_replicas() -> None:
-    app, _ = told_app(dead("n1"), replica("n2"), master=None)
+    app, _ = app_of_hosts(dead("n1"), replica("n2"), master=None)
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/primary")).status_code == 503
         assert (await client.get("/primary?host=n1")).status_code == 503
@@ -194,16 +196,16 @@ async def test_without_a_master_no_host_is_the_primary_and_replicas_stay_replica
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "HEAD"])
-async def test_load_balancers_may_check_by_other_methods(method: str) -> None:
-    app, _ = told_app(master("n1"), replica("n2"))
+async def test_load_balancers_may_check_by_options_and_head(method: str) -> None:
+    app, _ = app_of_hosts(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.request(method, "/primary?host=n1")).status_code == 200
         assert (await client.request(method, "/primary?host=n2")).status_code == 503
         assert (await client.request(method, "/replica?host=n2&lag=1MB")).status_code == 200
 
 
-async def test_a_primary_that_is_not_to_come_from_memory_is_confirmed() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_primary_is_confirmed_before_the_answer_with_no_cache() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
     response = await ask(app, "/primary?host=n1", {"cache-control": "no-cache"})
     assert (response.status_code, monitor.confirmations) == (503, 1)
@@ -212,8 +214,8 @@ async def test_a_primary_that_is_not_to_come_from_memory_is_confirmed() -> None:
 # --- hosts that may be about to die -----------------------------------------------------------------------------------
 
 
-async def test_a_replica_that_has_just_failed_to_answer_is_chosen_only_if_all_have() -> None:
-    app, monitor = told_app(master("n1"), replica("n2", possible_dead=True), replica("n3"))
+async def test_a_replica_whose_last_poll_failed_is_named_only_if_that_holds_for_all() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2", possible_dead=True), replica("n3"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n3"}
         assert {(await client.get("/replica?lag_ms=5")).text for _ in range(4)} == {"n3"}
@@ -224,8 +226,8 @@ async def test_a_replica_that_has_just_failed_to_answer_is_chosen_only_if_all_ha
         assert (await client.get("/most_sync_by_bytes")).text == "n2"
 
 
-async def test_hosts_tells_all_of_every_host() -> None:
-    app, _ = told_app(
+async def test_hosts_answers_all_fields_of_every_host() -> None:
+    app, _ = app_of_hosts(
         master("n1"), replica("n2", by_time=False), dead("n3", "no answer"), locality=Locality({"n1": "a"}, {"n1": "b"})
     )
     response = await ask(app, "/hosts")
@@ -258,16 +260,16 @@ async def test_hosts_tells_all_of_every_host() -> None:
     assert third["error"] == "no answer"
 
 
-async def test_a_lag_that_is_not_known_is_null_and_counts_as_too_high() -> None:
-    # pg-status tells 0 of a replica that has replayed no transaction, and takes it for one in sync.
+async def test_an_unknown_lag_is_null_and_counts_as_above_every_limit() -> None:
+    # pg-status answers a lag of 0 for a replica that has replayed no transaction, which then counts as in sync.
     unknown = replica("n2", position=None, lag_ms=None, lag_bytes=None, in_sync_by_time=False, in_sync_by_bytes=False)
-    app, _ = told_app(master("n1"), unknown, replica("n3", lag_ms=None, in_sync_by_time=False))
+    app, _ = app_of_hosts(master("n1"), unknown, replica("n3", lag_ms=None, in_sync_by_time=False))
     async with serve_sidecar(app) as url, http_client(url) as client:
         _, second, third = (await client.get("/hosts")).json()
         assert (second["lag_ms"], second["lag_bytes"], second["lsn"], second["alive"]) == (None, None, None, True)
         assert (third["lag_ms"], third["lag_bytes"], third["sync_by_time"]) == (None, 0x60, False)
         assert {(await client.get("/replica")).text for _ in range(2)} == {"n2", "n3"}
-        # 0/0 is before all that there is.
+        # 0/0 is before all WAL.
         assert {(await client.get("/replica?min_lsn=0/0")).text for _ in range(2)} == {"n2", "n3"}
         for path in ("/sync_by_time", "/sync_by_time_and_bytes", "/replica?lag_ms=5000", "/replica?min_lsn=0/3000060"):
             assert (await client.get(path)).text == "n1", path
@@ -275,8 +277,8 @@ async def test_a_lag_that_is_not_known_is_null_and_counts_as_too_high() -> None:
             assert (await client.get(path)).text == "n3", path
 
 
-async def test_hosts_follows_the_status() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_hosts_answers_the_newest_status() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         before = (await client.get("/hosts")).json()
         monitor.status = cluster(dead("n1"), master("n2"), master="n2")
@@ -285,8 +287,8 @@ async def test_hosts_follows_the_status() -> None:
     assert [each["master"] for each in after] == [False, True]
 
 
-async def test_status_tells_of_one_host() -> None:
-    app, _ = told_app(master("n1"), replica("n2"))
+async def test_status_answers_the_fields_of_one_host() -> None:
+    app, _ = app_of_hosts(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         found = await client.get("/status", params={"host": "n2"})
         unknown = await client.get("/status", params={"host": "n9"})
@@ -296,7 +298,7 @@ async def test_status_tells_of_one_host() -> None:
     assert (unnamed.status_code, unnamed.json()) == (400, {"error_text": "Get parameter 'host' wasn't passed"})
 
 
-async def test_before_the_hosts_were_asked_nothing_is_told_of_them() -> None:
+async def test_endpoints_about_hosts_answer_503_until_each_host_was_asked() -> None:
     app = SidecarApp(History())
     async with serve_sidecar(app) as url, http_client(url) as client:
         for path in [*HOST_PATHS, "/hosts", "/status", "/replicas_info", "/health", "/ready", "/replica?lag_ms=x"]:
@@ -307,7 +309,7 @@ async def test_before_the_hosts_were_asked_nothing_is_told_of_them() -> None:
 
 
 async def test_sidecar_is_ready_without_a_master() -> None:
-    app, _ = told_app(dead("n1"), master=None)
+    app, _ = app_of_hosts(dead("n1"), master=None)
     response = await ask(app, "/ready")
     assert (response.status_code, response.text) == (200, "OK")
 
@@ -320,16 +322,16 @@ async def test_sidecar_is_ready_without_a_master() -> None:
         ([dead("n1"), replica("n2")], None, 503, "down"),
     ],
 )
-async def test_health_tells_whether_the_cluster_takes_writes(
+async def test_health_answers_whether_the_cluster_takes_writes(
     hosts: list[object], the_master: str | None, code: int, state: str
 ) -> None:
-    app, _ = told_app(*hosts, master=the_master)  # type: ignore[arg-type]  # pytest's parameters are of any type
+    app, _ = app_of_hosts(*hosts, master=the_master)  # type: ignore[arg-type]  # pytest's parameters are of any type
     response = await ask(app, "/health")
     assert (response.status_code, response.json()["status"]) == (code, state)
 
 
-async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_master_is_confirmed_before_the_answer_with_no_cache() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/master")).text == "n1"
         assert (monitor.confirmations, monitor.polls) == (0, 0)
@@ -339,31 +341,33 @@ async def test_a_master_that_is_not_to_come_from_memory_is_confirmed() -> None:
         assert (await client.get("/master", headers={"cache-control": "no-cache"})).text == "n2"
 
 
-async def test_a_host_that_is_not_to_come_from_memory_is_asked_which_server_it_is() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_status_with_no_cache_asks_the_host_over_a_new_connection() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     await ask(app, "/status?host=n2")
     assert monitor.servers_asked == []
     await ask(app, "/status?host=n2", {"cache-control": "no-cache"})
     assert (monitor.servers_asked, monitor.polls) == (["n2"], 1)
 
 
-async def test_a_master_that_refuses_the_monitor_is_not_confirmed_by_it(caplog: pytest.LogCaptureFixture) -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_master_with_no_cache_answers_503_if_the_master_refuses_the_monitor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     monitor.error = PgStatusError("'n1' refuses the monitor")
     async with serve_sidecar(app) as url, http_client(url) as client:
         response = await client.get("/master", headers={"cache-control": "no-cache"})
         assert response.status_code == 503
         assert "refuses the monitor" in response.text
         assert (await client.get("/master")).text == "n1"
-    # Clients log their requests.
+    # A refusal is no warning of the monitor's. Loggers of HTTP clients are left out.
     assert [record for record in caplog.records if record.name == "ctxdb_pgstatus"] == []
 
 
-async def test_a_confirmed_master_is_told_with_its_server() -> None:
-    app, monitor = told_app(master("n1", started_at=START), replica("n2"))
+async def test_a_confirmed_master_is_answered_with_the_start_of_its_server() -> None:
+    app, monitor = app_of_hosts(master("n1", started_at=START), replica("n2"))
     fields = {"cache-control": "no-cache", "accept": "application/json"}
     assert (await ask(app, "/master", fields)).json()["started_at"] == START.isoformat()
-    # Until it answers again, it may be another server by then.
+    # A host that may be dead may be another server when it answers again.
     monitor.status = cluster(master("n1", started_at=START, possible_dead=True), replica("n2"))
     assert (await ask(app, "/master", fields)).json()["started_at"] is None
     monitor.status = cluster(replica("n2"), master=None)
@@ -371,8 +375,8 @@ async def test_a_confirmed_master_is_told_with_its_server() -> None:
     assert (response.status_code, response.json()["host"]) == (404, None)
 
 
-async def test_a_master_that_is_uncertain_is_told_so() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_master_with_no_cache_answers_503_if_the_master_is_uncertain() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     monitor.error = MasterUncertainError("No new connection to 'n1' could be opened")
     response = await ask(app, "/master", {"cache-control": "no-cache"})
     assert (response.status_code, response.json()) == (
@@ -381,27 +385,27 @@ async def test_a_master_that_is_uncertain_is_told_so() -> None:
     )
 
 
-async def test_hosts_that_are_not_to_come_from_memory_are_asked() -> None:
-    app, monitor = told_app(master("n1"), replica("n2"))
+async def test_hosts_with_no_cache_asks_all_hosts() -> None:
+    app, monitor = app_of_hosts(master("n1"), replica("n2"))
     monitor.next = [cluster(dead("n1"), master("n2"), master="n2")]
     response = await ask(app, "/hosts", {"cache-control": "no-cache"})
     assert [each["master"] for each in response.json()] == [False, True]
 
 
 async def test_head_answers_as_get_does_without_the_body() -> None:
-    app, _ = told_app(master("n1"))
+    app, _ = app_of_hosts(master("n1"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         for path in ["/master", "/hosts", "/", "/metrics", "/live"]:
             response = await client.head(path)
             assert (response.status_code, response.content) == (200, b""), path
-            # Metrics of the process are others each time.
+            # The figures of the process differ at each request.
             if path != "/metrics":
                 assert int(response.headers["content-length"]) == len((await client.get(path)).content), path
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_other_methods_are_not_allowed(method: str) -> None:
-    app, _ = told_app(master("n1"))
+    app, _ = app_of_hosts(master("n1"))
     async with serve_sidecar(app) as url, http_client(url) as client:
         response = await client.request(method, "/master")
         elsewhere = await client.request(method, "/nowhere")
@@ -411,15 +415,15 @@ async def test_other_methods_are_not_allowed(method: str) -> None:
 
 @pytest.mark.parametrize("path", ["/nowhere", "/master/", "/favicon.ico", "/%00"])
 async def test_an_unknown_path_is_not_found(path: str) -> None:
-    app, _ = told_app(master("n1"))
+    app, _ = app_of_hosts(master("n1"))
     assert (await ask(app, path)).status_code == 404
 
 
-async def test_near_replicas_are_preferred() -> None:
+async def test_the_nearest_replicas_are_named() -> None:
     locality = Locality(
         {"n1": "x", "n2": "x", "n3": "y", "n4": "z"}, {"n1": "e", "n2": "e", "n3": "e", "n4": "w"}, "x", "e"
     )
-    app, monitor = told_app(master("n1"), replica("n2"), replica("n3"), replica("n4"), locality=locality)
+    app, monitor = app_of_hosts(master("n1"), replica("n2"), replica("n3"), replica("n4"), locality=locality)
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert {(await client.get("/replica")).text for _ in range(4)} == {"n2"}
         monitor.status = cluster(master("n1"), dead("n2"), replica("n3"), replica("n4"))
@@ -430,14 +434,14 @@ async def test_near_replicas_are_preferred() -> None:
 
 async def test_control_characters_in_errors_of_hosts_are_escaped() -> None:
     error = "\x1b[2K\x9b2K\x7f\r\n größe"
-    app, _ = told_app(master("n1"), dead("n2", error))
+    app, _ = app_of_hosts(master("n1"), dead("n2", error))
     response = await ask(app, "/hosts")
     assert response.text.isprintable()
     assert response.json()[1]["error"] == error
 
 
 async def test_names_that_are_not_ascii_arrive_whole() -> None:
-    app, _ = told_app(master("größe"), master="größe")
+    app, _ = app_of_hosts(master("größe"), master="größe")
     async with serve_sidecar(app) as url, http_client(url) as client:
         assert (await client.get("/master")).text == "größe"
         assert json.loads((await client.get("/master", headers=JSON)).content) == {

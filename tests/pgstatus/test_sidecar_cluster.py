@@ -1,4 +1,4 @@
-"""The sidecar and its client on a real cluster."""
+"""The sidecar and `PgStatusClient` on a real cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ctxdb_pgstatus.testing import PostgresCluster
 
 @asynccontextmanager
 async def sidecar(cluster: PostgresCluster) -> AsyncIterator[tuple[str, HostMonitor]]:
-    """Serve a cluster's status, and yield the URL."""
+    """Serve the status of a cluster by a sidecar, and yield the sidecar's URL and its monitor."""
     monitor = HostMonitor(cluster.hosts, port=cluster.primary.port, user="postgres", poll_interval=0.2)
     async with monitor:
         history = History()
@@ -34,7 +34,7 @@ async def sidecar(cluster: PostgresCluster) -> AsyncIterator[tuple[str, HostMoni
             yield url, monitor
 
 
-async def test_a_failover_is_answered_to_clients(cluster: PostgresCluster) -> None:
+async def test_the_sidecar_and_its_client_follow_a_failover(cluster: PostgresCluster) -> None:
     first, second, third = cluster.hosts
     async with sidecar(cluster) as (url, monitor), http_client(url) as http, PgStatusClient(url, max_age=0) as client:
         assert (await http.get("/master")).text == first
@@ -43,7 +43,7 @@ async def test_a_failover_is_answered_to_clients(cluster: PostgresCluster) -> No
         assert {await client.sync_by_time_and_bytes() for _ in range(4)} == {second, third}
 
         await cluster.primary.kill()
-        await eventually(lambda: monitor.status.master is None, "the master is not missed")
+        await eventually(lambda: monitor.status.master is None, "the death of the master is not noticed")
         assert (await http.get("/master")).status_code == 404
         assert (await http.get("/health")).status_code == 503
         assert await client.master() is None
@@ -60,7 +60,7 @@ async def test_a_failover_is_answered_to_clients(cluster: PostgresCluster) -> No
     assert f"{first} does not answer" in page
 
 
-async def test_reads_go_to_hosts_that_have_replayed_the_write(cluster: PostgresCluster) -> None:
+async def test_the_sidecar_names_a_replica_that_has_replayed_a_position(cluster: PostgresCluster) -> None:
     first, second, third = cluster.hosts
     async with sidecar(cluster) as (url, _), http_client(url) as http, PgStatusClient(url) as client:
         for standby in cluster.standbys:
@@ -68,14 +68,14 @@ async def test_reads_go_to_hosts_that_have_replayed_the_write(cluster: PostgresC
         position = await cluster.primary.write_wal(100_000)
         assert await client.find_replica(min_position=position) == first
         assert (await http.get("/replica", params={"min_lsn": format_lsn(position)})).text == first
-        # One goes on: it is waited for.
+        # One standby goes on to replay, and the sidecar waits for it.
         await cluster.standbys[1].resume_replay()
         assert await client.find_replica(min_position=position, max_wait=20) == third
         assert await client.find_replica(min_position=position) == third
         assert second in await client.find_replicas()
 
 
-async def test_an_operator_has_a_lower_timeline_accepted_by_a_signal(cluster: PostgresCluster) -> None:
+async def test_sigusr1_has_a_lower_timeline_accepted(cluster: PostgresCluster) -> None:
     old, new = cluster.nodes[:2]
     hosts = ",".join(f"{node.host}:{node.port}" for node in cluster.nodes)
     async with running(hosts=hosts, sleep_ms="300") as sidecar, http_client(await sidecar.ready()) as client:

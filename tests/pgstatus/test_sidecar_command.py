@@ -46,13 +46,13 @@ async def test_command_stops_gracefully_beside_an_open_connection(server: dict[s
     async with running(**server) as sidecar:
         url = await sidecar.url()
         async with http_client(url) as client:
-            # The connection is kept alive, and must not be waited for.
+            # The client keeps its connection open. The command must not wait until it is closed.
             assert (await client.get("/live")).text == "OK"
             assert await sidecar.stop(number) == 0
     assert not any('"exception"' in line for line in sidecar.lines), sidecar.lines
 
 
-async def test_a_host_that_cannot_be_reached_is_told_of_and_not_fatal() -> None:
+async def test_the_command_goes_on_without_a_host_that_can_be_reached() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -78,7 +78,7 @@ async def test_a_password_is_never_shown() -> None:
                 shown = [(await client.get(path)).text for path in ("/", "/hosts", "/metrics", "/health")]
                 (described,) = (await client.get("/hosts")).json()
             assert await sidecar.stop() == 0
-    # It was really used: the server does not take it.
+    # The sidecar has really sent the password, which the server does not accept.
     assert "password" in described["error"].lower()
     assert PASSWORD not in "\n".join([*shown, *sidecar.lines])
 
@@ -92,7 +92,7 @@ async def test_a_password_is_never_shown() -> None:
         ({"hosts": "n1", "http_listen_address": "localhost"}, "pg_status__http_listen_address"),
     ],
 )
-async def test_wrong_settings_are_told_on_one_line_and_end_with_2(variables: dict[str, str], named: str) -> None:
+async def test_a_wrong_setting_ends_the_command_with_2_and_one_line(variables: dict[str, str], named: str) -> None:
     code, error = await fails(**variables)
     assert code == 2
     assert error.startswith(f"ctxdb-pgstatus: {named}")
@@ -100,7 +100,7 @@ async def test_wrong_settings_are_told_on_one_line_and_end_with_2(variables: dic
     assert "hunter2" not in error
 
 
-async def test_a_port_in_use_is_told_of() -> None:
+async def test_a_port_in_use_ends_the_command_with_1_and_its_variable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, error = await fails(hosts="n1", http_port=str(taken.getsockname()[1]))
     assert code == 1

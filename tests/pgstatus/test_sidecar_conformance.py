@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.server import http_client
-from tests.support.sidecar import cluster, dead, master, replica, serve_sidecar, told_app
+from tests.support.sidecar import app_of_hosts, cluster, dead, master, replica, serve_sidecar
 
 from ctxdb_pgstatus import HostStatus
 from ctxdb_pgstatus.locality import Locality
@@ -59,7 +59,7 @@ CASES = [
 
 
 def an_app(state: State) -> SidecarApp:
-    """Return a sidecar that knows a state."""
+    """Return the application of a sidecar that knows a state."""
     current_dc = current_geo = None
     hosts: list[HostStatus] = []
     places: dict[str, dict[str, str | None]] = {"dc": {}, "geo": {}}
@@ -76,7 +76,7 @@ def an_app(state: State) -> SidecarApp:
         hosts.append(_host(first, rest, values))
     locality = Locality(places["dc"], places["geo"], current_dc, current_geo)
     the_master = next((host.host for host in hosts if host.role == "master"), None)
-    app, monitor = told_app(locality=locality)
+    app, monitor = app_of_hosts(locality=locality)
     monitor.status = cluster(*hosts, master=the_master)
     return app
 
@@ -119,7 +119,7 @@ async def test_the_sidecar_answers_as_pg_status_does(state: State, question: str
     response = await client.get(path, headers=headers)
     assert response.status_code == int(status)
     if not expected:
-        # Where /status knows no such host, the sidecar says so; pg-status says nothing.
+        # If /status is asked for an unknown host, pg-status answers an empty body, and the sidecar an error text.
         assert response.text == (
             "" if not path.startswith("/status") else '{"error_text":"This host is not monitored"}'
         )
@@ -127,14 +127,14 @@ async def test_the_sidecar_answers_as_pg_status_does(state: State, question: str
     if expected.startswith(("{", "[")):
         assert_has(response.json(), json.loads(expected))
         return
-    # Hosts that stand side by side take turns.
+    # Several hosts in one answer of the table take turns.
     hosts = expected.split()
     answers = Counter([response.text, *[(await client.get(path)).text for _ in range(2 * len(hosts) - 1)]])
     assert answers == dict.fromkeys(hosts, 2)
 
 
 def assert_has(content: Any, expected: Any) -> None:
-    """Assert that what is expected is there; an object may have more members."""
+    """Assert that `content` is as expected. Its objects may have further members."""
     if isinstance(expected, list):
         assert len(content) == len(expected)
         for each, wanted in zip(content, expected, strict=True):
@@ -146,7 +146,7 @@ def assert_has(content: Any, expected: Any) -> None:
 # --- defaults ---------------------------------------------------------------------------------------------------------
 
 GUIDE = Path(__file__).parents[2] / "docs" / "deploying-pgstatus.md"
-# What the page of pg-status 2.3 says of its parameters.
+# The defaults that the documentation of pg-status 2.3 names.
 DEFAULTS_OF_PG_STATUS = {
     "pg_user": "postgres",
     "pg_database": "postgres",

@@ -1,4 +1,4 @@
-"""What the sidecar does without, and how little it takes."""
+"""Which libraries the sidecar starts without, and how much CPU and memory it takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPORTED = "import sys; {}; print(*sorted({{name.partition('.')[0] for name in s
 
 
 def imported_by(statement: str) -> list[str]:
-    """Return which of the foreign packages a statement imports in a process of its own."""
+    """Return which of the `FOREIGN` packages a statement imports in a process of its own."""
     code = IMPORTED.format(statement, FOREIGN)
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
@@ -33,7 +33,7 @@ def imported_by(statement: str) -> list[str]:
         "from ctxdb_pgstatus import HostMonitor, HostAddress, HostStatus",
     ],
 )
-def test_the_sidecar_starts_without_what_it_does_not_use(statement: str) -> None:
+def test_the_sidecar_starts_without_the_libraries_of_applications(statement: str) -> None:
     # SQLAlchemy and httpx are for applications; prometheus_client is imported for the first scrape.
     assert imported_by(statement) == []
 
@@ -47,12 +47,12 @@ def test_metrics_are_made_by_the_client_of_prometheus_and_need_no_other_library(
     assert imported_by("import ctxdb_pgstatus.sidecar.metrics") == ["prometheus_client"]
 
 
-def test_errors_that_are_raised_lazily_are_those_that_are_exported() -> None:
+def test_a_lazily_imported_error_is_the_exported_class() -> None:
     with pytest.raises(ctxdb_pgstatus.HostListError):
         ctxdb_pgstatus.HostAddress.parse("")
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         getattr(ctxdb_pgstatus, "nothing_of_the_kind")  # noqa: B009 - a type checker would refuse the plain form
 
@@ -85,8 +85,8 @@ async def test_the_sidecar_takes_no_more_than_0_4_s_of_cpu_and_36_mib_until_it_h
 ) -> None:
     url = make_url(postgres_server.url())
     taken = []
-    # CPU, and not the time on the clock, which depends on what else the machine does. CPU does a little, too: one start
-    # out of five, each of which takes half of the limit, has to be within it.
+    # CPU time is measured, as the time on the clock depends on what else the machine does. CPU time does so a little,
+    # too: so one start out of five, each of which usually takes half of the limit, has to be within the limit.
     for _ in range(5):
         async with running(hosts=f"{url.host}:{url.port}", pg_user=url.username or "") as sidecar:
             await sidecar.ready()

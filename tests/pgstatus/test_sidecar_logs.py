@@ -1,4 +1,4 @@
-"""The lines that the sidecar logs."""
+"""The formatters of the sidecar's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics of the sidecar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE = re.compile(r'(?P<name>[a-z_]+)(?:\{(?P<labels>(?:[a-z]+="(?:[^"\\\n]|\\["
 
 
 def read(content: bytes) -> dict[tuple[str, str], float]:
-    """Read what the sidecar itself tells in the text format, as strictly as Prometheus does."""
+    """Return the metrics of the cluster by name and labels, from a text that is read as strictly as Prometheus does."""
     text = content.decode()
     found: dict[tuple[str, str], float] = {}
     described: dict[str, set[str]] = {}
@@ -35,7 +35,7 @@ def read(content: bytes) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_each_host_has_its_figures() -> None:
+def test_the_metrics_hold_the_figures_of_each_host() -> None:
     found = read(render(cluster(master("n1"), replica("n2", by_time=False), dead("n3")), changes=4))
     assert found["ready", ""] == 1
     assert found["master_known", ""] == 1
@@ -49,21 +49,21 @@ def test_each_host_has_its_figures() -> None:
     assert found["host_wal_position_bytes", 'host="n1"'] == 0x3000060
 
 
-def test_a_host_that_claims_to_be_the_master_is_told_from_the_master() -> None:
+def test_the_metrics_tell_a_primary_that_is_not_the_master() -> None:
     found = read(render(cluster(master("n1"), master("n2"), replica("n3", possible_dead=True)), changes=0))
     assert [found["host_master", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 0, 0]
     assert [found["host_claims_master", f'host="n{number}"'] for number in (1, 2, 3)] == [1, 1, 0]
     assert [found["host_possible_dead", f'host="n{number}"'] for number in (1, 2, 3)] == [0, 0, 1]
 
 
-def test_a_host_that_is_not_what_it_says_is_told_with_what_is_wrong() -> None:
+def test_the_metrics_tell_the_fault_of_a_host() -> None:
     found = read(render(cluster(master("n1"), master("n2", fault="stale"), replica("n3")), changes=0))
     assert found["host_fault", 'fault="stale",host="n2"'] == 1
     assert found["host_fault", 'fault="rival",host="n2"'] == 0
     assert found["host_fault", 'fault="stale",host="n1"'] == 0
 
 
-def test_the_process_tells_what_it_takes() -> None:
+def test_the_metrics_hold_the_cpu_time_of_the_process() -> None:
     assert b"process_cpu_seconds_total " in render(None, changes=0)
 
 
@@ -75,7 +75,7 @@ def test_metrics_without_a_known_value_are_left_out() -> None:
     assert ("host_lag_bytes", 'host="n2"') in found
 
 
-def test_before_anything_is_known_it_is_not_ready() -> None:
+def test_the_metrics_tell_not_ready_until_each_host_was_asked() -> None:
     found = read(render(None, changes=0))
     assert found["ready", ""] == 0
     assert not any(name.startswith("host_") for name, _ in found)

@@ -1,4 +1,4 @@
-"""The status page, in a browser; and its history."""
+"""The status page of the sidecar in a browser, and the `History` of lags and changes that it shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.browser import PICTURES, Tab
-from tests.support.sidecar import START, ToldMonitor, cluster, dead, lagging_history, master, replica, serve_sidecar
+from tests.support.sidecar import START, FakeMonitor, cluster, dead, lagging_history, master, replica, serve_sidecar
 
 from ctxdb_pgstatus import HostStatus
 from ctxdb_pgstatus.sidecar.app import SidecarApp
@@ -20,7 +20,7 @@ TEXTS = "h1, h2, p, th, .badge, .error, .warn, li, footer, footer a, td.number"
 
 
 class Structure(HTMLParser):
-    """Checks that what is opened is closed."""
+    """Checks that each element of a document is closed, in the right order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class Structure(HTMLParser):
         assert self.open.pop() == tag
 
 
-def a_cluster(history: History | None = None) -> tuple[SidecarApp, ToldMonitor]:
+def a_cluster(history: History | None = None) -> tuple[SidecarApp, FakeMonitor]:
     history = history or lagging_history("n2", "n3")
-    monitor = ToldMonitor(
+    monitor = FakeMonitor(
         cluster(
             master("n1.example"),
             replica("n2"),
@@ -93,7 +93,7 @@ async def test_the_page_is_readable_in_light_and_in_dark(tab: Tab) -> None:
             await tab.prefer_colors(scheme)
             await tab.open(url)
             grounds.append(await tab.run("getComputedStyle(document.body).backgroundColor"))
-            # What WCAG asks of text, level AA.
+            # WCAG 2.1, level AA, asks for a contrast of 4.5 (criterion 1.4.3).
             assert await tab.least_contrast(TEXTS) >= 4.5, scheme
             await picture(tab, scheme)
     assert grounds == ["rgb(246, 247, 249)", "rgb(18, 22, 28)"]
@@ -111,7 +111,7 @@ async def test_the_page_follows_the_cluster_and_keeps_the_last_state_without_the
     assert "n2 is the master" in await tab.run("document.querySelector('#summary').innerText")
 
 
-async def test_the_page_needs_nothing_from_elsewhere(tab: Tab) -> None:
+async def test_the_page_loads_nothing_but_itself(tab: Tab) -> None:
     app, _ = a_cluster()
     async with serve_sidecar(app) as url:
         await tab.open(url)
@@ -126,7 +126,7 @@ async def test_the_page_fits_a_narrow_screen(tab: Tab) -> None:
     async with serve_sidecar(app) as url:
         await tab.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
         await tab.open(url)
-        # The table scrolls, the page does not.
+        # A table that is too wide scrolls within the page, which does not scroll itself.
         assert await tab.run("document.documentElement.scrollWidth <= innerWidth")
         await picture(tab, "narrow")
 
@@ -142,7 +142,7 @@ async def test_errors_and_names_of_hosts_are_shown_as_text_not_as_html(tab: Tab)
         assert "evil" not in await tab.run("document.title")
 
 
-async def test_the_page_before_the_hosts_were_asked(tab: Tab) -> None:
+async def test_the_page_says_so_until_each_host_was_asked(tab: Tab) -> None:
     async with serve_sidecar(SidecarApp(History())) as url:
         await tab.open(url)
         assert "for the first time" in await tab.run("document.querySelector('#summary').innerText")
@@ -167,7 +167,7 @@ def test_the_page_is_well_formed() -> None:
         (dead("n2"), "does not answer"),
     ],
 )
-def test_a_host_that_is_not_what_it_says_or_may_be_dead_is_shown_as_such(host: HostStatus, shown: str) -> None:
+def test_the_page_shows_the_fault_of_a_host_and_that_it_may_be_dead(host: HostStatus, shown: str) -> None:
     page = render(cluster(master("n1"), host), History(), 1000, 1.0)
     assert f">{shown}</span>" in page
 
@@ -182,7 +182,7 @@ def test_a_replica_whose_lag_was_never_known_has_an_empty_plot() -> None:
     assert "There is no master" in page
 
 
-def test_samples_reach_back_as_far_as_the_plot() -> None:
+def test_samples_reach_back_as_far_as_the_plots() -> None:
     history = lagging_history("n1", minutes=20)
     samples = history.samples("n1")
     assert samples[-1].at - samples[0].at == timedelta(minutes=5)
@@ -196,13 +196,13 @@ def test_a_status_is_sampled_once() -> None:
     assert len(history.samples("n1")) == 1
 
 
-def test_a_dead_host_has_no_lag() -> None:
+def test_the_sample_of_a_dead_host_has_no_lag() -> None:
     history = History()
     history.add(cluster(dead("n1")))
     assert [sample.lag_ms for sample in history.samples("n1")] == [None]
 
 
-def test_a_failover_is_told_in_words() -> None:
+def test_the_changes_of_a_failover_are_described_in_words() -> None:
     before = cluster(master("n1"), replica("n2"), replica("n3"), dead("n4"))
     after = cluster(dead("n1", "no answer"), master("n2"), replica("n3", by_time=False), replica("n4"), master="n2")
     assert changes_between(before, after) == [
@@ -225,8 +225,8 @@ def test_the_latest_change_comes_first_and_old_ones_are_forgotten() -> None:
     assert history.changes_in_all == 50
 
 
-def test_each_line_of_the_style_and_the_script_is_allowed() -> None:
-    """The policy names their hashes, so no other style or script counts."""
+def test_the_page_has_no_style_or_script_without_a_hash_in_its_policy() -> None:
+    """The policy names the hashes of the page's style and script, so browsers run no other ones."""
     page = render(None, History(), 1000, 1.0)
     assert len(re.findall(r"<(?:style|script)>", page)) == 2
     assert " style=" not in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -11,13 +10,8 @@ from tests.support.database import Database, insert
 from tests.support.sidecar_process import running
 
 from ctxdb_core import DBConnect, new_db_ctx
+from ctxdb_core.testing.postgres import find_free_port
 from ctxdb_pgstatus import CommitUnconfirmedError, PgStatusClient, follow_master
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 class Service:
@@ -27,7 +21,7 @@ class Service:
         server = database.server
         assert server is not None
         self.database = database
-        self.port = _free_port()
+        self.port = find_free_port(["127.0.0.1"])
         self.variables = {
             "hosts": f"{server.host}:{server.port}",
             "pg_user": "postgres",

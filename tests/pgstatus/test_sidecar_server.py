@@ -1,4 +1,4 @@
-"""The sidecar's HTTP server, byte by byte."""
+"""The sidecar's HTTP server: how it reads requests, limits clients, and ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BRIEF = ClientLimits(request_seconds=0.1, idle_seconds=0.1, write_seconds=0.1)
 
 
 class Desk:
-    """Answers each request by its path: ``/wait`` when it may, ``/large`` by a megabyte, ``/fail`` not at all."""
+    """Answers by the path: ``/wait`` once `may_answer` is set, ``/large`` a megabyte, ``/fail`` an error."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -53,7 +53,7 @@ class Desk:
 
 
 class Client:
-    """A connection that sends what a test wants it to."""
+    """A connection to the server, over which a test sends bytes and reads responses."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -78,7 +78,7 @@ class Client:
         return [(await self.response())[2] for _ in range(count)]
 
     async def rest(self) -> bytes:
-        """Return what comes until the server closes the connection."""
+        """Return all bytes that come until the server closes the connection."""
         async with asyncio.timeout(10):
             return await self.reader.read()
 
@@ -113,7 +113,7 @@ async def url(desk: Desk) -> AsyncIterator[str]:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_is_read_however_it_arrives(url: str, desk: Desk) -> None:
+async def test_a_request_that_arrives_byte_by_byte_is_read(url: str, desk: Desk) -> None:
     fields = b"Host: x\r\nACCEPT: text/html, application/json\r\nCache-control: no-cache\r\n"
     request = b"GET /a%20b?lag=1 HTTP/1.1\r\n" + fields + b"\r\n"
     async with connect(url) as client:
@@ -193,7 +193,7 @@ async def test_an_answer_has_a_date(url: str) -> None:
         ("1.1", ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"], "close", False),
     ],
 )
-async def test_a_connection_is_kept_as_the_client_wants_it(
+async def test_a_connection_is_kept_or_closed_as_the_client_asks(
     url: str, version: str, fields: list[str], answered: str | None, stays: bool
 ) -> None:
     async with connect(url) as client:
@@ -212,7 +212,9 @@ async def test_a_connection_is_kept_as_the_client_wants_it(
     [("http://sidecar/a?b", "/a"), ("http://sidecar", "*"), ("*", "*")],
     ids=["absolute", "no path", "all"],
 )
-async def test_a_target_in_another_form_is_understood(url: str, desk: Desk, target: str, path: str) -> None:
+async def test_a_target_in_absolute_or_asterisk_form_is_understood(
+    url: str, desk: Desk, target: str, path: str
+) -> None:
     async with connect(url) as client:
         client.send(f"OPTIONS {target} HTTP/1.1\r\n\r\n".encode())
         assert await client.bodies(1) == [path.encode()]
@@ -248,7 +250,7 @@ async def test_an_answer_that_fails_is_a_500_and_the_connection_goes_on(
     assert "no answer to this" in caplog.text
 
 
-async def test_no_input_breaks_the_server(url: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_server_survives_malformed_input(url: str, caplog: pytest.LogCaptureFixture) -> None:
     random = Random(4711)
     request = b"POST http://h:1/a?b HTTP/1.1\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
     request += b"1\r\na\r\n0\r\n\r\n"
@@ -294,11 +296,11 @@ async def test_oversized_request_is_refused(url: str, desk: Desk, sent: bytes, s
 
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\na", b"GET / HTTP/1.1\r\na: b"])
-async def test_a_field_that_never_ends_is_not_read_for_ever(url: str, start: bytes) -> None:
+async def test_a_header_field_without_an_end_is_cut_off(url: str, start: bytes) -> None:
     async with connect(url) as client:
         client.send(start)
         sent = 0
-        # The server closes while it is still being sent to.
+        # The server closes the connection while this sends.
         with suppress(ConnectionError):
             while not client.reader.at_eof() and sent < 100:
                 client.send(b"a" * 10_000)
@@ -308,7 +310,7 @@ async def test_a_field_that_never_ends_is_not_read_for_ever(url: str, start: byt
     assert sent < 100
 
 
-async def test_a_small_body_is_thrown_away(url: str) -> None:
+async def test_the_small_body_of_a_request_is_ignored(url: str) -> None:
     async with connect(url) as client:
         client.send(b"GET /a HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello")
         client.get("/b")
@@ -318,13 +320,13 @@ async def test_a_small_body_is_thrown_away(url: str) -> None:
 @pytest.mark.parametrize(
     "sent", [b"G", b"GET / HTTP/1.1\r\nhost: ", b"GET / HTTP/1.1\r\nContent-Length: 10\r\n\r\nhello"]
 )
-async def test_a_request_that_stays_in_part_is_given_up(desk: Desk, sent: bytes) -> None:
+async def test_an_incomplete_request_is_answered_by_408(desk: Desk, sent: bytes) -> None:
     async with serve_sidecar(desk, BRIEF) as url, connect(url) as client:
         client.send(sent)
         assert await client.status_at_the_end() == 408
 
 
-async def test_a_request_in_part_behind_a_whole_one_is_given_up(desk: Desk) -> None:
+async def test_an_incomplete_request_behind_a_whole_one_is_answered_by_408(desk: Desk) -> None:
     async with serve_sidecar(desk, ClientLimits(request_seconds=0.1)) as url, connect(url) as client:
         client.get("/a")
         client.send(b"GET /b HTT")
@@ -332,7 +334,7 @@ async def test_a_request_in_part_behind_a_whole_one_is_given_up(desk: Desk) -> N
         assert await client.status_at_the_end() == 408
 
 
-async def test_a_request_that_trickles_in_gets_no_more_time(desk: Desk) -> None:
+async def test_a_request_that_trickles_in_gets_no_extra_time(desk: Desk) -> None:
     async with serve_sidecar(desk, BRIEF) as url, connect(url) as client:
         client.send(b"GET /")
         ended = asyncio.create_task(client.status_at_the_end())
@@ -346,7 +348,7 @@ async def test_a_request_that_trickles_in_gets_no_more_time(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["from the beginning", "after a request"])
-async def test_a_connection_on_which_nothing_is_asked_is_closed(desk: Desk, first: bool) -> None:
+async def test_an_idle_connection_is_closed(desk: Desk, first: bool) -> None:
     async with serve_sidecar(desk, BRIEF) as url, connect(url) as client:
         if first:
             client.get("/a")
@@ -354,11 +356,11 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed(desk: Desk, firs
         assert await client.rest() == b""
 
 
-async def test_an_answer_that_is_waited_for_is_not_cut_off_by_the_limit_for_idle_connections(desk: Desk) -> None:
+async def test_a_connection_that_waits_for_an_answer_does_not_count_as_idle(desk: Desk) -> None:
     async with serve_sidecar(desk, BRIEF) as url, connect(url) as client:
         client.get("/wait")
         async with connect(url) as other:
-            # By then the first one would have been closed.
+            # The other connection is idle until the server closes it, as it would have closed the first one by then.
             other.get("/a")
             await other.rest()
         desk.may_answer.set()
@@ -371,7 +373,7 @@ async def test_a_client_that_does_not_read_its_answers_is_cut_off(desk: Desk) ->
         with socket.create_connection((address.hostname or "", address.port or 0)) as client:
             client.sendall(b"GET /large HTTP/1.1\r\n\r\n" * 200)
             client.setblocking(False)
-            # It is not asked for what nobody reads.
+            # The server answers no further request of a client that does not read its answers.
             await eventually(lambda: bool(desk.requests), "no request")
             await eventually(lambda: _is_reset(client), "the connection stays")
             assert len(desk.requests) < 20
@@ -404,7 +406,7 @@ async def test_pending_answer_is_cancelled_when_the_client_has_left(url: str, de
     assert [each.path for each in desk.requests] == ["/wait"]
 
 
-async def test_a_client_that_asks_on_and_on_while_it_waits_is_cut_off(url: str, desk: Desk) -> None:
+async def test_a_client_with_too_many_waiting_requests_is_cut_off(url: str, desk: Desk) -> None:
     async with connect(url) as client:
         client.get("/wait")
         await desk.is_waiting.wait()
@@ -445,7 +447,7 @@ async def test_connections_beyond_the_limit_are_refused(desk: Desk, caplog: pyte
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def test_requests_under_way_are_answered_before_the_server_ends(desk: Desk) -> None:
+async def test_a_stopping_server_answers_requests_under_way(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(desk)
         await server.start(listener)
@@ -464,7 +466,7 @@ async def test_requests_under_way_are_answered_before_the_server_ends(desk: Desk
             await ending
 
 
-async def test_a_server_that_shall_end_waits_for_a_time_only(desk: Desk) -> None:
+async def test_a_stopping_server_waits_for_answers_no_longer_than_its_grace(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(desk)
         await server.start(listener)

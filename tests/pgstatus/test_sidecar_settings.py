@@ -17,7 +17,7 @@ def read(**variables: str) -> Settings:
     )
 
 
-def test_only_the_hosts_have_to_be_named() -> None:
+def test_every_variable_but_hosts_has_a_default() -> None:
     settings = read()
     assert settings.hosts == (HostAddress("n1", "n1", 5432), HostAddress("n2", "n2", 5432))
     assert (settings.user, settings.password, settings.database) == ("postgres", "postgres", "postgres")
@@ -28,7 +28,7 @@ def test_only_the_hosts_have_to_be_named() -> None:
     assert settings.warnings == ()
 
 
-def test_every_variable_counts() -> None:
+def test_each_variable_sets_its_setting() -> None:
     settings = read(
         hosts="n1; [::1] ;n3:6000",
         delimiter=";",
@@ -58,17 +58,17 @@ def test_every_variable_counts() -> None:
     assert (settings.log_level, settings.log_format) == (logging.WARNING, "json")
 
 
-def test_a_host_is_called_what_it_is_called_whatever_its_port() -> None:
+def test_the_name_of_a_host_does_not_hold_a_port_of_pg_port() -> None:
     assert [host.name for host in read(pg_port="5433,5434").hosts] == ["n1", "n2"]
 
 
-def test_hosts_that_differ_in_their_ports_only_are_told_apart() -> None:
+def test_hosts_with_equal_names_get_their_ports_as_a_part_of_their_names() -> None:
     settings = read(hosts="localhost,localhost,::1", pg_port="5433,5434,5435")
     assert [host.name for host in settings.hosts] == ["localhost:5433", "localhost:5434", "[::1]:5435"]
     assert [host.port for host in settings.hosts] == [5433, 5434, 5435]
 
 
-def test_the_ports_may_be_spelt_as_pg_status_1_spells_them() -> None:
+def test_port_of_pg_status_1_sets_the_ports() -> None:
     assert [host.port for host in read(port="5433").hosts] == [5433, 5433]
     assert [host.port for host in read(port="5433,5434").hosts] == [5433, 5434]
     assert [host.port for host in read(hosts="n1,n2,n3,n4", port="5433,5434").hosts] == [5433, 5434, 5434, 5434]
@@ -76,14 +76,14 @@ def test_the_ports_may_be_spelt_as_pg_status_1_spells_them() -> None:
     assert read(port="5433").warnings == ()
 
 
-def test_milliseconds_go_before_the_older_seconds() -> None:
+def test_variables_in_milliseconds_take_precedence_over_older_ones_in_seconds() -> None:
     settings = read(sleep="5", sleep_ms="250", connect_timeout="5", query_timeout_ms="750")
     assert (settings.poll_interval, settings.connect_timeout) == (0.25, 0.75)
 
 
-def test_an_empty_variable_is_not_set() -> None:
+def test_an_empty_variable_counts_as_not_set() -> None:
     assert read(pg_user="", sleep_ms="", http_port=" ", hosts="n1,n2").poll_interval == 1.0
-    # But a password may be empty.
+    # An empty password counts as one.
     assert read(pg_password="").password == ""
 
 
@@ -136,7 +136,7 @@ def test_a_password_is_never_shown() -> None:
     assert "hunter2" not in str(info.value)
 
 
-def test_a_password_may_be_in_a_file() -> None:
+def test_the_password_is_read_from_a_file() -> None:
     settings = read(pg_password_file="/run/secrets/password")
     assert (settings.password, settings.password_file) == (None, "/run/secrets/password")
     with pytest.raises(OptionError, match="pg_status__pg_password_file"):
@@ -144,26 +144,26 @@ def test_a_password_may_be_in_a_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["PGPASSWORD", "PGPASSFILE"])
-def test_a_password_that_is_not_given_is_left_to_libpq_where_that_has_one(name: str) -> None:
+def test_no_password_is_set_if_a_variable_of_libpq_gives_one(name: str) -> None:
     assert Settings.from_environment({"pg_status__hosts": "n1", name: "x"}).password is None
 
 
-def test_a_password_file_in_the_home_directory_is_left_to_libpq(tmp_path: Path) -> None:
+def test_no_password_is_set_if_libpqs_password_file_is_in_the_home_directory(tmp_path: Path) -> None:
     environment = {"pg_status__hosts": "n1", "HOME": str(tmp_path)}
     assert Settings.from_environment(environment).password == "postgres"
     (tmp_path / ".pgpass").touch()
     assert Settings.from_environment(environment).password is None
 
 
-def test_hosts_may_be_found_in_a_file(tmp_path: Path) -> None:
+def test_hosts_file_sets_a_file_discovery(tmp_path: Path) -> None:
     settings = read(hosts="", hosts_file=str(tmp_path / "hosts"), nofailover="n2")
     assert settings.hosts == ()
     assert isinstance(settings.discovery, FileDiscovery)
-    # Which hosts there are is found out later.
+    # The names cannot be checked, as the hosts are found later.
     assert settings.nofailover == ("n2",)
 
 
-def test_hosts_may_be_found_by_patroni_and_by_srv_records() -> None:
+def test_hosts_patroni_and_hosts_srv_set_their_discoveries() -> None:
     found = read(hosts="", hosts_patroni="http://n1:8008,http://n2:8008").discovery
     assert isinstance(found, PatroniDiscovery)
     assert isinstance(read(hosts="", hosts_srv="_postgresql._tcp.example.org").discovery, SRVDiscovery)
@@ -182,18 +182,18 @@ def test_invalid_or_second_source_of_hosts_is_refused(variables: dict[str, str],
         read(**variables)
 
 
-def test_hosts_may_be_left_out_of_reads_and_of_confirmations() -> None:
+def test_nofailover_and_noloadbalance_name_hosts_of_the_list() -> None:
     settings = read(hosts="n1,n2,n3", nofailover="n2,n3", noloadbalance="n3", conn_max_age_ms="500")
     assert (settings.nofailover, settings.noloadbalance) == (("n2", "n3"), ("n3",))
     assert settings.conn_max_age == 0.5
 
 
-def test_a_variable_that_means_nothing_is_warned_of() -> None:
+def test_an_unknown_variable_gives_a_warning() -> None:
     settings = read(host="n1", conn_max_age_ms="5")
     assert settings.warnings == ("pg_status__host is not known, and has no effect",)
 
 
-def test_where_the_hosts_are() -> None:
+def test_the_distance_of_hosts_follows_from_their_data_centres_and_regions() -> None:
     settings = Settings.from_environment(
         {
             "pg_status__hosts": "n1,n2,n3",
@@ -219,7 +219,7 @@ def test_incomplete_locations_of_hosts_are_ignored_with_a_warning(variables: dic
 
 
 @pytest.mark.parametrize("name", ["PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY"])
-def test_a_file_for_tls_that_cannot_be_read_is_warned_of_by_its_variable(name: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_for_tls_gives_a_warning_that_names_its_variable(name: str, tmp_path: Path) -> None:
     for path in ("system", str(tmp_path), str(tmp_path / "missing.pem")):
         (warning,) = Settings.from_environment({"pg_status__hosts": "n1", name: path}).warnings
         assert warning.startswith(f"{name} is {path!r}")

@@ -63,7 +63,7 @@ def test_malformed_token_is_rejected_without_a_signature(signatures: list[Any]) 
     assert signatures == []
 
 
-def test_the_same_token_again_costs_nothing(signatures: list[Any]) -> None:
+def test_a_repeated_token_costs_one_signature(signatures: list[Any]) -> None:
     token = SIGNER.sign(4711)
     signatures.clear()
     assert SIGNER.read([token] * 1000) == 4711

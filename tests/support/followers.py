@@ -1,4 +1,4 @@
-"""`DBConnect`s that follow a real cluster, and what is seen of them on its hosts."""
+"""`DBConnect`s that follow a real cluster, and what the hosts of the cluster show of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import Column, Integer, MetaData, Table, event, insert, text
+from sqlalchemy import URL, Column, Integer, MetaData, Table, event, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
-from ctxdb_pgstatus import FollowHandler, HostMonitor
+from ctxdb_pgstatus import FollowHandler, HostAddress, HostMonitor
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
 SERVER = text("SELECT host(inet_server_addr())")
@@ -53,7 +53,7 @@ class Engines:
 
 @asynccontextmanager
 async def monitoring(cluster: PostgresCluster, **options: Any) -> AsyncIterator[HostMonitor]:
-    """Monitor a cluster, and know all of its hosts."""
+    """Provide a monitor that knows all hosts of a cluster."""
     options = {"poll_interval": 0.4, "connect_timeout": 1.0, **options}
     async with HostMonitor(cluster.hosts, port=cluster.port, user="postgres", **options) as monitor:
         await until(lambda: len(monitor.status.replicas()) == len(cluster.standbys) and monitor.master() is not None)
@@ -62,7 +62,21 @@ async def monitoring(cluster: PostgresCluster, **options: Any) -> AsyncIterator[
 
 @asynccontextmanager
 async def following(engines: Engines, handler: FollowHandler) -> AsyncIterator[DBConnect]:
+    """Provide a `DBConnect` that follows the hosts of a cluster."""
     async with DBConnect(engines, before_create_session_handler=handler) as db:
+        yield db
+
+
+@asynccontextmanager
+async def following_by_name(handler: FollowHandler, driver: str = "asyncpg") -> AsyncIterator[DBConnect]:
+    """Provide a `DBConnect` that follows hosts whose names hold ports, with two connections to each host."""
+
+    def create_engine(host: str) -> AsyncEngine:
+        address = HostAddress.parse(host)
+        url = URL.create(f"postgresql+{driver}", "postgres", host=address.host, port=address.port, database="postgres")
+        return create_async_engine(url, pool_size=2, max_overflow=0)
+
+    async with DBConnect(create_engine, before_create_session_handler=handler) as db:
         yield db
 
 
@@ -91,7 +105,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float 
 
 
 async def server_of(db: DBConnect) -> str:
-    """Return the address of the server that a new session is served by."""
+    """Return the address of the server to which a new session is led."""
     async with new_non_ctx_session(db) as session:
         address: str = await session.scalar(SERVER)
         return address

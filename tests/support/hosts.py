@@ -1,4 +1,4 @@
-"""One database under the names of several hosts, and a source that says which of them is the master."""
+"""One database under the names of several hosts, and a source whose answers a test sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST = text("SELECT current_setting('application_name')")
 
 @dataclass(eq=False)
 class FakeSource:
-    """A `HostSource` that says what a test wants it to."""
+    """A `HostSource` whose answers a test sets."""
 
     master: str | None = "n1"
     replicas: tuple[str, ...] = ("n2", "n3")
@@ -74,8 +74,8 @@ class FakeSource:
 
 
 @dataclass(eq=False)
-class ForgettableSidecar(FakeSource):
-    """A `FakeSource` that may be away, and answers from its memory then."""
+class RememberingSource(FakeSource):
+    """A `FakeSource` that remembers the last master, as `PgStatusClient` does while its sidecar is away."""
 
     known: KnownMaster | None = field(default_factory=lambda: KnownMaster("n1", None))
 
@@ -84,7 +84,7 @@ class ForgettableSidecar(FakeSource):
 
 
 class Hosts:
-    """Makes the engines of a `DBConnect`: a connection knows the host that it was opened for."""
+    """Makes the engines of a `DBConnect`. Each connection has the name of its host as its ``application_name``."""
 
     def __init__(self, database: Database, **options: Any) -> None:
         self.database = database
@@ -106,7 +106,7 @@ class Hosts:
 
 
 async def host_of(db: DBConnect) -> str:
-    """Return the host that a new session is served by."""
+    """Return the name of the host to which a new session is led."""
     async with new_non_ctx_session(db) as session:
         host: str = await session.scalar(HOST)
         return host

@@ -1,4 +1,4 @@
-"""`Proxy`: a way to a PostgreSQL server that a test can close, block, make long, and lead elsewhere."""
+"""`Proxy`: a way to a PostgreSQL server that a test can close, block, delay, and lead to another server."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class Place(Protocol):
 
 
 class Proxy(Middleman):
-    """A way to a node that can be closed, blocked, made long, and led elsewhere.
+    """A way to a node that a test can close, block, delay, and lead to another node.
 
     Args:
-        node: where it leads to; several take turns.
-        delay: how many seconds what is sent takes in each direction.
+        node: the node that it leads to. Several nodes take turns.
+        delay: how many seconds it takes to pass on what was sent, in each direction.
 
     Attributes:
-        nodes: where it leads to. Connections that are open stay where they are.
-        delay: see above; also that of open connections.
-        refusals: how many connections to close at once.
-        attempts: how many connections there have been.
-        blocked: whether connections are accepted, and nothing is passed on.
-        error: the SQLSTATE and the message by which connections are refused, as a server does that starts up.
-        host: its address, as a monitor takes it.
+        nodes: the nodes that new connections lead to. Open connections stay with their nodes.
+        delay: how many seconds it takes to pass on what was sent, also over open connections.
+        refusals: how many of the next connections are closed at once.
+        attempts: how many connections were opened to the proxy.
+        blocked: whether new connections are accepted, and nothing is passed on.
+        error: the SQLSTATE and the message by which connections are refused, as by a server that is starting up;
+            ``None`` if they are not.
+        host: the address of the proxy, as a monitor takes it.
     """
 
     def __init__(self, *nodes: Place, delay: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""A cluster that exists by the words of a test alone, and the sidecar that reports it."""
+"""The sidecar in the process of the tests, with a monitor that knows what a test sets, and a stand-in for pg-status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from ctxdb_pgstatus import ClusterStatus, HostStatus, SyncCondition
-from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.app import Monitor, SidecarApp
 from ctxdb_pgstatus.sidecar.history import History
 from ctxdb_pgstatus.sidecar.server import Answer, ClientLimits, Server
 
@@ -61,8 +61,8 @@ def cluster(*hosts: HostStatus, master: str | None = "n1", at: datetime = START)
 
 
 @dataclass
-class ToldMonitor:
-    """A monitor that knows what a test tells it. At a poll, it learns what `next` holds."""
+class FakeMonitor:
+    """A monitor whose status a test sets. A poll or a confirmation makes the first status of `next` its status."""
 
     status: ClusterStatus
     next: list[ClusterStatus] = field(default_factory=list)
@@ -100,9 +100,10 @@ class ToldMonitor:
         return {host.host for host in self.status.hosts if host.position is not None and host.position >= position}
 
 
-def told_app(*hosts: HostStatus, master: str | None = "n1", **options: Any) -> tuple[SidecarApp, ToldMonitor]:
+def app_of_hosts(*hosts: HostStatus, master: str | None = "n1", **options: Any) -> tuple[SidecarApp, FakeMonitor]:
+    """Return the application of a sidecar, and its monitor, which knows these hosts."""
     app = SidecarApp(History(), **options)
-    app.monitor = monitor = ToldMonitor(cluster(*hosts, master=master))
+    app.monitor = monitor = FakeMonitor(cluster(*hosts, master=master))
     return app, monitor
 
 
@@ -127,7 +128,7 @@ class Asked:
 
 
 class OriginalSidecar:
-    """A server that answers with the fields that pg-status documents, and no more; or with what a test sets."""
+    """A server that answers with the fields that pg-status documents alone, or with an answer that a test sets."""
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
@@ -149,7 +150,7 @@ class OriginalSidecar:
         self.arrived = asyncio.Event()
 
     def tell_timelines(self) -> None:
-        """Answer as the sidecar of this package does, which tells timelines, and knows positions."""
+        """Answer as the sidecar of this package does, which tells timelines and finds replicas by position."""
         self.hosts = [{**entry, "timeline": 1} for entry in self.hosts]
 
     @staticmethod
@@ -208,7 +209,16 @@ async def serve_sidecar(app: Answer, limits: ClientLimits | None = None) -> Asyn
 
 
 @asynccontextmanager
-async def nobody_listens() -> AsyncIterator[str]:
+async def serve_monitor(monitor: Monitor) -> AsyncIterator[str]:
+    """Serve what a monitor knows by a sidecar, and yield the URL of the sidecar."""
+    app = SidecarApp(History())
+    app.monitor = monitor
+    async with serve_sidecar(app) as url:
+        yield url
+
+
+@asynccontextmanager
+async def unused_url() -> AsyncIterator[str]:
     """Yield a URL at which no server listens while the block runs."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

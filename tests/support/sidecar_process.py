@@ -1,4 +1,4 @@
-"""The sidecar as a process of its own."""
+"""The sidecar in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ctxdb_pgstatus.testing import EmbeddedPostgres
 
 @dataclass
 class Process:
-    """A sidecar that runs, and what it has logged."""
+    """The process of a sidecar, and the lines that it has logged."""
 
     process: asyncio.subprocess.Process
     lines: list[str] = field(default_factory=list)
@@ -43,12 +43,12 @@ class Process:
         started = self.logged("server started")
         assert started is not None
         address = str(started["address"])
-        # One that listens on all addresses is asked on loopback.
+        # A sidecar that listens on all addresses is asked by the loopback address.
         host = "127.0.0.1" if address in {"::", "0.0.0.0"} else f"[{address}]" if ":" in address else address
         return f"http://{host}:{started['port']}"
 
     async def ready(self) -> str:
-        """Wait until it has asked each host once, and return its URL."""
+        """Wait until the sidecar has asked each host once, and return its URL."""
         url = await self.url()
         async with asyncio.timeout(30), http_client(url) as client:
             while (await client.get("/ready")).status_code == 503:
