@@ -143,8 +143,8 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
                 _entered.set((*entered[:index], *entered[index + 1 :]))
                 return await block.__aexit__(exc_type, exc, traceback)
         raise RuntimeError(
-            "This `transactional` block is not open in the task that leaves it: let the task that enters a block leave it, "
-            "too, with one `async with`."
+            "This `transactional` block is not open in the task that leaves it: let the task that enters a block leave "
+            "it, too, with one `async with`."
         )
 
     @asynccontextmanager
