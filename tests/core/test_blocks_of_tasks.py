@@ -262,13 +262,13 @@ async def test_a_savepoint_that_a_task_has_left_open_belongs_to_all(db: DBConnec
 async def test_a_transaction_that_is_begun_without_a_block_belongs_to_all(db: DBConnect, database: Database) -> None:
     has_begun, is_done = asyncio.Event(), asyncio.Event()
 
-    async def begin_it() -> None:
+    async def begin_without_block() -> None:
         await (await db_session(db)).begin()
         has_begun.set()
         await is_done.wait()
 
     async with new_db_ctx(), asyncio.TaskGroup() as group:
-        group.create_task(begin_it())
+        group.create_task(begin_without_block())
         await has_begun.wait()
         await insert(db, "one")
         is_done.set()

@@ -587,7 +587,7 @@ async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
 ) -> None:
     """A server refuses what comes at the wrong time: the exchange passes it on, or drops it with its response."""
 
-    async def send_it(send: Send) -> None:
+    async def send_message(send: Send) -> None:
         assert trace.exchange.phase is phase
         with suppress(ContextClosedError):
             await (insert(db, "late") if commits else insert_row_that_fails_at_commit(db))
@@ -595,7 +595,7 @@ async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
 
     trace = Trace()
     try:
-        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, send_it))))
+        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, send_message))))
     except IntegrityError:
         assert not commits or phase is Phase.REFUSED
     assert database.checked_out == 0

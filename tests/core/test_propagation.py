@@ -509,18 +509,18 @@ async def test_a_suspended_units_deadline_holds_for_what_it_waits_for(db: DBConn
                 await insert(db, "late")
 
 
-def test_contradicting_arguments_are_refused_at_once(database_url_less_db: DBConnect) -> None:
+def test_contradicting_arguments_are_refused_at_once(unused_db: DBConnect) -> None:
     for propagation in WITHOUT:
         with pytest.raises(ValueError, match="leave them out"):
-            transactional(database_url_less_db, propagation, read_only=True)
+            transactional(unused_db, propagation, read_only=True)
     with pytest.raises(ValueError, match="'requires_new'"):
-        transactional(database_url_less_db, "sometimes")  # type: ignore[arg-type]  # what is refused
+        transactional(unused_db, "sometimes")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="SERIALIZABLE"):
-        transactional(database_url_less_db, isolation_level="CHAOS")  # type: ignore[arg-type]  # as above
+        transactional(unused_db, isolation_level="CHAOS")  # type: ignore[arg-type]  # as above
 
 
 @pytest.fixture
-def database_url_less_db() -> DBConnect:
+def unused_db() -> DBConnect:
     return DBConnect.from_url("sqlite+aiosqlite://")
 
 
@@ -587,7 +587,7 @@ async def test_transactional_object_can_be_nested_and_used_by_several_tasks_at_o
     assert not is_context_initiated()
 
 
-def test_only_async_functions_can_be_decorated(database_url_less_db: DBConnect) -> None:
+def test_only_async_functions_can_be_decorated(unused_db: DBConnect) -> None:
     def plain() -> None:
         pass
 
@@ -596,7 +596,7 @@ def test_only_async_functions_can_be_decorated(database_url_less_db: DBConnect) 
 
     for fn in (plain, stream):
         with pytest.raises(TypeError, match="no async function"):
-            transactional(database_url_less_db)(fn)  # type: ignore[arg-type]  # what is refused
+            transactional(unused_db)(fn)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(TypeError, match="on which database"):
         transactional(plain)  # type: ignore[arg-type]  # as above
 

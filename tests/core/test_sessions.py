@@ -572,7 +572,7 @@ async def test_a_failing_commit_rolls_the_later_ones_back_and_names_the_earlier_
     assert any(repr(db) in note for note in caught.value.__notes__)
 
 
-async def test_a_failing_flush_of_one_keeps_all_from_being_committed(
+async def test_a_failing_flush_of_one_session_keeps_all_sessions_from_being_committed(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
     async with new_db_ctx():
