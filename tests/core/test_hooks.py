@@ -350,7 +350,7 @@ async def test_a_session_whose_hook_has_written_may_not_be_closed(db: DBConnect)
             await session.close()
 
 
-async def test_a_hook_s_statements_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:
+async def test_the_statements_of_a_hook_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:
     seen = []
 
     async def look(session: AsyncSession) -> None:

@@ -106,7 +106,7 @@ async def test_without_a_transaction_statements_run_that_refuse_to_be_in_one(db:
         await session.execute(text("VACUUM item"))
 
 
-async def test_without_a_transaction_there_is_none_to_be_joined(db: DBConnect, database: Database) -> None:
+async def test_a_block_without_a_transaction_has_no_transaction_to_be_joined(db: DBConnect, database: Database) -> None:
     async with transactional(db, "not_supported") as session:
         for propagation in WITHOUT:
             async with transactional(db, propagation) as inner:
