@@ -101,6 +101,13 @@ async def db(database: Database) -> AsyncIterator[DBConnect]:
 
 
 @pytest.fixture
+async def second_db(database: Database) -> AsyncIterator[DBConnect]:
+    """A second `DBConnect`, with an engine of its own, on the database of `db`."""
+    async with database.connect() as second_db:
+        yield second_db
+
+
+@pytest.fixture
 async def far(database: Database, network: FaultyNetwork) -> AsyncIterator[DBConnect]:
     """The database, on the other side of the folder's `network`."""
     near = database.url

@@ -608,7 +608,7 @@ def told_by(message: Message) -> object:
 @pytest.mark.parametrize(
     ("current", "following"), [(a, b) for a in Phase for b in Phase if (a, b) not in ROWS and a is not b]
 )
-async def test_a_transition_that_the_table_has_not_is_refused(current: Phase, following: Phase) -> None:
+async def test_a_transition_that_is_not_in_the_table_is_refused(current: Phase, following: Phase) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Any = scope["ctxdb.unit_of_work"]
         exchange.phase = current

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import assert_type
 
@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Database, Item, insert
+from tests.support.late import after_its_unit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -39,12 +40,6 @@ POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], in
 BEGINNING: tuple[Propagation, ...] = ("required", "requires_new", "nested")
 JOINING: tuple[Propagation, ...] = ("required", "mandatory", "supports")
 WITHOUT: tuple[Propagation, ...] = ("never", "supports", "not_supported")
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 # --- outside of a transaction -----------------------------------------------------------------------------------------
@@ -243,7 +238,9 @@ async def test_in_a_mere_session_mandatory_is_an_error(db: DBConnect) -> None:
 
 
 @POSTGRESQL
-async def test_in_a_mere_session_the_transaction_has_the_level(db: DBConnect, database: Database) -> None:
+async def test_in_a_mere_session_the_transaction_has_the_isolation_level_of_the_block(
+    db: DBConnect, database: Database
+) -> None:
     async with TransactionContext(db).session():
         async with transactional(db, isolation_level="SERIALIZABLE") as session:
             assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
@@ -462,7 +459,7 @@ async def test_a_joined_block_that_is_cancelled_is_not_committed(db: DBConnect, 
 
 
 @pytest.mark.parametrize("propagation", [*BEGINNING, "mandatory"])
-async def test_an_exception_that_is_no_failure_leaves_the_work_done(
+async def test_an_exception_of_no_rollback_for_leaves_the_work_done(
     db: DBConnect, database: Database, propagation: Propagation
 ) -> None:
     async with new_db_ctx():
@@ -479,7 +476,7 @@ async def test_an_exception_that_is_no_failure_leaves_the_work_done(
 
 @POSTGRESQL
 @pytest.mark.parametrize("propagation", [*BEGINNING, "mandatory"])
-async def test_the_transaction_has_the_level(db: DBConnect, propagation: Propagation) -> None:
+async def test_the_transaction_has_the_isolation_level_of_the_block(db: DBConnect, propagation: Propagation) -> None:
     block = transactional(db, propagation, isolation_level="SERIALIZABLE", read_only=True)
     async with new_db_ctx(), block as session:
         assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
@@ -602,21 +599,6 @@ def test_only_async_functions_can_be_decorated(unused_db: DBConnect) -> None:
 
 
 # --- after the end ----------------------------------------------------------------------------------------------------
-
-
-async def after_its_unit(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` in a task that was started in a unit of work, when that has ended."""
-    release = asyncio.Event()
-
-    async def late() -> None:
-        await release.wait()
-        await work()
-
-    async with new_db_ctx():
-        task = asyncio.create_task(late())
-        await asyncio.sleep(0)
-    release.set()
-    await task
 
 
 @KINDS

@@ -7,7 +7,7 @@ import inspect
 import logging
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 
 import pytest
@@ -42,12 +42,6 @@ POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], in
 SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 NO_WAIT = 0
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 async def conflict(db: DBConnect, code: str = "40001") -> None:

@@ -48,12 +48,6 @@ from ctxdb_core.adapters import CurrentTransaction, begin, finalize
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
 
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
-
-
 # --- db_session -------------------------------------------------------------------------------------------------------
 
 
@@ -1291,22 +1285,6 @@ async def test_a_closed_session_takes_no_more_objects(db: DBConnect) -> None:
             closed.add(Item(name="void"))
     with pytest.raises(SessionClosedError):
         await closed.connection(bind_arguments={"bind": (await db.engine()).sync_engine})
-
-
-async def test_a_session_class_may_commit_in_a_task_of_its_own(database: Database) -> None:
-    class Shielding(AsyncSession):
-        async def commit(self) -> None:
-            await asyncio.shield(super().commit())
-
-    db = DBConnect(
-        lambda host: database.watch_new(),
-        lambda engine: async_sessionmaker(engine, class_=Shielding, expire_on_commit=False),
-        host="a",
-    )
-    async with db:
-        async with new_db_ctx():
-            (await db_session(db)).add(Item(name="one"))
-        assert await database.names() == ["one"]
 
 
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(

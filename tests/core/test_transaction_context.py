@@ -18,6 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, r
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 from tests.support.database import Database, Item, eventually, insert_row_that_fails_at_commit
 from tests.support.database import insert as insert_item
+from tests.support.late import after_its_unit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -77,12 +78,6 @@ def context(db: DBConnect) -> TransactionContext:
 @pytest.fixture
 def auto(db: DBConnect) -> TransactionContext:
     return TransactionContext(db, auto_context_on_execute=True)
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 @pytest.fixture
@@ -651,20 +646,6 @@ async def test_a_block_that_another_task_has_entered_for_the_unit_is_shared(
 
 async def _enter(stack: AsyncExitStack, context: TransactionContext) -> None:
     await stack.enter_async_context(context.transaction())
-
-
-async def after_its_unit(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `work` in a task that was started in a unit of work, once the unit has ended."""
-    release = asyncio.Event()
-
-    async def late() -> None:
-        await release.wait()
-        await work()
-
-    async with new_db_ctx():
-        task = asyncio.create_task(late())
-    release.set()
-    await task
 
 
 @pytest.mark.parametrize("block", ["transaction", "new_transaction"])

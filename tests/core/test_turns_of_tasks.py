@@ -189,7 +189,7 @@ class Ruin(Ruins):
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
-async def test_the_turn_of_lazy_loading_ends_with_it_although_its_error_is_kept(db: DBConnect) -> None:
+async def test_the_turn_of_lazy_loading_ends_with_the_load_although_the_error_is_kept(db: DBConnect) -> None:
     async with asyncio.timeout(20), new_db_ctx():
         session = await db_session(db)
         session.add_all([Ruin(name="one"), Ruin(name="two")])
@@ -280,7 +280,7 @@ async def _after(db: DBConnect, seconds: float) -> None:
 # --- cancellation -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_one_that_it_waits_for() -> None:
+async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_task_that_it_waits_for() -> None:
     door = Door()
 
     async def hold() -> None:
