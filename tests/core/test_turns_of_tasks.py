@@ -172,7 +172,7 @@ async def test_lazy_loading_takes_its_turn(database: Database) -> None:
         await session.flush()
         item = (await session.scalars(select(Item))).one()
         session.expire(item)
-        # As `awaitable_attrs` does it, in a greenlet of SQLAlchemy's own.
+        # `awaitable_attrs` loads an attribute like this: in a greenlet of SQLAlchemy's own.
         name: Any = AsyncAttrs._AsyncAttrGetitem(item)
         results = await asyncio.gather(name.name, read(db, 1), read(db, 2))
         assert list(results) == ["one", 1, 2]
@@ -572,7 +572,7 @@ async def test_a_roll_back_undoes_what_was_added_or_changed_while_another_task_c
     assert await database.names() == ["first", "old"]
 
 
-async def test_a_session_that_was_changed_while_another_task_committed_cannot_be_closed_with_it(
+async def test_a_session_that_was_changed_while_another_task_committed_cannot_be_closed_with_its_changes(
     db: DBConnect, database: Database
 ) -> None:
     await database.query("INSERT INTO item VALUES ('old')")
