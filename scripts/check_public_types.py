@@ -31,7 +31,7 @@ def places(diagnostics: list[dict[str, Any]]) -> list[str]:
     """Return what is wrong and where, each once."""
     return sorted(
         {
-            # What a base class lacks has no place of its own.
+            # pyright names no file for an attribute that a base class lacks.
             f"{each['file']}:{each['range']['start']['line'] + 1}: {each['message']}"
             if "range" in each
             else each["message"]

@@ -105,6 +105,13 @@ async def db(database: Database) -> AsyncIterator[DBConnect]:
 
 
 @pytest.fixture
+async def second_db(database: Database) -> AsyncIterator[DBConnect]:
+    """A second `DBConnect`, with an engine of its own, on the database of `db`."""
+    async with database.connect() as second_db:
+        yield second_db
+
+
+@pytest.fixture
 async def far(database: Database, network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DBConnect]:
     """The database, on the other side of the folder's `network`."""
     # A connection begins as it does by default: with the question whether the server has TLS.

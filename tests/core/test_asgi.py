@@ -299,7 +299,7 @@ async def test_a_body_that_is_cancelled_before_its_first_statement_has_no_callba
 
 
 @pytest.mark.parametrize("background", [True, False])
-async def test_the_roll_back_of_a_cut_off_body_is_told(db: DBConnect, background: bool) -> None:
+async def test_a_cut_off_body_has_its_roll_back_callbacks_called(db: DBConnect, background: bool) -> None:
     called: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -403,7 +403,7 @@ async def test_a_request_with_a_session_needs_no_dict_for_its_attributes_after_m
     assert has_dict == [False] * 41
 
 
-async def test_an_idle_request_has_no_strategy_and_ends_like_any_other(db: DBConnect) -> None:
+async def test_a_request_without_a_session_is_given_no_helper_objects_and_ends_like_any_other(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         exchanges.append(scope["ctxdb.unit_of_work"])
         tasks.append(asyncio.create_task(late()))
@@ -434,7 +434,7 @@ async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:
 
 
 async def test_an_application_that_handles_the_error_itself_cannot_answer_after_all(db: DBConnect) -> None:
-    """Nobody can tell whether its error response is meant for this error: the server's own is safe."""
+    """Nobody can tell for which error the application's response is meant; the server's error response is safe."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert_row_that_fails_at_commit(db)
@@ -541,7 +541,7 @@ async def test_a_cancel_scope_around_the_request_leaks_nothing(db: DBConnect, da
 async def test_a_response_started_in_a_task_that_is_cancelled_is_committed_whole(
     db: DBConnect, database: Database
 ) -> None:
-    """As Starlette does: the stream's task is cancelled as soon as the client has gone."""
+    """Starlette cancels the task of a stream as soon as the client has gone."""
     await database.query(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.2); RETURN NULL; END $$"
     )
@@ -662,8 +662,8 @@ async def test_messages_of_other_tasks_wait_until_a_websocket_is_accepted(db: DB
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "one")
-        # The commit waits for its callback, so the callback's message must not wait for the commit: the server refuses
-        # it.
+        # The commit waits for its callback, so the callback's message must not wait for the commit. A server refuses
+        # such a message.
         on_commit(db, lambda: send(sent_by_callback))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_send_message(send, ACCEPT))

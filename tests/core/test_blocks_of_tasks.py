@@ -148,7 +148,7 @@ WRITES = pytest.mark.parametrize(
 async def in_the_middle_of(
     block: Block, db: DBConnect, act: Callable[[DBConnect], Awaitable[Any]], *, fails: bool = True
 ) -> BaseException | None:
-    """Have one task do `act` while another one is in `block`, which fails then; return the error of `act`."""
+    """Have one task do `act` while another task is in `block`, which fails then; return the error of `act`."""
     is_inside, is_done = asyncio.Event(), asyncio.Event()
 
     async def stay() -> None:
@@ -232,7 +232,7 @@ async def test_a_task_that_a_block_starts_has_a_savepoint_in_it(db: DBConnect, d
     assert await database.names() == ["after", "other"]
 
 
-async def test_a_task_writes_when_the_block_of_another_one_has_ended(db: DBConnect, database: Database) -> None:
+async def test_a_task_writes_when_the_block_of_another_task_has_ended(db: DBConnect, database: Database) -> None:
     has_ended, is_done = asyncio.Event(), asyncio.Event()
 
     async def stay() -> None:
@@ -250,7 +250,7 @@ async def test_a_task_writes_when_the_block_of_another_one_has_ended(db: DBConne
 
 
 async def test_a_savepoint_that_a_task_has_left_open_belongs_to_all(db: DBConnect, database: Database) -> None:
-    # As a framework enters what a handler depends on in tasks that end before the handler begins.
+    # A framework enters the dependencies of a handler like this: in tasks that end before the handler begins.
     async with new_db_ctx():
         session = await db_session(db)
         entered = await asyncio.create_task(_enter(session.begin_nested()))
@@ -262,13 +262,13 @@ async def test_a_savepoint_that_a_task_has_left_open_belongs_to_all(db: DBConnec
 async def test_a_transaction_that_is_begun_without_a_block_belongs_to_all(db: DBConnect, database: Database) -> None:
     has_begun, is_done = asyncio.Event(), asyncio.Event()
 
-    async def begin_it() -> None:
+    async def begin_without_block() -> None:
         await (await db_session(db)).begin()
         has_begun.set()
         await is_done.wait()
 
     async with new_db_ctx(), asyncio.TaskGroup() as group:
-        group.create_task(begin_it())
+        group.create_task(begin_without_block())
         await has_begun.wait()
         await insert(db, "one")
         is_done.set()
@@ -317,7 +317,7 @@ async def test_an_end_that_waits_for_its_turn_is_refused_in_a_block_that_has_beg
 
     async with new_db_ctx():
         session = await insert(db, "first")
-        # Both wait for the turn of the statement: the savepoint first.
+        # The savepoint and the end both wait until the statement's turn is over: the savepoint is the first.
         statement = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.1)")))
         await asyncio.sleep(0)
         staying = asyncio.create_task(stay())
@@ -347,7 +347,7 @@ async def test_an_object_that_is_added_while_another_task_sets_a_savepoint_is_st
         failing = asyncio.create_task(fail())
         added = 0
         while not failing.done():
-            # In the middle of the flush that comes before the savepoint, too.
+            # Some objects are added in the middle of the flush that comes before the savepoint.
             await asyncio.sleep(0)
             try:
                 session.add(Item(name=f"added {added}"))

@@ -247,7 +247,7 @@ async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hos
     hosts.database.engines.clear()
     del db
     gc.collect()
-    await eventually(lambda: hosts.connections("thrown") == 0, "its connection is still open")
+    await eventually(lambda: hosts.connections("thrown") == 0, "the connection is still open")
 
 
 async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
@@ -437,7 +437,7 @@ async def test_hosts_that_are_not_kept_any_more_are_left(switching: DBConnect, h
     await switching.change_host("new", keep=["old", "never used"])
     await _host(switching)
     assert hosts.connections("old") == 1
-    # Also where new sessions go to that host already.
+    # The change closes them although new sessions go to that host already.
     await switching.change_host("new")
     await eventually(lambda: hosts.connections("old") == 0, "the old host still has connections")
     assert hosts.connections("new") == 1
@@ -583,7 +583,7 @@ async def test_a_dbconnect_that_is_thrown_away_closes_the_connections_to_kept_ho
     hosts.database.engines.clear()
     del db
     gc.collect()
-    await eventually(lambda: not hosts.database.backends("true"), "its connections are still open")
+    await eventually(lambda: not hosts.database.backends("true"), "the connections are still open")
 
 
 async def test_a_shared_transaction_holds_for_kept_hosts_too(hosts: Hosts, database: Database) -> None:

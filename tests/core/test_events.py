@@ -133,7 +133,7 @@ async def test_a_closed_session_tells_how_long_it_has_held_connections_in_all(db
     assert all(0 < end.duration <= end.connection_held <= closed.duration for end in ends)
 
 
-async def test_a_session_that_replaces_a_closed_one_is_another(db: DBConnect, heard: Heard) -> None:
+async def test_a_session_that_replaces_a_closed_session_has_events_of_its_own(db: DBConnect, heard: Heard) -> None:
     async with new_db_ctx():
         await insert(db, "one")
         await close_db_session(db)
@@ -206,7 +206,7 @@ async def test_an_earlier_error_is_not_taken_for_the_reason_of_a_later_roll_back
     assert [event.error is None for event in heard if isinstance(event, TransactionRolledBack)] == [False, True]
 
 
-async def test_the_error_of_what_needed_no_connection_is_not_that_of_a_later_roll_back(
+async def test_an_error_before_the_first_connection_is_not_taken_for_the_reason_of_a_later_roll_back(
     db: DBConnect, heard: Heard
 ) -> None:
     async with new_db_ctx():
@@ -527,7 +527,7 @@ async def test_an_abandoned_database_with_listeners_closes_its_connections(datab
     assert len(database.backends("true")) == 1
     del db
     gc.collect()
-    await eventually(lambda: not database.backends("true"), "its connection is still open")
+    await eventually(lambda: not database.backends("true"), "the connection is still open")
 
 
 async def test_events_can_be_matched(db: DBConnect) -> None:

@@ -95,7 +95,7 @@ async def test_the_consumer_can_stop_in_the_middle(db: DBConnect, database: Data
             break
         assert await insert(db, "before the generator is closed") is own
         gc.collect()
-        # The event loop closes it in a task.
+        # The event loop closes the generator in a task.
         while len(asyncio.all_tasks()) > 1:
             await asyncio.sleep(0)
         assert database.checked_out == 1
@@ -104,7 +104,7 @@ async def test_the_consumer_can_stop_in_the_middle(db: DBConnect, database: Data
 
 
 @own_units
-async def test_a_generator_that_its_consumer_closes_leaves_that_its_session(
+async def test_a_generator_that_its_consumer_closes_leaves_the_consumer_its_session(
     db: DBConnect, database: Database, block: Block
 ) -> None:
     async with new_db_ctx():
@@ -153,7 +153,9 @@ async def test_writes_of_a_generator_are_committed_at_its_end(db: DBConnect, dat
 
 
 @own_units
-async def test_without_a_unit_of_its_own_the_consumer_is_told_whose_there_is(db: DBConnect, block: Block) -> None:
+async def test_a_consumer_without_a_unit_is_told_that_the_open_unit_is_the_generators(
+    db: DBConnect, block: Block
+) -> None:
     consumed = []
     async for number in rows(db, block):
         assert not is_context_initiated()
@@ -170,9 +172,7 @@ async def test_without_a_unit_of_its_own_the_consumer_is_told_whose_there_is(db:
 
 
 @own_units
-async def test_without_a_unit_of_its_own_the_consumer_can_open_one(
-    db: DBConnect, database: Database, block: Block
-) -> None:
+async def test_a_consumer_without_a_unit_can_open_a_unit(db: DBConnect, database: Database, block: Block) -> None:
     async for number in rows(db, block):
         await run_in_new_ctx(insert, db, f"unit {number}")
         async with TransactionContext(db).transaction():
@@ -243,7 +243,7 @@ async def test_tasks_have_the_session_of_the_code_that_waits_for_them(db: DBConn
             assert await asyncio.gather(ask(), ask()) == [own, own]  # type: ignore[comparison-overlap]  # as above
 
 
-async def test_units_that_the_consumer_opens_ask_its_before_commit(db: DBConnect) -> None:
+async def test_units_that_the_consumer_opens_ask_the_before_commit_of_the_consumer(db: DBConnect) -> None:
     async def consumers(session: AsyncSession) -> None:
         asked.append("consumer's")
 
@@ -350,7 +350,7 @@ async def test_a_context_manager_function_hands_its_unit_to_its_block(db: DBConn
     @asynccontextmanager
     async def unit(*, second: bool) -> AsyncIterator[AsyncSession]:
         async with block(db):
-            # Two yields, in a loop, as where something is tried again.
+            # There are two yields, and both in a loop, as in a context manager that tries something again.
             for _ in range(1):
                 if second:
                     yield await db_session(db)
@@ -372,7 +372,7 @@ async def test_a_context_manager_function_hands_its_unit_to_its_block(db: DBConn
 async def test_a_generator_that_is_stepped_through_to_its_only_yield_hands_its_unit_on(
     db: DBConnect, block: Block
 ) -> None:
-    """As frameworks do with what handlers depend on, and test frameworks with fixtures."""
+    """Frameworks step in this way through the dependencies of handlers, test frameworks through fixtures."""
 
     async def dependency() -> AsyncGenerator[AsyncSession]:
         async with block(db):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -39,12 +39,6 @@ from ctxdb_core import (
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 # --- set_rollback_only ------------------------------------------------------------------------------------------------
@@ -350,7 +344,7 @@ async def test_a_session_whose_hook_has_written_may_not_be_closed(db: DBConnect)
             await session.close()
 
 
-async def test_a_hook_s_statements_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:
+async def test_the_statements_of_a_hook_come_before_objects_that_were_added_earlier(db: DBConnect) -> None:
     seen = []
 
     async def look(session: AsyncSession) -> None:

@@ -46,7 +46,7 @@ async def db(database: Database, db: DBConnect) -> DBConnect:
 
 @POSTGRESQL
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-async def test_a_level_is_of_one_transaction(db: DBConnect, level: IsolationLevel) -> None:
+async def test_a_level_holds_for_one_transaction(db: DBConnect, level: IsolationLevel) -> None:
     async with db:
         async with new_db_ctx():
             async with atomic_db_session(db, isolation_level=level) as session:
@@ -57,7 +57,7 @@ async def test_a_level_is_of_one_transaction(db: DBConnect, level: IsolationLeve
 
 
 @POSTGRESQL
-async def test_a_level_is_over_with_an_early_commit(db: DBConnect) -> None:
+async def test_a_level_ends_with_an_early_commit(db: DBConnect) -> None:
     async with db, new_db_ctx(), atomic_db_session(db, isolation_level="SERIALIZABLE") as session:
         await level_of(session)
         await commit_db_session(db)
@@ -83,7 +83,7 @@ async def test_a_read_only_transaction_refuses_writes_and_the_next_one_takes_the
 
 @POSTGRESQL
 async def test_a_read_only_transaction_leaves_the_servers_default_alone(db: DBConnect, database: Database) -> None:
-    # As on a hot standby, which refuses every BEGIN READ WRITE.
+    # A hot standby has this default, and refuses every BEGIN READ WRITE.
     await database.query(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
     try:
         async with db:
@@ -114,7 +114,7 @@ async def test_every_mode_begins_a_transaction_with_the_level(db: DBConnect, mod
 
 @POSTGRESQL
 @pytest.mark.parametrize("mode", ["commit", "rollback"])
-async def test_an_open_transaction_is_ended_before_one_with_a_level(
+async def test_an_open_transaction_is_ended_before_a_transaction_with_a_level(
     db: DBConnect, database: Database, mode: CurrentTransaction
 ) -> None:
     async with db, new_db_ctx():
@@ -153,7 +153,7 @@ async def test_an_open_transaction_that_may_write_is_an_error_and_stays(
 
 @POSTGRESQL
 @pytest.mark.parametrize("mode", ["append", "savepoint"])
-async def test_an_open_transaction_of_the_same_level_is_gone_on_in(db: DBConnect, mode: CurrentTransaction) -> None:
+async def test_an_open_transaction_of_the_same_level_is_joined(db: DBConnect, mode: CurrentTransaction) -> None:
     async with db, new_db_ctx(), atomic_db_session(db, isolation_level="SERIALIZABLE", read_only=True) as session:
         await level_of(session)
         async with atomic_db_session(db, mode, isolation_level="SERIALIZABLE", read_only=True):

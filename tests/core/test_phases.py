@@ -780,7 +780,7 @@ async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
 ) -> None:
     """A server refuses what comes at the wrong time: the exchange passes it on, or drops it with its response."""
 
-    async def send_it(send: Send) -> None:
+    async def send_message(send: Send) -> None:
         assert trace.exchange.phase is phase
         with suppress(ContextClosedError):
             await (insert(db, "late") if commits else insert_row_that_fails_at_commit(db))
@@ -788,7 +788,7 @@ async def test_no_message_of_an_application_is_a_defect_of_the_adapter(
 
     trace = Trace()
     try:
-        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, send_it))))
+        await Connection().run(ASGIHTTPDBSessionMiddleware(trace.around(application_in(phase, db, send_message))))
     except IntegrityError:
         assert not commits or phase is Phase.REFUSED
     assert database.checked_out == 0
@@ -801,7 +801,7 @@ def told_by(message: Message) -> object:
 @pytest.mark.parametrize(
     ("current", "following"), [(a, b) for a in Phase for b in Phase if (a, b) not in ROWS and a is not b]
 )
-async def test_a_transition_that_the_table_has_not_is_refused(current: Phase, following: Phase) -> None:
+async def test_a_transition_that_is_not_in_the_table_is_refused(current: Phase, following: Phase) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Any = scope["ctxdb.unit_of_work"]
         exchange.phase = current

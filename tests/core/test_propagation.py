@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import assert_type
 
@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from tests.support.database import Database, Item, insert
+from tests.support.late import after_its_unit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -39,12 +40,6 @@ POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], in
 BEGINNING: tuple[Propagation, ...] = ("required", "requires_new", "nested")
 JOINING: tuple[Propagation, ...] = ("required", "mandatory", "supports")
 WITHOUT: tuple[Propagation, ...] = ("never", "supports", "not_supported")
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 # --- outside of a transaction -----------------------------------------------------------------------------------------
@@ -106,7 +101,7 @@ async def test_without_a_transaction_statements_run_that_refuse_to_be_in_one(db:
         await session.execute(text("VACUUM item"))
 
 
-async def test_without_a_transaction_there_is_none_to_be_joined(db: DBConnect, database: Database) -> None:
+async def test_a_block_without_a_transaction_has_no_transaction_to_be_joined(db: DBConnect, database: Database) -> None:
     async with transactional(db, "not_supported") as session:
         for propagation in WITHOUT:
             async with transactional(db, propagation) as inner:
@@ -243,7 +238,9 @@ async def test_in_a_mere_session_mandatory_is_an_error(db: DBConnect) -> None:
 
 
 @POSTGRESQL
-async def test_in_a_mere_session_the_transaction_has_the_level(db: DBConnect, database: Database) -> None:
+async def test_in_a_mere_session_the_transaction_has_the_isolation_level_of_the_block(
+    db: DBConnect, database: Database
+) -> None:
     async with TransactionContext(db).session():
         async with transactional(db, isolation_level="SERIALIZABLE") as session:
             assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
@@ -462,7 +459,7 @@ async def test_a_joined_block_that_is_cancelled_is_not_committed(db: DBConnect, 
 
 
 @pytest.mark.parametrize("propagation", [*BEGINNING, "mandatory"])
-async def test_an_exception_that_is_no_failure_leaves_the_work_done(
+async def test_an_exception_of_no_rollback_for_leaves_the_work_done(
     db: DBConnect, database: Database, propagation: Propagation
 ) -> None:
     async with new_db_ctx():
@@ -479,7 +476,7 @@ async def test_an_exception_that_is_no_failure_leaves_the_work_done(
 
 @POSTGRESQL
 @pytest.mark.parametrize("propagation", [*BEGINNING, "mandatory"])
-async def test_the_transaction_has_the_level(db: DBConnect, propagation: Propagation) -> None:
+async def test_the_transaction_has_the_isolation_level_of_the_block(db: DBConnect, propagation: Propagation) -> None:
     block = transactional(db, propagation, isolation_level="SERIALIZABLE", read_only=True)
     async with new_db_ctx(), block as session:
         assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
@@ -509,18 +506,18 @@ async def test_a_suspended_units_deadline_holds_for_what_it_waits_for(db: DBConn
                 await insert(db, "late")
 
 
-def test_contradicting_arguments_are_refused_at_once(database_url_less_db: DBConnect) -> None:
+def test_contradicting_arguments_are_refused_at_once(unused_db: DBConnect) -> None:
     for propagation in WITHOUT:
         with pytest.raises(ValueError, match="leave them out"):
-            transactional(database_url_less_db, propagation, read_only=True)
+            transactional(unused_db, propagation, read_only=True)
     with pytest.raises(ValueError, match="'requires_new'"):
-        transactional(database_url_less_db, "sometimes")  # type: ignore[arg-type]  # what is refused
+        transactional(unused_db, "sometimes")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(ValueError, match="SERIALIZABLE"):
-        transactional(database_url_less_db, isolation_level="CHAOS")  # type: ignore[arg-type]  # as above
+        transactional(unused_db, isolation_level="CHAOS")  # type: ignore[arg-type]  # as above
 
 
 @pytest.fixture
-def database_url_less_db() -> DBConnect:
+def unused_db() -> DBConnect:
     return DBConnect.from_url("sqlite+aiosqlite://")
 
 
@@ -587,7 +584,7 @@ async def test_transactional_object_can_be_nested_and_used_by_several_tasks_at_o
     assert not is_context_initiated()
 
 
-def test_only_async_functions_can_be_decorated(database_url_less_db: DBConnect) -> None:
+def test_only_async_functions_can_be_decorated(unused_db: DBConnect) -> None:
     def plain() -> None:
         pass
 
@@ -596,27 +593,12 @@ def test_only_async_functions_can_be_decorated(database_url_less_db: DBConnect) 
 
     for fn in (plain, stream):
         with pytest.raises(TypeError, match="no async function"):
-            transactional(database_url_less_db)(fn)  # type: ignore[arg-type]  # what is refused
+            transactional(unused_db)(fn)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(TypeError, match="on which database"):
         transactional(plain)  # type: ignore[arg-type]  # as above
 
 
 # --- after the end ----------------------------------------------------------------------------------------------------
-
-
-async def after_its_unit(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` in a task that was started in a unit of work, when that has ended."""
-    release = asyncio.Event()
-
-    async def late() -> None:
-        await release.wait()
-        await work()
-
-    async with new_db_ctx():
-        task = asyncio.create_task(late())
-        await asyncio.sleep(0)
-    release.set()
-    await task
 
 
 @KINDS

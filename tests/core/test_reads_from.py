@@ -29,7 +29,7 @@ async def reader(database: Database) -> AsyncIterator[DBConnect]:
         yield db
 
 
-async def is_of(session: Any, db: DBConnect) -> bool:
+async def is_session_of(session: Any, db: DBConnect) -> bool:
     return session.bind is await db.engine()
 
 
@@ -43,7 +43,7 @@ async def test_a_request_has_the_sessions_of_the_reader_if_its_method_is_safe(
         session = await db_session(main)
         assert await db_session(main) is session
         await session.execute(text("SELECT 1"))
-        found.append(await is_of(session, reader))
+        found.append(await is_session_of(session, reader))
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
@@ -57,7 +57,7 @@ async def test_a_session_that_is_made_at_once_is_one_of_the_reader(main: DBConne
     unit = begin(reads_from={main: reader})
     assert unit is not None
     session = TransactionContext(main).get_session()
-    assert await is_of(session, reader)
+    assert await is_session_of(session, reader)
     assert session is await db_session(main)
     await finalize(unit, commit=True)
 
@@ -68,7 +68,7 @@ async def test_a_context_with_a_session_maker_has_the_sessions_of_the_reader(
     unit = begin(reads_from={main: reader})
     assert unit is not None
     async with TransactionContext(main, default_session_maker=async_sessionmaker()).session() as session:
-        assert await is_of(session, reader)
+        assert await is_session_of(session, reader)
     await finalize(unit, commit=True)
 
 
@@ -92,7 +92,7 @@ async def test_a_database_that_is_overridden_alone_has_no_reader(
     async with main.overridden(lambda host: database.watch_new()):
         unit = begin(reads_from={main: reader})
         assert unit is not None
-        assert await is_of(await db_session(main), main)
+        assert await is_session_of(await db_session(main), main)
         await finalize(unit, commit=True)
 
 
@@ -102,7 +102,7 @@ async def test_a_unit_of_work_inside_takes_no_second_connection_of_the_pool_of_t
     async def write() -> bool:
         session = await db_session(main)
         await session.execute(text("SELECT 1"))
-        return await is_of(session, main)
+        return await is_session_of(session, main)
 
     unit = begin(reads_from={main: reader})
     assert unit is not None

@@ -7,7 +7,7 @@ import inspect
 import logging
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 
 import pytest
@@ -44,12 +44,6 @@ SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 NO_WAIT = 0
 
 
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
-
-
 async def conflict(db: DBConnect, code: str = "40001") -> None:
     """Have the server report a conflict."""
     session = await db_session(db)
@@ -57,7 +51,7 @@ async def conflict(db: DBConnect, code: str = "40001") -> None:
 
 
 async def skew(db: DBConnect, database: Database, name: str) -> None:
-    """Write such that the server finds the conflict when this is committed, and at no earlier time."""
+    """Write such that the server finds the conflict when the transaction is committed, and at no earlier time."""
     session = await db_session(db)
     count = await session.scalar(text("SELECT count(*) FROM item"))
     await insert(db, name)
@@ -71,7 +65,7 @@ async def skew(db: DBConnect, database: Database, name: str) -> None:
 
 
 @POSTGRESQL
-async def test_a_concurrent_update_is_met_again(db: DBConnect, database: Database) -> None:
+async def test_a_concurrent_update_leads_to_another_attempt(db: DBConnect, database: Database) -> None:
     await database.query("INSERT INTO item VALUES ('one')")
     attempts = 0
 
@@ -92,7 +86,7 @@ async def test_a_concurrent_update_is_met_again(db: DBConnect, database: Databas
 
 
 @POSTGRESQL
-async def test_a_conflict_at_the_commit_is_met_again(db: DBConnect, database: Database) -> None:
+async def test_a_conflict_at_the_commit_leads_to_another_attempt(db: DBConnect, database: Database) -> None:
     reached_the_end = 0
 
     @retry_on_conflict(wait=NO_WAIT)
@@ -108,7 +102,7 @@ async def test_a_conflict_at_the_commit_is_met_again(db: DBConnect, database: Da
 
 
 @POSTGRESQL
-async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, database: Database) -> None:
+async def test_a_deadlock_leads_to_another_attempt(db: DBConnect, second_db: DBConnect, database: Database) -> None:
     await database.query("INSERT INTO item VALUES ('a'), ('b')")
     b_is_locked, a_is_locked = asyncio.Event(), asyncio.Event()
     lock = text("SELECT name FROM item WHERE name = :name FOR UPDATE")
@@ -132,7 +126,9 @@ async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, data
         await session.execute(lock, {"name": "a"})
         a_is_locked.set()
         if attempts == 1:
-            await eventually(lambda: bool(database.backends("wait_event_type = 'Lock'")), "nobody waits for a")
+            await eventually(
+                lambda: bool(database.backends("wait_event_type = 'Lock'")), "no transaction waits for the row a"
+            )
         await session.execute(lock, {"name": "b"})
         await insert(db, "c")
 
@@ -140,13 +136,13 @@ async def test_a_deadlock_is_met_again(db: DBConnect, second_db: DBConnect, data
     await b_is_locked.wait()
     await ours()
     await task
-    # There may be more than two, as an attempt may lock the row before the other transaction, which waits for it.
+    # There may be more than two attempts: one may lock the row before the other transaction, which waits for the row.
     assert attempts > 1
     assert await database.names() == ["a", "b", "c"]
 
 
 @SQLITE
-async def test_a_locked_file_is_met_again(database: Database) -> None:
+async def test_a_locked_file_leads_to_another_attempt(database: Database) -> None:
     attempts = 0
     # SQLite fails at once where it would otherwise wait for the lock.
     db = DBConnect(lambda host: database.watch_new(connect_args={"timeout": 0}), host="a")
@@ -478,7 +474,9 @@ async def test_attempt_with_a_commit_on_another_database_is_not_run_again(
     assert await database.names("parent") == ["first"]
 
 
-async def test_a_session_that_was_passed_in_and_is_committed_counts(db: DBConnect, database: Database) -> None:
+async def test_an_attempt_that_commits_a_session_which_was_passed_in_is_not_run_again(
+    db: DBConnect, database: Database
+) -> None:
     @retry_on_conflict(wait=NO_WAIT)
     async def work(session: AsyncSession) -> None:
         await session.execute(text("INSERT INTO item VALUES ('early')"))
@@ -598,7 +596,7 @@ async def test_a_task_that_is_cancelled_while_it_waits_makes_no_further_attempt(
 # --- misuse -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tenacity_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tenacity", None)
     with pytest.raises(ImportError, match=r"ctxdb-core\[retry\]") as caught:
         retry_on_conflict()

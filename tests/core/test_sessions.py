@@ -48,12 +48,6 @@ from ctxdb_core.adapters import CurrentTransaction, begin, finalize
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
 
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
-
-
 # --- db_session -------------------------------------------------------------------------------------------------------
 
 
@@ -572,7 +566,7 @@ async def test_a_failing_commit_rolls_the_later_ones_back_and_names_the_earlier_
     assert any(repr(db) in note for note in caught.value.__notes__)
 
 
-async def test_a_failing_flush_of_one_keeps_all_from_being_committed(
+async def test_a_failing_flush_of_one_session_keeps_all_sessions_from_being_committed(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
     async with new_db_ctx():
@@ -1319,22 +1313,6 @@ async def test_a_closed_session_takes_no_more_objects(db: DBConnect) -> None:
             closed.add(Item(name="void"))
     with pytest.raises(SessionClosedError):
         await closed.connection(bind_arguments={"bind": (await db.engine()).sync_engine})
-
-
-async def test_a_session_class_may_commit_in_a_task_of_its_own(database: Database) -> None:
-    class Shielding(AsyncSession):
-        async def commit(self) -> None:
-            await asyncio.shield(super().commit())
-
-    db = DBConnect(
-        lambda host: database.watch_new(),
-        lambda engine: async_sessionmaker(engine, class_=Shielding, expire_on_commit=False),
-        host="a",
-    )
-    async with db:
-        async with new_db_ctx():
-            (await db_session(db)).add(Item(name="one"))
-        assert await database.names() == ["one"]
 
 
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(

@@ -18,6 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, r
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 from tests.support.database import Database, Item, eventually, insert_row_that_fails_at_commit
 from tests.support.database import insert as insert_item
+from tests.support.late import after_its_unit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -77,12 +78,6 @@ def context(db: DBConnect) -> TransactionContext:
 @pytest.fixture
 def auto(db: DBConnect) -> TransactionContext:
     return TransactionContext(db, auto_context_on_execute=True)
-
-
-@pytest.fixture
-async def second_db(database: Database) -> AsyncIterator[DBConnect]:
-    async with database.connect() as db:
-        yield db
 
 
 @pytest.fixture
@@ -234,7 +229,7 @@ async def test_a_nested_transaction_is_undone_alone(context: TransactionContext,
     assert await database.names() == ["later", "outer"]
 
 
-async def test_a_new_transaction_stands_whatever_becomes_of_the_one_around_it(
+async def test_a_new_transaction_stands_whatever_becomes_of_the_transaction_around_it(
     context: TransactionContext, database: Database
 ) -> None:
     with pytest.raises(LookupError):
@@ -412,10 +407,10 @@ async def test_a_unit_of_work_shares_its_session(context: TransactionContext, db
         assert context.get_session(strict=False) is session
 
 
-async def test_statements_outside_of_a_transaction_are_the_units(
+async def test_statements_outside_of_a_transaction_belong_to_the_unit(
     auto: TransactionContext, db: DBConnect, database: Database
 ) -> None:
-    """Also those that would get a session of their own elsewhere."""
+    """So do statements that would get a session of their own outside of a unit of work."""
     with pytest.raises(LookupError):
         async with new_db_ctx():
             await auto.execute(add("one"), force_transaction=True)
@@ -500,7 +495,7 @@ async def test_a_repeated_unit_is_not_committed_by_a_block_in_it(
     assert await database.names() == ["one"]
 
 
-async def test_a_block_inside_of_one_without_transactions_is_refused(
+async def test_a_transaction_inside_of_a_block_without_transactions_is_refused(
     context: TransactionContext, db: DBConnect
 ) -> None:
     async with transactional(db, "not_supported"):
@@ -546,7 +541,7 @@ async def test_sessions_tell_of_their_transactions(db: DBConnect, target: str) -
 
 
 async def test_a_tests_unit_on_another_thread_is_an_error(context: TransactionContext, database: Database) -> None:
-    """What is done past it would not be undone with it."""
+    """What is written past the unit of the test would stay when the test has ended."""
 
     async def work() -> None:
         with pytest.raises(ContextNotInitiatedError, match="shared_transaction"):
@@ -572,7 +567,7 @@ async def test_blocks_in_a_unit_must_say_that_they_are_nested(context: Transacti
             pass
 
 
-async def test_a_block_in_an_atomic_block_of_a_unit_need_not_say_so(
+async def test_a_block_in_an_atomic_block_of_a_unit_need_not_say_that_it_shares_the_session(
     context: TransactionContext, db: DBConnect, database: Database
 ) -> None:
     async with new_db_ctx(), atomic_db_session(db) as session, context.session() as shared:
@@ -651,20 +646,6 @@ async def test_a_block_that_another_task_has_entered_for_the_unit_is_shared(
 
 async def _enter(stack: AsyncExitStack, context: TransactionContext) -> None:
     await stack.enter_async_context(context.transaction())
-
-
-async def after_its_unit(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `work` in a task that was started in a unit of work, when that has ended."""
-    release = asyncio.Event()
-
-    async def late() -> None:
-        await release.wait()
-        await work()
-
-    async with new_db_ctx():
-        task = asyncio.create_task(late())
-    release.set()
-    await task
 
 
 @pytest.mark.parametrize("block", ["transaction", "new_transaction"])
@@ -919,7 +900,7 @@ async def test_a_task_in_a_new_transaction_of_a_unit_does_not_get_the_units_sess
     async def child() -> None:
         with pytest.raises(NoSessionError):
             await context.execute(select(Item))
-        # The other database's session is the unit's all along.
+        # On the other database, the session is still that of the unit.
         async with atomic_db_session(second_db, current_transaction="append") as session:
             assert session is outer
 

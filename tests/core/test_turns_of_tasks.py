@@ -172,7 +172,7 @@ async def test_lazy_loading_takes_its_turn(database: Database) -> None:
         await session.flush()
         item = (await session.scalars(select(Item))).one()
         session.expire(item)
-        # As `awaitable_attrs` does it, in a greenlet of SQLAlchemy's own.
+        # `awaitable_attrs` loads an attribute like this: in a greenlet of SQLAlchemy's own.
         name: Any = AsyncAttrs._AsyncAttrGetitem(item)
         results = await asyncio.gather(name.name, read(db, 1), read(db, 2))
         assert list(results) == ["one", 1, 2]
@@ -189,7 +189,7 @@ class Ruin(Ruins):
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
-async def test_the_turn_of_lazy_loading_ends_with_it_although_its_error_is_kept(db: DBConnect) -> None:
+async def test_the_turn_of_lazy_loading_ends_with_the_load_although_the_error_is_kept(db: DBConnect) -> None:
     async with asyncio.timeout(20), new_db_ctx():
         session = await db_session(db)
         session.add_all([Ruin(name="one"), Ruin(name="two")])
@@ -280,7 +280,7 @@ async def _after(db: DBConnect, seconds: float) -> None:
 # --- cancellation -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_one_that_it_waits_for() -> None:
+async def test_a_task_that_waits_is_cancelled_in_the_same_moment_as_the_task_that_it_waits_for() -> None:
     door = Door()
 
     async def hold() -> None:
@@ -572,7 +572,7 @@ async def test_a_roll_back_undoes_what_was_added_or_changed_while_another_task_c
     assert await database.names() == ["first", "old"]
 
 
-async def test_a_session_that_was_changed_while_another_task_committed_cannot_be_closed_with_it(
+async def test_a_session_that_was_changed_while_another_task_committed_cannot_be_closed_with_its_changes(
     db: DBConnect, database: Database
 ) -> None:
     await database.query("INSERT INTO item VALUES ('old')")

@@ -61,9 +61,9 @@ class Bank:
             await connection.execute(query, {"owner": owner})
             yield
 
-    async def somebody_waits(self) -> None:
+    async def wait_until_a_job_is_held_up(self) -> None:
         """Return once a job is in the middle of its work, where `locked` holds it up."""
-        await eventually(lambda: bool(self.database.backends(WAITS)), "nobody waits for the lock", seconds=20)
+        await eventually(lambda: bool(self.database.backends(WAITS)), "no job waits for the lock", seconds=20)
 
     def break_connection(self) -> None:
         """Kill the connection of the job that waits."""

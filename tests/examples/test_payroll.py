@@ -64,7 +64,7 @@ async def test_a_batch_that_conflicts_with_another_transaction_is_tried_again(ba
 async def test_a_batch_whose_connection_breaks_is_undone_and_paid_the_next_time(bank: Bank) -> None:
     async with bank.locked("bob"):
         paying = asyncio.create_task(payroll.pay("may", SALARIES, asyncio.Event()))
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         bank.break_connection()
         with pytest.raises(DBAPIError):
             await paying
@@ -82,7 +82,7 @@ async def test_two_scripts_with_one_file_pay_it_once(bank: Bank) -> None:
 async def test_a_signal_lets_the_script_finish_its_batch(bank: Bank, file: Path) -> None:
     async with bank.process("payroll", str(file)) as script:
         async with bank.locked("cy"):
-            await bank.somebody_waits()
+            await bank.wait_until_a_job_is_held_up()
             script.send(signal.SIGTERM)
         status, _ = await script.ended()
     # This was the last batch, but the script has stopped before it could see that.
@@ -92,7 +92,7 @@ async def test_a_signal_lets_the_script_finish_its_batch(bank: Bank, file: Path)
 
 async def test_a_second_signal_undoes_the_batch_at_once(bank: Bank, file: Path) -> None:
     async with bank.process("payroll", str(file)) as script, bank.locked("cy"):
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         script.send(signal.SIGTERM)
         script.send(signal.SIGINT)
         status, output = await script.ended()

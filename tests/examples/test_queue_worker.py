@@ -67,7 +67,7 @@ async def test_an_order_whose_connection_breaks_is_carried_out_later(
     await order("ada", "bob", 30)
     async with bank.locked("bob"):
         handling = asyncio.create_task(handle_next())
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         bank.break_connection()
         assert await handling
     assert (await bank.balances())["ada"] == 100
@@ -80,7 +80,7 @@ async def test_workers_pass_by_the_orders_of_others(bank: Bank) -> None:
     await order("ada", "cy", 30)
     async with bank.locked("bob"):
         slow = asyncio.create_task(handle_next())
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         async with asyncio.timeout(10):
             assert await handle_next()
             assert not await handle_next()
@@ -107,7 +107,7 @@ async def test_a_worker_that_is_stopped_finishes_its_order_and_takes_no_other(ba
     await order("cy", "bob", 30)
     async with bank.locked("bob"):
         worker = asyncio.create_task(work(stop))
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         stop.set()
     await worker
     assert await bank.balances() == {"ada": 70, "bob": 130, "cy": 100}
@@ -146,7 +146,7 @@ async def test_a_signal_lets_the_process_finish_its_orders(bank: Bank) -> None:
     await order("ada", "bob", 30)
     async with bank.process("queue_worker") as worker:
         async with bank.locked("bob"):
-            await bank.somebody_waits()
+            await bank.wait_until_a_job_is_held_up()
             worker.send(signal.SIGTERM)
         assert (await worker.ended())[0] == 0
     assert await bank.balances() == {"ada": 70, "bob": 130, "cy": 100}
@@ -156,7 +156,7 @@ async def test_a_signal_lets_the_process_finish_its_orders(bank: Bank) -> None:
 async def test_a_second_signal_leaves_the_order_to_the_next_worker(bank: Bank) -> None:
     await order("ada", "bob", 30)
     async with bank.process("queue_worker") as worker, bank.locked("bob"):
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         worker.send(signal.SIGTERM)
         worker.send(signal.SIGINT)
         assert (await worker.ended())[0] == 0
@@ -169,7 +169,7 @@ async def test_a_second_signal_leaves_the_order_to_the_next_worker(bank: Bank) -
 async def test_a_process_that_is_killed_leaves_the_order_to_the_next_worker(bank: Bank) -> None:
     await order("ada", "bob", 30)
     async with bank.process("queue_worker") as worker, bank.locked("bob"):
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         worker.send(signal.SIGKILL)
         assert (await worker.ended())[0] == -signal.SIGKILL
         # A server that waits for a lock does not see that its client has gone.

@@ -55,9 +55,9 @@ async def test_a_task_whose_commit_fails_has_failed(bank: Bank, broker: InMemory
 async def test_a_task_whose_connection_breaks_is_tried_again(bank: Bank, broker: InMemoryBroker) -> None:
     async with bank.locked("bob"):
         task = await transfer.kiq("ada", "bob", 30)
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         bank.break_connection()
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
     await finished(broker)
     assert not (await task.get_result()).is_err
     assert await bank.balances() == {"ada": 70, "bob": 130, "cy": 100}
@@ -77,13 +77,13 @@ async def test_a_task_that_is_cancelled_in_mid_work_is_delivered_again_and_done_
 ) -> None:
     async with bank.locked("bob"):
         await transfer.kiq("ada", "bob", 30)
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
         (running,) = broker._running_tasks
         running.cancel()
         await asyncio.wait([running])
         assert await bank.balances() == {"ada": 100, "bob": 100, "cy": 100}
         # The broker has it again.
-        await bank.somebody_waits()
+        await bank.wait_until_a_job_is_held_up()
     await finished(broker)
     assert await bank.balances() == {"ada": 70, "bob": 130, "cy": 100}
 

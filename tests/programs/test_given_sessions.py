@@ -14,25 +14,25 @@ from tests.support.world import World
 from ctxdb_core import SessionOwnedError, db_session, joining_session
 
 
-async def closes_it(session: AsyncSession) -> None:
+async def closes_the_session(session: AsyncSession) -> None:
     try:
         session.add(Item(name="note"))
     finally:
         await session.close()
 
 
-async def is_its_block(session: AsyncSession) -> None:
+async def uses_the_session_as_a_block(session: AsyncSession) -> None:
     async with session:
         await session.execute(text("INSERT INTO item VALUES ('note')"))
 
 
-async def only_reads_in_its_block(session: AsyncSession) -> None:
+async def only_reads_in_the_block(session: AsyncSession) -> None:
     async with session:
         await session.scalar(text("SELECT 1"))
 
 
 @pytest.mark.exception_handlers
-@pytest.mark.parametrize("helper", [closes_it, is_its_block, only_reads_in_its_block])
+@pytest.mark.parametrize("helper", [closes_the_session, uses_the_session_as_a_block, only_reads_in_the_block])
 async def test_a_helper_that_closes_the_requests_session_loses_nothing_behind_a_success(
     world: World, helper: Callable[[AsyncSession], Awaitable[None]]
 ) -> None:
@@ -47,7 +47,7 @@ async def test_a_helper_that_closes_the_requests_session_loses_nothing_behind_a_
 
 async def test_a_helper_that_closes_a_session_which_has_only_read_is_left_alone(world: World) -> None:
     async def order() -> Reply:
-        await only_reads_in_its_block(await db_session(world.db))
+        await only_reads_in_the_block(await db_session(world.db))
         await insert(world.db, "order")
         return Reply()
 

@@ -16,8 +16,8 @@ __all__ = ["instrument"]
 def instrument(*dbs: DBConnect) -> Callable[[], None]:
     """Tell Sentry of all work on `dbs` from now on.
 
-    - Each end of a transaction is a breadcrumb of the category ``ctxdb``: an error is shown with what was committed and
-      what was rolled back before it.
+    - Each begin and each end of a transaction is a breadcrumb of the category ``ctxdb``: an error is shown with what
+      was committed and what was rolled back before it.
     - The tag ``ctxdb.unit`` is the id of the unit of work, on errors and on the trace.
     - The trace of a request has the tag ``ctxdb.outcome``, and ``ctxdb.connection.held`` in seconds among its data.
 

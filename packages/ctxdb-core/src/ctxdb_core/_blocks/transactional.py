@@ -142,7 +142,10 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             if owner is self:
                 _entered.set((*entered[:index], *entered[index + 1 :]))
                 return await block.__aexit__(exc_type, exc, traceback)
-        raise RuntimeError("A `transactional` block has to be left in the task that entered it.")
+        raise RuntimeError(
+            "This `transactional` block is not open in the task that leaves it: let the task that enters a block leave "
+            "it, too, with one `async with`."
+        )
 
     @asynccontextmanager
     async def _block(self) -> AsyncIterator[AsyncSession]:

@@ -88,7 +88,7 @@ class GuardedSession(TracedSession):
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy calls it
         # An ended session refuses here what `get_bind` does not see: an object that is only added makes no statement,
-        # and would be lost; and a statement may name its engine itself.
+        # and would be lost; and `session.connection(bind_arguments={"bind": …})` does not ask `get_bind`.
         if self.door is not None:
             self.door.refuse_if_ended()
             if not self.in_transaction():
@@ -146,7 +146,7 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
-        # `session.dirty` in `note_originals` looks at each object of the identity map; `check_modified` does not.
+        # Only changed objects have originals to note: new and deleted ones have none.
         if self.identity_map.check_modified():
             note_originals(self)
         worker: Any = getcurrent()

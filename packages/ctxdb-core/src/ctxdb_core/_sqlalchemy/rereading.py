@@ -113,7 +113,7 @@ def keeping_changes(session: Session) -> Iterator[None]:
     """Keep what other tasks change on the objects of `session` while the block waits, and fills these objects anew."""
     worker: Any = getcurrent()
     if type(worker) is not CallGreenlet or isinstance(worker.waiting, ChangesDuringQuery):
-        # A greenlet of SQLAlchemy's own does not tell when it waits; and an inner block is covered by the outer one.
+        # A greenlet of SQLAlchemy's own does not tell when it waits; and the outer block covers an inner one.
         yield
         return
     changes, outer = ChangesDuringQuery(session), worker.waiting

@@ -245,7 +245,7 @@ class _Asyncpg(_FirstUses):
 
     def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
         try:
-            # Of SQLAlchemy's adapter. Its property of that name costs as much again.
+            # The public property of SQLAlchemy's adapter, `driver_connection`, is slower: it calls a function.
             connection = dbapi_connection._connection  # noqa: SLF001 - see above
         except AttributeError:
             # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
@@ -308,7 +308,7 @@ class _Psycopg(_FirstUses):
 
     def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
         try:
-            # Of SQLAlchemy's adapter. Its property of that name costs as much again.
+            # The public property of SQLAlchemy's adapter, `driver_connection`, is slower: it calls a function.
             pgconn = dbapi_connection._connection.pgconn  # noqa: SLF001 - see above
         except AttributeError:
             # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.

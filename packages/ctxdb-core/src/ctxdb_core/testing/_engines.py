@@ -91,7 +91,8 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
     dialect = _dialects.get(sync_engine)
     if dialect is None:
         kind = type(sync_engine.dialect)
-        # SQLAlchemy asks each dialect class for this by itself.
+        # SQLAlchemy takes this attribute from each dialect class itself, and not from its bases ("Caching for Third
+        # Party Dialects").
         own = {"supports_statement_cache": kind.supports_statement_cache}
         shared_kind: type[Dialect] = type(f"Shared{kind.__name__}", (_SharedDialect, kind), own)
         # What the original has learnt of the server, but not what its methods were replaced by, which is about its own

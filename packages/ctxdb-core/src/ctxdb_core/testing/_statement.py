@@ -88,7 +88,7 @@ def open_savepoints(names: list[str], sql: str) -> list[str]:
     if name not in names:
         return names
     # The last savepoint of the name ends, and all later ones. After ROLLBACK TO the savepoint itself stays open, but
-    # SQLAlchemy never uses one of its own again.
+    # SQLAlchemy never comes back to a savepoint that it has named itself.
     index = len(names) - 1 - names[::-1].index(name)
     stays = verb == "ROLLBACK" and not name.startswith("sa_savepoint_")
     return names[: index + stays]
