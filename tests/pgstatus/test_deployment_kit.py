@@ -199,7 +199,7 @@ def test_an_engine_builds_the_image() -> None:
 
 
 def without_root() -> list[str]:
-    """Return the command before another command by which root runs it as the user of the image; nothing for others."""
+    """Return a prefix by which root runs a command as the user of the image; an empty one for other users."""
     if os.geteuid() != 0:
         return []
     (user,) = arguments_of(stages()[-1], "USER")

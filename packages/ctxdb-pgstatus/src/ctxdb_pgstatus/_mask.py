@@ -18,13 +18,13 @@ def mask_password(text: str, password: str | None, public: Container[str] = ()) 
     """Return the message `text` without `password`, and cut it if it is too long to be shown.
 
     No message of PostgreSQL or of a driver is known to hold the password. This is a precaution against a message that
-    nobody has seen yet.
+    is not known yet.
 
     Args:
         text: the message.
         password: the password of the account that the message is about; ``None`` if there is none.
         public: names that messages may show, such as the user's. A password that equals such a name is not masked:
-            that would hide the name from a reader who looks for the fault, and the password from nobody.
+            that would hide the name from a reader who looks for the fault, and hide no secret.
     """
     if len(text) > _LONGEST:
         # A server may send a message of a megabyte, which would be kept, logged and shown at each poll. The password is

@@ -10,7 +10,7 @@ CtxDBError
     ├── ConnectionLostError      a connection to a host broke before its transaction was committed
     ├── MasterChangedError       a commit returned from a host that is not the master any more
     ├── MasterUncertainError     whether a name still leads to the server of the master could not be found out
-    ├── CommitUnconfirmedError   nobody can tell what became of a commit, or whether its host is the master
+    ├── CommitUnconfirmedError   the outcome of a commit, or whether its host is the master, is unknown
     │                            (a ``CommitOutcomeUnknownError`` of ctxdb-core, too)
     ├── MiddlewareOrderError     `ReadYourWrites` was put inside of the unit of work
     ├── StaleReaderError         a reader's transaction cannot see what the same code has committed on the master
@@ -141,7 +141,7 @@ class MasterUncertainError(PgStatusError):
 
 
 class CommitUnconfirmedError(PgStatusError, CommitOutcomeUnknownError):
-    """Nobody can tell what became of a commit, or whether its host is the master.
+    """The outcome of a commit, or whether its host is the master, is unknown.
 
     Raised from the commit in two cases: the connection broke while COMMIT was under way; or COMMIT has returned, and
     neither the `HostSource` nor the host itself could say in time whether the host is the master. The commit need not

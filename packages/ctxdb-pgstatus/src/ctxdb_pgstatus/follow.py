@@ -265,7 +265,7 @@ class _ReplicaFollower(_Follower):
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
-                missing = "answers" if position is None else "has what this code has written before, or can be asked"
+                missing = "answers" if position is None else "that answers has what this code has written"
                 if not self._rule.fallback:
                     missing = "is a replica that will do"
                 raise NoReplicaError(
