@@ -636,6 +636,26 @@ async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db
     assert connection.sent[-1]["code"] == 1011
 
 
+async def test_a_handshake_whose_work_cannot_be_committed_is_not_accepted(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_row_that_fails_at_commit(db)
+        with pytest.raises(IntegrityError):
+            await send({"type": "websocket.accept"})
+        checked_out.append(database.checked_out)
+        await insert(db, "late")
+        await send({"type": "websocket.send", "text": "too late"})
+        await send({"type": "websocket.close"})
+
+    checked_out: list[int] = []
+    trace = Trace()
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.REFUSED]
+    assert (connection.sent, checked_out) == ([], [0])
+    assert await database.names() == []
+
+
 async def test_work_behind_a_handshake_that_was_refused_is_committed(db: DBConnect, database: Database) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "handshake")

@@ -98,13 +98,10 @@ class HTTPExchange(Exchange):
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
-                try:
-                    if self.calls is None and self.body is None:
-                        await self._settle_and_start(message["status"])
-                    else:
-                        await self._end_transactions_apart(message["status"])
-                finally:
-                    start.leave()
+                if self.calls is None and self.body is None:
+                    await self._settle_and_start(message["status"])
+                else:
+                    await self._end_transactions_apart(message["status"])
             if self.watchers:
                 message = self.announce(message)
             # Most responses are in their body now, and are let through without a further look.

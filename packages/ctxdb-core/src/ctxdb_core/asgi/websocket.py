@@ -43,10 +43,7 @@ class WebSocketExchange(Exchange):
         try:
             if self.phase is Phase.HANDLING:
                 start.enter()
-                try:
-                    await self._commit_handshake()
-                finally:
-                    start.leave()
+                await self._commit_handshake()
             await self.forward(self.announce(message) if self.watchers else message)
         finally:
             self.end_start(start)
