@@ -623,17 +623,38 @@ async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.accept"})
         await insert_row_that_fails_at_commit(db)
-        with suppress(IntegrityError):
+        try:
             await send({"type": "websocket.close"})
+        except IntegrityError as exc:
+            told_to_application.append(exc)
         await send({"type": "websocket.send", "text": "too late"})
 
+    told_to_application: list[Exception] = []
     trace = Trace()
     connection = Connection("websocket")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError) as caught:
         await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
     assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.REFUSED]
     assert connection.types == ["websocket.accept", "websocket.close"]
     assert connection.sent[-1]["code"] == 1011
+    assert told_to_application == [caught.value]
+
+
+async def test_a_second_close_tells_the_application_that_its_work_since_the_first_one_cannot_be_committed(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+        await insert(db, "message")
+        await send({"type": "websocket.close"})
+        await insert_row_that_fails_at_commit(db)
+        await send({"type": "websocket.close"})
+
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["websocket.accept", "websocket.close"]
+    assert await database.names() == ["message"]
 
 
 async def test_a_handshake_whose_work_cannot_be_committed_is_not_accepted(db: DBConnect, database: Database) -> None:
@@ -677,6 +698,7 @@ async def test_the_end_of_a_denial_waits_for_the_commit_of_its_body(
         await insert(db, "handshake")
         await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
         await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
+        await (await db_session(db)).stream(text("SELECT generate_series(1, 5000)"))
         await send({"type": "websocket.http.response.body", "body": b"1", "more_body": True})
         try:
             await send({"type": "websocket.http.response.body", "body": b"2"})
