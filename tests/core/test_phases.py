@@ -14,7 +14,7 @@ from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.phases import ShownTransitions
 
-from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session
+from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session, on_commit
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -293,7 +293,9 @@ async def test_a_start_for_which_a_middlewares_work_cannot_be_committed_is_refus
     async def audit(message: Message, send: Send) -> None:
         trace.note()
         await insert_row_that_fails_at_commit(db)
-        await send(message)
+        with pytest.raises(IntegrityError):
+            await send(message)
+        await send(CHUNK)
 
     trace = Trace()
     connection = await Connection().run(Answering(trace.around(holding_back(app, audit))))
@@ -601,6 +603,19 @@ async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed
         await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
     assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.AFTER, Phase.BROKEN]
     assert told(connection) == [200, b"body"]
+
+
+async def test_a_body_whose_first_work_is_a_callback_is_sent(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        on_commit(db, lambda: called.append(len(connection.sent)))
+        await send(BODY)
+
+    called: list[int] = []
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert told(connection) == [200, b"body"]
+    assert called == [2]
 
 
 async def test_trailers_wait_for_the_commit_of_the_first_work_behind_the_body(

@@ -98,10 +98,10 @@ class HTTPExchange(Exchange):
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
-                if self.calls is None and self.body is None:
+                if self.calls is None:
                     await self._settle_and_start(message["status"])
                 else:
-                    await self._end_transactions_apart(message["status"])
+                    await self._end_transactions_apart(message["status"], self.calls)
             if self.watchers:
                 message = self.announce(message)
             # Most responses are in their body now, and are let through without a further look.
@@ -109,14 +109,14 @@ class HTTPExchange(Exchange):
         finally:
             self.end_start(start)
 
-    def _end_transactions_apart(self, status: int) -> Awaitable[None]:
+    def _end_transactions_apart(self, status: int, calls: HandlerCalls) -> Awaitable[None]:
         """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
 
         Raises:
             Exception: why it could not be ended; the response is refused.
         """
-        calls, body = self.calls, self.body
-        if calls is not None and calls.at_work and not self.closed:
+        body = self.body
+        if calls.at_work and not self.closed:
             return self._abandon(calls, status)
         if isinstance(body, StreamedBody):
             if self._overrules(status, body):
