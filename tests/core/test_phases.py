@@ -409,6 +409,53 @@ async def test_a_success_whose_start_was_held_back_until_its_body_was_made_waits
     assert told(connection) == ([409, b"body"] if commit_fails else [200, b"body", b"body"])
 
 
+async def test_a_success_whose_start_was_held_back_until_its_handler_had_returned_waits_for_the_commit_of_it_all(
+    db: DBConnect,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await insert_row_that_fails_at_commit(db)
+        await send(CHUNK)
+
+    async def hold(scope: Scope, receive: Receive, send: Send) -> None:
+        async def keep(message: Message) -> None:
+            held.append(message)
+
+        await ASGIStreamBoundary(app)(scope, receive, keep)
+        for each in held:
+            await send(each)
+
+    held: list[Message] = []
+    connection = await Connection().run(Answering(hold))
+    assert told(connection) == [409, b"body"]
+
+
+async def test_what_a_middleware_writes_in_the_transaction_of_a_body_is_committed_with_the_body(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await insert(db, "body")
+        await send(CHUNK)
+        await insert(db, "rest")
+        await send(BODY)
+
+    held: list[Message] = []
+
+    async def audit(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            await insert(db, "middleware")
+            await send(held[0])
+            assert await database.names() == []
+        if message is not START:
+            await send(message)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, audit)))
+    assert told(connection) == [200, b"body", b"body"]
+    assert await database.names() == ["body", "middleware", "rest"]
+
+
 async def test_an_error_whose_start_was_held_back_keeps_the_work_of_its_body(db: DBConnect, database: Database) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "response")
