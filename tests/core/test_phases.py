@@ -409,12 +409,16 @@ async def test_a_success_whose_start_was_held_back_until_its_body_was_made_waits
     assert told(connection) == ([409, b"body"] if commit_fails else [200, b"body", b"body"])
 
 
-async def test_a_success_whose_start_was_held_back_until_its_handler_had_returned_waits_for_the_commit_of_it_all(
-    db: DBConnect,
+@pytest.mark.parametrize(
+    ("start", "commit_fails", "answer", "names"),
+    [(START, False, 200, ["body"]), (START, True, 409, []), (ERROR, False, 503, ["body"])],
+)
+async def test_a_start_that_was_held_back_until_its_handler_had_returned_is_sent_with_the_work_of_the_body(
+    db: DBConnect, database: Database, start: Message, commit_fails: bool, answer: int, names: list[str]
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send(START)
-        await insert_row_that_fails_at_commit(db)
+        await send(start)
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
         await send(CHUNK)
 
     async def hold(scope: Scope, receive: Receive, send: Send) -> None:
@@ -427,7 +431,32 @@ async def test_a_success_whose_start_was_held_back_until_its_handler_had_returne
 
     held: list[Message] = []
     connection = await Connection().run(Answering(hold))
-    assert told(connection) == [409, b"body"]
+    assert told(connection) == [answer, b"body"]
+    assert await database.names() == names
+
+
+async def test_a_body_that_only_reads_stays_in_its_transaction_while_its_start_is_sent(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        session = await db_session(db)
+        async with session.begin():
+            for message in (CHUNK, BODY):
+                began.append(await session.scalar(text("SELECT now()")))
+                await send(message)
+
+    began: list[object] = []
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            await send(held[0])
+        if message is not START:
+            await send(message)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    assert told(connection) == [200, b"body", b"body"]
+    assert began[0] == began[1]
 
 
 async def test_what_a_middleware_writes_in_the_transaction_of_a_body_is_committed_with_the_body(
