@@ -350,9 +350,12 @@ async def test_a_middleware_may_give_up_on_a_second_call_beside_a_stream_that_it
 
 
 @shows(Phase.AHEAD, Phase.HANDLING)
-@pytest.mark.parametrize("commit_fails", [False, True])
-async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before_its_start(
-    db: DBConnect, database: Database, commit_fails: bool
+@pytest.mark.parametrize(
+    ("status", "commit_fails", "answer", "names"),
+    [(200, False, 200, ["response"]), (200, True, 409, []), (503, False, 503, [])],
+)
+async def test_a_second_call_after_a_stream_that_was_dropped_is_ended_before_its_start(
+    db: DBConnect, database: Database, status: int, commit_fails: bool, answer: int, names: list[str]
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         trace.note()
@@ -362,8 +365,8 @@ async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before
             await insert(db, "dropped")
             raise LookupError
         await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "response"))
-        await send({**START, "headers": [(b"content-length", b"4")]})
-        assert await database.names() == ["response"]
+        await send({**START, "status": status, "headers": [(b"content-length", b"4")]})
+        seen.append(await database.names())
         await send(BODY)
 
     async def retry(scope: Scope, receive: Receive, send: Send) -> None:
@@ -376,12 +379,49 @@ async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before
         await boundary(scope, receive, send)
 
     attempts: list[int] = []
+    seen: list[list[str]] = []
     boundary = ASGIStreamBoundary(app)
     trace = Trace()
     connection = await Connection().run(Answering(trace.around(retry)))
     assert trace.phases[:3] == [Phase.HANDLING, Phase.AHEAD, Phase.HANDLING]
-    assert told(connection) == [409 if commit_fails else 200, b"body"]
-    assert await database.names() == ([] if commit_fails else ["response"])
+    assert told(connection) == [answer, b"body"]
+    assert seen == ([] if commit_fails else [names])
+    assert await database.names() == names
+
+
+async def test_a_second_call_after_a_stream_that_was_cut_off_and_dropped_leaves_nothing_open(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send(START)
+            await insert(db, "dropped")
+            await send(CHUNK)
+            await asyncio.Event().wait()
+
+        if not chunk_dropped.is_set():
+            streaming = asyncio.create_task(stream())
+            await chunk_dropped.wait()
+            streaming.cancel()
+            await asyncio.wait([streaming])
+            return
+        await send(START)
+        assert database.checked_out == 0
+        await send(BODY)
+
+    async def retry(scope: Scope, receive: Receive, send: Send) -> None:
+        async def drop(message: Message) -> None:
+            if message is CHUNK:
+                chunk_dropped.set()
+
+        await boundary(scope, receive, drop)
+        await boundary(scope, receive, send)
+
+    chunk_dropped = asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(retry))
+    assert told(connection) == [200, b"body"]
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("commit_fails", [False, True])
@@ -433,6 +473,24 @@ async def test_a_start_that_was_held_back_until_its_handler_had_returned_is_sent
     connection = await Connection().run(Answering(hold))
     assert told(connection) == [answer, b"body"]
     assert await database.names() == names
+
+
+async def test_an_error_whose_start_was_held_back_leaves_no_connection_to_a_body_that_has_only_read(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(ERROR)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send(BODY)
+
+    async def hold(message: Message, send: Send) -> None:
+        if message is BODY:
+            await send(ERROR)
+            assert database.checked_out == 0
+            await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    assert told(connection) == [503, b"body"]
 
 
 async def test_a_body_that_only_reads_stays_in_its_transaction_while_its_start_is_sent(db: DBConnect) -> None:
