@@ -591,6 +591,22 @@ async def test_parts_that_other_tasks_send_wait_for_the_start(
     assert await database.names() == ["one", "two"]
 
 
+@pytest.mark.parametrize("has_boundary", [False, True])
+async def test_a_callback_of_the_commit_may_send_something_that_comes_before_the_start(
+    db: DBConnect, *, has_boundary: bool
+) -> None:
+    hint: Message = {"type": "http.response.early_hint", "links": [b"</style.css>"]}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        on_commit(db, lambda: send(hint))
+        await send(START)
+        await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(ASGIStreamBoundary(app) if has_boundary else app))
+    assert connection.sent == [hint, START, BODY]
+
+
 # --- websockets -------------------------------------------------------------------------------------------------------
 
 ACCEPT: Message = {"type": "websocket.accept"}

@@ -14,7 +14,7 @@ from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 from tests.support.phases import ShownTransitions
 
-from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session
+from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session, on_commit
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -293,7 +293,9 @@ async def test_a_start_for_which_a_middlewares_work_cannot_be_committed_is_refus
     async def audit(message: Message, send: Send) -> None:
         trace.note()
         await insert_row_that_fails_at_commit(db)
-        await send(message)
+        with pytest.raises(IntegrityError):
+            await send(message)
+        await send(CHUNK)
 
     trace = Trace()
     connection = await Connection().run(Answering(trace.around(holding_back(app, audit))))
@@ -348,9 +350,12 @@ async def test_a_middleware_may_give_up_on_a_second_call_beside_a_stream_that_it
 
 
 @shows(Phase.AHEAD, Phase.HANDLING)
-@pytest.mark.parametrize("commit_fails", [False, True])
-async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before_its_start(
-    db: DBConnect, database: Database, commit_fails: bool
+@pytest.mark.parametrize(
+    ("status", "commit_fails", "answer", "names"),
+    [(200, False, 200, ["response"]), (200, True, 409, []), (503, False, 503, [])],
+)
+async def test_a_second_call_after_a_stream_that_was_dropped_is_ended_before_its_start(
+    db: DBConnect, database: Database, status: int, commit_fails: bool, answer: int, names: list[str]
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         trace.note()
@@ -360,8 +365,8 @@ async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before
             await insert(db, "dropped")
             raise LookupError
         await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "response"))
-        await send({**START, "headers": [(b"content-length", b"4")]})
-        assert await database.names() == ["response"]
+        await send({**START, "status": status, "headers": [(b"content-length", b"4")]})
+        seen.append(await database.names())
         await send(BODY)
 
     async def retry(scope: Scope, receive: Receive, send: Send) -> None:
@@ -374,12 +379,49 @@ async def test_a_second_call_after_a_stream_that_was_dropped_is_committed_before
         await boundary(scope, receive, send)
 
     attempts: list[int] = []
+    seen: list[list[str]] = []
     boundary = ASGIStreamBoundary(app)
     trace = Trace()
     connection = await Connection().run(Answering(trace.around(retry)))
     assert trace.phases[:3] == [Phase.HANDLING, Phase.AHEAD, Phase.HANDLING]
-    assert told(connection) == [409 if commit_fails else 200, b"body"]
-    assert await database.names() == ([] if commit_fails else ["response"])
+    assert told(connection) == [answer, b"body"]
+    assert seen == ([] if commit_fails else [names])
+    assert await database.names() == names
+
+
+async def test_a_second_call_after_a_stream_that_was_cut_off_and_dropped_leaves_nothing_open(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send(START)
+            await insert(db, "dropped")
+            await send(CHUNK)
+            await asyncio.Event().wait()
+
+        if not chunk_dropped.is_set():
+            streaming = asyncio.create_task(stream())
+            await chunk_dropped.wait()
+            streaming.cancel()
+            await asyncio.wait([streaming])
+            return
+        await send(START)
+        assert database.checked_out == 0
+        await send(BODY)
+
+    async def retry(scope: Scope, receive: Receive, send: Send) -> None:
+        async def drop(message: Message) -> None:
+            if message is CHUNK:
+                chunk_dropped.set()
+
+        await boundary(scope, receive, drop)
+        await boundary(scope, receive, send)
+
+    chunk_dropped = asyncio.Event()
+    boundary = ASGIStreamBoundary(app)
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(retry))
+    assert told(connection) == [200, b"body"]
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("commit_fails", [False, True])
@@ -405,6 +447,100 @@ async def test_a_success_whose_start_was_held_back_until_its_body_was_made_waits
 
     connection = await Connection().run(Answering(holding_back(app, hold)))
     assert told(connection) == ([409, b"body"] if commit_fails else [200, b"body", b"body"])
+
+
+@pytest.mark.parametrize(
+    ("start", "commit_fails", "answer", "names"),
+    [(START, False, 200, ["body"]), (START, True, 409, []), (ERROR, False, 503, ["body"])],
+)
+async def test_a_start_that_was_held_back_until_its_handler_had_returned_is_sent_with_the_work_of_the_body(
+    db: DBConnect, database: Database, start: Message, commit_fails: bool, answer: int, names: list[str]
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start)
+        await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
+        await send(CHUNK)
+
+    async def hold(scope: Scope, receive: Receive, send: Send) -> None:
+        async def keep(message: Message) -> None:
+            held.append(message)
+
+        await ASGIStreamBoundary(app)(scope, receive, keep)
+        for each in held:
+            await send(each)
+
+    held: list[Message] = []
+    connection = await Connection().run(Answering(hold))
+    assert told(connection) == [answer, b"body"]
+    assert await database.names() == names
+
+
+async def test_an_error_whose_start_was_held_back_leaves_no_connection_to_a_body_that_has_only_read(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(ERROR)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send(BODY)
+
+    async def hold(message: Message, send: Send) -> None:
+        if message is BODY:
+            await send(ERROR)
+            assert database.checked_out == 0
+            await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    assert told(connection) == [503, b"body"]
+
+
+async def test_a_body_that_only_reads_stays_in_its_transaction_while_its_start_is_sent(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        session = await db_session(db)
+        async with session.begin():
+            for message in (CHUNK, BODY):
+                began.append(await session.scalar(text("SELECT now()")))
+                await send(message)
+
+    began: list[object] = []
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            await send(held[0])
+        if message is not START:
+            await send(message)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    assert told(connection) == [200, b"body", b"body"]
+    assert began[0] == began[1]
+
+
+async def test_what_a_middleware_writes_in_the_transaction_of_a_body_is_committed_with_the_body(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await insert(db, "body")
+        await send(CHUNK)
+        await insert(db, "rest")
+        await send(BODY)
+
+    held: list[Message] = []
+
+    async def audit(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            await insert(db, "middleware")
+            await send(held[0])
+            assert await database.names() == []
+        if message is not START:
+            await send(message)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, audit)))
+    assert told(connection) == [200, b"body", b"body"]
+    assert await database.names() == ["body", "middleware", "rest"]
 
 
 async def test_an_error_whose_start_was_held_back_keeps_the_work_of_its_body(db: DBConnect, database: Database) -> None:
@@ -603,6 +739,19 @@ async def test_trailers_are_not_sent_if_the_work_before_them_cannot_be_committed
     assert told(connection) == [200, b"body"]
 
 
+async def test_a_body_whose_first_work_is_a_callback_is_sent(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        on_commit(db, lambda: called.append(len(connection.sent)))
+        await send(BODY)
+
+    called: list[int] = []
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert told(connection) == [200, b"body"]
+    assert called == [2]
+
+
 async def test_trailers_wait_for_the_commit_of_the_first_work_behind_the_body(
     db: DBConnect, database: Database
 ) -> None:
@@ -623,17 +772,58 @@ async def test_a_websocket_whose_work_cannot_be_committed_is_closed_as_failed(db
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.accept"})
         await insert_row_that_fails_at_commit(db)
-        with suppress(IntegrityError):
+        try:
             await send({"type": "websocket.close"})
+        except IntegrityError as exc:
+            told_to_application.append(exc)
         await send({"type": "websocket.send", "text": "too late"})
 
+    told_to_application: list[Exception] = []
     trace = Trace()
     connection = Connection("websocket")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError) as caught:
         await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
     assert trace.phases == [Phase.HANDLING, Phase.BODY, Phase.REFUSED]
     assert connection.types == ["websocket.accept", "websocket.close"]
     assert connection.sent[-1]["code"] == 1011
+    assert told_to_application == [caught.value]
+
+
+async def test_a_second_close_tells_the_application_that_its_work_since_the_first_one_cannot_be_committed(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+        await insert(db, "message")
+        await send({"type": "websocket.close"})
+        await insert_row_that_fails_at_commit(db)
+        await send({"type": "websocket.close"})
+
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["websocket.accept", "websocket.close"]
+    assert await database.names() == ["message"]
+
+
+async def test_a_handshake_whose_work_cannot_be_committed_is_not_accepted(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_row_that_fails_at_commit(db)
+        with pytest.raises(IntegrityError):
+            await send({"type": "websocket.accept"})
+        checked_out.append(database.checked_out)
+        await insert(db, "late")
+        await send({"type": "websocket.send", "text": "too late"})
+        await send({"type": "websocket.close"})
+
+    checked_out: list[int] = []
+    trace = Trace()
+    connection = Connection("websocket")
+    with pytest.raises(IntegrityError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(trace.around(app)))
+    assert trace.phases == [Phase.HANDLING, Phase.REFUSED]
+    assert (connection.sent, checked_out) == ([], [0])
+    assert await database.names() == []
 
 
 async def test_work_behind_a_handshake_that_was_refused_is_committed(db: DBConnect, database: Database) -> None:
@@ -657,6 +847,7 @@ async def test_the_end_of_a_denial_waits_for_the_commit_of_its_body(
         await insert(db, "handshake")
         await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
         await (insert_row_that_fails_at_commit(db) if commit_fails else insert(db, "body"))
+        await (await db_session(db)).stream(text("SELECT generate_series(1, 5000)"))
         await send({"type": "websocket.http.response.body", "body": b"1", "more_body": True})
         try:
             await send({"type": "websocket.http.response.body", "body": b"2"})

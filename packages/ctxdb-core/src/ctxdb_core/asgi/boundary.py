@@ -57,10 +57,7 @@ class ASGIStreamBoundary:
             starting = start = ResponseStart()
             try:
                 start.enter()
-                try:
-                    body = await exchange.begin_stream(message["status"], call)
-                finally:
-                    start.leave()
+                body = await exchange.begin_stream(message["status"], call)
                 await pass_up(message)
             finally:
                 start.end()

@@ -89,13 +89,10 @@ class HTTPExchange(Exchange):
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
                 start.enter()
-                try:
-                    if self.calls is None and response.body is None:
-                        await self._settle_and_start(response, message["status"])
-                    else:
-                        await self._end_transactions_apart(response, message["status"])
-                finally:
-                    start.leave()
+                if self.calls is None:
+                    await self._settle_and_start(response, message["status"])
+                else:
+                    await self._end_transactions_apart(response, message["status"], self.calls)
             if self.watchers:
                 message = self.announce(message)
             # Most responses are in their body now, and are let through without a further look.
@@ -103,14 +100,14 @@ class HTTPExchange(Exchange):
         finally:
             response.end_start(start)
 
-    def _end_transactions_apart(self, response: Response, status: int) -> Awaitable[None]:
+    def _end_transactions_apart(self, response: Response, status: int, calls: HandlerCalls) -> Awaitable[None]:
         """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
 
         Raises:
             Exception: why it could not be ended; the response is refused.
         """
-        calls, body = self.calls, response.body
-        if calls is not None and calls.at_work and not self.closed:
+        body = response.body
+        if calls.at_work and not self.closed:
             return self._abandon(calls, status)
         if isinstance(body, StreamedBody):
             if self._overrules(status, body):

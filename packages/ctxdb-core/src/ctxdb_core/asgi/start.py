@@ -7,7 +7,7 @@ another; sse-starlette pings its client in a task of its own. A client must not 
 from __future__ import annotations
 
 import asyncio
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 
 __all__ = ["ResponseStart"]
 
@@ -18,9 +18,7 @@ _current: ContextVar[ResponseStart | None] = ContextVar("ctxdb_response_start", 
 class ResponseStart:
     """The start of a response, from the end of its transactions to its way to the server."""
 
-    __slots__ = ("_is_over", "_over", "_token")
-
-    _token: Token[ResponseStart | None]
+    __slots__ = ("_is_over", "_over")
 
     def __init__(self) -> None:
         self._is_over = False
@@ -28,12 +26,8 @@ class ResponseStart:
         """Set at the end; ``None`` as long as no task waits for that."""
 
     def enter(self) -> None:
-        """Have what the running code does until `leave` be part of the start: it is not kept waiting."""
-        self._token = _current.set(self)
-
-    def leave(self) -> None:
-        """Have what the running code does from now on be no part of the start."""
-        _current.reset(self._token)
+        """Have what the running code does until `end` be part of the start: it is not kept waiting."""
+        _current.set(self)
 
     def end(self) -> None:
         """Let the tasks go on that wait for the start: it was sent, or refused."""

@@ -42,10 +42,7 @@ class WebSocketExchange(Exchange):
         try:
             if self.phase is Phase.HANDLING:
                 start.enter()
-                try:
-                    await self._commit_handshake()
-                finally:
-                    start.leave()
+                await self._commit_handshake()
             await self.forward(self.announce(message) if self.watchers else message)
         finally:
             response.end_start(start)
@@ -56,7 +53,6 @@ class WebSocketExchange(Exchange):
             await self.commit()
         except Exception as exc:
             self.refuse(exc)
-            await self.roll_back(exc)
             raise
         self._begin_body()
 
@@ -101,21 +97,12 @@ class WebSocketExchange(Exchange):
                 else:
                     await self.roll_back()
             except Exception as exc:
-                await self._close_as_failed(exc)
+                if self.phase is Phase.BODY:
+                    # The close frame tells the client that the connection did not end well.
+                    self.refuse(exc, can_be_answered=False)
+                    await self.server({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
                 raise
         # A handshake that is refused has had its whole response.
         self._begin_body()
         self._complete()
         await self.forward(message)
-
-    async def _close_as_failed(self, error: Exception) -> None:
-        """Tell the client that the connection did not end well, as `error` has kept its work from being committed."""
-        if self.phase is not Phase.BODY:
-            # The connection is closed already.
-            if self.phase is Phase.AFTER:
-                self.move_to(Phase.BROKEN)
-            return
-        # The close frame tells of the error.
-        self.refuse(error, can_be_answered=False)
-        await self.roll_back(error)
-        await self.server({"type": "websocket.close", "code": _INTERNAL_ERROR, "reason": ""})
