@@ -74,7 +74,8 @@ class Recorder:
         """The highest number of a warning, or of a unit that was shown after its end."""
         self._wall = time.time() - perf_counter()
         self._sampling: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
+        # Its holder may enter it again: garbage is collected in between, and a leak that is found so is logged.
+        self._lock = threading.RLock()
         self.readers = 0
         """How many look at the page: pools are sampled for them, also while nothing is done."""
         _Warnings.install(self)
