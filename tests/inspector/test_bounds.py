@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 from typing import Any
 
 import httpx
@@ -45,6 +46,13 @@ async def test_the_last_500_units_are_kept(db: DBConnect) -> None:
     for _ in range(MANY):
         await run_in_new_ctx(select_one, db)
     assert len((await shown(app))["units"]) == 500
+
+
+async def test_a_leak_that_garbage_collection_finds_while_a_page_is_put_together_is_shown(db: DBConnect) -> None:
+    app: Any = inspector(db)
+    with app._recorder._lock:
+        logging.getLogger("ctxdb").warning("a leak")
+    assert [warning["text"] for warning in (await shown(app))["warnings"]] == ["a leak"]
 
 
 async def test_of_a_unit_with_very_many_connections_the_last_ones_and_the_sum_of_the_others_are_kept(

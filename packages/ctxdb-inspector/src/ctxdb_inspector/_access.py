@@ -48,7 +48,7 @@ async def is_allowed(
     allowed = authorise(request)
     if inspect.isawaitable(allowed):
         allowed = await allowed
-    # A function that forgets its `return` lets nobody in, and one that returns a coroutine's result as it is neither.
+    # Nothing but `True` lets a client in: neither ``None``, of a function that forgets its ``return``, nor an object.
     return allowed is True
 
 

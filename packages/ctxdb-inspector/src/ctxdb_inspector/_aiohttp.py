@@ -49,7 +49,7 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
 
     async def show(request: web.Request) -> web.StreamResponse:
         headers = [(name.lower(), value) for name, value in request.headers.items()]
-        # Of the connection itself: `request.remote` is what a middleware for proxies may have put there.
+        # The address is asked of the connection itself: a middleware for proxies may have replaced `request.remote`.
         peer = None if request.transport is None else request.transport.get_extra_info("peername")
         client = peer[0] if isinstance(peer, tuple) else None
         version = f"{request.version.major}.{request.version.minor}"
@@ -123,7 +123,7 @@ def setup(app: web.Application, *dbs: DBConnect, path: str = "/_ctxdb", authoris
 @cache
 def _id_key() -> Any:
     """Return where a request has the id of its unit of work."""
-    from aiohttp import web  # noqa: PLC0415 - as above
+    from aiohttp import web  # noqa: PLC0415 - an ASGI application need not have aiohttp installed
 
     return web.RequestKey("ctxdb_unit_id", str) if hasattr(web, "RequestKey") else "ctxdb_unit_id"
 

@@ -29,9 +29,9 @@ class PoolTrack:
         self.next_sample = 0.0
         """When a sample is to be taken, at the next occasion."""
         self.held: dict[Any, HoldRecord] = {}
-        """What is known of each connection that is in use, by what the driver calls a connection."""
+        """What is known of each connection that is in use, by the connection as the driver has it."""
         self.dialects: WeakSet[Dialect] = WeakSet()
-        """Those whose statements are followed: the engines of several event loops may have one."""
+        """The dialects whose statements are followed: engines of several event loops may share one."""
         self.peak = 0
         """The most connections that were held at once since the last sample."""
         self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=KEPT_SAMPLES)

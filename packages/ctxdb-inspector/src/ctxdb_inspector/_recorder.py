@@ -73,10 +73,13 @@ class Recorder:
         self._last = 0
         """The highest number of a warning, or of a unit that was shown after its end."""
         self._wall = time.time() - perf_counter()
+        """What makes times of the clock on the wall of those of `perf_counter`."""
         self._sampling: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
+        """The event loop that takes a sample each second; ``None`` while that is not needed."""
+        # Its holder may enter it again: garbage is collected in between, and a leak that is found so is logged.
+        self._lock = threading.RLock()
         self.readers = 0
-        """How many look at the page: pools are sampled for them, also while nothing is done."""
+        """How many pages are open: pools are sampled for them, also while no connection is used."""
         _Warnings.install(self)
         for index, db in enumerate(self._dbs):
             self._follow(index, db)
@@ -115,7 +118,7 @@ class Recorder:
             if unit is not None:
                 record: Any = unit.watchers.get(self)
                 if record is None:
-                    self._record(unit, hold)
+                    self._follow_unit(unit, hold)
                 else:
                     hold.unit = record
                     record.add(hold)
@@ -201,9 +204,9 @@ class Recorder:
 
         sync_engine = engine.sync_engine
         # An engine for another event loop has the listeners of the first one, and several databases may have one pool.
-        if not any(getattr(each, "of", None) is self for each in listeners_of(sync_engine.pool, "checkout")):
+        if not any(getattr(each, "recorder", None) is self for each in listeners_of(sync_engine.pool, "checkout")):
             take = share if isinstance(sync_engine.pool, StaticPool) else checkout
-            take.of = self  # type: ignore[attr-defined]  # as above
+            take.recorder = self  # type: ignore[attr-defined]  # type checkers know no attributes of functions
             event.listen(sync_engine, "checkout", take)
             event.listen(sync_engine, "invalidate", lose)
             event.listen(sync_engine, "detach", lose)
@@ -217,7 +220,7 @@ class Recorder:
             wrap_in_dialect(dialect, "do_commit", commit)
             wrap_in_dialect(dialect, "do_rollback", rollback)
 
-    def _record(self, unit: UnitOfWork, hold: HoldRecord) -> None:
+    def _follow_unit(self, unit: UnitOfWork, hold: HoldRecord) -> None:
         """Follow a unit of work that has taken its first connection."""
         hold.unit = record = UnitRecord()
         record.owner = self
@@ -278,7 +281,7 @@ class Recorder:
 
     def _sample(self) -> None:
         now = perf_counter()
-        # Not by a callback of each reference to a unit, as units that are never ended are few.
+        # Few units are never ended: to look for them here costs less than a callback of the reference to each unit.
         for record in list(self.live):
             record.note_if_lost()
         for index, db in enumerate(self._dbs):
@@ -334,14 +337,14 @@ class Recorder:
                 hold.as_json(hold.unit, self._on_wall)
                 for pool in list(self._pools.values())
                 for hold in list(pool.held.values())
-                # What a unit that has ended has left is not among the units of an update.
+                # A unit that has ended is in one update alone, and a connection that it has not given back in each.
                 if hold.unit is None or hold.unit.ended is not None
             ],
             "warnings": [warning for warning in list(self._warnings) if warning["sequence"] > since],
         }
 
     def _units(self) -> tuple[list[UnitRecord], list[UnitRecord], int]:
-        """Return the units that are at work, those that have ended, and the highest number of the latter.
+        """Return the units that are at work, those that have ended, and the highest number that was given.
 
         A unit gets its number when it is first shown after its end.
         """

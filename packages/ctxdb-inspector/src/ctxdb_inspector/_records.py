@@ -106,6 +106,10 @@ class UnitOwner(Protocol):
     """The last ones of those that have ended."""
 
 
+def _no_unit() -> None:
+    """Return the unit of a record whose unit has ended."""
+
+
 class UnitRecord:
     """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`.
 
@@ -113,7 +117,7 @@ class UnitRecord:
     """
 
     unit: Callable[[], UnitOfWork | None]
-    """Leads to the unit while there is one."""
+    """Leads to the unit until it ends or is thrown away."""
     owner: UnitOwner
     id: str
     request: str | None = None
@@ -161,6 +165,8 @@ class UnitRecord:
     def unit_ends(self, error: BaseException | None) -> None:
         """Note the end."""
         self.ended = perf_counter()
+        # What is kept of many units is little: each has left the processor's caches when it makes room for another one.
+        self.unit = _no_unit
         if error is not None:
             self.error = describe(error)
         owner = self.owner
