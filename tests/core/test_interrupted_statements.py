@@ -59,6 +59,26 @@ async def test_what_was_loaded_stays_readable_after_the_fallback(db: DBConnect, 
 
 
 @POSTGRESQL
+@pytest.mark.parametrize("in_savepoint", [True, False])
+async def test_what_is_added_and_changed_after_the_fallback_is_stored(
+    db: DBConnect, database: Database, in_savepoint: bool
+) -> None:
+    await database.query("INSERT INTO item VALUES ('old') RETURNING 1")
+    async with new_db_ctx():
+        session = await db_session(db)
+        item = await session.get_one(Item, "old")
+        if in_savepoint:
+            with suppress(TimeoutError):
+                async with session.begin_nested(), asyncio.timeout(0.05):
+                    await session.execute(text("SELECT pg_sleep(300)"))
+        else:
+            await suggestions(db)
+        session.add(Item(name="added"))
+        item.name = "changed"
+    assert await database.names() == ["added", "changed"]
+
+
+@POSTGRESQL
 @pytest.mark.parametrize("by_block", [True, False])
 async def test_a_session_that_has_only_read_can_be_closed_after_its_fallback(db: DBConnect, by_block: bool) -> None:
     async with new_db_ctx():

@@ -73,7 +73,7 @@ class GuardedSession(TracedSession):
                 if self.task_blocks and not is_flushing(self):
                     # A flush may be that of another task's query; it writes the objects of the task in the block.
                     refuse_in_block_of_other_task(self)
-                self.note_write()
+                self.note_write(clause)
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
