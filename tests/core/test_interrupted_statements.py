@@ -8,25 +8,34 @@ from contextlib import suppress
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
     DBConnect,
     StatementInterruptedError,
     TransactionAbortedError,
+    UnexpectedRollbackError,
     commit_db_session,
     db_session,
     new_db_ctx,
+    on_begin,
+    on_commit,
+    on_rollback,
     rollback_db_session,
+    transactional,
 )
 
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 
 
 async def suggestions(db: DBConnect) -> list[str]:
+    session = await db_session(db)
+    # The time limit is to meet the slow statement, and not the opening of a connection.
+    await session.execute(text("SELECT 1"))
     try:
         async with asyncio.timeout(0.05):
-            await (await db_session(db)).execute(text("SELECT pg_sleep(300)"))
+            await session.execute(text("SELECT pg_sleep(300)"))
     except TimeoutError:
         return []
     raise AssertionError("not reached")
@@ -41,8 +50,6 @@ async def test_a_unit_that_has_only_read_answers_its_fallback(db: DBConnect) -> 
 @POSTGRESQL
 async def test_a_unit_that_has_only_read_goes_on_after_its_fallback(db: DBConnect, database: Database) -> None:
     async with new_db_ctx():
-        session = await db_session(db)
-        await session.execute(text("SELECT 1"))
         assert await suggestions(db) == []
         await insert(db, "after the fallback")
     assert await database.names() == ["after the fallback"]
@@ -56,6 +63,80 @@ async def test_what_was_loaded_stays_readable_after_the_fallback(db: DBConnect, 
         await suggestions(db)
         assert await (await db_session(db)).scalar(text("SELECT 1")) == 1
         assert item.name == "loaded"
+
+
+@POSTGRESQL
+@pytest.mark.parametrize("in_savepoint", [True, False])
+async def test_what_is_added_and_changed_after_the_fallback_is_stored(
+    db: DBConnect, database: Database, in_savepoint: bool
+) -> None:
+    await database.query("INSERT INTO item VALUES ('old') RETURNING 1")
+    async with new_db_ctx():
+        session = await db_session(db)
+        item = await session.get_one(Item, "old")
+        if in_savepoint:
+            with suppress(TimeoutError):
+                async with session.begin_nested(), asyncio.timeout(0.05):
+                    await session.execute(text("SELECT pg_sleep(300)"))
+        else:
+            await suggestions(db)
+        session.add(Item(name="added"))
+        item.name = "changed"
+    assert await database.names() == ["added", "changed"]
+
+
+async def test_on_commit_waits_for_the_transaction_that_goes_on_after_the_fallback(db: DBConnect) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        on_commit(db, lambda: seen.append("committed"))
+        on_rollback(db, lambda: seen.append("rolled back"))
+        await suggestions(db)
+        await insert(db, "after the fallback")
+    assert seen == ["committed"]
+
+
+async def test_what_on_begin_sets_is_set_again_after_the_fallback(db: DBConnect, database: Database) -> None:
+    async def set_application(session: AsyncSession) -> None:
+        await session.execute(text("SET LOCAL application_name = 'set again'"))
+
+    async with new_db_ctx():
+        on_begin(db, set_application)
+        await suggestions(db)
+        session = await insert(db, "after the fallback")
+        assert await session.scalar(text("SHOW application_name")) == "set again"
+    assert await database.names() == ["after the fallback"]
+
+
+async def test_what_on_begin_writes_is_lost_work(db: DBConnect) -> None:
+    async def note(session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO item VALUES ('noted')"))
+
+    with pytest.raises(StatementInterruptedError, match="pg_sleep"):
+        async with new_db_ctx():
+            on_begin(db, note)
+            await suggestions(db)
+
+
+async def test_half_of_a_joined_block_is_not_stored_after_its_fallback(db: DBConnect, database: Database) -> None:
+    with pytest.raises(UnexpectedRollbackError):
+        async with new_db_ctx():
+            session = await db_session(db)
+            with suppress(LookupError):
+                async with transactional(db):
+                    await suggestions(db)
+                    session.add(Item(name="half"))
+                    raise LookupError
+            await session.execute(text("SELECT 1"))
+    assert await database.names() == []
+
+
+@POSTGRESQL
+async def test_a_block_that_goes_on_after_its_fallback_is_told_what_was_interrupted(db: DBConnect) -> None:
+    with pytest.raises(StatementInterruptedError, match="pg_sleep"):
+        async with new_db_ctx():
+            session = await db_session(db)
+            async with session.begin_nested():
+                await suggestions(db)
 
 
 @POSTGRESQL

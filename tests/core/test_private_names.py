@@ -103,6 +103,24 @@ def test_a_session_knows_that_it_has_committed_although_a_listener_has_failed(se
     assert not private.has_committed(session)
 
 
+def test_a_transaction_can_end_without_a_loss_of_what_was_not_flushed(session: Session) -> None:
+    changed, deleted, added = Thing(id=1), Thing(id=2), Thing(id=3)
+    session.add_all([changed, deleted])
+    session.commit()
+    assert (changed.id, deleted.id) == (1, 2)
+    session.begin_nested()
+    session.add(added)
+    session.delete(deleted)
+    changed.id = 4
+    private.end_without_restoring(session)
+    assert not session.in_transaction()
+    assert changed in session.dirty
+    assert deleted in session.deleted
+    assert added in session.new
+    session.commit()
+    assert session.scalars(select(Thing.id).order_by(Thing.id)).all() == [3, 4]
+
+
 def test_a_session_is_at_rest_until_an_object_is_added_changed_or_deleted_or_a_transaction_begins(
     session: Session,
 ) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
-from weakref import ref
+from typing import Any, NoReturn
 
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -13,12 +12,9 @@ from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.failures import failure_of
 from ctxdb_core._sqlalchemy.greenlets import call_through
-from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import connections_of, innermost_block
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
-from ctxdb_core._sqlalchemy.traced_session import Interrupted, TracedSession
+from ctxdb_core._sqlalchemy.traced_session import TracedSession
 from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
 
 __all__ = ["pass_door"]
@@ -32,22 +28,23 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
         try:
             return await call_through(None, fn, args, kwargs)
         except PoolTimeoutError as exc:
-            explain_time_out(exc, _session_of(fn))
+            explain_time_out(exc, _session_of(fn, args))
             raise
     if not door.enter():
         await door.wait()
     try:
+        if door.is_suspect and isinstance(session := _session_of(fn, args), TracedSession):
+            await call_through(door, session.leave_lost_reading, (), {})
         if door.latest is not None:
             return await _call_in_time(door, door.latest(), fn, args, kwargs)
         return await call_through(door, fn, args, kwargs)
     except PendingRollbackError as exc:
-        return await _go_on_after_interruption(exc, door, fn, args, kwargs)
+        _explain_lost_transaction(exc, _session_of(fn, args))
     except BaseException as exc:
-        if not isinstance(exc, Exception):
-            _note_interruption(getattr(fn, "__self__", None))
+        door.is_suspect = True
         if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
             door.commit_is_unknown = True
-        explain_time_out(exc, _session_of(fn))
+        explain_time_out(exc, _session_of(fn, args))
         door.answer_interruption()
         raise
     finally:
@@ -82,51 +79,31 @@ async def _call_in_time(
         ) from exc
 
 
-def _session_of(fn: Any) -> Any:
+def _session_of(fn: Any, args: tuple[Any, ...] = ()) -> Any:
+    """Return the session of a call: ``run_sync`` gives it to a function of the user's."""
+    if args and isinstance(args[0], TracedSession):
+        return args[0]
     owner = getattr(fn, "__self__", None)
     return owner.session if isinstance(owner, SessionTransaction) else owner
 
 
-def _note_interruption(session: object) -> None:
-    """Note which interrupted statement has cost the session its open transaction, and whether that had written."""
-    if not isinstance(session, TracedSession) or session.interrupted is not None:
-        return
-    transaction = session.get_transaction()
-    for connection in () if transaction is None else connections_of(transaction):
-        failure = failure_of(connection)
-        if connection.invalidated and failure is not None and failure.was_interrupted:
-            session.interrupted = Interrupted(
-                ref(cast(SessionTransaction, transaction)), failure, session.has_written()
-            )
-
-
-async def _go_on_after_interruption(
-    error: PendingRollbackError, door: Door, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Make the call again in a new transaction, if the one that was lost with an interrupted statement had only read.
+def _explain_lost_transaction(error: PendingRollbackError, session: object) -> NoReturn:
+    """Raise the error that says what the transaction was lost by.
 
     Raises:
-        StatementInterruptedError: the lost transaction had written, or the running code is in its ``with`` block.
-        PendingRollbackError: no statement was interrupted; the error is about another failure.
+        StatementInterruptedError: a statement was interrupted.
+        PendingRollbackError: no statement was; the error is about another failure.
     """
-    session = getattr(fn, "__self__", None)
-    # Fetching the rows of a streamed result is no call of the session, so `pass_door` does not note its interruption.
-    _note_interruption(session)
-    if not isinstance(session, TracedSession) or session.interrupted is None:
+    if not isinstance(session, TracedSession):
         raise error
+    session.note_interruption()
     interrupted = session.interrupted
-    if interrupted.transaction() is not session.get_transaction():
+    if interrupted is None or interrupted.transaction() is not session.get_transaction():
         raise error
-    if interrupted.had_written or innermost_block(session) is not None:
-        raise StatementInterruptedError(
-            f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and the "
-            "interruption was caught. To stop the statement, its driver has given up the connection, so this "
-            "transaction is lost with what was written in it. Let the interruption propagate; or call "
-            "`await rollback_db_session(db)` to go on without that work; or run what may take too long beside the "
-            "transaction, `await run_in_new_ctx(fn, ...)`."
-        ) from error
-    # This roll-back sends nothing: the connection is gone.
-    loaded = LoadedValues(session)
-    await call_through(door, session.rollback, (), {})
-    loaded.restore()
-    return await call_through(door, fn, args, kwargs)
+    raise StatementInterruptedError(
+        f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and the "
+        "interruption was caught. To stop the statement, its driver has given up the connection, so this "
+        "transaction is lost with what was written in it. Let the interruption propagate; or call "
+        "`await rollback_db_session(db)` to go on without that work; or run what may take too long beside the "
+        "transaction, `await run_in_new_ctx(fn, ...)`."
+    ) from error

@@ -189,6 +189,7 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             if self._is_closed:
                 # The result has been read to its end, and closing its cursor was interrupted.
                 self.give_up()
+            door.is_suspect = True
             door.answer_interruption()
             raise
         finally:

@@ -132,6 +132,7 @@ class Door:
         "_waiting",
         "check",
         "commit_is_unknown",
+        "is_suspect",
         "latest",
         "limit",
         "observer",
@@ -148,6 +149,8 @@ class Door:
         """Gives up the running call when its time is up; ``None`` if the call has no limit."""
         self.commit_is_unknown = False
         """Whether the outcome of the session's last commit is unknown, as its answer was lost."""
+        self.is_suspect = False
+        """Whether a call has failed, so that the transaction may have been lost with its connection."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
         self._refuse: Refuse | None = None
@@ -321,7 +324,7 @@ class Door:
 
     # --- statements that have not come through the door ---------------------------------------------------------------
 
-    def look(self, session: Session, clause: Any) -> None:
+    def look(self, session: Any, clause: Any) -> None:
         """Look once more before a connection is taken for a statement: called by ``Session.get_bind``.
 
         Lazy loading of ``AsyncAttrs``, for instance, starts a greenlet of SQLAlchemy's own, and has not come through
@@ -334,6 +337,10 @@ class Door:
                 # A plain call, outside of SQLAlchemy's greenlets, takes no connection.
                 return
             self._enter_unannounced(current)
+            if self.is_suspect:
+                session.leave_lost_reading()
+            # Nobody hears of it if this call is interrupted.
+            self.is_suspect = True
         if self.check is not None:
             self.check()
         if self.observer is not None:

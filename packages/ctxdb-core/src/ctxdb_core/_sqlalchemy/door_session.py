@@ -150,6 +150,8 @@ async def _note_hidden_write(session: DoorSession) -> None:
     door = guard.door
     if door is None or guard.before_close is None or door.is_held() or door.has_ended:
         return
+    if door.is_suspect:
+        await pass_door(door, guard.leave_lost_reading, (), {})
     if guard.in_transaction() and not guard.has_written(beside_on_begin=True):
         # The statement that has aborted a transaction, or was interrupted, has raised an error already.
         with suppress(*UNANSWERED):

@@ -74,7 +74,7 @@ class GuardedSession(TracedSession):
                     # A flush is let through: this task's query has begun it, and it writes objects of the task in the
                     # block.
                     refuse_in_block_of_other_task(self)
-                self.note_write()
+                self.note_write(clause)
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))

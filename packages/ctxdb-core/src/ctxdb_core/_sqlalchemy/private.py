@@ -50,6 +50,7 @@ __all__ = [
     "copy_engine",
     "deleted_in",
     "driver_cursor_of",
+    "end_without_restoring",
     "fetch_asyncpg_row",
     "follow_dialect",
     "follow_handing_out",
@@ -161,6 +162,15 @@ def set_warning_of_changes(session: Session, *, enabled: bool) -> bool:
 def begin_without_statement(session: Session) -> None:
     """Have the session begin a transaction as its next statement would: `Session.begin` would claim its commit."""
     session._autobegin_t()  # noqa: SLF001 - see the module
+
+
+def end_without_restoring(session: Session) -> None:
+    """End the open transaction and its savepoints as a roll-back does, and leave all objects as they are.
+
+    What was added, changed or deleted, and not flushed, is written by the next flush.
+    """
+    while session._transaction is not None:  # noqa: SLF001 - see the module
+        session._transaction.close()  # noqa: SLF001 - see the module
 
 
 def connections_of(transaction: SessionTransaction) -> set[Connection]:

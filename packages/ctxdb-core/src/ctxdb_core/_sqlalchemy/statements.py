@@ -7,10 +7,11 @@ from typing import Any
 
 from sqlalchemy import TextClause
 
-__all__ = ["only_reads"]
+__all__ = ["only_reads", "only_sets"]
 
 _READING = re.compile(r"\s*(?:SELECT|SHOW|VALUES|TABLE|PRAGMA\s+\w+\s*(?:;|\(|$)|EXPLAIN(?!\s+ANALY))\b", re.IGNORECASE)
 _WITH = re.compile(r"\s*WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b)", re.IGNORECASE | re.DOTALL)
+_SETTING = re.compile(r"\s*(?:SET|RESET)\b[^;]*;?\s*$", re.IGNORECASE)
 
 
 def only_reads(clause: Any) -> bool:
@@ -21,3 +22,8 @@ def only_reads(clause: Any) -> bool:
     if isinstance(clause, TextClause):
         return _READING.match(clause.text) is not None or _WITH.match(clause.text) is not None
     return getattr(clause, "is_select", False)
+
+
+def only_sets(clause: Any) -> bool:
+    """Return whether `clause` only sets something for its transaction or connection, such as a role."""
+    return isinstance(clause, TextClause) and _SETTING.match(clause.text) is not None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.failures import FailedStatement
-from ctxdb_core._sqlalchemy.private import begin_without_statement, connections_of, has_to_flush
+from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    connections_of,
+    end_without_restoring,
+    has_to_flush,
+    innermost_block,
+)
+from ctxdb_core._sqlalchemy.statements import only_sets
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
 
 __all__ = ["Interrupted", "TracedSession"]
@@ -21,6 +28,7 @@ class Interrupted(NamedTuple):
     transaction: ref[SessionTransaction]
     statement: FailedStatement
     had_written: bool
+    """Whether it held work, or a setting, that another transaction would not have."""
 
 
 class TracedSession(BlockedSession):
@@ -30,10 +38,16 @@ class TracedSession(BlockedSession):
     """What each statement passes, once a unit of work has taken the session."""
     interrupted: Interrupted | None = None
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
+    is_leaving_lost_reading = False
+    """Whether the transaction ends of which nothing is lost, so that the next one goes on in its place."""
     _written: ref[SessionTransaction] | None = None
     """The transaction in which something was written last."""
+    _only_sets = False
+    """Whether what was noted as written in that transaction has only set something for it, such as a role."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
+    _set_up_only_sets = False
+    """Whether it has only set something there: it does so again in the next transaction."""
 
     def has_written(self, *, beside_on_begin: bool = False) -> bool:
         """Return whether the open transaction holds work, as far as its statements tell.
@@ -49,21 +63,64 @@ class TracedSession(BlockedSession):
             or (not beside_on_begin and self._set_up is not None and self._set_up() is self.get_transaction())
         )
 
-    def note_write(self) -> None:
-        """Note that the open transaction holds work, or the next one if none is open."""
+    def note_write(self, clause: Any = None) -> None:
+        """Note that the open transaction holds work, or the next one if none is open.
+
+        Args:
+            clause: the statement; ``None`` for whatever may have been done.
+        """
         # The statement is about to begin the transaction, if none is open.
         begin_without_statement(self)
         if not self._has_noted_write():
             transaction = self.get_transaction()
             self._written = None if transaction is None else ref(transaction)
+            self._only_sets = only_sets(clause)
+        elif self._only_sets:
+            self._only_sets = only_sets(clause)
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
         self._set_up, self._written = self._written, None
+        self._set_up_only_sets = self._only_sets
 
     def note_set_up_is_no_work(self) -> None:
         """Note that `on_begin` has written nothing in the open transaction, as the database has told."""
         self._set_up = None
+
+    def note_interruption(self) -> None:
+        """Note whether the open transaction was lost with its connection, as a statement was interrupted."""
+        transaction = self.get_transaction()
+        if transaction is None or self.interrupted is not None:
+            return
+        for connection in connections_of(transaction):
+            failure = failure_of(connection)
+            if connection.invalidated and failure is not None and failure.was_interrupted:
+                self.interrupted = Interrupted(ref(transaction), failure, self._has_sent_work(transaction))
+
+    def _has_sent_work(self, transaction: SessionTransaction) -> bool:
+        # What was not flushed is not lost, and what `on_begin` sets is set anew in the next transaction.
+        return self._has_noted_write() or (
+            self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets
+        )
+
+    def leave_lost_reading(self) -> None:
+        """End the open transaction if it was lost with an interrupted statement, and had only read.
+
+        A roll-back, by the error that the next statement would get, forgets what was added or changed meanwhile: it
+        would never be written. Inside of a block of the transaction, that error has to come.
+        """
+        self.note_interruption()
+        interrupted, transaction = self.interrupted, self.get_transaction()
+        if interrupted is not None and interrupted.transaction() is transaction:
+            if interrupted.had_written or innermost_block(self) is not None:
+                return
+            self.is_leaving_lost_reading = True
+            try:
+                end_without_restoring(self)
+            finally:
+                self.is_leaving_lost_reading = False
+        if self.door is not None:
+            self.door.is_suspect = False
 
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()

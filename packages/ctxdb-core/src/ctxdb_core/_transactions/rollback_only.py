@@ -13,6 +13,8 @@ __all__ = ["check_commits", "refuse_if_rollback_only", "set_rollback_only"]
 
 _DOOMED = "ctxdb.rollback_only"
 _CHECKED = "ctxdb.checked_commits"
+_NEXT = None
+"""Stands for the transaction that goes on in the place of one that was lost, with what had not been flushed in that."""
 
 
 def set_rollback_only(
@@ -49,6 +51,9 @@ def refuse_if_rollback_only(session: Session) -> None:
         UnexpectedRollbackError: the transaction can only be rolled back.
     """
     doomed = session.info.get(_DOOMED, {})
+    if _NEXT in doomed:
+        why, cause = doomed[_NEXT]
+        raise UnexpectedRollbackError(why) from cause
     transaction = innermost(session) if doomed else None
     while transaction is not None:
         if transaction in doomed:
@@ -78,4 +83,10 @@ def innermost(session: Session) -> SessionTransaction | None:
 
 
 def _forget(session: Session, transaction: SessionTransaction) -> None:
-    session.info[_DOOMED].pop(transaction, None)
+    doomed = session.info[_DOOMED]
+    why = doomed.pop(transaction, None)
+    if transaction.parent is None:
+        if not getattr(session, "is_leaving_lost_reading", False):
+            doomed.pop(_NEXT, None)
+        elif why is not None:
+            doomed[_NEXT] = why

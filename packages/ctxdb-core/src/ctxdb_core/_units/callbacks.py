@@ -110,6 +110,9 @@ class Callbacks:
 
         @event.listens_for(sync_session, "after_transaction_end")
         def ended(session: Session, transaction: SessionTransaction) -> None:
+            if getattr(session, "is_leaving_lost_reading", False):
+                # The next transaction goes on in the place of this one, of which nothing was lost.
+                return
             if transaction.parent is None:
                 # Where the transaction was committed, no callback waits any more, unless another listener has failed.
                 self.settle([db], _outcome_of(session))
