@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +21,16 @@ import httpx
 import psycopg
 import pytest
 from sqlalchemy import make_url
+from tests.support.server import http_client
 
 from ctxdb_core import DBConnect
 from ctxdb_demo import cli, demo_database, domain
-from ctxdb_demo.demo_database import parse_url
+from ctxdb_demo.demo import connected
+from ctxdb_demo.demo_database import open_database, parse_url
 from ctxdb_demo.errors import DemoError
 from ctxdb_demo.frameworks import FRAMEWORKS
+from ctxdb_demo.progress import Progress
+from ctxdb_demo.server import HOST, listen
 from ctxdb_pgstatus.testing import EmbeddedPostgres, postgres_is_available
 
 COMMAND = Path(sys.executable).with_name("ctxdb-demo")
@@ -499,31 +503,35 @@ class TestSignals:
         assert list(temporary.iterdir()) == []
 
 
-@pytest.fixture(scope="module", params=FRAMEWORKS)
-def served(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    with started("--serve", "--framework", request.param, "--database-url", "sqlite://") as process:
-        url = read_until(process.stdout, "Serving on").split()[2]
-        with httpx.Client(base_url=url, trust_env=False) as client:
+@pytest.fixture(params=FRAMEWORKS)
+async def served(request: pytest.FixtureRequest) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the bank in one of its frameworks, on a real server."""
+    with listen(None) as listener:
+        url = f"http://{HOST}:{listener.getsockname()[1]}"
+        async with (
+            open_database("sqlite://", Progress()) as database,
+            connected(database),
+            FRAMEWORKS[request.param].serve(listener),
+            http_client(url) as client,
+        ):
             yield client
 
 
 class TestApplications:
-    def test_an_account_that_was_opened_is_there(self, served: httpx.Client) -> None:
-        assert served.post("/accounts", json={"owner": "dave", "balance": 10}).json() == {
-            "owner": "dave",
-            "balance": 10,
-        }
-        assert {"owner": "dave", "balance": 10} in served.get("/accounts").json()
+    async def test_an_account_that_was_opened_is_there(self, served: httpx.AsyncClient) -> None:
+        account = {"owner": "dave", "balance": 10}
+        assert (await served.post("/accounts", json=account)).json() == account
+        assert account in (await served.get("/accounts")).json()
 
-    def test_an_account_that_exists_is_a_conflict(self, served: httpx.Client) -> None:
-        assert served.post("/accounts", json={"owner": "alice", "balance": 10}).status_code == 409
+    async def test_an_account_that_exists_is_a_conflict(self, served: httpx.AsyncClient) -> None:
+        assert (await served.post("/accounts", json={"owner": "alice", "balance": 10})).status_code == 409
 
-    def test_an_unknown_account_is_not_found(self, served: httpx.Client) -> None:
-        assert served.get("/accounts/eve/statement").status_code == 404
-        assert served.post("/accounts/eve/interest").status_code == 404
+    async def test_an_unknown_account_is_not_found(self, served: httpx.AsyncClient) -> None:
+        assert (await served.get("/accounts/eve/statement")).status_code == 404
+        assert (await served.post("/accounts/eve/interest")).status_code == 404
 
-    def test_too_large_a_transfer_is_refused(self, served: httpx.Client) -> None:
-        response = served.post("/transfers", json={"source": "alice", "target": "bob", "amount": 1000})
+    async def test_too_large_a_transfer_is_refused(self, served: httpx.AsyncClient) -> None:
+        response = await served.post("/transfers", json={"source": "alice", "target": "bob", "amount": 1000})
         assert (response.status_code, response.json()) == (422, {"detail": "alice has no account with 1000 in it."})
 
     @pytest.mark.parametrize(
@@ -537,8 +545,8 @@ class TestApplications:
             ("/withdrawals", None),
         ],
     )
-    def test_a_wrong_body_is_refused(self, served: httpx.Client, path: str, body: object) -> None:
-        assert served.post(path, json=body).status_code == 422
+    async def test_a_wrong_body_is_refused(self, served: httpx.AsyncClient, path: str, body: object) -> None:
+        assert (await served.post(path, json=body)).status_code == 422
 
 
 def test_the_domain_imports_no_framework() -> None:

@@ -13,8 +13,8 @@ from tests.support.world import World
 
 from ctxdb_core import ContextClosedError
 
-REQUESTS = int(os.environ.get("CTXDB_LEDGER_REQUESTS", "600"))
-"""How many requests each adapter gets; by default, they take a few seconds."""
+REQUESTS = int(os.environ.get("CTXDB_LEDGER_REQUESTS", "300"))
+"""How many requests each adapter gets: by default, they take a second, and each act comes about a dozen times."""
 
 SEED = os.environ.get("CTXDB_LEDGER_SEED") or str(SystemRandom().randrange(1_000_000))
 """What each request does is drawn by it; how they meet each other is up to the machine."""

@@ -18,6 +18,8 @@ async def serve(app: Any, **options: Any) -> AsyncIterator[str]:
     # Without the protocol's number, asyncio leaves Nagle's algorithm on, and most responses take 40 ms.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
+        # A client that has much to do meanwhile finds its connection open.
+        options = {"timeout_keep_alive": 60, **options}
         config = uvicorn.Config(app, log_level="critical", lifespan="on", ws="websockets-sansio", **options)
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

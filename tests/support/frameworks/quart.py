@@ -107,7 +107,7 @@ def _websocket_view(handler: SocketHandler) -> Callable[[], Awaitable[None]]:
 @asynccontextmanager
 async def call_quart(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
     """Provide a client that calls the application as a server does, and Quart's own test client."""
-    async with httpx.AsyncClient(transport=_Transport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=_Transport(app), base_url="http://test", timeout=60) as client:
         yield client
 
 
