@@ -376,11 +376,11 @@ async def test_a_row_of_asyncpg_is_fetched_without_a_cursor_and_its_errors_are_t
     assert raised.value.sqlstate == "42703"
 
 
-async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_could_not_connect(database: Database) -> None:
+async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_task_could_not_connect(database: Database) -> None:
     engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
     async with engine.connect():
         waiting = asyncio.create_task(_use(engine))
-        await eventually(lambda: bool(engine.pool._pool._queue._getters), "nobody waits")  # type: ignore[attr-defined]  # what is tested
+        await eventually(lambda: bool(engine.pool._pool._queue._getters), "no task waits for a connection")  # type: ignore[attr-defined]  # what is tested
         private.pass_on_failed_connect(engine.pool)
         # The one connection is in use: there is no place.
         assert not waiting.done()

@@ -64,14 +64,14 @@ async def test_a_network_that_goes_dark_ends_the_call_in_time(
 
 
 @pytest.mark.parametrize("point", [Point.COMMIT, Point.COMMITTED])
-async def test_a_network_that_goes_dark_with_a_commit_leaves_it_unknown(
+async def test_a_network_that_goes_dark_with_a_commit_leaves_the_outcome_unknown(
     far: DBConnect, network: FaultyNetwork, database: Database, point: Point
 ) -> None:
     network.fail(point, Fault.BLACK_HOLE)
     with pytest.raises(CommitOutcomeUnknownError):
         async with new_db_ctx(deadline=now() + 0.5):
             await insert(far, "a")
-    await eventually(lambda: not database.backends("state <> 'idle'"), "the server is still at it")
+    await eventually(lambda: not database.backends("state <> 'idle'"), "a statement runs on at the server")
     assert await database.names() == (["a"] if point is Point.COMMITTED else [])
 
 

@@ -106,17 +106,17 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
     db: DBConnect, database: Database, database_kind: str
 ) -> None:
     if database_kind != "asyncpg":
-        pytest.skip("psycopg learns of it when it has sent COMMIT")
+        pytest.skip("psycopg learns of the lost connection when it has sent COMMIT")
     with pytest.raises(DBAPIError):
         async with new_db_ctx():
             session = await insert(db, "a")
             raw: Any = await (await session.connection()).get_raw_connection()
             database.terminate_backends()
-            await eventually(raw.driver_connection.is_closed, "the driver does not see it")
+            await eventually(raw.driver_connection.is_closed, "the driver does not see the end of the connection")
     assert await database.names() == []
 
 
-async def test_a_connection_that_is_lost_after_code_was_given_the_drivers_own_is_no_unknown_outcome(
+async def test_a_connection_that_is_lost_after_code_was_given_the_drivers_connection_is_no_unknown_outcome(
     db: DBConnect, database: Database
 ) -> None:
     with pytest.raises(DBAPIError) as raised:
@@ -137,7 +137,7 @@ async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConn
     assert await database.names("child", "parent") == []
 
 
-async def test_a_server_that_ends_in_the_middle_of_a_commit_leaves_it_unknown(
+async def test_a_server_that_ends_in_the_middle_of_a_commit_leaves_the_outcome_unknown(
     db: DBConnect, database: Database
 ) -> None:
     with database.held_commits():
@@ -233,13 +233,13 @@ async def test_a_commit_that_goes_on_at_the_server_is_waited_for(
         writing = asyncio.create_task(_write(resolving))
         await database.commit_is_held()
         network.break_all(Fault.DROP)
-        await eventually(lambda: network.connections > 1, "nobody asks")
+        await eventually(lambda: network.connections > 1, "no connection asks about the commit")
     # The server does not look whether its client is there while it commits.
     await writing
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked_about(
+async def test_a_commit_has_its_callbacks_called_although_its_task_is_cancelled_while_the_server_is_asked(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     outcomes: list[str] = []
@@ -247,7 +247,7 @@ async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked
         writing = asyncio.create_task(_write(resolving, outcomes))
         await database.commit_is_held()
         network.break_all(Fault.DROP)
-        await eventually(lambda: network.connections > 1, "nobody asks")
+        await eventually(lambda: network.connections > 1, "no connection asks about the commit")
         writing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await writing
@@ -255,7 +255,7 @@ async def test_a_commit_is_told_although_its_task_is_cancelled_while_it_is_asked
     assert await database.names() == ["a"]
 
 
-async def test_a_commit_stays_unknown_where_nobody_can_be_asked_in_time(
+async def test_a_commit_stays_unknown_where_no_server_can_be_asked_in_time(
     resolving: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:
     with pytest.raises(CommitOutcomeUnknownError) as raised:

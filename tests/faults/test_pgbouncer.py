@@ -185,7 +185,9 @@ async def test_connections_that_the_pooler_ends_for_idling_are_replaced(
             engine = await db.engine()
             event.listen(engine.sync_engine, "connect", lambda connection, _: opened.append(connection))
             await use()
-            await eventually(lambda: _has_hung_up(opened[0].driver_connection), "the pooler does not close it")
+            await eventually(
+                lambda: _has_hung_up(opened[0].driver_connection), "the pooler does not close the connection"
+            )
             await use()
             assert len(opened) == 2
 

@@ -51,7 +51,7 @@ def _is_running(pid: int) -> bool:
 async def _end_backend(database: Database, pid: int) -> None:
     """Have the server close all connections, and wait until it has closed that of a process."""
     database.terminate_backends()
-    await eventually(lambda: not _is_running(pid), "the server does not close it")
+    await eventually(lambda: not _is_running(pid), "the server process is still there")
 
 
 async def _pid(db: DBConnect) -> int:
@@ -81,7 +81,7 @@ async def test_a_connection_that_the_server_ends_for_idling_is_replaced(db: DBCo
         session = await db_session(db)
         dead = await session.scalar(PID)
         await session.execute(text("SET idle_session_timeout = 20"))
-    await eventually(lambda: not _is_running(dead), "the server does not close it")
+    await eventually(lambda: not _is_running(dead), "the server process is still there")
     assert await _pid(db) != dead
 
 
@@ -204,7 +204,7 @@ async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_repla
         (dead,) = database.backend_pids("true")
         await _end_backend(database, dead)
         if hasattr(driver_connection, "is_closed"):
-            await eventually(driver_connection.is_closed, "the driver does not see it")
+            await eventually(driver_connection.is_closed, "the driver does not see the end of the connection")
         assert await session.scalar(PID) != dead
 
 

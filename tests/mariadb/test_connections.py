@@ -58,7 +58,7 @@ async def test_a_connection_that_the_server_ends_for_idling_is_replaced(db: DBCo
         session = await db_session(db)
         dead = await session.scalar(ID)
         await session.execute(text("SET SESSION wait_timeout = 1"))
-    await eventually(lambda: dead not in database.connection_ids(), "the server does not close it")
+    await eventually(lambda: dead not in database.connection_ids(), "the server does not close the connection")
     async with new_db_ctx():
         assert await (await db_session(db)).scalar(ID) != dead
 

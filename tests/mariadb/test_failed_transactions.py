@@ -37,7 +37,9 @@ async def _meet_deadlock(db: DBConnect, database: MariaDatabase, session: AsyncS
             await other.execute(text("INSERT INTO item VALUES (:name)"), {"name": f"other {number}"})
         await _lock(other, 2)
         waiting = asyncio.create_task(_lock(other, 1))
-        await eventually(lambda: any("counter" in each for each in database.statements()), "nobody waits")
+        await eventually(
+            lambda: any("counter" in each for each in database.statements()), "no transaction waits for the row"
+        )
         try:
             await _lock(session, 2)
         finally:

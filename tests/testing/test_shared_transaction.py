@@ -120,7 +120,7 @@ async def test_deferrable_constraint_that_is_initially_immediate_stays_immediate
         with pytest.raises(IntegrityError):
             async with new_db_ctx():
                 await insert(db, "one")
-                pytest.fail("the second one was not refused by its own statement")
+                pytest.fail("the second row was not refused by its own statement")
 
 
 async def test_a_statement_that_fails_does_not_spoil_the_other_transactions(db: DBConnect) -> None:
@@ -283,7 +283,7 @@ async def test_shared_transactions_cannot_be_nested(db: DBConnect) -> None:
     async with shared_transaction(db):
         with pytest.raises(SharedTransactionError, match="nested"):
             async with shared_transaction(db):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")
 
 
 async def test_session_that_outlives_the_shared_transaction_gets_an_error(db: DBConnect, database: Database) -> None:
@@ -405,7 +405,7 @@ async def test_a_stream_of_rows_leaves_no_cursor_open(db: DBConnect, postgresql:
 async def test_a_test_that_is_cancelled_while_it_begins_leaves_nothing(db: DBConnect, database: Database) -> None:
     async def test() -> None:
         async with shared_transaction(db):
-            pytest.fail("it was entered")
+            pytest.fail("the block was entered")
 
     task = asyncio.create_task(test())
     await asyncio.sleep(0)
@@ -474,7 +474,7 @@ async def test_databases_are_free_after_a_shared_transaction_that_could_not_begi
     async with DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(SharedTransactionError, match="One connection leads to one database"):
             async with shared_transaction(db, other):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")
     async with shared_transaction(db):
         await run_in_new_ctx(insert, db, "one")
     assert await database.names() == []
