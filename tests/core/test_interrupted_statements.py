@@ -58,7 +58,7 @@ async def test_what_was_loaded_stays_readable_after_the_fallback(db: DBConnect, 
 
 
 @POSTGRESQL
-async def test_a_commit_of_what_was_lost_names_the_interrupted_statement(db: DBConnect, database: Database) -> None:
+async def test_a_commit_of_lost_work_names_the_interrupted_statement(db: DBConnect, database: Database) -> None:
     with pytest.raises(StatementInterruptedError, match=r"pg_sleep\(300\).*rollback_db_session"):
         async with new_db_ctx():
             await insert(db, "lost")
@@ -67,7 +67,9 @@ async def test_a_commit_of_what_was_lost_names_the_interrupted_statement(db: DBC
 
 
 @POSTGRESQL
-async def test_the_next_statement_after_lost_work_names_the_interrupted_one(db: DBConnect, database: Database) -> None:
+async def test_the_next_statement_after_lost_work_names_the_interrupted_statement(
+    db: DBConnect, database: Database
+) -> None:
     async with new_db_ctx():
         await insert(db, "lost")
         await suggestions(db)
@@ -80,7 +82,7 @@ async def test_the_next_statement_after_lost_work_names_the_interrupted_one(db: 
 
 
 @POSTGRESQL
-async def test_the_siblings_of_a_failed_statement_are_told_of_it(db: DBConnect) -> None:
+async def test_the_siblings_of_a_failed_statement_are_told_of_the_failure(db: DBConnect) -> None:
     async def resolve(statement: str) -> None:
         await (await db_session(db)).execute(text(statement))
 

@@ -364,7 +364,9 @@ async def test_a_database_of_a_url_resolves_its_commits(network: FaultyNetwork, 
     assert await database.names() == ["a"]
 
 
-async def test_a_database_that_resolves_its_commits_can_be_overridden_by_one_that_cannot(database: Database) -> None:
+async def test_a_database_that_resolves_its_commits_can_be_overridden_by_a_database_that_cannot(
+    database: Database,
+) -> None:
     async with (
         DBConnect.from_url(database.url, resolve_commits=True) as db,
         db.overridden("sqlite+aiosqlite://"),
@@ -382,7 +384,7 @@ async def test_only_postgresql_can_resolve_commits() -> None:
 
 
 @pytest.mark.parametrize("resolves", [False, True])
-async def test_a_lost_commit_is_known_on_an_engine_that_takes_the_place_of_one_like_it(
+async def test_a_lost_commit_is_known_on_an_engine_that_takes_the_place_of_an_equal_engine(
     far: DBConnect, network: FaultyNetwork, database: Database, *, resolves: bool
 ) -> None:
     """The engines that ``execution_options`` returns have one dialect, by which commits are made."""

@@ -255,7 +255,7 @@ async def test_a_read_only_transaction_has_the_isolation_level_that_it_is_given(
             await insert(db, "a")
 
 
-async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_one(db: DBConnect) -> None:
+async def test_an_open_transaction_that_may_write_is_not_taken_for_a_read_only_transaction(db: DBConnect) -> None:
     async with new_db_ctx():
         await (await db_session(db)).execute(text("SELECT 1"))
         with pytest.raises(TransactionOptionsError, match="may write"):

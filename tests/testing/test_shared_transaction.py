@@ -358,7 +358,9 @@ async def test_a_read_only_database_by_itself_refuses_writes(database: Database)
     ],
     ids=["plain", "static pool", "uri"],
 )
-async def test_a_database_in_memory_is_the_one_that_was_filled(url: str, options: dict[str, Any]) -> None:
+async def test_a_shared_transaction_on_a_database_in_memory_finds_the_tables_that_were_made_in_it(
+    url: str, options: dict[str, Any]
+) -> None:
     async with DBConnect.from_url(url, **options) as db:
         async with new_db_ctx():
             await (await db_session(db)).execute(text("CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)"))
