@@ -1,3 +1,5 @@
+"""The command ``ctxdb-demo``: its promises, databases, mistakes, signals and applications."""
+
 from __future__ import annotations
 
 import os
@@ -571,7 +573,7 @@ def test_a_failover_is_shown_and_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("option", [["--serve"], ["--framework", "litestar"], ["--database-url", "sqlite://"]])
-def test_a_failover_is_not_shown_on_what_is_not_its_own(option: list[str], run: Run) -> None:
+def test_a_failover_is_not_shown_with_options_for_other_applications(option: list[str], run: Run) -> None:
     result = run("--cluster", *option)
     assert result.returncode == 2
     assert "--cluster brings its own databases" in result.stderr

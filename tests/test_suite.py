@@ -25,7 +25,7 @@ def test_sigint_ends_a_child_of_a_suite_that_ignores_it() -> None:
 
 
 @needs_posix
-def test_a_suite_that_ignores_sigint_goes_on_after_one() -> None:
+def test_a_suite_that_ignores_sigint_goes_on_after_a_sigint() -> None:
     assert run(f"{_IGNORING_SIGINT}{_INTERRUPT_ITSELF}\nprint('goes on')") == "goes on\n"
 
 

@@ -51,7 +51,7 @@ async def test_cancelled_at_any_step_a_block_is_whole_or_absent(
 
     async def work(step: int) -> None:
         async with getattr(context, outer)():
-            # In a session, what has begun the transaction.
+            # In a session, this statement has begun the transaction.
             await context.execute(text("SELECT 1"))
             async with context.transaction():
                 await insert_halves(context.execute, step)
@@ -161,4 +161,4 @@ async def test_a_task_that_is_cancelled_when_its_turn_at_the_pool_comes_does_not
             event.listen(pool, "checkin", lambda *_: after_turns(turns)(waiting.cancel), once=True)
         done, _ = await asyncio.wait([waiting], timeout=10)
         waiting.cancel()
-        assert done, "its cancellation was lost"
+        assert done, "the cancellation was lost"

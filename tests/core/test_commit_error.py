@@ -77,7 +77,7 @@ async def test_without_an_answer_the_error_is_raised(db: DBConnect) -> None:
     assert await run(answering(answer, db)) == [0]
 
 
-async def test_an_answer_whose_commit_fails_is_the_last_one(db: DBConnect) -> None:
+async def test_no_further_answer_follows_an_answer_whose_commit_fails(db: DBConnect) -> None:
     async def answer(scope: Scope, send: Send) -> None:
         answer_commit_error(scope)
         await insert_row_that_fails_at_commit(db)

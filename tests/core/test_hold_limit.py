@@ -78,7 +78,7 @@ async def test_a_connection_is_warned_of_once(database: Database, warnings: Call
         assert len(warnings()) == 1
 
 
-async def test_each_transaction_that_holds_one_is_warned_of(
+async def test_each_transaction_that_holds_a_connection_too_long_is_warned_of(
     database: Database, warnings: Callable[[], list[str]]
 ) -> None:
     async with limited(database, 0) as db, new_db_ctx():

@@ -299,7 +299,7 @@ async def _connect(db: DBConnect, name: str, **options: Any) -> None:
     await connection.execute(text("INSERT INTO item VALUES (:name)"), {"name": name})
 
 
-async def test_a_hook_that_is_registered_by_another_one_follows_it(db: DBConnect) -> None:
+async def test_a_hook_that_is_registered_by_another_hook_follows_that_hook(db: DBConnect) -> None:
     calls: list[str] = []
 
     async def register(session: AsyncSession) -> None:

@@ -168,7 +168,7 @@ async def test_a_unit_that_has_only_read_ends_well_after_rows_that_took_too_long
 
 
 @POSTGRESQL
-async def test_a_commit_of_what_was_lost_names_the_interrupted_statement(db: DBConnect, database: Database) -> None:
+async def test_a_commit_of_lost_work_names_the_interrupted_statement(db: DBConnect, database: Database) -> None:
     with pytest.raises(StatementInterruptedError, match=r"pg_sleep\(300\).*rollback_db_session"):
         async with new_db_ctx():
             await insert(db, "lost")
@@ -177,7 +177,9 @@ async def test_a_commit_of_what_was_lost_names_the_interrupted_statement(db: DBC
 
 
 @POSTGRESQL
-async def test_the_next_statement_after_lost_work_names_the_interrupted_one(db: DBConnect, database: Database) -> None:
+async def test_the_next_statement_after_lost_work_names_the_interrupted_statement(
+    db: DBConnect, database: Database
+) -> None:
     async with new_db_ctx():
         await insert(db, "lost")
         await suggestions(db)
@@ -190,7 +192,7 @@ async def test_the_next_statement_after_lost_work_names_the_interrupted_one(db: 
 
 
 @POSTGRESQL
-async def test_the_siblings_of_a_failed_statement_are_told_of_it(db: DBConnect) -> None:
+async def test_the_siblings_of_a_failed_statement_are_told_of_the_failure(db: DBConnect) -> None:
     async def resolve(statement: str) -> None:
         await (await db_session(db)).execute(text(statement))
 

@@ -66,7 +66,7 @@ async def test_the_connection_of_a_unit_of_work_that_is_thrown_away_is_closed(da
             unit.leave()
             del unit
         assert len(found) == 1
-        await eventually(lambda: not database.backends("true"), "its connection is still open")
+        await eventually(lambda: not database.backends("true"), "the connection is still open")
     assert await database.names() == []
 
 

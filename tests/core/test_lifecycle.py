@@ -107,7 +107,7 @@ async def test_a_failing_roll_back_is_attached_to_the_error(db: DBConnect, datab
     assert database.checked_out == 0
 
 
-async def test_a_failing_close_hinders_no_other_one(db: DBConnect, database: Database) -> None:
+async def test_a_failing_close_hinders_no_other_close(db: DBConnect, database: Database) -> None:
     async with database.connect() as second:
         unit = begun()
         first = await insert(db, "one")

@@ -46,13 +46,13 @@ def db(request: pytest.FixtureRequest) -> DBConnect:
     return db
 
 
-def test_the_next_event_loop_finds_what_the_first_has_stored(db: DBConnect) -> None:
+def test_the_next_event_loop_finds_the_rows_that_the_first_has_stored(db: DBConnect) -> None:
     asyncio.run(create_table(db))
     assert [asyncio.run(count(db)) for _ in range(3)] == [1, 2, 3]
     asyncio.run(_dispose(db))
 
 
-async def test_an_event_loop_of_another_thread_finds_what_this_one_has_stored(db: DBConnect) -> None:
+async def test_an_event_loop_of_another_thread_finds_the_rows_that_this_loop_has_stored(db: DBConnect) -> None:
     await create_table(db)
     assert await asyncio.to_thread(asyncio.run, count(db)) == 1
     assert await count(db) == 2

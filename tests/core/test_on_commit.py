@@ -52,7 +52,7 @@ async def test_a_block_behind_a_savepoint_takes_its_callbacks_along(db: DBConnec
     assert seen == ["released"]
 
 
-async def test_a_callback_of_a_released_savepoint_goes_with_the_one_around_it(db: DBConnect) -> None:
+async def test_a_callback_of_a_released_savepoint_goes_with_the_savepoint_around_it(db: DBConnect) -> None:
     seen: list[str] = []
     async with new_db_ctx():
         session = await insert(db, "one")

@@ -1,3 +1,5 @@
+"""Commit policies: those of ctxdb, those that name exceptions, and those that are given the request."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -73,7 +75,7 @@ def test_a_policy_of_two_arguments_is_given_the_request(policy: RequestPolicy) -
     [commit_2xx, lambda status, limit=300: status < limit, lambda *arguments: arguments == (200,), {200}.__contains__],
     ids=["function", "default", "variadic", "built_in"],
 )
-def test_a_policy_that_can_do_with_the_status_is_given_that_alone(policy: Callable[[int], bool]) -> None:
+def test_a_policy_that_can_be_called_with_the_status_alone_is_given_no_request(policy: Callable[[int], bool]) -> None:
     decide = with_request(policy)
     assert [decide(status, "a request") for status in (200, 404)] == [True, False]
 
@@ -91,7 +93,7 @@ def test_value_that_is_no_policy_is_refused_at_once(wrong: Any) -> None:
         with_request(wrong)
 
 
-def test_a_policy_can_name_exceptions_from_one_of_the_request() -> None:
+def test_a_policy_can_name_exceptions_from_a_policy_of_the_request() -> None:
     policy = commit_policy(commit_reads, commit=[404], roll_back=[202])
     assert [policy(status, "a read") for status in (200, 202, 404)] == [True, False, True]
     assert [policy(status, "a write") for status in (200, 202, 404)] == [False, False, True]

@@ -162,7 +162,7 @@ def test_a_session_warns_of_objects_that_are_added_while_it_flushes(session: Ses
     session.add(Thing(id=3))
 
 
-def test_a_transaction_begun_without_a_statement_is_like_one_of_a_statement(session: Session) -> None:
+def test_a_transaction_begun_without_a_statement_is_like_a_transaction_begun_by_a_statement(session: Session) -> None:
     private.begin_without_statement(session)
     transaction = session.get_transaction()
     assert transaction is not None
@@ -172,7 +172,7 @@ def test_a_transaction_begun_without_a_statement_is_like_one_of_a_statement(sess
     assert private.connections_of(transaction) == {session.connection()}
 
 
-def test_a_seeded_session_has_its_listeners_and_those_that_come_later(session: Session) -> None:
+def test_a_seeded_session_has_its_listeners_and_later_listeners(session: Session) -> None:
     private.seed_dispatch(session)
     seen: list[str] = []
 
@@ -199,7 +199,7 @@ def test_a_seeded_session_misses_no_frequent_event(session: Session) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"expire_on_commit": False, "autoflush": False}, {"join_transaction_mode": "create_savepoint"}]
 )
-async def test_sessions_of_a_pattern_are_like_constructed_ones(settings: dict[str, Any]) -> None:
+async def test_sessions_of_a_pattern_are_like_constructed_sessions(settings: dict[str, Any]) -> None:
     maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), **settings)
     pattern = private.SessionPattern.of(maker)
     assert pattern is not None
@@ -406,11 +406,11 @@ async def test_a_row_of_asyncpg_is_fetched_without_a_cursor_and_its_errors_are_t
     assert raised.value.sqlstate == "42703"
 
 
-async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_could_not_connect(database: Database) -> None:
+async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_task_could_not_connect(database: Database) -> None:
     engine = create_async_engine(database.url, pool_size=1, max_overflow=0)
     async with engine.connect():
         waiting = asyncio.create_task(_use(engine))
-        await eventually(lambda: bool(engine.pool._pool._queue._getters), "nobody waits")  # type: ignore[attr-defined]  # what is tested
+        await eventually(lambda: bool(engine.pool._pool._queue._getters), "no task waits for a connection")  # type: ignore[attr-defined]  # what is tested
         private.pass_on_failed_connect(engine.pool)
         # The one connection is in use: there is no place.
         assert not waiting.done()
@@ -655,7 +655,7 @@ async def test_an_engine_has_several_followers_of_its_connections(database: Data
     await engine.dispose()
 
 
-async def test_a_listener_can_come_before_older_ones(database: Database) -> None:
+async def test_a_listener_can_come_before_older_listeners(database: Database) -> None:
     engine = create_async_engine(database.url)
     told: list[str] = []
     event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: told.append("older"))
@@ -737,7 +737,7 @@ async def test_the_return_of_a_connection_to_its_pool_is_told_once(database: Dat
     assert len(returned) == 1
 
 
-def test_what_listens_to_a_pool_is_known_also_where_it_was_taken_over_from_another_pool() -> None:
+def test_the_listeners_of_a_pool_are_known_also_where_the_pool_has_taken_them_over_from_another_pool() -> None:
     engine = create_engine("sqlite://", poolclass=QueuePool)
 
     def listener(*args: object) -> None:
@@ -772,7 +772,7 @@ async def test_the_statements_and_commits_of_a_dialect_can_be_followed(database:
     await engine.dispose()
 
 
-async def test_a_connection_goes_on_with_another_one_of_the_pool(database: Database) -> None:
+async def test_a_connection_goes_on_with_another_driver_connection_of_the_pool(database: Database) -> None:
     engine = create_async_engine(database.url)
 
     def swap(connection: Connection) -> None:

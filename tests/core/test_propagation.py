@@ -306,7 +306,7 @@ async def test_an_error_before_the_first_statement_counts_like_any_other(db: DBC
     assert await database.names() == []
 
 
-async def test_an_error_that_propagates_is_the_one_that_surfaces(db: DBConnect, database: Database) -> None:
+async def test_an_error_that_propagates_surfaces_as_it_is(db: DBConnect, database: Database) -> None:
     with pytest.raises(LookupError):
         async with new_db_ctx(), transactional(db):
             await insert(db, "one")

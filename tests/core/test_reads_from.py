@@ -53,7 +53,7 @@ async def test_a_request_has_the_sessions_of_the_reader_if_its_method_is_safe(
     assert found == [method in {"GET", "HEAD", "OPTIONS", "TRACE"}]
 
 
-async def test_a_session_that_is_made_at_once_is_one_of_the_reader(main: DBConnect, reader: DBConnect) -> None:
+async def test_a_session_that_is_made_at_once_belongs_to_the_reader(main: DBConnect, reader: DBConnect) -> None:
     unit = begin(reads_from={main: reader})
     assert unit is not None
     session = TransactionContext(main).get_session()

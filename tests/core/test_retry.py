@@ -180,7 +180,7 @@ async def test_conflicts_are_told_from_other_errors(db: DBConnect, code: str) ->
     assert attempts == (1 if code == "23505" else 3)
 
 
-async def test_a_conflict_is_found_behind_what_was_made_of_it(db: DBConnect) -> None:
+async def test_a_conflict_is_found_behind_the_errors_that_were_raised_from_it(db: DBConnect) -> None:
     with pytest.raises(LookupError) as translated:
         async with new_db_ctx():
             try:

@@ -552,7 +552,7 @@ async def test_sessions_on_several_databases_end_together(
     assert await database.names() == ["first", "second"]
 
 
-async def test_a_failing_commit_rolls_the_later_ones_back_and_names_the_earlier_ones(
+async def test_a_failing_commit_rolls_the_later_databases_back_and_names_the_earlier_databases(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
     async with database.connect() as third_db:

@@ -89,7 +89,7 @@ async def test_an_autocommit_connection_has_the_timeout_until_it_goes_back(datab
 
 
 @POSTGRESQL
-async def test_a_deadline_leaves_each_transaction_what_is_left_of_it(db: DBConnect) -> None:
+async def test_a_deadline_leaves_each_transaction_the_time_that_is_left(db: DBConnect) -> None:
     async with new_db_ctx(deadline=now() + 5):
         session = await db_session(db)
         assert 4000 < int((await timeout_of(session)).removesuffix("ms")) < 5000
@@ -165,7 +165,7 @@ async def test_timeout_can_be_combined_with_isolation_level_and_read_only(db: DB
         assert await session.scalar(text("SHOW transaction_read_only")) == "on"
 
 
-async def test_a_unit_inside_has_no_timeout_of_the_one_around_it(database: Database) -> None:
+async def test_a_unit_inside_has_no_timeout_of_the_unit_around_it(database: Database) -> None:
     async with database.connect() as db, new_db_ctx(statement_timeout=2), new_db_ctx():
         assert await timeout_of(await db_session(db)) == "0"
 

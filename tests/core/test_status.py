@@ -130,7 +130,7 @@ async def test_units_have_different_ids(small: DBConnect) -> None:
     assert outer.id != inner.id
 
 
-async def test_no_unit_runs_outside_of_one_or_in_one_that_has_ended(small: DBConnect) -> None:
+async def test_no_unit_is_running_outside_of_a_unit_or_in_a_unit_that_has_ended(small: DBConnect) -> None:
     assert running_unit() is None
     ended = asyncio.Event()
 

@@ -1,3 +1,5 @@
+"""The warning of a version of SQLAlchemy that is too old for one of the promises."""
+
 from __future__ import annotations
 
 import warnings

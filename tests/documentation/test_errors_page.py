@@ -42,7 +42,7 @@ def test_the_text_of_an_error_ends_in_the_address_of_its_entry(error: type[CtxDB
     assert str(raised).endswith(f" (See ctxdb's docs/errors.md#{error.__name__.lower()})")
 
 
-def test_an_error_of_an_application_that_derives_from_one_of_ctxdb_has_the_address_of_that() -> None:
+def test_an_error_of_an_application_that_derives_from_an_error_of_ctxdb_has_the_address_of_its_base() -> None:
     class ShopError(NoSessionError):
         pass
 

@@ -73,7 +73,7 @@ async def test_a_batch_whose_connection_breaks_is_undone_and_paid_the_next_time(
     assert await bank.balances() == {"ada": 101, "bob": 102, "cy": 103}
 
 
-async def test_two_scripts_with_one_file_pay_it_once(bank: Bank) -> None:
+async def test_two_scripts_with_one_payroll_file_pay_each_line_once(bank: Bank) -> None:
     both = [payroll.pay("may", SALARIES, asyncio.Event()) for _ in range(2)]
     assert await asyncio.gather(*both) == [True, True]
     assert await bank.balances() == {"ada": 101, "bob": 102, "cy": 103}

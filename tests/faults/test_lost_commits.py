@@ -362,7 +362,9 @@ async def test_from_url_with_resolve_commits_resolves_lost_commits(network: Faul
     assert await database.names() == ["a"]
 
 
-async def test_a_database_that_resolves_its_commits_can_be_overridden_by_one_that_cannot(database: Database) -> None:
+async def test_a_database_that_resolves_its_commits_can_be_overridden_by_a_database_that_cannot(
+    database: Database,
+) -> None:
     async with (
         DBConnect.from_url(database.url, resolve_commits=True) as db,
         db.overridden("sqlite+aiosqlite://"),

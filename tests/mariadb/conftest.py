@@ -1,3 +1,5 @@
+"""The network with faults between a test and MariaDB."""
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator

@@ -84,7 +84,7 @@ async def test_three_readers_that_have_stopped_reading_delay_no_other_request(wo
     async def events() -> Stream:
         async def body() -> AsyncGenerator[str]:
             nonlocal sent
-            # Not each server tells that a client has left.
+            # Some servers do not tell the application that a client has left.
             while not is_over:
                 await by_query(world.db)
                 sent += 1

@@ -183,7 +183,9 @@ async def test_a_stream_that_fails_undoes_only_its_own_work(world: World) -> Non
         await client.send("/")
         assert await client.read_head() == 200
         await client.reader.read()
-    await eventually(lambda: world.database.checkouts == 2 and not world.database.checked_out, "not rolled back")
+    await eventually(
+        lambda: world.database.checkouts == 2 and not world.database.checked_out, "the stream is not rolled back"
+    )
     assert await world.names() == ["response"]
 
 
@@ -225,7 +227,7 @@ async def test_a_stream_whose_commit_fails_breaks_off(world: World) -> None:
         body = await client.reader.read()
     assert b"body" in body
     assert not body.endswith(b"0\r\n\r\n")
-    await eventually(lambda: not world.database.checked_out, "not rolled back")
+    await eventually(lambda: not world.database.checked_out, "the stream is not rolled back")
     assert await world.names() == ["response"]
 
 

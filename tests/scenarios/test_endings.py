@@ -61,7 +61,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("exception", [Stop, GeneratorExit, asyncio.CancelledError])
 async def test_base_exception_rolls_back(world: World, exception: type[BaseException]) -> None:
-    """Servers answer it by 500 or by hanging up; without one, the client gets to see it."""
+    """Servers answer the exception by 500 or by hanging up; without a server, the client gets to see it."""
 
     async def handler() -> Reply:
         await insert(world.db, "one")
@@ -162,7 +162,7 @@ async def test_no_byte_leaves_before_the_commit_is_over(world: World, streamed: 
             head = asyncio.create_task(client.read_head())
             await world.database.commit_is_held()
             for _ in range(20):
-                # What was sent gets its turns to arrive.
+                # A byte that was sent would arrive in these turns of the event loop.
                 await asyncio.sleep(0)
                 assert not head.done()
         assert await head == 200

@@ -159,7 +159,7 @@ async def test_a_connection_killed_before_a_roll_back_leaves_the_response_alone(
 
 @pytest.mark.postgresql
 async def test_a_serialization_failure_at_commit_is_an_error(world: World) -> None:
-    """Two transactions read what the other writes: PostgreSQL refuses the one that commits last."""
+    """Two transactions read what the other writes: PostgreSQL refuses the transaction that commits last."""
 
     async def handler() -> Reply:
         session = await db_session(world.db)

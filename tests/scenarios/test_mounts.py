@@ -16,7 +16,7 @@ from ctxdb_core import commit_2xx, db_session
 
 
 def mounted(world: World, handler: Handler, levels: int = 1) -> Application:
-    """Put an application with `handler` so many levels below the one of `world`, and return it."""
+    """Put an application with `handler` so many levels below the application of `world`, and return the new one."""
     outer = world.application
     for _ in range(levels):
         inner = Application()

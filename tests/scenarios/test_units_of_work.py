@@ -67,7 +67,7 @@ async def test_a_server_started_inside_a_unit_of_work_does_not_join_it(world: Wo
 
 
 @pytest.mark.postgresql
-async def test_a_request_made_inside_a_request_is_one_of_its_own(world: World) -> None:
+async def test_a_request_made_inside_a_request_has_a_unit_of_work_of_its_own(world: World) -> None:
     async def outer() -> Reply:
         await insert(world.db, "outer")
         inner_response = await client.post("/inner")

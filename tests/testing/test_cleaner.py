@@ -51,7 +51,7 @@ async def cleaner(db: DBConnect) -> AsyncIterator[TableCleaner]:
 
 @pytest.fixture
 async def numbered(database: Database) -> AsyncIterator[None]:
-    """A table whose rows are numbered by a sequence, with two rows in it, and one that refers to it."""
+    """A table whose rows are numbered by a sequence, with two rows in it, and a table that refers to it."""
     key = "SERIAL PRIMARY KEY" if database.is_postgresql else "INTEGER PRIMARY KEY AUTOINCREMENT"
     await database.query(f"CREATE TABLE numbered (id {key}, name VARCHAR(40))")
     await database.query("CREATE TABLE note (numbered INTEGER REFERENCES numbered (id))")
@@ -256,7 +256,7 @@ async def test_the_cleaner_waits_for_transactions_that_are_about_to_end(
     async with new_db_ctx():
         await insert(db, "two")
         cleaning = asyncio.create_task(cleaner.clean())
-        await eventually(lambda: bool(database.backends("query ~ 'pg_stat_activity'")), "nobody waits")
+        await eventually(lambda: bool(database.backends("query ~ 'pg_stat_activity'")), "the cleaner does not wait")
     assert await cleaning == ["public.item"]
     assert await database.names() == []
 
@@ -311,4 +311,4 @@ async def test_a_database_in_memory_is_refused() -> None:
     async with DBConnect.from_url("sqlite+aiosqlite://") as db:
         with pytest.raises(CleanUpError, match="memory"):
             async with TableCleaner(db):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")

@@ -187,4 +187,4 @@ async def test_a_savepoint_session_is_put_into_test_contexts_only(db: DBConnect)
     async with rollback_session(db) as session, new_db_ctx():
         with pytest.raises(ContextNotInitiatedError, match="set_test_context"):
             async with put_savepoint_session_in_ctx(db, session):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")

@@ -1,3 +1,5 @@
+"""`EmbeddedPostgres`: settings, failing starts and stops."""
+
 from __future__ import annotations
 
 import threading

@@ -117,4 +117,4 @@ async def test_a_mock_needs_a_test_context(db: DBConnect, session: AsyncMock) ->
     async with new_db_ctx():
         with pytest.raises(ContextNotInitiatedError, match=r"put_session_in_ctx\(\) needs the unit of work of a test"):
             async with put_session_in_ctx(db, session):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")

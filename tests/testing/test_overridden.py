@@ -164,7 +164,7 @@ async def test_sessions_are_made_as_before(url: str) -> None:
         assert isinstance(session, Session)
 
 
-async def test_a_read_only_object_stays_so(database: Database, url: str) -> None:
+async def test_a_read_only_database_stays_read_only_in_the_block(database: Database, url: str) -> None:
     async with DBConnect.from_url(database.url, read_only=True) as replica, replica.overridden(url):
         assert await names(replica) == []
         async with new_non_ctx_session(replica) as session:
@@ -183,7 +183,9 @@ async def test_engines_of_the_block_are_told_to_listeners_of_the_block(db: DBCon
     assert inside == [make_url(url).database, "127.0.0.1"]
 
 
-async def test_engines_of_the_block_are_told_to_listeners_that_want_them(db: DBConnect, url: str) -> None:
+async def test_engines_of_the_block_are_told_to_listeners_that_ask_for_overridden_engines(
+    db: DBConnect, url: str
+) -> None:
     told: list[str] = []
     db.on_engine(lambda host, engine: told.append(host), overridden=True)
     async with db.overridden(url):
@@ -197,7 +199,9 @@ async def test_options_are_given_to_the_engine(db: DBConnect, url: str) -> None:
         assert (await db.engine()).sync_engine.get_execution_options()["marked"]
 
 
-async def test_a_session_that_is_older_stays_where_it_is(db: DBConnect, database: Database, url: str) -> None:
+async def test_a_session_that_is_older_than_the_block_stays_on_its_database(
+    db: DBConnect, database: Database, url: str
+) -> None:
     async with new_db_ctx():
         await insert(db, "one")
         with db.overridden(url):

@@ -350,7 +350,7 @@ def test_a_session_outside_of_any_unit_of_work_names_the_testing_tools(run: Run)
 
 # The connections that are left would keep the database from being dropped.
 @pytest.mark.parametrize("url", ["asyncpg"], indirect=True)
-def test_the_engines_of_a_fixture_that_is_an_event_loop_are_closed_with_it(run: Run) -> None:
+def test_the_engines_of_an_event_loop_that_a_fixture_provides_are_closed_with_the_loop(run: Run) -> None:
     tests = """
 import asyncio
 

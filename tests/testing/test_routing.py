@@ -27,7 +27,7 @@ Engines = dict[str, AsyncEngine]
 
 @pytest.fixture
 async def engines(database: Database) -> AsyncIterator[Engines]:
-    """The application's own: a writer and a reader, of which the DBConnect knows nothing."""
+    """The application's own engines: a writer and a reader, of which the `DBConnect` knows nothing."""
     engines = {name: database.watch(create_async_engine(database.url)) for name in ("writer", "reader")}
     yield engines
     for engine in engines.values():

@@ -18,7 +18,7 @@ from ctxdb_core.testing import SharedTransactionError, shared_transaction
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
-# Counts for hours.
+# The beginning of a statement that counts for hours.
 ENDLESS = "WITH RECURSIVE number(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 100000000000) "
 
 
@@ -28,7 +28,7 @@ async def setting(session: AsyncSession, name: str) -> str | None:
 
 
 @POSTGRESQL
-async def test_a_units_statement_timeout_ends_with_it(db: DBConnect) -> None:
+async def test_the_statement_timeout_of_a_unit_ends_with_the_unit(db: DBConnect) -> None:
     async with shared_transaction(db) as session:
         async with new_db_ctx(statement_timeout=1.5):
             assert await setting(await db_session(db), "statement_timeout") == "1500ms"
@@ -38,7 +38,7 @@ async def test_a_units_statement_timeout_ends_with_it(db: DBConnect) -> None:
 
 
 @POSTGRESQL
-async def test_a_units_statement_timeout_is_its_own_while_others_take_turns(db: DBConnect) -> None:
+async def test_the_statement_timeout_of_a_unit_is_not_that_of_sessions_which_take_turns_with_it(db: DBConnect) -> None:
     async def timeout() -> str | None:
         return await setting(await db_session(db), "statement_timeout")
 
@@ -54,7 +54,7 @@ async def test_a_units_statement_timeout_is_its_own_while_others_take_turns(db: 
 async def test_a_reader_with_a_statement_timeout_blocks_no_other_session(db: DBConnect) -> None:
     async with shared_transaction(db, timeout=0.05), new_db_ctx(statement_timeout=1.5):
         await (await db_session(db)).scalars(select(Item))
-        # Without the variables by which it would be known to run inside of this transaction.
+        # The task has no context variables, so it cannot be known to run inside of this transaction.
         await asyncio.create_task(_in_a_unit_beside(db), context=Context())
         assert await names(db) == ["beside"]
 

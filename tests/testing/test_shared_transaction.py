@@ -120,7 +120,7 @@ async def test_deferrable_constraint_that_is_initially_immediate_stays_immediate
         with pytest.raises(IntegrityError):
             async with new_db_ctx():
                 await insert(db, "one")
-                pytest.fail("the second one was not refused by its own statement")
+                pytest.fail("the second row was not refused by its own statement")
 
 
 async def test_a_statement_that_fails_does_not_spoil_the_other_transactions(db: DBConnect) -> None:
@@ -283,7 +283,7 @@ async def test_shared_transactions_cannot_be_nested(db: DBConnect) -> None:
     async with shared_transaction(db):
         with pytest.raises(SharedTransactionError, match="nested"):
             async with shared_transaction(db):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")
 
 
 async def test_session_that_outlives_the_shared_transaction_gets_an_error(db: DBConnect, database: Database) -> None:
@@ -358,7 +358,9 @@ async def test_a_read_only_database_by_itself_refuses_writes(database: Database)
     ],
     ids=["plain", "static pool", "uri"],
 )
-async def test_a_database_in_memory_is_the_one_that_was_filled(url: str, options: dict[str, Any]) -> None:
+async def test_a_shared_transaction_on_a_database_in_memory_finds_the_tables_that_were_made_in_it(
+    url: str, options: dict[str, Any]
+) -> None:
     async with DBConnect.from_url(url, **options) as db:
         async with new_db_ctx():
             await (await db_session(db)).execute(text("CREATE TABLE item (name VARCHAR(40) PRIMARY KEY)"))
@@ -405,7 +407,7 @@ async def test_a_stream_of_rows_leaves_no_cursor_open(db: DBConnect, postgresql:
 async def test_a_test_that_is_cancelled_while_it_begins_leaves_nothing(db: DBConnect, database: Database) -> None:
     async def test() -> None:
         async with shared_transaction(db):
-            pytest.fail("it was entered")
+            pytest.fail("the block was entered")
 
     task = asyncio.create_task(test())
     await asyncio.sleep(0)
@@ -474,7 +476,7 @@ async def test_databases_are_free_after_a_shared_transaction_that_could_not_begi
     async with DBConnect.from_url(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}") as other:
         with pytest.raises(SharedTransactionError, match="One connection leads to one database"):
             async with shared_transaction(db, other):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")
     async with shared_transaction(db):
         await run_in_new_ctx(insert, db, "one")
     assert await database.names() == []

@@ -188,7 +188,7 @@ async def test_a_file_that_create_database_has_not_made_is_left_alone(
     assert file.read_bytes() == before
 
 
-async def test_a_file_that_was_copied_over_the_one_that_was_made_is_removed(tmp_path: Path) -> None:
+async def test_a_file_that_was_copied_over_the_database_that_was_made_is_removed(tmp_path: Path) -> None:
     url = worker_url(f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", "gw1")
     await create_database(url)
     with closing(sqlite3.connect(tmp_path / "template.db")) as connection:

@@ -26,7 +26,7 @@ from ctxdb_core.testing._marks import names_a_test
 async def refused(cleaner: TableCleaner, match: str) -> None:
     with pytest.raises(WrongDatabaseError, match=match):
         async with cleaner:
-            pytest.fail("it was entered")
+            pytest.fail("the block was entered")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ class Writer:
 async def test_a_database_that_others_write_to_is_refused_and_loses_nothing(db: DBConnect, database: Database) -> None:
     writer = Writer(database)
     with writer.at_work():
-        await eventually(lambda: writer.acknowledged > 3, "nothing is written")
+        await eventually(lambda: writer.acknowledged > 3, "the writer does not write")
         who = "application 'the shop'" if database.is_postgresql else ""
         await refused(TableCleaner(db), f"(?s)Others are writing to the database.*{who}")
     assert len(await database.names()) == writer.acknowledged
@@ -167,7 +167,7 @@ async def test_a_database_that_others_write_to_is_refused_and_loses_nothing(db: 
 async def test_a_writer_that_has_ended_prevents_no_clean_up(db: DBConnect, database: Database) -> None:
     writer = Writer(database)
     with writer.at_work():
-        await eventually(lambda: writer.acknowledged > 3, "nothing is written")
+        await eventually(lambda: writer.acknowledged > 3, "the writer does not write")
     async with TableCleaner(db) as cleaner:
         assert await cleaner.clean() == []
     assert len(await database.names()) == writer.acknowledged
@@ -180,7 +180,7 @@ async def test_a_writer_that_comes_later_is_refused_and_loses_nothing(
     writer = Writer(database)
     async with TableCleaner(db) as cleaner:
         with writer.at_work():
-            await eventually(lambda: writer.acknowledged > 3, "nothing is written")
+            await eventually(lambda: writer.acknowledged > 3, "the writer does not write")
             with pytest.raises(WrongDatabaseError, match="application 'the shop'"):
                 await cleaner.clean()
     assert len(await database.names()) == writer.acknowledged
@@ -198,7 +198,7 @@ async def test_a_transaction_that_has_written_is_waited_for_before_the_first_cle
     async with new_db_ctx():
         await insert(db, "kept")
         entering = asyncio.create_task(enter())
-        await eventually(lambda: bool(database.backends("query ~ 'pg_stat_activity'")), "nobody waits")
+        await eventually(lambda: bool(database.backends("query ~ 'pg_stat_activity'")), "the cleaner does not wait")
     assert await entering == ["public.item"]
     assert await database.names() == ["kept"]
 
@@ -221,7 +221,7 @@ async def test_a_role_that_may_not_see_what_others_do_is_careful(database: Datab
         writer = Writer(database)
         async with DBConnect.from_url(url) as db:
             with writer.at_work():
-                await eventually(lambda: writer.acknowledged > 3, "nothing is written")
+                await eventually(lambda: writer.acknowledged > 3, "the writer does not write")
                 await refused(TableCleaner(db), "Others are writing")
             before = await database.names()
             assert len(before) == writer.acknowledged
