@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
+    ContextNotInitiatedError,
     DBConnect,
     SessionAlreadyActiveError,
     TransactionContext,
@@ -357,3 +358,10 @@ async def test_an_object_that_is_added_while_another_task_sets_a_savepoint_is_st
         assert isinstance(failing.exception(), LookupError)
     assert refused
     assert len(await database.names()) == added + 1
+
+
+async def test_a_transactional_block_is_left_by_the_context_that_has_entered_it(db: DBConnect) -> None:
+    async with new_db_ctx():
+        block = transactional(db)
+        with pytest.raises(ContextNotInitiatedError, match="let the task that enters a block leave it"):
+            await block.__aexit__(None, None, None)

@@ -26,7 +26,7 @@ from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.generator_blocks import seat
 from ctxdb_core._units.lifecycle import opened
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, ContextNotInitiatedError
 
 __all__ = ["Propagation", "transactional"]
 
@@ -142,7 +142,7 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
             if owner is self:
                 _entered.set((*entered[:index], *entered[index + 1 :]))
                 return await block.__aexit__(exc_type, exc, traceback)
-        raise RuntimeError(
+        raise ContextNotInitiatedError(
             "This `transactional` block is not open in the task that leaves it: let the task that enters a block leave "
             "it, too, with one `async with`."
         )
