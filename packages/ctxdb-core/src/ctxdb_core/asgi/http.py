@@ -200,7 +200,7 @@ class HTTPExchange(Exchange):
         body.note_sent(message, self)
         if body.is_complete:
             if any(map(in_transaction, self.sessions.values())):
-                return self._end_body(message)
+                return self._end_body(body, message)
             if self.phase is Phase.BODY:
                 self.move_to(Phase.AFTER)
         elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
@@ -212,9 +212,9 @@ class HTTPExchange(Exchange):
         await self.end_reading()
         await self.forward(message)
 
-    async def _end_body(self, message: Message) -> None:
+    async def _end_body(self, body: Body, message: Message) -> None:
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
-        if self.body is not None and self.body.has_users_beside_sender:
+        if body.has_users_beside_sender:
             await let_failure_arrive()
         try:
             await self.commit(ends_body=True)
