@@ -187,6 +187,66 @@ async def test_a_body_whose_end_another_task_sends_is_committed(db: DBConnect, d
     assert await database.names() == committed == ["stream"]
 
 
+async def test_a_body_goes_on_with_its_work_if_another_task_sends_the_rest_for_a_cancelled_one(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "begun")
+            on_commit(db, lambda: committed.append("begun"))
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await send({**BODY, "more_body": True})
+        await insert(db, "finished")
+        await send(BODY)
+
+    committed: list[str] = []
+    sent = asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["http.response.start", *["http.response.body"] * 3]
+    assert await database.names() == ["begun", "finished"]
+    assert committed == ["begun"]
+
+
+@pytest.mark.parametrize("order", ["the work comes first", "the part comes first"])
+async def test_a_body_is_cut_off_with_the_task_that_sends_it_while_another_one_has_done_its_work(
+    db: DBConnect, database: Database, order: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_part() -> None:
+            if order == "the work comes first":
+                await written.wait()
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        async def make_part() -> None:
+            if order == "the part comes first":
+                await sent.wait()
+            await insert(db, "part")
+            written.set()
+
+        await insert(db, "response")
+        await send(START)
+        sending, making = asyncio.create_task(send_part()), asyncio.create_task(make_part())
+        await making
+        await sent.wait()
+        sending.cancel()
+        await asyncio.wait([sending])
+        await insert(db, "background")
+
+    sent, written = asyncio.Event(), asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "response"]
+
+
 async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_cancelled(
     db: DBConnect, database: Database
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.support.connection import BODY, START, Connection
-from tests.support.database import Database, insert, insert_row_that_fails_at_commit
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.phases import ShownTransitions
 
 from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session, on_commit
@@ -609,6 +609,70 @@ async def test_an_error_in_the_place_of_a_streamed_success_overrules_its_body(
     assert await database.names() == ["middleware", "response"]
 
 
+async def test_the_end_of_an_overruled_body_undoes_nothing_of_what_the_middleware_does(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send(START)
+            await insert(db, "body")
+            await send(CHUNK)
+
+        streaming = asyncio.create_task(stream())
+        await overruled.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        cut_off.set()
+
+    async def overrule(scope: Scope, receive: Receive, send: Send) -> None:
+        async def replace(message: Message) -> None:
+            if message is CHUNK:
+                await send(ERROR)
+                await insert(db, "middleware")
+                overruled.set()
+                await asyncio.Event().wait()
+
+        call = asyncio.create_task(ASGIStreamBoundary(app)(scope, receive, replace))
+        await cut_off.wait()
+        await send(BODY)
+        await call
+
+    overruled, cut_off = asyncio.Event(), asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(overrule))
+    assert told(connection) == [503, b"body"]
+    assert await database.names() == ["middleware"]
+
+
+@pytest.mark.parametrize("overrules", [False, True])
+async def test_an_error_that_waits_for_a_statement_of_its_request_can_be_cancelled(
+    db: DBConnect, database: Database, overrules: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = await db_session(db)
+        if overrules:
+            await send(START)
+        sleeping.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        waits.set()
+        await send(ERROR)
+
+    async def pass_errors(message: Message, send: Send) -> None:
+        if message is ERROR:
+            await send(message)
+
+    sleeping: list[asyncio.Task[object]] = []
+    waits = asyncio.Event()
+    connection = Connection()
+    request = asyncio.create_task(connection.run(ASGIHTTPDBSessionMiddleware(holding_back(app, pass_errors))))
+    await waits.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    with pytest.raises(ContextClosedError):
+        await sleeping[0]
+    assert connection.sent == []
+
+
 async def test_an_overruled_body_that_was_cut_off_before_leaves_nothing_open(db: DBConnect, database: Database) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
@@ -750,6 +814,21 @@ async def test_a_body_whose_first_work_is_a_callback_is_sent(db: DBConnect) -> N
     await connection.run(ASGIHTTPDBSessionMiddleware(app))
     assert told(connection) == [200, b"body"]
     assert called == [2]
+
+
+async def test_a_part_of_a_body_is_sent_while_what_has_only_read_holds_no_connection(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send(CHUNK)
+        checked_out.append(database.checked_out)
+        await send(BODY)
+
+    checked_out: list[int] = []
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert checked_out == [0]
 
 
 async def test_trailers_wait_for_the_commit_of_the_first_work_behind_the_body(

@@ -161,7 +161,8 @@ class Exchange(RequestUnit):
             if self.settings.middleware.commits(status, self.origin):
                 await self.commit()
             else:
-                # A body that is made already may be using a session: its statement must not be interrupted.
+                # A body that is made already may be using a session: its statement must not be interrupted. To wait
+                # for that can be cancelled, which a roll-back cannot.
                 await wait_for_calls(self.sessions.values())
                 await self.roll_back()
         except Exception as exc:
