@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, create_engine, event, select, text
 from sqlalchemy.engine import ChunkedIteratorResult
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import IntegrityError, SAWarning
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -101,6 +101,16 @@ def test_a_session_knows_that_it_has_committed_although_a_listener_has_failed(se
     assert private.has_committed(session)
     session.close()
     assert not private.has_committed(session)
+
+
+def test_a_savepoint_knows_the_error_of_the_flush_that_has_undone_it(session: Session) -> None:
+    with session.begin(), session.begin_nested() as savepoint:
+        assert private.error_that_has_undone(savepoint) is None
+        session.add_all([Thing(id=1), Thing(id=1)])
+        with pytest.raises(IntegrityError) as caught:
+            session.flush()
+        assert private.error_that_has_undone(savepoint) is caught.value
+    assert private.error_that_has_undone(savepoint) is None
 
 
 def test_a_transaction_can_end_without_a_loss_of_what_was_not_flushed(session: Session) -> None:

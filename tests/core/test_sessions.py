@@ -6,13 +6,13 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 
 import pytest
 from sqlalchemy import JSON, ForeignKey, select, text
 from sqlalchemy import insert as insert_into
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, relationship
@@ -34,6 +34,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     gather_in_new_ctx,
+    joining_session,
     new_db_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
@@ -323,6 +324,65 @@ async def test_an_error_inside_a_savepoint_does_not_hinder_the_commit(db: DBConn
                 await insert(db, "one")
         await insert(db, "two")
     assert await database.names() == ["one", "two"]
+
+
+async def try_to_add(session: AsyncSession, name: str) -> None:
+    session.add(Item(name=name))
+    with pytest.raises(IntegrityError):
+        await session.flush()
+
+
+BLOCKS: dict[str, Callable[[DBConnect, AsyncSession], AbstractAsyncContextManager[object]]] = {
+    "begin": lambda db, session: session.begin(),
+    "begin_nested": lambda db, session: session.begin_nested(),
+    "nested": lambda db, session: transactional(db, "nested"),
+    "savepoint": lambda db, session: atomic_db_session(db, "savepoint"),
+    "commit": lambda db, session: atomic_db_session(db, "commit"),
+    "context": lambda db, session: TransactionContext(db).transaction(),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("block", BLOCKS)
+async def test_a_block_whose_work_a_caught_error_of_a_flush_has_undone_ends_by_an_error(
+    db: DBConnect, database: Database, block: str
+) -> None:
+    await database.query("INSERT INTO item VALUES ('there') RETURNING 1")
+    with pytest.raises((TransactionAbortedError, PendingRollbackError)):
+        async with new_db_ctx():
+            session = await db_session(db)
+            if block == "savepoint":
+                await session.execute(text("SELECT 1"))
+            async with BLOCKS[block](db, session):
+                session.add(Item(name="lost"))
+                await session.flush()
+                await try_to_add(session, "there")
+    assert await database.names() == ["there"]
+
+
+@pytest.mark.parametrize("block", ["begin_nested", "nested"])
+async def test_a_block_that_has_only_tried_to_write_does_not_hinder_the_commit(
+    db: DBConnect, database: Database, block: str
+) -> None:
+    await database.query("INSERT INTO item VALUES ('there') RETURNING 1")
+    async with new_db_ctx():
+        session = await insert(db, "before")
+        async with BLOCKS[block](db, session):
+            await try_to_add(session, "there")
+        await insert(db, "after")
+    assert await database.names() == ["after", "before", "there"]
+
+
+async def test_a_joining_session_whose_work_a_caught_error_of_a_flush_has_undone_ends_by_an_error(
+    db: DBConnect, database: Database
+) -> None:
+    await database.query("INSERT INTO item VALUES ('there') RETURNING 1")
+    with pytest.raises(PendingRollbackError):
+        async with new_db_ctx(), joining_session(db) as session:
+            session.add(Item(name="lost"))
+            await session.flush()
+            await try_to_add(session, "there")
+    assert await database.names() == ["there"]
 
 
 async def test_an_error_before_the_server_does_not_hinder_the_commit(db: DBConnect, database: Database) -> None:

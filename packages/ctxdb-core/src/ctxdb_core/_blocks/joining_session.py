@@ -65,7 +65,9 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
             # Where the unit itself has committed or rolled back meanwhile, by `commit_db_session` for instance, the
             # savepoint has ended with its transaction, and nothing is left to release.
             begun = begun_connections(joined)
-            if all(each.in_nested_transaction() for each in begun) if begun else connection.in_transaction():
+            is_open = all(each.in_nested_transaction() for each in begun) if begun else connection.in_transaction()
+            # A failed flush has undone what was written in the session: its commit says so.
+            if is_open or not joined.is_active:
                 # A commit that is interrupted would cost the unit of work its connection.
                 await run_to_completion(joined.commit())
             elif joined.new or joined.dirty or joined.deleted:

@@ -20,8 +20,10 @@ from sqlalchemy.util import greenlet_spawn
 from ctxdb_core._sqlalchemy.calls import pass_door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.hooked_transactions import with_transaction
+from ctxdb_core._sqlalchemy.private import error_that_has_undone
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import UNANSWERED, holds_work
+from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["DoorSession", "DoorTransaction", "call_of_users_class", "through_the_door"]
 
@@ -61,7 +63,30 @@ def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Stand in for ``greenlet_spawn`` where `fn` is a method of a transaction, or begins one."""
     owner = fn.__self__
     session: Any = owner.session if isinstance(owner, SessionTransaction) else owner
+    if args and args[0] is None and isinstance(owner, SessionTransaction):
+        # The end of a block that no error leaves.
+        error = error_that_has_undone(owner)
+        if error is not None and owner in (session.blocks_with_work or ()):
+            return _end_undone_block(session, error, fn, args)
     return pass_door(session.door, fn, args, kwargs)
+
+
+async def _end_undone_block(
+    session: GuardedSession, error: BaseException, end: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """End a block whose work a flush has undone by its `error`, which the code in the block has caught.
+
+    SQLAlchemy ends the block as if it had been committed.
+
+    Raises:
+        TransactionAbortedError: always.
+    """
+    await pass_door(session.door, end, args, {})
+    raise TransactionAbortedError(
+        "A flush in this block failed, and its error was caught inside of the block: SQLAlchemy has rolled back all "
+        "that was done in the block, and goes on as if nothing had happened. Let the error leave the block, or flush "
+        "what may fail inside `async with session.begin_nested():` of its own."
+    ) from error
 
 
 def _drop_requirement(kwargs: dict[str, Any]) -> None:

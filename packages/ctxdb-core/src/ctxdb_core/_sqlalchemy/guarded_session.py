@@ -28,7 +28,13 @@ from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import note_originals
-from ctxdb_core._sqlalchemy.private import begin_without_statement, has_to_flush, is_at_rest, is_flushing
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    has_to_flush,
+    innermost_block,
+    is_at_rest,
+    is_flushing,
+)
 from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
 from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
@@ -75,6 +81,8 @@ class GuardedSession(TracedSession):
                     # block.
                     refuse_in_block_of_other_task(self)
                 self.note_write(clause)
+                if innermost_block(self) is not None and not is_flushing(self):
+                    self.note_work_in_block()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
@@ -166,6 +174,8 @@ class GuardedSession(TracedSession):
             raise
         else:
             changes.mark()
+            if innermost_block(self) is not None:
+                self.note_work_in_block()
         finally:
             worker.waiting = outer
 

@@ -51,6 +51,7 @@ __all__ = [
     "deleted_in",
     "driver_cursor_of",
     "end_without_restoring",
+    "error_that_has_undone",
     "fetch_asyncpg_row",
     "follow_dialect",
     "follow_handing_out",
@@ -162,6 +163,13 @@ def set_warning_of_changes(session: Session, *, enabled: bool) -> bool:
 def begin_without_statement(session: Session) -> None:
     """Have the session begin a transaction as its next statement would: `Session.begin` would claim its commit."""
     session._autobegin_t()  # noqa: SLF001 - see the module
+
+
+def error_that_has_undone(transaction: SessionTransaction) -> BaseException | None:
+    """Return the error of the flush that has rolled back a transaction, or a savepoint, which has not ended yet."""
+    if transaction._state is not SessionTransactionState.DEACTIVE:  # noqa: SLF001 - see the module
+        return None
+    return transaction._rollback_exception  # noqa: SLF001 - see the module
 
 
 def end_without_restoring(session: Session) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakSet, ref
 
 from sqlalchemy.orm import SessionTransaction
 
@@ -36,6 +36,8 @@ class TracedSession(BlockedSession):
 
     door: Door | None = None
     """What each statement passes, once a unit of work has taken the session."""
+    blocks_with_work: WeakSet[SessionTransaction] | None = None
+    """The transactions and savepoints in whose blocks something was written without an error; made when needed."""
     interrupted: Interrupted | None = None
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
     is_leaving_lost_reading = False
@@ -86,6 +88,15 @@ class TracedSession(BlockedSession):
     def note_set_up_is_no_work(self) -> None:
         """Note that `on_begin` has written nothing in the open transaction, as the database has told."""
         self._set_up = None
+
+    def note_work_in_block(self) -> None:
+        """Note that the block which the code is in holds work, and so do those around it."""
+        if self.blocks_with_work is None:
+            self.blocks_with_work = WeakSet()
+        transaction = self.get_nested_transaction() or self.get_transaction()
+        while transaction is not None:
+            self.blocks_with_work.add(transaction)
+            transaction = transaction.parent
 
     def note_interruption(self) -> None:
         """Note whether the open transaction was lost with its connection, as a statement was interrupted."""
