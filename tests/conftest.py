@@ -17,7 +17,7 @@ from tests.support.database import Database, close_observers, eventually, fresh_
 from tests.support.faulty_network import FaultyNetwork
 from tests.support.mariadb import MARIADB_DRIVERS, WHY_NOT, EmbeddedMariaDB, maria_database
 from tests.support.signals import let_children_be_interrupted
-from tests.support.workers import use_workers
+from tests.support.workers import begin_with_what_waits, use_workers
 
 from ctxdb_core import DBConnect
 from ctxdb_core._units.unit import current_unit
@@ -41,6 +41,11 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    begin_with_what_waits(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

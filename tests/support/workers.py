@@ -30,3 +30,18 @@ def use_workers(config: pytest.Config) -> None:
     options.numprocesses = math.ceil(WORKERS_PER_CPU * (os.cpu_count() or 1))
     # The tests differ in length by a factor of a thousand: a worker that has none left takes some of another worker's.
     options.dist = "worksteal"
+
+
+def begin_with_what_waits(items: list[pytest.Item]) -> None:
+    """Let the second worker begin with the tests of clusters, which wait most of their time, for servers and time-outs.
+
+    Each worker begins with an equal share of all tests, in their order, and takes from the end of another's share when
+    its own is done. If the tests of clusters came last, the workers would wait in them together, and use no CPU.
+    """
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count == 1:
+        return
+    waiting = [item for item in items if item.nodeid.startswith("tests/pgstatus/")]
+    others = [item for item in items if not item.nodeid.startswith("tests/pgstatus/")]
+    first_share = len(items) // count
+    items[:] = [*others[:first_share], *waiting, *others[first_share:]]

@@ -45,6 +45,9 @@ _TIMELINE = """
 SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)
     ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
 """
+_IS_STREAMING = """
+SELECT status = 'streaming' AND sender_host = $1 AND received_tli >= $2 FROM pg_stat_wal_receiver
+"""
 # The numbers of SIGTERM, SIGINT and SIGQUIT (PostgreSQL, "Shutting Down the Server"), and of SIGHUP. The module
 # `signal` does not have all of them on Windows, where this module has to be importable.
 _SIGNALS: Mapping[str, int] = {"smart": 15, "fast": 2, "immediate": 3}
@@ -221,14 +224,7 @@ class PostgresNode:
         async with self.connect() as connection:
 
             async def streams() -> bool:
-                return bool(
-                    await connection.fetchval(
-                        "SELECT status = 'streaming' AND sender_host = $1 AND received_tli >= $2 "
-                        "FROM pg_stat_wal_receiver",
-                        upstream.host,
-                        timeline,
-                    )
-                )
+                return bool(await connection.fetchval(_IS_STREAMING, upstream.host, timeline))
 
             await self._wait(streams, f"does not stream from {upstream.name}")
 
@@ -339,8 +335,27 @@ class PostgresNode:
                 await self._reload()
         else:
             await self.start()
-        if self._upstream is not None:
-            await self.resume_replay()
+
+    async def _stream_up_to(self, timeline: int, position: int) -> None:
+        """Have this standby replay what it receives, and wait until it receives from its upstream and is at `position`.
+
+        Args:
+            timeline: the one that the upstream is on.
+            position: what is to be replayed.
+        """
+        upstream = self._upstream
+        assert upstream is not None, f"{self.name} follows nobody"
+        # By one connection, which takes longer to make than these questions to ask.
+        async with self.connect() as connection:
+            await connection.execute("SELECT pg_wal_replay_resume()")
+
+            async def is_there() -> bool:
+                return bool(
+                    await connection.fetchval(_IS_STREAMING, upstream.host, timeline)
+                    and await connection.fetchval("SELECT pg_last_wal_replay_lsn()") >= position
+                )
+
+            await self._wait(is_there, f"has not streamed and replayed {position:,} from {upstream.name}")
 
     async def _is_running(self) -> bool:
         running: bool = await self._order("is_running")
@@ -503,19 +518,21 @@ class PostgresCluster:
         first, *others = self.nodes
         await _for_all(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own cluster
         if first._upstream is not None:  # noqa: SLF001 - its own cluster
+            await first.resume_replay()
             await first.promote()
         self.primary = first
-        await _for_all(*(self._restore_standby(node) for node in others))
+        await _for_all(*(self._restore_upstream(node) for node in others))
         self._has_promoted = False
-        await self.wait_for_replay()
+        async with first.connect() as connection:
+            timeline = await connection.fetchval(_TIMELINE)
+            position = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
+        await _for_all(*(node._stream_up_to(timeline, position) for node in others))  # noqa: SLF001 - its own cluster
 
-    async def _restore_standby(self, node: PostgresNode) -> None:
+    async def _restore_upstream(self, node: PostgresNode) -> None:
         if self._has_promoted:
             await node.rewind(self.primary)
         elif node._upstream is not self.primary:  # noqa: SLF001 - its own cluster
             await node.follow(self.primary)
-        else:
-            await node.wait_for_stream()
 
     async def _reset_node(self, node: PostgresNode) -> None:
         if await self._order("is_running", name=node.name):
