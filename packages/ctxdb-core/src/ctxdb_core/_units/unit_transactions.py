@@ -46,7 +46,9 @@ class UnitTransactions(UnitSessions):
             watcher: what is told.
             owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
         """
-        self.watchers = {**self.watchers, object() if owner is None else owner: watcher}
+        key = object() if owner is None else owner
+        # Most units have one watcher, if any: their mapping is made at once.
+        self.watchers = {**self.watchers, key: watcher} if self.watchers else {key: watcher}
 
     # --- what the code asks of its transactions -----------------------------------------------------------------------
 
