@@ -23,7 +23,7 @@ from ctxdb_starlette import DBSessionMiddleware
 
 REQUESTS = 10
 
-MOST = 0.053
+MOST = 0.056
 """The largest share of bytecode instructions that the inspector may add.
 
 A request with one SELECT executes 11 000 of them. Those of the inspector are cheaper than the mean: 5.3 % more of them

@@ -112,7 +112,9 @@ class Recorder:
             hold.pool = pool
             hold.taken = now()
             hold.place = acquiring_instruction()
-            hold.statements = 0
+            hold.returned = hold.statement = hold.running_since = hold.commit_at = None
+            hold.outcome = hold.error = hold.unit = None
+            hold.statements = hold.settled = 0
             calls_on_return(entry).append(checkin)
             unit = running_unit()
             if unit is not None:
@@ -150,7 +152,7 @@ class Recorder:
                 if hold is None:
                     original(cursor, statement, parameters, context)
                     return
-                hold.statement = statement[:LONGEST_STATEMENT]
+                hold.statement = statement if len(statement) <= LONGEST_STATEMENT else statement[:LONGEST_STATEMENT]
                 hold.statements += 1
                 hold.running_since = now()
                 try:
@@ -226,10 +228,12 @@ class Recorder:
         record.owner = self
         record.unit = ref(unit)
         record.id, request = unit.identify()
-        if request is not None:
-            record.request = request[:LONGEST_REQUEST]
+        record.request = None if request is None else request[:LONGEST_REQUEST]
         record.started = unit.opened or hold.taken
         record.holds = (hold,)
+        record.responded = record.status = record.ended = record.error = record.forgotten = None
+        record.is_lost = False
+        record.sequence = 0
         unit.watch(record, self)
         if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record

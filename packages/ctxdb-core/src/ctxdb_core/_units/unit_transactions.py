@@ -51,7 +51,9 @@ class UnitTransactions(UnitSessions):
             owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
         """
         registration = self._registered()
-        registration.watchers = {**registration.watchers, object() if owner is None else owner: watcher}
+        key = object() if owner is None else owner
+        # Most units have one watcher, if any: their mapping is made at once.
+        registration.watchers = {**registration.watchers, key: watcher} if registration.watchers else {key: watcher}
 
     # --- what the code asks of its transactions -----------------------------------------------------------------------
 
