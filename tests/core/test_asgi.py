@@ -247,6 +247,100 @@ async def test_a_body_is_cut_off_with_the_task_that_sends_it_while_another_one_h
     assert await database.names() == ["background", "response"]
 
 
+async def test_background_work_goes_on_with_the_session_of_a_body_that_was_cut_off_in_a_transaction_of_its_own(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await session.execute(text("INSERT INTO item VALUES ('cut off')"))
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        session = await insert(db, "response")
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await session.execute(text("INSERT INTO item VALUES ('background')"))
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "response"]
+
+
+async def test_the_end_of_a_task_that_has_sent_a_whole_body_undoes_no_background_work(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "body")
+            await send({**BODY, "more_body": True})
+            await send(BODY)
+            sent.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "response")
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        await insert(db, "background")
+        streaming.cancel()
+        await asyncio.wait([streaming])
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "body", "response"]
+
+
+async def test_background_work_behind_a_body_that_was_cancelled_before_it_used_a_session_is_committed(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "response")
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await insert(db, "background")
+        await (await db_session(db)).execute(text("SELECT 1"))
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "response"]
+
+
+async def test_the_commit_of_background_work_runs_no_callback_of_a_body_that_was_cut_off(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "kept")
+            await commit_db_session(db)
+            on_commit(db, lambda: called.append("cut off"))
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await insert(db, "background")
+        on_commit(db, lambda: called.append("background"))
+
+    called: list[str] = []
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == ["background"]
+
+
 async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_cancelled(
     db: DBConnect, database: Database
 ) -> None:
