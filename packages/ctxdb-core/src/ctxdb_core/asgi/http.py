@@ -19,7 +19,7 @@ from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
-from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
+from ctxdb_core.asgi.body import Body, StreamedBody, ends_body, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.start import ResponseStart
@@ -51,6 +51,8 @@ class HTTPExchange(Exchange):
     """What the application has received of the request's body."""
     body: Body | None = None
     """The body of the response, as far as it has to be followed."""
+    last_sent: Message | None = None
+    """What was sent last while the request was idle: the end of a body that was not followed, for instance."""
 
     # --- the request --------------------------------------------------------------------------------------------------
 
@@ -80,6 +82,7 @@ class HTTPExchange(Exchange):
         if self.is_idle:
             if message["type"] == "http.response.start":
                 self.phase = _BODY
+            self.last_sent = message
             return self.server(message)
         if message["type"] == "http.response.start":
             return self._start(message)
@@ -289,6 +292,8 @@ class HTTPExchange(Exchange):
                 follow_calls(self)
         elif self.phase in _STARTED and self.body is None:
             self.body = Body()
+            # What uses the first session behind the whole body is background work, and cannot be cut off with it.
+            self.body.is_complete = self.last_sent is not None and ends_body(self.last_sent)
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
