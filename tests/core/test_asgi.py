@@ -247,6 +247,121 @@ async def test_a_body_is_cut_off_with_the_task_that_sends_it_while_another_one_h
     assert await database.names() == ["background", "response"]
 
 
+async def test_background_work_goes_on_with_the_session_of_a_body_that_was_cut_off_in_a_transaction_of_its_own(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await session.execute(text("INSERT INTO item VALUES ('cut off')"))
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        session = await insert(db, "response")
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await session.execute(text("INSERT INTO item VALUES ('background')"))
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "response"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_task_that_has_sent_a_whole_body_undoes_no_background_work(
+    db: DBConnect, database: Database, ends: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "body")
+            await send({**BODY, "more_body": True})
+            await send(BODY)
+            sent.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "response")
+        await send(START)
+        tasks.append(asyncio.create_task(stream()))
+        await sent.wait()
+        await insert(db, "background")
+        if ends:
+            await end(*tasks)
+
+    tasks: list[asyncio.Task[None]] = []
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "body", "response"]
+    await end(*tasks)
+
+
+async def end(*tasks: asyncio.Task[None]) -> None:
+    """Cancel `tasks`, and wait for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_background_work_behind_a_body_that_was_cancelled_before_it_used_a_session_is_committed(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await insert(db, "response")
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await insert(db, "background")
+        await (await db_session(db)).execute(text("SELECT 1"))
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background", "response"]
+
+
+async def test_a_success_behind_a_body_without_a_start_waits_for_its_commit(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # A server refuses that.
+        await send(BODY)
+        await insert(db, "one")
+        await send(START)
+        assert await database.names() == ["one"]
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+
+
+async def test_the_commit_of_background_work_runs_no_callback_of_a_body_that_was_cut_off(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "kept")
+            await commit_db_session(db)
+            on_commit(db, lambda: called.append("cut off"))
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        streaming.cancel()
+        await asyncio.wait([streaming])
+        await insert(db, "background")
+        on_commit(db, lambda: called.append("background"))
+
+    called: list[str] = []
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == ["background"]
+
+
 async def test_a_body_that_is_cut_off_is_rolled_back_although_the_request_is_cancelled(
     db: DBConnect, database: Database
 ) -> None:
@@ -384,25 +499,34 @@ async def test_a_cut_off_body_has_its_roll_back_callbacks_called(db: DBConnect, 
     assert called == (["body", "background"] if background else ["body"])
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize(("in_helper", "in_request"), [(True, True), (True, False), (False, True)])
 async def test_background_work_is_committed_behind_a_helper_that_was_cancelled(
-    db: DBConnect, database: Database
+    db: DBConnect, database: Database, is_first: bool, in_helper: bool, in_request: bool
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def wait_behind_a_statement() -> None:
+            await (await db_session(db)).execute(text("SELECT 1"))
+            waits.set()
+            await asyncio.Event().wait()
+
+        if not is_first:
+            await insert(db, "before")
         await send(START)
-        helper = asyncio.create_task(insert(db, "helper"))
-        await helper
-        waiting = asyncio.create_task(_wait_behind_a_statement(db))
-        await insert(db, "background")
+        if is_first:
+            await send(BODY)
+        if in_helper:
+            await asyncio.create_task(insert(db, "helper"))
+        waiting = asyncio.create_task(wait_behind_a_statement())
+        await waits.wait()
+        if in_request:
+            await insert(db, "request")
         waiting.cancel()
         await asyncio.wait([waiting])
 
+    waits = asyncio.Event()
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
-    assert await database.names() == ["background", "helper"]
-
-
-async def _wait_behind_a_statement(db: DBConnect) -> None:
-    await (await db_session(db)).execute(text("SELECT 1"))
-    await asyncio.Event().wait()
+    assert await database.names() == ["before"] * (not is_first) + ["helper"] * in_helper + ["request"] * in_request
 
 
 @pytest.mark.parametrize("writes_before", [True, False])

@@ -19,7 +19,7 @@ from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
-from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
+from ctxdb_core.asgi.body import Body, StreamedBody, ends_body, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.response import Response
@@ -33,8 +33,8 @@ __all__ = ["HTTPExchange"]
 _NOT_STARTED = (Phase.HANDLING, Phase.AHEAD)
 _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
 
-# A request without database use makes this one transition. It is looked up once for all.
-_BODY = Phase.BODY
+# A request without database use makes these two transitions. They are looked up once for all.
+_BODY, _AFTER = Phase.BODY, Phase.AFTER
 
 
 @share_layout
@@ -71,6 +71,8 @@ class HTTPExchange(Exchange):
         if response is None:
             if message["type"] == "http.response.start":
                 self.phase = _BODY
+            elif self.phase is _BODY and ends_body(message):
+                self.phase = _AFTER
             return self.server(message)
         if message["type"] == "http.response.start":
             return self._start(response, message)
@@ -281,6 +283,8 @@ class HTTPExchange(Exchange):
                 follow_calls(self)
         elif self.phase in _STARTED and response.body is None:
             response.body = Body()
+            # What uses the first session behind the whole body is background work, and cannot be cut off with it.
+            response.body.is_complete = self.phase is Phase.AFTER
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
