@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
@@ -85,6 +87,31 @@ async def test_what_is_added_and_changed_after_the_fallback_is_stored(
     assert await database.names() == ["added", "changed"]
 
 
+SLOW = text("SELECT pg_sleep(300)")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda session: session.run_sync(lambda sync_session: sync_session.execute(SLOW)),
+        # As attributes of `AsyncAttrs` are loaded: past the session.
+        lambda session: greenlet_spawn(session.sync_session.execute, SLOW),
+    ],
+    ids=["run_sync", "own_greenlet"],
+)
+async def test_what_is_added_after_any_other_call_that_was_given_up_is_stored(
+    db: DBConnect, database: Database, call: Callable[[AsyncSession], Awaitable[object]]
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await call(session)
+        session.add(Item(name="added"))
+    assert await database.names() == ["added"]
+
+
 async def test_on_commit_waits_for_the_transaction_that_goes_on_after_the_fallback(db: DBConnect) -> None:
     seen: list[str] = []
     async with new_db_ctx():
@@ -154,17 +181,28 @@ async def test_a_session_that_has_only_read_can_be_closed_after_its_fallback(db:
 
 
 @POSTGRESQL
-async def test_a_unit_that_has_only_read_ends_well_after_rows_that_took_too_long(db: DBConnect) -> None:
+async def test_what_is_added_after_rows_that_took_too_long_is_stored(db: DBConnect, database: Database) -> None:
     # Both drivers have fetched the first rows by then.
     slow = text("SELECT i, CASE WHEN i > 100 THEN pg_sleep(300) END FROM generate_series(1, 3000) i")
     seen = 0
     async with new_db_ctx():
-        rows = await (await db_session(db)).stream(slow)
+        session = await db_session(db)
+        rows = await session.stream(slow)
         with suppress(TimeoutError):
             async with asyncio.timeout(0.2):
                 async for _ in rows:
                     seen += 1
+        session.add(Item(name="added"))
     assert seen
+    assert await database.names() == ["added"]
+
+
+async def test_a_unit_that_has_only_read_ends_well_after_rows_that_took_too_long(db: DBConnect) -> None:
+    async with new_db_ctx():
+        rows = await (await db_session(db)).stream(text("SELECT pg_sleep(300) FROM generate_series(1, 2)"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await anext(rows)
 
 
 @POSTGRESQL

@@ -139,7 +139,8 @@ class DBConnect(Database, Generic[SessionT_co]):
     ) -> DBConnect[SessionT]:
         """Return a `DBConnect` for the one host that `url` names.
 
-        A database in memory (``sqlite+aiosqlite://``) is the same one on every event loop, until `close`.
+        A database in memory (``sqlite+aiosqlite://``) is the same one on every event loop, until `close`. Its sessions
+        share one connection, and so one transaction: it is for one unit of work at a time.
 
         Args:
             url: the database's URL, with an asyncio driver.

@@ -26,6 +26,9 @@ async def is_kept_for_cursor(session: AsyncSession, *, ends_body: bool) -> bool:
     """
     try:
         await session.flush()
+        if not has_open_cursor(session):
+            # Its transaction was lost, as the fetching of its rows was interrupted.
+            return False
         has_written = await _has_written(session)
     except UNANSWERED:
         # The commit that follows says what is wrong with the transaction.
