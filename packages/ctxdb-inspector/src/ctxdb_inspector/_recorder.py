@@ -229,7 +229,8 @@ class Recorder:
         record.unit = ref(unit)
         record.id, request = unit.identify()
         record.request = None if request is None else request[:LONGEST_REQUEST]
-        record.started = unit.opened or hold.taken
+        registration = unit.registration
+        record.started = hold.taken if registration is None else registration.opened
         record.holds = (hold,)
         record.responded = record.status = record.ended = record.error = record.forgotten = None
         record.is_lost = False

@@ -102,15 +102,17 @@ class Exchange(RequestUnit):
 
     def announce(self, message: Message) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
-        headers = [*message.get("headers", ())]
         status = message.get("status", _SWITCHING_PROTOCOLS)
+        headers = message.get("headers", ())
         for watcher in self.watchers.values():
             try:
-                headers += watcher.response_starts(status)
+                headers = [*headers, *watcher.response_starts(status)]
             except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is logged, and changes nothing
                 report_failure(watcher)
-        # Another message: the application may send its own one again.
-        return {**message, "headers": headers}
+        # The application may send its own message again.
+        message = {**message}
+        message["headers"] = headers
+        return message
 
     def move_to(self, phase: Phase) -> None:
         """Go over to `phase`; nothing happens if that is the current one.
