@@ -23,6 +23,7 @@ from ctxdb_core.adapters import (
     RequestPolicy,
     RequestUnit,
     begin,
+    finalize,
     follow_calls,
 )
 
@@ -92,16 +93,16 @@ def unit_of_work(
         except BaseException as exc:
             await _fail(_exchange_with(unit, commits, request), request, exc, route)
             raise
-        if (
-            writer.ctxdb_exchange is opened  # otherwise, more was done than to handle the request
-            and route.is_quiet
-            and is_complete(response)
-            and unit.finish_idle()
-        ):
-            writer.ctxdb_exchange = None
-            unit.leave()
-        else:
-            await _end(_exchange_with(unit, commits, request), request, response, route)
+        # If the writer leads to something else, more was done than to handle the request.
+        if writer.ctxdb_exchange is opened and route.is_quiet and is_complete(response):
+            if unit.finish_idle():
+                writer.ctxdb_exchange = None
+                unit.leave()
+                return response
+            if route.is_alone:
+                await _end_at_once(unit, commits, request, response, route)
+                return response
+        await _end(_exchange_with(unit, commits, request), request, response, route)
         return response
 
     return open_unit
@@ -124,6 +125,28 @@ def _exchange_with(unit: RequestUnit, commits: RequestPolicy, request: web.Reque
 
 def _is_left_to_aiohttp(exchange: Exchange) -> bool:
     return exchange.watched is not None and isinstance(exchange.watched.delivery, LateResponse)
+
+
+async def _end_at_once(
+    unit: RequestUnit, commits: RequestPolicy, request: web.Request, response: web.StreamResponse, route: Route
+) -> None:
+    """End the unit of work of a request that needs no exchange: `response` is whole, and no middleware has its say.
+
+    Raises:
+        BaseException: why it could not be ended; the response must not be sent.
+    """
+    writer: Any = request.writer
+    try:
+        commit = bool(unit.sessions or unit.hooks) and commits(response.status, request)
+        writer.ctxdb_exchange = None
+        if not commit:
+            await finalize(unit, commit=False, last=False)
+        await finalize(unit, commit=commit)
+    except BaseException as exc:
+        exchange = _exchange_with(unit, commits, request)
+        exchange.refuse(response, exc)
+        await _fail(exchange, request, exc, route)
+        raise
 
 
 async def _end(exchange: Exchange, request: web.Request, response: object, route: Route) -> None:
