@@ -229,8 +229,8 @@ class Recorder:
         record.unit = ref(unit)
         record.id, request = unit.identify()
         record.request = None if request is None else request[:LONGEST_REQUEST]
-        registration = unit.registration
-        record.started = hold.taken if registration is None else registration.opened
+        opened = unit.opened
+        record.started = hold.taken if opened is None else opened
         record.holds = (hold,)
         record.responded = record.status = record.ended = record.error = record.forgotten = None
         record.is_lost = False

@@ -68,11 +68,6 @@ class Exchange(RequestUnit):
     server: Send
     """The `send` of the server."""
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing that would have to be ended."""
-        return self.response is None
-
     def follow_response(self) -> Response:
         """Follow the response from now on, as there is something to end; return what is known of it."""
         if self.response is None:
@@ -130,6 +125,27 @@ class Exchange(RequestUnit):
     def forward(self, message: Message) -> Awaitable[None]:
         """Send a message of the application to the server, or drop it in a phase in which nothing is let through."""
         return _discard(message) if self.phase in _SILENT else self.server(message)
+
+    async def send_last(self, message: Message) -> None:
+        """Forward the last part of a body, once all that the body has done is committed.
+
+        If the commit fails, the client sees the response break off.
+
+        Raises:
+            Exception: the error of the commit.
+        """
+        try:
+            await self.commit(ends_body=True)
+        except Exception:
+            self.move_to(Phase.BROKEN)
+            raise
+        self.note_body_is_sent()
+        await self.forward(message)
+
+    def note_body_is_sent(self) -> None:
+        """Note that the last part of the body is let through: what comes now is background work."""
+        if self.phase is Phase.BODY:
+            self.move_to(Phase.AFTER)
 
     def refuse(self, error: Exception, *, can_be_answered: bool = True) -> None:
         """Forward nothing more of the response, as `error` has kept its transactions from being ended.

@@ -194,8 +194,7 @@ class HTTPExchange(Exchange):
         if body.is_complete:
             if any(map(in_transaction, self.sessions.values())):
                 return self._end_body(body, message)
-            if self.phase is Phase.BODY:
-                self.move_to(Phase.AFTER)
+            self.note_body_is_sent()
         elif not isinstance(body, StreamedBody) and any(map(in_transaction, self.sessions.values())):
             return self._send_part(message)
         return self.server(message)
@@ -209,17 +208,7 @@ class HTTPExchange(Exchange):
         """Commit what the body has done before the last of it is sent; if that fails, the client sees it break off."""
         if body.has_users_beside_sender:
             await let_failure_arrive()
-        try:
-            await self.commit(ends_body=True)
-        except Exception:
-            self.move_to(Phase.BROKEN)
-            raise
-        self._complete()
-        await self.forward(message)
-
-    def _complete(self) -> None:
-        if self.phase is Phase.BODY:
-            self.move_to(Phase.AFTER)
+        await self.send_last(message)
 
     # --- what a boundary beneath middlewares tells --------------------------------------------------------------------
 

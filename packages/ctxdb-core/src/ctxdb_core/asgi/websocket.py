@@ -70,18 +70,7 @@ class WebSocketExchange(Exchange):
 
     async def _end_denial(self, message: Message) -> None:
         """Send the end of a denial's body, once what was done since its start is committed."""
-        if self.phase in (Phase.BODY, Phase.AFTER):
-            try:
-                await self.commit(ends_body=True)
-            except Exception:
-                self.move_to(Phase.BROKEN)
-                raise
-            self._complete()
-        await self.forward(message)
-
-    def _complete(self) -> None:
-        if self.phase is Phase.BODY:
-            self.move_to(Phase.AFTER)
+        await (self.send_last(message) if self.phase in (Phase.BODY, Phase.AFTER) else self.forward(message))
 
     async def _close(self, message: Message) -> None:
         """Close the connection, once its transactions have ended as the close code demands."""
@@ -104,5 +93,5 @@ class WebSocketExchange(Exchange):
                 raise
         # A handshake that is refused has had its whole response.
         self._begin_body()
-        self._complete()
+        self.note_body_is_sent()
         await self.forward(message)
