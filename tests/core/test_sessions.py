@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import JSON, ForeignKey, select, text
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, relationship
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
@@ -836,6 +836,41 @@ async def test_the_before_commit_of_a_block_replaces_that_of_the_unit_around_it(
     async with new_db_ctx(before_commit=outer), new_db_ctx(before_commit=inner):
         await insert(db, "one")
     assert seen == ["inner"]
+
+
+async def test_before_commit_may_use_a_session_while_another_task_is_in_a_block_of_it(
+    db: DBConnect, database: Database
+) -> None:
+    async def stay_in_block() -> None:
+        async with (await db_session(db)).begin_nested():
+            entered.set()
+            await leave.wait()
+
+    async def before_commit(session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO item VALUES ('audit')"))
+
+    entered, leave = asyncio.Event(), asyncio.Event()
+    async with new_db_ctx(before_commit=before_commit):
+        await insert(db, "one")
+        staying = asyncio.create_task(stay_in_block())
+        await entered.wait()
+    leave.set()
+    await asyncio.wait([staying])
+    assert isinstance(staying.exception(), ContextClosedError)
+    assert await database.names() == ["audit", "one"]
+
+
+async def test_objects_stay_readable_behind_a_commit_that_before_commit_was_asked_about(database: Database) -> None:
+    async def before_commit(session: AsyncSession) -> None: ...
+
+    def expiring(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return async_sessionmaker(engine, expire_on_commit=True)
+
+    async with DBConnect(lambda host: database.watch_new(), expiring, host="127.0.0.1") as db:
+        item = Item(name="one")
+        async with new_db_ctx(before_commit=before_commit):
+            (await db_session(db)).add(item)
+        assert item.name == "one"
 
 
 async def test_before_commit_may_close_the_session_that_is_next(db: DBConnect, database: Database) -> None:
