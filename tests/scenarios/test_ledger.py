@@ -29,7 +29,7 @@ async def test_the_database_holds_what_was_answered_and_nothing_else(world: Worl
         desk = Desk(world.db, other)
         ledger = Ledger.draw(REQUESTS, SEED, world.setting.adapter, desk)
         await world.start(("/", ledger.handle))
-        async with asyncio.timeout(30 + REQUESTS / 20):
+        async with asyncio.timeout(75 + REQUESTS / 20):
             await ledger.make_all_requests(world.base_url, CLIENTS)
         await world.database.assert_quiet()
         await world.stop()
