@@ -118,7 +118,8 @@ class Recorder:
             calls_on_return(entry).append(checkin)
             unit = running_unit()
             if unit is not None:
-                record: Any = unit.watchers.get(self)
+                registration = unit.registration
+                record: Any = None if registration is None else registration.watchers.get(self)
                 if record is None:
                     self._follow_unit(unit, hold)
                 else:
@@ -229,8 +230,8 @@ class Recorder:
         record.unit = ref(unit)
         record.id, request = unit.identify()
         record.request = None if request is None else request[:LONGEST_REQUEST]
-        opened = unit.opened
-        record.started = hold.taken if opened is None else opened
+        registration = unit.registration
+        record.started = (registration and registration.opened) or hold.taken
         record.holds = (hold,)
         record.responded = record.status = record.ended = record.error = record.forgotten = None
         record.is_lost = False

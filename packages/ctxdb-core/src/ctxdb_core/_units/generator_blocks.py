@@ -147,6 +147,7 @@ class IteratedUnit(UnitOfWork):
         # Without `super().__init__`: this one never has a session, so that `db_session` asks `of(db)` each time.
         self.sessions = NO_SESSIONS_YET
         self.loop = unit.loop
+        self.hooks = self.registration = self.token = None
         self._unit = unit
         self._around = current_unit.get(None)
         self._generator: FrameType | None = generator

@@ -7,26 +7,24 @@ from typing import Any
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._units.abandonment import HandlerCalls
 from ctxdb_core._units.ids import id_of_request
-from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.watcher import request_line
 
 __all__ = ["RequestUnit"]
 
 
-@share_layout
 class RequestUnit(UnitOfWork):
     """The unit of work of a request: what `begin` returns.
 
-    It has no ``__init__`` in Python: `begin` and the ASGI middleware set its attributes by themselves, as those of
-    `UnitSessions` are set. The call would be a quarter of what a request without database use pays.
+    It has no ``__init__`` in Python: `begin` and the ASGI middleware set all of its attributes, those of `UnitSessions`
+    among them. The call would be a quarter of what a request without database use pays.
     """
 
     __init__ = object.__init__
 
-    origin: Any = None
+    origin: Any
     """The request: an ASGI scope, or the framework's object; ``None`` if the adapter has not told it."""
-    calls: HandlerCalls | None = None
+    calls: HandlerCalls | None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
 
     def _new_id(self) -> str:

@@ -12,7 +12,6 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
 from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
-from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.registration import Registration
 from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
@@ -24,7 +23,6 @@ current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
 
 
-@share_layout
 class UnitOfWork(UnitTransactions):
     """The sessions that belong together, at most one for each `DBConnect`.
 

@@ -55,21 +55,21 @@ class UnitSessions:
     loop: asyncio.AbstractEventLoop | None
     """The event loop that the unit belongs to, as its connections serve that one alone."""
 
-    # The class has the defaults, as a request without database use pays for each attribute that is set on its unit.
-    settings: UnitSettings = NO_SETTINGS
+    # Each attribute is set when a unit is made: what is found in the class alone is read six times as slowly.
+    settings: UnitSettings
     """What the unit was told when it was opened."""
-    hooks: UnitHooks | None = None
+    hooks: UnitHooks | None
     """What the code has asked of the begin and the end of transactions; ``None`` as long as it was nothing."""
-    registration: Registration | None = None
+    registration: Registration | None
     """What the rest of the process knows of the unit; ``None`` as long as it has no session, watcher or id."""
-    token: Token[Any] | None = None
+    token: Token[Any] | None
     """What was current when the unit was entered, and is made current again by `UnitOfWork.leave`."""
 
     def __init__(self, before_commit: BeforeCommit | None = None) -> None:
         self.sessions = NO_SESSIONS_YET
         self.loop = _get_running_loop()
-        if before_commit is not None:
-            self.settings = UnitSettings(before_commit)
+        self.settings = NO_SETTINGS if before_commit is None else UnitSettings(before_commit)
+        self.hooks = self.registration = self.token = None
 
     @property
     def closed(self) -> bool:

@@ -29,7 +29,7 @@ from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.asgi.types import Message
 
-__all__ = ["Body", "StreamedBody", "ends_body", "let_failure_arrive", "running_task"]
+__all__ = ["Body", "StreamedBody", "let_failure_arrive", "running_task"]
 
 # What a body ends with (ASGI, "Response Body", "Path Send" and "Zero Copy Send"), and what comes behind its last part,
 # which an exchange does not look at while its request uses no session.
@@ -88,7 +88,7 @@ class Body:
                 self.senders = {*self.senders, sender}
                 if self.has_used_a_session:
                     self._await_end(sender, unit)
-        elif ends_body(message):
+        elif message["type"] in _LAST_MESSAGES:
             self.is_complete = True
 
     note_sent = note_progress
@@ -226,11 +226,6 @@ class ParkedSessions:
             if unit.callbacks is not None:
                 unit.callbacks.roll_back(self.callbacks)
                 unit.callbacks.take_back(of_others)
-
-
-def ends_body(message: Message) -> bool:
-    """Return whether nothing more of a body comes behind `message`."""
-    return message["type"] in _LAST_MESSAGES and not message.get("more_body", False)
 
 
 def running_task() -> ref[Any]:

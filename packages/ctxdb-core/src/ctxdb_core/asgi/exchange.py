@@ -58,9 +58,9 @@ class Exchange(RequestUnit):
     settings: ExchangeSettings
     origin: Scope
     """The scope of the request, as the application has left it."""
-    phase: Phase = Phase.HANDLING
+    phase: Phase
     """The phase that the request is in."""
-    response: Response | None = None
+    response: Response | None
     """What is known of the response; ``None`` while the unit is idle.
 
     An idle unit has never had a session, a callback, a watcher or a strategy: there is nothing to end at any time.

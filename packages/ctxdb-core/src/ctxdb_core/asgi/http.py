@@ -14,12 +14,11 @@ from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.authorship import find_authors
-from ctxdb_core._units.layout import share_layout
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
-from ctxdb_core.asgi.body import Body, StreamedBody, ends_body, let_failure_arrive, running_task
+from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.response import Response
@@ -37,7 +36,6 @@ _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
 _BODY, _AFTER = Phase.BODY, Phase.AFTER
 
 
-@share_layout
 class HTTPExchange(Exchange):
     """The unit of work of an HTTP request.
 
@@ -69,9 +67,14 @@ class HTTPExchange(Exchange):
         # A plain function: most messages cost no coroutine of their own.
         response = self.response
         if response is None:
-            if message["type"] == "http.response.start":
+            kind = message["type"]
+            if kind == "http.response.start":
                 self.phase = _BODY
-            elif self.phase is _BODY and ends_body(message):
+            elif (
+                kind == "http.response.body"
+                and self.phase is _BODY
+                and ("more_body" not in message or not message["more_body"])
+            ):
                 self.phase = _AFTER
             return self.server(message)
         if message["type"] == "http.response.start":
@@ -95,7 +98,8 @@ class HTTPExchange(Exchange):
                     await self._settle_and_start(response, message["status"])
                 else:
                     await self._end_transactions_apart(response, message["status"], self.calls)
-            if self.watchers:
+            registration = self.registration
+            if registration is not None and registration.watchers:
                 message = self.announce(message)
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))

@@ -17,14 +17,16 @@ from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
 from ctxdb_core.asgi.http import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
-from ctxdb_core.asgi.response import ANSWERED
+from ctxdb_core.asgi.response import ANSWERED, Response
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.asgi.websocket import WebSocketExchange
+from ctxdb_core.phases import Phase
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
 
 __all__ = ["ASGIHTTPDBSessionMiddleware"]
 
-# Bound once: looking a method up at each request is felt where the request uses no database.
+# Bound once: looking an attribute up at each request is felt where the request uses no database.
+_HANDLING = Phase.HANDLING
 _get_current_unit, _set_current_unit, _reset_current_unit = current_unit.get, current_unit.set, current_unit.reset
 
 
@@ -87,11 +89,11 @@ class ASGIHTTPDBSessionMiddleware:
         exchange: Exchange
         if scope["type"] == "http":
             exchange = http_exchange = HTTPExchange()
-            http_exchange.response = None
+            exchange.response = None
             http_exchange.source, receive = receive, http_exchange.receive
         elif scope["type"] == "websocket":
             exchange = WebSocketExchange()
-            exchange.follow_response()
+            exchange.response = Response()
         else:
             await self._pass_on(scope, receive, send)
             return
@@ -99,10 +101,12 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # As in `UnitSessions.__init__`, which an exchange has not got: a request without database use would feel it.
+        # An exchange has no `__init__`: a request without database use would feel the call.
         exchange.sessions = NO_SESSIONS_YET
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
+        exchange.hooks = exchange.registration = exchange.token = exchange.calls = None
+        exchange.phase = _HANDLING
         exchange.origin = scope
         exchange.server = send
         root_app = scope.get("app")
@@ -164,8 +168,11 @@ class ASGIHTTPDBSessionMiddleware:
         answering = HTTPExchange()
         answering.sessions, answering.loop = NO_SESSIONS_YET, exchange.loop
         answering.settings, answering.origin = self._settings, scope
-        answering.server = exchange.server
-        answering.follow_response().refusal = ANSWERED
+        answering.hooks = answering.registration = answering.token = answering.calls = None
+        answering.phase = _HANDLING
+        answering.server, answering.source = exchange.server, receive
+        answering.response = Response()
+        answering.response.refusal = ANSWERED
         scope[REQUEST_KEY] = answering
         token = _set_current_unit(answering)
         try:
