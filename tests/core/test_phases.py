@@ -773,6 +773,25 @@ async def test_a_response_in_the_place_of_one_whose_start_was_cancelled_is_ended
         assert trace.phases[:2] == [Phase.BODY, Phase.HANDLING]
 
 
+async def test_a_body_in_the_place_of_a_cancelled_start_is_the_servers_to_refuse(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        starting = asyncio.ensure_future(send(START))
+        await committing.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+        await send(BODY)
+        await send(START)
+
+    async def before_commit(session: object) -> None:
+        committing.set()
+        await asyncio.Event().wait()
+
+    committing = asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app, before_commit))
+    assert told(connection) == [b"body", 200]
+
+
 @shows(Phase.BODY, Phase.BROKEN)
 async def test_a_body_whose_work_cannot_be_committed_breaks_off(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

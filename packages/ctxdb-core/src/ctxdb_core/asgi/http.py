@@ -96,7 +96,7 @@ class HTTPExchange(Exchange):
         """Forward the start of a response, once the transactions have ended that it stands for."""
         self.starting = start = ResponseStart()
         try:
-            if self.body is not None and self.body.lacks_start:
+            if self.body is not None and self.body.lacks_start and self.phase is _BODY:
                 await self._begin_anew(self.body)
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
