@@ -20,6 +20,7 @@ from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoun
 
 CHUNK: Message = {**BODY, "more_body": True}
 ERROR: Message = {**START, "status": 503}
+SUCCESS: Message = {**START, "status": 201}
 TRAILERS: Message = {"type": "http.response.trailers", "headers": []}
 
 ROWS = [(current, following) for current in Phase for following in Phase if following in TRANSITIONS[current]]
@@ -645,9 +646,9 @@ async def test_the_end_of_an_overruled_body_undoes_nothing_of_what_the_middlewar
     assert await database.names() == ["middleware"]
 
 
-@pytest.mark.parametrize("overrules", [False, True])
-async def test_an_error_that_waits_for_a_statement_of_its_request_can_be_cancelled(
-    db: DBConnect, database: Database, overrules: bool
+@pytest.mark.parametrize(("answer", "overrules"), [(ERROR, False), (ERROR, True), (SUCCESS, False)])
+async def test_a_response_that_waits_for_a_statement_of_its_request_can_be_cancelled(
+    db: DBConnect, database: Database, answer: Message, overrules: bool
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         session = await db_session(db)
@@ -656,16 +657,16 @@ async def test_an_error_that_waits_for_a_statement_of_its_request_can_be_cancell
         sleeping.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
         await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
         waits.set()
-        await send(ERROR)
+        await send(answer)
 
-    async def pass_errors(message: Message, send: Send) -> None:
-        if message is ERROR:
+    async def pass_answer(message: Message, send: Send) -> None:
+        if message is answer:
             await send(message)
 
     sleeping: list[asyncio.Task[object]] = []
     waits = asyncio.Event()
     connection = Connection()
-    request = asyncio.create_task(connection.run(ASGIHTTPDBSessionMiddleware(holding_back(app, pass_errors))))
+    request = asyncio.create_task(connection.run(ASGIHTTPDBSessionMiddleware(holding_back(app, pass_answer))))
     await waits.wait()
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -770,6 +771,25 @@ async def test_a_response_in_the_place_of_one_whose_start_was_cancelled_is_ended
     assert await database.names() == names
     if status == 200:
         assert trace.phases[:2] == [Phase.BODY, Phase.HANDLING]
+
+
+async def test_a_body_in_the_place_of_a_cancelled_start_is_the_servers_to_refuse(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        starting = asyncio.ensure_future(send(START))
+        await committing.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+        await send(BODY)
+        await send(START)
+
+    async def before_commit(session: object) -> None:
+        committing.set()
+        await asyncio.Event().wait()
+
+    committing = asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app, before_commit))
+    assert told(connection) == [b"body", 200]
 
 
 @shows(Phase.BODY, Phase.BROKEN)

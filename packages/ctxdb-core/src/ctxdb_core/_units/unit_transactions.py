@@ -185,7 +185,9 @@ class UnitTransactions(UnitSessions):
                 self._leave_blocks(dbs)
                 await self._wait_for_callbacks()
         except BaseException as exc:
-            await self.roll_back(exc, dbs)
+            # A roll-back would wait for the statement that this has waited for. The end of the unit interrupts that.
+            if not isinstance(exc, asyncio.CancelledError) or not any(map(is_busy, self.sessions.values())):
+                await self.roll_back(exc, dbs)
             raise
 
     async def _roll_back_marked(

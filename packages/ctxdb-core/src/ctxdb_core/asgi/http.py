@@ -89,7 +89,7 @@ class HTTPExchange(Exchange):
         """Forward the start of a response, once the transactions have ended that it stands for."""
         response.start = start = ResponseStart()
         try:
-            if response.body is not None and response.body.lacks_start:
+            if response.body is not None and response.body.lacks_start and self.phase is _BODY:
                 await self._begin_anew(response, response.body)
             # A second start is the server's to refuse.
             if self.phase in _NOT_STARTED:
