@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
-from ctxdb_core._units.watcher import report_failure
+from ctxdb_core._units.watcher import UnitWatcher, report_failure
 from ctxdb_core.asgi.response import ANSWERED, Refusal, Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
@@ -95,11 +95,11 @@ class Exchange(RequestUnit):
         await start.wait()
         await self.send(message)
 
-    def announce(self, message: Message) -> Message:
+    def announce(self, message: Message, watchers: Mapping[object, UnitWatcher]) -> Message:
         """Tell the watchers of the start of a response; return it with the header fields that they add."""
         status = message.get("status", _SWITCHING_PROTOCOLS)
         headers = message.get("headers", ())
-        for watcher in self.watchers.values():
+        for watcher in watchers.values():
             try:
                 headers = [*headers, *watcher.response_starts(status)]
             except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is logged, and changes nothing

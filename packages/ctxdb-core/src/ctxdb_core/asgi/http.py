@@ -100,7 +100,7 @@ class HTTPExchange(Exchange):
                     await self._end_transactions_apart(response, message["status"], self.calls)
             registration = self.registration
             if registration is not None and registration.watchers:
-                message = self.announce(message)
+                message = self.announce(message, registration.watchers)
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))
         finally:
@@ -282,7 +282,8 @@ class HTTPExchange(Exchange):
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         # The watcher is to be told of the end, also if there is nothing else to end.
-        self.follow_response()
+        if self.response is None:
+            self.follow_response()
         # `super()` would cost as much as all the rest.
         Exchange.watch(self, watcher, owner)
 

@@ -43,7 +43,7 @@ class WebSocketExchange(Exchange):
             if self.phase is Phase.HANDLING:
                 start.enter()
                 await self._commit_handshake()
-            await self.forward(self.announce(message) if self.watchers else message)
+            await self.forward(self.announce(message, self.watchers) if self.watchers else message)
         finally:
             response.end_start(start)
 
