@@ -168,7 +168,8 @@ class Browser:
             target = await browser.call("Target.createTarget", url="about:blank", browserContextId=profile)
             page = f"ws://127.0.0.1:{port}/devtools/page/{target['targetId']}"
             try:
-                async with connect(page, max_size=None, proxy=None) as of_page:
+                # Without a bound: a full queue of events that no test reads would keep back the answer to the closing.
+                async with connect(page, max_size=None, max_queue=None, proxy=None) as of_page:
                     yield Tab(of_page)
             finally:
                 await browser.call("Target.disposeBrowserContext", browserContextId=profile)
