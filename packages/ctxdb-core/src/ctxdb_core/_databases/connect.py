@@ -153,8 +153,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             ArgumentTypeError: `url` is no URL, or an option is not one of engines (a ``TypeError``, too).
             ArgumentValueError: the URL has no asyncio driver; the database cannot be made read-only, as `read_only`
-            asks; or `warn_connection_held_after` is negative (a ``ValueError``, too). sqlalchemy.exc.ArgumentError:
-            `url` cannot be parsed.
+                asks; or `warn_connection_held_after` is negative (a ``ValueError``, too).
+            sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
         """
         parsed = check_url(url)
         check_engine_options(engine_options)
