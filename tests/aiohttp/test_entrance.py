@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Never
 
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from aiohttp.web_urldispatcher import PrefixResource, UrlMappingMatchInfo
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
 from tests.support.database import Database, insert, insert_row_that_fails_at_commit
@@ -126,3 +128,41 @@ async def test_an_application_of_an_aiohttp_that_runs_its_middlewares_in_any_cas
     setup(app)
     assert (await ask(await serve(app))).status == 200
     assert await database.names() == ["one"]
+
+
+class Mount(PrefixResource):
+    """A resource of the application's own, which hands requests to another application, with its middlewares."""
+
+    def __init__(self, prefix: str, app: web.Application) -> None:
+        super().__init__(prefix)
+        self._app = app
+        app.pre_freeze()
+
+    def url_for(self, **parts: str) -> Never:
+        raise NotImplementedError
+
+    def get_info(self) -> Never:
+        raise NotImplementedError
+
+    async def resolve(self, request: web.Request) -> tuple[UrlMappingMatchInfo | None, set[str]]:
+        found = await self._app.router.resolve(request)
+        found.add_app(self._app)
+        return found, set()
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[web.AbstractRoute]:
+        return iter(())
+
+
+@web.middleware
+async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
+    raise web.HTTPUnauthorized
+
+
+async def test_the_middlewares_of_an_application_behind_a_resource_of_an_unknown_class_are_called(serve: Serve) -> None:
+    inner = web.Application(middlewares=[refuse])
+    inner.router.add_get("/inner/secret", name_callers)
+    app = application(lambda app: app.router.register_resource(Mount("/inner", inner)))
+    assert (await ask(await serve(app), "/inner/secret")).status == 401

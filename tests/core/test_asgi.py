@@ -327,6 +327,40 @@ async def test_background_work_behind_a_body_that_was_cancelled_before_it_used_a
     assert await database.names() == ["background", "response"]
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        BODY,
+        {**BODY, "more_body": False},
+        {"type": "http.response.pathsend", "path": "/dev/null"},
+        {"type": "http.response.zerocopysend", "file": 0},
+    ],
+    ids=["body", "end of a stream", "pathsend", "zerocopysend"],
+)
+@pytest.mark.parametrize("asks", [False, True])
+async def test_the_last_part_of_a_body_that_uses_no_session_begins_the_background_work(
+    db: DBConnect, database: Database, last: Message, asks: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await send({**BODY, "more_body": True})
+        if asks:
+            on_commit(db, lambda: None)
+        await send(last)
+        helper = asyncio.create_task(help_out())
+        await helped.wait()
+        await end(helper)
+
+    async def help_out() -> None:
+        await insert(db, "background")
+        helped.set()
+        await asyncio.Event().wait()
+
+    helped = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background"]
+
+
 async def test_a_success_behind_a_body_without_a_start_waits_for_its_commit(db: DBConnect, database: Database) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # A server refuses that.

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from sqlalchemy import event, text
-from tests.support.database import Database, eventually
+from tests.support.database import Database, eventually, insert
 from tests.support.interruption import (
     CANCELLERS,
     assert_halves_belong_together,
@@ -16,7 +16,14 @@ from tests.support.interruption import (
     insert_halves,
 )
 
-from ctxdb_core import DBConnect, TransactionContext, db_session, new_db_ctx, new_non_ctx_atomic_session
+from ctxdb_core import (
+    DBConnect,
+    TransactionContext,
+    atomic_db_session,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_atomic_session,
+)
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
@@ -162,3 +169,26 @@ async def test_a_task_that_is_cancelled_when_its_turn_at_the_pool_comes_does_not
         done, _ = await asyncio.wait([waiting], timeout=10)
         waiting.cancel()
         assert done, "the cancellation was lost"
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_block_whose_commit_is_cancelled_while_it_waits_for_a_statement_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
+    async def write() -> None:
+        async with atomic_db_session(db) as session:
+            await insert(db, "undone")
+            statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.5)"))))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            waits.set()
+
+    statements: list[asyncio.Task[object]] = []
+    waits = asyncio.Event()
+    async with new_db_ctx():
+        writing = asyncio.create_task(write())
+        await waits.wait()
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await asyncio.gather(*statements)
+    assert await database.names() == []

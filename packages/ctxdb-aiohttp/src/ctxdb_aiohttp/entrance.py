@@ -14,6 +14,9 @@ from ctxdb_aiohttp.route import Route
 
 __all__ = ["enclose"]
 
+_WITHOUT_SUBAPPLICATIONS = (web.PlainResource, web.DynamicResource, web.StaticResource)
+"""The resources of aiohttp that lead to handlers of the application itself."""
+
 _Handle: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -23,8 +26,9 @@ def enclose(app: web.Application, outer: Middleware, own: tuple[object, ...]) ->
     What aiohttp does to call the middlewares of an application takes longer than all that ctxdb does for a request
     without database use. So it is told that there are none, where it has only those of ctxdb: `outer` is called with
     the application in the place of a route's handler, and a commit point is of no use where no middleware could learn
-    of an error. aiohttp has no public names for this. Where it has others one day, its middlewares are called as ever,
-    also if they are called beside `outer`: the inner one of two units of work joins the outer one.
+    of an error. aiohttp has no public names for this. If a later aiohttp has other names, the application's middlewares
+    are called as before. Should they be called inside of `outer` as well, nothing is done twice: a unit of work that is
+    opened inside of another one of the same request joins that.
 
     Whether there are other middlewares, signal handlers and sub-applications, which may have some, is seen by the first
     request: until then, each handler of the start-up may add one.
@@ -39,6 +43,7 @@ def enclose(app: web.Application, outer: Middleware, own: tuple[object, ...]) ->
         return
     inside: Any = partial(handle)
     inside.ctxdb_route = Route(handle, is_alone=True, is_quiet=True)
+    # ``None`` before the first request.
     is_enclosed: bool | None = None
 
     def handle_request(request: web.Request) -> Awaitable[web.StreamResponse]:
@@ -60,8 +65,10 @@ def _is_of_aiohttp(handle: Any) -> bool:
 
 def _has_nothing_else(app: web.Application, own: tuple[object, ...]) -> bool:
     others: list[object] = [*app.middlewares, *app.on_response_prepare]
+    # Only routers and resources that are known to lead to no sub-application will do. Those of other classes, also of
+    # derived ones, may lead to applications with middlewares of their own.
     return (
         all(each in own for each in others)
-        # A sub-application is what the resource tells of that aiohttp makes for it.
-        and not any("app" in resource.get_info() for resource in app.router.resources())
+        and type(app.router) is web.UrlDispatcher
+        and all(type(resource) in _WITHOUT_SUBAPPLICATIONS for resource in app.router.resources())
     )

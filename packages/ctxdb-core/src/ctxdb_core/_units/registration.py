@@ -19,9 +19,10 @@ NO_WATCHERS: Mapping[object, UnitWatcher] = {}
 
 
 class Registration(LeakGuard):
-    """Says that a unit of work has opened a session and has not ended: to `DBConnect.status`, and where it leaks.
+    """Knows the id and the watchers of a unit of work; and tells `DBConnect.status` that the unit has open sessions.
 
-    A unit makes it for its first session, watcher or id, whichever comes first. Nothing but the unit keeps it.
+    A unit makes it for its first session, watcher or id, whichever comes first. Nothing but the unit keeps it: if it is
+    garbage-collected with open sessions, the unit has leaked.
     """
 
     __slots__ = ("_reference", "closing", "id", "opened", "watchers")
@@ -34,7 +35,7 @@ class Registration(LeakGuard):
         self.id: str | None = None
         """What tells the unit from all others; ``None`` as long as nothing has asked for it."""
         self.watchers: Mapping[object, UnitWatcher] = NO_WATCHERS
-        """What is told of the response and of the end of the unit, by the objects that have set it up."""
+        """What is told of the response and of the end of the unit. The keys are the objects that have set it up."""
         self.opened: float | None = None
         """When the unit opened its first session, by `time.perf_counter`; ``None`` before that."""
         self.closing: tuple[AsyncSession, ...] = ()

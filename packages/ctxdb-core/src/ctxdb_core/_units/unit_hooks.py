@@ -1,4 +1,4 @@
-"""`UnitHooks`: what the code has asked of its unit of work, about the begin and the end of transactions."""
+"""`UnitHooks`: what code and its blocks have asked of their unit of work, about the begin and end of transactions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UnitHooks:
 
     def __init__(self) -> None:
         self.blocks: tuple[object, ...] = ()
-        """The open blocks that share the unit's transactions, and end them or have others end them."""
+        """The open blocks that share the unit's transactions: each commits or undoes what was done in it."""
         self.is_block = False
         """Whether the unit is one block of the user's, which is committed or undone as a whole, as that of
         `transactional` is."""

@@ -121,7 +121,7 @@ class UnitTransactions(UnitSessions):
 
     @property
     def blocks(self) -> tuple[object, ...]:
-        """The open blocks that share the unit's transactions, and end them or have others end them."""
+        """The open blocks that share the unit's transactions (see `UnitHooks`)."""
         return () if self.hooks is None else self.hooks.blocks
 
     def join(self, block: object) -> None:
@@ -185,9 +185,7 @@ class UnitTransactions(UnitSessions):
                 self._leave_blocks(dbs)
                 await self._wait_for_callbacks()
         except BaseException as exc:
-            # A roll-back would wait for the statement that this has waited for. The end of the unit interrupts that.
-            if not isinstance(exc, asyncio.CancelledError) or not any(map(is_busy, self.sessions.values())):
-                await self.roll_back(exc, dbs)
+            await self.roll_back(exc, dbs)
             raise
 
     async def _roll_back_marked(

@@ -29,16 +29,17 @@ from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.asgi.types import Message
 
-__all__ = ["Body", "StreamedBody", "let_failure_arrive", "running_task"]
+__all__ = ["LAST_MESSAGES", "Body", "StreamedBody", "let_failure_arrive", "running_task"]
 
-# What a body ends with (ASGI, "Response Body", "Path Send" and "Zero Copy Send"), and what comes behind its last part,
-# which an exchange does not look at while its request uses no session.
-_LAST_MESSAGES = (
+LAST_MESSAGES = (
     "http.response.body",
     "http.response.pathsend",
     "http.response.zerocopysend",
     "http.response.trailers",
 )
+"""The types of messages that a body ends with (ASGI, "Response Body", "Path Send" and "Zero Copy Send"), unless they
+announce more of it, and of what comes behind its last part.
+"""
 
 # How many turns of the event loop a failed task is given to end, and its task group to cancel the task that sends.
 # FastAPI needs one; each further task between the two may need one more.
@@ -88,7 +89,7 @@ class Body:
                 self.senders = {*self.senders, sender}
                 if self.has_used_a_session:
                     self._await_end(sender, unit)
-        elif message["type"] in _LAST_MESSAGES:
+        elif message["type"] in LAST_MESSAGES:
             self.is_complete = True
 
     note_sent = note_progress

@@ -18,7 +18,7 @@ from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
 from ctxdb_core._units.watcher import UnitWatcher
-from ctxdb_core.asgi.body import Body, StreamedBody, let_failure_arrive, running_task
+from ctxdb_core.asgi.body import LAST_MESSAGES, Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
 from ctxdb_core.asgi.response import Response
@@ -39,8 +39,8 @@ _BODY, _AFTER = Phase.BODY, Phase.AFTER
 class HTTPExchange(Exchange):
     """The unit of work of an HTTP request.
 
-    Two strategies are installed in it where something asks for them: `calls`, beneath a middleware that may give up on
-    a handler, and `body`, once a response is sent while sessions are in use.
+    Two strategies are installed where something asks for them: `calls`, beneath a middleware that may give up on a
+    handler, and the `body` of the `response`, once that is sent while sessions are in use.
     """
 
     source: Receive
@@ -71,8 +71,8 @@ class HTTPExchange(Exchange):
             if kind == "http.response.start":
                 self.phase = _BODY
             elif (
-                kind == "http.response.body"
-                and self.phase is _BODY
+                self.phase is _BODY
+                and kind in LAST_MESSAGES
                 and ("more_body" not in message or not message["more_body"])
             ):
                 self.phase = _AFTER
@@ -83,6 +83,9 @@ class HTTPExchange(Exchange):
             return self.send_behind(response.start, message)
         if response.body is not None and self.phase in _STARTED:
             return self._go_on(response.body, message)
+        if self.phase is _BODY and message["type"] in LAST_MESSAGES and not message.get("more_body"):
+            # The body has asked for a callback, say, and has used no session.
+            self.move_to(_AFTER)
         return self.forward(message)
 
     async def _start(self, response: Response, message: Message) -> None:
@@ -282,8 +285,7 @@ class HTTPExchange(Exchange):
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         # The watcher is to be told of the end, also if there is nothing else to end.
-        if self.response is None:
-            self.follow_response()
+        self.follow_response()
         # `super()` would cost as much as all the rest.
         Exchange.watch(self, watcher, owner)
 

@@ -101,7 +101,8 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # An exchange has no `__init__`: a request without database use would feel the call.
+        # An exchange has no `__init__`: a request without database use would feel the call. `begin`, and the answer in a
+        # unit of its own below, set the same attributes.
         exchange.sessions = NO_SESSIONS_YET
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
