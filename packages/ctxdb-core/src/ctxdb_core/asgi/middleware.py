@@ -101,8 +101,8 @@ class ASGIHTTPDBSessionMiddleware:
         if (REQUEST_KEY in scope or _get_current_unit(None) is not None) and outer_unit(scope) is not None:
             await self.app(scope, receive, send)
             return
-        # An exchange has no `__init__`: a request without database use would feel the call. `begin`, and the answer in a
-        # unit of its own below, set the same attributes.
+        # An exchange has no `__init__`: a request without database use would feel the call. `begin` sets the same
+        # attributes, and so does the answer in a unit of its own below.
         exchange.sessions = NO_SESSIONS_YET
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
