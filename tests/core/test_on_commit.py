@@ -165,6 +165,22 @@ async def test_a_unit_goes_on_after_a_listener_of_its_early_commit_has_failed(da
         await rollback_db_session(db)
 
 
+async def test_a_roll_back_after_a_commit_whose_listener_has_failed_is_no_commit(database: Database) -> None:
+    seen: list[str] = []
+    async with failing_after_commits(database, "first") as db, new_db_ctx():
+        await insert(db, "early")
+        with pytest.raises(LookupError):
+            await commit_db_session(db)
+        on_commit(db, lambda: seen.append("committed"))
+        on_rollback(db, lambda: seen.append("rolled back"))
+        session = await insert(db, "undone")
+        # The user's own call, and none that the unit of work is asked for.
+        await session.rollback()
+        await rollback_db_session(db)
+    assert seen == ["rolled back"]
+    assert await database.names() == ["early"]
+
+
 async def test_the_databases_before_a_commit_whose_listener_fails_are_named(database: Database) -> None:
     def plain(host: str) -> DBConnect:
         return DBConnect(lambda host: database.watch_new(), host=host)

@@ -129,14 +129,7 @@ class SessionFactory:
     def __call__(self, **options: Any) -> AsyncSession:
         """Return a new session, with `options` in the place of those of the session maker."""
         maker = self.maker
-        if (
-            self._pattern is not None
-            and not options
-            and maker.kw == self._settings
-            and maker.class_ is self._class
-            # The synchronous class is one of the options, or that of the asynchronous one.
-            and (maker.kw.get("sync_session_class") or maker.class_.sync_session_class) is self._sync_class_given
-        ):
+        if self._pattern is not None and not options and maker.kw == self._settings and self._has_same_classes():
             return self._pattern()
         if type(maker) is not async_sessionmaker:
             # A class derived from `async_sessionmaker` may make sessions in a way of its own.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
@@ -19,7 +22,7 @@ from ctxdb_core._sqlalchemy.private import (
 from ctxdb_core._sqlalchemy.statements import only_sets
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
 
-__all__ = ["Interrupted", "TracedSession"]
+__all__ = ["Ending", "Interrupted", "TracedSession"]
 
 
 class Interrupted(NamedTuple):
@@ -31,6 +34,15 @@ class Interrupted(NamedTuple):
     """Whether it held work, or a setting, that another transaction would not have."""
 
 
+class Ending(Enum):
+    """How a transaction ends that ctxdb ends by neither a commit nor a roll-back."""
+
+    LOST_READING = "lost reading"
+    """It was lost with its connection, and had only read: the next transaction goes on in its place."""
+    COMMITTED = "committed"
+    """It is committed, and a listener of that commit has failed: SQLAlchemy has left it as it is."""
+
+
 class TracedSession(BlockedSession):
     """A synchronous session that may have a door, and knows whether its open transaction holds work."""
 
@@ -40,8 +52,8 @@ class TracedSession(BlockedSession):
     """The transactions and savepoints in whose blocks something was written without an error; made when needed."""
     interrupted: Interrupted | None = None
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
-    is_leaving_lost_reading = False
-    """Whether the transaction ends of which nothing is lost, so that the next one goes on in its place."""
+    ending: Ending | None = None
+    """How the open transaction ends, while ctxdb ends it by neither a commit nor a roll-back."""
     _written: ref[SessionTransaction] | None = None
     """The transaction in which something was written last."""
     _only_sets = False
@@ -125,13 +137,17 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
-            self.is_leaving_lost_reading = True
-            try:
-                end_without_restoring(self)
-            finally:
-                self.is_leaving_lost_reading = False
+            self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
         if self.door is not None:
             self.door.is_suspect = False
+
+    def end_as(self, ending: Ending, end: Callable[[], object]) -> None:
+        """Call `end`, which ends the open transaction; listeners of its end see by `ending` how it ends."""
+        self.ending = ending
+        try:
+            end()
+        finally:
+            self.ending = None
 
     def _has_noted_write(self) -> bool:
         return self._written is not None and self._written() is self.get_transaction()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
+from ctxdb_core._sqlalchemy.traced_session import Ending
 from ctxdb_core.errors import UnexpectedRollbackError
 
 __all__ = ["check_commits", "refuse_if_rollback_only", "set_rollback_only"]
@@ -86,7 +87,7 @@ def _forget(session: Session, transaction: SessionTransaction) -> None:
     doomed = session.info[_DOOMED]
     why = doomed.pop(transaction, None)
     if transaction.parent is None:
-        if not getattr(session, "is_leaving_lost_reading", False):
+        if getattr(session, "ending", None) is not Ending.LOST_READING:
             doomed.pop(_NEXT, None)
         elif why is not None:
             doomed[_NEXT] = why

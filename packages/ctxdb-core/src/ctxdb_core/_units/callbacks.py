@@ -21,8 +21,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.traced_session import Ending
 
-__all__ = ["COMMIT_STANDS", "Callback", "Callbacks", "OnCommit", "Outcome", "RunInUnit", "WaitingCallback"]
+__all__ = ["Callback", "Callbacks", "OnCommit", "Outcome", "RunInUnit", "WaitingCallback"]
 
 logger = logging.getLogger("ctxdb")
 
@@ -110,12 +111,14 @@ class Callbacks:
 
         @event.listens_for(sync_session, "after_transaction_end")
         def ended(session: Session, transaction: SessionTransaction) -> None:
-            if getattr(session, "is_leaving_lost_reading", False):
-                # The next transaction goes on in the place of this one, of which nothing was lost.
+            ending: Ending | None = getattr(session, "ending", None)
+            if ending is Ending.LOST_READING:
+                # Callbacks wait for the transaction that goes on in the place of this one.
                 return
             if transaction.parent is None:
                 # Where the transaction was committed, no callback waits any more, unless another listener has failed.
-                self.settle([db], _outcome_of(session))
+                unsuccessful = Outcome.UNKNOWN if _take_lost_commit(session) else Outcome.ROLLED_BACK
+                self.settle([db], Outcome.COMMITTED if ending is Ending.COMMITTED else unsuccessful)
             elif transaction.nested:
                 self._roll_back_savepoint(db, transaction)
 
@@ -168,13 +171,6 @@ class Callbacks:
         waiting[:] = [each for each in waiting if each.savepoint is not savepoint]
 
 
-def _outcome_of(session: Session) -> Outcome:
-    """Return what has become of a transaction that callbacks still wait for at its end."""
-    if session.info.pop(COMMIT_STANDS, False):
-        return Outcome.COMMITTED
-    return Outcome.UNKNOWN if _take_lost_commit(session) else Outcome.ROLLED_BACK
-
-
 def _take_lost_commit(session: Session) -> bool:
     """Return whether the answer to the last commit of `session` was lost, and forget that."""
     door: Door | None = getattr(session, "door", None)
@@ -185,9 +181,6 @@ def _take_lost_commit(session: Session) -> bool:
 
 
 _WATCHED = "ctxdb.callbacks"
-
-COMMIT_STANDS = "ctxdb.commit_stands"
-"""Is in the ``info`` of a session while its transaction ends that was committed although a listener has failed."""
 
 # The tasks of callbacks: the event loop keeps none alive by itself.
 _running: set[asyncio.Task[None]] = set()

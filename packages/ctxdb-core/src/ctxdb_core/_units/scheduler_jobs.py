@@ -107,8 +107,7 @@ def refuse_in_other_job(current_unit: ContextVar[Any]) -> None:
     Raises:
         ContextNotInitiatedError: it is.
     """
-    # Most programs have none of these libraries: they pay for one look at each session that is opened.
-    if _are_loaded(_OF_NO_REQUEST) and is_job(_OF_NO_REQUEST) and is_inherited(current_unit):
+    if is_job(_OF_NO_REQUEST) and is_inherited(current_unit):
         raise ContextNotInitiatedError(OTHER_JOB)
 
 

@@ -19,8 +19,8 @@ from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import forget_block, has_committed, is_at_rest
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
+from ctxdb_core._sqlalchemy.traced_session import Ending
 from ctxdb_core._transactions.rollback_only import set_rollback_only
-from ctxdb_core._units.callbacks import COMMIT_STANDS
 from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
 
 logger = logging.getLogger("ctxdb")
@@ -97,10 +97,10 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
 async def _end_committed(session: AsyncSession, error: BaseException | None, name: object) -> None:
     # SQLAlchemy leaves the transaction as it is where a listener of `after_commit` fails, with its connection.
     note_commit(session)
-    session.sync_session.info[COMMIT_STANDS] = True
-    transaction = session.sync_session.get_transaction()
+    guard = guard_of(session)
+    transaction = guard.get_transaction()
     assert transaction is not None, "it was committed"
-    await call_in_greenlet(transaction.close)
+    await call_in_greenlet(guard.end_as, Ending.COMMITTED, transaction.close)
     if error is not None:
         error.add_note(f"ctxdb: the commit on {name} had succeeded, and stands: a listener of it failed after that")
 

@@ -16,7 +16,7 @@ from ctxdb_core._units.watcher import UnitWatcher, report_failure
 from ctxdb_core.asgi.response import ANSWERED, Refusal, Response
 from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
-from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase
+from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
 
 __all__ = ["Exchange", "ExchangeSettings", "Options"]
@@ -115,11 +115,8 @@ class Exchange(RequestUnit):
         Raises:
             IllegalTransitionError: it cannot follow the current one.
         """
-        current = self.phase
-        if phase is not current:
-            # As `check_transition`, without the call: each request that uses a session comes here twice.
-            if phase not in TRANSITIONS[current]:
-                raise IllegalTransitionError(current, phase)
+        if phase is not self.phase:
+            check_transition(self.phase, phase)
             self.phase = phase
 
     def forward(self, message: Message) -> Awaitable[None]:

@@ -251,6 +251,7 @@ class HTTPExchange(Exchange):
         return body
 
     def _is_handling(self) -> bool:
+        # A method, as the phase may change in each `await`, which type checkers do not expect of an attribute.
         return self.phase is Phase.HANDLING
 
     async def forget_stream(self) -> None:
