@@ -122,6 +122,16 @@ async def test_on_commit_waits_for_the_transaction_that_goes_on_after_the_fallba
     assert seen == ["committed"]
 
 
+async def test_on_rollback_is_called_by_a_roll_back_of_the_sessions_own_after_the_fallback(db: DBConnect) -> None:
+    seen: list[str] = []
+    async with new_db_ctx():
+        on_commit(db, lambda: seen.append("committed"))
+        on_rollback(db, lambda: seen.append("rolled back"))
+        await suggestions(db)
+        await (await db_session(db)).rollback()
+    assert seen == ["rolled back"]
+
+
 async def test_what_on_begin_sets_is_set_again_after_the_fallback(db: DBConnect, database: Database) -> None:
     async def set_application(session: AsyncSession) -> None:
         await session.execute(text("SET LOCAL application_name = 'set again'"))
@@ -155,6 +165,17 @@ async def test_half_of_a_joined_block_is_not_stored_after_its_fallback(db: DBCon
                     raise LookupError
             await session.execute(text("SELECT 1"))
     assert await database.names() == []
+
+
+async def test_a_roll_back_takes_what_a_failed_joined_block_has_doomed(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        with suppress(LookupError):
+            async with transactional(db):
+                await suggestions(db)
+                raise LookupError
+        await rollback_db_session(db)
+        await insert(db, "new")
+    assert await database.names() == ["new"]
 
 
 @POSTGRESQL
