@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from tests.aiohttp.conftest import Serve
-from tests.support.database import Database, insert, insert_row_that_fails_at_commit
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.replies import KINDS, STARTED_BY_HANDLER, Kind
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import setup
-from ctxdb_core import DBConnect
+from ctxdb_core import DBConnect, db_session
 
 Work = Callable[[web.Request], Awaitable[object]]
 
@@ -215,3 +217,22 @@ async def test_a_response_that_was_refused_cannot_be_prepared_again(db: DBConnec
     app.router.add_get("/", handler)
     setup(app)
     assert (await ask(await serve(app))).summary == (409, "handled")
+
+
+async def test_an_error_waits_for_a_statement_of_another_task_of_its_request(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        tasks.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        return web.Response(status=400)
+
+    tasks: list[asyncio.Task[object]] = []
+    app = web.Application()
+    app.router.add_get("/", handle)
+    setup(app)
+    assert (await ask(await serve(app))).status == 400
+    # The statement was not interrupted.
+    await tasks[0]

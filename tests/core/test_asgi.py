@@ -26,6 +26,7 @@ from ctxdb_core import (
     on_rollback,
     rollback_db_session,
     run_in_new_ctx,
+    transactional,
 )
 from ctxdb_core._units.unit import current_unit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
@@ -325,6 +326,26 @@ async def test_background_work_behind_a_body_that_was_cancelled_before_it_used_a
     sent = asyncio.Event()
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == ["background", "response"]
+
+
+async def test_a_body_in_a_block_that_has_joined_its_transaction_stays_in_that_while_a_part_is_sent(
+    db: DBConnect,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await db_session(db)
+        await send(START)
+        await begin_time()
+        async with transactional(db):
+            await send({**BODY, "more_body": True})
+            await begin_time()
+        await send(BODY)
+
+    async def begin_time() -> None:
+        times.append(await (await db_session(db)).scalar(text("SELECT now()")))
+
+    times: list[object] = []
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert len(set(times)) == 1
 
 
 @pytest.mark.parametrize(

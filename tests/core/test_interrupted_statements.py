@@ -122,6 +122,15 @@ async def test_on_commit_waits_for_the_transaction_that_goes_on_after_the_fallba
     assert seen == ["committed"]
 
 
+@POSTGRESQL
+async def test_an_attribute_is_loaded_on_demand_after_the_fallback(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await suggestions(db)
+        # As attributes of `AsyncAttrs` are loaded: past the session.
+        assert await greenlet_spawn(session.sync_session.scalar, text("SELECT 1")) == 1
+
+
 async def test_on_rollback_is_called_by_a_roll_back_of_the_sessions_own_after_the_fallback(db: DBConnect) -> None:
     seen: list[str] = []
     async with new_db_ctx():

@@ -139,7 +139,7 @@ class TracedSession(BlockedSession):
                 return
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
-                # A roll-back that comes next ends the new transaction, with the callbacks and marks that it has taken over.
+                # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.
                 begin_without_statement(self)
         if self.door is not None:
             self.door.is_suspect = False
