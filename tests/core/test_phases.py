@@ -88,6 +88,32 @@ def holding_back(app: ASGIApp, instead: Callable[[Message, Send], Awaitable[None
     return middleware
 
 
+def sending_start_with_first_part(
+    app: ASGIApp,
+    before: Callable[[], Awaitable[object]] | None = None,
+    after: Callable[[], Awaitable[object]] | None = None,
+) -> ASGIApp:
+    """Return `app` beneath a middleware that holds its start back until the first part of its body.
+
+    Args:
+        app: the application, with a boundary around it.
+        before: awaited by the middleware right before it sends the start.
+        after: awaited by it right after that.
+    """
+    held: list[Message] = []
+
+    async def hold(message: Message, send: Send) -> None:
+        held.append(message)
+        if message is CHUNK:
+            for step in (before, lambda: send(held[0]), after):
+                if step is not None:
+                    await step()
+        if message is not START:
+            await send(message)
+
+    return holding_back(app, hold)
+
+
 # --- the rows of the table --------------------------------------------------------------------------------------------
 
 
@@ -505,16 +531,7 @@ async def test_a_body_that_only_reads_stays_in_its_transaction_while_its_start_i
                 await send(message)
 
     began: list[object] = []
-    held: list[Message] = []
-
-    async def hold(message: Message, send: Send) -> None:
-        held.append(message)
-        if message is CHUNK:
-            await send(held[0])
-        if message is not START:
-            await send(message)
-
-    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, hold)))
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(sending_start_with_first_part(app)))
     assert told(connection) == [200, b"body", b"body"]
     assert began[0] == began[1]
 
@@ -529,18 +546,13 @@ async def test_what_a_middleware_writes_in_the_transaction_of_a_body_is_committe
         await insert(db, "rest")
         await send(BODY)
 
-    held: list[Message] = []
+    async def audit() -> None:
+        await insert(db, "middleware")
 
-    async def audit(message: Message, send: Send) -> None:
-        held.append(message)
-        if message is CHUNK:
-            await insert(db, "middleware")
-            await send(held[0])
-            assert await database.names() == []
-        if message is not START:
-            await send(message)
+    async def look() -> None:
+        assert await database.names() == []
 
-    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(holding_back(app, audit)))
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(sending_start_with_first_part(app, audit, look)))
     assert told(connection) == [200, b"body", b"body"]
     assert await database.names() == ["body", "middleware", "rest"]
 
