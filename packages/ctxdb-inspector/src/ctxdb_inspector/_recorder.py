@@ -112,8 +112,6 @@ class Recorder:
             hold.pool = pool
             hold.taken = now()
             hold.place = acquiring_instruction()
-            hold.returned = hold.statement = hold.running_since = hold.commit_at = None
-            hold.outcome = hold.error = hold.unit = None
             hold.statements = hold.settled = 0
             calls_on_return(entry).append(checkin)
             unit = running_unit()
@@ -121,7 +119,7 @@ class Recorder:
                 registration = unit.registration
                 record: Any = None if registration is None else registration.watchers.get(self)
                 if record is None:
-                    self._follow_unit(unit, hold)
+                    self._follow_unit(unit, hold, None if registration is None else registration.opened)
                 else:
                     hold.unit = record
                     record.add(hold)
@@ -223,18 +221,21 @@ class Recorder:
             wrap_in_dialect(dialect, "do_commit", commit)
             wrap_in_dialect(dialect, "do_rollback", rollback)
 
-    def _follow_unit(self, unit: UnitOfWork, hold: HoldRecord) -> None:
-        """Follow a unit of work that has taken its first connection."""
+    def _follow_unit(self, unit: UnitOfWork, hold: HoldRecord, opened: float | None) -> None:
+        """Follow a unit of work that has taken its first connection.
+
+        Args:
+            unit: the unit of work.
+            hold: what is known of the connection.
+            opened: when the unit has opened its first session, if it has.
+        """
         hold.unit = record = UnitRecord()
         record.owner = self
         record.unit = ref(unit)
         record.id, request = unit.identify()
-        record.request = None if request is None else request[:LONGEST_REQUEST]
-        registration = unit.registration
-        record.started = (registration and registration.opened) or hold.taken
+        record.request = request if request is None or len(request) <= LONGEST_REQUEST else request[:LONGEST_REQUEST]
+        record.started = opened or hold.taken
         record.holds = (hold,)
-        record.responded = record.status = record.ended = record.error = record.forgotten = None
-        record.is_lost = False
         record.sequence = 0
         unit.watch(record, self)
         if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):

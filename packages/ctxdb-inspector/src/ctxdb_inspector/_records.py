@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 from types import CodeType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.exc import StatementError
 
@@ -37,13 +37,25 @@ class HeldPool(Protocol):
     """What is known of each connection that is in use."""
 
 
-class HoldRecord:
-    """A connection that was taken from its pool.
+class Record:
+    """An object that remembers what was seen so far. What is not known yet reads as ``None``, and was never set.
 
-    It is made without arguments, and what makes it sets all attributes: a constructor of Python's would be called for
-    each connection that the application takes. Nor has the class defaults: since CPython 3.12, it takes four times as
-    long to set an attribute that the class has as well.
+    Records are made without arguments, and what makes one sets the attributes that it knows: most are set later, if at
+    all, and a constructor of Python's would be called for each connection that the application takes.
     """
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # Type checkers go by the attributes that the classes declare.
+
+        def __getattr__(self, name: str) -> None:
+            """Return ``None`` for an attribute that was not set."""
+            if name not in type(self).__slots__:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.", name=name, obj=self)
+
+
+class HoldRecord(Record):
+    """A connection that was taken from its pool."""
 
     __slots__ = (
         "commit_at",
@@ -148,11 +160,8 @@ class ForgottenHolds:
             self.error = self.error or hold.error
 
 
-class UnitRecord:
-    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`.
-
-    It is made without arguments, as `HoldRecord` is.
-    """
+class UnitRecord(Record):
+    """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`."""
 
     __slots__ = (
         "ended",
@@ -184,7 +193,7 @@ class UnitRecord:
     status: int | None
     ended: float | None
     error: str | None
-    is_lost: bool
+    is_lost: bool | None
     """Whether the unit was thrown away, and nothing has ended it."""
     sequence: int
     """The higher, the later the unit has ended; 0 until it is first shown after its end."""

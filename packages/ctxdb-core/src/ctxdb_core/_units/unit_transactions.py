@@ -50,7 +50,9 @@ class UnitTransactions(UnitSessions):
             watcher: what is told.
             owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
         """
-        registration = self._registered()
+        registration = self.registration
+        if registration is None:
+            registration = self._registered()
         key = object() if owner is None else owner
         # Most units have one watcher, if any: their mapping is made at once.
         registration.watchers = {**registration.watchers, key: watcher} if registration.watchers else {key: watcher}

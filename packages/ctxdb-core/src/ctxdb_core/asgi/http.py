@@ -286,7 +286,8 @@ class HTTPExchange(Exchange):
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
         # The watcher is to be told of the end, also if there is nothing else to end.
-        self.follow_response()
+        if self.response is None:
+            self.follow_response()
         # `super()` would cost as much as all the rest.
         Exchange.watch(self, watcher, owner)
 
