@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from ctxdb_aiohttp.entrance import enclose
+from ctxdb_aiohttp.enclosure import enclose
 from ctxdb_aiohttp.errors import ApplicationFrozenError
 from ctxdb_aiohttp.middleware import Deadline, commit_point, placed_commit_point, unit_of_work
 from ctxdb_aiohttp.signal import note_response

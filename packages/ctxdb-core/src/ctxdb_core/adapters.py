@@ -5,9 +5,9 @@ Applications need none of this; theirs is `ctxdb_core` itself. What happens in s
 
 from ctxdb_core._blocks.atomic import CurrentTransaction
 from ctxdb_core._blocks.transactional import Propagation
+from ctxdb_core._databases.acquiring_code import CodePlace, acquiring_code, acquiring_instruction, acquiring_place
 from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import EngineListener, SessionT, SessionT_co, close_all, default_session_maker
-from ctxdb_core._databases.hold import Place, acquiring_code, acquiring_instruction, acquiring_place
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.connection_context import call_out_of_sight
@@ -42,6 +42,7 @@ __all__ = [
     "AskOutcome",
     "BeforeCommit",
     "Call",
+    "CodePlace",
     "CommitPolicy",
     "CurrentTransaction",
     "EngineListener",
@@ -53,7 +54,6 @@ __all__ = [
     "OnBegin",
     "OnCommit",
     "Phase",
-    "Place",
     "Propagation",
     "ReadsFrom",
     "RequestPolicy",

@@ -10,30 +10,24 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from time import perf_counter
 from typing import Any
 from weakref import WeakSet, ref
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import ExceptionContext, ExecutionContext
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from ctxdb_core import ArgumentTypeError, DBConnect, PoolStatus
 from ctxdb_core.adapters import (
     RequestUnit,
     UnitOfWork,
-    acquiring_instruction,
-    calls_on_return,
-    connection_of_context,
-    listeners_of,
     running_unit,
     without_secrets,
-    wrap_in_dialect,
 )
+from ctxdb_inspector._connection_events import follow_connections
 from ctxdb_inspector._pool_track import KEPT_SAMPLES, PoolTrack
-from ctxdb_inspector._records import LONGEST_REQUEST, LONGEST_STATEMENT, HoldRecord, UnitRecord, describe
+from ctxdb_inspector._records import LONGEST_REQUEST, HoldRecord, UnitRecord
 
 __all__ = ["Recorder"]
 
@@ -91,7 +85,7 @@ class Recorder:
             # A database in memory has one engine for all event loops.
             if engine.sync_engine not in self._engines:
                 self._engines.add(engine.sync_engine)
-                self._listen(self._pool(index, without_secrets(host)), engine)
+                follow_connections(engine, self._pool(index, without_secrets(host)), self)
 
         db.on_engine(listen, overridden=True)
 
@@ -102,126 +96,7 @@ class Recorder:
             track = self._pools[index, host] = PoolTrack(name, host)
         return track
 
-    def _listen(self, pool: PoolTrack, engine: AsyncEngine) -> None:
-        # Closures, and few attributes that are looked up: these run for each statement of the application. What is
-        # shown is put together when somebody looks.
-        held, hold_of, now = pool.held, pool.held.get, perf_counter
-
-        def checkout(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
-            hold = held[dbapi_connection] = HoldRecord()
-            hold.pool = pool
-            hold.taken = now()
-            hold.place = acquiring_instruction()
-            hold.statements = hold.settled = 0
-            calls_on_return(entry).append(checkin)
-            unit = running_unit()
-            if unit is not None:
-                registration = unit.registration
-                record: Any = None if registration is None else registration.watchers.get(self)
-                if record is None:
-                    self._follow_unit(unit, hold, None if registration is None else registration.opened)
-                else:
-                    hold.unit = record
-                    record.add(hold)
-            if len(held) > pool.peak:
-                self._note_peak(pool, hold.taken)
-
-        def checkin(dbapi_connection: object) -> None:
-            hold = held.pop(dbapi_connection, None)
-            if hold is not None:
-                # The two refer to each other until now; when they are forgotten, nothing has to look for cycles.
-                hold.unit = None
-                hold.returned = returned = now()
-                if returned >= pool.next_sample:
-                    self._sample()
-
-        def lose(dbapi_connection: object, entry: object, exception: object = None) -> None:
-            # What was invalidated or detached is not given back.
-            checkin(dbapi_connection)
-
-        def share(dbapi_connection: object, entry: ConnectionPoolEntry, proxy: object) -> None:
-            # All have one connection, as with a database in memory: it goes from one to the next.
-            checkin(dbapi_connection)
-            checkout(dbapi_connection, entry, proxy)
-
-        def execute(original: Callable[..., None]) -> Callable[..., None]:
-            def execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
-                # SQLAlchemy asks the server of a new engine before any connection is taken, and without a context.
-                hold = None if context is None else hold_of(connection_of_context(context))
-                if hold is None:
-                    original(cursor, statement, parameters, context)
-                    return
-                hold.statement = statement if len(statement) <= LONGEST_STATEMENT else statement[:LONGEST_STATEMENT]
-                hold.statements += 1
-                hold.running_since = now()
-                try:
-                    original(cursor, statement, parameters, context)
-                finally:
-                    hold.running_since = None
-
-            return execute
-
-        def execute_no_params(original: Callable[..., None]) -> Callable[..., None]:
-            follow = execute(lambda cursor, statement, _, context: original(cursor, statement, context))
-            return lambda cursor, statement, context=None: follow(cursor, statement, (), context)
-
-        def commit(original: Callable[[Any], None]) -> Callable[[Any], None]:
-            def commit(connection: Any) -> None:
-                hold = hold_of(connection.dbapi_connection)
-                if hold is None:
-                    original(connection)
-                    return
-                hold.commit_at = now()
-                hold.outcome = "committing"
-                original(connection)
-                hold.outcome = "committed"
-                hold.settled = hold.statements
-
-            return commit
-
-        def rollback(original: Callable[[Any], None]) -> Callable[[Any], None]:
-            def rollback(connection: Any) -> None:
-                hold = hold_of(connection.dbapi_connection)
-                # A pool also rolls back what it is given; nothing has begun then.
-                if hold is not None and hold.statements > hold.settled:
-                    hold.settled = hold.statements
-                    hold.commit_at = hold.commit_at or now()
-                    if hold.outcome != "commit failed":
-                        hold.outcome = "rolled back"
-                original(connection)
-
-            return rollback
-
-        def handle_error(context: ExceptionContext) -> None:
-            conn = context.connection
-            hold = (
-                None if conn is None or conn.invalidated or conn.closed else hold_of(conn.connection.dbapi_connection)
-            )
-            if hold is not None:
-                hold.running_since = None
-                hold.error = describe(context.sqlalchemy_exception or context.original_exception)
-                if hold.outcome == "committing":
-                    hold.outcome = "commit failed"
-
-        sync_engine = engine.sync_engine
-        # An engine for another event loop has the listeners of the first one, and several databases may have one pool.
-        if not any(getattr(each, "recorder", None) is self for each in listeners_of(sync_engine.pool, "checkout")):
-            take = share if isinstance(sync_engine.pool, StaticPool) else checkout
-            take.recorder = self  # type: ignore[attr-defined]  # type checkers know no attributes of functions
-            event.listen(sync_engine, "checkout", take)
-            event.listen(sync_engine, "invalidate", lose)
-            event.listen(sync_engine, "detach", lose)
-        event.listen(sync_engine, "handle_error", handle_error)
-        dialect = sync_engine.dialect
-        if dialect not in pool.dialects:
-            pool.dialects.add(dialect)
-            wrap_in_dialect(dialect, "do_execute", execute)
-            wrap_in_dialect(dialect, "do_executemany", execute)
-            wrap_in_dialect(dialect, "do_execute_no_params", execute_no_params)
-            wrap_in_dialect(dialect, "do_commit", commit)
-            wrap_in_dialect(dialect, "do_rollback", rollback)
-
-    def _follow_unit(self, unit: UnitOfWork, hold: HoldRecord, opened: float | None) -> None:
+    def follow_unit(self, unit: UnitOfWork, hold: HoldRecord, opened: float | None) -> None:
         """Follow a unit of work that has taken its first connection.
 
         Args:
@@ -260,16 +135,17 @@ class Recorder:
     # Samples are taken when a connection is given back, at most one each second, and for open pages. Only a pool
     # that has no connection left is sampled by the clock: the tasks that wait for it cause no event.
 
-    def _note_peak(self, pool: PoolTrack, now: float) -> None:
+    def note_peak(self, pool: PoolTrack, now: float) -> None:
+        """Note that more connections of a pool are in use than at any time since the last sample."""
         pool.peak = len(pool.held)
         if now >= pool.next_sample:
             # The first sample tells the limit.
-            self._sample()
+            self.sample()
         if pool.limit is not None and len(pool.held) >= pool.limit:
             self.sample_while_read()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._sample()
+        self.sample()
         is_exhausted = any(
             pool.limit is not None and len(pool.held) >= pool.limit for pool in list(self._pools.values())
         )
@@ -286,7 +162,8 @@ class Recorder:
             self._sampling = loop = asyncio.get_running_loop()
         loop.call_soon(self._tick, loop)
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Sample all pools, and look for units of work that were thrown away."""
         now = perf_counter()
         # Few units are never ended: to look for them here costs less than a callback of the reference to each unit.
         for record in list(self.live):

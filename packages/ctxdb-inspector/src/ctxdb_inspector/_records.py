@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.exc import StatementError
 
-from ctxdb_core.adapters import Headers, Place, UnitOfWork
+from ctxdb_core.adapters import CodePlace, Headers, UnitOfWork
 
 __all__ = ["HEADER", "LONGEST_REQUEST", "LONGEST_STATEMENT", "HoldRecord", "UnitRecord", "describe"]
 
@@ -74,7 +74,7 @@ class HoldRecord(Record):
 
     pool: HeldPool
     place: tuple[CodeType | None, int]
-    """The instruction that has taken it, as a `Place` has it."""
+    """The instruction that has taken it, as a `CodePlace` has it."""
     taken: float
     statements: int
     settled: int
@@ -106,7 +106,7 @@ class HoldRecord(Record):
             unit: the unit of work whose code has taken the connection.
             wall: makes times of the clock on the wall of those of `perf_counter`.
         """
-        filename, line, function = Place(*self.place).describe()
+        filename, line, function = CodePlace(*self.place).describe()
         return {
             "pool": self.pool.name,
             "taken": wall(self.taken),
@@ -267,7 +267,7 @@ class UnitRecord(Record):
         return {
             "id": self.id,
             # The code that took the first connection names a unit outside of requests.
-            "request": self.request or (Place(*holds[0].place).describe()[2] if holds else "a unit of work"),
+            "request": self.request or (CodePlace(*holds[0].place).describe()[2] if holds else "a unit of work"),
             "is_request": self.request is not None,
             "started": wall(self.started),
             "ended": wall(self.ended),

@@ -9,7 +9,7 @@ from litestar import Litestar
 from litestar.handlers import BaseRouteHandler
 
 from ctxdb_core.asgi import ASGIStreamBoundary, Message
-from ctxdb_litestar.middleware import MountMiddleware
+from ctxdb_litestar.commit_errors import MountMiddleware
 
 __all__ = ["add_middleware", "mark_stream_boundary"]
 

@@ -23,9 +23,10 @@ from ctxdb_core.adapters import (
 )
 from ctxdb_core.asgi import ASGIApp, Deadline
 from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
+from ctxdb_litestar.commit_errors import CommitErrorMiddleware, MountMiddleware
 from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
-from ctxdb_litestar.middleware import CommitErrorMiddleware, LitestarDBSessionMiddleware, MountMiddleware
+from ctxdb_litestar.middleware import LitestarDBSessionMiddleware
 
 __all__ = ["CtxDBPlugin", "EnclosingPlugin"]
 
