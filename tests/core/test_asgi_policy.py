@@ -82,7 +82,8 @@ async def test_litestars_plugin_takes_a_policy_of_the_scope(db: DBConnect, datab
     async def write() -> None:
         await insert(db, "one")
 
-    app: Any = Litestar([write], plugins=[CtxDBPlugin(commit_policy=lambda status, scope: "keep" in scope["path"])])
+    plugin = CtxDBPlugin(commit_policy=lambda status, scope: "keep" in scope["path"])
+    app: Any = Litestar([write], plugins=[plugin], logging_config=None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         for name in ("drop", "keep"):
             assert (await client.post(f"/{name}")).status_code == 201

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,20 @@ class Page:
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's files, such as a SQLite database, come and go with its test."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def end_of_logging() -> Iterator[None]:
+    """Take the root logger back to its state after a page.
+
+    Litestar, for one, has it write each record of each library, which the later tests of the process would do, too.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, set(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - handlers:
+        root.removeHandler(handler)
 
 
 @pytest.fixture

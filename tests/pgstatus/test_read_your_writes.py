@@ -157,7 +157,8 @@ def litestar(shop: Shop, ryw: ReadYourWrites) -> AbstractAsyncContextManager[Mak
     async def read() -> dict[str, Any]:
         return await shop.read()
 
-    return clients_of_asgi(Litestar([write, read], plugins=[CtxDBPlugin(), EnclosingPlugin(ryw)]))
+    plugins = [CtxDBPlugin(), EnclosingPlugin(ryw)]
+    return clients_of_asgi(Litestar([write, read], plugins=plugins, logging_config=None))
 
 
 def _aiohttp(shop: Shop, ryw: ReadYourWrites, *, first: bool, streamed: bool) -> web.Application:

@@ -113,7 +113,8 @@ def litestar(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:
         CtxDBPlugin(reads_from=shop.reads_from, session=shop.master),
         EnclosingPlugin(shop.read_your_writes),
     ]
-    return clients_of_asgi(Litestar([handle, handle_head], plugins=plugins, before_send=[name_server]))
+    app = Litestar([handle, handle_head], plugins=plugins, before_send=[name_server], logging_config=None)
+    return clients_of_asgi(app)
 
 
 def aiohttp(shop: Shop) -> AbstractAsyncContextManager[MakeClient]:

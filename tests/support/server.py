@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
@@ -67,10 +68,14 @@ class _Server(uvicorn.Server):
         await self.lifespan.shutdown()
 
 
+# Without certificates, as reading them takes longer than most tests, and shared, as each takes longer than its client.
+_TLS_OF_CLIENTS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 def http_client(base_url: str) -> httpx.AsyncClient:
-    """Return a client without certificates: reading them takes longer than most tests."""
+    """Return a client, which trusts no certificate."""
     # A machine with much to do answers late.
-    return httpx.AsyncClient(base_url=base_url, verify=False, timeout=60)
+    return httpx.AsyncClient(base_url=base_url, verify=_TLS_OF_CLIENTS, timeout=60)
 
 
 class RawClient:

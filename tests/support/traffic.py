@@ -16,6 +16,8 @@ from ctxdb_demo.cluster_app import Payment
 from ctxdb_pgstatus.testing import PostgresNode
 
 CLIENTS = 8
+PAUSE_SECONDS = 0.02
+"""How long a client pauses between two payments: less than eight clients take to pay, so that some always are at it."""
 
 
 @dataclass
@@ -83,8 +85,8 @@ class Traffic:
                 else:
                     self.refused += 1
                     self.errors.add(response.status_code)
-                    # The other clients and the monitor must get their turns of the event loop.
-                    await asyncio.sleep(0.01)
+                # The monitor and what the test does to the hosts must get their turns of the event loop and the CPU.
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async def _read(self, http: httpx.AsyncClient, payment: str) -> None:
         status = (await http.get(f"/payments/{payment}")).status_code

@@ -43,6 +43,7 @@ class _Supervisor:
             tempfile.mkdtemp(prefix="ctxdb-postgres-", dir=_public_directory() if self.account else None)
         )
         self.servers: dict[str, asyncio.subprocess.Process] = {}
+        self.frozen: set[asyncio.subprocess.Process] = set()
         self.binaries = binaries
         self.orders: dict[str, Callable[..., Awaitable[object]]] = {
             "run": self.run,
@@ -158,11 +159,16 @@ class _Supervisor:
 
     async def freeze(self, name: str) -> None:
         """Stop every process of a server, as it is."""
-        await self._freeze(self._running(name))
+        process = self._running(name)
+        self.frozen.add(process)
+        await self._freeze(process)
 
     async def thaw(self, name: str) -> None:
-        """Let the processes of a server go on."""
-        self._thaw(self._running(name))
+        """Let the processes of a frozen server go on."""
+        process = self._running(name)
+        # A cluster gives this order for each of its nodes after each test, and hardly ever to a frozen one.
+        if process in self.frozen:
+            self._thaw(process)
 
     async def kill(self, name: str) -> None:
         """End every process of a server at once, and return when they are gone."""
@@ -209,7 +215,7 @@ class _Supervisor:
     async def _freeze(self, process: asyncio.subprocess.Process) -> list[int]:
         _send(process.pid, signal.SIGSTOP)
         # As long as the first process may run, it may start another one.
-        while process.returncode is None and _processes().get(process.pid, (0, "T"))[1] not in "TtZ":  # noqa: ASYNC110 - not ours
+        while process.returncode is None and _state(process.pid) not in "TtZ":  # noqa: ASYNC110 - not ours
             await asyncio.sleep(POLL_SECONDS / 10)
         # Each child is in a process group of its own, so the children have to be found one by one.
         children = _children(process.pid)
@@ -218,6 +224,7 @@ class _Supervisor:
         return children
 
     def _thaw(self, process: asyncio.subprocess.Process) -> None:
+        self.frozen.discard(process)
         for pid in (*_children(process.pid), process.pid):
             _send(pid, signal.SIGCONT)
 
@@ -227,7 +234,8 @@ class _Supervisor:
             for pid in (*pids, process.pid):
                 _send(pid, signal.SIGKILL)
             await process.wait()
-            while any(_processes().get(pid, (0, "Z"))[1] != "Z" for pid in pids):  # noqa: ASYNC110 - not ours
+            self.frozen.discard(process)
+            while any(_state(pid) != "Z" for pid in pids):  # noqa: ASYNC110 - not ours
                 await asyncio.sleep(POLL_SECONDS)
         self._remove_shared_memory(name)
 
@@ -332,20 +340,27 @@ def _children(pid: int) -> list[int]:
     return [child for child, (parent, _) in _processes().items() if parent == pid]
 
 
-def _processes() -> dict[int, tuple[int, str]]:
-    """Return all processes: the parent of each, and a letter for its state."""
+def _state(pid: int) -> str:
+    """Return the letter for a process's state: ``Z`` for one that has ended, whether or not its parent knows."""
+    return _processes(pid).get(pid, (0, "Z"))[1]
+
+
+def _processes(*pids: int) -> dict[int, tuple[int, str]]:
+    """Return the parent, and a letter for the state, of some processes, or of all: those that there are."""
     processes = {}
     if Path("/proc/self/stat").exists():
-        for entry in os.listdir("/proc"):  # noqa: PTH208 - many, and often
-            with contextlib.suppress(ValueError, OSError):
-                pid = int(entry)
+        for entry in map(str, pids) if pids else filter(str.isdecimal, os.listdir("/proc")):  # noqa: PTH208 - many
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb", 0) as file:  # noqa: PTH123 - many
                 # The name is in parentheses, and may hold any character.
-                state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-                processes[pid] = (int(parent), state)
+                state, parent = file.read().rpartition(b")")[2].split(None, 2)[:2]
+                processes[int(entry)] = (int(parent), state.decode())
     else:
-        for line in subprocess.check_output(["ps", "-A", "-o", "pid=,ppid=,state="], text=True).splitlines():  # noqa: S607
-            pid_, parent, state = line.split()[:3]
-            processes[int(pid_)] = (int(parent), state[0])
+        which = ["-p", ",".join(map(str, pids))] if pids else ["-A"]
+        # Its status is 1 if there is none of the processes.
+        ps = subprocess.run(["ps", *which, "-o", "pid=,ppid=,state="], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603, S607
+        for line in ps.stdout.splitlines():
+            pid_, parent_, state_ = line.split()[:3]
+            processes[int(pid_)] = (int(parent_), state_[0])
     return processes
 
 
