@@ -171,8 +171,16 @@ class _Exchange:
         """Return whether the transactions are to be committed."""
         if status is None:
             return self.phase in _ACCEPTED
-        # A policy is about what requests ask for, and is not asked about websockets.
-        return status == _SWITCHING_PROTOCOLS or self.commits(status, self.request)
+        if status == _SWITCHING_PROTOCOLS:
+            # A policy is about what requests ask for, and is not asked about websockets.
+            return True
+        return not self.is_refused_by_close() and self.commits(status, self.request)
+
+    def is_refused_by_close(self) -> bool:
+        """Return whether Quart refuses a handshake by a close, and not by its response: the client gets a 403."""
+        extensions: Any = self.request.scope.get("extensions") or {}
+        is_handshake = isinstance(self.request, Websocket) and self.phase not in _ACCEPTED
+        return is_handshake and _DENIAL not in extensions
 
     def refuse(self) -> None:
         """Note that the transactions could not be ended."""
@@ -213,6 +221,9 @@ class _Exchange:
 # The status of a handshake, and the phases in which it is behind a websocket.
 _SWITCHING_PROTOCOLS = 101
 _ACCEPTED = (Phase.BODY, Phase.AFTER)
+
+# The ASGI extension by which a handshake is refused with a response ("WebSocket Denial Response").
+_DENIAL = "websocket.http.response"
 
 # WebSocket close codes that say that all went well, and that it did not (RFC 6455, section 7.4.1).
 _WELL = (1000, 1001)

@@ -718,6 +718,132 @@ async def test_unrelated_error_of_the_application_is_attached_to_the_commit_erro
     assert any("while cleaning up" in note for note in caught.value.__notes__)
 
 
+async def test_a_consequence_of_the_commit_error_is_not_attached_to_it(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_row_that_fails_at_commit(db)
+        try:
+            await send(START)
+        except IntegrityError:
+            raise RuntimeError("response already started")  # noqa: B904 - its context leads to the error as well
+
+    with pytest.raises(IntegrityError) as caught:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert not hasattr(caught.value, "__notes__")
+
+
+async def test_an_error_that_is_among_its_own_causes_is_attached_to_the_commit_error(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_row_that_fails_at_commit(db)
+        with suppress(IntegrityError):
+            await send(START)
+        error, cause = LookupError("while cleaning up"), LookupError()
+        error.__cause__, cause.__cause__ = cause, error
+        raise error
+
+    with pytest.raises(IntegrityError) as caught:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert "while cleaning up" in caught.value.__notes__[0]
+
+
+async def test_work_behind_a_close_that_was_refused_is_rolled_back(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+        await insert_row_that_fails_at_commit(db)
+        with suppress(IntegrityError):
+            await send({"type": "websocket.close"})
+        await insert(db, "behind")
+
+    with pytest.raises(IntegrityError):
+        await Connection("websocket").run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+
+
+async def test_a_second_start_commits_nothing_of_the_body(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        await send(START)
+        await send({**BODY, "more_body": True})
+        await insert(db, "body")
+        await send(START)
+
+    class Server(Connection):
+        async def send(self, message: Message) -> None:
+            if message["type"] in self.types:
+                raise RuntimeError("a second start")
+            await super().send(message)
+
+    with pytest.raises(RuntimeError, match="a second start"):
+        await Server().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["response"]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("message", [{**BODY, "more_body": True}, {"type": "http.response.debug", "info": {}}])
+async def test_a_message_in_the_middle_of_a_body_without_sessions_is_not_taken_for_its_end(
+    db: DBConnect, database: Database, message: Message, asks: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        if asks:
+            on_commit(db, lambda: None)
+        await send(message)
+        making = asyncio.create_task(make_part())
+        await made.wait()
+        await end(making)
+
+    async def make_part() -> None:
+        await insert(db, "part")
+        made.set()
+        await asyncio.Event().wait()
+
+    made = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+
+
+async def test_a_cancellation_behind_a_failed_commit_surfaces_and_names_that(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert_row_that_fails_at_commit(db)
+        with suppress(IntegrityError):
+            await send(START)
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert "nothing was committed, as that had failed: IntegrityError" in caught.value.__notes__[0]
+
+
+async def test_an_error_of_the_application_is_raised_as_it_is_and_not_logged(
+    db: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = LookupError()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "one")
+        raise error
+
+    with pytest.raises(LookupError) as caught:
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    assert not [record for record in caplog.records if record.name == "ctxdb"]
+
+
+async def test_a_body_that_has_written_is_committed_although_it_has_left_a_result_open(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        session = await db_session(db)
+        result = await session.stream(text("SELECT generate_series(1, 5000)"))
+        assert await result.fetchone()
+        await insert(db, "body")
+        await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["body"]
+
+
 async def test_a_middleware_that_is_installed_twice_works_once(db: DBConnect, database: Database) -> None:
     seen: list[object] = []
 

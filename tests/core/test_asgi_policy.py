@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
 from litestar import Litestar, post
 from sqlalchemy import text
 from tests.support.database import Database, insert
@@ -75,6 +76,23 @@ async def test_a_policy_sees_the_scope_as_the_application_has_left_it(db: DBConn
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await client.put("/one")
     assert seen == [{"name": "one"}]
+
+
+async def test_the_answer_to_a_policy_that_fails_commits_its_own_work_only(db: DBConnect, database: Database) -> None:
+    def policy(status: int) -> bool:
+        if status == 200:
+            raise LookupError
+        return True
+
+    app = fastapi(db, commit_policy=policy)
+
+    @app.exception_handler(LookupError)
+    async def handle(request: Request, error: LookupError) -> PlainTextResponse:
+        await insert(db, f"handler of {request.method}")
+        return PlainTextResponse("accepted", 202)
+
+    await ask(app, "/one")
+    assert await database.names() == ["handler of GET", "handler of PUT"]
 
 
 async def test_litestars_plugin_takes_a_policy_of_the_scope(db: DBConnect, database: Database) -> None:

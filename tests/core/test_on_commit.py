@@ -156,6 +156,22 @@ async def test_a_commit_stands_although_a_listener_of_it_fails(database: Databas
     assert events == [SessionOpened, TransactionBegun, TransactionCommitted, SessionClosed]
 
 
+async def test_a_commit_is_told_as_one_although_a_listener_fails_before_the_observers_hear_of_it(
+    database: Database,
+) -> None:
+    events: list[type[DBEvent]] = []
+    event.listen(Session, "after_commit", fail, insert=True)
+    try:
+        async with database.connect() as db:
+            db.on_event(lambda each: events.append(type(each)))
+            with pytest.raises(LookupError, match="the listener"):
+                async with new_db_ctx():
+                    await insert(db, "stands")
+    finally:
+        event.remove(Session, "after_commit", fail)
+    assert events == [SessionOpened, TransactionBegun, TransactionCommitted, SessionClosed]
+
+
 async def test_a_unit_goes_on_after_a_listener_of_its_early_commit_has_failed(database: Database) -> None:
     async with failing_after_commits(database, "first") as db, new_db_ctx():
         session = await insert(db, "early")

@@ -6,16 +6,18 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
+from typing import Any
 
 import pytest
-from sqlalchemy import JSON, ForeignKey, select, text
+from sqlalchemy import JSON, ForeignKey, inspect, select, text
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, relationship
+from sqlalchemy.util import await_only
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
@@ -38,10 +40,13 @@ from ctxdb_core import (
     new_db_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
+    on_begin,
     on_commit,
+    on_rollback,
     retry_on_conflict,
     rollback_db_session,
     run_in_new_ctx,
+    set_rollback_only,
     transactional,
 )
 from ctxdb_core.adapters import CurrentTransaction, begin, finalize
@@ -873,6 +878,24 @@ async def test_objects_stay_readable_behind_a_commit_that_before_commit_was_aske
         assert item.name == "one"
 
 
+async def test_a_session_expires_its_objects_as_it_is_told_to_after_a_commit_that_did_not(database: Database) -> None:
+    def expiring(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return async_sessionmaker(engine, expire_on_commit=True)
+
+    async with DBConnect(lambda host: database.watch_new(), expiring, host="127.0.0.1") as db:
+        unit = begin({})
+        assert unit is not None
+        item = Item(name="one")
+        session = await db_session(db)
+        session.add(item)
+        await finalize(unit, commit=True, last=False)
+        assert item.name == "one"
+        await session.execute(text("SELECT 1"))
+        await commit_db_session(db)
+        assert inspect(item).expired_attributes == {"name"}
+        await finalize(unit, commit=True)
+
+
 async def test_before_commit_may_close_the_session_that_is_next(db: DBConnect, database: Database) -> None:
     async def close_other(session: AsyncSession) -> None:
         seen.append(session)
@@ -1408,6 +1431,118 @@ async def test_a_closed_session_takes_no_more_objects(db: DBConnect) -> None:
             closed.add(Item(name="void"))
     with pytest.raises(SessionClosedError):
         await closed.connection(bind_arguments={"bind": (await db.engine()).sync_engine})
+
+
+def with_classes(database: Database, **classes: Any) -> DBConnect:
+    return DBConnect(
+        lambda host: database.watch_new(),
+        lambda engine: async_sessionmaker(engine, expire_on_commit=False, **classes),
+        host="127.0.0.1",
+    )
+
+
+@pytest.mark.parametrize("kind", ["class_", "sync_session_class"])
+async def test_the_close_of_a_session_class_is_called_at_the_end_of_a_unit(database: Database, kind: str) -> None:
+    closed: list[object] = []
+
+    class Asynchronous(AsyncSession):
+        async def close(self) -> None:
+            closed.append(self)
+            await super().close()
+
+    class Synchronous(Session):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    async with with_classes(database, **{kind: Asynchronous if kind == "class_" else Synchronous}) as db:
+        async with new_db_ctx():
+            session = await insert(db, "one")
+        assert closed == [session if kind == "class_" else session.sync_session]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_session_whose_close_fails_is_invalidated_and_the_failure_is_told(
+    database: Database, fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(AsyncSession):
+        async def close(self) -> None:
+            raise ValueError("close")
+
+        async def invalidate(self) -> None:
+            await super().invalidate()
+            raise ValueError("invalidate")
+
+    async with with_classes(database, class_=Failing) as db:
+        error = LookupError()
+
+        async def unit() -> None:
+            async with new_db_ctx():
+                await insert(db, "one")
+                if fails:
+                    raise error
+
+        with pytest.raises(LookupError) if fails else nullcontext():
+            await unit()
+        await database.assert_quiet()
+    told = error.__notes__[0] if fails else caplog.text
+    assert "closing the session on <DBConnect host='127.0.0.1'> failed, and its connection was thrown away" in told
+    assert "A session could not be invalidated" in caplog.text
+    assert await database.names() == ([] if fails else ["one"])
+
+
+@pytest.mark.parametrize("ask", [on_commit, on_rollback, on_begin, lambda db, callback: set_rollback_only(db)])
+async def test_nothing_is_asked_of_a_unit_on_another_event_loop_or_behind_its_end(
+    db: DBConnect, ask: Callable[[DBConnect, Callable[..., object]], None]
+) -> None:
+    async def callback(*args: object) -> None: ...
+
+    async def ask_elsewhere() -> None:
+        ask(db, callback)
+
+    async def ask_later() -> None:
+        await ended.wait()
+        ask(db, callback)
+
+    ended = asyncio.Event()
+    async with new_db_ctx():
+        with pytest.raises(ContextNotInitiatedError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, ask_elsewhere())
+        later = asyncio.create_task(ask_later())
+    ended.set()
+    with pytest.raises(ContextClosedError):
+        await later
+
+
+async def test_a_statement_that_does_not_end_when_it_is_interrupted_keeps_no_unit_open(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hold_out() -> None:
+        started.set()
+        while not released.is_set():
+            with suppress(asyncio.CancelledError):
+                await released.wait()
+
+    async def hold() -> None:
+        session = await insert(db, "one")
+        await session.run_sync(lambda sync_session: await_only(hold_out()))
+
+    monkeypatch.setattr("ctxdb_core._units.session_end.INTERRUPTION_SECONDS", 0.01)
+    started, released = asyncio.Event(), asyncio.Event()
+    with pytest.raises(LookupError):
+        async with new_db_ctx():
+            holding = asyncio.create_task(hold())
+            await started.wait()
+            raise LookupError
+    assert database.checked_out == 1
+    released.set()
+    await asyncio.wait([holding])
+    await eventually(lambda: not database.checked_out, "the connection is held")
+    async with new_db_ctx():
+        await insert(db, "two")
+    # The connection of the call that has held out was thrown away.
+    assert database.connections == 2
+    assert await database.names() == ["two"]
 
 
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 from sqlalchemy.pool import NullPool
+from tests.support.connection import Connection
 from tests.support.database import Database, eventually
 
 from ctxdb_core import (
@@ -211,6 +212,48 @@ async def test_a_watcher_that_fails_changes_nothing(small: DBConnect, caplog: py
             await use(small)
     assert watcher.heard == [None]
     assert "the watcher's own" in caplog.text
+
+
+async def test_a_watcher_that_fails_at_the_start_of_the_response_changes_nothing(
+    small: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Watcher):
+        def response_starts(self, status: int) -> list[tuple[bytes, bytes]]:
+            raise ValueError("the watcher's own")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        unit = running_unit()
+        assert unit is not None
+        unit.watch(Failing())
+        unit.watch(Watcher([(b"x-watched", b"yes")]))
+        await send({"type": "http.response.start", "status": 202, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    transport = httpx.ASGITransport(ASGIHTTPDBSessionMiddleware(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        response = await client.get("/")
+    assert (response.status_code, response.headers["x-watched"]) == (202, "yes")
+    assert "the watcher's own" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_a_request_has_one_id_however_often_it_is_asked_for(kind: str, small: DBConnect) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        unit = running_unit()
+        assert unit is not None
+        await use(small)
+        identity = unit.identify()
+        assert identity == (unit.id, unit.request) == unit.identify()
+        identities.append(identity)
+
+    identities: list[tuple[str, str | None]] = []
+    middleware = ASGIHTTPDBSessionMiddleware(app)
+    method: dict[str, Any] = {"method": "GET"} if kind == "http" else {}
+    for _ in range(2):
+        await Connection(kind, path="/things", **method).run(middleware)
+    (first, request), (second, _) = identities
+    assert first != second
+    assert request == ("GET /things" if kind == "http" else "WEBSOCKET /things")
 
 
 async def test_a_unit_without_a_session_does_not_say_since_when_it_has_one(db: DBConnect) -> None:

@@ -426,6 +426,26 @@ async def test_a_websocket_closed_before_it_is_accepted_is_rolled_back(
     assert await database.names() == []
 
 
+async def test_a_success_that_quart_cannot_send_for_a_handshake_is_rolled_back(
+    app: Quart, db: DBConnect, database: Database
+) -> None:
+    """Without ASGI's extension for such responses, Quart closes the connection: the client gets a 403."""
+    inner: Any = app.asgi_app
+
+    async def without_extensions(scope: Any, receive: Any, send: Any) -> None:
+        await inner({**scope, "extensions": {}}, receive, send)
+
+    app.asgi_app = without_extensions  # type: ignore[method-assign]  # as Quart's documentation says
+
+    @app.websocket("/")
+    async def view() -> tuple[str, int]:
+        await insert(db, "one")
+        return "success", 200
+
+    assert await handshake(app) == 403
+    assert await database.names() == []
+
+
 async def test_a_websocket_that_is_never_accepted_is_rolled_back(app: Quart, db: DBConnect, database: Database) -> None:
     """Some versions of Quart leave its client waiting, others let the server answer."""
 
