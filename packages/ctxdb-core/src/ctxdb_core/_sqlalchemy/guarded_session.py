@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
+from weakref import ref
 
 from greenlet import getcurrent
 from sqlalchemy import Connection, Engine
@@ -54,6 +55,8 @@ class GuardedSession(TracedSession):
 
     on_begin: OnBegin | None = None
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
+    _begun_with_hook: ref[SessionTransaction] | None = None
+    """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
     deadline: Callable[[], float | None] | None = None
@@ -201,7 +204,7 @@ class GuardedSession(TracedSession):
         """
         session = async_session(self)
         assert session is not None, "the asynchronous session is making this call"
-        if not has_connection and not self.begins_with_next_call:
+        if self._has_begun_with_hook() or (not has_connection and not self.begins_with_next_call):
             return
         # The hook's own statements are the first ones of the transaction.
         self.on_begin = None
@@ -213,8 +216,13 @@ class GuardedSession(TracedSession):
             async with door.turn():
                 with self.no_autoflush:
                     await begin_transaction(session)
+                    if not self.in_transaction():
+                        # A hook that makes no statement begins none, and would be awaited again.
+                        begin_without_statement(self)
                     await on_begin(session)
             self.note_set_up()
+            if (transaction := self.get_transaction()) is not None:
+                self._begun_with_hook = ref(transaction)
         except BaseException:
             # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In
             # the middle of a flush or a commit, SQLAlchemy rolls it back by itself when it gets the error.
@@ -223,6 +231,14 @@ class GuardedSession(TracedSession):
             raise
         finally:
             self.on_begin = on_begin
+
+    def _has_begun_with_hook(self) -> bool:
+        begun = None if self._begun_with_hook is None else self._begun_with_hook()
+        return begun is not None and begun is self.get_transaction()
+
+    def await_hooks_again(self) -> None:
+        """Await `on_begin` before the next statement, also where that was done in this transaction: it has grown."""
+        self._begun_with_hook = None
 
     def close(self) -> None:
         if self._may_be_closed_here():
