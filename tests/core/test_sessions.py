@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 
 import pytest
-from sqlalchemy import JSON, ForeignKey, select, text
+from sqlalchemy import JSON, ForeignKey, inspect, select, text
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -585,6 +585,41 @@ async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf:
         session = await db_session(shelf)
         await session.get_one(Author, 1)
         await rollback_db_session(shelf)
+        await database.query("UPDATE author SET name = 'Grace' WHERE id = 1")
+        assert (await session.get_one(Author, 1)).name == "Grace"
+
+
+@KINDS
+async def test_changed_objects_show_what_was_loaded_when_a_flush_has_failed(shelf: DBConnect) -> None:
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            session = await db_session(shelf)
+            author = await session.get_one(Author, 1)
+            author.name = "Grace"
+            await session.flush()
+            author.name = "Mary"
+            author.books.append(Book(title=None))
+            removed = author.books[0]
+            await session.delete(removed)
+            try:
+                await session.flush()
+            finally:
+                assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    assert removed.title == "Notes"
+
+
+async def test_objects_are_read_anew_after_a_roll_back_behind_a_failed_flush(
+    shelf: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        author.books.append(Book(title=None))
+        with pytest.raises(IntegrityError):
+            await session.flush()
+        await session.rollback()
+        assert inspect(author).expired
         await database.query("UPDATE author SET name = 'Grace' WHERE id = 1")
         assert (await session.get_one(Author, 1)).name == "Grace"
 

@@ -28,7 +28,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import note_originals
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     has_to_flush,
@@ -57,6 +57,10 @@ class GuardedSession(TracedSession):
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
     _begun_with_hook: ref[SessionTransaction] | None = None
     """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
+    _loaded_before_failure: LoadedValues | None = None
+    """What the objects had loaded when a flush failed, until they have it back."""
+    _failed_to_flush: ref[SessionTransaction] | None = None
+    """The transaction that a flush has rolled back by its error last."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
     deadline: Callable[[], float | None] | None = None
@@ -131,7 +135,12 @@ class GuardedSession(TracedSession):
             # What a task adds or changes while another task's COMMIT is under way begins no transaction. Without one,
             # SQLAlchemy rolls nothing back, and the next flush would write it.
             begin_without_statement(self)
+        failed = None if self._failed_to_flush is None else self._failed_to_flush()
+        has_kept_values = failed is not None and failed is self.get_transaction()
         super().rollback()
+        if has_kept_values:
+            # The error of the flush would have expired the objects, and SQLAlchemy does it once.
+            self.expire_all()
 
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
@@ -157,6 +166,24 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
+        try:
+            self._flush_and_note_changes(objects)
+        except BaseException:
+            if (loaded := self._loaded_before_failure) is not None:
+                self._loaded_before_failure = None
+                loaded.restore()
+                if (transaction := self.get_transaction()) is not None:
+                    self._failed_to_flush = ref(transaction)
+            raise
+
+    def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
+        if to_transient and self.door is not None and is_flushing(self) and not self.in_nested_transaction():
+            # A flush has failed. SQLAlchemy has rolled back the transaction, and expires all objects next: the log of a
+            # 409 could not name the user any more. Behind a savepoint, only what was changed there is expired.
+            self._loaded_before_failure = LoadedValues(self)
+        super()._expunge_states(states, to_transient)
+
+    def _flush_and_note_changes(self, objects: Any) -> None:
         # Only changed objects have originals to note: new and deleted ones have none.
         if self.identity_map.check_modified():
             note_originals(self)

@@ -1,10 +1,11 @@
-"""Keeps what the objects of a session have loaded when the unit of work is rolled back.
+"""Keeps what the objects of a session have loaded when the unit of work is rolled back, or a flush fails.
 
-SQLAlchemy expires each object of a session when its transaction is rolled back, and asyncio code cannot load an expired
-attribute by reading it: an access log that reads the user's name behind a 404 would fail. So the values that had been
-loaded are put back. Where the code has changed an attribute since, the attribute shows again what had been loaded: what
-the code has set is not in the database. An attribute that was set without having been loaded stays expired. A container
-that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept.
+SQLAlchemy expires each object of a session when its transaction is rolled back, as by an error of a flush, and asyncio
+code cannot load an expired attribute by reading it: an access log that reads the user's name behind a 404 would fail.
+So the values that had been loaded are put back. Where the code has changed an attribute since, the attribute shows
+again what had been loaded: what the code has set is not in the database. An attribute that was set without having been
+loaded stays expired. A container that was changed in place (``MutableDict``, `flag_modified`) shows the change: its
+former value was not kept.
 """
 
 from __future__ import annotations
