@@ -37,8 +37,17 @@ def note_originals(session: Session) -> None:
         session.info[_ORIGINALS] = (ref(session.get_transaction()), originals)
     for each in session.dirty:
         state: InstanceState[Any] = inspect(each)
-        # The oldest note has what was loaded: at later flushes, SQLAlchemy knows only what the code has set before.
-        originals[state] = {**state.committed_state, **originals.get(state, {})}
+        earlier = originals.get(state)
+        # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
+        # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
+        originals[state] = (
+            {**_columns_of(state), **state.committed_state} if earlier is None else {**state.committed_state, **earlier}
+        )
+
+
+def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
+    values = state.dict
+    return {each.key: values[each.key] for each in state.mapper.column_attrs if each.key in values}
 
 
 def _originals_of(session: Session) -> dict[InstanceState[Any], dict[str, Any]] | None:
