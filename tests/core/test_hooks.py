@@ -203,6 +203,43 @@ async def test_the_hook_comes_before_the_first_flush(db: DBConnect, database: Da
     assert await database.names() == ["one", "two"]
 
 
+async def test_a_hook_without_statements_is_awaited_once_in_each_transaction(db: DBConnect, database: Database) -> None:
+    begun: list[str] = []
+
+    async def note(session: AsyncSession) -> None:
+        begun.append("note")
+
+    async with new_db_ctx():
+        on_begin(db, note)
+        session = await db_session(db)
+        session.add(Item(name="flushed"))
+        await commit_db_session(db)
+        assert begun == ["note"]
+        await session.execute(text("INSERT INTO item VALUES ('executed')"))
+        await session.scalar(text("SELECT 1"))
+        await commit_db_session(db)
+        assert begun == ["note"] * 2
+        async with session.begin_nested():
+            session.add(Item(name="nested"))
+        await rollback_db_session(db)
+        assert begun == ["note"] * 3
+        await session.flush()
+        await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        assert begun == ["note"] * 4
+    assert await database.names() == ["executed", "flushed"]
+
+
+async def test_a_hook_that_follows_one_without_statements_is_awaited_in_the_same_transaction(db: DBConnect) -> None:
+    async def do_nothing(session: AsyncSession) -> None:
+        pass
+
+    async with new_db_ctx():
+        on_begin(db, do_nothing)
+        await (await db_session(db)).flush()
+        on_begin(db, set_tenant)
+        assert await setting(db) == "ada"
+
+
 async def test_the_hook_comes_after_the_options_of_the_transaction(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)

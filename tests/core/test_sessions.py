@@ -557,6 +557,38 @@ async def test_changed_objects_show_what_was_loaded_after_a_roll_back(shelf: DBC
     assert removed.title == "Notes"
 
 
+class Document(Shelf):
+    __tablename__ = "document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(lazy="selectin")
+    edits: Mapped[int] = mapped_column(default=0, onupdate=1)
+    version: Mapped[int] = mapped_column()
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 - as SQLAlchemy's documentation has it
+
+
+@KINDS
+async def test_what_a_flush_has_changed_is_taken_back_by_a_roll_back(shelf: DBConnect) -> None:
+    async with new_db_ctx():
+        author = Author(id=2, name="Grace", books=[])
+        (await db_session(shelf)).add_all([Document(id=1, title="Draft", author_id=1), author])
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        document = await session.get_one(Document, 1)
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf):
+                document.title, document.author = "Lost", await session.get_one(Author, 2)
+                await session.flush()
+                raise LookupError
+        assert (document.title, document.author_id, document.author.name) == ("Draft", 1, "Ada")
+        assert (document.edits, document.version) == (0, 1)
+        # SQLAlchemy compares the version with that in the database.
+        document.title = "Final"
+        await session.flush()
+        assert (document.edits, document.version) == (1, 2)
+
+
 async def test_committed_changes_are_not_taken_back_by_a_later_roll_back(shelf: DBConnect) -> None:
     unit = begin()
     assert unit is not None
@@ -590,6 +622,41 @@ async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf:
         session = await db_session(shelf)
         await session.get_one(Author, 1)
         await rollback_db_session(shelf)
+        await database.query("UPDATE author SET name = 'Grace' WHERE id = 1")
+        assert (await session.get_one(Author, 1)).name == "Grace"
+
+
+@KINDS
+async def test_changed_objects_show_what_was_loaded_when_a_flush_has_failed(shelf: DBConnect) -> None:
+    with pytest.raises(IntegrityError):
+        async with new_db_ctx():
+            session = await db_session(shelf)
+            author = await session.get_one(Author, 1)
+            author.name = "Grace"
+            await session.flush()
+            author.name = "Mary"
+            author.books.append(Book(title=None))
+            removed = author.books[0]
+            await session.delete(removed)
+            try:
+                await session.flush()
+            finally:
+                assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+    assert removed.title == "Notes"
+
+
+async def test_objects_are_read_anew_after_a_roll_back_behind_a_failed_flush(
+    shelf: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        author.books.append(Book(title=None))
+        with pytest.raises(IntegrityError):
+            await session.flush()
+        await session.rollback()
+        assert inspect(author).expired
         await database.query("UPDATE author SET name = 'Grace' WHERE id = 1")
         assert (await session.get_one(Author, 1)).name == "Grace"
 

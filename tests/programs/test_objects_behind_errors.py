@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import ForeignKey
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from tests.support.application import Refusal, Reply
 from tests.support.world import World
 
-from ctxdb_core import db_session, new_db_ctx
+from ctxdb_core import atomic_db_session, db_session, new_db_ctx
 
 
 class Base(DeclarativeBase):
@@ -62,6 +63,30 @@ async def test_a_log_behind_an_error_names_its_user_as_the_database_does(world: 
         return Reply(status=404)
 
     assert (await world.get(page)).status_code == (500 if ends == "exception" else 404)
+    assert [line_of(user) for user in seen] == ["ada (admin)"]
+
+
+@pytest.mark.parametrize("fails_in", ["flush", "block", "commit"])
+async def test_a_log_behind_a_conflict_names_its_user(world: World, fails_in: str) -> None:
+    seen: list[User] = []
+
+    async def page() -> Reply:
+        session = await db_session(world.db)
+        user = await session.get_one(User, 1)
+        seen.append(user)
+        user.name = "changed"
+        session.add(Role(id=2, user_id=0, name="of nobody"))
+        if fails_in == "flush":
+            try:
+                await session.flush()
+            except IntegrityError:
+                raise Refusal(409) from None
+        if fails_in == "block":
+            async with atomic_db_session(world.db, "append"):
+                await session.flush()
+        return Reply()
+
+    assert (await world.get(page)).status_code == (409 if fails_in == "flush" else 500)
     assert [line_of(user) for user in seen] == ["ada (admin)"]
 
 

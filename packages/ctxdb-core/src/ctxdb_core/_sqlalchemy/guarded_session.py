@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
+from weakref import ref
 
 from greenlet import getcurrent
 from sqlalchemy import Connection, Engine
@@ -27,7 +28,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import note_originals
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     has_to_flush,
@@ -54,6 +55,12 @@ class GuardedSession(TracedSession):
 
     on_begin: OnBegin | None = None
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
+    _begun_with_hook: ref[SessionTransaction] | None = None
+    """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
+    _loaded_before_failure: LoadedValues | None = None
+    """What the objects had loaded when a flush failed, until they have it back."""
+    _failed_to_flush: ref[SessionTransaction] | None = None
+    """The transaction that a flush has rolled back by its error last."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
     deadline: Callable[[], float | None] | None = None
@@ -128,7 +135,12 @@ class GuardedSession(TracedSession):
             # What a task adds or changes while another task's COMMIT is under way begins no transaction. Without one,
             # SQLAlchemy rolls nothing back, and the next flush would write it.
             begin_without_statement(self)
+        failed = None if self._failed_to_flush is None else self._failed_to_flush()
+        has_kept_values = failed is not None and failed is self.get_transaction()
         super().rollback()
+        if has_kept_values:
+            # The error of the flush would have expired the objects, and SQLAlchemy does it once.
+            self.expire_all()
 
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
@@ -154,6 +166,24 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
+        try:
+            self._flush_and_note_changes(objects)
+        except BaseException:
+            if (loaded := self._loaded_before_failure) is not None:
+                self._loaded_before_failure = None
+                loaded.restore()
+                if (transaction := self.get_transaction()) is not None:
+                    self._failed_to_flush = ref(transaction)
+            raise
+
+    def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
+        if to_transient and self.door is not None and is_flushing(self) and not self.in_nested_transaction():
+            # A flush has failed. SQLAlchemy has rolled back the transaction, and expires all objects next: the log of a
+            # 409 could not name the user any more. Behind a savepoint, only what was changed there is expired.
+            self._loaded_before_failure = LoadedValues(self)
+        super()._expunge_states(states, to_transient)
+
+    def _flush_and_note_changes(self, objects: Any) -> None:
         # Only changed objects have originals to note: new and deleted ones have none.
         if self.identity_map.check_modified():
             note_originals(self)
@@ -201,7 +231,7 @@ class GuardedSession(TracedSession):
         """
         session = async_session(self)
         assert session is not None, "the asynchronous session is making this call"
-        if not has_connection and not self.begins_with_next_call:
+        if self._has_begun_with_hook() or (not has_connection and not self.begins_with_next_call):
             return
         # The hook's own statements are the first ones of the transaction.
         self.on_begin = None
@@ -213,8 +243,13 @@ class GuardedSession(TracedSession):
             async with door.turn():
                 with self.no_autoflush:
                     await begin_transaction(session)
+                    if not self.in_transaction():
+                        # A hook that makes no statement begins none, and would be awaited again.
+                        begin_without_statement(self)
                     await on_begin(session)
             self.note_set_up()
+            if (transaction := self.get_transaction()) is not None:
+                self._begun_with_hook = ref(transaction)
         except BaseException:
             # Without what the hook was to set, a role for instance, no statement may be made in this transaction. In
             # the middle of a flush or a commit, SQLAlchemy rolls it back by itself when it gets the error.
@@ -223,6 +258,14 @@ class GuardedSession(TracedSession):
             raise
         finally:
             self.on_begin = on_begin
+
+    def _has_begun_with_hook(self) -> bool:
+        begun = None if self._begun_with_hook is None else self._begun_with_hook()
+        return begun is not None and begun is self.get_transaction()
+
+    def await_hooks_again(self) -> None:
+        """Await `on_begin` before the next statement, also where that was done in this transaction: it has grown."""
+        self._begun_with_hook = None
 
     def close(self) -> None:
         if self._may_be_closed_here():

@@ -1,10 +1,11 @@
-"""Keeps what the objects of a session have loaded when the unit of work is rolled back.
+"""Keeps what the objects of a session have loaded when the unit of work is rolled back, or a flush fails.
 
-SQLAlchemy expires each object of a session when its transaction is rolled back, and asyncio code cannot load an expired
-attribute by reading it: an access log that reads the user's name behind a 404 would fail. So the values that had been
-loaded are put back. Where the code has changed an attribute since, the attribute shows again what had been loaded: what
-the code has set is not in the database. An attribute that was set without having been loaded stays expired. A container
-that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept.
+SQLAlchemy expires each object of a session when its transaction is rolled back, as by an error of a flush, and asyncio
+code cannot load an expired attribute by reading it: an access log that reads the user's name behind a 404 would fail.
+So the values that had been loaded are put back. Where the code has changed an attribute since, the attribute shows
+again what had been loaded: what the code has set is not in the database. An attribute that was set without having been
+loaded stays expired. A container that was changed in place (``MutableDict``, `flag_modified`) shows the change: its
+former value was not kept.
 """
 
 from __future__ import annotations
@@ -36,8 +37,17 @@ def note_originals(session: Session) -> None:
         session.info[_ORIGINALS] = (ref(session.get_transaction()), originals)
     for each in session.dirty:
         state: InstanceState[Any] = inspect(each)
-        # The oldest note has what was loaded: at later flushes, SQLAlchemy knows only what the code has set before.
-        originals[state] = {**state.committed_state, **originals.get(state, {})}
+        earlier = originals.get(state)
+        # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
+        # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
+        originals[state] = (
+            {**_columns_of(state), **state.committed_state} if earlier is None else {**state.committed_state, **earlier}
+        )
+
+
+def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
+    values = state.dict
+    return {each.key: values[each.key] for each in state.mapper.column_attrs if each.key in values}
 
 
 def _originals_of(session: Session) -> dict[InstanceState[Any], dict[str, Any]] | None:

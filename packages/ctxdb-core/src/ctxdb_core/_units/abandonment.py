@@ -9,8 +9,9 @@ object of its own, which `follow_calls` installs in a unit of work where handler
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar, Token
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token, copy_context
 from typing import Any, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -32,13 +33,17 @@ class Call:
             whichever unit of work they have then.
     """
 
-    __slots__ = ("calls", "outer", "token")
+    __slots__ = ("calls", "is_innermost", "outer", "token")
 
     token: Token[Call | None]
 
     def __init__(self, calls: HandlerCalls) -> None:
         self.calls: HandlerCalls = calls
+        self.is_innermost = True
+        """Whether no further call of the same unit of work was made in this one: then this is the handler's own."""
         self.outer: Call | None = current_call.get()
+        if self.outer is not None and self.outer.calls is calls:
+            self.outer.is_innermost = False
 
 
 current_call: ContextVar[Call | None] = ContextVar("ctxdb_call", default=None)
@@ -48,13 +53,15 @@ current_call: ContextVar[Call | None] = ContextVar("ctxdb_call", default=None)
 class HandlerCalls:
     """The calls of handlers that are made in one unit of work."""
 
-    __slots__ = ("at_work", "left_open")
+    __slots__ = ("at_work", "left_open", "variables")
 
     def __init__(self) -> None:
         self.at_work: set[Call] = set()
         """The calls that have not returned, and of whose response nothing has been sent: each may be given up on."""
         self.left_open: Authors | None = None
         """The authors of the work that was open when a middleware answered for a handler; ``None`` before that."""
+        self.variables: tuple[tuple[ContextVar[Any], Any], ...] = ()
+        """The context variables of the handler that has answered, and their values (see `note_variables`)."""
 
     def begin(self) -> Call:
         """Begin the call of a handler in the running context; `end` ends it there."""
@@ -71,6 +78,30 @@ class HandlerCalls:
     def note_response(self, call: Call) -> None:
         """Note that a response begins in `call`: no other one can come in its place any more."""
         self.at_work.discard(call)
+
+    def note_variables(self, call: Call) -> None:
+        """Note the context variables of the running code, if it belongs to a handler whose `call` this is.
+
+        A middleware may call the application in a task of its own, as Starlette's ``BaseHTTPMiddleware`` does. What the
+        handler and its dependencies set in context variables, such as the user or the tenant, is not seen outside of
+        that task, where the transactions end.
+        """
+        if call.is_innermost:
+            # Those of ctxdb say where the running code is, and not what the handler wants to be known.
+            self.variables = tuple(each for each in copy_context().items() if not each[0].name.startswith("ctxdb_"))
+
+    @contextmanager
+    def variables_of_handler(self) -> Iterator[None]:
+        """Let the code in the block see the context variables that were noted, as if the handler had run it itself."""
+        unset = object()
+        tokens = [(each, each.set(value)) for each, value in self.variables if each.get(unset) is not value]
+        try:
+            yield
+        finally:
+            for each, token in reversed(tokens):
+                # Where the coroutine is thrown away, this is another context, and the block's own has gone.
+                with suppress(ValueError):
+                    each.reset(token)
 
     def note_running_response(self) -> None:
         """Note that a response begins in the running call, and so in each call around it."""

@@ -93,8 +93,10 @@ class UnitHooks:
         hooks = self._at_begin.setdefault(db, [])
         hooks.append(hook)
         # Where there are others already, the session has them, or is running them at this moment.
-        if guard is not None and len(hooks) == 1:
-            guard.on_begin = partial(_run_begin_hooks, hooks)
+        if guard is not None:
+            guard.await_hooks_again()
+            if len(hooks) == 1:
+                guard.on_begin = partial(_run_begin_hooks, hooks)
 
     def mark_rollback_only(self, db: DBConnect | None, sessions: Sessions) -> None:
         """Have what is open on `db`, or everywhere, rolled back where it would be committed.

@@ -51,6 +51,11 @@ class ASGIStreamBoundary:
         calls = exchange.follow_calls()
         call = calls.begin()
 
+        def note_variables() -> None:
+            if exchange.response is not None:
+                # Something may have to be ended.
+                calls.note_variables(call)
+
         async def start_stream(message: Message) -> None:
             nonlocal body, starting
             # What other tasks send meanwhile comes behind it. Two of them may send a start at once.
@@ -84,6 +89,7 @@ class ASGIStreamBoundary:
             nonlocal streamed
             if message["type"] == "http.response.start":
                 calls.note_response(call)
+                note_variables()
                 is_kept = self.is_kept is not None and self.is_kept(scope, message)
                 if is_kept and calls.left_open is not None and calls.left_open.handlers:
                     # A middleware has given up on the handler since, and what the response tells was rolled back.
@@ -101,6 +107,7 @@ class ASGIStreamBoundary:
 
         async def send_part(body: StreamedBody, message: Message) -> None:
             if not message.get("more_body", False) and any(map(in_transaction, exchange.sessions.values())):
+                note_variables()
                 await let_failure_arrive()
             body.note_progress(message, exchange)
             await _end_reading(message, exchange)
@@ -115,6 +122,7 @@ class ASGIStreamBoundary:
         finally:
             if body is not None:
                 body.call = None
+            note_variables()
             calls.end(call)
 
 

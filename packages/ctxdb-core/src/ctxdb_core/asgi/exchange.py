@@ -132,12 +132,20 @@ class Exchange(RequestUnit):
             Exception: the error of the commit.
         """
         try:
-            await self.commit(ends_body=True)
+            await self.commit_body()
         except Exception:
             self.move_to(Phase.BROKEN)
             raise
         self.note_body_is_sent()
         await self.forward(message)
+
+    async def commit_body(self) -> None:
+        """Commit what the body has done.
+
+        Raises:
+            Exception: as `commit`.
+        """
+        await self.commit(ends_body=True)
 
     def note_body_is_sent(self) -> None:
         """Note that the last part of the body is let through: what comes now is background work."""

@@ -123,7 +123,11 @@ class HTTPExchange(Exchange):
                 return self._overrule(response, body)
             if self._goes_on(body, status):
                 return self._start_behind_body()
-        return self._settle_and_start(response, status)
+        return self._settle_as_handler(response, status, calls)
+
+    async def _settle_as_handler(self, response: Response, status: int, calls: HandlerCalls) -> None:
+        with calls.variables_of_handler():
+            await self._settle_and_start(response, status)
 
     def _goes_on(self, body: StreamedBody, status: int) -> bool:
         """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
@@ -216,6 +220,13 @@ class HTTPExchange(Exchange):
         if body.has_users_beside_sender:
             await let_failure_arrive()
         await self.send_last(message)
+
+    async def commit_body(self) -> None:
+        if self.calls is None:
+            await super().commit_body()
+        else:
+            with self.calls.variables_of_handler():
+                await super().commit_body()
 
     # --- what a boundary beneath middlewares tells --------------------------------------------------------------------
 
@@ -358,6 +369,13 @@ class HTTPExchange(Exchange):
         if response is not None and response.body is not None and response.body.parked is not None:
             return False
         return super().finish_idle()
+
+    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
+        if self.calls is None:
+            await super().finish(commit=commit, error=error)
+        else:
+            with self.calls.variables_of_handler():
+                await super().finish(commit=commit, error=error)
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         body = self._body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
+from contextlib import nullcontext
 from typing import Any
 
 from ctxdb_core._databases.arguments import check_function
@@ -156,8 +157,10 @@ class ASGIHTTPDBSessionMiddleware:
         if exchange.closed:
             await self._answer_in_unit_of_its_own(error, exchange, scope, receive, root_app)
             return
+        calls = exchange.calls
         try:
-            await self.answer_error(error, scope, exchange.request_again(receive), exchange.send, root_app)
+            with nullcontext() if calls is None else calls.variables_of_handler():
+                await self.answer_error(error, scope, exchange.request_again(receive), exchange.send, root_app)
         except BaseException as exc:
             if await exchange.fail(exc):
                 raise
