@@ -17,7 +17,9 @@ from tests.support.interruption import (
 )
 
 from ctxdb_core import (
+    ContextClosedError,
     DBConnect,
+    StatementInterruptedError,
     TransactionContext,
     atomic_db_session,
     db_session,
@@ -191,4 +193,31 @@ async def test_a_block_whose_commit_is_cancelled_while_it_waits_for_a_statement_
         with pytest.raises(asyncio.CancelledError):
             await writing
         await asyncio.gather(*statements)
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_unit_of_work_whose_commit_is_cancelled_while_it_waits_for_a_statement_stops_that(
+    db: DBConnect, database: Database
+) -> None:
+    async def write() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "undone")
+            statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
+            await asyncio.sleep(0)
+            waits.set()
+
+    statements: list[asyncio.Task[object]] = []
+    waits = asyncio.Event()
+    writing = asyncio.create_task(write())
+    await waits.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    with pytest.raises(StatementInterruptedError, match="was cancelled"):
+        await statements[0]
+    with pytest.raises(ContextClosedError):
+        await statements[1]
     assert await database.names() == []

@@ -285,6 +285,9 @@ class StatementInterruptedError(TransactionAbortedError):
     that. A transaction that had only read is begun anew instead. The way out: let the error propagate; roll back
     (``rollback_db_session``) before going on without the work; or run what may take too long beside the transaction
     (``run_in_new_ctx``).
+
+    Also raised by a statement that was stopped itself: another task was about to end the transaction for a response, or
+    for its unit of work, and was cancelled while it waited for the statement. All of the transaction is rolled back.
     """
 
 
