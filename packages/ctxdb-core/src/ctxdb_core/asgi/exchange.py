@@ -95,7 +95,12 @@ class Exchange(RequestUnit):
         await self.send(message)
 
     def announce(self, message: Message, watchers: Mapping[object, UnitWatcher]) -> Message:
-        """Tell the watchers of the start of a response; return it with the header fields that they add."""
+        """Tell the watchers of the start of a response; return it with the header fields that they add.
+
+        They are told of none that is not let through: of two starts at once, the other one may have been refused.
+        """
+        if self.phase in _SILENT:
+            return message
         status = message.get("status", _SWITCHING_PROTOCOLS)
         headers = message.get("headers", ())
         for watcher in watchers.values():

@@ -101,9 +101,9 @@ class HTTPExchange(Exchange):
                     await self._settle_and_start(response, message["status"])
                 else:
                     await self._end_transactions_apart(response, message["status"], self.calls)
-            registration = self.registration
-            if registration is not None and registration.watchers:
-                message = self.announce(message, registration.watchers)
+                registration = self.registration
+                if registration is not None and registration.watchers:
+                    message = self.announce(message, registration.watchers)
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))
         finally:
