@@ -274,6 +274,9 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
 
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+
+    Also raised where a block of the transaction was cancelled beside a call of another task that did not end: the work
+    of the block could not be undone by itself.
     """
 
 
