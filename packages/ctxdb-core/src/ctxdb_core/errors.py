@@ -276,7 +276,8 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
 
     Also raised where a block of the transaction was cancelled beside a call of another task that did not end: the work
-    of the block could not be undone by itself.
+    of the block could not be undone by itself. And by a call in a transaction whose commit has failed, and which has
+    not been rolled back.
     """
 
 
