@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 from sqlalchemy import event, text
@@ -17,13 +18,18 @@ from tests.support.interruption import (
 )
 
 from ctxdb_core import (
+    ContextClosedError,
     DBConnect,
+    StatementInterruptedError,
+    TransactionAbortedError,
     TransactionContext,
     atomic_db_session,
     db_session,
     new_db_ctx,
     new_non_ctx_atomic_session,
+    transactional,
 )
+from ctxdb_core._sqlalchemy import block_end
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
@@ -191,4 +197,121 @@ async def test_a_block_whose_commit_is_cancelled_while_it_waits_for_a_statement_
         with pytest.raises(asyncio.CancelledError):
             await writing
         await asyncio.gather(*statements)
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_unit_of_work_whose_commit_is_cancelled_while_it_waits_for_a_statement_stops_that(
+    db: DBConnect, database: Database
+) -> None:
+    async def write() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "undone")
+            statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
+            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
+            await asyncio.sleep(0)
+            waits.set()
+
+    statements: list[asyncio.Task[object]] = []
+    waits = asyncio.Event()
+    writing = asyncio.create_task(write())
+    await waits.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    with pytest.raises(StatementInterruptedError, match="was cancelled"):
+        await statements[0]
+    with pytest.raises(ContextClosedError):
+        await statements[1]
+    assert await database.names() == []
+
+
+@asynccontextmanager
+async def savepoint(db: DBConnect) -> AsyncIterator[None]:
+    async with (await db_session(db)).begin_nested():
+        yield
+
+
+@asynccontextmanager
+async def transaction(db: DBConnect) -> AsyncIterator[None]:
+    async with (await db_session(db)).begin():
+        yield
+
+
+async def wait_for_lock(db: DBConnect) -> None:
+    await (await db_session(db)).execute(text("SELECT pg_advisory_xact_lock(2)"))
+
+
+async def write_in_block_beside_a_call(
+    block: AbstractAsyncContextManager[object], db: DBConnect, database: Database, error: Exception | None = None
+) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
+    """Return a task that is at the end of a block, and the one whose call of the session it waits for."""
+
+    async def write() -> None:
+        async with block:
+            await insert(db, "block")
+            beside.append(asyncio.create_task(wait_for_lock(db)))
+            await eventually(lambda: bool(database.backends("wait_event = 'advisory'")), "no call")
+            ends.set()
+            if error is not None:
+                raise error
+
+    beside: list[asyncio.Task[None]] = []
+    ends = asyncio.Event()
+    await database.query("SELECT pg_advisory_lock(2)")
+    writing = asyncio.create_task(write())
+    await ends.wait()
+    await asyncio.sleep(0)
+    return writing, beside[0]
+
+
+@pytest.mark.parametrize("error", [None, LookupError()], ids=["success", "error"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        savepoint,
+        transaction,
+        lambda db: atomic_db_session(db, "savepoint"),
+        lambda db: transactional(db, "nested"),
+        lambda db: TransactionContext(db).transaction(),
+    ],
+    ids=["savepoint", "transaction", "atomic-savepoint", "nested", "context"],
+)
+async def test_a_block_that_is_cancelled_while_its_end_waits_for_a_call_leaves_nothing_in_the_transaction_around_it(
+    db: DBConnect,
+    database: Database,
+    block: Callable[[DBConnect], AbstractAsyncContextManager[object]],
+    error: Exception | None,
+) -> None:
+    rows = []
+    async with new_db_ctx():
+        if block is not transaction:
+            await insert(db, "around")
+            rows.append("around")
+        writing, beside = await write_in_block_beside_a_call(block(db), db, database, error)
+        writing.cancel()
+        await asyncio.sleep(0)
+        await database.query("SELECT pg_advisory_unlock_all()")
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await beside
+        await insert(db, "behind")
+    assert await database.names() == [*rows, "behind"]
+
+
+async def test_a_transaction_is_not_committed_with_a_block_that_could_not_be_undone_in_time(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_end, "UNDO_SECONDS", 0.01)
+    with pytest.raises(TransactionAbortedError, match="CancelledError left a block of this transaction"):
+        async with new_db_ctx():
+            await insert(db, "around")
+            writing, beside = await write_in_block_beside_a_call(savepoint(db), db, database)
+            writing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+            assert not beside.done()
+            await database.query("SELECT pg_advisory_unlock_all()")
+            await beside
     assert await database.names() == []

@@ -14,7 +14,14 @@ from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.phases import ShownTransitions
 
-from ctxdb_core import AbandonedWorkError, ContextClosedError, DBConnect, db_session, on_commit
+from ctxdb_core import (
+    AbandonedWorkError,
+    ContextClosedError,
+    DBConnect,
+    StatementInterruptedError,
+    db_session,
+    on_commit,
+)
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -682,7 +689,7 @@ async def test_an_error_that_waits_for_a_statement_of_its_request_can_be_cancell
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    with pytest.raises(ContextClosedError):
+    with pytest.raises(StatementInterruptedError):
         await sleeping[0]
     assert connection.sent == []
 
@@ -782,6 +789,51 @@ async def test_a_response_in_the_place_of_one_whose_start_was_cancelled_is_ended
     assert await database.names() == names
     if status == 200:
         assert trace.phases[:2] == [Phase.BODY, Phase.HANDLING]
+
+
+@pytest.mark.parametrize("start", [START, ERROR])
+@pytest.mark.parametrize("answers", [False, True])
+async def test_work_of_a_response_whose_start_was_cancelled_is_undone_and_what_comes_in_its_place_is_committed(
+    db: DBConnect, database: Database, start: Message, answers: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = await insert(db, "response")
+        sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(600)")))
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        starting = asyncio.ensure_future(send(start))
+        await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait([starting])
+        with pytest.raises(StatementInterruptedError):
+            await sleeping
+        await insert(db, "in its place")
+        if answers:
+            await send(START)
+            assert await database.names() == ["in its place"]
+            await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert told(connection) == ([200, b"body"] if answers else [])
+    assert await database.names() == ["in its place"]
+
+
+async def test_work_that_another_task_begins_behind_a_commit_is_not_undone_by_the_cancellation_of_the_start(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with database.held_commits():
+            await insert(db, "response")
+            starting = asyncio.ensure_future(send(START))
+            await database.commit_is_held()
+            beside = asyncio.create_task(insert(db, "beside"))
+            await asyncio.sleep(0)
+            starting.cancel()
+        await asyncio.wait([starting])
+        await beside
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+    assert await database.names() == ["beside", "response"]
 
 
 async def test_a_body_in_the_place_of_a_cancelled_start_is_the_servers_to_refuse(db: DBConnect) -> None:

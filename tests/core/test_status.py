@@ -7,14 +7,16 @@ import gc
 import logging
 import warnings
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import NullPool
-from tests.support.connection import Connection
-from tests.support.database import Database, eventually
+from tests.support.connection import START, Connection
+from tests.support.database import Database, eventually, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     DBConnect,
@@ -25,7 +27,7 @@ from ctxdb_core import (
     run_in_new_ctx,
 )
 from ctxdb_core.adapters import Headers, begin, finalize, running_unit
-from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware, Message
 
 
 class Watcher:
@@ -49,6 +51,12 @@ async def small(database: Database) -> AsyncIterator[DBConnect]:
 
 async def use(db: DBConnect) -> None:
     await (await db_session(db)).execute(text("SELECT 1"))
+
+
+def watch_running_unit(watcher: Watcher) -> None:
+    unit = running_unit()
+    assert unit is not None
+    unit.watch(watcher)
 
 
 async def test_a_database_that_was_not_used_has_no_pool_and_no_units(small: DBConnect) -> None:
@@ -183,6 +191,42 @@ async def test_a_watcher_hears_of_the_response_and_its_fields_are_sent(small: DB
     assert response.headers["x-watched"] == "yes"
     assert response.headers["x-own"] == "too"
     assert watcher.heard == [202, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [("http", START), ("websocket", {"type": "websocket.accept", "headers": []})]
+)
+async def test_a_watcher_hears_of_no_start_behind_one_that_was_refused(
+    db: DBConnect, kind: str, start: Message
+) -> None:
+    watcher = Watcher()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        watch_running_unit(watcher)
+        await insert_row_that_fails_at_commit(db)
+        with suppress(IntegrityError):
+            await send(start)
+        await send(start)
+
+    connection = Connection(kind)
+    with pytest.raises(IntegrityError) as raised:
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+    assert watcher.heard == [raised.value]
+
+
+async def test_a_watcher_hears_of_one_start_where_the_server_is_to_refuse_a_second_one(db: DBConnect) -> None:
+    watcher = Watcher()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        watch_running_unit(watcher)
+        await use(db)
+        await send(START)
+        await send({**START, "status": 500})
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["http.response.start"] * 2
+    assert watcher.heard == [200, None]
 
 
 async def test_a_watcher_hears_of_the_error_that_ended_the_unit(small: DBConnect) -> None:

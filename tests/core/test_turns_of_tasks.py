@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import anyio
 import pytest
 from sqlalchemy import Integer, literal, literal_column, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, column_property, mapped_column
 from sqlalchemy.util import await_only, greenlet_spawn
-from tests.support.database import Database, Item, eventually, insert
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     ContextClosedError,
@@ -23,6 +23,7 @@ from ctxdb_core import (
     DBConnect,
     SessionAlreadyActiveError,
     SessionOwnedError,
+    TransactionAbortedError,
     close_db_session,
     commit_db_session,
     db_session,
@@ -153,6 +154,41 @@ async def test_a_sibling_that_is_stopped_as_its_turn_comes_is_told_why(db: DBCon
     assert sibling is not None
     await asyncio.wait([sibling])
     assert not sibling.cancelled()
+
+
+async def insert_beside(session: AsyncSession) -> None:
+    await session.execute(text("INSERT INTO item VALUES ('beside')"))
+
+
+async def commit_beside(session: AsyncSession) -> None:
+    await session.commit()
+
+
+@pytest.mark.parametrize("call", [insert_beside, commit_beside])
+async def test_a_sibling_whose_call_comes_between_a_failed_commit_and_its_roll_back_is_told_why_it_is_refused(
+    db: DBConnect, database: Database, call: Callable[[AsyncSession], Coroutine[Any, Any, None]]
+) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "undone")
+            await insert_row_that_fails_at_commit(db)
+            beside.append(asyncio.create_task(let_commit_begin_and_call(session)))
+
+    async def let_commit_begin_and_call(session: AsyncSession) -> None:
+        await database.commit_is_held()
+        calling = asyncio.create_task(call(session))
+        await asyncio.sleep(0)
+        held.close()
+        await calling
+
+    beside: list[asyncio.Task[None]] = []
+    with ExitStack() as held:
+        held.enter_context(database.held_commits())
+        with pytest.raises(IntegrityError):
+            await work()
+    with pytest.raises(TransactionAbortedError, match=r"commit of this transaction has failed .*child_parent_fkey"):
+        await beside[0]
+    assert await database.names() == []
 
 
 async def test_an_event_listener_may_use_the_session_inside_of_a_call(db: DBConnect) -> None:

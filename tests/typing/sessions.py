@@ -1,4 +1,4 @@
-"""Which session class each public function returns: checked by mypy and by pyright, and never run."""
+"""Which session class public functions return, and what events hold: checked by mypy and pyright, and never run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ctxdb_core import (
     on_commit,
     transactional,
 )
+from ctxdb_core.events import DBEvent, TransactionCommitted
 from ctxdb_core.testing import put_savepoint_session_in_ctx, rollback_session, shared_transaction
 from ctxdb_litestar import CtxDBPlugin
 from ctxdb_starlette import close_on_shutdown, provide_session
@@ -130,3 +131,14 @@ async def adapters() -> None:
     databases: list[DBConnect[Any]] = [shop, plain]
     close_on_shutdown(*databases)
     CtxDBPlugin(plain, session=shop)
+
+
+def hear(event: DBEvent) -> None:
+    assert_type(event.db, DBConnect[Any])
+    assert_type(event.db.host, str | None)
+    if isinstance(event, TransactionCommitted):
+        assert_type(event.duration, float)
+
+
+def check_events() -> None:
+    DBConnect.from_url(URL, session_maker_creator=make).on_event(hear)

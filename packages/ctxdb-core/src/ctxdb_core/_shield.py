@@ -33,7 +33,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         What `coro` returns.
 
     Raises:
-        asyncio.CancelledError: the task was cancelled meanwhile, and `coro` succeeded.
+        asyncio.CancelledError: the task was cancelled meanwhile, and `coro` succeeded; its cause is `SeenThrough`.
         BaseException: the error of `coro`, also if the task was cancelled meanwhile.
     """
     loop = asyncio.get_running_loop()
@@ -99,8 +99,15 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         if shield is not None:
             shield.__exit__(None, None, None)
     if cancellation.requested:
-        raise asyncio.CancelledError(*cancellation.args)
+        raise asyncio.CancelledError(*cancellation.args) from SeenThrough()
     return result
+
+
+class SeenThrough(Exception):  # noqa: N818 - no error: what a cancelled task was doing has succeeded
+    """Why a task is told of its cancellation as late as that: what it was doing had to be seen through, and was."""
+
+    def __init__(self) -> None:
+        super().__init__("ctxdb has seen through what the task was doing when it was cancelled: it has succeeded.")
 
 
 class LentTask:

@@ -274,6 +274,10 @@ class TransactionAbortedError(CtxDBError, InvalidRequestError):
 
     Raised instead of committing, where PostgreSQL would answer COMMIT with a rollback and no error at all. The way out:
     let the statement's error propagate, or run the statement that may fail inside ``session.begin_nested()``.
+
+    Also raised where a block of the transaction was cancelled beside a call of another task that did not end: the work
+    of the block could not be undone by itself. And by a call in a transaction whose commit has failed, and which has
+    not been rolled back.
     """
 
 
@@ -285,6 +289,9 @@ class StatementInterruptedError(TransactionAbortedError):
     that. A transaction that had only read is begun anew instead. The way out: let the error propagate; roll back
     (``rollback_db_session``) before going on without the work; or run what may take too long beside the transaction
     (``run_in_new_ctx``).
+
+    Also raised by a statement that was stopped itself: another task was about to end the transaction for a response, or
+    for its unit of work, and was cancelled while it waited for the statement. All of the transaction is rolled back.
     """
 
 

@@ -1,16 +1,17 @@
-"""`DBConnect`: a database as the application knows it, whichever host and event loop it is used on."""
+"""`DBConnect`: a database as the application knows it, whichever host and event loop it is used on; and its events."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, cast
 from weakref import WeakValueDictionary
 
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
@@ -36,7 +37,7 @@ from ctxdb_core._databases.engines import Engines, check_host
 from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker, session_class_of, session_without_loop
 from ctxdb_core._databases.loop_engine import EngineCreator
-from ctxdb_core._databases.observer import Observer
+from ctxdb_core._databases.observer import EventTypes, Observer
 from ctxdb_core._databases.overridden import Override, override
 from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
@@ -44,7 +45,6 @@ from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
-from ctxdb_core.events import EventListener
 
 if TYPE_CHECKING:
     # This `TypeVar` has defaults before Python 3.13. SQLAlchemy brings the package; no code here needs it at run time.
@@ -58,7 +58,21 @@ else:
     SessionT = TypeVar("SessionT", bound=AsyncSession)
     SessionT_co = TypeVar("SessionT_co", bound=AsyncSession, covariant=True)
 
-__all__ = ["DBConnect", "EngineListener", "SessionT", "SessionT_co", "close_all", "default_session_maker"]
+__all__ = [
+    "DBConnect",
+    "DBEvent",
+    "EngineListener",
+    "EventListener",
+    "SessionClosed",
+    "SessionOpened",
+    "SessionT",
+    "SessionT_co",
+    "TransactionBegun",
+    "TransactionCommitted",
+    "TransactionRolledBack",
+    "close_all",
+    "default_session_maker",
+]
 
 
 def default_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
@@ -118,7 +132,9 @@ class DBConnect(Database, Generic[SessionT_co]):
             )
         target = Target(taking_host(engine_creator), session_maker_creator, host, before_create_session_handler)
         self._engines = Engines(target, resolve_commits=resolve_commits)
-        self._observer = None if warn_connection_held_after is None else Observer(warn_connection_held_after)
+        self._observer = (
+            None if warn_connection_held_after is None else Observer(warn_connection_held_after, _EVENT_TYPES)
+        )
         self._lock = threading.Lock()
         """Keeps two threads from making an observer each."""
         self._read_only = False
@@ -331,7 +347,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         """
         with self._lock:
             if self._observer is None:
-                self._observer = Observer(None)
+                self._observer = Observer(None, _EVENT_TYPES)
         return self._observer.add(listener)
 
     def status(self) -> DBStatus:
@@ -423,6 +439,87 @@ class DBConnect(Database, Generic[SessionT_co]):
     def is_overridden(self) -> bool:
         """Whether this object leads to another database at the moment: by `overridden`, or by a testing tool."""
         return self._engines.is_replaced
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+# `ctxdb_core.events` has the events for applications. They are defined here, as an event names its `DBConnect`, and
+# `DBConnect.on_event` names the events: two modules would import each other.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DBEvent:
+    """The base of all events."""
+
+    db: DBConnect[Any] = field(repr=False)
+    """The `DBConnect` of the session."""
+    host: str
+    """The host that the session is on, also after `DBConnect.change_host`; without any password."""
+    session_id: int
+    """The same for all events of a session; no other session of this process has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SessionOpened(DBEvent):
+    """A session was made; or one that had been closed is being used again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TransactionBegun(DBEvent):
+    """A transaction has taken its connection: sent before its first statement is."""
+
+    connection: Connection = field(repr=False)
+    """The connection. The transaction owns it: a listener must make no statement on it, and must not keep it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TransactionCommitted(DBEvent):
+    """A transaction was committed; sent once its connection was given back."""
+
+    duration: float
+    """From its begin until the database had committed."""
+    connection_held: float
+    """From its begin until the connection was given back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TransactionRolledBack(DBEvent):
+    """A transaction ended without a commit; sent once its connection was given back, or thrown away."""
+
+    duration: float
+    """From its begin until it was rolled back."""
+    connection_held: float
+    """From its begin until the connection was given back."""
+    commit_failed: bool
+    """Whether a commit was tried."""
+    error: BaseException | None = field(repr=False)
+    """What the code has raised, or the commit, where ctxdb knows it. Its traceback keeps the code's variables alive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SessionClosed(DBEvent):
+    """A session was closed."""
+
+    duration: float
+    """Since the session was opened."""
+    transactions: int
+    """How many transactions the session has had."""
+    connection_held: float
+    """How long the session had a connection, all of its transactions together."""
+
+
+EventListener: TypeAlias = Callable[[DBEvent], object]
+"""Called with each event, in the task that causes it; it must not wait for anything, and its errors are only logged."""
+
+_EVENT_TYPES: EventTypes[DBEvent] = EventTypes(
+    session_opened=SessionOpened,
+    transaction_begun=TransactionBegun,
+    transaction_committed=TransactionCommitted,
+    transaction_rolled_back=TransactionRolledBack,
+    session_closed=SessionClosed,
+)
+
+# --- databases that are given -----------------------------------------------------------------------------------------
 
 
 def check_database(db: object) -> None:

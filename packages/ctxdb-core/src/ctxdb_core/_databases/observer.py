@@ -8,6 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 from weakref import ref
 
 from sqlalchemy import Connection, event
@@ -19,36 +21,46 @@ from ctxdb_core._databases.hold import Hold
 from ctxdb_core._databases.url import without_secrets
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.session_factory import guarded
-from ctxdb_core.events import (
-    DBEvent,
-    EventListener,
-    SessionClosed,
-    SessionOpened,
-    TransactionBegun,
-    TransactionCommitted,
-    TransactionRolledBack,
-)
 
-__all__ = ["Observer", "note_commit", "note_error"]
+__all__ = ["EventTypes", "Observer", "note_commit", "note_error"]
 
 logger = logging.getLogger("ctxdb")
 
 
-class Observer:
+Event = TypeVar("Event")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventTypes(Generic[Event]):
+    """The types of the events that listeners are told of (`ctxdb_core.events` says what they hold).
+
+    An event names its `DBConnect`, whose module has these types and imports this one.
+    """
+
+    session_opened: Callable[..., Event]
+    transaction_begun: Callable[..., Event]
+    transaction_committed: Callable[..., Event]
+    transaction_rolled_back: Callable[..., Event]
+    session_closed: Callable[..., Event]
+
+
+class Observer(Generic[Event]):
     """Follows the sessions that it is given.
 
     Args:
         limit: for how many seconds a transaction may hold its connection without a warning; ``None`` for ever.
+        events: the types of the events that listeners are told of.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, events: EventTypes[Event]) -> None:
         if limit is not None:
             _listen_to_sessions()
         self.limit = limit
+        self._events = events
         self._lock = threading.Lock()
-        self._registrations: tuple[_Registration, ...] = ()
+        self._registrations: tuple[_Registration[Event], ...] = ()
 
-    def add(self, listener: EventListener) -> Callable[[], None]:
+    def add(self, listener: Callable[[Event], object]) -> Callable[[], None]:
         """Tell `listener` of the sessions that are opened from now on; return what ends that."""
         _listen_to_sessions()
         registration = _Registration(listener)
@@ -66,7 +78,7 @@ class Observer:
         """Follow a session that `db` has just made on `host`."""
         if not self._registrations and self.limit is None:
             return
-        record = _Record(db, without_secrets(host), self._registrations, self.limit)
+        record = _Record(db, without_secrets(host), self._registrations, self._events, self.limit)
         sync_session = guard_of(guarded(session))
         sync_session.info[_RECORD] = record
         if self._registrations:
@@ -74,10 +86,10 @@ class Observer:
             sync_session.on_end = record.close
 
 
-class _Registration:
+class _Registration(Generic[Event]):
     __slots__ = ("active", "listener")
 
-    def __init__(self, listener: EventListener) -> None:
+    def __init__(self, listener: Callable[[Event], object]) -> None:
         self.listener = listener
         self.active = True
 
@@ -96,13 +108,14 @@ class _Transaction:
         """When the database had ended it, although it may still have the connection."""
 
 
-class _Record:
+class _Record(Generic[Event]):
     """What is known of a session. The record has no reference to the session: the two go together."""
 
     __slots__ = (
         "commit_tried",
         "db",
         "error",
+        "events",
         "held",
         "host",
         "limit",
@@ -113,10 +126,18 @@ class _Record:
         "transactions",
     )
 
-    def __init__(self, db: Database, host: str, registrations: tuple[_Registration, ...], limit: float | None) -> None:
+    def __init__(
+        self,
+        db: Database,
+        host: str,
+        registrations: tuple[_Registration[Event], ...],
+        events: EventTypes[Event],
+        limit: float | None,
+    ) -> None:
         self.db = db
         self.host = host
         self.registrations = registrations
+        self.events = events
         self.limit = limit
         self.opened: float | None = None
         self.transaction: _Transaction | None = None
@@ -124,7 +145,7 @@ class _Record:
         """Whether a commit was asked for. Its flush may be the first statement, which takes the connection."""
         self.error: BaseException | None = None
 
-    def tell(self, what: DBEvent) -> None:
+    def tell(self, what: Event) -> None:
         for registration in self.registrations:
             if registration.active:
                 try:
@@ -138,7 +159,7 @@ class _Record:
         self.opened = time.perf_counter()
         self.transactions = 0
         self.held = 0.0
-        self.tell(SessionOpened(db=self.db, host=self.host, session_id=self.session_id))
+        self.tell(self.events.session_opened(db=self.db, host=self.host, session_id=self.session_id))
 
     def begin(self, transaction: SessionTransaction, connection: Connection) -> None:
         hold = None
@@ -149,7 +170,11 @@ class _Record:
             if self.opened is None:
                 self.open()
             self.transactions += 1
-            self.tell(TransactionBegun(db=self.db, host=self.host, session_id=self.session_id, connection=connection))
+            self.tell(
+                self.events.transaction_begun(
+                    db=self.db, host=self.host, session_id=self.session_id, connection=connection
+                )
+            )
 
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None
@@ -168,13 +193,13 @@ class _Record:
         self.held += held
         if transaction.committed:
             self.tell(
-                TransactionCommitted(
+                self.events.transaction_committed(
                     db=self.db, host=self.host, session_id=self.session_id, duration=duration, connection_held=held
                 )
             )
             return
         self.tell(
-            TransactionRolledBack(
+            self.events.transaction_rolled_back(
                 db=self.db,
                 host=self.host,
                 session_id=self.session_id,
@@ -191,7 +216,7 @@ class _Record:
         opened, self.opened = self.opened, None
         if opened is not None:
             self.tell(
-                SessionClosed(
+                self.events.session_closed(
                     db=self.db,
                     host=self.host,
                     session_id=self.session_id,
@@ -207,7 +232,7 @@ _session_ids = itertools.count(1)
 _RECORD = "ctxdb.record"
 
 
-def _record_of(session: Session) -> _Record | None:
+def _record_of(session: Session) -> _Record[Any] | None:
     return session.info.get(_RECORD)
 
 

@@ -6,16 +6,22 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_through
+from ctxdb_core._sqlalchemy.private import error_that_has_undone
 from ctxdb_core._sqlalchemy.second_connections import explain_time_out
 from ctxdb_core._sqlalchemy.traced_session import TracedSession
-from ctxdb_core.errors import CommitOutcomeUnknownError, DeadlineExceededError, StatementInterruptedError
+from ctxdb_core.errors import (
+    CommitOutcomeUnknownError,
+    DeadlineExceededError,
+    StatementInterruptedError,
+    TransactionAbortedError,
+)
 
 __all__ = ["pass_door"]
 
@@ -44,8 +50,14 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
         door.is_suspect = True
         if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
             door.commit_is_unknown = True
-        explain_time_out(exc, _session_of(fn, args))
+        session = _session_of(fn, args)
+        explain_time_out(exc, session)
         door.answer_interruption()
+        if isinstance(session, TracedSession):
+            if isinstance(exc, InvalidRequestError):
+                _explain_failed_commit(exc, session)
+            if getattr(fn, "__name__", "") == "commit":
+                session.note_failed_commit(exc)
         raise
     finally:
         door.leave()
@@ -92,13 +104,15 @@ def _explain_lost_transaction(error: PendingRollbackError, session: object) -> N
 
     Raises:
         StatementInterruptedError: a statement was interrupted.
-        PendingRollbackError: no statement was; the error is about another failure.
+        TransactionAbortedError: the commit of the transaction has failed.
+        PendingRollbackError: the error is about another failure.
     """
     if not isinstance(session, TracedSession):
         raise error
     session.note_interruption()
     interrupted = session.interrupted
     if interrupted is None or interrupted.transaction() is not session.get_transaction():
+        _explain_failed_commit(error, session)
         raise error
     raise StatementInterruptedError(
         f"The statement {interrupted.statement} was interrupted, by a time limit for instance, and the "
@@ -106,4 +120,23 @@ def _explain_lost_transaction(error: PendingRollbackError, session: object) -> N
         "transaction is lost with what was written in it. Let the interruption propagate; or call "
         "`await rollback_db_session(db)` to go on without that work; or run what may take too long beside the "
         "transaction, `await run_in_new_ctx(fn, ...)`."
+    ) from error
+
+
+def _explain_failed_commit(error: InvalidRequestError, session: TracedSession) -> None:
+    """Raise the error that says so if a call was refused because the commit of its transaction has failed before.
+
+    SQLAlchemy's error names the failure of a flush, and not that of a COMMIT.
+
+    Raises:
+        TransactionAbortedError: it was.
+    """
+    transaction = session.get_transaction()
+    failure = session.failed_commit_of(transaction)
+    if failure is None or transaction is None or transaction.is_active or error_that_has_undone(transaction):
+        return
+    raise TransactionAbortedError(
+        f"The commit of this transaction has failed ({failure}), maybe in another task of this unit of work: nothing "
+        "more can be done in it. Let the error propagate; or call `await rollback_db_session(db)` to go on without the "
+        "transaction's work; or give the task a unit of work of its own (`run_in_new_ctx`)."
     ) from error

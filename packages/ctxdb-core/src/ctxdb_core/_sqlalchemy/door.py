@@ -195,8 +195,11 @@ class Door:
             self._refuse_call()
         return False
 
-    async def wait(self) -> None:
+    async def wait(self, *, ahead: bool = False) -> None:
         """Wait for the turn, and take it.
+
+        Args:
+            ahead: whether to take it before the tasks that wait already.
 
         Raises:
             ContextClosedError: the session has ended meanwhile.
@@ -209,14 +212,16 @@ class Door:
         else:
             if self._waiting is None:
                 self._waiting = deque()
-            await self._wait_in(self._waiting, task)
+            await self._wait_in(self._waiting, task, ahead=ahead)
 
-    async def _wait_in(self, waiting: deque[tuple[asyncio.Future[None], Any]], task: Any) -> None:
+    async def _wait_in(
+        self, waiting: deque[tuple[asyncio.Future[None], Any]], task: Any, *, ahead: bool = False
+    ) -> None:
         handed_over = asyncio.get_running_loop().create_future()
         place = (handed_over, task)
         mine = _Waiting(self, task, _turns.get())
         self._refuse_deadlock(mine)
-        waiting.append(place)
+        (waiting.appendleft if ahead else waiting.append)(place)
         _all_waiting.add(mine)
         try:
             await handed_over
@@ -410,6 +415,17 @@ class Door:
             return
         self._interrupted = refuse
         holder.cancel()
+
+    @asynccontextmanager
+    async def turn_ahead(self) -> AsyncIterator[None]:
+        """Take the turn before the tasks that wait for theirs, as soon as the call that is under way has ended."""
+        if not self.enter():
+            await self.wait(ahead=True)
+        try:
+            async with self.turn():
+                yield
+        finally:
+            self.leave()
 
     def answer_interruption(self) -> None:
         """Raise the error of a call that was interrupted, in the place of its cancellation; else do nothing."""

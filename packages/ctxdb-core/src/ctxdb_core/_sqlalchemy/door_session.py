@@ -17,13 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_
 from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
+from ctxdb_core._sqlalchemy.block_end import end_block_in_turn, end_undone_block
 from ctxdb_core._sqlalchemy.calls import pass_door
+from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.hooked_transactions import with_transaction
 from ctxdb_core._sqlalchemy.private import error_that_has_undone
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import UNANSWERED, holds_work
-from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["DoorSession", "DoorTransaction", "call_of_users_class", "through_the_door"]
 
@@ -67,26 +68,11 @@ def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         # The end of a block that no error leaves.
         error = error_that_has_undone(owner)
         if error is not None and owner in (session.blocks_with_work or ()):
-            return _end_undone_block(session, error, fn, args)
-    return pass_door(session.door, fn, args, kwargs)
-
-
-async def _end_undone_block(
-    session: GuardedSession, error: BaseException, end: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    """End a block whose work a flush has undone by its `error`, which the code in the block has caught.
-
-    SQLAlchemy ends the block as if it had been committed.
-
-    Raises:
-        TransactionAbortedError: always.
-    """
-    await pass_door(session.door, end, args, {})
-    raise TransactionAbortedError(
-        "A flush in this block failed, and its error was caught inside of the block: SQLAlchemy has rolled back all "
-        "that was done in the block, and goes on as if nothing had happened. Let the error leave the block, or flush "
-        "what may fail inside `async with session.begin_nested():` of its own."
-    ) from error
+            return end_undone_block(session, error, fn, args)
+    door: Door | None = session.door
+    if args and door is not None and door.is_busy:
+        return end_block_in_turn(door, fn, args)
+    return pass_door(door, fn, args, kwargs)
 
 
 def _drop_requirement(kwargs: dict[str, Any]) -> None:

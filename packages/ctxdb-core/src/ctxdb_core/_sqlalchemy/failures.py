@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection
 from sqlalchemy.engine import ExceptionContext
 
-__all__ = ["FailedStatement", "failure_of", "note_failure"]
+__all__ = ["FailedStatement", "failure_of", "first_line", "note_failure"]
 
 _MOST_CHARACTERS = 200
 
@@ -35,15 +35,20 @@ def note_failure(connection: Connection, context: ExceptionContext) -> None:
     statement = context.statement or getattr(execution, "statement", None)
     if statement is not None:
         error = context.original_exception
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _failures[connection] = FailedStatement(
-            _shortened(statement), _shortened(text.partition("\n")[0]), not isinstance(error, Exception)
+            _shortened(statement), first_line(error), not isinstance(error, Exception)
         )
 
 
 def failure_of(connection: Connection) -> FailedStatement | None:
     """Return the statement that failed last on `connection`, apart from those that an aborted transaction refused."""
     return _failures.get(connection)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the message of `error`, which is cut short."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _shortened(text.partition("\n")[0])
 
 
 def _shortened(text: str) -> str:

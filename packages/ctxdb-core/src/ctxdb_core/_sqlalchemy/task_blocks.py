@@ -27,6 +27,7 @@ from ctxdb_core.errors import SessionAlreadyActiveError
 
 __all__ = [
     "BlockedSession",
+    "TaskBlock",
     "enter_block",
     "hold_block",
     "refuse_in_block_of_other_task",

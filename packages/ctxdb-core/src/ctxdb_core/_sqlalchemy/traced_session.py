@@ -11,11 +11,12 @@ from weakref import WeakSet, ref
 from sqlalchemy.orm import SessionTransaction
 
 from ctxdb_core._sqlalchemy.door import Door
-from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of
+from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of, first_line
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     connections_of,
     end_without_restoring,
+    has_committed,
     has_to_flush,
     innermost_block,
 )
@@ -32,6 +33,13 @@ class Interrupted(NamedTuple):
     statement: FailedStatement
     had_written: bool
     """Whether it held work, or a setting, that another transaction would not have."""
+
+
+class FailedCommit(NamedTuple):
+    """A transaction whose commit has failed, and which has not been rolled back yet."""
+
+    transaction: ref[SessionTransaction]
+    error: str
 
 
 class Ending(Enum):
@@ -52,6 +60,8 @@ class TracedSession(BlockedSession):
     """The transactions and savepoints in whose blocks something was written without an error; made when needed."""
     interrupted: Interrupted | None = None
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
+    failed_commit: FailedCommit | None = None
+    """The transaction whose commit has failed last; it may have been rolled back since."""
     ending: Ending | None = None
     """How the open transaction ends, while ctxdb ends it by neither a commit nor a roll-back."""
     _written: ref[SessionTransaction] | None = None
@@ -125,6 +135,22 @@ class TracedSession(BlockedSession):
         return self._has_noted_write() or (
             self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets
         )
+
+    def note_failed_commit(self, error: BaseException) -> None:
+        """Note that the commit of the open transaction has failed by `error`, unless a listener of it has."""
+        transaction = self.get_transaction()
+        if (
+            transaction is not None
+            and not transaction.is_active
+            and not has_committed(self)
+            and self.failed_commit_of(transaction) is None
+        ):
+            self.failed_commit = FailedCommit(ref(transaction), first_line(error))
+
+    def failed_commit_of(self, transaction: SessionTransaction | None) -> str | None:
+        """Return the error by which the commit of `transaction` has failed; ``None`` if it has not."""
+        failed = self.failed_commit
+        return failed.error if failed is not None and failed.transaction() is transaction else None
 
     def leave_lost_reading(self) -> None:
         """End the open transaction if it was lost with an interrupted statement, and had only read.

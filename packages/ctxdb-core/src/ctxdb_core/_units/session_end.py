@@ -21,7 +21,7 @@ from ctxdb_core._sqlalchemy.private import forget_block, has_committed, is_at_re
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._sqlalchemy.traced_session import Ending
 from ctxdb_core._transactions.rollback_only import set_rollback_only
-from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError
+from ctxdb_core.errors import ContextClosedError, SessionClosedError, SessionOwnedError, StatementInterruptedError
 
 logger = logging.getLogger("ctxdb")
 
@@ -144,7 +144,7 @@ async def last_turn(
         async with door.last_turn(refuse):
             yield True
         return
-    door.interrupt(_because_of(error, refuse))
+    door.interrupt(because_of(error, refuse))
     turn = door.last_turn(refuse)
     try:
         async with asyncio.timeout(INTERRUPTION_SECONDS):
@@ -239,7 +239,18 @@ def refuse_after_close(*args: Any, **kwargs: Any) -> NoReturn:
     raise SessionClosedError
 
 
-def _because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> Callable[[], NoReturn]:
+def refuse_after_roll_back() -> NoReturn:
+    """Refuse a statement whose transaction is rolled back, as a response was cancelled."""
+    raise StatementInterruptedError(
+        "This statement was stopped, and the transaction that it is part of is rolled back: the task that was about to "
+        "end that transaction for a response, or for a unit of work, was cancelled, as where the client has gone. Work "
+        "that must not end with the request needs a unit of work of its own: `run_in_new_ctx(fn, ...)`."
+    )
+
+
+def because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> Callable[[], NoReturn]:
+    """Return what raises the error of `refuse` from `error`."""
+
     def refuse_because_of_error() -> NoReturn:
         try:
             refuse()

@@ -9,10 +9,11 @@ from contextlib import AsyncExitStack
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._shield import run_to_completion
+from ctxdb_core._shield import SeenThrough, run_to_completion
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
+from ctxdb_core._sqlalchemy.guarded_session import door_of
 from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
@@ -161,34 +162,62 @@ class UnitTransactions(UnitSessions):
             BaseException: the first error of `before_commit` or of a commit. What was to be committed and was not is
                 rolled back, and the error names what was.
         """
+        hooks = self.hooks
+        if (
+            len(self.sessions) != 1
+            or dbs is not None
+            or self.settings.before_commit is not None
+            or (hooks is not None and (hooks.callbacks is not None or hooks.rollback_only))
+        ):
+            await self._commit_with_hooks(dbs, ends_body=ends_body)
+            return
+        # The common case, without what several sessions, hooks and callbacks need.
+        (session,) = self.sessions.values()
+        if not in_transaction(session):
+            return
         try:
-            hooks = self.hooks
-            if hooks is not None and hooks.rollback_only:
-                dbs = await self._roll_back_marked(hooks, dbs)
-            if (
-                len(self.sessions) == 1
-                and dbs is None
-                and self.settings.before_commit is None
-                and (hooks is None or hooks.callbacks is None)
-            ):
-                # The common case, without what several sessions, hooks and callbacks need.
-                (session,) = self.sessions.values()
-                if in_transaction(session):
-                    if is_busy(session):
-                        await wait_for_calls((session,))
-                    if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
-                        return
-                    await run_to_completion(session_end.commit(session))
-                    session_end.leave_blocks(session)
-            else:
-                await prepare(self.sessions, dbs, self._hook())
-                sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
-                await run_to_completion(self._commit(sessions, dbs))
-                self._leave_blocks(dbs)
-                await self._wait_for_callbacks()
+            if is_busy(session):
+                await wait_for_calls((session,))
+            if has_open_cursor(session) and await is_kept_for_cursor(session, ends_body=ends_body):
+                return
+        except BaseException as exc:
+            await self.roll_back(exc, None)
+            raise
+        try:
+            await run_to_completion(session_end.commit(session))
+        except BaseException as exc:
+            await self._roll_back_unless_committed(exc, None)
+            raise
+        session_end.leave_blocks(session)
+
+    async def _commit_with_hooks(self, dbs: Collection[DBConnect] | None, *, ends_body: bool) -> None:
+        """Commit as `commit` does, on several databases, or with what the code has asked of the end of transactions."""
+        try:
+            if self.hooks is not None and self.hooks.rollback_only:
+                dbs = await self._roll_back_marked(self.hooks, dbs)
+            await prepare(self.sessions, dbs, self._hook())
+            sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
         except BaseException as exc:
             await self.roll_back(exc, dbs)
             raise
+        try:
+            await run_to_completion(self._commit(sessions, dbs))
+        except BaseException as exc:
+            await self._roll_back_unless_committed(exc, dbs)
+            raise
+        self._leave_blocks(dbs)
+        await self._wait_for_callbacks()
+
+    async def _roll_back_unless_committed(self, error: BaseException, dbs: Collection[DBConnect] | None) -> None:
+        """Roll back for the `error` of commits, unless that is a cancellation, and the commits were seen through.
+
+        Then a transaction that is open is another one, which other tasks have begun behind the commits.
+        """
+        if isinstance(error.__cause__, SeenThrough):
+            self._leave_blocks(dbs)
+            await self._wait_for_callbacks()
+        else:
+            await self.roll_back(error, dbs)
 
     async def _roll_back_marked(
         self, hooks: UnitHooks, dbs: Collection[DBConnect] | None
@@ -231,16 +260,51 @@ class UnitTransactions(UnitSessions):
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         """Roll back the open transactions; the unit stays usable.
 
+        The calls of other tasks that are under way may end first. But where everything is rolled back because of a
+        cancellation, or this is cancelled while it waits for them, they are stopped: their work is undone anyway.
+
         Args:
             error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
             dbs: where to roll back; everywhere by default.
         """
-        await run_to_completion(self._roll_back(self.sessions, error, dbs))
+        if dbs is not None or not any(map(is_busy, self.sessions.values())):
+            await run_to_completion(self._roll_back(self.sessions, error, dbs))
+        elif isinstance(error, asyncio.CancelledError):
+            await run_to_completion(self._stop_calls_and_roll_back(error))
+        else:
+            try:
+                await wait_for_calls(self.sessions.values())
+            except asyncio.CancelledError as exc:
+                await self.roll_back(exc)
+                raise
+            await run_to_completion(self._roll_back(self.sessions, error, None))
         if dbs is None and self.hooks is not None:
             # `set_rollback_only` was about what was open. What a streamed body does next, for instance, is committed.
             self.hooks.forget_marks(None)
         self._leave_blocks(dbs)
         await self._wait_for_callbacks()
+
+    async def _stop_calls_and_roll_back(self, error: asyncio.CancelledError) -> None:
+        """Roll back everywhere, and stop the calls of other tasks that are under way.
+
+        The unit ends with that if a call does not: it may be in a COMMIT of its own, or in a driver that does not
+        return.
+        """
+        doors = [door for session in self.sessions.values() if (door := door_of(session)) is not None]
+        for door in doors:
+            door.interrupt(session_end.because_of(error, session_end.refuse_after_roll_back))
+        async with AsyncExitStack() as turns:
+            try:
+                async with asyncio.timeout(session_end.INTERRUPTION_SECONDS):
+                    for door in doors:
+                        # A task that waits for its turn goes on in a transaction of its own.
+                        await turns.enter_async_context(door.turn_ahead())
+            except TimeoutError:
+                pass
+            else:
+                await self._roll_back(self.sessions, error, None)
+                return
+        await self._finish(commit=False, error=error)
 
     def _leave_blocks(self, dbs: Collection[DBConnect] | None) -> None:
         if dbs is None:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
-from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
@@ -96,7 +95,12 @@ class Exchange(RequestUnit):
         await self.send(message)
 
     def announce(self, message: Message, watchers: Mapping[object, UnitWatcher]) -> Message:
-        """Tell the watchers of the start of a response; return it with the header fields that they add."""
+        """Tell the watchers of the start of a response; return it with the header fields that they add.
+
+        They are told of none that is not let through: of two starts at once, the other one may have been refused.
+        """
+        if self.phase in _SILENT:
+            return message
         status = message.get("status", _SWITCHING_PROTOCOLS)
         headers = message.get("headers", ())
         for watcher in watchers.values():
@@ -184,9 +188,6 @@ class Exchange(RequestUnit):
             if self.settings.middleware.commits(status, self.origin):
                 await self.commit()
             else:
-                # A body that is made already may be using a session: its statement must not be interrupted. To wait
-                # for that can be cancelled, which a roll-back cannot.
-                await wait_for_calls(self.sessions.values())
                 await self.roll_back()
         except Exception as exc:
             # Two responses at once, of a middleware and of the handler beneath it, may have been about to start. If

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import StatementObserver
-from ctxdb_core._sqlalchemy.doors import observe_statements, wait_for_calls
+from ctxdb_core._sqlalchemy.doors import observe_statements
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.authorship import find_authors
 from ctxdb_core._units.session_end import in_transaction
@@ -101,9 +101,9 @@ class HTTPExchange(Exchange):
                     await self._settle_and_start(response, message["status"])
                 else:
                     await self._end_transactions_apart(response, message["status"], self.calls)
-            registration = self.registration
-            if registration is not None and registration.watchers:
-                message = self.announce(message, registration.watchers)
+                registration = self.registration
+                if registration is not None and registration.watchers:
+                    message = self.announce(message, registration.watchers)
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))
         finally:
@@ -196,7 +196,6 @@ class HTTPExchange(Exchange):
         await body.recover(self)
         # The error has a body of its own.
         self._follow(response, Body(running_task()))
-        await wait_for_calls(self.sessions.values())
         await self.roll_back()
 
     def _go_on(self, body: Body, message: Message) -> Awaitable[None]:

@@ -43,7 +43,9 @@ class WebSocketExchange(Exchange):
             if self.phase is Phase.HANDLING:
                 start.enter()
                 await self._commit_handshake()
-            await self.forward(self.announce(message, self.watchers) if self.watchers else message)
+                if self.watchers:
+                    message = self.announce(message, self.watchers)
+            await self.forward(message)
         finally:
             response.end_start(start)
 
