@@ -31,7 +31,7 @@ from ctxdb_core import (
 from ctxdb_core._units.unit import current_unit
 from ctxdb_core.adapters import Phase, UnitOfWork, is_context_initiated
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
-from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.http_exchange import HTTPExchange
 
 
 def replying(work: Callable[[], Awaitable[object]]) -> ASGIApp:

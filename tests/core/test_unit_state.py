@@ -15,8 +15,8 @@ from ctxdb_core._blocks.task_unit import TaskUnit
 from ctxdb_core._units.generator_blocks import IteratedUnit
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core.adapters import UnitOfWork
-from ctxdb_core.asgi.http import HTTPExchange
-from ctxdb_core.asgi.websocket import WebSocketExchange
+from ctxdb_core.asgi.http_exchange import HTTPExchange
+from ctxdb_core.asgi.websocket_exchange import WebSocketExchange
 
 MOST = 12
 KINDS = (UnitOfWork, RequestUnit, TaskUnit, IteratedUnit, HTTPExchange, WebSocketExchange)

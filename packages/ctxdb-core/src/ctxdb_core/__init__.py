@@ -17,9 +17,9 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._databases.status import DBStatus, PoolStatus, UnitStatus
 from ctxdb_core._sqlalchemy.versions import warn_of_lost_promises as _warn_of_lost_promises
 from ctxdb_core._units import log_fields as _log_fields  # noqa: F401 - gives the records of the logger their fields
-from ctxdb_core._units.hooks import on_begin, on_commit, on_rollback, set_rollback_only
+from ctxdb_core._units.hook_functions import on_begin, on_commit, on_rollback, set_rollback_only
 from ctxdb_core._units.lifecycle import gather_in_new_ctx, new_db_ctx, run_in_new_ctx, unit_of_work
-from ctxdb_core._units.sessions import (
+from ctxdb_core._units.session_functions import (
     close_db_session,
     commit_db_session,
     db_session,
@@ -65,7 +65,7 @@ if typing.TYPE_CHECKING:
     from ctxdb_core._transactions.isolation import IsolationLevel as IsolationLevel
     from ctxdb_core._units.callbacks import OnCommit as OnCommit
     from ctxdb_core._units.commit import BeforeCommit as BeforeCommit
-    from ctxdb_core._units.hooks import OnBegin as OnBegin
+    from ctxdb_core._units.hook_functions import OnBegin as OnBegin
     from ctxdb_core._units.lifecycle import before_gather as before_gather
     from ctxdb_core._units.lifecycle import begin as begin
     from ctxdb_core._units.lifecycle import finalize as finalize

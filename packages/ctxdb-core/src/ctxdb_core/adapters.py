@@ -25,7 +25,7 @@ from ctxdb_core._transactions.isolation import IsolationLevel
 from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
 from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
-from ctxdb_core._units.hooks import OnBegin
+from ctxdb_core._units.hook_functions import OnBegin
 from ctxdb_core._units.ids import give_unit_ids, new_unit_id
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from

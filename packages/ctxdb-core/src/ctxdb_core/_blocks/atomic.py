@@ -16,7 +16,7 @@ from ctxdb_core._databases.connect import DBConnect, SessionT, check_database
 from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._transactions.isolation import NO_OPTIONS, IsolationLevel, TransactionOptions
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.sessions import check_no_block, commit_db_session
+from ctxdb_core._units.session_functions import check_no_block, commit_db_session
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core.errors import ArgumentValueError
 

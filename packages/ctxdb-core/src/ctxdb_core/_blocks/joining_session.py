@@ -19,7 +19,7 @@ from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.session_factory import guarded
 from ctxdb_core._sqlalchemy.task_blocks import hold_block
 from ctxdb_core._units import session_end
-from ctxdb_core._units.sessions import db_session, unit_for
+from ctxdb_core._units.session_functions import db_session, unit_for
 from ctxdb_core.errors import TransactionRequiredError
 
 __all__ = ["joining_session"]

@@ -15,12 +15,12 @@ from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
 from ctxdb_core.asgi.exchange import Exchange, ExchangeSettings
-from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.http_exchange import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
 from ctxdb_core.asgi.response import ANSWERED, Response
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
-from ctxdb_core.asgi.websocket import WebSocketExchange
+from ctxdb_core.asgi.websocket_exchange import WebSocketExchange
 from ctxdb_core.phases import Phase
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, commit_below_400, with_request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom
 from ctxdb_core._units.settings import changing
-from ctxdb_core.asgi.http import HTTPExchange
+from ctxdb_core.asgi.http_exchange import HTTPExchange
 from ctxdb_core.asgi.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["ReadingFrom"]

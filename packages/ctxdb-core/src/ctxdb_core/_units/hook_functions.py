@@ -11,7 +11,7 @@ from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
 from ctxdb_core._units.generator_blocks import innermost_unit
-from ctxdb_core._units.sessions import unit_for
+from ctxdb_core._units.session_functions import unit_for
 from ctxdb_core.errors import ContextNotInitiatedError
 
 __all__ = ["OnBegin", "on_begin", "on_commit", "on_rollback", "set_rollback_only"]
