@@ -14,8 +14,8 @@ from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
 from ctxdb_core._units.registration import Registration
 from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
+from ctxdb_core._units.unit_end import UnitEnd
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
-from ctxdb_core._units.unit_transactions import UnitTransactions
 
 __all__ = ["UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
 
@@ -23,7 +23,7 @@ current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
 
 
-class UnitOfWork(UnitTransactions):
+class UnitOfWork(UnitEnd):
     """The sessions that belong together, at most one for each `DBConnect`.
 
     Its transactions can end more than once: for a response when it starts, and again for what was done while it was

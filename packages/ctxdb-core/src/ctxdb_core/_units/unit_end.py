@@ -1,9 +1,9 @@
-"""`UnitTransactions`: how the transactions of a unit of work end together, and the unit with them."""
+"""`UnitEnd`: how the transactions of a unit of work end together, and the unit with them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,21 +15,22 @@ from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.guarded_session import door_of
 from ctxdb_core._units import session_end
-from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome
+from ctxdb_core._units.callbacks import Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.registration import NO_WATCHERS
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
-from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, UnitSessions
-from ctxdb_core._units.watcher import UnitWatcher, report_failure
-from ctxdb_core.errors import ContextClosedError, TransactionRequiredError
+from ctxdb_core._units.unit_attachments import UnitAttachments
+from ctxdb_core._units.unit_hooks import UnitHooks
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core._units.watcher import report_failure
+from ctxdb_core.errors import ContextClosedError
 
-__all__ = ["UnitTransactions"]
+__all__ = ["UnitEnd"]
 
 
-class UnitTransactions(UnitSessions):
-    """The part of a unit of work that ends its transactions, with what the code has asked of their begin and end.
+class UnitEnd(UnitAttachments):
+    """The part of a unit of work that ends its transactions, gives back its connections, and ends the unit.
 
     Transactions can end more than once: for a response when it starts, and again for what was done while it was sent.
     After `finish`, there are no sessions any more.
@@ -37,114 +38,6 @@ class UnitTransactions(UnitSessions):
 
     # What a base class declares is declared again where it is set: type checkers would infer another type from that.
     sessions: dict[DBConnect, AsyncSession]
-    hooks: UnitHooks | None
-
-    @property
-    def watchers(self) -> Mapping[object, UnitWatcher]:
-        """What is told of the response and of the end of the unit, by the objects that have set it up: see `watch`."""
-        return NO_WATCHERS if self.registration is None else self.registration.watchers
-
-    def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
-        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come.
-
-        Args:
-            watcher: what is told.
-            owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
-        """
-        registration = self.registration
-        if registration is None:
-            registration = self._registered()
-        key = object() if owner is None else owner
-        # Most units have one watcher, if any: their mapping is made at once.
-        registration.watchers = {**registration.watchers, key: watcher} if registration.watchers else {key: watcher}
-
-    # --- what the code asks of its transactions -----------------------------------------------------------------------
-
-    @property
-    def callbacks(self) -> Callbacks | None:
-        """The callbacks of `on_commit` and `on_rollback`; ``None`` as long as there were none."""
-        return None if self.hooks is None else self.hooks.callbacks
-
-    def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:
-        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`; forget it otherwise.
-
-        The roll-back of a savepoint counts for what was registered since that savepoint.
-        """
-        self.check_usable()
-        self._hooks().add_callback(db, self.sessions.get(db), outcome, callback, self._run_in_unit)
-
-    def add_begin_hook(self, db: DBConnect, hook: BeginHook) -> None:
-        """Await `hook` with the session on `db` at the beginning of each further transaction.
-
-        Raises:
-            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
-            TransactionRequiredError: there are no transactions here.
-        """
-        self.check_usable()
-        if self.autocommit:
-            raise TransactionRequiredError(
-                "This block runs without a transaction, so nothing could be set for one: the next statement would be "
-                "executed without it. Use `transactional(db)`, which begins one."
-            )
-        self._hooks().add_begin_hook(db, self.sessions.get(db), hook)
-
-    def set_rollback_only(self, db: DBConnect | None) -> None:
-        """Roll back what is open on `db`, or everywhere, where it would be committed.
-
-        Raises:
-            TransactionRequiredError: there are no transactions here.
-        """
-        self.check_usable()
-        if self.autocommit:
-            raise TransactionRequiredError(
-                "This block runs without a transaction, so there is nothing that could be rolled back at its end. Use "
-                "`transactional(db)`, which begins one."
-            )
-        self._hooks().mark_rollback_only(db, self.sessions)
-
-    def check_may_commit(self, db: DBConnect) -> None:
-        """Raise an error if what is open on `db` is to be rolled back.
-
-        Raises:
-            UnexpectedRollbackError: it is, as `set_rollback_only` was called.
-        """
-        if self.hooks is not None:
-            self.hooks.check_may_commit(db)
-
-    # --- the blocks that share its transactions -----------------------------------------------------------------------
-
-    @property
-    def is_block(self) -> bool:
-        """Whether the unit is one block of the user's, which is committed or undone as a whole."""
-        return self.hooks is not None and self.hooks.is_block
-
-    def note_is_block(self) -> None:
-        """Note that the unit is one block of the user's, which is committed or undone as a whole."""
-        self._hooks().is_block = True
-
-    @property
-    def blocks(self) -> tuple[object, ...]:
-        """The open blocks that share the unit's transactions (see `UnitHooks`)."""
-        return () if self.hooks is None else self.hooks.blocks
-
-    def join(self, block: object) -> None:
-        """Note that `block` is open, and shares the unit's transactions."""
-        hooks = self._hooks()
-        hooks.blocks = (*hooks.blocks, block)
-
-    def part_with(self, block: object) -> None:
-        """Note that `block` is over."""
-        hooks = self._hooks()
-        hooks.blocks = tuple(each for each in hooks.blocks if each is not block)
-
-    def _hooks(self) -> UnitHooks:
-        if self.hooks is None:
-            self.hooks = UnitHooks()
-        return self.hooks
-
-    async def _run_in_unit(self, fn: Callable[[], Awaitable[None]]) -> None:
-        """Await `fn` in a unit of work of its own, with the same `before_commit`: what a callback runs in."""
-        raise NotImplementedError
 
     # --- ending transactions ------------------------------------------------------------------------------------------
 
@@ -313,6 +206,8 @@ class UnitTransactions(UnitSessions):
             for session in self.sessions.values():
                 session_end.leave_blocks(session)
 
+    # --- closing sessions, and ending the unit ------------------------------------------------------------------------
+
     async def close_session(self, db: DBConnect, refuse: Refuse = session_end.refuse_after_close) -> None:
         """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
 
@@ -414,6 +309,8 @@ class UnitTransactions(UnitSessions):
                 for db, session in sessions.items():
                     await session_end.close(session, error, db)
                 self._note_end(error)
+
+    # --- what both go through -----------------------------------------------------------------------------------------
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
         try:
