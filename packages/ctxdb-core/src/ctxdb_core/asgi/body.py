@@ -8,6 +8,8 @@ which tasks have sent chunks. If one of them is cancelled in the middle of the b
 out of reach for the background work, they wait for one of three things. Another task sends the next chunk: the body
 goes on after all, and has its transactions back. The background work asks for a session: they are rolled back before
 it gets one. The request ends: they are rolled back, too.
+
+How the start of a response ends the transactions, and leaves the sessions to the body, is decided by `HTTPExchange`.
 """
 
 from __future__ import annotations
