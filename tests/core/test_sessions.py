@@ -1545,6 +1545,55 @@ async def test_a_statement_that_does_not_end_when_it_is_interrupted_keeps_no_uni
     assert await database.names() == ["two"]
 
 
+async def end_by_block(db: DBConnect) -> None:
+    with suppress(UnexpectedRollbackError):
+        async with atomic_db_session(db, "append"):
+            pass
+
+
+@pytest.mark.parametrize("end", [commit_db_session, rollback_db_session, end_by_block])
+@pytest.mark.parametrize("everywhere", [False, True])
+async def test_a_mark_to_roll_back_outlasts_the_ends_of_transactions_on_other_databases(
+    db: DBConnect,
+    second_db: DBConnect,
+    database: Database,
+    end: Callable[[DBConnect], Awaitable[None]],
+    everywhere: bool,
+) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        await insert(second_db, "two")
+        set_rollback_only(None if everywhere else second_db)
+        with suppress(UnexpectedRollbackError):
+            await end(db)
+        await insert(second_db, "three")
+    assert set(await database.names()) <= (set() if everywhere else {"one"})
+
+
+async def test_a_unit_that_is_cancelled_while_its_commit_waits_for_a_statement_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
+    async def write() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "undone")
+            waiting.append(asyncio.create_task(session.execute(text("SELECT pg_advisory_xact_lock(7)"))))
+            await eventually(lambda: bool(database.backends("wait_event = 'advisory'")), "no query")
+            begun.set()
+
+    waiting: list[asyncio.Task[object]] = []
+    begun = asyncio.Event()
+    await database.query("SELECT pg_advisory_lock(7)")
+    writing = asyncio.create_task(write())
+    await begun.wait()
+    writing.cancel()
+    await asyncio.sleep(0)
+    await database.query("SELECT pg_advisory_unlock(7)")
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    await asyncio.wait(waiting)
+    assert await database.names() == []
+
+
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
