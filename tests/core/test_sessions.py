@@ -1594,6 +1594,33 @@ async def test_a_unit_that_is_cancelled_while_its_commit_waits_for_a_statement_i
     assert await database.names() == []
 
 
+async def test_a_savepoint_that_another_task_sets_while_a_commit_waits_does_not_keep_it_from_coming(
+    db: DBConnect, database: Database
+) -> None:
+    async def set_savepoint(session: AsyncSession) -> None:
+        async with session.begin_nested():
+            await leave.wait()
+
+    leave = asyncio.Event()
+    unit = begin({})
+    assert unit is not None
+    session = await insert(db, "one")
+    await database.query("SELECT pg_advisory_lock(7)")
+    waiting = asyncio.create_task(session.execute(text("SELECT pg_advisory_xact_lock(7)")))
+    await eventually(lambda: bool(database.backends("wait_event = 'advisory'")), "no query")
+    # The two wait for the end of the statement in this order.
+    ending = asyncio.create_task(finalize(unit, commit=True, last=False))
+    await asyncio.sleep(0)
+    setting = asyncio.create_task(set_savepoint(session))
+    await asyncio.sleep(0)
+    await database.query("SELECT pg_advisory_unlock(7)")
+    await asyncio.gather(waiting, ending)
+    assert await database.names() == ["one"]
+    leave.set()
+    await setting
+    await finalize(unit, commit=True)
+
+
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
