@@ -251,6 +251,28 @@ async def test_a_body_is_cut_off_with_the_task_that_sends_it_while_another_one_h
     assert await database.names() == ["background", "response"]
 
 
+async def test_a_body_is_cut_off_on_each_database_that_it_has_written_to(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "first")
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        await insert(second_db, "second")
+        await end(streaming)
+        await insert(db, "background")
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background"]
+
+
 async def test_background_work_goes_on_with_the_session_of_a_body_that_was_cut_off_in_a_transaction_of_its_own(
     db: DBConnect, database: Database
 ) -> None:

@@ -896,6 +896,43 @@ async def test_a_session_expires_its_objects_as_it_is_told_to_after_a_commit_tha
         await finalize(unit, commit=True)
 
 
+@pytest.mark.parametrize("failing", ["nothing", "before_commit", "commit"])
+async def test_before_commit_is_asked_about_work_that_another_task_does_during_the_last_commit(
+    db: DBConnect, database: Database, failing: str
+) -> None:
+    async def before_commit(session: AsyncSession) -> None:
+        asked.append(await session.scalar(text("SELECT count(*) FROM item")))
+        is_asked.set()
+        if failing == "before_commit" and len(asked) > 1:
+            raise LookupError
+
+    async def write_late() -> None:
+        await is_asked.wait()
+        # It waits for the commit, and begins a transaction of its own.
+        await insert(db, "late")
+        on_commit(db, lambda: told.append("committed"))
+        on_rollback(db, lambda: told.append("rolled back"))
+        if failing == "commit":
+            await insert_row_that_fails_at_commit(db)
+
+    async def work() -> None:
+        async with new_db_ctx(before_commit=before_commit):
+            await insert(db, "one")
+            writing.append(asyncio.create_task(write_late()))
+            await asyncio.sleep(0)
+
+    asked: list[int] = []
+    told: list[str] = []
+    writing: list[asyncio.Task[None]] = []
+    is_asked = asyncio.Event()
+    with nullcontext() if failing == "nothing" else pytest.raises((LookupError, IntegrityError)):
+        await work()
+    assert told == ["committed" if failing == "nothing" else "rolled back"]
+    assert asked == [1, 2]
+    assert await database.names() == (["late", "one"] if failing == "nothing" else ["one"])
+    await asyncio.gather(*writing)
+
+
 async def test_before_commit_may_close_the_session_that_is_next(db: DBConnect, database: Database) -> None:
     async def close_other(session: AsyncSession) -> None:
         seen.append(session)
