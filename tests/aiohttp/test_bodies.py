@@ -75,6 +75,22 @@ async def test_a_body_is_committed_before_its_end_is_sent(db: DBConnect, databas
         assert database.checked_out == 0
 
 
+async def test_a_body_that_only_reads_holds_no_connection_between_its_parts(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        async def body() -> AsyncGenerator[bytes, None]:
+            await (await db_session(db)).execute(text("SELECT 1"))
+            yield b"part"
+            held.append(database.checked_out)
+
+        return web.Response(body=body())
+
+    held: list[int] = []
+    assert (await ask(await serve(application(handler)))).text == "part"
+    assert held == [0]
+
+
 async def test_a_body_whose_commit_fails_breaks_off(db: DBConnect, database: Database, serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         await insert(db, "response")
@@ -215,6 +231,22 @@ async def test_a_stream_works_on_with_the_same_session(db: DBConnect, database: 
 
     assert (await ask(await serve(application(handler)))).summary == (200, "body")
     assert await database.names() == ["response", "stream"]
+
+
+async def test_a_stream_that_only_reads_holds_no_connection_behind_a_part(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await response.write(b"part")
+        held.append(database.checked_out)
+        return response
+
+    held: list[int] = []
+    assert (await ask(await serve(application(handler)))).text == "part"
+    assert held == [0]
 
 
 async def test_a_stream_whose_commit_fails_breaks_off(db: DBConnect, database: Database, serve: Serve) -> None:

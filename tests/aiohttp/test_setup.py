@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from tests.aiohttp.conftest import Serve
 from tests.support.database import Database, eventually, insert
 from tests.support.frameworks.aiohttp import serve_aiohttp
-from tests.support.wire import ask
+from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import DATABASES, ApplicationFrozenError, setup
-from ctxdb_core import CtxDBError, DBConnect, new_db_ctx
+from ctxdb_core import CtxDBError, DBConnect, new_db_ctx, on_commit, on_rollback
 
 
 async def write(db: DBConnect, name: str) -> None:
@@ -198,6 +199,74 @@ async def test_a_request_that_uses_no_database_leaves_nothing_on_its_writer(serv
     setup(app)
     assert (await ask(await serve(app))).status == 200
     assert not {"write_headers", "write_eof"} & set(vars(writers[0]))
+
+
+async def look(request: web.Request, response: web.StreamResponse) -> None:
+    """Do nothing, as a handler for ``on_response_prepare``."""
+
+
+@web.middleware
+async def pass_on(request: web.Request, handler: Handler) -> web.StreamResponse:
+    return await handler(request)
+
+
+AROUND = pytest.mark.parametrize("around", ["nothing", "a middleware", "a signal handler"])
+
+
+def application(handler: Handler, around: str, **options: Any) -> web.Application:
+    app = web.Application(middlewares=[pass_on] if around == "a middleware" else [])
+    app.router.add_get("/", handler)
+    if around == "a signal handler":
+        app.on_response_prepare.append(look)
+    setup(app, **options)
+    return app
+
+
+@AROUND
+async def test_a_policy_that_fails_is_a_500_and_leaves_nothing_behind(
+    db: DBConnect, database: Database, serve: Serve, around: str
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        return web.Response()
+
+    def policy(status: int) -> bool:
+        raise LookupError
+
+    base_url = await serve(application(handler, around, commit_policy=policy))
+    async with Wire.connect(base_url) as wire:
+        assert (await wire.ask("/")).status == 500
+        # The connection of the client is still there.
+        assert database.checked_out == 0
+    assert await database.names() == []
+
+
+@AROUND
+async def test_an_error_is_rolled_back_whatever_the_policy_makes_of_its_answer(
+    db: DBConnect, database: Database, serve: Serve, around: str
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "one")
+        raise LookupError
+
+    base_url = await serve(application(handler, around, commit_policy=lambda status: True))
+    assert (await ask(base_url)).status == 500
+    assert await database.names() == []
+
+
+@AROUND
+@pytest.mark.parametrize(("status", "called"), [(200, ["committed"]), (404, ["rolled back"])])
+async def test_callbacks_are_called_for_a_request_without_a_session(
+    db: DBConnect, serve: Serve, around: str, status: int, called: list[str]
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        on_commit(db, lambda: calls.append("committed"))
+        on_rollback(db, lambda: calls.append("rolled back"))
+        return web.Response(status=status)
+
+    calls: list[str] = []
+    assert (await ask(await serve(application(handler, around)))).status == status
+    assert calls == called
 
 
 async def test_a_policy_may_take_the_request(db: DBConnect, database: Database, serve: Serve) -> None:

@@ -79,6 +79,31 @@ async def test_a_500_replaces_a_response_whose_signal_handlers_cannot_be_committ
     assert len(calls) == 1
 
 
+async def test_a_500_replaces_a_response_whose_policy_fails_behind_its_signal_handlers(
+    db: DBConnect, database: Database, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(text="success")
+
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        await insert(db, "signal")
+
+    def policy(status: int) -> bool:
+        raise LookupError
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    app.on_response_prepare.append(prepare)
+    setup(app, commit_policy=policy)
+    async with Wire.connect(await serve(app)) as wire:
+        await wire.send("/")
+        assert (await wire.read_head())[0] == 500
+        assert database.checked_out == 0
+        await wire.read_to_end()
+    assert "A response was replaced by a 500" in caplog.text
+    assert await database.names() == []
+
+
 async def test_500_in_answer_to_head_has_no_body(db: DBConnect, serve: Serve, tmp_path: Path) -> None:
     async def signal(request: web.Request) -> None:
         await insert_row_that_fails_at_commit(db)

@@ -10,8 +10,10 @@ from typing import Any
 
 import anyio
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
@@ -26,6 +28,7 @@ from ctxdb_core import (
     on_rollback,
     rollback_db_session,
     run_in_new_ctx,
+    set_rollback_only,
     transactional,
 )
 from ctxdb_core._units.unit import current_unit
@@ -246,6 +249,28 @@ async def test_a_body_is_cut_off_with_the_task_that_sends_it_while_another_one_h
     sent, written = asyncio.Event(), asyncio.Event()
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == ["background", "response"]
+
+
+async def test_a_body_is_cut_off_on_each_database_that_it_has_written_to(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await insert(db, "first")
+            await send({**BODY, "more_body": True})
+            sent.set()
+            await asyncio.Event().wait()
+
+        await send(START)
+        streaming = asyncio.create_task(stream())
+        await sent.wait()
+        await insert(second_db, "second")
+        await end(streaming)
+        await insert(db, "background")
+
+    sent = asyncio.Event()
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == ["background"]
 
 
 async def test_background_work_goes_on_with_the_session_of_a_body_that_was_cut_off_in_a_transaction_of_its_own(
@@ -827,6 +852,98 @@ async def test_an_error_of_the_application_is_raised_as_it_is_and_not_logged(
     assert caught.value is error
     assert not hasattr(error, "__notes__")
     assert not [record for record in caplog.records if record.name == "ctxdb"]
+
+
+async def test_a_callback_of_a_body_that_only_reads_waits_for_the_end_of_that(db: DBConnect) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        on_commit(db, lambda: called.append("committed"))
+        on_rollback(db, lambda: called.append("rolled back"))
+        await send({**BODY, "more_body": True})
+        raise LookupError
+
+    called: list[str] = []
+    with pytest.raises(LookupError):
+        await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert called == ["rolled back"]
+
+
+async def test_a_mark_of_a_body_that_only_reads_holds_until_its_end(
+    db: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        set_rollback_only()
+        await send({**BODY, "more_body": True})
+        await insert(db, "one")
+        await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert await database.names() == []
+    assert caplog.text == ""
+
+
+async def test_a_body_goes_on_although_the_transaction_that_has_read_for_it_cannot_be_committed(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Session):
+        def commit(self) -> None:
+            failures.append(LookupError("the class's own"))
+            raise failures[-1]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send({**BODY, "more_body": True})
+        held.append(database.checked_out)
+        await send(BODY)
+
+    failures: list[Exception] = []
+    held: list[int] = []
+    async with DBConnect(
+        lambda host: database.watch_new(),
+        lambda engine: async_sessionmaker(engine, sync_session_class=Failing),
+        host="a",
+    ) as db:
+        connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.types == ["http.response.start", *["http.response.body"] * 2]
+    assert (len(failures), held) == (1, [0])
+    assert "a transaction on <DBConnect host='a'> that had only read could not be ended" in caplog.text
+
+
+async def test_a_part_of_a_body_holds_no_connection_although_another_task_reads_before_it_is_sent(
+    db: DBConnect, database: Database
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        reading = asyncio.create_task(read())
+        asked: Any = (await db.engine()).sync_engine
+        event.listen(asked, "before_cursor_execute", let_read)
+        try:
+            await send({**BODY, "more_body": True})
+        finally:
+            event.remove(asked, "before_cursor_execute", let_read)
+        held.append(database.checked_out)
+        await reading
+        await send(BODY)
+
+    def let_read(connection: object, cursor: object, statement: str, *args: object) -> None:
+        if "txid_current_if_assigned" in statement:
+            is_asked.set()
+
+    async def read() -> None:
+        # While the database is asked whether the transaction has only read.
+        await is_asked.wait()
+        await (await db_session(db)).execute(text("SELECT 2"))
+
+    is_asked = asyncio.Event()
+    held: list[int] = []
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert held == [0]
 
 
 async def test_a_body_that_has_written_is_committed_although_it_has_left_a_result_open(

@@ -963,6 +963,43 @@ async def test_a_session_expires_its_objects_as_it_is_told_to_after_a_commit_tha
         await finalize(unit, commit=True)
 
 
+@pytest.mark.parametrize("failing", ["nothing", "before_commit", "commit"])
+async def test_before_commit_is_asked_about_work_that_another_task_does_during_the_last_commit(
+    db: DBConnect, database: Database, failing: str
+) -> None:
+    async def before_commit(session: AsyncSession) -> None:
+        asked.append(await session.scalar(text("SELECT count(*) FROM item")))
+        is_asked.set()
+        if failing == "before_commit" and len(asked) > 1:
+            raise LookupError
+
+    async def write_late() -> None:
+        await is_asked.wait()
+        # It waits for the commit, and begins a transaction of its own.
+        await insert(db, "late")
+        on_commit(db, lambda: told.append("committed"))
+        on_rollback(db, lambda: told.append("rolled back"))
+        if failing == "commit":
+            await insert_row_that_fails_at_commit(db)
+
+    async def work() -> None:
+        async with new_db_ctx(before_commit=before_commit):
+            await insert(db, "one")
+            writing.append(asyncio.create_task(write_late()))
+            await asyncio.sleep(0)
+
+    asked: list[int] = []
+    told: list[str] = []
+    writing: list[asyncio.Task[None]] = []
+    is_asked = asyncio.Event()
+    with nullcontext() if failing == "nothing" else pytest.raises((LookupError, IntegrityError)):
+        await work()
+    assert told == ["committed" if failing == "nothing" else "rolled back"]
+    assert asked == [1, 2]
+    assert await database.names() == (["late", "one"] if failing == "nothing" else ["one"])
+    await asyncio.gather(*writing)
+
+
 async def test_before_commit_may_close_the_session_that_is_next(db: DBConnect, database: Database) -> None:
     async def close_other(session: AsyncSession) -> None:
         seen.append(session)
@@ -1610,6 +1647,82 @@ async def test_a_statement_that_does_not_end_when_it_is_interrupted_keeps_no_uni
     # The connection of the call that has held out was thrown away.
     assert database.connections == 2
     assert await database.names() == ["two"]
+
+
+async def end_by_block(db: DBConnect) -> None:
+    with suppress(UnexpectedRollbackError):
+        async with atomic_db_session(db, "append"):
+            pass
+
+
+@pytest.mark.parametrize("end", [commit_db_session, rollback_db_session, end_by_block])
+@pytest.mark.parametrize("everywhere", [False, True])
+async def test_a_mark_to_roll_back_outlasts_the_ends_of_transactions_on_other_databases(
+    db: DBConnect,
+    second_db: DBConnect,
+    database: Database,
+    end: Callable[[DBConnect], Awaitable[None]],
+    everywhere: bool,
+) -> None:
+    async with new_db_ctx():
+        await insert(db, "one")
+        await insert(second_db, "two")
+        set_rollback_only(None if everywhere else second_db)
+        with suppress(UnexpectedRollbackError):
+            await end(db)
+        await insert(second_db, "three")
+    assert set(await database.names()) <= (set() if everywhere else {"one"})
+
+
+async def test_a_unit_that_is_cancelled_while_its_commit_waits_for_a_statement_is_rolled_back(
+    db: DBConnect, database: Database
+) -> None:
+    async def write() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "undone")
+            waiting.append(asyncio.create_task(session.execute(text("SELECT pg_advisory_xact_lock(7)"))))
+            await eventually(lambda: bool(database.backends("wait_event = 'advisory'")), "no query")
+            begun.set()
+
+    waiting: list[asyncio.Task[object]] = []
+    begun = asyncio.Event()
+    await database.query("SELECT pg_advisory_lock(7)")
+    writing = asyncio.create_task(write())
+    await begun.wait()
+    writing.cancel()
+    await asyncio.sleep(0)
+    await database.query("SELECT pg_advisory_unlock(7)")
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    await asyncio.wait(waiting)
+    assert await database.names() == []
+
+
+async def test_a_savepoint_that_another_task_sets_while_a_commit_waits_does_not_keep_it_from_coming(
+    db: DBConnect, database: Database
+) -> None:
+    async def set_savepoint(session: AsyncSession) -> None:
+        async with session.begin_nested():
+            await leave.wait()
+
+    leave = asyncio.Event()
+    unit = begin({})
+    assert unit is not None
+    session = await insert(db, "one")
+    await database.query("SELECT pg_advisory_lock(7)")
+    waiting = asyncio.create_task(session.execute(text("SELECT pg_advisory_xact_lock(7)")))
+    await eventually(lambda: bool(database.backends("wait_event = 'advisory'")), "no query")
+    # The two wait for the end of the statement in this order.
+    ending = asyncio.create_task(finalize(unit, commit=True, last=False))
+    await asyncio.sleep(0)
+    setting = asyncio.create_task(set_savepoint(session))
+    await asyncio.sleep(0)
+    await database.query("SELECT pg_advisory_unlock(7)")
+    await asyncio.gather(waiting, ending)
+    assert await database.names() == ["one"]
+    leave.set()
+    await setting
+    await finalize(unit, commit=True)
 
 
 async def test_a_roll_back_on_a_server_that_does_not_answer_comes_to_an_end(

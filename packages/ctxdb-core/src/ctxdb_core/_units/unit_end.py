@@ -275,6 +275,7 @@ class UnitEnd(UnitAttachments):
                 await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
+                await self._wait_for_callbacks()
                 raise
         try:
             await run_to_completion(self._finish(commit=commit, error=error))
