@@ -68,7 +68,22 @@ def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         error = error_that_has_undone(owner)
         if error is not None and owner in (session.blocks_with_work or ()):
             return _end_undone_block(session, error, fn, args)
+    if owner is not session and owner.nested and isinstance(session, GuardedSession):
+        return _call_of_savepoint(session, owner, fn, args, kwargs)
     return pass_door(session.door, fn, args, kwargs)
+
+
+async def _call_of_savepoint(
+    session: GuardedSession,
+    savepoint: SessionTransaction,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    try:
+        return await pass_door(session.door, fn, args, kwargs)
+    finally:
+        session.restore_behind(savepoint)
 
 
 async def _end_undone_block(
