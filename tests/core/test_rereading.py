@@ -109,7 +109,8 @@ async def test_a_composite_of_an_object_that_was_read_again_is_readable(library:
         copy = (await session.scalars(select(Copy))).one()
         await commit_db_session(library)
         await session.scalars(select(Copy))
-        assert (copy.place, copy.book.title) == (Place(2, 3), "Notes")
+        session.add(another := Copy(id=2, book_id=1, shelf=4, board=5))
+        assert (copy.place, copy.book.title, another.place) == (Place(2, 3), "Notes", Place(4, 5))
 
 
 async def test_a_query_of_a_later_transaction_fills_its_objects_anew(library: DBConnect, database: Database) -> None:
