@@ -28,7 +28,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals, note_originals_of
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     has_to_flush,
@@ -88,6 +88,8 @@ class GuardedSession(TracedSession):
                     # block.
                     refuse_in_block_of_other_task(self)
                 self.note_write(clause)
+                if getattr(clause, "is_update", False) and self.identity_map and "mapper" in kwargs:
+                    note_originals_of(self, kwargs["mapper"])
                 if innermost_block(self) is not None and not is_flushing(self):
                     self.note_work_in_block()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():

@@ -13,19 +13,19 @@ time put back: the transaction goes on with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 from sqlalchemy import inspect
 from sqlalchemy.ext.mutable import MutableBase
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
 
-__all__ = ["LoadedValues", "note_originals"]
+__all__ = ["LoadedValues", "note_originals", "note_originals_of"]
 
 _LEVELS = "ctxdb.originals"
 
@@ -44,10 +44,31 @@ class _Level(NamedTuple):
 
 def note_originals(session: Session) -> None:
     """Remember what changed objects had loaded, before a flush makes SQLAlchemy forget it."""
+    changed: list[InstanceState[Any]] = [inspect(each) for each in session.dirty]
+    # The keys of objects that have come to a collection, or have left it, are changed as well.
+    members = [member for state in changed for member in _moved_members(state)]
+    _note(session, {*changed, *members} if members else changed)
+
+
+def _moved_members(state: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
+    for relationship in state.mapper.relationships:
+        if relationship.uselist and relationship.key in state.committed_state:
+            history = state.attrs[relationship.key].history
+            for member in (*history.added, *history.deleted):
+                member_state: InstanceState[Any] = inspect(member)
+                if member_state.persistent:
+                    yield member_state
+
+
+def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
+    """Remember what the objects of a class have loaded, before an ORM-enabled UPDATE changes them with their rows."""
+    _note(session, [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)])
+
+
+def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
     begin_without_statement(session)
     originals = _innermost_level(session).originals
-    for each in session.dirty:
-        state: InstanceState[Any] = inspect(each)
+    for state in states:
         earlier = originals.get(state)
         # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
         # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
