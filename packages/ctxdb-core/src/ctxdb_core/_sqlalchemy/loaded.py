@@ -157,8 +157,17 @@ class LoadedValues:
             # What a flush has changed in an object beside its own is not known. Such an object stays expired.
             states = [each for each in states if (each in originals if each in changed else each.modified)]
         self._objects = [
-            (state, dict(state.dict), {**state.committed_state, **originals.get(state, {})}) for state in states
+            (state, self._values_of(state, originals), {**state.committed_state, **originals.get(state, {})})
+            for state in states
         ]
+
+    def _values_of(self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object]) -> dict[str, Any]:
+        values = dict(state.dict)
+        if self.are_of_savepoint and state in originals:
+            # A column that has been loaded since the first flush may have a value of that flush.
+            for each in state.mapper.column_attrs:
+                values.pop(each.key, None)
+        return values
 
     @property
     def are_of_savepoint(self) -> bool:
