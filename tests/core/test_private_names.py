@@ -85,6 +85,17 @@ def test_a_session_says_that_it_is_flushing(session: Session) -> None:
     assert not private.is_flushing(session)
 
 
+def test_a_savepoint_says_which_objects_were_changed_behind_it(session: Session) -> None:
+    thing = Thing(id=1)
+    session.add(thing)
+    session.flush()
+    with session.begin_nested() as savepoint:
+        assert not private.changed_in(savepoint)
+        thing.id = 2
+        session.flush()
+        assert list(private.changed_in(savepoint)) == [instance_state(thing)]
+
+
 def test_a_session_says_whether_it_has_to_flush(session: Session) -> None:
     assert not private.has_to_flush(session)
     session.add(Thing(id=1))

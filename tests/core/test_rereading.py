@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import pytest
-from sqlalchemy import ForeignKey, event, select, text
+from sqlalchemy import ForeignKey, event, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, load_only, mapped_column, relationship, selectinload, undefer
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    composite,
+    load_only,
+    mapped_column,
+    relationship,
+    selectinload,
+    undefer,
+)
 from tests.support.database import Database
 
 from ctxdb_core import DBConnect, commit_db_session, db_session, new_db_ctx, rollback_db_session
@@ -32,6 +42,20 @@ class Book(Base):
     title: Mapped[str]
     author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
     author: Mapped[Author] = relationship(back_populates="books")
+
+
+@dataclass
+class Place:
+    shelf: int
+    board: int
+
+
+class Copy(Base):
+    __tablename__ = "copy"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    book_id: Mapped[int] = mapped_column(ForeignKey("book.id"))
+    book: Mapped[Book] = relationship(lazy="joined")
+    place: Mapped[Place] = composite(mapped_column("shelf"), mapped_column("board"))
 
 
 class Medium(Base):
@@ -64,6 +88,29 @@ async def library(db: DBConnect, database: Database) -> AsyncIterator[DBConnect]
 
 async def rename(database: Database, name: str) -> None:
     await database.query(f"UPDATE author SET name = '{name}'")
+
+
+async def test_an_update_by_the_orm_changes_objects_that_were_read_again(library: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(select(Author).options(selectinload(Author.books)))).one()
+        await commit_db_session(library)
+        await session.scalars(select(Author))
+        await session.execute(update(Author).values(name="Grace"))
+        assert (author.name, [book.title for book in author.books]) == ("Grace", ["Notes"])
+
+
+async def test_a_composite_of_an_object_that_was_read_again_is_readable(library: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        session.add(Copy(id=1, book_id=1, place=Place(2, 3)))
+        await commit_db_session(library)
+        session.expunge_all()
+        copy = (await session.scalars(select(Copy))).one()
+        await commit_db_session(library)
+        await session.scalars(select(Copy))
+        session.add(another := Copy(id=2, book_id=1, shelf=4, board=5))
+        assert (copy.place, copy.book.title, another.place) == (Place(2, 3), "Notes", Place(4, 5))
 
 
 async def test_a_query_of_a_later_transaction_fills_its_objects_anew(library: DBConnect, database: Database) -> None:

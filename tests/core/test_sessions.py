@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, ForeignKey, inspect, select, text
+from sqlalchemy import JSON, ForeignKey, inspect, select, text, update
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -587,6 +587,105 @@ async def test_what_a_flush_has_changed_is_taken_back_by_a_roll_back(shelf: DBCo
         document.title = "Final"
         await session.flush()
         assert (document.edits, document.version) == (1, 2)
+
+
+@KINDS
+@pytest.mark.parametrize("fails", ["code", "flush"])
+async def test_the_transaction_goes_on_with_what_was_loaded_before_a_savepoint_that_is_rolled_back(
+    shelf: DBConnect, fails: str
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Document(id=1, title="Draft", author_id=1))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        document = await session.get_one(Document, 1)
+        document.title = "Second draft"
+        for _ in range(2):
+            with pytest.raises((LookupError, IntegrityError)):
+                async with session.begin_nested():
+                    async with session.begin_nested():
+                        document.title = "Lost"
+                    document.author.name = "Lost"
+                    document.author.books.append(Book(title=None if fails == "flush" else "Lost"))
+                    await session.flush()
+                    raise LookupError
+            author = document.author
+            assert (document.title, document.version) == ("Second draft", 2)
+            assert (author.name, [book.title for book in author.books]) == ("Ada", ["Notes", "Letters"])
+        document.title, document.author.name = "Final", "Ada L."
+        document.author.books.append(Book(title="Letters to Babbage"))
+        await session.flush()
+        assert document.version == 3
+    assert (document.title, document.author.name, len(document.author.books)) == ("Final", "Ada L.", 3)
+
+
+async def test_an_object_whose_savepoint_is_rolled_back_by_its_session_is_read_anew(shelf: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        await session.begin_nested()
+        author.name = "Lost"
+        await session.flush()
+        await session.rollback()
+        assert inspect(author).expired
+
+
+class Binder(Shelf):
+    __tablename__ = "binder"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sheets: Mapped[list[Sheet]] = relationship(lazy="selectin")
+
+
+class Sheet(Shelf):
+    __tablename__ = "sheet"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    binder_id: Mapped[int | None] = mapped_column(ForeignKey("binder.id"))
+
+
+async def test_a_key_that_follows_a_collection_is_taken_back_by_a_roll_back(shelf: DBConnect) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add_all([Binder(id=1, sheets=[Sheet(id=1)]), Binder(id=2, sheets=[])])
+    async with new_db_ctx():
+        one, two = (await (await db_session(shelf)).scalars(select(Binder).order_by(Binder.id))).all()
+        (sheet,) = one.sheets
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf) as session:
+                one.sheets.remove(sheet)
+                two.sheets.append(sheet)
+                await session.flush()
+                raise LookupError
+        assert (sheet.binder_id, one.sheets, two.sheets) == (1, [sheet], [])
+
+
+@KINDS
+@pytest.mark.parametrize("block", ["commit", "savepoint"])
+async def test_what_an_update_by_the_orm_has_changed_is_taken_back_by_a_roll_back(
+    shelf: DBConnect, block: CurrentTransaction
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf, block):
+                await session.execute(update(Author).where(Author.id == 1).values(name="Grace"))
+                assert author.name == "Grace"
+                raise LookupError
+        assert author.name == "Ada"
+        # A change to the value that the object has is none.
+        author.name = "Grace"
+    async with new_db_ctx():
+        assert (await (await db_session(shelf)).get_one(Author, 1)).name == "Grace"
+
+
+async def test_a_collection_can_be_changed_after_a_roll_back(shelf: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        author = await (await db_session(shelf)).get_one(Author, 1)
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf):
+                author.name = "Lost"
+                raise LookupError
+        author.books.append(Book(title="Letters to Babbage"))
+    assert await database.query("SELECT count(*) FROM book WHERE author_id = 1") == [(3,)]
 
 
 async def test_committed_changes_are_not_taken_back_by_a_later_roll_back(shelf: DBConnect) -> None:

@@ -28,7 +28,7 @@ from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
-from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals
+from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals, note_originals_of
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     has_to_flush,
@@ -57,8 +57,8 @@ class GuardedSession(TracedSession):
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
     _begun_with_hook: ref[SessionTransaction] | None = None
     """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
-    _loaded_before_failure: LoadedValues | None = None
-    """What the objects had loaded when a flush failed, until they have it back."""
+    _lost: LoadedValues | None = None
+    """What the objects had loaded when a flush failed, or a savepoint was rolled back, until they have it back."""
     _failed_to_flush: ref[SessionTransaction] | None = None
     """The transaction that a flush has rolled back by its error last."""
     before_close: BeforeClose | None = None
@@ -88,6 +88,8 @@ class GuardedSession(TracedSession):
                     # block.
                     refuse_in_block_of_other_task(self)
                 self.note_write(clause)
+                if getattr(clause, "is_update", False) and self.identity_map and "mapper" in kwargs:
+                    note_originals_of(self, kwargs["mapper"])
                 if innermost_block(self) is not None and not is_flushing(self):
                     self.note_work_in_block()
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
@@ -166,22 +168,32 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
+        self._lost = None
         try:
             self._flush_and_note_changes(objects)
         except BaseException:
-            if (loaded := self._loaded_before_failure) is not None:
-                self._loaded_before_failure = None
-                loaded.restore()
-                if (transaction := self.get_transaction()) is not None:
+            if (lost := self._take_lost()) is not None:
+                lost.restore()
+                if not lost.are_of_savepoint and (transaction := self.get_transaction()) is not None:
                     self._failed_to_flush = ref(transaction)
             raise
 
     def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
-        if to_transient and self.door is not None and is_flushing(self) and not self.in_nested_transaction():
-            # A flush has failed. SQLAlchemy has rolled back the transaction, and expires all objects next: the log of a
-            # 409 could not name the user any more. Behind a savepoint, only what was changed there is expired.
-            self._loaded_before_failure = LoadedValues(self)
+        if to_transient and self.door is not None:
+            # A roll-back, which expires objects next: the log of a 409 could not name the user any more. A roll-back of
+            # the whole transaction that the code asks for does what SQLAlchemy does.
+            savepoint = self.get_nested_transaction()
+            self._lost = LoadedValues(self, savepoint) if savepoint is not None or is_flushing(self) else None
         super()._expunge_states(states, to_transient)
+
+    def restore_behind(self, savepoint: SessionTransaction) -> None:
+        """Give objects back what they had loaded when `savepoint` was set, if it was rolled back just now."""
+        if self._lost is not None and self._lost.are_of(savepoint) and (lost := self._take_lost()) is not None:
+            lost.restore()
+
+    def _take_lost(self) -> LoadedValues | None:
+        lost, self._lost = self._lost, None
+        return lost
 
     def _flush_and_note_changes(self, objects: Any) -> None:
         # Only changed objects have originals to note: new and deleted ones have none.

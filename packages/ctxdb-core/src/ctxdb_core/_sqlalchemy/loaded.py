@@ -1,42 +1,74 @@
-"""Keeps what the objects of a session have loaded when the unit of work is rolled back, or a flush fails.
+"""Keeps what the objects of a session have loaded when its transaction is rolled back, or a savepoint is.
 
-SQLAlchemy expires each object of a session when its transaction is rolled back, as by an error of a flush, and asyncio
+SQLAlchemy expires the objects of a session when its transaction is rolled back, as by an error of a flush, and asyncio
 code cannot load an expired attribute by reading it: an access log that reads the user's name behind a 404 would fail.
 So the values that had been loaded are put back. Where the code has changed an attribute since, the attribute shows
 again what had been loaded: what the code has set is not in the database. An attribute that was set without having been
 loaded stays expired. A container that was changed in place (``MutableDict``, `flag_modified`) shows the change: its
 former value was not kept.
+
+The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
+time put back: the transaction goes on with them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 from sqlalchemy import inspect
 from sqlalchemy.ext.mutable import MutableBase
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.collections import collection_adapter
 
-from ctxdb_core._sqlalchemy.private import begin_without_statement, commit_values, deleted_in
+from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
 
-__all__ = ["LoadedValues", "note_originals"]
+__all__ = ["LoadedValues", "note_originals", "note_originals_of"]
 
-_ORIGINALS = "ctxdb.originals"
+_LEVELS = "ctxdb.originals"
 
 # What SQLAlchemy lets code change in place, without a copy of what was loaded.
 _CONTAINERS = (MutableBase, dict, list, set)
 
+_Originals: TypeAlias = dict[InstanceState[Any], dict[str, Any]]
+
+
+class _Level(NamedTuple):
+    """What changed objects had loaded when they were first flushed in a transaction, or behind a savepoint."""
+
+    transaction: ref[SessionTransaction]
+    originals: _Originals
+
 
 def note_originals(session: Session) -> None:
     """Remember what changed objects had loaded, before a flush makes SQLAlchemy forget it."""
+    changed: list[InstanceState[Any]] = [inspect(each) for each in session.dirty]
+    # The keys of objects that have come to a collection, or have left it, are changed as well.
+    members = [member for state in changed for member in _moved_members(state)]
+    _note(session, {*changed, *members} if members else changed)
+
+
+def _moved_members(state: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
+    for relationship in state.mapper.relationships:
+        if relationship.uselist and relationship.key in state.committed_state:
+            history = state.attrs[relationship.key].history
+            for member in (*history.added, *history.deleted):
+                member_state: InstanceState[Any] = inspect(member)
+                if member_state.persistent:
+                    yield member_state
+
+
+def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
+    """Remember what the objects of a class have loaded, before an ORM-enabled UPDATE changes them with their rows."""
+    _note(session, [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)])
+
+
+def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
     begin_without_statement(session)
-    originals = _originals_of(session)
-    if originals is None:
-        originals = {}
-        session.info[_ORIGINALS] = (ref(session.get_transaction()), originals)
-    for each in session.dirty:
-        state: InstanceState[Any] = inspect(each)
+    originals = _innermost_level(session).originals
+    for state in states:
         earlier = originals.get(state)
         # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
         # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
@@ -50,23 +82,101 @@ def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
     return {each.key: values[each.key] for each in state.mapper.column_attrs if each.key in values}
 
 
-def _originals_of(session: Session) -> dict[InstanceState[Any], dict[str, Any]] | None:
-    """Return what was remembered in the open transaction; what an earlier transaction remembered is out of date."""
-    transaction, originals = session.info.get(_ORIGINALS, (None, None))
-    return originals if transaction is not None and transaction() is session.get_transaction() else None
+def _innermost_level(session: Session) -> _Level:
+    """Return the notes of the innermost savepoint that is open, or of the transaction if there is none."""
+    levels = _open_levels(session)
+    around = _open_transactions(session)
+    if not levels:
+        session.info[_LEVELS] = levels
+    # Each savepoint has notes of its own: one that is over leaves its notes to the one around it.
+    levels += [_Level(ref(each), {}) for each in around[len(levels) :]]
+    return levels[-1]
+
+
+def _open_levels(session: Session) -> list[_Level]:
+    """Return the notes of the open transaction and its open savepoints, from the outside to the inside.
+
+    What an earlier transaction has noted is out of date.
+    """
+    levels: list[_Level] = session.info.get(_LEVELS, [])
+    around = _open_transactions(session)
+    if not around or not levels or levels[0].transaction() is not around[0]:
+        return []
+    while len(levels) > 1 and levels[-1].transaction() not in around:
+        over = levels.pop()
+        _add_older(levels[-1].originals, over.originals)
+    return levels
+
+
+def _open_transactions(session: Session) -> list[SessionTransaction]:
+    """Return the open transaction and the savepoints in it, from the outside to the inside."""
+    around = session.get_nested_transaction() or session.get_transaction()
+    found: list[SessionTransaction] = []
+    while around is not None:
+        # A flush has a `SessionTransaction` of its own, which is no transaction of the database.
+        if around.nested or around.parent is None:
+            found.insert(0, around)
+        around = around.parent
+    return found
+
+
+def _oldest(levels: Iterable[_Level]) -> Mapping[InstanceState[Any], dict[str, Any]]:
+    """Return the oldest notes of each object in `levels`, which are given from the outside to the inside."""
+    oldest: _Originals = {}
+    for level in levels:
+        _add_older(oldest, level.originals)
+    return oldest
+
+
+def _add_older(older: _Originals, newer: _Originals) -> None:
+    """Add notes to those that were made before them, which stand."""
+    for state, values in newer.items():
+        older[state] = {**values, **older.get(state, {})}
 
 
 class LoadedValues:
-    """What the objects that are in `session` now have loaded."""
+    """What the objects that are in `session` now have loaded.
 
-    __slots__ = ("_objects",)
+    Args:
+        session: the session, in a transaction that is about to be rolled back, or that was just now.
+        savepoint: the innermost savepoint, if only that is rolled back.
+    """
 
-    def __init__(self, session: Session) -> None:
-        originals = _originals_of(session) or {}
-        states: list[InstanceState[Any]] = [*session.identity_map.all_states(), *deleted_in(session)]
+    __slots__ = ("_objects", "_savepoint")
+
+    def __init__(self, session: Session, savepoint: SessionTransaction | None = None) -> None:
+        self._savepoint = None if savepoint is None else ref(savepoint)
+        levels = _open_levels(session)
+        states: list[InstanceState[Any]] = session.identity_map.all_states()
+        if savepoint is None:
+            originals = _oldest(levels)
+            states = [*states, *deleted_in(session)]
+        else:
+            originals = _oldest(each for each in levels if each.transaction() is savepoint)
+            changed = changed_in(savepoint)
+            # What a flush has changed in an object beside its own is not known. Such an object stays expired.
+            states = [each for each in states if (each in originals if each in changed else each.modified)]
         self._objects = [
-            (state, dict(state.dict), {**state.committed_state, **originals.get(state, {})}) for state in states
+            (state, self._values_of(state, originals), {**state.committed_state, **originals.get(state, {})})
+            for state in states
         ]
+
+    def _values_of(self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object]) -> dict[str, Any]:
+        values = dict(state.dict)
+        if self.are_of_savepoint and state in originals:
+            # A column that has been loaded since the first flush may have a value of that flush.
+            for each in state.mapper.column_attrs:
+                values.pop(each.key, None)
+        return values
+
+    @property
+    def are_of_savepoint(self) -> bool:
+        """Whether only a savepoint is rolled back."""
+        return self._savepoint is not None
+
+    def are_of(self, savepoint: SessionTransaction) -> bool:
+        """Return whether they are what there was when `savepoint` was set."""
+        return self._savepoint is not None and self._savepoint() is savepoint
 
     def restore(self) -> None:
         """Give the objects back what they have lost by the roll-back."""
@@ -75,7 +185,12 @@ class LoadedValues:
             if instance is None or state.transient:
                 # An object that was inserted and rolled back keeps what it has.
                 continue
-            commit_values(state, {name: value for name, value in values.items() if name not in originals})
+            collections = {each.key for each in state.mapper.relationships if each.uselist}
+            kept = {name: value for name, value in values.items() if name not in originals}
+            commit_values(state, {name: value for name, value in kept.items() if name not in collections})
+            for name in collections & kept.keys():
+                # SQLAlchemy has given the collection up: the object needs a new one, of the same members.
+                set_committed_value(instance, name, list(collection_adapter(kept[name])))
             for name, value in originals.items():
                 if not isinstance(value, LoaderCallableStatus):
                     set_committed_value(instance, name, value)

@@ -42,6 +42,7 @@ __all__ = [
     "begin_asyncpg_transaction",
     "begin_without_statement",
     "calls_on_return",
+    "changed_in",
     "changed_states",
     "close_psycopg_cursor",
     "commit_values",
@@ -341,6 +342,11 @@ def deleted_in(session: Session) -> list[InstanceState[Any]]:
     """Return the states of the objects that the open transaction has deleted, which a roll-back brings back."""
     transaction = session.get_transaction()
     return [] if transaction is None else list(transaction._deleted)  # noqa: SLF001 - see the module
+
+
+def changed_in(savepoint: SessionTransaction) -> Collection[InstanceState[Any]]:
+    """Return the states of the objects that were flushed as changed behind an open savepoint."""
+    return savepoint._dirty  # noqa: SLF001 - see the module; a mapping with weak keys
 
 
 def follow_parts(

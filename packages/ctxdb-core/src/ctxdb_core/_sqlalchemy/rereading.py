@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Result, event, inspect
 from sqlalchemy.engine import ChunkedIteratorResult
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, ORMExecuteState, QueryContext, Session
 from sqlalchemy.orm.attributes import flag_dirty, set_attribute, set_committed_value
 
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
@@ -190,6 +190,10 @@ class ChangesDuringQuery:
 
 def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     """Put back what an object has loaded on demand, and a query has not: a listener of ``refresh``."""
+    is_of_query = isinstance(context, QueryContext)
+    if not is_of_query:
+        # No query: SQLAlchemy tells of an ORM-enabled UPDATE, and of a composite that is read, by the same event.
+        return
     # `session.refresh()` reads one object anew, with all that it has loaded on demand: nothing is to be kept then.
     rereading = _rereading_of(context.session) if context.refresh_state is None else None
     if rereading is None:
