@@ -22,6 +22,7 @@ from ctxdb_core import (
     db_session,
     on_commit,
 )
+from ctxdb_core._units import session_end
 from ctxdb_core.adapters import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.asgi import ASGIApp, ASGIHTTPDBSessionMiddleware, ASGIStreamBoundary, Message, Receive, Scope, Send
 
@@ -834,6 +835,28 @@ async def test_work_that_another_task_begins_behind_a_commit_is_not_undone_by_th
     connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert connection.sent == []
     assert await database.names() == ["beside", "response"]
+
+
+async def test_a_unit_of_work_ends_with_a_cancelled_start_beside_a_call_that_cannot_be_stopped(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with database.held_commits():
+            session = await insert(db, "sibling")
+            beside = asyncio.create_task(session.commit())
+            await database.commit_is_held()
+            starting = asyncio.ensure_future(send(ERROR))
+            await asyncio.sleep(0)
+            starting.cancel()
+            await asyncio.wait([starting])
+            with pytest.raises(ContextClosedError):
+                await insert(db, "behind")
+        await beside
+
+    monkeypatch.setattr(session_end, "INTERRUPTION_SECONDS", 0.01)
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+    assert await database.names() == ["sibling"]
 
 
 async def test_a_body_in_the_place_of_a_cancelled_start_is_the_servers_to_refuse(db: DBConnect) -> None:

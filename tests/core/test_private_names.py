@@ -114,6 +114,20 @@ def test_a_session_knows_that_it_has_committed_although_a_listener_has_failed(se
     assert not private.has_committed(session)
 
 
+def test_a_session_says_that_it_is_committing(session: Session) -> None:
+    seen: list[bool] = []
+    event.listen(session, "before_commit", lambda session: seen.append(private.is_committing(session)))
+    event.listen(
+        session.get_bind(),
+        "commit",
+        lambda connection: seen.append(private.is_committing(session)),
+    )
+    session.add(Thing())
+    session.commit()
+    assert seen == [False, True]
+    assert not private.is_committing(session)
+
+
 def test_a_savepoint_knows_the_error_of_the_flush_that_has_undone_it(session: Session) -> None:
     with session.begin(), session.begin_nested() as savepoint:
         assert private.error_that_has_undone(savepoint) is None

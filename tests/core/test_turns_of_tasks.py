@@ -191,6 +191,46 @@ async def test_a_sibling_whose_call_comes_between_a_failed_commit_and_its_roll_b
     assert await database.names() == []
 
 
+async def commit_unit(db: DBConnect) -> None:
+    await commit_db_session(db)
+
+
+async def commit_session(db: DBConnect) -> None:
+    await (await db_session(db)).commit()
+
+
+@pytest.mark.parametrize("commit", [commit_unit, commit_session])
+@pytest.mark.parametrize("error", [None, LookupError()], ids=["cancellation", "error"])
+async def test_the_end_of_a_unit_of_work_sees_a_commit_of_a_sibling_through(
+    db: DBConnect,
+    database: Database,
+    commit: Callable[[DBConnect], Coroutine[Any, Any, None]],
+    error: Exception | None,
+) -> None:
+    async def work() -> None:
+        async with new_db_ctx():
+            await insert(db, "sibling")
+            beside.append(asyncio.create_task(commit(db)))
+            await database.commit_is_held()
+            committing.set()
+            if error is not None:
+                raise error
+
+    beside: list[asyncio.Task[None]] = []
+    committing = asyncio.Event()
+    with database.held_commits():
+        working = asyncio.create_task(work())
+        await committing.wait()
+        await asyncio.sleep(0)
+        if error is None:
+            working.cancel()
+            await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError if error is None else LookupError):
+        await working
+    await beside[0]
+    assert await database.names() == ["sibling"]
+
+
 async def test_an_event_listener_may_use_the_session_inside_of_a_call(db: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(db)

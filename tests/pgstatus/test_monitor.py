@@ -598,6 +598,30 @@ async def test_a_replica_is_not_compared_with_what_the_master_wrote_after_its_la
         assert all(host.in_sync("time_and_bytes") for host in monitor.hosts())
 
 
+async def test_before_there_is_a_master_a_standby_is_compared_with_what_another_one_has_now(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The standbys count as asked at once, however slow the machine is.
+    monkeypatch.setattr("ctxdb_pgstatus._probing.judge._SAME_ROUND_SECONDS", HOUR)
+    # Without a master, all hosts would be asked twice a second.
+    monkeypatch.setattr("ctxdb_pgstatus.monitor._LONGEST_HASTE_SECONDS", HOUR)
+    behind, ahead = cluster.standbys
+    await cluster.wait_for_replay()
+    hosts = [behind.host, ahead.host]
+    async with monitor_of(cluster, hosts=hosts, sync_max_lag_ms=0, sync_max_lag_bytes=0) as monitor:
+        assert monitor.master() is None
+        assert status_of(monitor, behind).in_sync("time_and_bytes")
+        # It has nothing to send to itself.
+        await behind.follow(behind)
+        await ahead.wait_for_replay(await cluster.primary.write_wal(10))
+        await monitor._cluster.members[ahead.host].watch.ask()
+        await until(monitor, lambda: not status_of(monitor, behind).in_sync("time_or_bytes"))
+        assert status_of(monitor, ahead).in_sync("time_and_bytes")
+        # The standby that is left has all that is known of.
+        await ahead.kill()
+        await until(monitor, lambda: status_of(monitor, behind).in_sync("time_and_bytes"))
+
+
 # --- positions --------------------------------------------------------------------------------------------------------
 
 

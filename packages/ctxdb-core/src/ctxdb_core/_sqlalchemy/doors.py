@@ -6,16 +6,27 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._sqlalchemy.door import Door, StatementObserver
+from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.guarded_session import door_of
+from ctxdb_core._sqlalchemy.private import is_committing
 
-__all__ = ["is_busy", "observe_statements", "prepare_next_call", "wait_for_calls"]
+__all__ = ["interrupt_call", "is_busy", "observe_statements", "prepare_next_call", "wait_for_calls"]
 
 
 def is_busy(session: AsyncSession) -> bool:
     """Return whether a call of `session` is under way."""
     door = door_of(session)
     return door is not None and door.is_busy
+
+
+def interrupt_call(session: AsyncSession, refuse: Refuse) -> None:
+    """Stop the call that another task has under way on `session`: it ends by the error that `refuse` raises.
+
+    A COMMIT that was sent is seen through, as its outcome would be unknown.
+    """
+    door = door_of(session)
+    if door is not None and not is_committing(session.sync_session):
+        door.interrupt(refuse)
 
 
 async def wait_for_calls(sessions: Iterable[AsyncSession]) -> None:

@@ -134,6 +134,12 @@ def has_committed(session: Session) -> bool:
     return transaction is not None and transaction._state is SessionTransactionState.COMMITTED  # noqa: SLF001 - see the module
 
 
+def is_committing(session: Session) -> bool:
+    """Return whether the COMMIT of the session's transaction has been sent, or is about to be; or it has failed."""
+    transaction = session.get_transaction()
+    return transaction is not None and transaction._state is SessionTransactionState.PREPARED  # noqa: SLF001 - see the module
+
+
 def is_at_rest(session: Session) -> bool:
     """Return whether the session has no transaction, and a flush would have nothing to do."""
     # One expression, as each request that has used a session asks several times.

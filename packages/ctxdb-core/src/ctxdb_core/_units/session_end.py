@@ -14,6 +14,7 @@ from ctxdb_core._databases.observer import note_commit, note_error
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.door_session import DoorSession
+from ctxdb_core._sqlalchemy.doors import interrupt_call
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
@@ -129,12 +130,13 @@ async def last_turn(
     Args:
         session: which one.
         refuse: raises the error that every other use of it gets from now on.
-        interrupt: whether a call that is under way is stopped, as its work is undone anyway; else it may end.
+        interrupt: whether a call that is under way is stopped, as its work is undone anyway; else it may end. A COMMIT
+            is not stopped.
         error: why its work is undone: the call that is stopped gets to see that.
 
     Returns:
-        Whether the turn was had. A driver may not return from a call that was interrupted: then the session's
-        connection is thrown away once it does, and nothing else is left to do with it.
+        Whether the turn was had. A driver may not return from a call that was interrupted, or a COMMIT takes its time:
+        then the session's connection is thrown away after that, and nothing else is left to do with it.
     """
     door = door_of(session)
     if door is None:
@@ -144,7 +146,7 @@ async def last_turn(
         async with door.last_turn(refuse):
             yield True
         return
-    door.interrupt(because_of(error, refuse))
+    interrupt_call(session, because_of(error, refuse))
     turn = door.last_turn(refuse)
     try:
         async with asyncio.timeout(INTERRUPTION_SECONDS):

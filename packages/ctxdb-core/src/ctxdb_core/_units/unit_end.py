@@ -12,7 +12,7 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import SeenThrough, run_to_completion
 from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Refuse
-from ctxdb_core._sqlalchemy.doors import is_busy, wait_for_calls
+from ctxdb_core._sqlalchemy.doors import interrupt_call, is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.guarded_session import door_of
 from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import Outcome
@@ -180,18 +180,19 @@ class UnitEnd(UnitAttachments):
     async def _stop_calls_and_roll_back(self, error: asyncio.CancelledError) -> None:
         """Roll back everywhere, and stop the calls of other tasks that are under way.
 
-        The unit ends with that if a call does not: it may be in a COMMIT of its own, or in a driver that does not
-        return.
+        The unit ends with that if a call does not: it may be in a COMMIT, which is seen through, or in a driver that
+        does not return.
         """
-        doors = [door for session in self.sessions.values() if (door := door_of(session)) is not None]
-        for door in doors:
-            door.interrupt(session_end.because_of(error, session_end.refuse_after_roll_back))
+        sessions = list(self.sessions.values())
+        for session in sessions:
+            interrupt_call(session, session_end.because_of(error, session_end.refuse_after_roll_back))
         async with AsyncExitStack() as turns:
             try:
                 async with asyncio.timeout(session_end.INTERRUPTION_SECONDS):
-                    for door in doors:
-                        # A task that waits for its turn goes on in a transaction of its own.
-                        await turns.enter_async_context(door.turn_ahead())
+                    for session in sessions:
+                        if (door := door_of(session)) is not None:
+                            # A task that waits for its turn goes on in a transaction of its own.
+                            await turns.enter_async_context(door.turn_ahead())
             except TimeoutError:
                 pass
             else:

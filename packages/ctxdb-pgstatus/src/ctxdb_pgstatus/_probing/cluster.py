@@ -79,12 +79,15 @@ class Cluster:
             self.elect()
             self._compare_subscribers(member)
             answer = member.answer
-            if answer is None or not answer.in_recovery:
+            is_replica = answer is not None and answer.in_recovery
+            if not is_replica:
                 member.forget_lag()
-            elif self.is_settled and not watch.refusals:
-                self._warn_of_missing_timeline(watch.address.name, answer)
+            if self.is_settled and not watch.refusals:
+                # The others are compared with this host, or with the next one if it has gone.
                 self._compare_with_standbys()
-                self._judge.judge(member)
+                if answer is not None and is_replica:
+                    self._warn_of_missing_timeline(watch.address.name, answer)
+                    self._judge.judge(member)
             if answer is not None and watch.address.name == self._election.master:
                 self._judge.compare_with_master(answer, self.members.values())
         self._publish()
@@ -218,7 +221,7 @@ class Cluster:
         if self._election.master is None:
             strangers = self.membership.strangers
             self._judge.compare_with_standbys(
-                answer for name, answer in self.answers().items() if name not in strangers
+                member for name, member in self.members.items() if name not in strangers and not member.is_subscriber
             )
 
     # --- callers' questions -------------------------------------------------------------------------------------------

@@ -51,30 +51,39 @@ class Judge:
             return
         self._is_of_master = True
         self._reference = reference = Reference(master.timeline or 0, master.position, master.asked_at, master.clock)
-        for member in members:
-            replica = member.answer
-            # A replica that was asked earlier is judged by its next answer: the master has gone on since its last one.
-            if replica is not None and replica.in_recovery and replica.asked_at >= reference.at - _SAME_ROUND_SECONDS:
-                self.judge(member)
+        self._judge_round(reference, members)
 
-    def compare_with_standbys(self, answers: Iterable[Answer]) -> None:
+    def compare_with_standbys(self, members: Iterable[Member]) -> None:
         """Before there was a master, take the standby that has received the most WAL as the reference.
 
-        If there was a master, the reference stays what the last master had.
+        The standbys that were asked at the same time as that one are judged. If there was a master, the reference stays
+        what the last master had.
 
         Args:
-            answers: the last answers of the hosts of the cluster.
+            members: the hosts of the cluster, without the subscribers.
         """
         if self._reference is not None and self._is_of_master:
             return
+        standbys = [(member, answer) for member in members if (answer := member.answer) and answer.in_recovery]
         received = [
             (answer.timeline, max(answer.received or 0, answer.position), answer.asked_at)
-            for answer in answers
-            if answer.in_recovery and answer.timeline is not None and answer.position is not None
+            for _, answer in standbys
+            if answer.timeline is not None and answer.position is not None
         ]
-        if received:
-            self._is_of_master = False
-            self._reference = Reference(*max(received))
+        if not received:
+            return
+        self._is_of_master = False
+        self._reference = reference = Reference(*max(received))
+        self._judge_round(reference, (member for member, _ in standbys))
+
+    def _judge_round(self, reference: Reference, members: Iterable[Member]) -> None:
+        """Judge the replicas out of `members` that were asked at the same time as the host of a new `reference`."""
+        for member in members:
+            replica = member.answer
+            # A replica that was asked earlier is judged by its next answer: the other host has gone on since its last
+            # one.
+            if replica is not None and replica.in_recovery and replica.asked_at >= reference.at - _SAME_ROUND_SECONDS:
+                self.judge(member)
 
     def judge(self, member: Member) -> None:
         """Set how far the replica `member` is behind, and whether it is in sync.
