@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from contextlib import nullcontext
+from contextvars import copy_context
 from typing import Any
 
 from ctxdb_core._databases.arguments import check_function
@@ -109,6 +110,8 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
         exchange.hooks = exchange.registration = exchange.token = exchange.calls = None
+        if self.has_boundary:
+            exchange.context = copy_context()
         exchange.phase = _HANDLING
         exchange.origin = scope
         exchange.server = send
