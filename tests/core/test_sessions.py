@@ -614,6 +614,23 @@ async def test_the_transaction_goes_on_with_what_was_loaded_before_a_savepoint_t
     assert (document.title, document.author.name, len(document.author.books)) == ("Final", "Ada L.", 3)
 
 
+async def test_an_object_that_was_changed_and_deleted_behind_a_savepoint_is_readable_when_that_is_rolled_back(
+    shelf: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        book = author.books[0]
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                book.title = "Lost"
+                await session.flush()
+                await session.delete(book)
+                await session.flush()
+                raise LookupError
+        assert (book.title, book.author.name) == ("Notes", "Ada")
+
+
 async def test_an_object_whose_savepoint_is_rolled_back_by_its_session_is_read_anew(shelf: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(shelf)

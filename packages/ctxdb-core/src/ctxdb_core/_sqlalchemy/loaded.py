@@ -148,9 +148,12 @@ class LoadedValues:
         self._savepoint = None if savepoint is None else ref(savepoint)
         levels = _open_levels(session)
         states: list[InstanceState[Any]] = session.identity_map.all_states()
+        ends = savepoint or session.get_transaction()
+        if ends is not None:
+            # A roll-back brings back what was deleted.
+            states = [*states, *deleted_in(ends)]
         if savepoint is None:
             originals = _oldest(levels)
-            states = [*states, *deleted_in(session)]
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
             changed = changed_in(savepoint)
