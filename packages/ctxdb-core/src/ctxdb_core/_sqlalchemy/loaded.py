@@ -13,9 +13,10 @@ time put back: the transaction goes on with them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import inspect
 from sqlalchemy.ext.mutable import MutableBase
@@ -26,6 +27,8 @@ from sqlalchemy.orm.collections import collection_adapter
 from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
+
+logger = logging.getLogger("ctxdb")
 
 _LEVELS = "ctxdb.originals"
 
@@ -73,8 +76,25 @@ def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
         # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
         # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
         originals[state] = (
-            {**_columns_of(state), **state.committed_state} if earlier is None else {**state.committed_state, **earlier}
+            {**_columns_of(state), **_committed(state)} if earlier is None else {**_committed(state), **earlier}
         )
+
+
+def _committed(state: InstanceState[Any]) -> dict[str, Any]:
+    """Return what the attributes that the code has changed since the last flush had before."""
+    return {name: value for name, value in state.committed_state.items() if name not in _never_loaded(state.mapper)}
+
+
+def _never_loaded(mapper: Mapper[Any]) -> frozenset[str]:
+    """Return the relationships whose objects are never loaded: they take no values, and are asked by queries."""
+    names = _never_loaded_of.get(mapper)
+    if names is None:
+        names = frozenset(each.key for each in mapper.relationships if each.lazy in ("dynamic", "write_only"))
+        _never_loaded_of[mapper] = names
+    return names
+
+
+_never_loaded_of: WeakKeyDictionary[Mapper[Any], frozenset[str]] = WeakKeyDictionary()
 
 
 def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
@@ -148,21 +168,25 @@ class LoadedValues:
         self._savepoint = None if savepoint is None else ref(savepoint)
         levels = _open_levels(session)
         states: list[InstanceState[Any]] = session.identity_map.all_states()
+        ends = savepoint or session.get_transaction()
+        if ends is not None:
+            # A roll-back brings back what was deleted.
+            states = [*states, *deleted_in(ends)]
         if savepoint is None:
             originals = _oldest(levels)
-            states = [*states, *deleted_in(session)]
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
             changed = changed_in(savepoint)
             # What a flush has changed in an object beside its own is not known. Such an object stays expired.
             states = [each for each in states if (each in originals if each in changed else each.modified)]
         self._objects = [
-            (state, self._values_of(state, originals), {**state.committed_state, **originals.get(state, {})})
+            (state, self._values_of(state, originals), {**_committed(state), **originals.get(state, {})})
             for state in states
         ]
 
     def _values_of(self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object]) -> dict[str, Any]:
-        values = dict(state.dict)
+        # SQLAlchemy notes a change of a relationship that is never loaded among the values.
+        values = {name: value for name, value in state.dict.items() if name not in _never_loaded(state.mapper)}
         if self.are_of_savepoint and state in originals:
             # A column that has been loaded since the first flush may have a value of that flush.
             for each in state.mapper.column_attrs:
@@ -181,18 +205,26 @@ class LoadedValues:
     def restore(self) -> None:
         """Give the objects back what they have lost by the roll-back."""
         for state, values, originals in self._objects:
-            instance = state.obj()
-            if instance is None or state.transient:
-                # An object that was inserted and rolled back keeps what it has.
-                continue
-            collections = {each.key for each in state.mapper.relationships if each.uselist}
-            kept = {name: value for name, value in values.items() if name not in originals}
-            commit_values(state, {name: value for name, value in kept.items() if name not in collections})
-            for name in collections & kept.keys():
-                # SQLAlchemy has given the collection up: the object needs a new one, of the same members.
-                set_committed_value(instance, name, list(collection_adapter(kept[name])))
-            for name, value in originals.items():
-                if not isinstance(value, LoaderCallableStatus):
-                    set_committed_value(instance, name, value)
-                elif isinstance(values.get(name), _CONTAINERS):
-                    set_committed_value(instance, name, values[name])
+            try:
+                _restore(state, values, originals)
+            except Exception:
+                # Its attributes stay expired. The error that the roll-back was made for is the one that matters.
+                logger.warning("What %s had loaded before a roll-back could not be kept", state.class_, exc_info=True)
+
+
+def _restore(state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]) -> None:
+    instance = state.obj()
+    if instance is None or state.transient:
+        # An object that was inserted and rolled back keeps what it has.
+        return
+    collections = {each.key for each in state.mapper.relationships if each.uselist}
+    kept = {name: value for name, value in values.items() if name not in originals}
+    commit_values(state, {name: value for name, value in kept.items() if name not in collections})
+    for name in collections & kept.keys():
+        # SQLAlchemy has given the collection up: the object needs a new one, of the same members.
+        set_committed_value(instance, name, list(collection_adapter(kept[name])))
+    for name, value in originals.items():
+        if not isinstance(value, LoaderCallableStatus):
+            set_committed_value(instance, name, value)
+        elif isinstance(values.get(name), _CONTAINERS):
+            set_committed_value(instance, name, values[name])
