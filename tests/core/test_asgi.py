@@ -14,7 +14,7 @@ import anyio
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
@@ -919,6 +919,26 @@ async def test_a_mark_of_a_body_that_only_reads_holds_until_its_end(
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == []
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("block", ["begin", "begin_nested"])
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("status", [200, 404])
+async def test_code_in_a_block_of_its_session_goes_on_when_its_response_has_started(
+    db: DBConnect, database: Database, block: str, asks: bool, status: int
+) -> None:
+    async def before_commit(session: AsyncSession) -> None: ...
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = await db_session(db)
+        async with getattr(session, block)():
+            await insert(db, "response")
+            await send({**START, "status": status})
+            await insert(db, "body")
+        await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app, before_commit if asks else None))
+    assert await database.names() == (["body", "response"] if status == 200 else ["body"])
 
 
 async def test_a_body_goes_on_although_the_transaction_that_has_read_for_it_cannot_be_committed(

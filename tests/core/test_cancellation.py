@@ -300,6 +300,15 @@ async def test_a_block_that_is_cancelled_while_its_end_waits_for_a_call_leaves_n
     assert await database.names() == [*rows, "behind"]
 
 
+async def test_a_block_whose_end_waits_for_a_call_is_committed_after_it(db: DBConnect, database: Database) -> None:
+    async with new_db_ctx():
+        await insert(db, "around")
+        writing, beside = await write_in_block_beside_a_call(savepoint(db), db, database)
+        await database.query("SELECT pg_advisory_unlock_all()")
+        await asyncio.gather(writing, beside)
+    assert await database.names() == ["around", "block"]
+
+
 async def test_a_transaction_is_not_committed_with_a_block_that_could_not_be_undone_in_time(
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

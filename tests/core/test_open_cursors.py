@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import anyio
@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert
 
 from ctxdb_core import (
@@ -24,8 +25,10 @@ from ctxdb_core import (
     db_session,
     new_db_ctx,
     new_non_ctx_session,
+    on_commit,
     rollback_db_session,
 )
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware, Receive, Scope, Send
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -50,6 +53,33 @@ async def test_a_result_is_not_read_on_after_the_roll_back_of_its_transaction(db
         await rollback_db_session(db)
         with pytest.raises(OpenCursorError, match="has ended"):
             await rows.all()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("beside", ["before_commit", "a callback", "a second database"])
+async def test_the_body_reads_a_result_on_in_a_transaction_that_has_only_read(
+    db: DBConnect, second_db: DBConnect, writes: bool, beside: str
+) -> None:
+    async def before_commit(session: AsyncSession) -> None: ...
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if writes:
+            await insert(db, "written")
+        if beside == "a callback":
+            on_commit(db, lambda: None)
+        elif beside == "a second database":
+            await insert(second_db, "second")
+        rows = await (await db_session(db)).stream(ROWS)
+        await rows.fetchmany(10)
+        await send(START)
+        read.append(len(await rows.all()))
+        await send(BODY)
+
+    read: list[int] = []
+    middleware = ASGIHTTPDBSessionMiddleware(app, before_commit if beside == "before_commit" else None)
+    with pytest.raises(OpenCursorError) if writes else nullcontext():
+        await Connection().run(middleware)
+    assert read == ([] if writes else [1990])
 
 
 async def test_a_kept_result_reaches_into_no_other_transaction(database: Database) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Session,
+    WriteOnlyMapped,
     attribute_keyed_dict,
     composite,
     mapped_column,
@@ -627,6 +628,58 @@ async def test_the_transaction_goes_on_with_what_was_loaded_before_a_savepoint_t
         await session.flush()
         assert document.version == 3
     assert (document.title, document.author.name, len(document.author.books)) == ("Final", "Ada L.", 3)
+
+
+class Library(Shelf):
+    __tablename__ = "library"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    visits: WriteOnlyMapped[Visit] = relationship(passive_deletes=True)
+
+
+class Visit(Shelf):
+    __tablename__ = "visit"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    library_id: Mapped[int] = mapped_column(ForeignKey("library.id"))
+
+
+@pytest.mark.parametrize("block", ["commit", "savepoint"])
+@pytest.mark.parametrize("flushes", [False, True])
+async def test_a_write_only_relationship_goes_on_after_a_roll_back(
+    shelf: DBConnect, database: Database, block: CurrentTransaction, flushes: bool
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Library(id=1, name="Bodleian"))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        library = await session.get_one(Library, 1)
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf, block):
+                library.name = "Lost"
+                library.visits.add(Visit(id=1))
+                if flushes:
+                    await session.flush()
+                raise LookupError
+        assert library.name == "Bodleian"
+        library.visits.add(Visit(id=2))
+    assert await database.query("SELECT id FROM visit WHERE library_id = 1") == [(2,)]
+
+
+async def test_an_object_that_was_changed_and_deleted_behind_a_savepoint_is_readable_when_that_is_rolled_back(
+    shelf: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        author = await session.get_one(Author, 1)
+        book = author.books[0]
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                book.title = "Lost"
+                await session.flush()
+                await session.delete(book)
+                await session.flush()
+                raise LookupError
+        assert (book.title, book.author.name) == ("Notes", "Ada")
 
 
 async def test_an_object_whose_savepoint_is_rolled_back_by_its_session_is_read_anew(shelf: DBConnect) -> None:

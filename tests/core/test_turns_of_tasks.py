@@ -186,7 +186,7 @@ async def test_a_sibling_whose_call_comes_between_a_failed_commit_and_its_roll_b
         held.enter_context(database.held_commits())
         with pytest.raises(IntegrityError):
             await work()
-    with pytest.raises(TransactionAbortedError, match=r"commit of this transaction has failed .*child_parent_fkey"):
+    with pytest.raises(TransactionAbortedError, match=r"commit of this transaction has failed .*violates foreign key"):
         await beside[0]
     assert await database.names() == []
 

@@ -13,7 +13,7 @@ from tests.support.interruption import Interruption
 from tests.support.server import RawClient
 from tests.support.world import World
 
-from ctxdb_core import db_session
+from ctxdb_core import ContextClosedError, StatementInterruptedError, db_session
 
 # The servers' own way: a handler is not told that its client has left.
 
@@ -164,6 +164,38 @@ async def test_the_query_of_a_handler_cancelled_with_its_client_stops_on_the_ser
     request = asyncio.create_task(client.get("/"))
     await eventually(lambda: bool(world.database.backends("wait_event = 'PgSleep'")), "no query")
     await leave(request)
+    await eventually(lambda: not world.database.backends("wait_event = 'PgSleep'"), "the query runs on")
+    await eventually(lambda: not world.database.checked_out, "a connection is not back")
+    assert await world.names() == []
+
+
+@pytest.mark.cancelled_with_client
+@pytest.mark.postgresql
+@pytest.mark.parametrize("status", [200, 503])
+async def test_a_response_whose_client_leaves_while_it_waits_for_a_query_of_another_task_is_rolled_back(
+    world: World, status: int
+) -> None:
+    async def sleep() -> None:
+        await (await db_session(world.db)).execute(text("SELECT pg_sleep(300)"))
+
+    async def handler() -> Reply:
+        await insert(world.db, "one")
+        sleeping.append(asyncio.create_task(sleep()))
+        await eventually(lambda: bool(world.database.backends("wait_event = 'PgSleep'")), "no query")
+        returning.set()
+        return Reply(status=status)
+
+    sleeping: list[asyncio.Task[None]] = []
+    returning = asyncio.Event()
+    client = await world.start(("/", handler))
+    request = asyncio.create_task(client.get("/"))
+    await returning.wait()
+    for _ in range(20):
+        # In these turns of the event loop, the response comes to wait for the query.
+        await asyncio.sleep(0)
+    await leave(request)
+    with pytest.raises((StatementInterruptedError, ContextClosedError)):
+        await sleeping[0]
     await eventually(lambda: not world.database.backends("wait_event = 'PgSleep'"), "the query runs on")
     await eventually(lambda: not world.database.checked_out, "a connection is not back")
     assert await world.names() == []

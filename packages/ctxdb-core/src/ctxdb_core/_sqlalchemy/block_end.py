@@ -18,7 +18,7 @@ from ctxdb_core._sqlalchemy.calls import pass_door
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession
 from ctxdb_core._sqlalchemy.task_blocks import TaskBlock
-from ctxdb_core.errors import CtxDBError, TransactionAbortedError
+from ctxdb_core.errors import TransactionAbortedError
 
 __all__ = ["end_block_in_turn", "end_undone_block"]
 
@@ -44,11 +44,11 @@ async def end_undone_block(
     ) from error
 
 
-async def end_block_in_turn(door: Door, end: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+async def end_block_in_turn(door: Door, end: Any, args: tuple[Any, ...]) -> Any:
     """End a block on a session that other tasks are using: after their calls.
 
-    If the task is cancelled while it waits for them, the block ends by that, and is rolled back after them. Where that
-    takes too long, the transaction cannot be committed any more: their calls are part of it, so it goes on.
+    If the task is cancelled while it waits for them, the block ends by that, and is rolled back after them. If that
+    takes too long, the transaction cannot be committed any more.
 
     Args:
         door: that of the session.
@@ -65,6 +65,8 @@ async def end_block_in_turn(door: Door, end: Callable[..., Any], args: tuple[Any
             try:
                 await run_to_completion(_undo(door, end, args[1] or exc))
             except Exception as failure:
+                # The waiting took too long, for instance, or the unit of work has ended.
+                _refuse_commits(end.__self__, args[1] or exc)
                 raise exc from failure
             raise
     try:
@@ -73,19 +75,15 @@ async def end_block_in_turn(door: Door, end: Callable[..., Any], args: tuple[Any
         door.leave()
 
 
-async def _undo(door: Door, end: Any, error: BaseException) -> None:
-    try:
-        async with asyncio.timeout(UNDO_SECONDS):
-            if not door.enter():
-                # The calls that wait would be part of the block.
-                await door.wait(ahead=True)
-    except (TimeoutError, CtxDBError):
-        _refuse_commits(end.__self__, error)
-        return
-    try:
-        await pass_door(door, end, (type(error), error, error.__traceback__), {})
-    finally:
-        door.leave()
+async def _undo(door: Door, end: Callable[..., Any], error: BaseException) -> None:
+    async with asyncio.timeout(UNDO_SECONDS):
+        if not door.enter():
+            # The calls that wait would be part of the block.
+            await door.wait(ahead=True)
+        try:
+            await pass_door(door, end, (type(error), error, error.__traceback__), {})
+        finally:
+            door.leave()
 
 
 def _refuse_commits(transaction: SessionTransaction, error: BaseException) -> None:
@@ -98,8 +96,8 @@ def _refuse_commits(transaction: SessionTransaction, error: BaseException) -> No
     def refuse(session: Session) -> None:
         if block.is_open:
             raise TransactionAbortedError(
-                f"{reason} left a block of this transaction while a call of another task on its session was under way, "
-                f"which has not ended for {UNDO_SECONDS:g} seconds: what was done in the block could not be rolled "
-                "back, so nothing of the transaction can be committed. Let the error propagate; or give the other task "
-                "a unit of work of its own (`run_in_new_ctx`)."
+                f"{reason} left a block of this transaction while a call of another task on its session was under way: "
+                f"what was done in the block could not be rolled back within {UNDO_SECONDS:g} seconds, so nothing of "
+                "the transaction can be committed. Let the error propagate; or give the other task a unit of work of "
+                "its own (`run_in_new_ctx`)."
             )

@@ -13,9 +13,10 @@ time put back: the transaction goes on with them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, inspect
 from sqlalchemy.ext.mutable import MutableBase
@@ -34,6 +35,10 @@ from sqlalchemy.orm.collections import collection_adapter
 from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
+
+logger = logging.getLogger("ctxdb")
+
+_LOST = "What %s had loaded before a roll-back could not be kept"
 
 _LEVELS = "ctxdb.originals"
 
@@ -67,9 +72,15 @@ def _moved_members(state: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
 
 
 def _left_members(deleted: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
+    never_loaded = _never_loaded(deleted.mapper)
     for relationship in deleted.mapper.relationships:
-        if relationship.direction is RelationshipDirection.ONETOMANY and relationship.key in deleted.dict:
-            value = deleted.dict[relationship.key]
+        name = relationship.key
+        if (
+            relationship.direction is RelationshipDirection.ONETOMANY
+            and name in deleted.dict
+            and name not in never_loaded
+        ):
+            value = deleted.dict[name]
             yield from _persistent(collection_adapter(value) if relationship.uselist else (value,))
 
 
@@ -94,8 +105,25 @@ def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
         # A flush changes more than the code has changed: versions, ``onupdate`` columns, keys of related objects.
         # At later flushes, SQLAlchemy knows only what the code has set before: the first note has what was loaded.
         originals[state] = (
-            {**_columns_of(state), **state.committed_state} if earlier is None else {**state.committed_state, **earlier}
+            {**_columns_of(state), **_committed(state)} if earlier is None else {**_committed(state), **earlier}
         )
+
+
+def _committed(state: InstanceState[Any]) -> dict[str, Any]:
+    """Return what the attributes that the code has changed since the last flush had before."""
+    return {name: value for name, value in state.committed_state.items() if name not in _never_loaded(state.mapper)}
+
+
+def _never_loaded(mapper: Mapper[Any]) -> frozenset[str]:
+    """Return the relationships whose objects are never loaded: they take no values, and are asked by queries."""
+    names = _never_loaded_of.get(mapper)
+    if names is None:
+        names = frozenset(each.key for each in mapper.relationships if each.lazy in ("dynamic", "write_only"))
+        _never_loaded_of[mapper] = names
+    return names
+
+
+_never_loaded_of: WeakKeyDictionary[Mapper[Any], frozenset[str]] = WeakKeyDictionary()
 
 
 def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
@@ -168,11 +196,12 @@ class LoadedValues:
     def __init__(self, session: Session, savepoint: SessionTransaction | None = None) -> None:
         self._savepoint = None if savepoint is None else ref(savepoint)
         levels = _open_levels(session)
-        states: list[InstanceState[Any]] = session.identity_map.all_states()
+        ending = _open_transactions(session) if savepoint is None else [savepoint]
+        # A roll-back brings back what was deleted.
+        states = [*session.identity_map.all_states(), *(state for each in ending for state in deleted_in(each))]
         if savepoint is None:
             originals = _oldest(levels)
-            states = [*states, *deleted_in(session)]
-            changed = {state for each in _open_transactions(session) for state in changed_in(each)}
+            changed = {state for each in ending for state in changed_in(each)}
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
             # All that these objects had loaded is known. Of an object that only a flush has changed, beside the objects
@@ -181,14 +210,15 @@ class LoadedValues:
             flushed = changed_in(savepoint)
             states = [each for each in states if each in originals or (each not in flushed and each.modified)]
         self._objects = [
-            (state, self._values_of(state, originals, changed), {**state.committed_state, **originals.get(state, {})})
+            (state, self._values_of(state, originals, changed), {**_committed(state), **originals.get(state, {})})
             for state in states
         ]
 
     def _values_of(
         self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object], changed: Container[object]
     ) -> dict[str, Any]:
-        values = dict(state.dict)
+        # SQLAlchemy notes a change of a relationship that is never loaded among the values.
+        values = {name: value for name, value in state.dict.items() if name not in _never_loaded(state.mapper)}
         if state not in changed:
             return values
         if self.are_of_savepoint:
@@ -214,39 +244,48 @@ class LoadedValues:
         """Give the objects back what they have lost by the roll-back."""
         collections: list[tuple[object, str, list[Any]]] = []
         for state, values, originals in self._objects:
-            instance = state.obj()
-            if instance is None or state.transient:
-                # An object that was inserted and rolled back keeps what it has.
-                continue
-            names = {each.key for each in state.mapper.relationships if each.uselist}
-            kept = {name: value for name, value in values.items() if name not in originals}
-            commit_values(state, {name: value for name, value in kept.items() if name not in names})
-            # SQLAlchemy has given the collections up: the object needs new ones, of the same members.
-            collections += [(instance, name, list(collection_adapter(kept[name]))) for name in names & kept.keys()]
-            for name, value in originals.items():
-                if not isinstance(value, LoaderCallableStatus):
-                    if name in names:
-                        collections.append((instance, name, value))
-                    else:
-                        set_committed_value(instance, name, value)
-                elif name not in names and isinstance(values.get(name), _CONTAINERS):
-                    set_committed_value(instance, name, values[name])
-            for composite in state.mapper.composites:
-                if any(each.key in originals for each in composite.props):
-                    # It is made of the columns when it is read next.
-                    state.dict.pop(composite.key, None)
+            try:
+                collections += _restore(state, values, originals)
+            except Exception:
+                # Its attributes stay expired. The error that the roll-back was made for is the one that matters.
+                logger.warning(_LOST, state.class_, exc_info=True)
         # A collection that is a dictionary reads the keys of its members, so these have their columns back before it.
         for instance, name, members in collections:
-            _give_collection(instance, name, members)
+            try:
+                set_committed_value(instance, name, members)
+            except Exception:
+                # The key of a member cannot be read, for instance, as its column stays expired.
+                logger.warning(_LOST, type(instance), exc_info=True)
+                if (session := object_session(instance)) is not None:
+                    session.expire(instance, [name])
 
 
-def _give_collection(instance: object, name: str, members: list[Any]) -> None:
-    try:
-        set_committed_value(instance, name, members)
-    except Exception:  # noqa: BLE001 - the collection may be of a class of the user's
-        # The key of a member cannot be read, as its column stays expired. So the collection stays expired, too.
-        if (session := object_session(instance)) is not None:
-            session.expire(instance, [name])
+def _restore(
+    state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]
+) -> Iterable[tuple[object, str, list[Any]]]:
+    """Give an object back what it has lost, but for its collections: return these, with their members."""
+    instance = state.obj()
+    if instance is None or state.transient:
+        # An object that was inserted and rolled back keeps what it has.
+        return ()
+    names = {each.key for each in state.mapper.relationships if each.uselist}
+    kept = {name: value for name, value in values.items() if name not in originals}
+    commit_values(state, {name: value for name, value in kept.items() if name not in names})
+    # SQLAlchemy has given the collections up: the object needs new ones, of the same members.
+    collections = [(instance, name, list(collection_adapter(kept[name]))) for name in names & kept.keys()]
+    for name, value in originals.items():
+        if not isinstance(value, LoaderCallableStatus):
+            if name in names:
+                collections.append((instance, name, value))
+            else:
+                set_committed_value(instance, name, value)
+        elif name not in names and isinstance(values.get(name), _CONTAINERS):
+            set_committed_value(instance, name, values[name])
+    for composite in state.mapper.composites:
+        if any(each.key in originals for each in composite.props):
+            # It is made of the columns when it is read next.
+            state.dict.pop(composite.key, None)
+    return collections
 
 
 def _changed_by_flushes(mapper: Mapper[Any]) -> Iterator[str]:

@@ -344,10 +344,9 @@ def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None
 # --- objects of the ORM -----------------------------------------------------------------------------------------------
 
 
-def deleted_in(session: Session) -> list[InstanceState[Any]]:
-    """Return the states of the objects that the open transaction has deleted, which a roll-back brings back."""
-    transaction = session.get_transaction()
-    return [] if transaction is None else list(transaction._deleted)  # noqa: SLF001 - see the module
+def deleted_in(transaction: SessionTransaction) -> list[InstanceState[Any]]:
+    """Return the states of the objects that were deleted in an open transaction, or behind an open savepoint."""
+    return list(transaction._deleted)  # noqa: SLF001 - see the module
 
 
 def changed_in(savepoint: SessionTransaction) -> Collection[InstanceState[Any]]:
