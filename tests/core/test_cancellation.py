@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
+import anyio
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.util import await_only
 from tests.support.database import Database, eventually, insert
 from tests.support.interruption import (
     CANCELLERS,
@@ -224,6 +226,62 @@ async def test_a_unit_of_work_whose_commit_is_cancelled_while_it_waits_for_a_sta
         await statements[0]
     with pytest.raises(ContextClosedError):
         await statements[1]
+    assert await database.names() == []
+
+
+async def cancel_beside_a_call(db: DBConnect, call: Callable[[asyncio.Event], Awaitable[None]]) -> asyncio.Task[None]:
+    """Cancel a unit of work, by a cancel scope, while its end waits for a call; return the task of that call."""
+
+    async def work_beside() -> None:
+        session = await db_session(db)
+        await session.run_sync(lambda sync_session: await_only(call(begins)))
+
+    begins = asyncio.Event()
+    with anyio.CancelScope() as scope:
+        async with new_db_ctx():
+            await insert(db, "undone")
+            beside = asyncio.create_task(work_beside())
+            await begins.wait()
+            # The end of the unit waits for the call by then.
+            asyncio.get_running_loop().call_soon(scope.cancel)
+    return beside
+
+
+async def test_a_call_that_holds_out_against_its_first_interruption_is_told_why_it_was_stopped(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hold_out(begins: asyncio.Event) -> None:
+        begins.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("ctxdb_core._units.session_end.INTERRUPTION_SECONDS", 0.1)
+    beside = await cancel_beside_a_call(db, hold_out)
+    with pytest.raises(ContextClosedError):
+        await beside
+    assert beside.cancelling() == 0
+    assert await database.names() == []
+
+
+async def test_the_connection_of_a_call_that_outlasts_the_cancellation_of_its_unit_is_given_back_after_it(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hold_out(begins: asyncio.Event) -> None:
+        begins.set()
+        while not released.is_set():
+            with suppress(asyncio.CancelledError):
+                await released.wait()
+
+    # The same proportion as in earnest, as the end of the unit has no more time than that.
+    monkeypatch.setattr("ctxdb_core._units.session_end.INTERRUPTION_SECONDS", 0.2)
+    monkeypatch.setattr("ctxdb_core._shield.GRACE_SECONDS", 0.25)
+    released = asyncio.Event()
+    beside = await cancel_beside_a_call(db, hold_out)
+    assert database.checked_out == 1
+    released.set()
+    await asyncio.wait([beside])
+    await eventually(lambda: not database.checked_out, "the connection is held")
     assert await database.names() == []
 
 

@@ -413,6 +413,9 @@ class Door:
         if isinstance(holder, (_GreenletTurn, LentTask)):
             # A lent task runs to completion: a COMMIT, for instance, whose outcome would be unknown.
             return
+        if self._interrupted is not None:
+            # The call has held out against an earlier interruption. Only one cancellation is taken back when it ends.
+            holder.uncancel()
         self._interrupted = refuse
         holder.cancel()
 

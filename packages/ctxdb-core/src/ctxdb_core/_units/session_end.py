@@ -121,18 +121,33 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
             await _discard(session)
 
 
+def interrupt(session: AsyncSession, refuse: Callable[[], NoReturn], error: BaseException | None) -> None:
+    """End a session for everyone else, and stop the call that is under way, as its work is undone anyway.
+
+    A COMMIT is not stopped.
+
+    Args:
+        session: which one.
+        refuse: raises the error that every other use of it gets from now on.
+        error: why its work is undone: the call that is stopped gets to see that.
+    """
+    door = door_of(session)
+    if door is not None:
+        interrupt_call(session, because_of(error, refuse))
+        door.end(refuse)
+
+
 @asynccontextmanager
 async def last_turn(
-    session: AsyncSession, refuse: Callable[[], NoReturn], *, interrupt: bool, error: BaseException | None = None
+    session: AsyncSession, refuse: Callable[[], NoReturn], *, latest: float | None = None
 ) -> AsyncIterator[bool]:
     """End a session for everyone else, and take its turn for ending its transaction and closing it.
 
     Args:
         session: which one.
         refuse: raises the error that every other use of it gets from now on.
-        interrupt: whether a call that is under way is stopped, as its work is undone anyway; else it may end. A COMMIT
-            is not stopped.
-        error: why its work is undone: the call that is stopped gets to see that.
+        latest: until when the call that is under way may end, on the event loop's clock; ``None`` for as long as it
+            takes. A free turn is taken whatever the time is.
 
     Returns:
         Whether the turn was had. A driver may not return from a call that was interrupted, or a COMMIT takes its time:
@@ -142,19 +157,16 @@ async def last_turn(
     if door is None:
         yield True
         return
-    if not interrupt:
-        async with door.last_turn(refuse):
-            yield True
-        return
-    interrupt_call(session, because_of(error, refuse))
     turn = door.last_turn(refuse)
     try:
-        async with asyncio.timeout(INTERRUPTION_SECONDS):
+        async with asyncio.timeout_at(latest):
             await turn.__aenter__()
-    except TimeoutError:
+    except (TimeoutError, asyncio.CancelledError) as exc:
         straggler = asyncio.create_task(_discard_when_free(session, door, refuse))
         _stragglers.add(straggler)
         straggler.add_done_callback(_stragglers.discard)
+        if isinstance(exc, asyncio.CancelledError):
+            raise
         yield False
         return
     try:
@@ -165,7 +177,7 @@ async def last_turn(
 
 async def end(session: AsyncSession, error: BaseException | None, name: object, refuse: Callable[[], NoReturn]) -> None:
     """Close a session after the call that is under way; every use of it from now on raises the error of `refuse`."""
-    async with last_turn(session, refuse, interrupt=False):
+    async with last_turn(session, refuse):
         await close(session, error, name)
 
 

@@ -186,9 +186,10 @@ class UnitEnd(UnitAttachments):
         sessions = list(self.sessions.values())
         for session in sessions:
             interrupt_call(session, session_end.because_of(error, session_end.refuse_after_roll_back))
+        latest = asyncio.get_running_loop().time() + session_end.INTERRUPTION_SECONDS
         async with AsyncExitStack() as turns:
             try:
-                async with asyncio.timeout(session_end.INTERRUPTION_SECONDS):
+                async with asyncio.timeout_at(latest):
                     for session in sessions:
                         if (door := door_of(session)) is not None:
                             # A task that waits for its turn goes on in a transaction of its own.
@@ -198,7 +199,7 @@ class UnitEnd(UnitAttachments):
             else:
                 await self._roll_back(self.sessions, error, None)
                 return
-        await self._finish(commit=False, error=error)
+        await self._finish(commit=False, error=error, latest=latest)
 
     def _leave_blocks(self, dbs: Collection[DBConnect] | None) -> None:
         if dbs is None:
@@ -283,21 +284,30 @@ class UnitEnd(UnitAttachments):
         finally:
             await self._wait_for_callbacks()
 
-    async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
+    async def _finish(self, *, commit: bool, error: BaseException | None, latest: float | None = None) -> None:
+        """Do what `finish` does, without a step between the end of the transactions and that of the unit.
+
+        Args:
+            commit: as for `finish`.
+            error: as for `finish`.
+            latest: until when the calls that a roll-back stops may end, on the event loop's clock.
+        """
         sessions, self.sessions = self.sessions, NO_SESSIONS_ANY_MORE
+        refuse = session_end.refuse_after_unit
+        closing = () if self.registration is None else self.registration.closing
+        if not commit:
+            # All are stopped at once, and have the same time to end: a cancelled task has `GRACE_SECONDS` for all this.
+            for session in (*sessions.values(), *closing):
+                session_end.interrupt(session, refuse, error)
+            if latest is None:
+                latest = asyncio.get_running_loop().time() + session_end.INTERRUPTION_SECONDS
         # The turns of all sessions are kept to the end: no call of another task comes between a commit and the end.
         async with AsyncExitStack() as turns:
             for db, session in list(sessions.items()):
-                last_turn = session_end.last_turn(
-                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
-                )
-                if not await turns.enter_async_context(last_turn):
+                if not await turns.enter_async_context(session_end.last_turn(session, refuse, latest=latest)):
                     del sessions[db]
-            for session in () if self.registration is None else self.registration.closing:
-                last_turn = session_end.last_turn(
-                    session, session_end.refuse_after_unit, interrupt=not commit, error=error
-                )
-                if await turns.enter_async_context(last_turn):
+            for session in closing:
+                if await turns.enter_async_context(session_end.last_turn(session, refuse, latest=latest)):
                     await session_end.close(session, error, "a session that was being closed")
             try:
                 if commit:

@@ -383,11 +383,11 @@ class HTTPExchange(Exchange):
             finally:
                 self.calls.forget_variables()
 
-    async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
+    async def _finish(self, *, commit: bool, error: BaseException | None, latest: float | None = None) -> None:
         body = self._body
         if body is not None:
             await body.recover(self)
-        await super()._finish(commit=commit, error=error)
+        await super()._finish(commit=commit, error=error, latest=latest)
 
     @property
     def is_cut_off(self) -> bool:
