@@ -111,7 +111,8 @@ def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
 
 def _committed(state: InstanceState[Any]) -> dict[str, Any]:
     """Return what the attributes that the code has changed since the last flush had before."""
-    return {name: value for name, value in state.committed_state.items() if name not in _never_loaded(state.mapper)}
+    never_loaded = _never_loaded(state.mapper)
+    return {name: value for name, value in state.committed_state.items() if name not in never_loaded}
 
 
 def _never_loaded(mapper: Mapper[Any]) -> frozenset[str]:
@@ -218,7 +219,8 @@ class LoadedValues:
         self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object], changed: Container[object]
     ) -> dict[str, Any]:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
-        values = {name: value for name, value in state.dict.items() if name not in _never_loaded(state.mapper)}
+        never_loaded = _never_loaded(state.mapper)
+        values = {name: value for name, value in state.dict.items() if name not in never_loaded}
         if state not in changed:
             return values
         if self.are_of_savepoint:

@@ -349,9 +349,9 @@ def deleted_in(transaction: SessionTransaction) -> list[InstanceState[Any]]:
     return list(transaction._deleted)  # noqa: SLF001 - see the module
 
 
-def changed_in(savepoint: SessionTransaction) -> Collection[InstanceState[Any]]:
-    """Return the states of the objects that were flushed as changed behind an open savepoint."""
-    return savepoint._dirty  # noqa: SLF001 - see the module; a mapping with weak keys
+def changed_in(transaction: SessionTransaction) -> Collection[InstanceState[Any]]:
+    """Return the states of the objects that were flushed as changed in an open transaction, or behind a savepoint."""
+    return transaction._dirty  # noqa: SLF001 - see the module; a mapping with weak keys
 
 
 def follow_parts(
