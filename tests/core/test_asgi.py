@@ -644,7 +644,7 @@ async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         units.append(scope["ctxdb.unit_of_work"])
-        kept = {"calls", "context", "origin", "phase", "response", "server"} | ({"source"} if kind == "http" else set())
+        kept = {"calls", "origin", "phase", "response", "server"} | ({"source"} if kind == "http" else set())
         assert vars(units[0]).keys() == vars(UnitOfWork()).keys() | kept
         assert units[0].loop is UnitOfWork().loop
 

@@ -182,15 +182,19 @@ class HandlerCalls:
             raise refused
 
 
-def follow_calls(unit: FollowedUnit) -> HandlerCalls:
+def follow_calls(unit: FollowedUnit, before: Context | None = None) -> HandlerCalls:
     """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
 
     An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
     what a transaction holds already counts as written by the middlewares.
+
+    Args:
+        unit: the unit of work.
+        before: the context variables at its beginning; by default those of the running code.
     """
     calls = unit.calls
     if calls is None:
-        calls = unit.calls = HandlerCalls(copy_context() if unit.context is None else unit.context)
+        calls = unit.calls = HandlerCalls(copy_context() if before is None else before)
         for session in unit.sessions.values():
             note_unseen_author(session.sync_session)
         observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
@@ -201,7 +205,6 @@ class FollowedUnit(Protocol):
     """What is asked here of a `UnitOfWork`, whose module imports this one."""
 
     calls: HandlerCalls | None
-    context: Context | None
 
     @property
     def sessions(self) -> Mapping[Any, AsyncSession]: ...

@@ -27,7 +27,13 @@ from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase
 
-__all__ = ["HTTPExchange"]
+__all__ = ["CONTEXT_KEY", "HTTPExchange"]
+
+CONTEXT_KEY = "ctxdb.context"
+"""The key of the ASGI scope for the context variables that the request began with, if a boundary may be beneath.
+
+They are in the scope, as most requests end without anything that asks for them.
+"""
 
 _NOT_STARTED = (Phase.HANDLING, Phase.AHEAD)
 _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
@@ -232,7 +238,7 @@ class HTTPExchange(Exchange):
     def follow_calls(self) -> HandlerCalls:
         """Follow the calls of handlers from now on, as a middleware may give up on one."""
         self.follow_response()
-        return follow_calls(self)
+        return follow_calls(self, self.origin.get(CONTEXT_KEY))
 
     async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
@@ -287,7 +293,7 @@ class HTTPExchange(Exchange):
         if self.phase is Phase.HANDLING:
             if self.settings.middleware.has_boundary:
                 # The statements of middlewares outside of the boundary are noted, too.
-                follow_calls(self)
+                follow_calls(self, self.origin.get(CONTEXT_KEY))
         elif self.phase in _STARTED and response.body is None:
             response.body = Body()
             # What uses the first session behind the whole body is background work, and cannot be cut off with it.
