@@ -160,7 +160,7 @@ class GuardedSession(TracedSession):
         if state not in earlier or state.modified:
             return found
         # The object is read anew once in each transaction, however often it is asked for.
-        rereading.keep_loaded([state])
+        rereading.keep_loaded_for(state, self)
         with keeping_changes(self):
             found = super().get(entity, ident, **{**options, "populate_existing": True})
         earlier.discard(state)

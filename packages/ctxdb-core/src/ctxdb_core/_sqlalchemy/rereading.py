@@ -31,6 +31,9 @@ __all__ = ["Rereading", "keeping_changes", "note_changes"]
 
 _NO_VALUE = LoaderCallableStatus.NO_VALUE
 
+# Relationships whose objects are loaded with the object itself.
+_EAGER = ("immediate", "joined", "selectin", "subquery")
+
 
 class Rereading:
     """The objects that `session` has from its earlier transactions, as it begins another transaction."""
@@ -52,6 +55,11 @@ class Rereading:
             # SQLAlchemy reads an expired object anew by itself.
             self._earlier = WeakSet(each for each in session.identity_map.all_states() if not each.expired)
         return self._earlier
+
+    def keep_loaded_for(self, state: InstanceState[Any], session: Session) -> None:
+        """Keep what is loaded as `state` is read anew, and what its relationships lead to."""
+        is_alone = all(each.lazy not in _EAGER for each in state.mapper.relationships)
+        self.keep_loaded([state] if is_alone else session.identity_map.all_states())
 
     def keep_loaded(self, states: Iterable[InstanceState[Any]]) -> None:
         """Keep what `states` have loaded on demand until now, as a query begins that may fill these objects anew.
@@ -212,3 +220,5 @@ def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     for key, value in rereading.kept.get(state, {}).items():
         if key not in state.dict:
             set_committed_value(instance, key, value)
+    # The query may come to the object again, by a relationship of another one.
+    rereading.kept[state] = _loaded_on_demand(state)
