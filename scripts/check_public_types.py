@@ -50,6 +50,8 @@ def main() -> int:
             continue
         answer = pyright("--verifytypes", package.name, "--ignoreexternal")["typeCompleteness"]
         print(f"{package.name}: {answer['completenessScore']:.1%}")
+        if not answer["symbols"]:
+            sys.exit(f"pyright has not found {package.name}: the environment of {sys.executable} lacks the package.")
         wrong += places([each for symbol in answer["symbols"] for each in symbol.get("diagnostics", ())])
     print(*wrong, sep="\n")
     return bool(wrong)

@@ -39,7 +39,7 @@ class Call:
 
     def __init__(self, calls: HandlerCalls) -> None:
         self.calls: HandlerCalls = calls
-        self.is_innermost = True
+        self.is_innermost: bool = True
         """Whether no further call of the same unit of work was made in this one: then this is the handler's own."""
         self.outer: Call | None = current_call.get()
         if self.outer is not None and self.outer.calls is calls:

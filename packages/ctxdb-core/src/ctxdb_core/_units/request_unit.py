@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._units.abandonment import HandlerCalls
@@ -20,7 +20,13 @@ class RequestUnit(UnitOfWork):
     among them. The call would be a quarter of what a request without database use pays.
     """
 
-    __init__ = object.__init__
+    if TYPE_CHECKING:
+
+        def __init__(self) -> None:
+            """Type checkers are not told of an ``__init__`` by an assignment."""
+
+    else:
+        __init__ = object.__init__
 
     origin: Any
     """The request: an ASGI scope, or the framework's object; ``None`` if the adapter has not told it."""

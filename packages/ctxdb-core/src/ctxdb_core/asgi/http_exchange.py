@@ -45,6 +45,8 @@ class HTTPExchange(Exchange):
 
     source: Receive
     """Where the request comes from: the `receive` of the server, or a `KeptRequest` once the body is being read."""
+    # What a base class declares is declared again where it is set: type checkers would infer another type from that.
+    phase: Phase
 
     # --- the request --------------------------------------------------------------------------------------------------
 
