@@ -1276,6 +1276,36 @@ async def test_a_task_may_open_a_session_while_the_response_waits_for_the_statem
     assert await database.names("parent") == (["one"] if status == 200 else [])
 
 
+@pytest.mark.parametrize("holds_back", [False, True])
+async def test_a_body_beneath_a_boundary_that_only_reads_holds_no_connection_while_a_part_is_passed_on(
+    db: DBConnect, database: Database, holds_back: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send({**BODY, "more_body": True})
+        await send(BODY)
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on(message: Message) -> None:
+            if message.get("more_body"):
+                held.append(database.checked_out)
+            passed.append(message)
+            if not holds_back:
+                await send(message)
+
+        await ASGIStreamBoundary(app)(scope, receive, pass_on)
+        if holds_back:
+            for message in passed:
+                await send(message)
+
+    held: list[int] = []
+    passed: list[Message] = []
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.sent == passed
+    assert held == [0]
+
+
 async def test_two_starts_at_once_beneath_a_boundary_are_the_servers_to_refuse(db: DBConnect) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "one")

@@ -1478,6 +1478,15 @@ def with_classes(database: Database, **classes: Any) -> DBConnect:
     )
 
 
+async def test_a_session_in_autocommit_may_be_closed_after_a_write(database: Database) -> None:
+    async with database.connect(isolation_level="AUTOCOMMIT") as db:
+        async with new_db_ctx():
+            session = await insert(db, "one")
+            await session.close()
+            assert database.checked_out == 0
+        assert await database.names() == ["one"]
+
+
 @pytest.mark.parametrize("kind", ["class_", "sync_session_class"])
 async def test_the_close_of_a_session_class_is_called_at_the_end_of_a_unit(database: Database, kind: str) -> None:
     closed: list[object] = []
