@@ -1276,6 +1276,30 @@ async def test_a_task_may_open_a_session_while_the_response_waits_for_the_statem
     assert await database.names("parent") == (["one"] if status == 200 else [])
 
 
+@pytest.mark.parametrize("handler_writes", [False, True])
+async def test_a_middleware_answers_by_an_error_in_the_place_of_a_handler_and_keeps_nothing_of_either(
+    db: DBConnect, database: Database, handler_writes: bool
+) -> None:
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        if handler_writes:
+            await insert(db, "handler")
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        handling = asyncio.create_task(ASGIStreamBoundary(handle)(scope, receive, send))
+        await begun.wait()
+        await insert(db, "middleware")
+        await send({**START, "status": 504})
+        await send(BODY)
+        await end(handling)
+
+    begun = asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.types == ["http.response.start", "http.response.body"]
+    assert await database.names() == []
+
+
 @pytest.mark.parametrize("holds_back", [False, True])
 async def test_a_body_beneath_a_boundary_that_only_reads_holds_no_connection_while_a_part_is_passed_on(
     db: DBConnect, database: Database, holds_back: bool

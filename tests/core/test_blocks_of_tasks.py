@@ -314,7 +314,7 @@ async def test_a_unit_of_work_is_rolled_back_and_keeps_its_connection_although_a
     with pytest.raises(LookupError):
         await fail()
     leave.set()
-    await asyncio.wait(staying)
+    await asyncio.gather(*staying, return_exceptions=True)
     assert not hasattr(error, "__notes__")
     async with new_db_ctx():
         await insert(db, "two")

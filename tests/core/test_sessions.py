@@ -1478,6 +1478,46 @@ def with_classes(database: Database, **classes: Any) -> DBConnect:
     )
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+async def test_a_session_that_is_opened_after_a_mark_to_roll_back_refuses_to_commit(
+    db: DBConnect, database: Database, everywhere: bool
+) -> None:
+    async with new_db_ctx():
+        set_rollback_only(None if everywhere else db)
+        session = await insert(db, "one")
+        with pytest.raises(UnexpectedRollbackError):
+            await session.commit()
+    assert await database.names() == []
+
+
+async def test_what_fails_beside_the_first_of_gathered_functions_is_attached_to_its_error(db: DBConnect) -> None:
+    async def fail() -> None:
+        await begun.wait()
+        raise LookupError
+
+    async def fail_too() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("as well")
+
+    begun = asyncio.Event()
+    with pytest.raises(LookupError) as caught:
+        await gather_in_new_ctx(fail, fail_too)
+    assert caught.value.__notes__ == ["ctxdb: another of the callables failed as well: ValueError: as well"]
+
+
+async def test_nothing_is_begun_if_one_of_the_gathered_is_no_function() -> None:
+    async def begin_work() -> None:
+        begun.append(True)
+
+    begun: list[bool] = []
+    with pytest.raises(TypeError, match="is not an async callable"):
+        await gather_in_new_ctx(begin_work, object())  # type: ignore[arg-type]  # that is the mistake
+    assert not begun
+
+
 async def test_a_session_in_autocommit_may_be_closed_after_a_write(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db:
         async with new_db_ctx():
