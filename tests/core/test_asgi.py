@@ -15,9 +15,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.connection import BODY, START, Connection
-from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
+    AbandonedWorkError,
     ContextClosedError,
     DBConnect,
     commit_db_session,
@@ -1298,6 +1299,40 @@ async def test_a_middleware_answers_by_an_error_in_the_place_of_a_handler_and_ke
     connection = await Connection().run(ASGIHTTPDBSessionMiddleware(middleware))
     assert connection.types == ["http.response.start", "http.response.body"]
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("change", ["new", "dirty", "deleted"])
+async def test_a_middleware_commits_no_object_that_a_handler_that_goes_on_has_changed_and_not_flushed(
+    db: DBConnect, database: Database, change: str
+) -> None:
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        session = await db_session(db)
+        if change == "new":
+            session.add(Item(name="new"))
+        else:
+            item = await session.get_one(Item, "old")
+            if change == "dirty":
+                item.name = "dirty"
+            else:
+                await session.delete(item)
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        handling = asyncio.create_task(ASGIStreamBoundary(handle)(scope, receive, send))
+        try:
+            await begun.wait()
+            await send(START)
+        finally:
+            await end(handling)
+
+    await database.query("INSERT INTO item VALUES ('old')")
+    begun = asyncio.Event()
+    connection = Connection()
+    with pytest.raises(AbandonedWorkError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.sent == []
+    assert await database.names() == ["old"]
 
 
 @pytest.mark.parametrize("holds_back", [False, True])
