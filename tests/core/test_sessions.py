@@ -1537,6 +1537,21 @@ async def test_a_session_that_is_made_while_its_unit_ends_is_not_given_out(datab
         assert not db.status().units
 
 
+async def test_an_early_roll_back_expires_objects_where_there_is_a_transaction(
+    db: DBConnect, database: Database
+) -> None:
+    await database.query("INSERT INTO item VALUES ('one')")
+    async with new_db_ctx():
+        session = await db_session(db)
+        item = await session.get_one(Item, "one")
+        await rollback_db_session(db)
+        assert inspect(item).expired_attributes == {"name"}
+        await session.refresh(item)
+        await commit_db_session(db)
+        await rollback_db_session(db)
+        assert item.name == "one"
+
+
 async def test_a_session_in_autocommit_may_be_closed_after_a_write(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db:
         async with new_db_ctx():
