@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# In the environment of the project: given that by its interpreter, pyright finds no package in it where the interpreter is
-# a link to one with its minor version in the name.
+# In the environment of the project. Given that by the path of its interpreter, pyright finds no package in it where the
+# interpreter is a link to one with its minor version in the name.
 PYRIGHT = ("uv", "run", "--with", "basedpyright>=1.31", "basedpyright", "--outputjson")
 
 
