@@ -182,10 +182,11 @@ def _tell_what_is_known(engine: AsyncEngine) -> None:
     dialect = engine.sync_engine.dialect
     server = (dialect.driver, engine.url.host, engine.url.port)
     ask = dialect.initialize
+    # Before any question: a test may interrupt the first ones, and what these have found counts as well.
+    before = dict(vars(dialect))
 
     def initialize(connection: Connection) -> None:
         if server not in _known:
-            before = dict(vars(dialect))
             ask(connection)
             _known[server] = {
                 name: value
