@@ -78,7 +78,7 @@ async def shut_down(app: ASGIApp) -> None:
 async def test_the_query_of_a_request_that_outlasts_its_server_is_stopped(db: DBConnect, database: Database) -> None:
     app = sleeping(db)
     request = asyncio.create_task(Connection(method="GET", path="/").run(app))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(app)
     # No turn of the event loop comes in between: the server's process may end now.
     assert request.done()
@@ -91,7 +91,7 @@ async def test_the_query_of_a_request_is_left_alone_when_another_application_shu
     db: DBConnect, database: Database
 ) -> None:
     request = asyncio.create_task(Connection(method="GET", path="/").run(sleeping(db)))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(sleeping(db))
     assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
     request.cancel()
@@ -113,7 +113,7 @@ async def test_the_query_of_a_unit_inside_of_a_request_that_outlasts_its_server_
 
     middleware = ASGIHTTPDBSessionMiddleware(app)
     request = asyncio.create_task(Connection(method="GET", path="/").run(middleware))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(middleware)
     with pytest.raises(ContextClosedError):
         await request
@@ -127,7 +127,7 @@ async def test_the_query_of_a_job_is_left_alone_when_its_application_shuts_down(
             await (await db_session(db)).execute(text("SELECT pg_sleep(600)"))
 
     job = asyncio.create_task(work())
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(sleeping(db))
     assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
     job.cancel()
