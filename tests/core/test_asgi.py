@@ -6,7 +6,9 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import anyio
 import pytest
@@ -667,6 +669,40 @@ async def test_a_request_with_a_session_needs_no_dict_for_its_attributes_after_m
     for path in ["/"] * 40 + ["/write"]:
         await Connection(path=path).run(middleware)
     assert has_dict == [False] * 41
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_a_context_variable_that_knows_the_request_keeps_nothing_alive_behind_it(
+    db: DBConnect, status: int
+) -> None:
+    class Request:
+        def __init__(self, send: Send) -> None:
+            self.send = send
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(send)
+        running_request.set(request)
+        requests.append(ref(request))
+        await insert(db, "one")
+        await request.send({"type": "http.response.start", "status": status, "headers": []})
+        await request.send({"type": "http.response.body"})
+
+    async def in_a_task(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.create_task(boundary(scope, receive, send))
+
+    running_request: ContextVar[Request] = ContextVar("running_request")
+    requests: list[ref[Request]] = []
+    boundary = ASGIStreamBoundary(app)
+    middleware = ASGIHTTPDBSessionMiddleware(in_a_task)
+    # A connection keeps the context that it was opened in.
+    async with new_db_ctx():
+        await insert(db, "zero")
+    gc.disable()
+    try:
+        await Connection().run(middleware)
+        await eventually(lambda: requests[0]() is None, "the request is kept")
+    finally:
+        gc.enable()
 
 
 async def test_a_request_without_a_session_is_given_no_helper_objects_and_ends_like_any_other(db: DBConnect) -> None:

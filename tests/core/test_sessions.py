@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from sqlalchemy.orm import (
     Mapped,
     Session,
     WriteOnlyMapped,
+    attribute_keyed_dict,
+    composite,
     mapped_column,
     object_session,
     relationship,
@@ -717,17 +720,134 @@ async def test_a_key_that_follows_a_collection_is_taken_back_by_a_roll_back(shel
         assert (sheet.binder_id, one.sheets, two.sheets) == (1, [sheet], [])
 
 
+class Cover(Shelf):
+    __tablename__ = "cover"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    colour: Mapped[str] = mapped_column(default="red")
+    jacket_id: Mapped[int | None] = mapped_column(ForeignKey("jacket.id"))
+    version: Mapped[int] = mapped_column()
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 - as SQLAlchemy's documentation has it
+
+
+class Jacket(Shelf):
+    __tablename__ = "jacket"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cover: Mapped[Cover | None] = relationship(lazy="selectin")
+
+
+@pytest.mark.parametrize("block", ["commit", "savepoint"])
+@pytest.mark.parametrize("change", ["give away", "delete the parent"])
+async def test_a_key_that_follows_a_single_object_or_a_deletion_is_taken_back_by_a_roll_back(
+    shelf: DBConnect, block: CurrentTransaction, change: str
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add_all([Jacket(id=1, cover=Cover(id=1)), Jacket(id=2, cover=None)])
+    async with new_db_ctx():
+        one, two = (await (await db_session(shelf)).scalars(select(Jacket).order_by(Jacket.id))).all()
+        cover = one.cover
+        assert cover is not None
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf, block) as session:
+                if change == "give away":
+                    one.cover, two.cover = None, cover
+                else:
+                    await session.delete(one)
+                await session.flush()
+                assert cover.jacket_id != 1
+                raise LookupError
+        assert (cover.jacket_id, cover.version, one.cover, two.cover) == (1, 1, cover, None)
+
+
+async def test_a_key_that_a_deletion_has_changed_unseen_is_not_shown_after_a_roll_back(shelf: DBConnect) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Jacket(id=1, cover=Cover(id=1)))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        cover, jacket = await session.get_one(Cover, 1), await session.get_one(Jacket, 1)
+        session.expire(jacket, ["cover"])
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf):
+                await session.delete(jacket)
+                await session.flush()
+                assert cover.jacket_id is None
+                raise LookupError
+        assert cover.colour == "red"
+        assert inspect(cover).unloaded == {"jacket_id", "version"}
+
+
+@dataclass
+class Size:
+    width: int
+    depth: int
+
+
+class Cabinet(Shelf):
+    __tablename__ = "cabinet"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    drawers: Mapped[dict[str, Drawer]] = relationship(
+        lazy="selectin", collection_class=attribute_keyed_dict("label"), cascade="all, delete-orphan"
+    )
+
+
+class Drawer(Shelf):
+    __tablename__ = "drawer"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str]
+    width: Mapped[int] = mapped_column(default=1)
+    depth: Mapped[int] = mapped_column(default=2)
+    cabinet_id: Mapped[int] = mapped_column(ForeignKey("cabinet.id"))
+    size: Mapped[Size] = composite("width", "depth")
+
+
+@pytest.mark.parametrize("block", ["commit", "savepoint"])
+async def test_a_dictionary_of_objects_is_given_back_by_a_roll_back(
+    shelf: DBConnect, block: CurrentTransaction
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Cabinet(id=1, drawers={"a": Drawer(label="a"), "b": Drawer(label="b")}))
+    async with new_db_ctx():
+        cabinet = await (await db_session(shelf)).get_one(Cabinet, 1)
+        drawers = dict(cabinet.drawers)
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf, block) as session:
+                drawers["a"].label = "z"
+                del cabinet.drawers["b"]
+                cabinet.drawers["c"] = Drawer(label="c")
+                await session.flush()
+                raise LookupError
+        assert cabinet.drawers == drawers
+
+
+@pytest.mark.parametrize("block", ["commit", "savepoint"])
+async def test_a_composite_shows_what_was_loaded_after_a_roll_back(shelf: DBConnect, block: CurrentTransaction) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Cabinet(id=1, drawers={"a": Drawer(label="a")}))
+    async with new_db_ctx():
+        drawer = (await (await db_session(shelf)).get_one(Cabinet, 1)).drawers["a"]
+        with pytest.raises(LookupError):
+            async with atomic_db_session(shelf, block) as session:
+                drawer.width = 7
+                await session.flush()
+                assert drawer.size == Size(7, 2)
+                raise LookupError
+        assert drawer.size == Size(1, 2)
+
+
 @KINDS
 @pytest.mark.parametrize("block", ["commit", "savepoint"])
+@pytest.mark.parametrize("by", ["criteria", "keys"])
 async def test_what_an_update_by_the_orm_has_changed_is_taken_back_by_a_roll_back(
-    shelf: DBConnect, block: CurrentTransaction
+    shelf: DBConnect, block: CurrentTransaction, by: str
 ) -> None:
     async with new_db_ctx():
         session = await db_session(shelf)
         author = await session.get_one(Author, 1)
         with pytest.raises(LookupError):
             async with atomic_db_session(shelf, block):
-                await session.execute(update(Author).where(Author.id == 1).values(name="Grace"))
+                if by == "criteria":
+                    await session.execute(update(Author).where(Author.id == 1).values(name="Grace"))
+                else:
+                    await session.execute(update(Author), [{"id": 1, "name": "Grace"}])
                 assert author.name == "Grace"
                 raise LookupError
         assert author.name == "Ada"

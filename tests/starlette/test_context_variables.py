@@ -21,6 +21,8 @@ from ctxdb_core import DBConnect, db_session, on_begin, on_commit, on_rollback
 from ctxdb_starlette import DBSessionMiddleware
 
 current_user: ContextVar[str] = ContextVar("current_user", default="nobody")
+current_role: ContextVar[str] = ContextVar("current_role", default="none")
+current_tenant: ContextVar[str] = ContextVar("current_tenant", default="none")
 
 
 async def stamp(session: AsyncSession) -> None:
@@ -139,3 +141,37 @@ async def test_a_middleware_and_the_next_request_do_not_see_what_an_endpoint_has
         assert (await client.post("/")).status_code == 200
     assert seen == ["nobody"] * 4
     assert await database.names() == ["order 1 by ada", "order 3 by ada"]
+
+
+async def test_what_a_middleware_sets_behind_the_endpoint_is_not_replaced_by_what_the_endpoint_had(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask
+) -> None:
+    class Outer(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            current_tenant.set("unknown")
+            response = await call_next(request)
+            current_user.set("eve")
+            current_tenant.set("north")
+            return response
+
+    class Inner(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            current_role.set("clerk")
+            return await call_next(request)
+
+    async def stamp_with_all(session: AsyncSession) -> None:
+        for item in session.new:
+            assert isinstance(item, Item)
+            item.name = f"{item.name} by {current_user.get()}, {current_role.get()} of {current_tenant.get()}"
+
+    async def write(request: Request) -> Response:
+        current_user.set("ada")
+        await add(db, "order")
+        return PlainTextResponse()
+
+    def stamping_with_all(app: Starlette) -> DBSessionMiddleware:
+        return DBSessionMiddleware(app, before_commit=stamp_with_all)
+
+    client = await ask(application(framework, {"/": write}, Inner, Outer, stamping_with_all))
+    assert (await client.post("/")).status_code == 200
+    assert await database.names() == ["order by eve, clerk of north"]

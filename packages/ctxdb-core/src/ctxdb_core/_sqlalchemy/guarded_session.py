@@ -198,8 +198,8 @@ class GuardedSession(TracedSession):
         return lost
 
     def _flush_and_note_changes(self, objects: Any) -> None:
-        # Only changed objects have originals to note: new and deleted ones have none.
-        if self.identity_map.check_modified():
+        # Only new objects have no originals: those of the children of a deleted object are noted as well.
+        if self.identity_map.check_modified() or self.deleted:
             note_originals(self)
         worker: Any = getcurrent()
         if type(worker) is not CallGreenlet:

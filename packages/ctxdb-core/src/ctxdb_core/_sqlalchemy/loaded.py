@@ -14,13 +14,21 @@ time put back: the transaction goes on with them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import inspect
+from sqlalchemy import Column, inspect
 from sqlalchemy.ext.mutable import MutableBase
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, Session, SessionTransaction
+from sqlalchemy.orm import (
+    InstanceState,
+    LoaderCallableStatus,
+    Mapper,
+    RelationshipDirection,
+    Session,
+    SessionTransaction,
+    object_session,
+)
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
@@ -29,6 +37,8 @@ from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
 
 logger = logging.getLogger("ctxdb")
+
+_LOST = "What %s had loaded before a roll-back could not be kept"
 
 _LEVELS = "ctxdb.originals"
 
@@ -48,19 +58,38 @@ class _Level(NamedTuple):
 def note_originals(session: Session) -> None:
     """Remember what changed objects had loaded, before a flush makes SQLAlchemy forget it."""
     changed: list[InstanceState[Any]] = [inspect(each) for each in session.dirty]
-    # The keys of objects that have come to a collection, or have left it, are changed as well.
+    # A flush also changes the foreign keys of objects that have come to a parent, have left it, or have lost it.
     members = [member for state in changed for member in _moved_members(state)]
+    members += [member for each in session.deleted for member in _left_members(inspect(each))]
     _note(session, {*changed, *members} if members else changed)
 
 
 def _moved_members(state: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
     for relationship in state.mapper.relationships:
-        if relationship.uselist and relationship.key in state.committed_state:
+        if relationship.direction is RelationshipDirection.ONETOMANY and relationship.key in state.committed_state:
             history = state.attrs[relationship.key].history
-            for member in (*history.added, *history.deleted):
-                member_state: InstanceState[Any] = inspect(member)
-                if member_state.persistent:
-                    yield member_state
+            yield from _persistent((*history.added, *history.deleted))
+
+
+def _left_members(deleted: InstanceState[Any]) -> Iterator[InstanceState[Any]]:
+    never_loaded = _never_loaded(deleted.mapper)
+    for relationship in deleted.mapper.relationships:
+        name = relationship.key
+        if (
+            relationship.direction is RelationshipDirection.ONETOMANY
+            and name in deleted.dict
+            and name not in never_loaded
+        ):
+            value = deleted.dict[name]
+            yield from _persistent(collection_adapter(value) if relationship.uselist else (value,))
+
+
+def _persistent(members: Iterable[Any]) -> Iterator[InstanceState[Any]]:
+    for member in members:
+        # A relationship to a single object may have no member.
+        state: InstanceState[Any] | None = None if member is None else inspect(member)
+        if state is not None and state.persistent:
+            yield state
 
 
 def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
@@ -167,30 +196,39 @@ class LoadedValues:
     def __init__(self, session: Session, savepoint: SessionTransaction | None = None) -> None:
         self._savepoint = None if savepoint is None else ref(savepoint)
         levels = _open_levels(session)
-        states: list[InstanceState[Any]] = session.identity_map.all_states()
-        ends = savepoint or session.get_transaction()
-        if ends is not None:
-            # A roll-back brings back what was deleted.
-            states = [*states, *deleted_in(ends)]
+        ending = _open_transactions(session) if savepoint is None else [savepoint]
+        # A roll-back brings back what was deleted.
+        states = [*session.identity_map.all_states(), *(state for each in ending for state in deleted_in(each))]
         if savepoint is None:
             originals = _oldest(levels)
+            changed = {state for each in ending for state in changed_in(each)}
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
-            changed = changed_in(savepoint)
-            # What a flush has changed in an object beside its own is not known. Such an object stays expired.
-            states = [each for each in states if (each in originals if each in changed else each.modified)]
+            # All that these objects had loaded is known. Of an object that only a flush has changed, beside the objects
+            # that the code has changed, it is not: such an object stays expired.
+            changed = set(originals)
+            flushed = changed_in(savepoint)
+            states = [each for each in states if each in originals or (each not in flushed and each.modified)]
         self._objects = [
-            (state, self._values_of(state, originals), {**_committed(state), **originals.get(state, {})})
+            (state, self._values_of(state, originals, changed), {**_committed(state), **originals.get(state, {})})
             for state in states
         ]
 
-    def _values_of(self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object]) -> dict[str, Any]:
+    def _values_of(
+        self, state: InstanceState[Any], originals: Mapping[InstanceState[Any], object], changed: Container[object]
+    ) -> dict[str, Any]:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
         values = {name: value for name, value in state.dict.items() if name not in _never_loaded(state.mapper)}
-        if self.are_of_savepoint and state in originals:
+        if state not in changed:
+            return values
+        if self.are_of_savepoint:
             # A column that has been loaded since the first flush may have a value of that flush.
             for each in state.mapper.column_attrs:
                 values.pop(each.key, None)
+        elif state not in originals:
+            # A flush has changed it for another object that the code has deleted, for instance.
+            for key in _changed_by_flushes(state.mapper):
+                values.pop(key, None)
         return values
 
     @property
@@ -204,27 +242,57 @@ class LoadedValues:
 
     def restore(self) -> None:
         """Give the objects back what they have lost by the roll-back."""
+        collections: list[tuple[object, str, list[Any]]] = []
         for state, values, originals in self._objects:
             try:
-                _restore(state, values, originals)
+                collections += _restore(state, values, originals)
             except Exception:
                 # Its attributes stay expired. The error that the roll-back was made for is the one that matters.
-                logger.warning("What %s had loaded before a roll-back could not be kept", state.class_, exc_info=True)
+                logger.warning(_LOST, state.class_, exc_info=True)
+        # A collection that is a dictionary reads the keys of its members, so these have their columns back before it.
+        for instance, name, members in collections:
+            try:
+                set_committed_value(instance, name, members)
+            except Exception:
+                # The key of a member cannot be read, for instance, as its column stays expired.
+                logger.warning(_LOST, type(instance), exc_info=True)
+                if (session := object_session(instance)) is not None:
+                    session.expire(instance, [name])
 
 
-def _restore(state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]) -> None:
+def _restore(
+    state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]
+) -> Iterable[tuple[object, str, list[Any]]]:
+    """Give an object back what it has lost, but for its collections: return these, with their members."""
     instance = state.obj()
     if instance is None or state.transient:
         # An object that was inserted and rolled back keeps what it has.
-        return
-    collections = {each.key for each in state.mapper.relationships if each.uselist}
+        return ()
+    names = {each.key for each in state.mapper.relationships if each.uselist}
     kept = {name: value for name, value in values.items() if name not in originals}
-    commit_values(state, {name: value for name, value in kept.items() if name not in collections})
-    for name in collections & kept.keys():
-        # SQLAlchemy has given the collection up: the object needs a new one, of the same members.
-        set_committed_value(instance, name, list(collection_adapter(kept[name])))
+    commit_values(state, {name: value for name, value in kept.items() if name not in names})
+    # SQLAlchemy has given the collections up: the object needs new ones, of the same members.
+    collections = [(instance, name, list(collection_adapter(kept[name]))) for name in names & kept.keys()]
     for name, value in originals.items():
         if not isinstance(value, LoaderCallableStatus):
-            set_committed_value(instance, name, value)
-        elif isinstance(values.get(name), _CONTAINERS):
+            if name in names:
+                collections.append((instance, name, value))
+            else:
+                set_committed_value(instance, name, value)
+        elif name not in names and isinstance(values.get(name), _CONTAINERS):
             set_committed_value(instance, name, values[name])
+    for composite in state.mapper.composites:
+        if any(each.key in originals for each in composite.props):
+            # It is made of the columns when it is read next.
+            state.dict.pop(composite.key, None)
+    return collections
+
+
+def _changed_by_flushes(mapper: Mapper[Any]) -> Iterator[str]:
+    """Return the attributes that a flush changes in objects which the code has not changed."""
+    for attribute in mapper.column_attrs:
+        for column in attribute.columns:
+            if isinstance(column, Column) and (
+                column.foreign_keys or column.onupdate or column.server_onupdate or column is mapper.version_id_col
+            ):
+                yield attribute.key

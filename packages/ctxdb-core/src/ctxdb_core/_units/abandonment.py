@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar, Token, copy_context
+from contextvars import Context, ContextVar, Token, copy_context
 from typing import Any, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -50,18 +50,30 @@ current_call: ContextVar[Call | None] = ContextVar("ctxdb_call", default=None)
 """The innermost call that the running code is a part of, as far as an adapter can tell."""
 
 
+_UNSET = object()
+"""Stands for the value of a context variable that has none."""
+
+
 class HandlerCalls:
-    """The calls of handlers that are made in one unit of work."""
+    """The calls of handlers that are made in one unit of work.
 
-    __slots__ = ("at_work", "left_open", "variables")
+    Args:
+        before: the context variables at the beginning of the unit of work.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("at_work", "before", "left_open", "variables")
+
+    def __init__(self, before: Context) -> None:
         self.at_work: set[Call] = set()
         """The calls that have not returned, and of whose response nothing has been sent: each may be given up on."""
         self.left_open: Authors | None = None
         """The authors of the work that was open when a middleware answered for a handler; ``None`` before that."""
-        self.variables: tuple[tuple[ContextVar[Any], Any], ...] = ()
-        """The context variables of the handler that has answered, and their values (see `note_variables`)."""
+        self.before = before
+        """The context variables at the beginning of the unit of work, outside of all middlewares beneath it."""
+        self.variables: tuple[tuple[ContextVar[Any], Any, object], ...] = ()
+        """The context variables that were set for the handler which has answered, each with its value there, and with
+        the one that it had at the beginning (see `note_variables`).
+        """
 
     def begin(self) -> Call:
         """Begin the call of a handler in the running context; `end` ends it there."""
@@ -74,6 +86,8 @@ class HandlerCalls:
         """End `call`: the handler has returned or raised."""
         self.at_work.discard(call)
         current_call.reset(call.token)
+        # A token keeps its context: a request that is known there, and knows the call, would be in a cycle.
+        del call.token
 
     def note_response(self, call: Call) -> None:
         """Note that a response begins in `call`: no other one can come in its place any more."""
@@ -87,14 +101,21 @@ class HandlerCalls:
         that task, where the transactions end.
         """
         if call.is_innermost:
-            # Those of ctxdb say where the running code is, and not what the handler wants to be known.
-            self.variables = tuple(each for each in copy_context().items() if not each[0].name.startswith("ctxdb_"))
+            before = self.before
+            self.variables = tuple(
+                (each, value, before.get(each, _UNSET))
+                for each, value in copy_context().items()
+                # Those of ctxdb say where the running code is, and not what the handler wants to be known.
+                if value is not before.get(each, _UNSET) and not each.name.startswith("ctxdb_")
+            )
 
     @contextmanager
     def variables_of_handler(self) -> Iterator[None]:
-        """Let the code in the block see the context variables that were noted, as if the handler had run it itself."""
-        unset = object()
-        tokens = [(each, each.set(value)) for each, value in self.variables if each.get(unset) is not value]
+        """Let the code in the block see the context variables that were noted, as if the handler had run it itself.
+
+        A variable that a middleware outside of the handler's task has set by itself keeps that value.
+        """
+        tokens = [(each, each.set(value)) for each, value, before in self.variables if each.get(_UNSET) is before]
         try:
             yield
         finally:
@@ -102,6 +123,10 @@ class HandlerCalls:
                 # Where the coroutine is thrown away, this is another context, and the block's own has gone.
                 with suppress(ValueError):
                     each.reset(token)
+
+    def forget_variables(self) -> None:
+        """Forget the variables that were noted: one of them may know the request, which would be in a cycle."""
+        self.variables = ()
 
     def note_running_response(self) -> None:
         """Note that a response begins in the running call, and so in each call around it."""
@@ -165,7 +190,7 @@ def follow_calls(unit: FollowedUnit) -> HandlerCalls:
     """
     calls = unit.calls
     if calls is None:
-        calls = unit.calls = HandlerCalls()
+        calls = unit.calls = HandlerCalls(copy_context() if unit.context is None else unit.context)
         for session in unit.sessions.values():
             note_unseen_author(session.sync_session)
         observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
@@ -176,6 +201,9 @@ class FollowedUnit(Protocol):
     """What is asked here of a `UnitOfWork`, whose module imports this one."""
 
     calls: HandlerCalls | None
+
+    @property
+    def context(self) -> Context | None: ...
 
     @property
     def sessions(self) -> Mapping[Any, AsyncSession]: ...

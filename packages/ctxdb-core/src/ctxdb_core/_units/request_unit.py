@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from ctxdb_core._sqlalchemy.door import StatementObserver
@@ -32,6 +33,11 @@ class RequestUnit(UnitOfWork):
     """The request: an ASGI scope, or the framework's object; ``None`` if the adapter has not told it."""
     calls: HandlerCalls | None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
+
+    @property
+    def context(self) -> Context | None:
+        """The context variables at the beginning, where a middleware may call the handler in a task of its own."""
+        return None
 
     def _new_id(self) -> str:
         return id_of_request(self.origin) or super()._new_id()

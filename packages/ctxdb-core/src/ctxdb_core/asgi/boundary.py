@@ -52,7 +52,7 @@ class ASGIStreamBoundary:
         call = calls.begin()
 
         def note_variables() -> None:
-            if exchange.response is not None:
+            if exchange.response is not None and not exchange.closed:
                 # Something may have to be ended.
                 calls.note_variables(call)
 

@@ -369,14 +369,21 @@ class HTTPExchange(Exchange):
         response = self.response
         if response is not None and response.body is not None and response.body.parked is not None:
             return False
-        return super().finish_idle()
+        if not super().finish_idle():
+            return False
+        if self.calls is not None:
+            self.calls.forget_variables()
+        return True
 
     async def finish(self, *, commit: bool, error: BaseException | None = None) -> None:
         if self.calls is None:
             await super().finish(commit=commit, error=error)
         else:
-            with self.calls.variables_of_handler():
-                await super().finish(commit=commit, error=error)
+            try:
+                with self.calls.variables_of_handler():
+                    await super().finish(commit=commit, error=error)
+            finally:
+                self.calls.forget_variables()
 
     async def _finish(self, *, commit: bool, error: BaseException | None) -> None:
         body = self._body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from contextlib import nullcontext
+from contextvars import copy_context
 from typing import Any
 
 from ctxdb_core._databases.arguments import check_function
@@ -14,7 +15,7 @@ from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
-from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange
 from ctxdb_core.asgi.exchange_settings import ExchangeSettings
 from ctxdb_core.asgi.http_exchange import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
@@ -109,6 +110,8 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.loop = _get_running_loop()
         exchange.settings = self._settings
         exchange.hooks = exchange.registration = exchange.token = exchange.calls = None
+        if self.has_boundary:
+            scope[CONTEXT_KEY] = copy_context()
         exchange.phase = _HANDLING
         exchange.origin = scope
         exchange.server = send
