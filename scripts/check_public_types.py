@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PYRIGHT = ("uv", "run", "--no-project", "--with", "basedpyright>=1.31", "basedpyright", "--outputjson")
+# In the environment of the project. Given that by the path of its interpreter, pyright finds no package in it where the
+# interpreter is a link to one with its minor version in the name.
+PYRIGHT = ("uv", "run", "--with", "basedpyright>=1.31", "basedpyright", "--outputjson")
 
 
 def pyright(*arguments: str) -> dict[str, Any]:
     """Return what pyright says."""
-    python = ("--pythonpath", sys.executable)
-    done = subprocess.run([*PYRIGHT, *python, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*PYRIGHT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -50,6 +51,8 @@ def main() -> int:
             continue
         answer = pyright("--verifytypes", package.name, "--ignoreexternal")["typeCompleteness"]
         print(f"{package.name}: {answer['completenessScore']:.1%}")
+        if not answer["symbols"]:
+            sys.exit(f"pyright has found nothing of {package.name} in the environment of the project.")
         wrong += places([each for symbol in answer["symbols"] for each in symbol.get("diagnostics", ())])
     print(*wrong, sep="\n")
     return bool(wrong)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 from tests.aiohttp.conftest import Serve, either_way
 from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.wire import Wire, ask
@@ -247,6 +248,26 @@ async def test_a_stream_that_only_reads_holds_no_connection_behind_a_part(
     held: list[int] = []
     assert (await ask(await serve(application(handler)))).text == "part"
     assert held == [0]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_stream_that_has_written_is_committed_although_it_has_left_a_result_open(
+    db: DBConnect, database: Database, serve: Serve, ends: bool
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        results.append(await (await db_session(db)).stream(text("SELECT generate_series(1, 5000)")))
+        await insert(db, "stream")
+        await response.write(b"part")
+        if ends:
+            await response.write_eof()
+        return response
+
+    # What refers to the result outlives the handler.
+    results: list[AsyncResult[Any]] = []
+    assert (await ask(await serve(application(handler)))).text == "part"
+    assert await database.names() == ["stream"]
 
 
 async def test_a_stream_whose_commit_fails_breaks_off(db: DBConnect, database: Database, serve: Serve) -> None:

@@ -226,7 +226,7 @@ async def test_an_error_waits_for_a_statement_of_another_task_of_its_request(
         session = await db_session(db)
         await session.execute(text("SELECT 1"))
         tasks.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
-        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no statement")
         return web.Response(status=400)
 
     tasks: list[asyncio.Task[object]] = []

@@ -76,6 +76,8 @@ async def test_a_500_replaces_a_response_whose_signal_handlers_cannot_be_committ
     answer = await ask(await serve(application(kind, tmp_path, signal, where)), "/inner/")
     assert answer.status == 500
     assert "success" not in answer.text
+    # aiohttp closes the connection behind it.
+    assert answer.headers["connection"] == "close"
     assert len(calls) == 1
 
 

@@ -17,9 +17,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.connection import BODY, START, Connection
-from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
+from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
+    AbandonedWorkError,
     ContextClosedError,
     DBConnect,
     commit_db_session,
@@ -79,7 +80,7 @@ async def shut_down(app: ASGIApp) -> None:
 async def test_the_query_of_a_request_that_outlasts_its_server_is_stopped(db: DBConnect, database: Database) -> None:
     app = sleeping(db)
     request = asyncio.create_task(Connection(method="GET", path="/").run(app))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(app)
     # No turn of the event loop comes in between: the server's process may end now.
     assert request.done()
@@ -92,7 +93,7 @@ async def test_the_query_of_a_request_is_left_alone_when_another_application_shu
     db: DBConnect, database: Database
 ) -> None:
     request = asyncio.create_task(Connection(method="GET", path="/").run(sleeping(db)))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(sleeping(db))
     assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
     request.cancel()
@@ -114,7 +115,7 @@ async def test_the_query_of_a_unit_inside_of_a_request_that_outlasts_its_server_
 
     middleware = ASGIHTTPDBSessionMiddleware(app)
     request = asyncio.create_task(Connection(method="GET", path="/").run(middleware))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(middleware)
     with pytest.raises(ContextClosedError):
         await request
@@ -128,7 +129,7 @@ async def test_the_query_of_a_job_is_left_alone_when_its_application_shuts_down(
             await (await db_session(db)).execute(text("SELECT pg_sleep(600)"))
 
     job = asyncio.create_task(work())
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     await shut_down(sleeping(db))
     assert database.backends("query ~ 'pg_sleep' AND state = 'active'")
     job.cancel()
@@ -1310,6 +1311,94 @@ async def test_a_task_may_open_a_session_while_the_response_waits_for_the_statem
         await connection.run(ASGIHTTPDBSessionMiddleware(app, before_commit))
     assert [message["status"] for message in connection.sent] == [status]
     assert await database.names("parent") == (["one"] if status == 200 else [])
+
+
+@pytest.mark.parametrize("handler_writes", [False, True])
+async def test_a_middleware_answers_by_an_error_in_the_place_of_a_handler_and_keeps_nothing_of_either(
+    db: DBConnect, database: Database, handler_writes: bool
+) -> None:
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        if handler_writes:
+            await insert(db, "handler")
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        handling = asyncio.create_task(ASGIStreamBoundary(handle)(scope, receive, send))
+        await begun.wait()
+        await insert(db, "middleware")
+        await send({**START, "status": 504})
+        await send(BODY)
+        await end(handling)
+
+    begun = asyncio.Event()
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.types == ["http.response.start", "http.response.body"]
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("change", ["new", "dirty", "deleted"])
+async def test_a_middleware_commits_no_object_that_a_handler_that_goes_on_has_changed_and_not_flushed(
+    db: DBConnect, database: Database, change: str
+) -> None:
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        session = await db_session(db)
+        if change == "new":
+            session.add(Item(name="new"))
+        else:
+            item = await session.get_one(Item, "old")
+            if change == "dirty":
+                item.name = "dirty"
+            else:
+                await session.delete(item)
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        handling = asyncio.create_task(ASGIStreamBoundary(handle)(scope, receive, send))
+        try:
+            await begun.wait()
+            await send(START)
+        finally:
+            await end(handling)
+
+    await database.query("INSERT INTO item VALUES ('old')")
+    begun = asyncio.Event()
+    connection = Connection()
+    with pytest.raises(AbandonedWorkError):
+        await connection.run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.sent == []
+    assert await database.names() == ["old"]
+
+
+@pytest.mark.parametrize("holds_back", [False, True])
+async def test_a_body_beneath_a_boundary_that_only_reads_holds_no_connection_while_a_part_is_passed_on(
+    db: DBConnect, database: Database, holds_back: bool
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await (await db_session(db)).execute(text("SELECT 1"))
+        await send({**BODY, "more_body": True})
+        await send(BODY)
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on(message: Message) -> None:
+            if message.get("more_body"):
+                held.append(database.checked_out)
+            passed.append(message)
+            if not holds_back:
+                await send(message)
+
+        await ASGIStreamBoundary(app)(scope, receive, pass_on)
+        if holds_back:
+            for message in passed:
+                await send(message)
+
+    held: list[int] = []
+    passed: list[Message] = []
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(middleware))
+    assert connection.sent == passed
+    assert held == [0]
 
 
 async def test_two_starts_at_once_beneath_a_boundary_are_the_servers_to_refuse(db: DBConnect) -> None:

@@ -293,6 +293,35 @@ async def test_a_unit_of_work_commits_although_a_task_is_in_a_block(db: DBConnec
     assert await database.names() == ["one"]
 
 
+async def test_a_unit_of_work_is_rolled_back_and_keeps_its_connection_although_a_task_is_in_a_block(
+    db: DBConnect, database: Database
+) -> None:
+    async def stay() -> None:
+        async with (await db_session(db)).begin_nested():
+            entered.set()
+            await leave.wait()
+
+    async def fail() -> None:
+        async with new_db_ctx():
+            await insert(db, "one")
+            staying.append(asyncio.create_task(stay()))
+            await entered.wait()
+            raise error
+
+    error = LookupError()
+    staying: list[asyncio.Task[None]] = []
+    entered, leave = asyncio.Event(), asyncio.Event()
+    with pytest.raises(LookupError):
+        await fail()
+    leave.set()
+    await asyncio.gather(*staying, return_exceptions=True)
+    assert not hasattr(error, "__notes__")
+    async with new_db_ctx():
+        await insert(db, "two")
+    assert database.connections == 1
+    assert await database.names() == ["two"]
+
+
 async def test_the_blocks_of_a_worker_are_forgotten(db: DBConnect) -> None:
     for number in range(5):
         async with new_db_ctx(), savepoint(db):

@@ -105,7 +105,7 @@ async def test_the_query_of_a_cancelled_task_stops_on_the_server(
 
     def when_it_runs(cancel: Callable[[], object]) -> None:
         async def watch() -> None:
-            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
             cancel()
 
         watchers.append(asyncio.create_task(watch()))
@@ -187,7 +187,7 @@ async def test_a_block_whose_commit_is_cancelled_while_it_waits_for_a_statement_
         async with atomic_db_session(db) as session:
             await insert(db, "undone")
             statements.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.5)"))))
-            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
             waits.set()
 
     statements: list[asyncio.Task[object]] = []

@@ -82,6 +82,21 @@ async def test_the_body_reads_a_result_on_in_a_transaction_that_has_only_read(
     assert read == ([] if writes else [1990])
 
 
+@pytest.mark.parametrize("several", [False, True])
+async def test_a_unit_that_has_written_is_committed_although_a_result_is_left_open_at_its_end(
+    db: DBConnect, second_db: DBConnect, database: Database, several: bool
+) -> None:
+    async with new_db_ctx():
+        if several:
+            await insert(second_db, "second")
+        rows = await (await db_session(db)).stream(ROWS)
+        await rows.fetchmany(10)
+        await insert(db, "one")
+    assert await database.names() == ["one", *(["second"] if several else [])]
+    with pytest.raises(OpenCursorError, match="has ended"):
+        await rows.fetchone()
+
+
 async def test_a_kept_result_reaches_into_no_other_transaction(database: Database) -> None:
     async with database.connect(pool_size=1) as db:
         async with new_non_ctx_session(db) as first:

@@ -674,7 +674,7 @@ async def test_an_error_that_waits_for_a_statement_of_its_request_can_be_cancell
         if overrules:
             await send(START)
         sleeping.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(600)"))))
-        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no statement")
         waits.set()
         await send(ERROR)
 

@@ -619,7 +619,7 @@ async def test_a_connection_of_psycopg_stops_a_cancelled_query_as_it_is_told(
     own.__class__ = private.psycopg_connection_that_stops(type(own), stop)
     assert isinstance(own, psycopg.AsyncConnection)
     waiting = asyncio.create_task(own.execute("SELECT pg_sleep(60)"))
-    await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

@@ -90,6 +90,41 @@ async def rename(database: Database, name: str) -> None:
     await database.query(f"UPDATE author SET name = '{name}'")
 
 
+@pytest.mark.parametrize("loads", ["query", "refresh"])
+async def test_what_a_later_transaction_loads_on_demand_stays_readable_behind_its_next_queries(
+    library: DBConnect, loads: str
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        await session.scalars(select(Author))
+        books = (await session.scalars(select(Book))).all()
+        await commit_db_session(library)
+        if loads == "query":
+            query = select(Author).options(selectinload(Author.books), undefer(Author.about))
+            author = (await session.scalars(query)).one()
+        else:
+            author = await session.get_one(Author, 1)
+            await session.refresh(author, ["books", "about"])
+        for _ in range(2):
+            await session.scalars(select(Author))
+            await session.get(Author, 1)
+            assert (author.books, author.about) == (books, "long")
+
+
+async def test_what_is_loaded_on_demand_stays_readable_when_a_relationship_leads_to_the_object(
+    library: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        (await db_session(library)).add(Copy(id=1, book_id=1, place=Place(2, 3)))
+    async with new_db_ctx():
+        session = await db_session(library)
+        book = (await session.scalars(select(Book).options(selectinload(Book.author)))).one()
+        await session.get_one(Copy, 1)
+        await commit_db_session(library)
+        await session.get_one(Copy, 1)
+        assert book.author.name == "Ada"
+
+
 async def test_an_update_by_the_orm_changes_objects_that_were_read_again(library: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(library)

@@ -140,6 +140,16 @@ async def test_timeout_can_be_set_and_lifted_in_the_middle_of_a_transaction(db: 
 
 
 @POSTGRESQL
+async def test_timeout_can_be_set_between_two_transactions_of_a_session(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        assert await timeout_of(session) == "0"
+        await commit_db_session(db)
+        await set_statement_timeout(2)
+        assert await timeout_of(session) == "2s"
+
+
+@POSTGRESQL
 async def test_timeout_can_be_set_before_the_first_session(db: DBConnect) -> None:
     async with new_db_ctx():
         await set_statement_timeout(2)

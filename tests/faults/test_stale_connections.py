@@ -278,7 +278,7 @@ async def test_the_query_of_a_connection_that_replaces_another_can_be_stopped(
     network.fail(Point.BEGIN, Fault.DROP)
     async with new_non_ctx_session(far) as session:
         waiting = asyncio.create_task(session.execute(text("SELECT pg_sleep(600)")))
-        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+        await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -10,7 +10,6 @@ from litestar import Controller, Litestar, get, post
 from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.exceptions import ImproperlyConfiguredException
-from litestar.openapi import OpenAPIConfig
 from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.testing import TestClient
@@ -205,8 +204,7 @@ def test_the_plugin_leaves_the_openapi_schema_unchanged() -> None:
         async def other() -> str:
             return "other"
 
-        described = OpenAPIConfig(title="An application", version="1")
-        app = litestar_app(read, other, plugins=plugins, signature_namespace=_namespace(), openapi_config=described)
+        app = litestar_app(read, other, plugins=plugins, signature_namespace=_namespace())
         return app.openapi_schema.to_schema()
 
     async def provide() -> Any: ...

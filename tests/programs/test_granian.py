@@ -96,7 +96,7 @@ async def test_the_query_of_a_request_whose_client_has_left_is_stopped_at_the_sh
     async with granian(tmp_path, database, "asyncio") as (server, address):
         async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=20)) as client:
             request = asyncio.create_task(client.get(f"{address}/waits", timeout=60))
-            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+            await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
             server.terminate()
             request.cancel()
             with pytest.raises(asyncio.CancelledError):

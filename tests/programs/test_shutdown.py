@@ -95,7 +95,7 @@ async def test_the_query_of_a_request_that_the_server_cancels_is_stopped(
                 else:
                     break
         client.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+        await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
         server.terminate()
         async with asyncio.timeout(20):
             await server.wait()

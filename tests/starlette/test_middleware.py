@@ -143,7 +143,7 @@ async def test_a_base_middleware_that_gives_up_on_a_request_rolls_it_back(
     class GiveUp(BaseHTTPMiddleware):
         async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
             async def give_up() -> None:
-                await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+                await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
                 raise TimeoutError
 
             async with anyio.create_task_group() as group:

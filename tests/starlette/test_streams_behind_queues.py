@@ -206,7 +206,7 @@ async def test_a_handler_that_a_middleware_has_given_up_on_changes_nothing(
             calling = asyncio.ensure_future(call_next(request))
             await entered.wait()
             if in_a_statement:
-                await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no query")
+                await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
             calling.cancel()
             return PlainTextResponse("late", status)
 

@@ -31,12 +31,9 @@ ExceptionHandler: TypeAlias = Callable[[Request[Any, Any, Any], Exception], Resp
 def litestar_app(
     *handlers: ControllerRouterHandler, db: DBConnect | None = None, plugins: list[Any] | None = None, **options: Any
 ) -> Litestar:
-    """Return an application with the plugin in it, or with the `plugins` that are given, and without an OpenAPI schema.
-
-    The routes of a schema take five times as long to make as the rest of an application.
-    """
+    """Return an application with the plugin in it, or with the `plugins` that are given."""
     plugins = [CtxDBPlugin(*([] if db is None else [db]))] if plugins is None else plugins
-    return Litestar(handlers, plugins=plugins, logging_config=None, **{"openapi_config": None, **options})
+    return Litestar(handlers, plugins=plugins, logging_config=None, **options)
 
 
 def answering(status: int, text: str = "handled") -> ExceptionHandler:

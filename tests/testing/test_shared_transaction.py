@@ -427,7 +427,7 @@ async def test_the_end_of_a_shared_transaction_waits_for_no_statement(
     async with asyncio.timeout(30):
         async with shared_transaction(db):
             left = asyncio.create_task(run_in_new_ctx(sleep))
-            await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+            await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no statement")
         with pytest.raises(asyncio.CancelledError):
             await left
 

@@ -49,8 +49,6 @@ def build_litestar(application: Application) -> ASGIApp:
         after_exception=[note_unhandled],
         middleware=[] if application.around is None else [_giving_up(application.around)],
         logging_config=None,
-        # The routes of a schema take five times as long to make as the rest of an application.
-        openapi_config=None,
         plugins=[
             CtxDBPlugin(
                 *application.dbs, before_commit=application.before_commit, commit_policy=application.commit_policy

@@ -22,17 +22,17 @@ class PoolTrack:
     __slots__ = ("dialects", "held", "host", "limit", "name", "next_sample", "peak", "samples")
 
     def __init__(self, name: str, host: str) -> None:
-        self.name = name
-        self.host = host
+        self.name: str = name
+        self.host: str = host
         self.limit: int | None = None
         """How many connections there may be; ``None`` without a limit, and until it is known."""
-        self.next_sample = 0.0
+        self.next_sample: float = 0.0
         """When a sample is to be taken, at the next occasion."""
         self.held: dict[Any, HoldRecord] = {}
         """What is known of each connection that is in use, by the connection as the driver has it."""
         self.dialects: WeakSet[Dialect] = WeakSet()
         """The dialects whose statements are followed: engines of several event loops may share one."""
-        self.peak = 0
+        self.peak: int = 0
         """The most connections that were held at once since the last sample."""
         self.samples: deque[tuple[float, int, int, int]] = deque(maxlen=KEPT_SAMPLES)
         """Time, the most connections in use since the last sample, idle connections, waiting tasks."""

@@ -144,8 +144,8 @@ class ForgottenHolds:
     __slots__ = ("count", "error", "results", "seconds")
 
     def __init__(self) -> None:
-        self.count = 0
-        self.seconds = 0.0
+        self.count: int = 0
+        self.seconds: float = 0.0
         """How long the unit has held them, all together."""
         self.results: set[str | None] = set()
         self.error: str | None = None

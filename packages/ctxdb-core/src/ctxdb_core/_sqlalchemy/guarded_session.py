@@ -151,17 +151,19 @@ class GuardedSession(TracedSession):
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
         # Looked up before the call: an expired object, which `objects` leaves out, is read by the call itself.
-        earlier = None if self.rereading is None else self.rereading.objects(self)
+        rereading = self.rereading
+        earlier = None if rereading is None else rereading.objects(self)
         found = super().get(entity, ident, **options)
-        if found is None or earlier is None:
+        if found is None or earlier is None or rereading is None:
             return found
         state: InstanceState[Any] = object_state(found)
         if state not in earlier or state.modified:
             return found
         # The object is read anew once in each transaction, however often it is asked for.
+        rereading.keep_loaded_for(state, self)
         with keeping_changes(self):
             found = super().get(entity, ident, **{**options, "populate_existing": True})
-        earlier.pop(state, None)
+        earlier.discard(state)
         return found
 
     def flush(self, objects: Any = None) -> None:

@@ -12,11 +12,11 @@ was loaded, and is not a part of the query, keeps what it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Result, event, inspect
@@ -31,39 +31,56 @@ __all__ = ["Rereading", "keeping_changes", "note_changes"]
 
 _NO_VALUE = LoaderCallableStatus.NO_VALUE
 
+# Relationships whose objects are loaded with the object itself.
+_EAGER = ("immediate", "joined", "selectin", "subquery")
+
 
 class Rereading:
     """The objects that `session` has from its earlier transactions, as it begins another transaction."""
 
-    __slots__ = ("_loaded", "is_ahead")
+    __slots__ = ("_earlier", "is_ahead", "kept")
 
     def __init__(self, session: Session) -> None:
         self.is_ahead = True
         """Whether the transaction that this object was made for has yet to begin."""
-        self._loaded: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
-        """What each object has loaded on demand; looked up at the first query, as there may be none."""
+        self.kept: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] = WeakKeyDictionary()
+        """What each object had loaded on demand when the last query began that fills objects anew."""
+        self._earlier: WeakSet[InstanceState[Any]] | None = None
+        """The objects; looked up at the first query, as there may be none."""
         listen_once(session, "do_orm_execute", _read_anew)
 
-    def objects(self, session: Session) -> WeakKeyDictionary[InstanceState[Any], dict[str, Any]]:
-        """Return the objects that have not been read again, with what they have loaded on demand."""
-        if self._loaded is None:
-            self._loaded = WeakKeyDictionary(
-                {
-                    state: _loaded_on_demand(state)
-                    for state in session.identity_map.all_states()
-                    # SQLAlchemy reads an expired object anew by itself.
-                    if not state.expired
-                }
-            )
-        return self._loaded
+    def objects(self, session: Session) -> WeakSet[InstanceState[Any]]:
+        """Return the objects of earlier transactions that have not been read again by `Session.get`."""
+        if self._earlier is None:
+            # SQLAlchemy reads an expired object anew by itself.
+            self._earlier = WeakSet(each for each in session.identity_map.all_states() if not each.expired)
+        return self._earlier
+
+    def keep_loaded_for(self, state: InstanceState[Any], session: Session) -> None:
+        """Keep what is loaded as `state` is read anew, and what its relationships lead to."""
+        is_alone = all(each.lazy not in _EAGER for each in state.mapper.relationships)
+        self.keep_loaded([state] if is_alone else session.identity_map.all_states())
+
+    def keep_loaded(self, states: Iterable[InstanceState[Any]]) -> None:
+        """Keep what `states` have loaded on demand until now, as a query begins that may fill these objects anew.
+
+        That is more than the objects of earlier transactions had: this transaction may have loaded a relationship by
+        one query, and returns the object by another one.
+        """
+        self.kept = WeakKeyDictionary({each: loaded for each in states if (loaded := _loaded_on_demand(each))})
 
 
 def _loaded_on_demand(state: InstanceState[Any]) -> dict[str, Any]:
     """Return the values of the relationships, and of the columns that not every query loads, that have been loaded."""
     loaded = {key: state.dict[key] for key in _keys_loaded_on_demand(state.mapper) if key in state.dict}
-    if loaded and not event.contains(state.class_, "refresh", _keep_loaded):
+    if loaded and state.class_ not in _followed:
         event.listen(state.class_, "refresh", _keep_loaded)
+        _followed.add(state.class_)
     return loaded
+
+
+_followed: WeakSet[type[Any]] = WeakSet()
+"""The classes that `_keep_loaded` listens to."""
 
 
 def _keys_loaded_on_demand(mapper: Mapper[Any]) -> tuple[str, ...]:
@@ -97,6 +114,7 @@ def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
         return None
     if not rereading.objects(session) or "populate_existing" in options:
         return None
+    rereading.keep_loaded(session.identity_map.all_states())
     execution.update_execution_options(populate_existing=True)
     if options.get("stream_results") or options.get("yield_per"):
         # The rows of a streamed result are not read by this call.
@@ -199,6 +217,8 @@ def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     if rereading is None:
         return
     state: InstanceState[Any] = inspect(instance)
-    for key, value in rereading.objects(context.session).get(state, {}).items():
+    for key, value in rereading.kept.get(state, {}).items():
         if key not in state.dict:
             set_committed_value(instance, key, value)
+    # The query may come to the object again, by a relationship of another one.
+    rereading.kept[state] = _loaded_on_demand(state)

@@ -39,7 +39,7 @@ class Call:
 
     def __init__(self, calls: HandlerCalls) -> None:
         self.calls: HandlerCalls = calls
-        self.is_innermost = True
+        self.is_innermost: bool = True
         """Whether no further call of the same unit of work was made in this one: then this is the handler's own."""
         self.outer: Call | None = current_call.get()
         if self.outer is not None and self.outer.calls is calls:
@@ -182,19 +182,15 @@ class HandlerCalls:
             raise refused
 
 
-def follow_calls(unit: FollowedUnit, before: Context | None = None) -> HandlerCalls:
+def follow_calls(unit: FollowedUnit) -> HandlerCalls:
     """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
 
     An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
     what a transaction holds already counts as written by the middlewares.
-
-    Args:
-        unit: the unit of work.
-        before: the context variables at its beginning; by default those of the running code.
     """
     calls = unit.calls
     if calls is None:
-        calls = unit.calls = HandlerCalls(copy_context() if before is None else before)
+        calls = unit.calls = HandlerCalls(copy_context() if unit.context is None else unit.context)
         for session in unit.sessions.values():
             note_unseen_author(session.sync_session)
         observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
@@ -205,6 +201,9 @@ class FollowedUnit(Protocol):
     """What is asked here of a `UnitOfWork`, whose module imports this one."""
 
     calls: HandlerCalls | None
+
+    @property
+    def context(self) -> Context | None: ...
 
     @property
     def sessions(self) -> Mapping[Any, AsyncSession]: ...

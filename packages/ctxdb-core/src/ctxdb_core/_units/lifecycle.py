@@ -282,7 +282,7 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
         _check_callable(fn)
     if max_concurrent is not None and max_concurrent < 1:
         raise ArgumentValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
-    slots = asyncio.Semaphore(len(callables) or 1 if max_concurrent is None else max_concurrent)
+    slots = asyncio.Semaphore(len(callables) if max_concurrent is None else max_concurrent)
 
     async def run(fn: Callable[[], Awaitable[T]]) -> T:
         async with slots:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
 
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._units.abandonment import HandlerCalls
@@ -20,12 +21,23 @@ class RequestUnit(UnitOfWork):
     among them. The call would be a quarter of what a request without database use pays.
     """
 
-    __init__ = object.__init__
+    if TYPE_CHECKING:
+
+        def __init__(self) -> None:
+            """Type checkers are not told of an ``__init__`` by an assignment."""
+
+    else:
+        __init__ = object.__init__
 
     origin: Any
     """The request: an ASGI scope, or the framework's object; ``None`` if the adapter has not told it."""
     calls: HandlerCalls | None
     """The calls of handlers, where a middleware may give up on one of them (see `follow_calls`)."""
+
+    @property
+    def context(self) -> Context | None:
+        """The context variables at the beginning, where a middleware may call the handler in a task of its own."""
+        return None
 
     def _new_id(self) -> str:
         return id_of_request(self.origin) or super()._new_id()

@@ -48,7 +48,8 @@ class UnitEnd(UnitAttachments):
 
         Args:
             dbs: where to commit; everywhere by default.
-            ends_body: whether the body of the response has been made, so that nothing will read such a result on.
+            ends_body: whether the body of the response has been made, or the unit ends: nothing will read such a result
+                on.
 
         Raises:
             OpenCursorError: a result is to be read on in a transaction that has written. All is rolled back.
@@ -270,7 +271,8 @@ class UnitEnd(UnitAttachments):
         """
         if commit:
             try:
-                await self.commit()
+                # Behind its end, nothing reads a result of the unit on.
+                await self.commit(ends_body=True)
                 if self.finish_idle():
                     return
                 # A call of another task has come in between, and begun a transaction.

@@ -32,7 +32,7 @@ class UnitHooks:
     def __init__(self) -> None:
         self.blocks: tuple[object, ...] = ()
         """The open blocks that share the unit's transactions: each commits or undoes what was done in it."""
-        self.is_block = False
+        self.is_block: bool = False
         """Whether the unit is one block of the user's, which is committed or undone as a whole, as that of
         `transactional` is."""
         self.callbacks: Callbacks | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
+from contextvars import Context
 
 from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
 from ctxdb_core._units.watcher import UnitWatcher, report_failure
@@ -12,7 +13,10 @@ from ctxdb_core.asgi.start import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Send
 from ctxdb_core.phases import FINISHING, Phase
 
-__all__ = ["Exchange"]
+__all__ = ["CONTEXT_KEY", "Exchange"]
+
+CONTEXT_KEY = "ctxdb.context"
+"""Where the scope of a request has the context variables of its beginning, if a stream boundary may be beneath."""
 
 _SWITCHING_PROTOCOLS = 101
 
@@ -28,6 +32,11 @@ class Exchange(AnswerableUnit):
 
     server: Send
     """The `send` of the server."""
+
+    @property
+    def context(self) -> Context | None:
+        found: Context | None = self.origin.get(CONTEXT_KEY)
+        return found
 
     def send(self, message: Message) -> Awaitable[None]:
         """Forward a message of the application, after what has to happen before it."""

@@ -27,13 +27,7 @@ from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase
 
-__all__ = ["CONTEXT_KEY", "HTTPExchange"]
-
-CONTEXT_KEY = "ctxdb.context"
-"""The key of the ASGI scope for the context variables that the request began with, if a boundary may be beneath.
-
-They are in the scope, as most requests end without anything that asks for them.
-"""
+__all__ = ["HTTPExchange"]
 
 _NOT_STARTED = (Phase.HANDLING, Phase.AHEAD)
 _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
@@ -51,6 +45,8 @@ class HTTPExchange(Exchange):
 
     source: Receive
     """Where the request comes from: the `receive` of the server, or a `KeptRequest` once the body is being read."""
+    # What a base class declares is declared again where it is set: type checkers would infer another type from that.
+    phase: Phase
 
     # --- the request --------------------------------------------------------------------------------------------------
 
@@ -238,7 +234,7 @@ class HTTPExchange(Exchange):
     def follow_calls(self) -> HandlerCalls:
         """Follow the calls of handlers from now on, as a middleware may give up on one."""
         self.follow_response()
-        return follow_calls(self, self.origin.get(CONTEXT_KEY))
+        return follow_calls(self)
 
     async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
@@ -293,7 +289,7 @@ class HTTPExchange(Exchange):
         if self.phase is Phase.HANDLING:
             if self.settings.middleware.has_boundary:
                 # The statements of middlewares outside of the boundary are noted, too.
-                follow_calls(self, self.origin.get(CONTEXT_KEY))
+                follow_calls(self)
         elif self.phase in _STARTED and response.body is None:
             response.body = Body()
             # What uses the first session behind the whole body is background work, and cannot be cut off with it.

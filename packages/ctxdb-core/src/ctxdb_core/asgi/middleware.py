@@ -15,9 +15,9 @@ from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
-from ctxdb_core.asgi.exchange import Exchange
+from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange
 from ctxdb_core.asgi.exchange_settings import ExchangeSettings
-from ctxdb_core.asgi.http_exchange import CONTEXT_KEY, HTTPExchange
+from ctxdb_core.asgi.http_exchange import HTTPExchange
 from ctxdb_core.asgi.limits import Deadline, LimitingStatements
 from ctxdb_core.asgi.reading import ReadingFrom
 from ctxdb_core.asgi.response import ANSWERED, Response
@@ -111,7 +111,6 @@ class ASGIHTTPDBSessionMiddleware:
         exchange.settings = self._settings
         exchange.hooks = exchange.registration = exchange.token = exchange.calls = None
         if self.has_boundary:
-            # The context variables from before any middleware beneath: see `HandlerCalls.before`.
             scope[CONTEXT_KEY] = copy_context()
         exchange.phase = _HANDLING
         exchange.origin = scope
@@ -137,8 +136,6 @@ class ASGIHTTPDBSessionMiddleware:
             _reset_current_unit(token)
             # The server's `send` may know the scope: left in it, the exchange would be in a reference cycle.
             scope.pop(REQUEST_KEY, None)
-            if self.has_boundary:
-                scope.pop(CONTEXT_KEY, None)
 
     async def answer_error(
         self, error: Exception, scope: Scope, receive: Receive, send: Send, root_app: Any | None

@@ -31,8 +31,6 @@ class KeptRequest:
 
     def keep(self, message: Message) -> None:
         """Keep a message of the request."""
-        if self._size > _MAX_BYTES:
-            return
         self._size += len(message.get("body", b""))
         self._messages.append(message)
         if self._size > _MAX_BYTES:
