@@ -16,7 +16,7 @@ PRIVATE = "ctxdb_core._sqlalchemy.private"
 # What is touched outside of the one module for SQLAlchemy, and why it may be.
 ALLOWED = {
     # Public in spite of their names (Python docs, "sys" and "collections").
-    "_getframe": {"hold", "second_connections", "generator_blocks", "scheduler_jobs"},
+    "_getframe": {"acquiring_code", "second_connections", "generator_blocks", "scheduler_jobs"},
     "_asdict": {"status"},
     # aiohttp has no public names for these; each is tested against the versions that the adapter supports.
     "_compress": {"writer"},
