@@ -79,9 +79,11 @@ async def test_hooks_of_a_commit_see_what_the_endpoint_has_set(
 async def test_commits_behind_the_start_see_what_the_endpoint_has_set(
     db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, middlewares: list[object]
 ) -> None:
-    done = asyncio.Event()
+    is_body_committed, done = asyncio.Event(), asyncio.Event()
 
     async def work_in_background() -> None:
+        # Beneath the middleware, it begins while the commit of the body may be under way.
+        await is_body_committed.wait()
         await add(db, "background")
         on_commit(db, done.set)
 
@@ -91,6 +93,7 @@ async def test_commits_behind_the_start_see_what_the_endpoint_has_set(
         async def body() -> AsyncIterator[str]:
             yield "part"
             await add(db, "body")
+            on_commit(db, is_body_committed.set)
 
         return StreamingResponse(body(), background=BackgroundTask(work_in_background))
 
