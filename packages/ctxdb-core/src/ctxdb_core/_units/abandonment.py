@@ -68,7 +68,7 @@ class HandlerCalls:
         """The calls that have not returned, and of whose response nothing has been sent: each may be given up on."""
         self.left_open: Authors | None = None
         """The authors of the work that was open when a middleware answered for a handler; ``None`` before that."""
-        self.before = before
+        self.before: Context = before
         """The context variables at the beginning of the unit of work, outside of all middlewares beneath it."""
         self.variables: tuple[tuple[ContextVar[Any], Any, object], ...] = ()
         """The context variables that were set for the handler which has answered, each with its value there, and with
