@@ -382,3 +382,29 @@ async def test_a_transaction_is_not_committed_with_a_block_that_could_not_be_und
             await database.query("SELECT pg_advisory_unlock_all()")
             await beside
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_cancel_scope_ends_its_code_when_the_pool_gives_that_a_connection_in_the_same_moment(
+    database: Database, steps: int
+) -> None:
+    scope = anyio.CancelScope()
+    async with database.connect(pool_size=1, max_overflow=0) as db:
+
+        async def read() -> None:
+            with scope:
+                async with new_db_ctx():
+                    await (await db_session(db)).execute(text("SELECT 1"))
+
+        def cancel_soon(*args: object) -> None:
+            after_turns(steps)(scope.cancel)
+
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT 1"))
+            reading = asyncio.create_task(read())
+            await eventually(
+                lambda: any(pool.waiting for pool in db.status().pools), "the task waits for no connection"
+            )
+            event.listen((await db.engine()).sync_engine, "checkin", cancel_soon, once=True)
+        await reading
+    assert database.checked_out == 0

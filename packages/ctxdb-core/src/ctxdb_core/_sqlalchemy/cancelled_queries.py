@@ -300,5 +300,8 @@ def _take_connection_unless_cancelled(take_connection: Callable[[], PoolProxiedC
     connection = take_connection()
     if task is not None and task.cancelling() > requests:
         connection.close()
+        # A cancel scope of anyio knows its cancellations by their message. It cancels again in each round of the loop.
+        for _ in range(2):
+            await_only(asyncio.sleep(0))
         raise asyncio.CancelledError
     return connection
