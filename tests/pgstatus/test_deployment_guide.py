@@ -244,7 +244,8 @@ async def test_retry_on_conflict_repeats_a_read_that_replay_has_cancelled() -> N
                     await cluster.primary.execute("VACUUM number")
                     await asyncio.sleep(0.05)
             assert reading.result() == []
-            assert attempts == 2
+            # The repetition is cancelled as well, if the row is removed after it has begun.
+            assert attempts > 1
             await replicas.close()
 
 
