@@ -316,11 +316,13 @@ class _Left:
 
     def __init__(self, pids: list[int]) -> None:
         self.pids = pids + [pid for pid, (parent, _) in _processes().items() if parent in pids]
+        # Numbers of processes are given again: a segment that is left of an earlier run is used by nobody.
+        self.segments = {segment: pid for segment, pid in _used_shared_memory().items() if pid in self.pids}
 
     def __call__(self) -> list[str]:
         processes = _processes()
         return [f"process {pid}" for pid in self.pids if processes.get(pid, (0, "Z"))[1] != "Z"] + [
-            f"shared memory of {pid}" for pid in _shared_memory_creators() & set(self.pids)
+            f"shared memory of {self.segments[segment]}" for segment in self.segments.keys() & _shared_memory()
         ]
 
 
@@ -330,9 +332,15 @@ def _processes() -> dict[int, tuple[int, str]]:
     return _processes()
 
 
-def _shared_memory_creators() -> set[int]:
+def _shared_memory() -> dict[int, tuple[int, int]]:
+    """Return who has made each segment of shared memory, and by how many processes it is used."""
     table = Path("/proc/sysvipc/shm")
-    return {int(line.split()[4]) for line in table.read_text().splitlines()[1:]} if table.exists() else set()
+    rows = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
+    return {int(row[1]): (int(row[4]), int(row[6])) for row in rows}
+
+
+def _used_shared_memory() -> dict[int, int]:
+    return {segment: creator for segment, (creator, users) in _shared_memory().items() if users}
 
 
 _PROGRAM = """\
