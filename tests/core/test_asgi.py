@@ -333,6 +333,20 @@ async def end(*tasks: asyncio.Task[None]) -> None:
     await asyncio.wait(tasks)
 
 
+async def insert_in_task_that_is_cancelled(db: DBConnect, name: str) -> None:
+    """Write a row in a task that has a part in what the running code does, and cancel it before its end."""
+
+    async def write() -> None:
+        await insert(db, name)
+        has_written.set()
+        await asyncio.Event().wait()
+
+    has_written = asyncio.Event()
+    writing = asyncio.create_task(write())
+    await has_written.wait()
+    await end(writing)
+
+
 async def test_background_work_behind_a_body_that_was_cancelled_before_it_used_a_session_is_committed(
     db: DBConnect, database: Database
 ) -> None:
@@ -396,16 +410,8 @@ async def test_the_last_part_of_a_body_that_uses_no_session_begins_the_backgroun
         if asks:
             on_commit(db, lambda: None)
         await send(last)
-        helper = asyncio.create_task(help_out())
-        await helped.wait()
-        await end(helper)
+        await insert_in_task_that_is_cancelled(db, "background")
 
-    async def help_out() -> None:
-        await insert(db, "background")
-        helped.set()
-        await asyncio.Event().wait()
-
-    helped = asyncio.Event()
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == ["background"]
 
@@ -849,16 +855,8 @@ async def test_a_message_in_the_middle_of_a_body_without_sessions_is_not_taken_f
         if asks:
             on_commit(db, lambda: None)
         await send(message)
-        making = asyncio.create_task(make_part())
-        await made.wait()
-        await end(making)
+        await insert_in_task_that_is_cancelled(db, "part")
 
-    async def make_part() -> None:
-        await insert(db, "part")
-        made.set()
-        await asyncio.Event().wait()
-
-    made = asyncio.Event()
     await Connection().run(ASGIHTTPDBSessionMiddleware(app))
     assert await database.names() == []
 

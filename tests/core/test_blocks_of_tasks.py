@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 from sqlalchemy import insert as insert_into
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
+from tests.support.blocks import savepoint, transaction
 from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
@@ -35,18 +36,6 @@ Block = Callable[[DBConnect], AbstractAsyncContextManager[Any]]
 
 
 # --- the blocks -------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def savepoint(db: DBConnect) -> AsyncIterator[None]:
-    async with (await db_session(db)).begin_nested():
-        yield
-
-
-@asynccontextmanager
-async def transaction(db: DBConnect) -> AsyncIterator[None]:
-    async with (await db_session(db)).begin():
-        yield
 
 
 BLOCKS = pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 
 import anyio
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.util import await_only
+from tests.support.blocks import savepoint, transaction
 from tests.support.database import Database, eventually, insert
 from tests.support.interruption import (
     CANCELLERS,
@@ -283,18 +284,6 @@ async def test_the_connection_of_a_call_that_outlasts_the_cancellation_of_its_un
     await asyncio.wait([beside])
     await eventually(lambda: not database.checked_out, "the connection is held")
     assert await database.names() == []
-
-
-@asynccontextmanager
-async def savepoint(db: DBConnect) -> AsyncIterator[None]:
-    async with (await db_session(db)).begin_nested():
-        yield
-
-
-@asynccontextmanager
-async def transaction(db: DBConnect) -> AsyncIterator[None]:
-    async with (await db_session(db)).begin():
-        yield
 
 
 async def wait_for_lock(db: DBConnect) -> None:

@@ -7,6 +7,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import asyncpg
@@ -26,7 +27,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.attributes import flag_modified, instance_state
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
@@ -126,6 +127,26 @@ def test_a_session_says_that_it_is_committing(session: Session) -> None:
     session.commit()
     assert seen == [False, True]
     assert not private.is_committing(session)
+
+
+@pytest.mark.parametrize("has_savepoint", [False, True])
+def test_a_session_tells_of_a_roll_back_before_it_expires_its_objects(session: Session, has_savepoint: bool) -> None:
+    loaded: list[bool] = []
+
+    class Telling(Session):
+        def _expunge_states(self, states: Any, to_transient: bool = False) -> None:
+            loaded.append(to_transient and "id" in thing.__dict__)
+            super()._expunge_states(states, to_transient)
+
+    with Telling(session.get_bind()) as telling, telling.begin():
+        telling.add(thing := Thing(id=1))
+        telling.flush()
+        with telling.begin_nested() if has_savepoint else nullcontext() as savepoint:
+            if has_savepoint:
+                flag_modified(thing, "id")
+                telling.flush()
+            (telling if savepoint is None else savepoint).rollback()
+    assert loaded == [True]
 
 
 def test_a_savepoint_knows_the_error_of_the_flush_that_has_undone_it(session: Session) -> None:

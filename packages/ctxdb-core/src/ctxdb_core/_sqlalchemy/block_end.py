@@ -76,14 +76,9 @@ async def end_block_in_turn(door: Door, end: Any, args: tuple[Any, ...]) -> Any:
 
 
 async def _undo(door: Door, end: Callable[..., Any], error: BaseException) -> None:
-    async with asyncio.timeout(UNDO_SECONDS):
-        if not door.enter():
-            # The calls that wait would be part of the block.
-            await door.wait(ahead=True)
-        try:
-            await pass_door(door, end, (type(error), error, error.__traceback__), {})
-        finally:
-            door.leave()
+    # The calls that wait would be part of the block, so they come after its end.
+    async with asyncio.timeout(UNDO_SECONDS), door.turn_ahead():
+        await pass_door(door, end, (type(error), error, error.__traceback__), {})
 
 
 def _refuse_commits(transaction: SessionTransaction, error: BaseException) -> None:

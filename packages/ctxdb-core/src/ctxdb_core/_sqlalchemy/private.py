@@ -64,6 +64,7 @@ __all__ = [
     "has_to_flush",
     "innermost_block",
     "is_at_rest",
+    "is_committing",
     "is_flushing",
     "isolation_level_on_connect",
     "lend_asyncpg_connection",

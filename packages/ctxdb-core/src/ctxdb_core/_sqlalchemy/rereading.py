@@ -208,12 +208,12 @@ class ChangesDuringQuery:
 
 def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     """Put back what an object has loaded on demand, and a query has not: a listener of ``refresh``."""
-    is_of_query = isinstance(context, QueryContext)
-    if not is_of_query:
-        # No query: SQLAlchemy tells of an ORM-enabled UPDATE, and of a composite that is read, by the same event.
+    if not isinstance(context, QueryContext):
+        # SQLAlchemy tells of an ORM-enabled UPDATE, and of a composite that is read, by the same event.
         return
     # `session.refresh()` reads one object anew, with all that it has loaded on demand: nothing is to be kept then.
-    rereading = _rereading_of(context.session) if context.refresh_state is None else None
+    refreshed: Any = context.refresh_state
+    rereading = _rereading_of(context.session) if refreshed is None else None
     if rereading is None:
         return
     state: InstanceState[Any] = inspect(instance)
