@@ -437,6 +437,7 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
         begun.append(adapter)
         await start()
 
+    handed_out: list[Any] = []
     engine = create_async_engine(database.url)
     async with engine.connect() as first, engine.connect() as second:
         adapter: Any = (await first.get_raw_connection()).dbapi_connection
@@ -445,9 +446,25 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
         private.swap_asyncpg_connections(adapter, other)
         assert (other.driver_connection, adapter.driver_connection) == connections
         pid = adapter.driver_connection.get_server_pid()
-        adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin)
+        adapter.__class__ = private.asyncpg_adapter_that_begins(type(adapter), begin, handed_out.append)
         assert await first.scalar(text("SELECT pg_backend_pid()")) == pid
         assert begun == [adapter]
+        assert not handed_out
+        assert adapter.driver_connection.get_server_pid() == pid
+        assert handed_out == [adapter]
+    await engine.dispose()
+
+
+async def test_each_check_out_of_a_connection_has_a_reference_of_its_own(database: Database) -> None:
+    engine = create_async_engine(database.url)
+    references: list[Any] = []
+    for _ in range(2):
+        async with engine.connect() as connection:
+            pooled: Any = (await connection.get_raw_connection())._connection_record
+            references.append(pooled.fairy_ref)
+            assert pooled.fairy_ref is pooled.fairy_ref is not None
+    assert references[0] is not references[1]
+    assert pooled.fairy_ref is None
     await engine.dispose()
 
 

@@ -45,7 +45,7 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
         # This run is inside of another run to completion, which protects it as well.
         return (yield from coro.__await__())
     lent = LentTask(host)
-    cancellation = _Cancellation(loop)
+    waiter = _Waiter(loop)
     shield: AbstractContextManager[object] | None = None
     deadline: asyncio.TimerHandle | None = None
     try:
@@ -65,13 +65,13 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                 try:
                     yield None
                 except asyncio.CancelledError as exc:
-                    cancellation.note(*exc.args)
+                    waiter.note_cancellation(*exc.args)
                 continue
             awaited._asyncio_future_blocking = False  # noqa: SLF001 - as a task does for each future it waits on
             lent.awaited = awaited
             try:
                 # An exception of `awaited` ends this wait as well, and reaches `coro` when that asks for the result.
-                yield _Waiter(awaited, cancellation)
+                yield waiter.on(awaited)
             except GeneratorExit:
                 raise
             except BaseException:  # noqa: BLE001, S110 - see above; a cancellation is noted by the waiter
@@ -80,11 +80,11 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                 if shield is None:
                     shield = _anyio_shield()
                     shield.__enter__()
-                    cancellation.wakes = False
+                    waiter.wakes = False
                     # A server that does not answer any more must not hold a cancelled task for ever.
                     deadline = loop.call_later(GRACE_SECONDS, lent.cancel)
                 try:
-                    yield _Waiter(awaited, cancellation)
+                    yield waiter.on(awaited)
                 except GeneratorExit:
                     raise
                 except BaseException:  # noqa: BLE001, S110 - as above
@@ -98,8 +98,8 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
             deadline.cancel()
         if shield is not None:
             shield.__exit__(None, None, None)
-    if cancellation.requested:
-        raise asyncio.CancelledError(*cancellation.args) from SeenThrough()
+    if waiter.is_cancelled:
+        raise asyncio.CancelledError(*waiter.args) from SeenThrough()
     return result
 
 
@@ -151,36 +151,52 @@ class LentTask:
         return getattr(self.host, name)
 
 
-class _Cancellation:
-    """What is known of the real task's cancellation."""
+class _Waiter:
+    """What the real task waits on: the awaited future, but with a `cancel` that only takes note.
 
-    __slots__ = ("args", "loop", "requested", "wakes")
+    Args:
+        loop: the event loop of the task.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_future",
+        "_loop",
+        "args",
+        "is_cancelled",
+        "wakes",
+    )
+
+    _callback: Callable[[Any], object]
+    _context: Context | None
+    _future: asyncio.Future[Any]
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.requested = False
+        self._loop = loop
+        self.is_cancelled = False
+        """Whether the real task was cancelled."""
         self.args: tuple[Any, ...] = ()
-        # The first request wakes the task, so that it can keep anyio from asking again at every turn of the loop.
+        """The arguments of its first cancellation."""
         self.wakes = True
+        """Whether a cancellation wakes the task: the first one does, so that the task can keep anyio from asking again
+        at every turn of the loop."""
 
-    def note(self, *args: Any) -> None:
-        if not self.requested:
-            self.requested = True
-            self.args = args
-
-
-class _Waiter:
-    """What the real task waits on: the awaited future, but with a `cancel` that only takes note."""
-
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_cancellation", "_context", "_future")
-
-    def __init__(self, future: asyncio.Future[Any], cancellation: _Cancellation) -> None:
+    def on(self, future: asyncio.Future[Any]) -> _Waiter:
+        """Have the task wait on `future`, and return what it is to yield."""
         self._asyncio_future_blocking = True
         self._future = future
-        self._cancellation = cancellation
+        return self
+
+    def note_cancellation(self, *args: Any) -> None:
+        """Note that the real task was cancelled."""
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self.args = args
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._cancellation.loop
+        return self._loop
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: Context | None = None) -> None:
         self._callback = callback
@@ -188,14 +204,13 @@ class _Waiter:
         self._future.add_done_callback(callback, context=context)
 
     def cancel(self, msg: Any | None = None) -> bool:
-        cancellation = self._cancellation
-        cancellation.note(*(() if msg is None else (msg,)))
-        if cancellation.wakes and not self._future.done():
-            cancellation.wakes = False
+        self.note_cancellation(*(() if msg is None else (msg,)))
+        if self.wakes and not self._future.done():
+            self.wakes = False
             self._future.remove_done_callback(self._callback)
-            alarm = cancellation.loop.create_future()
+            alarm = self._loop.create_future()
             alarm.cancel(msg)
-            cancellation.loop.call_soon(self._callback, alarm, context=self._context)
+            self._loop.call_soon(self._callback, alarm, context=self._context)
         return True
 
 

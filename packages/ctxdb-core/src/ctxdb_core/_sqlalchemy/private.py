@@ -580,77 +580,80 @@ def driver_cursor_of(adapted: Any) -> Any:
 # --- asyncpg ----------------------------------------------------------------------------------------------------------
 
 
-def asyncpg_adapter_that_begins(cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any]) -> type:
+def asyncpg_adapter_that_begins(
+    cls: type, begin: Callable[[Any, Callable[[], Awaitable[None]]], Any], note_handed_out: Callable[[Any], None]
+) -> type:
     """Return a class, derived from SQLAlchemy's adapter of asyncpg, that has `begin` awaited to begin a transaction.
 
-    An adapter becomes one of the derived class by an assignment to its ``__class__``. `begin` is given the adapter and
-    the function that sends BEGIN, and may exchange the driver's connection of the adapter. It is awaited for the first
-    transaction only: right before, the adapter becomes one of `cls` again, as it does when code is given the driver's
-    connection.
+    An adapter becomes one of the derived class by an assignment to its ``__class__``.
+
+    Args:
+        cls: the class of the adapter.
+        begin: given the adapter and the function that sends BEGIN. It may exchange the driver's connection of the
+            adapter. In autocommit it is awaited before each statement, and nothing is sent by that function.
+        note_handed_out: called with an adapter whose driver's connection is given to code.
     """
     adapter: Any = cls
     start = adapter._start_transaction  # noqa: SLF001 - see the module
+    # SQLAlchemy 2.0 names the class in the method that makes cursors.
+    names_class = hasattr(cls, "_cursor_cls")
+    made_as: Any = adapter._cursor_cls if names_class else sys.modules[cls.__module__].AsyncAdapt_asyncpg_cursor  # noqa: SLF001
 
     def start_transaction(self: Any) -> Any:
-        self.__class__ = cls
         return begin(self, partial(start, self))
 
+    async def execute_many(self: Any, *args: Any) -> Any:
+        # The cursor keeps the driver's connection that it was made with, so the transaction has to begin before.
+        adapted = self._adapt_connection
+        await _begin_asyncpg_transaction(adapted)
+        self._connection = adapted._connection  # noqa: SLF001 - see the module
+        return await made_as._executemany(self, *args)  # noqa: SLF001 - see the module
+
+    cursor_class = _derived(made_as, {"_executemany": execute_many})
+
     def cursor(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The cursor is made before BEGIN, so it must ask its adapter which connection of the driver it has after that.
         made = adapter.cursor(self, *args, **kwargs)
-        made.__class__ = _derived(type(made), attributes, cursors)
+        if type(made) is made_as:
+            made.__class__ = cursor_class
         return made
 
-    attributes = {"_connection": _ConnectionOfAdapter()}
-    cursors: dict[type, type] = {}
-    return _derived(cls, {"_start_transaction": start_transaction, "cursor": cursor, **_handing_out(cls)}, {})
+    making: dict[str, Any] = {"_cursor_cls": cursor_class} if names_class else {"cursor": cursor}
+    return _derived(cls, {"_start_transaction": start_transaction, **making, **_handing_out(cls, note_handed_out)})
 
 
-def _derived(cls: type, attributes: dict[str, Any], known: dict[type, type]) -> type:
+def _derived(cls: type, attributes: dict[str, Any]) -> type:
     """Return a class that objects of `cls` can be made one of: it has their layout, and other `attributes`."""
-    if cls not in known:
-        known[cls] = type(cls.__name__, (cls,), {"__slots__": (), **attributes})
-    return known[cls]
+    return type(cls.__name__, (cls,), {"__slots__": (), **attributes})
 
 
-def _handing_out(cls: type) -> dict[str, Any]:
-    """Return what makes an adapter one of `cls` where it hands out the driver's connection, on which code may act."""
+def _handing_out(cls: type, note: Callable[[Any], None]) -> dict[str, Any]:
+    """Return what has `note` called with an adapter that hands out the driver's connection, on which code may act."""
     adapter: Any = cls
 
     def driver_connection(self: Any) -> Any:
-        self.__class__ = cls
-        return self.driver_connection
+        note(self)
+        return adapter.driver_connection.fget(self)
 
     def run_async(self: Any, fn: Callable[[Any], Awaitable[Any]]) -> Any:
-        self.__class__ = cls
+        note(self)
         return adapter.run_async(self, fn)
 
-    return {"class_handed_out": cls, "driver_connection": property(driver_connection), "run_async": run_async}
+    return {"note_handed_out": note, "driver_connection": property(driver_connection), "run_async": run_async}
 
 
 def follow_handing_out(dialect: Dialect) -> None:
-    """Have adapters of derived classes that hand out the driver's connection be of their own class again.
+    """Have it noted, too, if pooled connections hand out the driver's connection of an adapter of a derived class.
 
-    Pooled connections ask the dialect for the driver's connection, which passes the adapter's property by.
+    They ask the dialect for it, which passes the adapter's property by.
     """
     follow_dialect(dialect, "get_driver_connection", _hand_out)
 
 
 def _hand_out(get_driver_connection: Callable[[Any], Any], adapter: Any) -> Any:
-    cls = getattr(type(adapter), "class_handed_out", None)
-    if cls is not None:
-        adapter.__class__ = cls
+    cls: Any = type(adapter)
+    if hasattr(cls, "note_handed_out"):
+        cls.note_handed_out(adapter)
     return get_driver_connection(adapter)
-
-
-class _ConnectionOfAdapter:
-    """The driver's connection of a cursor: the one that the cursor's adapter has now."""
-
-    def __get__(self, cursor: Any, owner: object) -> Any:
-        return cursor._adapt_connection._connection  # noqa: SLF001 - see the module
-
-    def __set__(self, cursor: object, connection: object) -> None:
-        pass
 
 
 def swap_asyncpg_connections(adapter: Any, other: Any) -> None:
@@ -667,15 +670,16 @@ def begin_asyncpg_transaction(connection: Connection) -> None:
     if adapted._transaction is not None:  # noqa: SLF001 - see the module
         return
 
-    async def begin() -> None:
-        async with adapted._execute_mutex:  # noqa: SLF001 - see the module
-            if adapted._transaction is None:  # noqa: SLF001 - see the module
-                await adapted._start_transaction()  # noqa: SLF001 - see the module
-
     try:
-        await_only(begin())
+        await_only(_begin_asyncpg_transaction(adapted))
     except BaseException as exc:  # noqa: BLE001 - raised as SQLAlchemy raises the errors of its own statements
         connection._handle_dbapi_exception(exc, "BEGIN", None, None, None)  # noqa: SLF001 - see the module
+
+
+async def _begin_asyncpg_transaction(adapted: Any) -> None:
+    async with adapted._execute_mutex:  # noqa: SLF001 - see the module
+        if adapted._transaction is None:  # noqa: SLF001 - see the module
+            await adapted._start_transaction()  # noqa: SLF001 - see the module
 
 
 def fetch_asyncpg_row(adapted: Any, query: str) -> Any:
@@ -724,6 +728,9 @@ def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement],
     made_by: Any = cls
     cursors: dict[type, tuple[type, tuple[str, ...]]] = {}
 
+    def own_class(self: Any) -> None:
+        self.__class__ = cls
+
     def cursor(self: Any, *args: Any) -> Any:
         self.__class__ = cls
         made = made_by.cursor(self, *args)
@@ -736,7 +743,7 @@ def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement],
         first.first = FirstStatement(self, first, partial(made_by.cursor, self, *args), slots)
         return first
 
-    return _derived(cls, {"cursor": cursor, **_handing_out(cls)}, {})
+    return _derived(cls, {"cursor": cursor, **_handing_out(cls, own_class)})
 
 
 def _cursor_with_first_statement(cls: Any, execute: Callable[[FirstStatement], Any]) -> type:

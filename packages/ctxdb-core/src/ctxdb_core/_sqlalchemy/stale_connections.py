@@ -1,9 +1,10 @@
 """Replaces connections that the server, a pooler or a firewall has closed, before anything is sent on them.
 
-A pool does not look at idle connections: after a restart of the server, each of them would fail one request. Here each
-is looked at when it is taken, without a round trip: asyncpg learns of a closed socket from the event loop; psycopg does
-not listen to an idle connection, so its socket is asked. So are those of asyncmy and aiomysql, whose transactions have
-no BEGIN that could be sent again: what the event loop has not come round to must be seen as well.
+A pool does not look at idle connections: after a restart of the server, each of them would fail one request. asyncpg
+learns of a closed socket from the event loop, and tells: the pool is told then that it has to replace the connection
+when that is taken next. psycopg does not listen to an idle connection, so its socket is asked when it is taken, without
+a round trip. So are those of asyncmy and aiomysql, whose transactions have no BEGIN that could be sent again: what the
+event loop has not come round to must be seen as well.
 
 A connection of PostgreSQL may also be lost after it was taken, and before its transaction has begun. So the first BEGIN
 on it is sent once more, on a new connection, if it fails because the connection was lost: a transaction that has not
@@ -138,11 +139,8 @@ def _maybe(timeout: int, most: int) -> bool:
     return True
 
 
-class _FirstUses(ABC):
-    """Replaces a lost connection at its check-out, and by the first statement after that.
-
-    SQLAlchemy's adapter of a driver's connection has another class from its check-out on until its first statement. So
-    the statements that come later pay for nothing.
+class _Sockets(ABC):
+    """Knows the sockets of all connections of an engine, and replaces those that were lost.
 
     Args:
         engine: whose connections.
@@ -150,8 +148,6 @@ class _FirstUses(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
-        self._classes: dict[type, type] = {}
-        """For each class of adapters, the one that they have before their first statement."""
         # Copies of an engine for other event loops, on threads of their own, have the same listeners.
         self._lock = threading.Lock()
         numbers = pool_numbers(engine.pool)
@@ -171,8 +167,6 @@ class _FirstUses(ABC):
     def attach(self, engine: Engine) -> None:
         """Look after the connections of the engine from now on."""
         event.listen(engine, "connect", self._note_new)
-        # Before the listeners that the engine has: what they set on a connection would be missing on another one.
-        event.listen(engine, "checkout", self._check, insert=True)
         follow_handing_out(engine.dialect)
         event.listen(engine, "close", self._note_closed)
 
@@ -207,25 +201,9 @@ class _FirstUses(ABC):
                 # The process may have no more descriptors.
                 self._ask_each()
 
-    def _note_unused(self, dbapi_connection: Any) -> None:
-        """Let an adapter that is taken out of the pool see that its first statement meets a live connection."""
-        cls = type(dbapi_connection)
-        if cls not in self._classes:
-            unused = self._classes[cls] = self._unused_class(cls)
-            self._classes[unused] = unused
-        dbapi_connection.__class__ = self._classes[cls]
-
-    @abstractmethod
-    def _unused_class(self, cls: type) -> type:
-        """Derive the class of the adapters that have executed no statement since their check-out."""
-
     @abstractmethod
     def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
         """Return what checks the socket of a connection."""
-
-    @abstractmethod
-    def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
-        """Look at a connection that is taken out of the pool."""
 
     async def _connect(self) -> PoolProxiedConnection:
         engine = self._engine()
@@ -234,42 +212,112 @@ class _FirstUses(ABC):
         return await greenlet_spawn(engine.pool.recreate().connect)
 
 
-class _Asyncpg(_FirstUses):
-    """Replaces a lost connection of asyncpg at its check-out, and repeats its first BEGIN on a new one."""
+class _AsyncpgConnection:
+    """What is known of a connection of asyncpg in a pool.
 
-    def _unused_class(self, cls: type) -> type:
-        return asyncpg_adapter_that_begins(cls, self._begin)
+    Args:
+        record: the pool's record of the connection.
+    """
+
+    __slots__ = ("_used_in", "record")
+
+    def __init__(self, record: Any) -> None:
+        self.record = ref(record)
+        self._used_in: object = None
+        """The check-out in which the connection was used last, by the reference to what the pool has handed out."""
+
+    def is_first_use(self) -> bool:
+        """Note that the connection is used; return whether it is so for the first time since it was taken."""
+        record = self.record()
+        if record is None or record.fairy_ref is self._used_in:
+            return False
+        self._used_in = record.fairy_ref
+        return True
+
+    def follow(self, connection: Any) -> None:
+        """Have the pool replace `connection`, asyncpg's own, when it is taken the next time after its end."""
+        connection.add_termination_listener(self._note_lost)
+
+    def _note_lost(self, connection: Any) -> None:
+        record = self.record()
+        adapter = None if record is None else record.dbapi_connection
+        # The pool may have closed it, or another one may be in its place.
+        if record is not None and adapter is not None and adapter._connection is connection:  # noqa: SLF001 - see below
+            record.invalidate(soft=True)
+
+
+class _Asyncpg(_Sockets):
+    """Replaces a lost connection of asyncpg when it is taken, and repeats its first BEGIN on a new one."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._classes: dict[type, type] = {}
+        """For each class of adapters, the one that begins transactions by `_begin`."""
+        self._connections: dict[int, _AsyncpgConnection] = {}
+        """What is known of the connections, by the ids of SQLAlchemy's adapters."""
+
+    def attach(self, engine: Engine) -> None:
+        if self._open:
+            # Connections that are older than this are met when they are taken. A listener makes that dearer.
+            event.listen(engine, "checkout", self._adopt, insert=True)
+        super().attach(engine)
+        event.listen(engine, "detach", self._forget)
+
+    def _adopt(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
+        if id(dbapi_connection) in self._connections:
+            return
+        # The public property of SQLAlchemy's adapter, `driver_connection`, would tell that code was given it.
+        if self._follow(dbapi_connection, record) and dbapi_connection._connection.is_closed():  # noqa: SLF001
+            raise _closed()
+
+    def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        super()._note_new(dbapi_connection, record)
+        self._follow(dbapi_connection, record)
+
+    def _follow(self, adapter: Any, record: ConnectionPoolEntry) -> bool:
+        try:
+            driver_connection = adapter._connection  # noqa: SLF001 - see `_adopt`
+        except AttributeError:
+            # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
+            return False
+        cls = type(adapter)
+        if cls not in self._classes:
+            begins = self._classes[cls] = asyncpg_adapter_that_begins(cls, self._begin, self._note_handed_out)
+            self._classes[begins] = begins
+        adapter.__class__ = self._classes[cls]
+        known = self._connections[id(adapter)] = _AsyncpgConnection(record)
+        known.follow(driver_connection)
+        return True
+
+    def _note_closed(self, dbapi_connection: object, record: ConnectionPoolEntry) -> None:
+        self._forget(dbapi_connection)
+        super()._note_closed(dbapi_connection, record)
+
+    def _forget(self, dbapi_connection: object, *args: object) -> None:
+        self._connections.pop(id(dbapi_connection), None)
+
+    def _note_handed_out(self, adapter: Any) -> None:
+        known = self._connections.get(id(adapter))
+        if known is not None:
+            known.is_first_use()
 
     def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
         return _socket_check(record.info, dbapi_connection.driver_connection, _socket_of_driver)
 
-    def _check(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
-        try:
-            # The public property of SQLAlchemy's adapter, `driver_connection`, is slower: it calls a function.
-            connection = dbapi_connection._connection  # noqa: SLF001 - see above
-        except AttributeError:
-            # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
-            return
-        if connection.is_closed() or (
-            # In autocommit there is no BEGIN that could be sent again.
-            dbapi_connection.isolation_level == "autocommit"
-            and self.may_be_gone(0, 1)
-            and self._check_of(dbapi_connection, record).poll(0)
-        ):
-            raise _closed()
-        try:
-            dbapi_connection.__class__ = self._classes[type(dbapi_connection)]
-        except KeyError:
-            self._note_unused(dbapi_connection)
-
     async def _begin(self, adapter: Any, begin: Callable[[], Any]) -> None:
+        known = self._connections.get(id(adapter))
+        if known is None or not known.is_first_use():
+            await begin()
+            return
         lost: Exception | None = None
-        # Also in autocommit, where the statement itself would be the first thing to be sent.
-        if not adapter.driver_connection.is_closed():
+        if not self._has_hung_up(adapter, known):
             try:
                 await begin()
             except Exception as exc:
-                if not (adapter.driver_connection.is_closed() or is_connection_error(getattr(exc, "sqlstate", None))):
+                if not (
+                    adapter._connection.is_closed()  # noqa: SLF001 - see `_adopt`
+                    or is_connection_error(getattr(exc, "sqlstate", None))
+                ):
                     raise
                 lost = exc
             else:
@@ -282,9 +330,22 @@ class _Asyncpg(_FirstUses):
             # What becomes of the transaction is what its own connection says; why there is no other comes with it.
             raise lost from exc
         swap_asyncpg_connections(adapter, fresh.dbapi_connection)
+        known.follow(adapter._connection)  # noqa: SLF001 - see `_adopt`
         # The dead one goes in the place of the new one.
         await greenlet_spawn(fresh.invalidate)
         await begin()
+
+    def _has_hung_up(self, adapter: Any, known: _AsyncpgConnection) -> bool:
+        """Return whether the connection is known to be lost before anything is sent on it."""
+        if adapter._connection.is_closed():  # noqa: SLF001 - see `_adopt`
+            return True
+        # In autocommit there is no BEGIN that could be sent again: the statement itself is the first thing to be sent.
+        return (
+            adapter.isolation_level == "autocommit"
+            and bool(self.may_be_gone(0, 1))
+            and (record := known.record()) is not None
+            and bool(self._check_of(adapter, record).poll(0))
+        )
 
 
 def _socket_of_driver(connection: Any) -> int | None:
@@ -297,11 +358,30 @@ _BAD = 1
 _IDLE = 0
 
 
-class _Psycopg(_FirstUses):
-    """Replaces a lost connection of psycopg at its check-out, or where its BEGIN is lost with the first statement."""
+class _Psycopg(_Sockets):
+    """Replaces a lost connection of psycopg at its check-out, or where its BEGIN is lost with the first statement.
 
-    def _unused_class(self, cls: type) -> type:
-        return psycopg_adapter_that_executes(cls, self._execute)
+    SQLAlchemy's adapter of a connection has another class from its check-out on until its first statement. So the
+    statements that come later pay for nothing.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._classes: dict[type, type] = {}
+        """For each class of adapters, the one that they have before their first statement."""
+
+    def attach(self, engine: Engine) -> None:
+        super().attach(engine)
+        # Before the listeners that the engine has: what they set on a connection would be missing on another one.
+        event.listen(engine, "checkout", self._check, insert=True)
+
+    def _note_unused(self, dbapi_connection: Any) -> None:
+        """Let an adapter that is taken out of the pool see that its first statement meets a live connection."""
+        cls = type(dbapi_connection)
+        if cls not in self._classes:
+            unused = self._classes[cls] = psycopg_adapter_that_executes(cls, self._execute)
+            self._classes[unused] = unused
+        dbapi_connection.__class__ = self._classes[cls]
 
     def _check_of(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> _SocketCheck:
         return _socket_check(record.info, dbapi_connection.driver_connection.pgconn, _socket_of_pgconn)

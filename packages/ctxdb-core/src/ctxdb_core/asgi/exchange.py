@@ -22,6 +22,9 @@ _SWITCHING_PROTOCOLS = 101
 
 _SILENT = (Phase.REFUSED, Phase.BROKEN)
 
+# Bound once: to look up a member of an enumeration takes as long as several calls (Python 3.11).
+_BODY, _AFTER = Phase.BODY, Phase.AFTER
+
 
 class Exchange(AnswerableUnit):
     """The unit of work of one request, and the `send` that its application is given.
@@ -108,8 +111,8 @@ class Exchange(AnswerableUnit):
 
     def note_body_is_sent(self) -> None:
         """Note that the last part of the body is let through: what comes now is background work."""
-        if self.phase is Phase.BODY:
-            self.move_to(Phase.AFTER)
+        if self.phase is _BODY:
+            self.move_to(_AFTER)
 
     async def conclude(self) -> None:
         """End the unit, now that the application has returned.

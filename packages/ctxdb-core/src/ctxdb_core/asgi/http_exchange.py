@@ -32,8 +32,8 @@ __all__ = ["HTTPExchange"]
 _NOT_STARTED = (Phase.HANDLING, Phase.AHEAD)
 _STARTED = (Phase.BODY, Phase.AFTER, Phase.OVERRULED)
 
-# A request without database use makes these two transitions. They are looked up once for all.
-_BODY, _AFTER = Phase.BODY, Phase.AFTER
+# Bound once: to look up a member of an enumeration takes as long as several calls (Python 3.11).
+_HANDLING, _BODY, _AFTER = Phase.HANDLING, Phase.BODY, Phase.AFTER
 
 
 class HTTPExchange(Exchange):
@@ -163,7 +163,7 @@ class HTTPExchange(Exchange):
     def _begin_body(self, response: Response, body: Body) -> Body:
         """Go over to the body of the response, and return it: `body`, unless it has begun before."""
         if self.phase in _NOT_STARTED:
-            self.move_to(Phase.BODY)
+            self.move_to(_BODY)
         if response.body is not None:
             return response.body
         self._follow(response, body)
@@ -286,7 +286,7 @@ class HTTPExchange(Exchange):
 
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         response = self.follow_response()
-        if self.phase is Phase.HANDLING:
+        if self.phase is _HANDLING:
             if self.settings.middleware.has_boundary:
                 # The statements of middlewares outside of the boundary are noted, too.
                 follow_calls(self)
