@@ -315,6 +315,8 @@ async def _supervise() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # A copy goes on in its thread when its order is cancelled, and would bring back what is removed.
+        await loop.shutdown_default_executor()
         if supervisor is not None:
             await supervisor.remove()
 
