@@ -14,7 +14,7 @@ from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
-from ctxdb_pgstatus._probing.probe import Probe, TimeLimits, is_busy, is_refusal
+from ctxdb_pgstatus._probing.probe import Probe, TimeLimits, is_busy, is_closed_to_all, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
 from ctxdb_pgstatus.status import Promotion
 
@@ -353,7 +353,10 @@ class Watch:
         before, self.error = self.error, self._describe(exc)
         refuses, busy = is_refusal(exc), is_busy(exc)
         first = self.failures == 0 and self.refusals == 0
-        if refuses or busy:
+        # A replica that starts up, for minutes if there is much to replay, serves no reader: there are other hosts. A
+        # primary that does so has no other host to write to, and will be the master again.
+        is_closed_replica = is_closed_to_all(exc) and self._last is not None and self._last.in_recovery
+        if (refuses or busy) and not is_closed_replica:
             self._refused(busy=busy)
             if first or self.error != before:
                 extra = {"host": name, "error": self.error, "failures": self.refusals}
