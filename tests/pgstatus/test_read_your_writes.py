@@ -29,6 +29,7 @@ from starlette.websockets import WebSocket
 from tests.support.clients import MakeClient, clients_of_aiohttp, clients_of_asgi
 from tests.support.followers import NUMBERS, SERVER, Engines, following, server_of
 from tests.support.hosts import FakeSource
+from tests.support.monitors import monitor_of
 
 import ctxdb_aiohttp
 from ctxdb_core import (
@@ -425,6 +426,36 @@ async def test_a_browser_that_writes_by_two_requests_at_once_reads_both_writes(
             assert (await browser.get("/")).json() == {"numbers": [1, 2], "server": cluster.primary.host}
 
 
+async def test_a_process_that_has_not_seen_a_promotion_yet_reads_the_write_of_another_process(
+    cluster: PostgresCluster, number_table: None, engines: Engines, readers: Engines
+) -> None:
+    old, new, ahead = cluster.nodes
+    async with monitor_of(cluster) as aware, monitor_of(cluster) as unaware, AsyncExitStack() as stack:
+
+        async def client_of(monitor: HostMonitor) -> httpx.AsyncClient:
+            master = await stack.enter_async_context(following(engines, follow_master(monitor)))
+            replica = await stack.enter_async_context(following(readers, follow_replica(monitor)))
+            app = starlette(Shop(master, replica), ReadYourWrites(monitor, secret=SECRET))
+            return await stack.enter_async_context((await stack.enter_async_context(app))())
+
+        writer, reader = await client_of(aware), await client_of(unaware)
+        # The standby that is promoted lacks WAL that the other one has. So the other one has replayed the position
+        # of a write that it does not have.
+        await new.follow(new, wait=False)
+        await ahead.wait_for_replay(await old.write_wal(2_000_000))
+        await unaware.poll()
+        await new.promote()
+        await aware.poll()
+        assert (aware.master(), unaware.master()) == (new.host, old.host)
+        await writer.post("/", params={"number": 1})
+        token = writer.cookies["ctxdb_position"]
+        assert int(token.split(".")[0], 16) < await ahead.position()
+
+        response = await reader.get("/", headers={"cookie": f"ctxdb_position={token}"})
+
+        assert response.json() == {"numbers": [1], "server": new.host}
+
+
 async def test_forged_and_expired_tokens_are_ignored(
     cluster: PostgresCluster,
     master: DBConnect,
@@ -435,13 +466,15 @@ async def test_forged_and_expired_tokens_are_ignored(
     async with starlette(Shop(master, replica), ryw) as make_client, make_client() as writer, paused(cluster):
         await writer.post("/", params={"number": 1})
         token = writer.cookies["ctxdb_position"]
-        position, expires, signature = token.split(".")
+        position, expires, timeline, signature = token.split(".")
         later = f"{int(expires, 16) + 1000:x}"
         foreign = TokenSigner(b"x" * 32, "ctxdb_position", 300).sign(int(position, 16))
         of_another_cookie = TokenSigner(SECRET, "other", 300).sign(int(position, 16))
         tokens = [
-            *(f"{position}0.{expires}.{signature}", f"{position}.{later}.{signature}", foreign, of_another_cookie),
-            *(f"{position}.{expires}.", f"{position}.{expires}", "", ".", "..", "é", "x" * 5000, f" {token}x"),
+            *(f"{position}0.{expires}.{timeline}.{signature}", f"{position}.{later}.{timeline}.{signature}"),
+            *(f"{position}.{expires}.{timeline}1.{signature}", f"{position}.{expires}.{signature}"),
+            *(foreign, of_another_cookie, f"{position}.{expires}.{timeline}.", f"{position}.{expires}", f" {token}x"),
+            *("", ".", "..", "é", "x" * 5000),
         ]
         for forged in tokens:
             async with make_client() as client:
