@@ -57,6 +57,7 @@ class Watch:
         alive: whether the host answers, or has failed less than `max_fails` times since its last answer, or runs and
             refuses the monitor.
         answer: the host's last answer; ``None`` if the host is not alive, or has not answered since the monitor began.
+        previous: the answer before that one, if it was one of the same run of the server; else ``None``.
         failures: how many attempts have failed since the last answer.
         refusals: how often in a row the server has refused the monitor, and so shown that it runs.
         server: the server that answered last.
@@ -81,6 +82,7 @@ class Watch:
         self.address = address
         self.alive = False
         self.answer: Answer | None = None
+        self.previous: Answer | None = None
         self.failures = 0
         self.refusals = 0
         self.server: Server | None = None
@@ -314,6 +316,7 @@ class Watch:
         self._stop_silence()
         self._note_promotion(self._last, answer)
         self._note_standbys(self._last, answer)
+        self.previous = self._last if self._last is not None and _is_one_run(self._last, answer) else None
         self.answer = self._last = answer
         self.failures = self.refusals = 0
         self._note_server(answer.server)
