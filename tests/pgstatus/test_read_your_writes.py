@@ -19,6 +19,7 @@ from litestar import Litestar, get, post
 from litestar import Request as LitestarRequest
 from litestar.exceptions import ImproperlyConfiguredException
 from sqlalchemy import insert, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -51,7 +52,7 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 from ctxdb_starlette import DBSessionMiddleware
@@ -713,6 +714,28 @@ async def test_position_of_a_write_replaces_the_position_that_a_client_has_broug
     positions.note(source, "n1", 10)
     assert positions.required(source) == positions.written_by(source) == 10
     assert positions.required(FakeSource()) is None
+
+
+async def test_the_hosts_are_asked_once_for_each_later_timeline_that_clients_bring() -> None:
+    source = FakeSource()
+
+    async def read(timeline: int) -> None:
+        positions = Positions()
+        positions.bring(source, 5, timeline)
+        token = current_positions.set(positions)
+        await (await db.create_session()).close()
+        current_positions.reset(token)
+
+    async with DBConnect(
+        lambda host: create_async_engine("postgresql+asyncpg://"), before_create_session_handler=follow_replica(source)
+    ) as db:
+        for timeline in (0, 2, 2, 1, 3):
+            await read(timeline)
+        assert source.confirmed == ["n1", "n1"]
+        source.master, source.error = None, OSError("the source is away")
+        await read(4)
+        await read(4)
+        assert source.confirmed[2:] == [next(iter(await source.find_replicas()))] * 2
 
 
 async def test_writes_are_forgotten_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:

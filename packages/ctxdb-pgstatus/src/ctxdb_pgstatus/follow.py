@@ -303,8 +303,8 @@ class _ReplicaFollower(_Follower):
         higher position all the same, of other WAL; and the old master is not the host to read from.
         """
         source = self.source
-        host = await source.find_master() or next(iter(await source.find_replicas()), None)
         try:
+            host = await source.find_master() or next(iter(await source.find_replicas()), None)
             if host is not None:
                 await source.confirm_master(host)
         except Exception:  # noqa: BLE001 - the source cannot tell: the next read has it asked again
