@@ -389,6 +389,11 @@ async def test_a_replica_of_another_primary_on_the_timeline_of_the_master_is_not
         await monitor.poll()
         assert monitor.sync_by_bytes() == one.host
         assert caplog.text.count("has replayed WAL that the master does not have") == 1
+        # Without a promotion, the other primary takes over.
+        await one.kill()
+        await other.start()
+        await until(monitor, lambda: monitor.sync_by_bytes() == replica.host)
+        assert monitor.master() == other.host
 
 
 @pytest.mark.parametrize("reverse", [False, True])
