@@ -16,7 +16,7 @@ from tests.support.bytecode import share_bytecode
 from tests.support.database import Database, close_observers, eventually, fresh_database
 from tests.support.faulty_network import FaultyNetwork
 from tests.support.mariadb import MARIADB_DRIVERS, WHY_NOT, EmbeddedMariaDB, maria_database
-from tests.support.signals import let_children_be_interrupted
+from tests.support.signals import end_by_sigterm_as_by_ctrl_c, let_children_be_interrupted
 from tests.support.workers import begin_with_what_waits, use_workers
 
 from ctxdb_core import DBConnect
@@ -56,6 +56,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     let_children_be_interrupted()
+    end_by_sigterm_as_by_ctrl_c()
     share_bytecode(config)
     # The tests' servers have no TLS. Drivers would prepare it and ask for it at each connection, which takes longer
     # than the connection itself. Tests of TLS say so, and those of failing networks let the drivers ask.

@@ -103,6 +103,16 @@ async def test_the_nearest_replicas_are_named() -> None:
         assert await client.find_replicas() == {"n2", "n3"}
 
 
+async def test_a_replica_whose_last_poll_failed_is_named_only_without_others() -> None:
+    app, _ = app_of_hosts(master("n1"), replica("n2", possible_dead=True), replica("n3"))
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
+        assert {await client.replica() for _ in range(3)} == {"n3"}
+        assert await client.find_replicas() == {"n2", "n3"}
+    app, _ = app_of_hosts(master("n1"), replica("n2", possible_dead=True))
+    async with serve_sidecar(app) as url, PgStatusClient(url) as client:
+        assert await client.replica() == "n2"
+
+
 async def test_without_a_replica_the_master_is_named(url: str, sidecar: OriginalSidecar) -> None:
     sidecar.hosts = (sidecar.entry("n1", master=True), sidecar.entry("n2", alive=False))
     async with PgStatusClient(url) as client:

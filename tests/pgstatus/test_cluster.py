@@ -148,6 +148,44 @@ async def test_a_node_with_wal_of_its_own_cannot_follow(
         await old.wait_for_stream()
 
 
+async def test_a_node_on_a_later_timeline_than_another_does_not_stream_from_it(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, other = cluster.nodes
+    await new.promote()
+    await other.follow(new)
+    await other.wait_for_replay(await new.write_wal(1000))
+    await other.follow(old, wait=False)
+    monkeypatch.setattr("ctxdb_pgstatus.testing.cluster.TIMEOUT_SECONDS", 0.5)
+    # It tries again every 50 ms, and takes itself for streaming until the answer comes.
+    with pytest.raises(EmbeddedPostgresError, match=r"highest timeline \d+ of the primary is behind recovery"):
+        await other.wait_for_stream()
+
+
+async def test_a_standby_that_has_only_received_a_later_timeline_is_rewound(cluster: PostgresCluster) -> None:
+    old, new, other = cluster.nodes
+    # The standby's last restartpoint is to be on the first timeline. So there is a checkpoint before the promotion, and
+    # none after it; nor does any WAL of the second timeline change a page, the write of which would be noted.
+    await old.execute("CHECKPOINT")
+    await cluster.wait_for_replay()
+    checkpointer = await new.fetch_value("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+    os.kill(checkpointer, signal.SIGSTOP)
+    try:
+        await new.promote()
+        await new.execute("SELECT pg_logical_emit_message(false, 'ctxdb', repeat('x', 100000))")
+        await other.follow(new)
+        await other.wait_for_replay(await new.position())
+        await other.stop()
+    finally:
+        os.kill(checkpointer, signal.SIGCONT)
+
+    await other.rewind(old)
+
+    await old.execute("CREATE TABLE after_no_rewind (i int)")
+    await other.wait_for_replay(await old.write_wal(1_000_000))
+    assert await _has(other, "after_no_rewind")
+
+
 async def test_a_running_primary_can_be_made_a_standby(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     # A primary that is shut down waits until its standbys have received all of its WAL: so it can follow without a
@@ -234,6 +272,21 @@ async def test_a_cluster_whose_first_node_became_a_standby_is_restored(cluster: 
     assert [await _is_primary(node) for node in cluster.nodes] == [True, False, False]
     for node in cluster.standbys:
         await node.wait_for_stream()
+
+
+async def test_a_cluster_of_which_two_nodes_were_promoted_apart_is_restored(cluster: PostgresCluster) -> None:
+    first, second, third = cluster.nodes
+    await second.promote()
+    await first.rewind(second)
+    await third.promote()
+    await third.write_wal(1_000_000)
+
+    await cluster.restore()
+
+    await first.execute("CREATE TABLE after_two_promotions (i int)")
+    await first.write_wal(2_000_000)
+    await cluster.wait_for_replay()
+    assert [await _has(node, "after_two_promotions") for node in cluster.nodes] == [True, True, True]
 
 
 async def test_a_reset_cluster_is_empty(cluster: PostgresCluster) -> None:

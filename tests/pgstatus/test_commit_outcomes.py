@@ -207,3 +207,39 @@ async def test_a_lost_commit_stays_unknown_if_the_source_has_not_seen_the_promot
         with pytest.raises(CommitUnconfirmedError):
             await committing
         assert await stored_on(new)
+
+
+async def test_a_lost_commit_stays_unknown_if_its_own_host_was_promoted_since(
+    cluster: PostgresCluster, monitor: HostMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing_was_seen(host: str) -> None:
+        return None
+
+    monkeypatch.setattr(monitor, "promotion_of", nothing_was_seen)
+    old = cluster.primary
+    async with resolving(cluster, monitor) as db:
+        committing = await lose_answer(cluster, db)
+        # A host that has been a standby in between may have given the identifier to another transaction.
+        await old.follow(cluster.standbys[0])
+        await old.set("synchronous_standby_names", "")
+        await old.start()
+        await old.promote()
+        with pytest.raises(CommitUnconfirmedError):
+            await committing
+
+
+async def test_a_lost_commit_succeeds_only_where_the_host_that_has_it_is_confirmed_as_the_master(
+    cluster: PostgresCluster, monitor: HostMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [True, False]
+    confirm_master = monitor.confirm_master
+
+    async def confirm(host: str) -> bool:
+        return await confirm_master(host) and answers.pop()
+
+    async with resolving(cluster, monitor) as db:
+        committing = await lose_answer(cluster, db)
+        monkeypatch.setattr(monitor, "confirm_master", confirm)
+        await cluster.primary.start()
+        await committing
+        assert answers == []

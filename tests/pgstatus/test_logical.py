@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import func, insert, select
@@ -185,6 +186,18 @@ async def test_the_highest_known_position_of_a_subscription_counts(told: tuple[i
     member.compare_with_publisher(publisher)
     assert member.answer is not None
     assert (member.answer.position, member.answer.timeline) == (7, 3)
+
+
+async def test_of_several_subscriptions_the_one_that_is_the_furthest_behind_counts() -> None:
+    monitor = HostMonitor(["n1", "n2"], user="u", subscribers=["n2"])
+    member = monitor._cluster.members["n2"]
+    slots = {name: Slot(is_active=True, confirmed=None) for name in ("a", "b")}
+    subscriptions = (Subscription("a", 7), Subscription("b", 5))
+    publisher = Answer(in_recovery=False, timeline=3, position=9, replay_age_ms=None, asked_at=0.0, slots=slots)
+    member.watch.answer = replace(publisher, timeline=1, slots={}, subscriptions=subscriptions)
+    member.compare_with_publisher(publisher)
+    assert member.answer is not None
+    assert member.answer.position == 5
 
 
 async def test_a_subscriber_that_receives_nothing_is_not_in_sync(

@@ -369,6 +369,33 @@ async def test_while_two_servers_take_writes_on_one_timeline_there_is_no_master(
         assert status_of(monitor, other).fault is None
 
 
+async def test_a_replica_of_another_primary_on_the_timeline_of_the_master_is_not_in_sync(
+    cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = await _promote_both(cluster)
+    replica = cluster.nodes[0]
+    await replica.rewind(other)
+    await replica.wait_for_replay(await other.write_wal(1_000_000))
+    await other.kill()
+    async with monitor_of(cluster) as monitor:
+        assert monitor.master() == one.host
+        await monitor.poll()
+        await monitor.poll()
+        assert (status_of(monitor, replica).lag_ms, status_of(monitor, replica).lag_bytes) == (None, None)
+        assert monitor.sync_by_time_and_bytes() == monitor.sync_by_bytes() == one.host
+        # At the positions that it has replayed, the replica has other WAL than the master.
+        assert monitor.replayed(await one.position()) == frozenset()
+        await one.write_wal(2_000_000)
+        await monitor.poll()
+        assert monitor.sync_by_bytes() == one.host
+        assert caplog.text.count("has replayed WAL that the master does not have") == 1
+        # Without a promotion, the other primary takes over.
+        await one.kill()
+        await other.start()
+        await until(monitor, lambda: monitor.sync_by_bytes() == replica.host)
+        assert monitor.master() == other.host
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 async def test_monitors_judge_rivals_alike_whatever_the_order_of_their_hosts(
     cluster: PostgresCluster, *, reverse: bool

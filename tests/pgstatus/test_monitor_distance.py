@@ -235,6 +235,25 @@ async def test_a_commit_waits_for_a_host_that_is_late_while_the_primary_lacks_a_
         assert monitor.master() == slow.host
 
 
+async def test_no_commit_waits_for_a_dead_standby_that_the_primary_lacks(cluster: PostgresCluster) -> None:
+    primary, dead, other = cluster.nodes
+    async with (
+        Proxy(dead) as proxy,
+        monitor_of(
+            cluster, hosts=[primary.host, proxy.host, other.host], poll_interval=0.5, connect_timeout=3 * PATIENCE
+        ) as monitor,
+    ):
+        # Connections are accepted, and nothing is answered: as long as an attempt may take, it goes on.
+        proxy.blocked = True
+        await dead.kill()
+        await until(monitor, lambda: not monitor.hosts()[1].alive)
+        watch = monitor._cluster.members[primary.host].watch
+        async with asyncio.timeout(PATIENCE):
+            while not watch.standbys_before_loss:
+                await monitor.poll()
+            assert await monitor.confirm_master(primary.host)
+
+
 async def test_a_nofailover_host_is_never_the_master(
     cluster: PostgresCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

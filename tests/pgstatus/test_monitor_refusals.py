@@ -237,6 +237,34 @@ async def test_a_dead_master_is_the_master_again_while_it_starts_up(cluster: Pos
         await until(monitor, lambda: monitor.master() == proxy.host)
 
 
+async def test_a_replica_that_takes_no_connections_gets_no_reads(cluster: PostgresCluster) -> None:
+    async with (
+        Proxy(cluster.standbys[0]) as proxy,
+        monitor_of(cluster, hosts=[f"{cluster.primary.host}:{cluster.port}", proxy.host], poll_interval=0.3) as monitor,
+    ):
+        assert monitor.replica() == proxy.host
+        proxy.error = STARTING_UP
+        proxy.drop()
+        await until(monitor, lambda: monitor.replica() == monitor.master() is not None)
+        assert await monitor.find_replicas() == frozenset()
+        proxy.error = None
+        await until(monitor, lambda: monitor.sync_by_time_and_bytes() == proxy.host)
+
+
+async def test_a_replica_that_refuses_the_monitor_is_read_from_only_without_others(cluster: PostgresCluster) -> None:
+    others = [f"{node.host}:{node.port}" for node in (cluster.primary, cluster.standbys[1])]
+    async with (
+        Proxy(cluster.standbys[0]) as proxy,
+        monitor_of(cluster, hosts=[proxy.host, *others]) as monitor,
+    ):
+        proxy.error = ("53300", "sorry, too many clients already")
+        proxy.drop()
+        await until_error(monitor, "too many clients")
+        assert {monitor.replica() for _ in range(4)} == {others[1]}
+        assert {await monitor.find_replica("bytes") for _ in range(4)} == {others[1]}
+        assert await monitor.find_replicas() == {proxy.host, others[1]}
+
+
 async def test_a_host_that_has_refused_the_monitor_from_the_start_has_no_role(cluster: PostgresCluster) -> None:
     async with Proxy(cluster.primary) as proxy:
         proxy.error = STARTING_UP

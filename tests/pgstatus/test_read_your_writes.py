@@ -19,6 +19,7 @@ from litestar import Litestar, get, post
 from litestar import Request as LitestarRequest
 from litestar.exceptions import ImproperlyConfiguredException
 from sqlalchemy import insert, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -29,6 +30,7 @@ from starlette.websockets import WebSocket
 from tests.support.clients import MakeClient, clients_of_aiohttp, clients_of_asgi
 from tests.support.followers import NUMBERS, SERVER, Engines, following, server_of
 from tests.support.hosts import FakeSource
+from tests.support.monitors import monitor_of
 
 import ctxdb_aiohttp
 from ctxdb_core import (
@@ -50,7 +52,7 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 from ctxdb_starlette import DBSessionMiddleware
@@ -425,6 +427,36 @@ async def test_a_browser_that_writes_by_two_requests_at_once_reads_both_writes(
             assert (await browser.get("/")).json() == {"numbers": [1, 2], "server": cluster.primary.host}
 
 
+async def test_a_process_that_has_not_seen_a_promotion_yet_reads_the_write_of_another_process(
+    cluster: PostgresCluster, number_table: None, engines: Engines, readers: Engines
+) -> None:
+    old, new, ahead = cluster.nodes
+    async with monitor_of(cluster) as aware, monitor_of(cluster) as unaware, AsyncExitStack() as stack:
+
+        async def client_of(monitor: HostMonitor) -> httpx.AsyncClient:
+            master = await stack.enter_async_context(following(engines, follow_master(monitor)))
+            replica = await stack.enter_async_context(following(readers, follow_replica(monitor)))
+            app = starlette(Shop(master, replica), ReadYourWrites(monitor, secret=SECRET))
+            return await stack.enter_async_context((await stack.enter_async_context(app))())
+
+        writer, reader = await client_of(aware), await client_of(unaware)
+        # The standby that is promoted lacks WAL that the other one has. So the other one has replayed the position
+        # of a write that it does not have.
+        await new.follow(new, wait=False)
+        await ahead.wait_for_replay(await old.write_wal(2_000_000))
+        await unaware.poll()
+        await new.promote()
+        await aware.poll()
+        assert (aware.master(), unaware.master()) == (new.host, old.host)
+        await writer.post("/", params={"number": 1})
+        token = writer.cookies["ctxdb_position"]
+        assert int(token.split(".")[0], 16) < await ahead.position()
+
+        response = await reader.get("/", headers={"cookie": f"ctxdb_position={token}"})
+
+        assert response.json() == {"numbers": [1], "server": new.host}
+
+
 async def test_forged_and_expired_tokens_are_ignored(
     cluster: PostgresCluster,
     master: DBConnect,
@@ -435,13 +467,15 @@ async def test_forged_and_expired_tokens_are_ignored(
     async with starlette(Shop(master, replica), ryw) as make_client, make_client() as writer, paused(cluster):
         await writer.post("/", params={"number": 1})
         token = writer.cookies["ctxdb_position"]
-        position, expires, signature = token.split(".")
+        position, expires, timeline, signature = token.split(".")
         later = f"{int(expires, 16) + 1000:x}"
         foreign = TokenSigner(b"x" * 32, "ctxdb_position", 300).sign(int(position, 16))
         of_another_cookie = TokenSigner(SECRET, "other", 300).sign(int(position, 16))
         tokens = [
-            *(f"{position}0.{expires}.{signature}", f"{position}.{later}.{signature}", foreign, of_another_cookie),
-            *(f"{position}.{expires}.", f"{position}.{expires}", "", ".", "..", "é", "x" * 5000, f" {token}x"),
+            *(f"{position}0.{expires}.{timeline}.{signature}", f"{position}.{later}.{timeline}.{signature}"),
+            *(f"{position}.{expires}.{timeline}1.{signature}", f"{position}.{expires}.{signature}"),
+            *(foreign, of_another_cookie, f"{position}.{expires}.{timeline}.", f"{position}.{expires}", f" {token}x"),
+            *("", ".", "..", "é", "x" * 5000),
         ]
         for forged in tokens:
             async with make_client() as client:
@@ -680,6 +714,28 @@ async def test_position_of_a_write_replaces_the_position_that_a_client_has_broug
     positions.note(source, "n1", 10)
     assert positions.required(source) == positions.written_by(source) == 10
     assert positions.required(FakeSource()) is None
+
+
+async def test_the_hosts_are_asked_once_for_each_later_timeline_that_clients_bring() -> None:
+    source = FakeSource()
+
+    async def read(timeline: int) -> None:
+        positions = Positions()
+        positions.bring(source, 5, timeline)
+        token = current_positions.set(positions)
+        await (await db.create_session()).close()
+        current_positions.reset(token)
+
+    async with DBConnect(
+        lambda host: create_async_engine("postgresql+asyncpg://"), before_create_session_handler=follow_replica(source)
+    ) as db:
+        for timeline in (0, 2, 2, 1, 3):
+            await read(timeline)
+        assert source.confirmed == ["n1", "n1"]
+        source.master, source.error = None, OSError("the source is away")
+        await read(4)
+        await read(4)
+        assert source.confirmed[2:] == [next(iter(await source.find_replicas()))] * 2
 
 
 async def test_writes_are_forgotten_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:

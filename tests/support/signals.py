@@ -15,3 +15,11 @@ def let_children_be_interrupted() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
+def end_by_sigterm_as_by_ctrl_c() -> None:
+    """Have SIGTERM, which `timeout` and CI send, interrupt the running test, so that fixtures end what they started.
+
+    Python would end at once otherwise: the processes of sidecars, servers and poolers would be left, and directories.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -54,6 +54,22 @@ def test_a_start_is_ended_by_a_stop_in_another_thread(monkeypatch: pytest.Monkey
     server.stop()
 
 
+def test_a_supervisor_that_ends_during_a_copy_leaves_no_directory() -> None:
+    launcher = Launcher()
+    directory = Path(launcher.started().result())
+    source, target = directory / "source", directory / "target"
+    for number in range(20):
+        folder = source / str(number)
+        folder.mkdir(parents=True)
+        for file in range(100):
+            (folder / str(file)).touch()
+    launcher.order("copy", source="source", target="target")
+    while not target.exists():
+        pass
+    launcher.close()
+    assert not directory.exists()
+
+
 def test_the_server_is_the_same_under_the_name_of_ctxdb_pgstatus() -> None:
     assert ctxdb_pgstatus.testing.EmbeddedPostgres is EmbeddedPostgres
     assert issubclass(EmbeddedPostgresError, CtxDBError)

@@ -284,16 +284,16 @@ class CommitGuard:
         if current_positions.get() is None and state.positions is None:
             return
         try:
-            position = driver.read_position(connection)
+            position, timeline = driver.read_position(connection)
         except Exception:  # noqa: BLE001 - the commit stands; without its position, later reads go to the master
-            position = UNKNOWN_POSITION
+            position, timeline = UNKNOWN_POSITION, 0
             driver.abort(_driver_connection(connection))
-        self._note(state, position)
+        self._note(state, position, timeline)
 
-    def _note(self, state: ConnectionState, position: int) -> None:
+    def _note(self, state: ConnectionState, position: int, timeline: int = 0) -> None:
         holders = {id(each): each for each in (current_positions.get(), state.positions) if each is not None}
         for holder in holders.values():
-            holder.note(self._source, state.host, position)
+            holder.note(self._source, state.host, position, timeline)
 
 
 def _unconfirmed(host: str, reason: Exception) -> CommitUnconfirmedError:

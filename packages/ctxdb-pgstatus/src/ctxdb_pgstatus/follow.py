@@ -14,7 +14,14 @@ from ctxdb_core import DBConnect
 from ctxdb_core.adapters import LostCommit
 from ctxdb_pgstatus._commit_guard import CommitGuard
 from ctxdb_pgstatus._following.engine import FollowedEngine
-from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, positions_wanted, want_positions
+from ctxdb_pgstatus._following.positions import (
+    UNKNOWN_POSITION,
+    Positions,
+    knows_timeline,
+    learn_timeline,
+    positions_wanted,
+    want_positions,
+)
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import HostSource, KnowsPromotions, KnowsServers, ReadsByRule
@@ -262,6 +269,8 @@ class _ReplicaFollower(_Follower):
         while True:
             position = positions.required(self.source)
             wait = positions.wait_for(self.source)
+            if position is not None and not knows_timeline(self.source, timeline := positions.timeline(self.source)):
+                await self._learn_timeline(timeline)
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
@@ -286,6 +295,21 @@ class _ReplicaFollower(_Follower):
             if position is not None:
                 positions.see_on(self.source, host, position)
         return engine
+
+    async def _learn_timeline(self, timeline: int) -> None:
+        """Have the hosts asked, as a client has brought a write along whose timeline the source may not know yet.
+
+        Another process has made that write, behind a promotion. A replica of the older timeline may have replayed a
+        higher position all the same, of other WAL; and the old master is not the host to read from.
+        """
+        source = self.source
+        try:
+            host = await source.find_master() or next(iter(await source.find_replicas()), None)
+            if host is not None:
+                await source.confirm_master(host)
+        except Exception:  # noqa: BLE001 - the source cannot tell: the next read has it asked again
+            return
+        learn_timeline(source, timeline)
 
     async def _find(self, position: int | None, wait: float) -> str | None:
         if position == UNKNOWN_POSITION:

@@ -33,7 +33,7 @@ from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition, responsive
 
 __all__ = ["HostMonitor"]
 
@@ -65,7 +65,9 @@ class HostMonitor:
     Until then, its last answer stands. An attempt goes on for as long as its time-outs allow, so that a distant host is
     reached at any `poll_interval`; a host whose answers usually take long is given three times its usual time before it
     counts as dead. A server that runs, and refuses the monitor (it has too many connections, its password was changed,
-    it is starting up), is alive, in the role that it had last, and is asked less and less often.
+    it is starting up), is alive, in the role that it had last, and is asked less and less often. A replica that takes
+    no connection at all, as while it is starting up, counts as dead. Replicas whose last poll has failed are read from
+    only if there are no others.
 
     A server is known by its system identifier, its start and its address, and not by its name. While the monitor runs,
     names are resolved anew and connections are replaced, so that a name is followed when it comes to lead to another
@@ -238,7 +240,7 @@ class HostMonitor:
 
     def _choose(self, condition: SyncCondition | None) -> str | None:
         status = self.status
-        return self._in_turn(self._turns[condition], status.replicas(condition)) or status.master
+        return self._in_turn(self._turns[condition], responsive(status.replicas(condition))) or status.master
 
     # --- a `HostSource` -----------------------------------------------------------------------------------------------
 

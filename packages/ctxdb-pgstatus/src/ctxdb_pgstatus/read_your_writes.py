@@ -10,7 +10,7 @@ from weakref import WeakMethod
 
 from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send, has_unit_of_work
 from ctxdb_pgstatus._following.positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
-from ctxdb_pgstatus._token import TokenSigner
+from ctxdb_pgstatus._token import TokenSigner, WalPosition
 from ctxdb_pgstatus.errors import MiddlewareOrderError, OptionError
 from ctxdb_pgstatus.source import HostSource
 
@@ -143,9 +143,10 @@ class ReadYourWrites:
         # A browser sends several cookies of one name if they were set for several paths: the highest position counts.
         tokens = [token for value in values for token in self._tokens(value.decode("latin-1"))]
         if tokens:
-            position = self._signer.read(tokens, above=positions.required(self.source) or 0)
-            if position is not None:
-                positions.bring(self.source, position)
+            above = WalPosition(positions.timeline(self.source), positions.required(self.source) or 0)
+            found = self._signer.read(tokens, above=above)
+            if found is not None:
+                positions.bring(self.source, found.position, found.timeline)
         return positions
 
     def _tokens(self, value: str) -> list[str]:
@@ -169,7 +170,7 @@ class ReadYourWrites:
         position = positions.written_by(self.source)
         if position is None:
             return None
-        token = self._signer.sign(position)
+        token = self._signer.sign(position, positions.timeline(self.source))
         if self._cookie is None:
             return token
         secure = "; Secure" if (is_https if self._secure is None else self._secure) else ""

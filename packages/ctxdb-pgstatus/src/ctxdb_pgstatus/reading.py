@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from ctxdb_pgstatus.status import HostStatus, SyncCondition
+from ctxdb_pgstatus.status import HostStatus, SyncCondition, responsive
 
 __all__ = ["LagLimits", "ReadRule"]
 
@@ -93,8 +93,7 @@ class ReadRule:
 
         A replica whose last poll has failed is among them only if that holds for all replicas that will do.
         """
-        fit = [replica for replica in replicas if self.admits(replica)]
-        fit = [replica for replica in fit if not replica.possible_dead] or fit
+        fit = responsive([replica for replica in replicas if self.admits(replica)])
         if self.near is None:
             return [replica.host for replica in fit]
         distances = {replica.host: self.near(replica.host) for replica in fit}

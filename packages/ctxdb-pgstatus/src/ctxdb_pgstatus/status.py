@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-__all__ = ["ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition"]
+__all__ = ["ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition", "responsive"]
 
 Role = Literal["master", "replica"]
 """What a host says that it is: ``"master"`` for a primary, ``"replica"`` for a standby, which is in recovery."""
@@ -128,3 +128,8 @@ class ClusterStatus:
     def replicas(self, condition: SyncCondition | None = None) -> tuple[HostStatus, ...]:
         """Return the living replicas that take reads and are in sync by `condition`, in the order of `hosts`."""
         return self._replicas[condition]
+
+
+def responsive(hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
+    """Return the hosts out of `hosts` whose last poll was answered; all of them if that holds for none."""
+    return [host for host in hosts if not host.possible_dead] or hosts

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, get_args
 
 from ctxdb_pgstatus.lsn import parse_lsn
-from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition, responsive
 
 __all__ = ["REPLICA_PATHS", "Cluster", "ClusterReader", "Confirmed", "read_confirmed", "read_host", "read_start"]
 
@@ -28,7 +28,8 @@ class Cluster:
 
     Attributes:
         status: all hosts.
-        replicas: for each way to be in sync, the names of the nearest replicas that are in sync so.
+        replicas: for each way to be in sync, the names of the replicas to take turns: of the replicas that are in sync
+            so, the nearest of those whose last poll was answered.
         tells_timelines: whether the sidecar is `ctxdb-pgstatus`. pg-status tells no timelines, and does not know the
             parameters that choose replicas by WAL position.
     """
@@ -60,7 +61,7 @@ class ClusterReader:
         master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
         status = ClusterStatus(hosts, master, now)
         distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
-        replicas = {sync: _nearest(status.replicas(sync), distances) for sync in REPLICA_PATHS}
+        replicas = {sync: _nearest(responsive(status.replicas(sync)), distances) for sync in REPLICA_PATHS}
         return Cluster(status, replicas, any("timeline" in entry for entry in content))
 
     def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:

@@ -20,9 +20,11 @@ __all__ = ["abort", "in_recovery", "is_open", "read_master_timeline", "read_posi
 
 # Each query returns text, as the drivers return other values as different types: asyncpg a WAL position as a number,
 # psycopg as text.
-_POSITION = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::text"
-# The first 8 digits of a WAL file's name are its timeline. On a standby, these functions would raise an error: CASE
-# does not call them there.
+# The first 8 digits of a WAL file's name are its timeline.
+_POSITION = (
+    "SELECT pg_wal_lsn_diff(lsn, '0/0') || ' ' || left(pg_walfile_name(lsn), 8) FROM pg_current_wal_insert_lsn() AS lsn"
+)
+# On a standby, these functions would raise an error: CASE does not call them there.
 _MASTER_TIMELINE = """
 SELECT CASE WHEN NOT pg_is_in_recovery() THEN
     ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text END
@@ -63,11 +65,15 @@ def in_recovery(connection: Any) -> bool:
     return False
 
 
-def read_position(connection: PoolProxiedConnection) -> int:
-    """Return the WAL position in bytes up to which the server has written. The connection is in no transaction."""
-    position = _read(connection, _POSITION)
-    assert position is not None, "a primary has a WAL position"
-    return int(position)
+def read_position(connection: PoolProxiedConnection) -> tuple[int, int]:
+    """Return the WAL position in bytes up to which the server has written, and its timeline.
+
+    The connection is in no transaction.
+    """
+    found = _read(connection, _POSITION)
+    assert found is not None, "a primary has a WAL position"
+    position, timeline = found.split()
+    return int(position), int(timeline, 16)
 
 
 def read_master_timeline(connection: PoolProxiedConnection) -> int | None:

@@ -21,6 +21,8 @@ __all__ = [
     "UNKNOWN_POSITION",
     "Positions",
     "current_positions",
+    "knows_timeline",
+    "learn_timeline",
     "positions_wanted",
     "want_positions",
 ]
@@ -42,16 +44,18 @@ class _Written:
         source: the cluster.
         host: the master that took the write; ``None`` if a client has brought the position along.
         position: the WAL position in bytes after the commit.
+        timeline: the timeline of that WAL; 0 if it is not known.
         at: when this became known, by ``time.monotonic()``.
         replayed: by hosts, the position that a host was found to have replayed.
     """
 
-    __slots__ = ("at", "host", "position", "replayed", "source")
+    __slots__ = ("at", "host", "position", "replayed", "source", "timeline")
 
-    def __init__(self, source: HostSource, host: str | None, position: int) -> None:
+    def __init__(self, source: HostSource, host: str | None, position: int, timeline: int) -> None:
         self.source = source
         self.host = host
         self.position = position
+        self.timeline = timeline
         self.at = time.monotonic()
         self.replayed: dict[str, int] = {}
 
@@ -107,29 +111,35 @@ class Positions:
         limits = self._limits.get(id(source))
         return None if limits is None else limits[1]
 
-    def bring(self, source: HostSource, position: int) -> None:
-        """Let reads see a position that the client of a request has brought along."""
-        self._own[id(source)] = _Written(source, None, position)
+    def bring(self, source: HostSource, position: int, timeline: int = 0) -> None:
+        """Let reads see a position that the client of a request has brought along, with its timeline."""
+        self._own[id(source)] = _Written(source, None, position, timeline)
 
-    def note(self, source: HostSource, host: str, position: int) -> None:
+    def note(self, source: HostSource, host: str, position: int, timeline: int = 0) -> None:
         """Remember a commit.
 
         Args:
             source: the cluster.
             host: the master, on which the commit was made.
             position: a WAL position behind the commit record.
+            timeline: the timeline of that position; 0 if it is not known.
         """
-        _note(self._own, source, host, position)
-        _note_latest(source, host, position)
+        _note(self._own, source, host, position, timeline)
+        _note_latest(source, host, position, timeline)
         parent = self._parent()
         while parent is not None:
-            _note(parent._of_children, source, host, position)  # noqa: SLF001 - its own class
+            _note(parent._of_children, source, host, position, timeline)  # noqa: SLF001 - its own class
             parent = parent._parent()  # noqa: SLF001 - its own class
 
     def required(self, source: HostSource) -> int | None:
         """Return the position that a reader has to see; ``None`` if nothing was written of late."""
         written = self._written(source)
         return None if written is None else written.position
+
+    def timeline(self, source: HostSource) -> int:
+        """Return the timeline of the position that a reader has to see; 0 if it is not known."""
+        written = self._written(source)
+        return 0 if written is None else written.timeline
 
     @property
     def are_empty(self) -> bool:
@@ -187,13 +197,13 @@ current_positions: ContextVar[Positions | None] = ContextVar("ctxdb_pgstatus_pos
 """The `Positions` of the running code. A task inherits those of the code that has started it."""
 
 
-def _note(known: dict[int, _Written], source: HostSource, host: str, position: int) -> None:
+def _note(known: dict[int, _Written], source: HostSource, host: str, position: int, timeline: int) -> None:
     written = known.get(id(source))
     # Positions of different masters do not compare, and a write that only the old master had may be lost: the new one
     # replaces it. So does it replace a position that the client has brought along, which is older than this commit.
     if written is not None and written.host == host:
         position = max(position, written.position)
-    known[id(source)] = _Written(source, host, position)
+    known[id(source)] = _Written(source, host, position, timeline)
 
 
 def _position(written: _Written) -> int:
@@ -210,13 +220,15 @@ class _ReadSource:
     Attributes:
         find: returns the source; ``None`` if it is gone.
         latest: the last commit of this process that was noted for the source.
+        timeline: the highest timeline of which the source is known to know.
     """
 
-    __slots__ = ("find", "latest")
+    __slots__ = ("find", "latest", "timeline")
 
     def __init__(self, find: Callable[[], Any]) -> None:
         self.find = find
         self.latest: _Written | None = None
+        self.timeline = 0
 
 
 # The sources whose replicas are read from. Without a reader, no commit is asked for its position. A source may be any
@@ -236,7 +248,7 @@ def want_positions(source: HostSource) -> None:
         _read_sources.append(_ReadSource(lambda: source))
 
 
-def _note_latest(source: HostSource, host: str, position: int) -> None:
+def _note_latest(source: HostSource, host: str, position: int, timeline: int) -> None:
     if position == UNKNOWN_POSITION:
         # It would send the reads of all clients to the master.
         return
@@ -244,7 +256,20 @@ def _note_latest(source: HostSource, host: str, position: int) -> None:
         if each.find() is source:
             latest = each.latest
             if latest is None or latest.host != host or latest.position <= position:
-                each.latest = _Written(source, host, position)
+                each.latest = _Written(source, host, position, timeline)
+    learn_timeline(source, timeline)
+
+
+def knows_timeline(source: HostSource, timeline: int) -> bool:
+    """Return whether `learn_timeline` was called for `source` with this timeline, or a later one."""
+    return all(each.timeline >= timeline for each in _read_sources if each.find() is source)
+
+
+def learn_timeline(source: HostSource, timeline: int) -> None:
+    """Note that `source` knows of a timeline: a commit was made on it, or the hosts were asked since one was."""
+    for each in _read_sources:
+        if each.find() is source:
+            each.timeline = max(each.timeline, timeline)
 
 
 def _latest_of(source: HostSource) -> _Written | None:

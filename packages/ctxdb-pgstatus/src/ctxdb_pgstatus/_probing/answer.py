@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -89,6 +90,7 @@ class Answer:
         replay_age_ms: how many milliseconds ago the commit was made that a standby replayed last. The commit's time is
             by the primary's clock, and the time of the answer by the standby's.
         asked_at: when the host was asked, by the event loop's clock.
+        answered_at: when its answer had come, by the same clock.
         highest_known_timeline: the highest timeline whose history file the host has, though the host may not replay
             that timeline; ``None`` if this was not looked for.
         replayed_commit_at: when the commit was made that a standby replayed last, by the primary's clock, in seconds
@@ -120,3 +122,4 @@ class Answer:
     slots: Mapping[str, Slot] = field(default_factory=dict)
     subscriptions: tuple[Subscription, ...] = ()
     server: Server | None = None
+    answered_at: float = math.inf

@@ -155,6 +155,8 @@ class Cluster:
         if election.master is not None and election.master != before.master:
             self._last_master = election.master
             # The replicas are compared with another host from now on.
+            for member in self.members.values():
+                member.ahead_on = None
             self._judge.compare_with_master(answers[election.master], self.members.values())
             for member in self._replicas():
                 self._judge.judge(member)

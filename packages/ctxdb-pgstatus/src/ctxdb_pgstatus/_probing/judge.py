@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from ctxdb_pgstatus._probing.lag import Reference
 from ctxdb_pgstatus._probing.member import Member
 
 __all__ = ["TRANSIT_SECONDS", "Judge"]
+
+logger = logging.getLogger("ctxdb_pgstatus")
 
 TRANSIT_SECONDS = 0.02
 """How long WAL may be on its way from the master to a replica: if both are asked meanwhile, that WAL is no lag."""
@@ -41,6 +44,11 @@ class Judge:
     def compare_with_master(self, master: Answer, members: Iterable[Member]) -> None:
         """Take the master's answer as the reference, and judge the replicas that were asked at the same time.
 
+        A replica may have replayed a position, by an answer that had come before the master was asked, which the master
+        has not reached: then that is WAL of another primary, or such as the master has lost. From the point where the
+        two part, the replica has other data at each position. So it is not in sync, and is not taken to have replayed
+        anything, until its server is restarted, as by pg_rewind, or its timeline or the master is another one.
+
         Args:
             master: the last answer of the master.
             members: all hosts.
@@ -51,6 +59,9 @@ class Judge:
             return
         self._is_of_master = True
         self._reference = reference = Reference(master.timeline or 0, master.position, master.asked_at, master.clock)
+        members = list(members)
+        for member in members:
+            _note_other_wal(member, reference)
         self._judge_round(reference, members)
 
     def compare_with_standbys(self, members: Iterable[Member]) -> None:
@@ -98,14 +109,15 @@ class Judge:
         unconfirmed = member.unconfirmed
         assert answer is not None, "a member counts as a replica by its answer"
         caught_up = unconfirmed is not None and member.lag.catch_up(answer, unconfirmed)
-        milliseconds, size = member.lag.measure(answer, reference)
+        is_ahead = _is_ahead(member, answer)
+        milliseconds, size = (None, None) if is_ahead else member.lag.measure(answer, reference)
         by_time = milliseconds is not None and milliseconds <= self._max_lag_ms
         by_bytes = size is not None and size <= self._max_lag_bytes
         worse = (member.in_sync_by_time and not by_time) or (member.in_sync_by_bytes and not by_bytes)
         needs_confirmation = worse or not (member.is_judged or (by_time and by_bytes))
         # Without a reference of the same timeline, no WAL is known that could be on its way: the verdict counts at
         # once.
-        if needs_confirmation and reference is not None and reference.timeline == answer.timeline:
+        if needs_confirmation and not is_ahead and reference is not None and reference.timeline == answer.timeline:
             if unconfirmed is None or caught_up:
                 member.unconfirmed = replace(reference, at=max(reference.at, answer.asked_at))
                 asyncio.get_running_loop().call_later(TRANSIT_SECONDS, member.watch.hurry)
@@ -123,6 +135,29 @@ class Judge:
         A replica on another timeline may have other WAL at this position.
         """
         answer, reference = member.answer, self._reference
-        if answer is None or reference is None or answer.timeline != reference.timeline:
+        if answer is None or reference is None or answer.timeline != reference.timeline or _is_ahead(member, answer):
             return False
         return (member.position or 0) >= position
+
+
+def _is_ahead(member: Member, answer: Answer) -> bool:
+    return member.ahead_on is not None and member.ahead_on == answer.timeline
+
+
+def _note_other_wal(member: Member, reference: Reference) -> None:
+    """Note whether a member has replayed WAL of the reference's timeline that the master does not have."""
+    watch = member.watch
+    answers = [each for each in (watch.answer, watch.previous) if each is not None and each.in_recovery]
+    earlier = next((each for each in answers if each.answered_at <= reference.at), None)
+    if earlier is None or earlier.timeline != reference.timeline or (earlier.position or 0) <= reference.position:
+        return
+    member.ahead_on = reference.timeline
+    if "ahead" not in member.warned_of:
+        member.warned_of.add("ahead")
+        name = watch.address.name
+        logger.warning(
+            "%s has replayed WAL that the master does not have: it receives that of another primary, or the master has "
+            "lost WAL. It counts as in sync no more. Rewind it (pg_rewind), or make it anew.",
+            name,
+            extra={"host": name, "position": earlier.position, "position_of_master": reference.position},
+        )

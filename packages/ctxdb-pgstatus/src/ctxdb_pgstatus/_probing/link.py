@@ -203,6 +203,7 @@ class Link:
             received=row["received"],
             replay_age_ms=None if replayed_at is None else (row["clock"] - replayed_at) * 1000,
             asked_at=asked_at,
+            answered_at=asyncio.get_running_loop().time(),
             highest_known_timeline=highest_known_timeline,
             replayed_commit_at=replayed_at,
             clock=row["clock"],

@@ -27,6 +27,8 @@ class Member:
         lag: how far the host is behind.
         in_sync_by_time: whether the lag in time is within the limit.
         in_sync_by_bytes: whether the lag in bytes is within the limit.
+        ahead_on: the timeline on which the host has replayed WAL that the master does not have (see
+            `Judge.compare_with_master`); ``None`` if it has not.
         is_judged: whether the host's lag has been judged since its server was first seen.
         unconfirmed: the reference behind which the host seems to have fallen, while no later answer has confirmed that
             (see `Judge.judge`); ``None`` if it does not seem so.
@@ -38,7 +40,7 @@ class Member:
         self.may_be_promoted = True
         self.is_subscriber = False
         self._as_replica: Answer | None = None
-        self.warned_of: set[Literal["timeline", "nofailover"]] = set()
+        self.warned_of: set[Literal["timeline", "nofailover", "ahead"]] = set()
         self._task: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self.forget_lag()
@@ -128,6 +130,7 @@ class Member:
         self.lag = Lag()
         self.in_sync_by_time = False
         self.in_sync_by_bytes = False
+        self.ahead_on: int | None = None
         self.is_judged = False
         self.unconfirmed: Reference | None = None
 

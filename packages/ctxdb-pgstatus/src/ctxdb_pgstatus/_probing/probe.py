@@ -14,7 +14,7 @@ from ctxdb_pgstatus._probing.link import Link, LogicalRole, PooledError
 from ctxdb_pgstatus._probing.lookup import Lookup
 from ctxdb_pgstatus.addresses import HostAddress
 
-__all__ = ["Probe", "TimeLimits", "is_busy", "is_refusal"]
+__all__ = ["Probe", "TimeLimits", "is_busy", "is_closed_to_all", "is_refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +212,8 @@ def is_refusal(exc: BaseException) -> bool:
 def is_busy(exc: BaseException) -> bool:
     """Return whether an error tells that a host runs, and takes no connection now: it has too many, or starts up."""
     return isinstance(exc, (asyncpg.InsufficientResourcesError, asyncpg.CannotConnectNowError))
+
+
+def is_closed_to_all(exc: BaseException) -> bool:
+    """Return whether an error tells that a host takes no connection of any client now, as while it starts up."""
+    return isinstance(exc, asyncpg.CannotConnectNowError)

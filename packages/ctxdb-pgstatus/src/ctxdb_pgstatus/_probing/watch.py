@@ -14,7 +14,7 @@ from ctxdb_pgstatus._probing.answer import Answer, Server
 from ctxdb_pgstatus._probing.deadline import Deadline
 from ctxdb_pgstatus._probing.link import LogicalRole
 from ctxdb_pgstatus._probing.pace import Pace
-from ctxdb_pgstatus._probing.probe import Probe, TimeLimits, is_busy, is_refusal
+from ctxdb_pgstatus._probing.probe import Probe, TimeLimits, is_busy, is_closed_to_all, is_refusal
 from ctxdb_pgstatus.addresses import HostAddress
 from ctxdb_pgstatus.status import Promotion
 
@@ -57,6 +57,7 @@ class Watch:
         alive: whether the host answers, or has failed less than `max_fails` times since its last answer, or runs and
             refuses the monitor.
         answer: the host's last answer; ``None`` if the host is not alive, or has not answered since the monitor began.
+        previous: the answer before that one, if it was one of the same run of the server; else ``None``.
         failures: how many attempts have failed since the last answer.
         refusals: how often in a row the server has refused the monitor, and so shown that it runs.
         server: the server that answered last.
@@ -81,6 +82,7 @@ class Watch:
         self.address = address
         self.alive = False
         self.answer: Answer | None = None
+        self.previous: Answer | None = None
         self.failures = 0
         self.refusals = 0
         self.server: Server | None = None
@@ -314,6 +316,7 @@ class Watch:
         self._stop_silence()
         self._note_promotion(self._last, answer)
         self._note_standbys(self._last, answer)
+        self.previous = self._last if self._last is not None and _is_one_run(self._last, answer) else None
         self.answer = self._last = answer
         self.failures = self.refusals = 0
         self._note_server(answer.server)
@@ -353,7 +356,10 @@ class Watch:
         before, self.error = self.error, self._describe(exc)
         refuses, busy = is_refusal(exc), is_busy(exc)
         first = self.failures == 0 and self.refusals == 0
-        if refuses or busy:
+        # A replica that starts up, for minutes if there is much to replay, serves no reader: there are other hosts. A
+        # primary that does so has no other host to write to, and will be the master again.
+        is_closed_replica = is_closed_to_all(exc) and self._last is not None and self._last.in_recovery
+        if (refuses or busy) and not is_closed_replica:
             self._refused(busy=busy)
             if first or self.error != before:
                 extra = {"host": name, "error": self.error, "failures": self.refusals}

@@ -7,7 +7,7 @@ from itertools import count
 
 from ctxdb_pgstatus.locality import Locality
 from ctxdb_pgstatus.reading import LagLimits
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition
+from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition, responsive
 
 __all__ = ["Choice"]
 
@@ -42,14 +42,10 @@ class Choice:
     def most_in_sync(self, status: ClusterStatus, limits: LagLimits) -> str | None:
         """Return the name of the replica that is the fewest bytes behind, of several the first; else the master's."""
         known = [host for host in status.replicas() if host.lag_bytes is not None and limits.admit(host, "bytes")]
-        hosts = _responsive(known)
+        hosts = responsive(known)
         if not hosts:
             return status.master
         return min(hosts, key=lambda host: host.lag_bytes or 0).host
 
     def _best(self, hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
-        return self._locality.nearest(_responsive(hosts))
-
-
-def _responsive(hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
-    return [host for host in hosts if not host.possible_dead] or hosts
+        return self._locality.nearest(responsive(hosts))

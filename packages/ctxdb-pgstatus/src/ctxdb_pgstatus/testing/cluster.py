@@ -41,12 +41,21 @@ _SETTINGS: Mapping[str, str] = {
     "wal_retrieve_retry_interval": "50ms",
     "log_min_messages": "warning",
 }
+# The timeline that a node writes or receives; a standby that receives nothing has one in its control data.
 _TIMELINE = """
-SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)
+SELECT CASE WHEN pg_is_in_recovery()
+    THEN coalesce((SELECT received_tli FROM pg_stat_wal_receiver), (SELECT timeline_id FROM pg_control_checkpoint()))
     ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
 """
+# A receiver calls itself streaming before the other node has agreed to send, and again at each attempt. What the other
+# node refuses is another timeline than its own, mostly. So the timeline has to be the same one.
 _IS_STREAMING = """
-SELECT status = 'streaming' AND sender_host = $1 AND received_tli >= $2 FROM pg_stat_wal_receiver
+SELECT status = 'streaming' AND sender_host = $1 AND received_tli = $2 FROM pg_stat_wal_receiver
+"""
+# What pg_rewind reads of the node that it makes another one follow.
+_CONTROL_TIMELINE = """
+SELECT greatest(checkpoint.timeline_id, recovery.min_recovery_end_timeline)
+FROM pg_control_checkpoint() AS checkpoint, pg_control_recovery() AS recovery
 """
 # The numbers of SIGTERM, SIGINT and SIGQUIT (PostgreSQL, "Shutting Down the Server"), and of SIGHUP. The module
 # `signal` does not have all of them on Windows, where this module has to be importable.
@@ -160,7 +169,7 @@ class PostgresNode:
             raise await self._error("was not promoted")
         self._upstream = None
         self._cluster.primary = self
-        self._cluster._has_promoted = True  # noqa: SLF001 - its own cluster
+        self._cluster._promoted.append(self)  # noqa: SLF001 - its own cluster
 
     async def follow(self, other: PostgresNode, *, wait: bool = True) -> None:
         """Have this node receive its WAL from another node.
@@ -207,9 +216,22 @@ class PostgresNode:
             args=["-D", self.name, "--no-sync", "--config-file", f"{self.name}.conf", "--source-server", source],
             env={} if self._cluster.password is None else {"PGPASSWORD": self._cluster.password},
         )
+        await self._forget_timelines_after(await other.fetch_value(_CONTROL_TIMELINE))
         await self.follow(other)
         await self.start()
         await self.wait_for_stream()
+
+    async def _forget_timelines_after(self, timeline: int) -> None:
+        """Delete the history files of later timelines than one, of a server that is down.
+
+        A standby that had received a later timeline, and whose control data do not say so yet as no page of it was
+        written, needs no rewind for pg_rewind. But as a standby it would go on to the latest timeline of which it has a
+        history file (PostgreSQL's `recovery_target_timeline`), and wait there for WAL that no primary writes.
+        """
+        for name in await self._cluster._order("names", path=f"{self.name}/pg_wal"):  # noqa: SLF001 - its own cluster
+            number, _, kind = name.partition(".")
+            if kind == "history" and int(number, 16) > timeline:
+                await self._cluster._order("delete", path=f"{self.name}/pg_wal/{name}")  # noqa: SLF001 - its own cluster
 
     async def wait_for_stream(self) -> None:
         """Wait until this standby receives WAL from the node that it follows.
@@ -219,11 +241,10 @@ class PostgresNode:
         """
         upstream = self._upstream
         assert upstream is not None, f"{self.name} follows no other node"
-        # A node that has WAL of its own streams for moments all the same, on the timeline that the upstream has left.
-        timeline = await upstream.fetch_value(_TIMELINE) or 1
-        async with self.connect() as connection:
+        async with upstream.connect() as sender, self.connect() as connection:
 
             async def streams() -> bool:
+                timeline = await sender.fetchval(_TIMELINE)
                 return bool(await connection.fetchval(_IS_STREAMING, upstream.host, timeline))
 
             await self._wait(streams, f"does not stream from {upstream.name}")
@@ -410,7 +431,8 @@ class PostgresCluster:
         )
         self.primary: PostgresNode = self.nodes[0]
         self.port: int = 0
-        self._has_promoted = False
+        # The nodes that were promoted since the roles were the first ones, in their order.
+        self._promoted: list[PostgresNode] = []
         self._launcher: Launcher | None = None
         self._directory = ""
 
@@ -461,18 +483,19 @@ class PostgresCluster:
             node._settings.clear()  # noqa: SLF001 - its own cluster
             node._upstream = self.nodes[0] if node is not self.nodes[0] else None  # noqa: SLF001 - its own cluster
         self.primary = self.nodes[0]
-        self._has_promoted = False
+        self._promoted.clear()
         await _for_all(*(self._reset_node(node) for node in self.nodes))
         await _for_all(*(node.wait_for_stream() for node in self.standbys))
 
     async def restore(self) -> None:
         """Put every node back into its first role and settings, in a fraction of the time that `reset` takes.
 
-        The data of the first node stays, and the other nodes get the same data. If that fails, `reset` is called.
+        The data of the first node stays, and the other nodes get the same data. If that fails, `reset` is called; so it
+        is if several promotions have left no node on the timeline of the start.
         """
         try:
             await self._restore()
-        except (EmbeddedPostgresError, OSError, asyncpg.PostgresError):
+        except (EmbeddedPostgresError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await self.reset()
 
     async def set_synchronous(self, standbys: str | None) -> None:
@@ -516,20 +539,24 @@ class PostgresCluster:
 
     async def _restore(self) -> None:
         first, *others = self.nodes
+        if len(self._promoted) > 1 and (first._upstream is not None or first in self._promoted):  # noqa: SLF001 - its own cluster
+            # Two nodes that know nothing of each other may have begun timelines of the same number, which pg_rewind
+            # takes for one. If the first node has never followed another one, it is on the timeline of its start.
+            raise EmbeddedPostgresError("Several nodes were promoted.")
         await _for_all(*(node._restore_process() for node in self.nodes))  # noqa: SLF001 - its own cluster
         if first._upstream is not None:  # noqa: SLF001 - its own cluster
             await first.resume_replay()
             await first.promote()
         self.primary = first
         await _for_all(*(self._restore_upstream(node) for node in others))
-        self._has_promoted = False
+        self._promoted.clear()
         async with first.connect() as connection:
             timeline = await connection.fetchval(_TIMELINE)
             position = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
         await _for_all(*(node._stream_up_to(timeline, position) for node in others))  # noqa: SLF001 - its own cluster
 
     async def _restore_upstream(self, node: PostgresNode) -> None:
-        if self._has_promoted:
+        if self._promoted:
             await node.rewind(self.primary)
         elif node._upstream is not self.primary:  # noqa: SLF001 - its own cluster
             await node.follow(self.primary)

@@ -50,6 +50,7 @@ class _Supervisor:
             "write": self.write,
             "copy": self.copy,
             "delete": self.delete,
+            "names": self.names,
             "serve": self.serve,
             "signal": self.signal,
             "freeze": self.freeze,
@@ -126,6 +127,10 @@ class _Supervisor:
             await asyncio.to_thread(shutil.rmtree, target)
         else:
             target.unlink(missing_ok=True)
+
+    async def names(self, path: str) -> list[str]:
+        """Return the names of what is in a directory."""
+        return [entry.name for entry in (self.directory / path).iterdir()]
 
     async def serve(self, name: str, args: Sequence[str], timeout: float) -> str:
         """Start the server on the data directory `name`; when it lets clients in, return ``ready`` or ``standby``."""
@@ -310,6 +315,8 @@ async def _supervise() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # A copy goes on in its thread when its order is cancelled, and would bring back what is removed.
+        await loop.shutdown_default_executor()
         if supervisor is not None:
             await supervisor.remove()
 
