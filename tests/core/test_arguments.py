@@ -114,6 +114,13 @@ async def test_a_transaction_context_in_the_place_of_a_database_is_told_of_its_o
             await db_session(wrong)
 
 
+async def test_a_session_in_the_place_of_its_database_is_named_by_the_class_of_sqlalchemy(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session: Any = await db_session(db)
+        with pytest.raises(ArgumentTypeError, match=r"an AsyncSession is given.*find the session of a database"):
+            await commit_db_session(session)
+
+
 async def test_a_transaction_context_is_made_of_an_engine_or_a_database_alone() -> None:
     with pytest.raises(ArgumentTypeError, match="AsyncEngine or a DBConnect"):
         TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[call-overload]  # what is tested
