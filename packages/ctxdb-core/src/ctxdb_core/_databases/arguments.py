@@ -46,6 +46,8 @@ def article(name: str) -> str:
 
 def type_of(value: object) -> str:
     """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
+    if value is None:
+        return "None"
     return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
 
 
