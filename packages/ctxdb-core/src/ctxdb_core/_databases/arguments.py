@@ -145,7 +145,7 @@ def check_url(url: object) -> URL:
         raise ArgumentTypeError("from_url() is given an engine: there is `DBConnect.from_engine(engine)` for that.")
     if not isinstance(url, str | URL):
         hint = ": `DBConnect(engine_creator)` takes a function" if callable(url) else ""
-        raise ArgumentTypeError(f"from_url() takes a URL, and {type_of(url)} is given{hint}.")
+        raise ArgumentTypeError(f"from_url() takes a string or a `sqlalchemy.URL`, and {type_of(url)} is given{hint}.")
     parsed = make_url(url)
     check_asyncio_driver(parsed)
     return parsed
