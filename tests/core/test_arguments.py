@@ -114,6 +114,13 @@ async def test_a_transaction_context_in_the_place_of_a_database_is_told_of_its_o
             await db_session(wrong)
 
 
+async def test_a_session_in_the_place_of_its_database_is_named_by_the_class_of_sqlalchemy(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session: Any = await db_session(db)
+        with pytest.raises(ArgumentTypeError, match=r"an AsyncSession is given.*find the session of a database"):
+            await commit_db_session(session)
+
+
 async def test_a_transaction_context_is_made_of_an_engine_or_a_database_alone() -> None:
     with pytest.raises(ArgumentTypeError, match="AsyncEngine or a DBConnect"):
         TransactionContext("postgresql+asyncpg://localhost")  # type: ignore[call-overload]  # what is tested
@@ -159,7 +166,7 @@ async def _create(host: str) -> AsyncEngine:
         (lambda connect: connect(URL), r"DBConnect\.from_url\(url\)"),
         (lambda connect: connect(make_url(URL)), r"DBConnect\.from_url\(url\)"),
         (lambda connect: connect(async_sessionmaker()), "session_maker_creator="),
-        (lambda connect: connect(None), "NoneType"),
+        (lambda connect: connect(None), "None is given"),
         (lambda connect: connect(DBConnect), "the class DBConnect"),
         (lambda connect: connect(_create, host="h"), "without `await`"),
         (lambda connect: connect(lambda host, port: None, host="h"), "needs 2 arguments"),
@@ -218,7 +225,7 @@ async def test_a_coroutine_in_the_place_of_a_callback_is_told(ask: Callable[[Any
     async with new_db_ctx():
         with pytest.raises(ArgumentTypeError, match=r"functools\.partial"):
             ask(db, send_mail())
-        with pytest.raises(ArgumentTypeError, match="a NoneType is given as the callback of"):
+        with pytest.raises(ArgumentTypeError, match="None is given as the callback of"):
             ask(db, None)
 
 

@@ -240,6 +240,27 @@ async def test_a_host_change_reaches_the_other_loops_engines(switching: DBConnec
     assert seen == ["old", "new"]
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["not begun", "begun"])
+async def test_a_loop_that_ends_closes_what_another_loop_has_retired(
+    switching: DBConnect, hosts: Hosts, caplog: pytest.LogCaptureFixture, *, begun: bool
+) -> None:
+    async def use_and_end() -> None:
+        sessions = [switching.create_session() for _ in range(3)]
+        for session in [await each for each in sessions]:
+            await session.scalar(SELECT_PID)
+            await session.close()
+        # A test client blocks its test's loop so, while the application that it shuts down closes the database.
+        closing = threading.Thread(target=lambda: asyncio.run(switching.close()))
+        closing.start()
+        closing.join()
+        for _ in range(2 if begun else 0):
+            await asyncio.sleep(0)
+
+    await asyncio.to_thread(asyncio.run, use_and_end())
+    assert [record.getMessage() for record in caplog.records] == []
+    await eventually(lambda: hosts.connections("old") == 0, "a connection of the loop that has ended is still open")
+
+
 async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hosts) -> None:
     db = DBConnect(hosts, host="thrown")
     await _host(db)

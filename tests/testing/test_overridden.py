@@ -237,7 +237,7 @@ async def test_a_block_that_begins_in_a_shared_transaction_may_end_after_it(
         (lambda: create_async_engine("sqlite+aiosqlite://"), "serves one event loop"),
         (lambda: create_engine("sqlite://"), "serves one event loop"),
         (lambda: DBConnect.from_url("sqlite+aiosqlite://"), "the URL that it was made from"),
-        (lambda: None, "NoneType is given"),
+        (lambda: None, "None is given"),
         (lambda: 5, "int is given"),
     ],
 )

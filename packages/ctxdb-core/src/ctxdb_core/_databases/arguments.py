@@ -46,6 +46,8 @@ def article(name: str) -> str:
 
 def type_of(value: object) -> str:
     """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
+    if value is None:
+        return "None"
     return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
 
 
@@ -143,7 +145,7 @@ def check_url(url: object) -> URL:
         raise ArgumentTypeError("from_url() is given an engine: there is `DBConnect.from_engine(engine)` for that.")
     if not isinstance(url, str | URL):
         hint = ": `DBConnect(engine_creator)` takes a function" if callable(url) else ""
-        raise ArgumentTypeError(f"from_url() takes a URL, and {type_of(url)} is given{hint}.")
+        raise ArgumentTypeError(f"from_url() takes a string or a `sqlalchemy.URL`, and {type_of(url)} is given{hint}.")
     parsed = make_url(url)
     check_asyncio_driver(parsed)
     return parsed

@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
+    article,
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
@@ -526,19 +527,18 @@ def check_database(db: object) -> None:
     """Raise the error that says what to pass if `db` is no `DBConnect`."""
     if isinstance(db, DBConnect):
         return
-    if isinstance(db, type):
-        given, hint = type_of(db), ""
-    else:
-        given, hint = type_of(db), _INSTEAD.get(type(db).__name__, "")
+    # A subclass, of ctxdb's own for instance, is named by the class that its user knows: `AsyncSession`.
+    known = next((kind.__name__ for kind in type(db).__mro__ if kind.__name__ in _INSTEAD), None)
     raise ArgumentTypeError(
-        f"A `DBConnect` is needed here, and {given} is given: pass the one that the application has made, by "
-        f"`DBConnect.from_url(url)` for instance.{hint}"
+        f"A `DBConnect` is needed here, and {article(known) if known else type_of(db)} is given: pass the one that the "
+        f"application has made, by `DBConnect.from_url(url)` for instance.{_INSTEAD[known] if known else ''}"
     )
 
 
 _INSTEAD = {
     "AsyncEngine": " For an engine of your own there is `TransactionContext(engine)`, or "
     "`DBConnect.from_engine(engine)`.",
+    "AsyncSession": " The functions of ctxdb find the session of a database by themselves.",
     "TransactionContext": " A TransactionContext has blocks of its own: `async with context.transaction():`.",
 }
 

@@ -136,7 +136,12 @@ class LoopEngine:
         try:
             yield
         finally:
-            await self._dispose()
+            # A loop that ends waits for its generators, but for its tasks only once it has cancelled them; and a task
+            # that is cancelled before its first step does nothing.
+            if self in _live and self._retirement is not None:
+                await asyncio.wait([self._retirement])
+            if self in _live:
+                await self._dispose()
 
     async def _dispose(self) -> None:
         # Connections in use outlive `dispose()`, in a pool that is not disposed of again: so each connection that comes
@@ -177,7 +182,13 @@ class LoopEngine:
 
     def _start_retirement(self) -> None:
         if self._retirement is None:
-            self._retirement = self.loop.create_task(self._lifespan.aclose())
+            self._retirement = self.loop.create_task(self._retire())
+
+    async def _retire(self) -> None:
+        # A loop that ends cancels this task: the connections that are being closed then are closed all the same.
+        await run_to_completion(self._dispose())
+        with suppress(RuntimeError):  # the loop is closing it already, and waits for this task
+            await self._lifespan.aclose()
 
 
 def _lifetime_of(engine: AsyncEngine, creator: EngineCreator) -> Lifetime:
