@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import itertools
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +20,18 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from tests.support.database import Database, eventually, insert
 
-from ctxdb_core import CtxDBError, DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import (
+    ContextNotInitiatedError,
+    CtxDBError,
+    DBConnect,
+    HostNotSetError,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_session,
+)
+from ctxdb_core.adapters import close_all
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
+from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
@@ -221,6 +233,47 @@ async def test_each_event_loop_has_an_engine_of_its_own(db: DBConnect, database:
         await session.scalar(SELECT_PID)
 
 
+def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
+    db = DBConnect.from_url("postgresql+asyncpg://app@127.0.0.1/app")
+
+    def run(work: Coroutine[Any, Any, None]) -> None:
+        """Run what waits for nothing, as under trio: no event loop of asyncio runs."""
+        with pytest.raises(StopIteration):
+            work.send(None)
+
+    async def ask() -> None:
+        async with new_db_ctx():
+            await db_session(db)
+
+    async def ask_beside() -> None:
+        async with new_non_ctx_session(db):
+            pass
+
+    async def ask_nothing() -> None:
+        async with new_db_ctx():
+            pass
+        await db.close()
+        await close_all(db)
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def shut_down() -> None:
+        async def receive() -> Message:
+            return {"type": "lifespan.shutdown"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        await ASGIHTTPDBSessionMiddleware(application)({"type": "lifespan"}, receive, send)
+
+    for work in (ask, ask_beside):
+        with pytest.raises(ContextNotInitiatedError, match="No event loop of asyncio"):
+            run(work())
+    run(ask_nothing())
+    run(shut_down())
+
+
 async def test_a_host_change_reaches_the_other_loops_engines(switching: DBConnect, hosts: Hosts) -> None:
     used, changed = threading.Event(), threading.Event()
     seen: list[str] = []
@@ -248,6 +301,12 @@ async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hos
     del db
     gc.collect()
     await eventually(lambda: hosts.connections("thrown") == 0, "the connection is still open")
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_dbconnect_is_the_dbconnect(make: Callable[[dict[str, DBConnect]], dict[str, DBConnect]]) -> None:
+    db = DBConnect.from_url("postgresql+asyncpg://app@127.0.0.1/app")
+    assert make({"db": db})["db"] is copy.copy(db) is db
 
 
 async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
