@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 from tests.support.database import Database, eventually, insert
 
 from ctxdb_core import (
@@ -35,6 +36,7 @@ from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
+NAMES = ("__module__", "__qualname__", "__name__")
 SELECT_PID = text("SELECT pg_backend_pid()")
 
 
@@ -322,6 +324,22 @@ async def test_sessions_are_made_by_the_users_session_maker(hosts: Hosts) -> Non
         session = await db.create_session()
         assert session.info == {"mine": True}
         assert (await db.session_maker()).kw["expire_on_commit"] is True
+
+
+class OwnSession(AsyncSession):
+    pass
+
+
+@pytest.mark.parametrize("session_class", [AsyncSession, OwnSession])
+def test_the_class_of_a_session_has_the_names_of_the_users_class(session_class: type[AsyncSession]) -> None:
+    db = DBConnect.from_engine(
+        create_async_engine("postgresql+asyncpg://app@127.0.0.1/app"),
+        session_maker_creator=lambda engine: async_sessionmaker(engine, class_=session_class),
+    )
+    session = db.lazy_session_maker()
+    for made, users in ((type(session), session_class), (type(session.sync_session), Session)):
+        assert made is not users
+        assert [getattr(made, name) for name in NAMES] == [getattr(users, name) for name in NAMES]
 
 
 def test_by_default_objects_stay_readable_after_a_commit() -> None:
