@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import itertools
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, cast
 
@@ -17,12 +18,25 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 from tests.support.database import Database, eventually, insert
 
-from ctxdb_core import CtxDBError, DBConnect, HostNotSetError, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import (
+    ContextNotInitiatedError,
+    CtxDBError,
+    DBConnect,
+    HostNotSetError,
+    db_session,
+    new_db_ctx,
+    new_non_ctx_session,
+)
+from ctxdb_core.adapters import close_all
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
+from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus.testing import EmbeddedPostgres
 
+NAMES = ("__module__", "__qualname__", "__name__")
 SELECT_PID = text("SELECT pg_backend_pid()")
 
 
@@ -221,6 +235,47 @@ async def test_each_event_loop_has_an_engine_of_its_own(db: DBConnect, database:
         await session.scalar(SELECT_PID)
 
 
+def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
+    db = DBConnect.from_url("postgresql+asyncpg://app@127.0.0.1/app")
+
+    def run(work: Coroutine[Any, Any, None]) -> None:
+        """Run what waits for nothing, as under trio: no event loop of asyncio runs."""
+        with pytest.raises(StopIteration):
+            work.send(None)
+
+    async def ask() -> None:
+        async with new_db_ctx():
+            await db_session(db)
+
+    async def ask_beside() -> None:
+        async with new_non_ctx_session(db):
+            pass
+
+    async def ask_nothing() -> None:
+        async with new_db_ctx():
+            pass
+        await db.close()
+        await close_all(db)
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def shut_down() -> None:
+        async def receive() -> Message:
+            return {"type": "lifespan.shutdown"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        await ASGIHTTPDBSessionMiddleware(application)({"type": "lifespan"}, receive, send)
+
+    for work in (ask, ask_beside):
+        with pytest.raises(ContextNotInitiatedError, match="No event loop of asyncio"):
+            run(work())
+    run(ask_nothing())
+    run(shut_down())
+
+
 async def test_a_host_change_reaches_the_other_loops_engines(switching: DBConnect, hosts: Hosts) -> None:
     used, changed = threading.Event(), threading.Event()
     seen: list[str] = []
@@ -271,6 +326,12 @@ async def test_a_dbconnect_that_is_thrown_away_closes_its_connections(hosts: Hos
     await eventually(lambda: hosts.connections("thrown") == 0, "the connection is still open")
 
 
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_dbconnect_is_the_dbconnect(make: Callable[[dict[str, DBConnect]], dict[str, DBConnect]]) -> None:
+    db = DBConnect.from_url("postgresql+asyncpg://app@127.0.0.1/app")
+    assert make({"db": db})["db"] is copy.copy(db) is db
+
+
 async def test_an_engine_creator_that_returns_no_engine_is_an_error() -> None:
     with pytest.raises(TypeError, match="create_async_engine"):
         await DBConnect(lambda host: cast("Any", host), host="a").engine()
@@ -284,6 +345,22 @@ async def test_sessions_are_made_by_the_users_session_maker(hosts: Hosts) -> Non
         session = await db.create_session()
         assert session.info == {"mine": True}
         assert (await db.session_maker()).kw["expire_on_commit"] is True
+
+
+class OwnSession(AsyncSession):
+    pass
+
+
+@pytest.mark.parametrize("session_class", [AsyncSession, OwnSession])
+def test_the_class_of_a_session_has_the_names_of_the_users_class(session_class: type[AsyncSession]) -> None:
+    db = DBConnect.from_engine(
+        create_async_engine("postgresql+asyncpg://app@127.0.0.1/app"),
+        session_maker_creator=lambda engine: async_sessionmaker(engine, class_=session_class),
+    )
+    session = db.lazy_session_maker()
+    for made, users in ((type(session), session_class), (type(session.sync_session), Session)):
+        assert made is not users
+        assert [getattr(made, name) for name in NAMES] == [getattr(users, name) for name in NAMES]
 
 
 def test_by_default_objects_stay_readable_after_a_commit() -> None:

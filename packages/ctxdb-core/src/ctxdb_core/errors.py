@@ -95,8 +95,9 @@ class ContextNotInitiatedError(CtxDBError):
     Raised when no adapter, ``new_db_ctx()`` or ``run_in_new_ctx()`` has opened a unit of work for this code, or when
     the unit of work belongs to another event loop, to an async generator that this code iterates over, or to code that
     has nothing to do with the scheduler's job that this is; also when a task leaves a block of `transactional` that it
-    has not entered. The way out: add the framework's middleware or plugin, or
-    wrap the code in ``async with new_db_ctx()``. In a test, the fixtures and tools of ``ctxdb_core.testing`` open one.
+    has not entered, and where no event loop of asyncio runs, as under trio. The way out: add the framework's middleware
+    or plugin, or wrap the code in ``async with new_db_ctx()``. In a test, the fixtures and tools of
+    ``ctxdb_core.testing`` open one.
     """
 
     def __init__(self, message: str | None = None) -> None:

@@ -391,6 +391,17 @@ class DBConnect(Database, Generic[SessionT_co]):
         if hasattr(self, "_engines"):
             self._engines.abandon()
 
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return this object: it stands for one database, and units of work know their sessions by it.
+
+        Containers of dependencies (dependency-injector), and defaults of models, copy what they are given.
+        """
+        return self
+
+    def __copy__(self) -> Self:
+        """Return this object, as `__deepcopy__` does."""
+        return self
+
     def __repr__(self) -> str:
         host = "None" if self.host is None else repr(without_secrets(self.host))
         return f"<{type(self).__name__} host={host}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +14,7 @@ from ctxdb_core._databases.engine_creators import HostlessCreator
 from ctxdb_core._databases.loop_engine import Lifetime, LoopEngine
 from ctxdb_core._databases.target import NO_ENGINES, EngineListener, LoopEngines, Target
 from ctxdb_core._databases.url import without_secrets
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, HostNotSetError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, ContextNotInitiatedError, HostNotSetError
 
 __all__ = ["Engines", "Replacement", "check_host"]
 
@@ -54,8 +55,14 @@ class Engines:
 
         Raises:
             HostNotSetError: no host is known yet.
+            ContextNotInitiatedError: no event loop of asyncio runs here.
         """
-        loop = asyncio.get_running_loop()
+        loop = _get_running_loop()
+        if loop is None:
+            raise ContextNotInitiatedError(
+                "No event loop of asyncio is running here, and asynchronous database drivers need one. Under trio, let "
+                'the server or `anyio.run` use asyncio (`backend="asyncio"`; `--worker-class asyncio` for Hypercorn).'
+            )
         engine = self.target.engines.get(loop)
         return self._open(loop) if engine is None else engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,10 @@ async def wait_for_cancelled_queries() -> None:
     A server that shuts down cancels the requests that have run out of time, and ends its process right after the
     application's shutdown. Without this wait, the process would end before the database is told.
     """
-    loop = asyncio.get_running_loop()
+    loop = _get_running_loop()
+    if loop is None:
+        # The application runs on trio, where no task has a session.
+        return
     for _ in range(_TURNS):
         await asyncio.sleep(0)
     latest = loop.time() + STOP_QUERY_TIMEOUT_SECONDS
@@ -45,7 +49,7 @@ async def stop_queries_of_requests(is_of_application: Callable[[Any], bool], ref
     """
     # What the server has cancelled by now ends by its cancellation.
     await wait_for_cancelled_queries()
-    loop = asyncio.get_running_loop()
+    loop = _get_running_loop()
     for door in _open_doors(is_of_application):
         task = door.running_task
         if task is not None and task.get_loop() is loop and task is not asyncio.current_task():

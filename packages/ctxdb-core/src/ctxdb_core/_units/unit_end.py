@@ -269,6 +269,8 @@ class UnitEnd(UnitAttachments):
         Raises:
             BaseException: as `commit` does; every session is closed all the same.
         """
+        if self.registration is None and self.finish_idle():
+            return
         if commit:
             try:
                 # Behind its end, nothing reads a result of the unit on.
