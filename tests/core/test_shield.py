@@ -172,6 +172,20 @@ async def test_a_task_group_inside_the_work_still_cancels_its_body() -> None:
     assert await run_to_completion(with_group()) == "group ended"
 
 
+# A task group does this where an eager task (Python 3.12) fails at once.
+async def test_work_that_cancels_its_own_task_does_not_wait() -> None:
+    async def work() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel("enough")
+        with pytest.raises(asyncio.CancelledError, match="enough"):
+            await asyncio.Event().wait()
+        task.uncancel()
+        return "ended"
+
+    assert await run_to_completion(work()) == "ended"
+
+
 async def test_the_work_sees_its_task_by_name() -> None:
     async def name() -> str:
         task = asyncio.current_task()

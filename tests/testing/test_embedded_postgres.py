@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import ctxdb_pgstatus.testing
 from ctxdb_core import CtxDBError
 from ctxdb_core.testing import EmbeddedPostgres, EmbeddedPostgresError
-from ctxdb_core.testing.postgres import Launcher
+from ctxdb_core.testing.postgres import Launcher, find_free_port
 
 
 def test_a_server_takes_settings_and_a_password() -> None:
@@ -26,6 +27,14 @@ def test_a_server_takes_settings_and_a_password() -> None:
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(EmbeddedPostgresError, match=r"(?s)did not start: .*no_such_setting"):
         EmbeddedPostgres({"no_such_setting": "1"}).start()
+
+
+def test_servers_of_workers_that_seed_alike_get_ports_of_their_own() -> None:
+    # As pytest-randomly does in each worker of pytest-xdist.
+    random.seed(1)
+    before = random.getstate()
+    find_free_port(["127.0.0.1"])
+    assert random.getstate() == before
 
 
 def test_a_start_is_ended_by_a_stop_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

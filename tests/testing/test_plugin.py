@@ -283,6 +283,77 @@ def test_a_suite_of_services_runs_in_units_of_work(run: Run, mark: str, argument
     run(SERVICES.replace("async def test", f"{mark}async def test"), *arguments).assert_outcomes(passed=3)
 
 
+UNITTEST = """
+import unittest
+
+@pytest.mark.usefixtures("ctxdb_shared_transaction", "{fixture}")
+class TestServices(unittest.IsolatedAsyncioTestCase):
+    async def test_one(self):
+        await write()
+
+    async def test_two(self):
+        await write()
+        assert await (await db_session(db)).scalar(text("SELECT count(*) FROM item")) == 1
+"""
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("fixture", ["new_db_ctx", "ctxdb_test_context"])
+def test_methods_of_unittest_run_in_units_of_work(run: Run, fixture: str) -> None:
+    run(UNITTEST.format(fixture=fixture)).assert_outcomes(passed=2)
+
+
+# What pytest-asyncio and anyio ask a test about whether hypothesis runs it, and where its function is.
+GIVEN = """
+import functools
+from types import SimpleNamespace
+
+def given(*numbers):
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*args, **kwargs):
+            for number in numbers:
+                run.hypothesis.inner_test(*args, number=number, **kwargs)
+
+        parameters = [each for each in inspect.signature(test).parameters.values() if each.name != "number"]
+        run.__signature__ = inspect.Signature(parameters)
+        run.is_hypothesis_test = True
+        run.hypothesis = SimpleNamespace(inner_test=test)
+        return run
+    return decorate
+
+@pytest.mark.parametrize("name", ["one", "two"])
+@given(1, 2, 3)
+async def test_example(ctxdb_shared_transaction, new_db_ctx, name, number):
+    await write(name * number)
+    session = await db_session(db)
+    assert await session.scalar(text("SELECT count(*) FROM item")) == number
+"""
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_each_example_of_hypothesis_runs_in_a_unit_of_work_of_its_own(run: Run) -> None:
+    run("import inspect" + GIVEN, "--asyncio-mode=auto").assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_a_fixture_of_the_suites_own_by_the_name_of_one_of_these_is_the_only_one(run: Run) -> None:
+    own = """
+@pytest.fixture(name="new_db_ctx")
+def own_fixture():
+    return "own"
+"""
+    tests = """
+from ctxdb_core import ContextNotInitiatedError
+
+async def test_it(new_db_ctx):
+    assert new_db_ctx == "own"
+    with pytest.raises(ContextNotInitiatedError):
+        await db_session(db)
+"""
+    run(tests, "--asyncio-mode=auto", conftest=own).assert_outcomes(passed=1)
+
+
 def test_the_unit_of_work_of_a_test_is_committed_when_it_passes_and_rolled_back_when_it_fails(run: Run) -> None:
     tests = """
 import asyncio
@@ -338,7 +409,7 @@ async def test_late(request):
     result = run(tests, "--asyncio-mode=auto")
     result.assert_outcomes(errors=1, failed=1)
     result.stdout.fnmatch_lines(f"*{fixture} is for asynchronous tests*")
-    result.stdout.fnmatch_lines(f"*{fixture} has to be known when the tests are collected*")
+    result.stdout.fnmatch_lines(f"*{fixture} has to be there before the test begins*")
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

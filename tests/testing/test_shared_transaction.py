@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
 from tests.support.items import names
@@ -32,6 +34,8 @@ from ctxdb_core import (
 )
 from ctxdb_core.adapters import Propagation
 from ctxdb_core.testing import SharedTransactionError, rollback_session, shared_transaction
+from ctxdb_core.testing._shared import SharedTransaction
+from ctxdb_core.testing._thread import LoopThread
 
 
 async def test_commit_is_seen_by_all_sessions_and_gone_at_the_end(db: DBConnect, database: Database) -> None:
@@ -243,6 +247,15 @@ async def test_a_transaction_with_an_isolation_level_can_be_joined(db: DBConnect
                     await insert(db, "two")
                     async with block:
                         pytest.fail("the block was entered")
+        assert await names(db) == ["one"]
+
+
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "repeatable read", "READ COMMITTED"])
+async def test_a_written_out_isolation_level_is_accepted(db: DBConnect, postgresql: None, level: str) -> None:
+    async with shared_transaction(db):
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text(f"SET TRANSACTION ISOLATION LEVEL {level}"))
+            await insert(db, "one")
         assert await names(db) == ["one"]
 
 
@@ -489,3 +502,33 @@ async def test_a_database_that_is_named_twice_is_put_back_after_a_shared_transac
         await run_in_new_ctx(insert, db, "one")
     await run_in_new_ctx(insert, db, "really")
     assert await database.names() == ["really"]
+
+
+def test_a_beginning_that_is_interrupted_leaves_nothing_behind() -> None:
+    cleaned_up = []
+
+    async def hang(db: DBConnect) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned_up.append(db)
+
+    def interrupt(*args: object) -> None:
+        # As pytest-timeout does, in the thread that waits for the beginning.
+        raise InterruptedError
+
+    db = DBConnect(
+        lambda host: create_async_engine("sqlite+aiosqlite://"), host="one", before_create_session_handler=hang
+    )
+    handler = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with LoopThread() as thread:
+            for _ in range(2):
+                shared = SharedTransaction(thread, (db,), 1)
+                with pytest.raises(InterruptedError):
+                    thread.call(shared.begin)
+                assert cleaned_up.pop() is db
+    finally:
+        signal.signal(signal.SIGUSR1, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 import pytest
@@ -50,6 +51,29 @@ async def test_session_that_has_only_read_does_not_block_other_sessions(db: DBCo
                 await insert(db, "two")
                 assert len((await reader.scalars(select(Item.name))).all()) == 2
         assert await names(db) == ["one", "two"]
+
+
+async def test_a_session_waits_no_longer_where_a_test_has_stopped_the_time(
+    db: DBConnect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As freezegun does.
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    inserted, released = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        async with new_db_ctx():
+            await insert(db, "one")
+            inserted.set()
+            await released.wait()
+
+    async with shared_transaction(db, timeout=0.1):
+        holder = asyncio.create_task(hold())
+        await inserted.wait()
+        with pytest.raises(SharedTransactionError, match="commit or roll back that one first"):
+            await run_in_new_ctx(insert, db, "two")
+        released.set()
+        await holder
+        assert await names(db) == ["one"]
 
 
 async def test_sessions_of_several_tasks_take_turns(db: DBConnect) -> None:

@@ -69,6 +69,9 @@ def run_to_completion(coro: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                 continue
             awaited._asyncio_future_blocking = False  # noqa: SLF001 - as a task does for each future it waits on
             lent.awaited = awaited
+            if lent.must_cancel:
+                # The coroutine has cancelled its task before it waits: a task group does where an eager task fails.
+                lent.cancel_awaited()
             try:
                 # An exception of `awaited` ends this wait as well, and reaches `coro` when that asks for the result.
                 yield waiter.on(awaited)
@@ -136,6 +139,10 @@ class LentTask:
             self.must_cancel = True
             self._cancel_args = () if msg is None else (msg,)
         return True
+
+    def cancel_awaited(self) -> None:
+        if self.awaited.cancel(*self._cancel_args):
+            self.must_cancel = False
 
     def cancelling(self) -> int:
         return self._cancel_requests

@@ -123,11 +123,12 @@ class ContextClosedError(CtxDBError):
     work any more. The way out: give the task a unit of work of its own with ``run_in_new_ctx()`` or ``new_db_ctx()``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "The unit of work that this code was started in has ended: nobody would commit its changes any more. Give "
-            "a task that outlives its request a unit of work of its own: `asyncio.create_task(run_in_new_ctx(fn, ...))`"
-            " or `async with new_db_ctx():` inside of it."
+            message
+            or "The unit of work that this code was started in has ended: nobody would commit its changes any more. "
+            "Give a task that outlives its request a unit of work of its own: `asyncio.create_task(run_in_new_ctx(fn, "
+            "...))` or `async with new_db_ctx():` inside of it."
         )
 
 
@@ -138,9 +139,10 @@ class SessionClosedError(CtxDBError):
     ``db_session(db)`` for a session again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "This session was closed by `close_db_session`. Call `await db_session(db)` again: it returns a new one."
+            message
+            or "This session was closed by `close_db_session`. Call `await db_session(db)` again: it returns a new one."
         )
 
 
@@ -152,9 +154,10 @@ class SessionOwnedError(CtxDBError, InvalidRequestError):
     be sent now; or end the session early by ``commit_db_session`` or ``close_db_session``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "This session belongs to the unit of work, which commits and closes it: closing it would undo what was "
+            message
+            or "This session belongs to the unit of work, which commits and closes it: closing it would undo what was "
             "written, also by other code. Leave out `async with session:` and `session.close()`; `await "
             "session.flush()` sends what is to be sent now, `await commit_db_session(db)` commits it, and `await "
             "close_db_session(db)` throws it away and gives the connection back."
@@ -324,10 +327,11 @@ class AbandonedWorkError(CtxDBError):
     handler, write it by ``run_in_new_ctx()``, or answer an error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "A middleware has answered a success in the place of a handler that it has given up on, and which goes on. "
-            "Both have written in one transaction: it was rolled back, as the handler's work is not whole. Let the "
+            message
+            or "A middleware has answered a success in the place of a handler that it has given up on, and which goes "
+            "on. Both have written in one transaction: it was rolled back, as the handler's work is not whole. Let the "
             "middleware write by `await run_in_new_ctx(fn, ...)`, commit before it calls the handler, or answer an "
             "error."
         )

@@ -167,7 +167,8 @@ class Connection(AdaptedConnection):
             self.commit()
         elif statement.kind is Kind.ROLL_BACK:
             self.rollback()
-        else:
+        elif statement.kind is not Kind.ISOLATION_LEVEL:
+            # The server would refuse a level, as the outer transaction has begun; it makes no difference here.
             transaction = self._begun()
             return await_only(self._shared.thread.run(self._shared.execute, transaction, statement, _current_task()))
         return Result(None, -1, None, [])

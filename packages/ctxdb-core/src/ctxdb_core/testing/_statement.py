@@ -19,6 +19,7 @@ class Kind(Enum):
     DDL = auto()
     SET = auto()
     SET_LOCAL = auto()
+    ISOLATION_LEVEL = auto()
     SAVEPOINT = auto()
     BEGIN = auto()
     COMMIT = auto()
@@ -27,6 +28,7 @@ class Kind(Enum):
 
 _COMMENTS = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*", re.DOTALL)
 _LOCK = r"FOR\s+(?:NO\s+KEY\s+)?UPDATE|FOR\s+(?:KEY\s+)?SHARE|pg_(?:try_)?advisory_xact_lock(?:_shared)?"
+_LEVEL = r"SERIALIZABLE|REPEATABLE\s+READ|READ\s+(?:UN)?COMMITTED"
 _PATTERNS = (
     (Kind.SAVEPOINT, r"SAVEPOINT\b|RELEASE\b|ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\b"),
     (Kind.BEGIN, r"BEGIN\b|START\s+TRANSACTION\b"),
@@ -37,6 +39,7 @@ _PATTERNS = (
     (Kind.READ, r"(?:SELECT|VALUES|TABLE)\b(?!.*\bINTO\b)|SHOW\b|EXPLAIN\b(?!.*\bANALY[SZ]E\b)|PRAGMA\b"),
     (Kind.READ, r"WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE|INTO)\b)"),
     (Kind.DDL, r"(?:CREATE|ALTER|DROP)\b"),
+    (Kind.ISOLATION_LEVEL, rf"SET\s+TRANSACTION\s+ISOLATION\s+LEVEL\s+(?:{_LEVEL})\s*;?\s*$"),
     # A setting of the transaction itself, such as `transaction_read_only`, ends with its savepoint.
     (Kind.SET_LOCAL, r"SET\s+LOCAL\s+(?!\"?transaction_)"),
     (Kind.SET, r"SET\s+(?!LOCAL\b|TRANSACTION\b|CONSTRAINTS\b|SESSION\s+CHARACTERISTICS\b)|RESET\b"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from ctxdb_core._databases.borrowed import guest_loops
 from ctxdb_core.testing._errors import SharedTransactionError
@@ -23,6 +24,10 @@ class LoopThread:
     """
 
     loop: asyncio.AbstractEventLoop
+
+    # The clock goes on where a test has stopped the time, as freezegun does, which replaces functions of `time` in all
+    # modules: a transaction that waits for another one has to get its error in the end.
+    _clock = staticmethod(time.monotonic)
 
     def __init__(self) -> None:
         self._started = threading.Event()
@@ -43,6 +48,7 @@ class LoopThread:
         # The runner's end closes the engines that were made on its loop.
         with asyncio.Runner() as runner:
             self.loop = runner.get_loop()
+            self.loop.time = self._clock  # type: ignore[method-assign]  # for all that asyncio schedules
             guest_loops.add(self.loop)
             runner.run(self._wait_for_the_end())
 
@@ -59,7 +65,15 @@ class LoopThread:
     def call(self, fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``fn(*args, **kwargs)`` on this loop, and block until it is done."""
         self._check_alive()
-        return asyncio.run_coroutine_threadsafe(_call(fn, *args, **kwargs), self.loop).result()
+        tasks: list[asyncio.Task[Any]] = []
+        future = asyncio.run_coroutine_threadsafe(_call_in_task(tasks, fn, *args, **kwargs), self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            # This thread may have been interrupted, by pytest-timeout for instance: nothing must go on behind the test.
+            if future.cancel():
+                asyncio.run_coroutine_threadsafe(_wait_for(tasks), self.loop).result()
+            raise
 
     def start(self, fn: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> None:
         """Run ``fn(*args, **kwargs)`` on this loop some time, without waiting for it."""
@@ -76,3 +90,17 @@ class LoopThread:
 
 async def _call(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     return await fn(*args, **kwargs)
+
+
+async def _call_in_task(
+    tasks: list[asyncio.Task[Any]], fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    task = asyncio.current_task()
+    assert task is not None
+    tasks.append(task)
+    return await fn(*args, **kwargs)
+
+
+async def _wait_for(tasks: list[asyncio.Task[Any]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks)

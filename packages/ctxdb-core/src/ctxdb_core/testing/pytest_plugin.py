@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import unittest
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
@@ -36,8 +37,8 @@ __all__ = [
     "ctxdb_test_context",
     "ctxdb_test_databases",
     "ctxdb_worker_database",
-    "pytest_collection_modifyitems",
     "pytest_fixture_setup",
+    "pytest_runtest_call",
 ]
 
 
@@ -95,9 +96,10 @@ def ctxdb_shared_transaction(
         sessions = {}
         for group in _ctxdb_groups:
             shared = SharedTransaction(_ctxdb_thread, tuple(group), WAIT_SECONDS)
-            session = _ctxdb_thread.call(shared.begin)
+            # Before it begins: an interruption, such as that of pytest-timeout, may come in between.
             stack.callback(shared.restore)
             stack.callback(_ctxdb_thread.call, shared.end)
+            session = _ctxdb_thread.call(shared.begin)
             sessions.update(dict.fromkeys(group, session))
         yield sessions
 
@@ -149,10 +151,10 @@ def ctxdb_rollback_session(_ctxdb_groups: list[list[DBConnect]], _ctxdb_thread: 
     `ctxdb_core.testing.rollback_session`.
     """
     shared = SharedTransaction(_ctxdb_thread, tuple(_ctxdb_groups[0]), WAIT_SECONDS, private=True)
-    session = _ctxdb_thread.call(shared.begin)
-    yield session
-    _ctxdb_thread.call(shared.end)
-    shared.restore()
+    with ExitStack() as stack:
+        stack.callback(shared.restore)
+        stack.callback(_ctxdb_thread.call, shared.end)
+        yield _ctxdb_thread.call(shared.begin)
 
 
 @pytest.fixture(name="new_db_ctx")
@@ -162,7 +164,7 @@ def _new_db_ctx(request: pytest.FixtureRequest) -> None:
     It is committed when the test has ended, and rolled back if the test fails; together with
     `ctxdb_shared_transaction`, all of it is rolled back. Requests that the test makes have units of work of their own.
     """
-    _check_runs_in_context(request, "new_db_ctx")
+    _run_in_context(request, "new_db_ctx")
 
 
 # The database, and the test's session on whose connection the sessions of its unit of work are put.
@@ -175,26 +177,38 @@ def ctxdb_test_context(request: pytest.FixtureRequest) -> None:
 
     See `ctxdb_core.testing.set_test_context`.
     """
-    _check_runs_in_context(request, "ctxdb_test_context")
+    _run_in_context(request, "ctxdb_test_context")
     if "ctxdb_rollback_session" in request.fixturenames:
         groups: list[list[DBConnect]] = request.getfixturevalue("_ctxdb_groups")
         request.node.stash[_beside] = groups[0][0], request.getfixturevalue("ctxdb_rollback_session")
 
 
-# The fixtures whose context an asynchronous test runs in. A plain test, which can run in none, has no such entry.
+# The fixtures whose contexts an asynchronous test is going to run in, and whether it runs already.
 _contexts = pytest.StashKey[set[str]]()
+_is_running = pytest.StashKey[bool]()
 
 
-def _check_runs_in_context(request: pytest.FixtureRequest, name: str) -> None:
-    contexts = request.node.stash.get(_contexts, None)
-    if contexts is not None and name not in contexts:
+def _run_in_context(request: pytest.FixtureRequest, name: str) -> None:
+    if _is_running in request.node.stash:
         raise pytest.UsageError(
-            f"{name} has to be known when the tests are collected: ask for it by a parameter or by "
-            f"`@pytest.mark.usefixtures({name!r})`, and not by `getfixturevalue`."
+            f"{name} has to be there before the test begins: ask for it by a parameter, by "
+            f"`@pytest.mark.usefixtures({name!r})`, or in a fixture, and not in the test by `getfixturevalue`."
         )
-    if contexts is None and name in inspect.signature(request.function).parameters:
+    if inspect.iscoroutinefunction(getattr(*_place_of_function(request.node))):
+        request.node.stash.setdefault(_contexts, set()).add(name)
+    elif name in inspect.signature(request.function).parameters:
         raise pytest.UsageError(f"{name} is for asynchronous tests: this one is a plain function.")
     # A plain test that asks for the fixture by way of another one, which all tests have, runs as without it.
+
+
+def _place_of_function(item: Any) -> tuple[Any, str]:
+    """Return the object and the name of its attribute where the function of a test is looked up when the test runs."""
+    if hasattr(item.obj, "hypothesis"):
+        # `@given` makes a plain function, which calls this one for each example.
+        return item.obj.hypothesis, "inner_test"
+    if isinstance(item.instance, unittest.TestCase):
+        return item.instance, item.name
+    return item, "obj"
 
 
 @pytest.fixture(scope="session")
@@ -236,18 +250,22 @@ def _close_engines(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(loop.shutdown_asyncgens())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests run in the contexts that they ask for: a fixture runs in another one than its test."""
-    for item in items:
-        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
-            # Other plugins wrap the function in a plain one before it runs: only the entry tells then that the test was
-            # asynchronous.
-            asked_for = item.stash[_contexts] = {"new_db_ctx", "ctxdb_test_context"} & {*item.fixturenames}
-            if asked_for:
-                item.obj = _in_contexts(item, item.obj, asked_for)
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Let a test run in the contexts that its fixtures have asked for: these run in another one than the test."""
+    item.stash[_is_running] = True
+    with ExitStack() as stack:
+        if _contexts in item.stash:
+            holder, name = _place_of_function(item)
+            test = getattr(holder, name)
+            setattr(holder, name, _in_contexts(item, test, item.stash[_contexts]))
+            stack.callback(setattr, holder, name, test)
+            del item.stash[_contexts]
+        yield
+    del item.stash[_is_running]
 
 
-def _in_contexts(item: pytest.Function, test: Callable[..., Any], asked_for: set[str]) -> Callable[..., Any]:
+def _in_contexts(item: pytest.Item, test: Callable[..., Any], asked_for: set[str]) -> Callable[..., Any]:
     @functools.wraps(test)
     async def run(*args: Any, **kwargs: Any) -> None:
         async with AsyncExitStack() as stack:

@@ -27,7 +27,9 @@ def find_free_port(hosts: Sequence[str]) -> int:
             raise EmbeddedPostgresError(
                 f"{host} is no address of this machine. On macOS: sudo ifconfig lo0 alias {host}"
             )
-    for port in random.sample(_PORTS, k=_ATTEMPTS):
+    # Not by the generator that tests seed: pytest-randomly gives each worker of pytest-xdist the same seed, and all of
+    # them would start a server on the same port.
+    for port in random.SystemRandom().sample(_PORTS, k=_ATTEMPTS):
         if all(_is_free(host, port) for host in hosts):
             return port
     raise EmbeddedPostgresError(f"No port was found that is free on all of {', '.join(hosts)}.")
