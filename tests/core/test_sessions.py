@@ -17,6 +17,7 @@ from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
+from sqlalchemy.ext.orderinglist import ordering_list
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -27,6 +28,7 @@ from sqlalchemy.orm import (
     mapped_column,
     object_session,
     relationship,
+    selectinload,
 )
 from sqlalchemy.util import await_only
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
@@ -816,6 +818,37 @@ async def test_a_dictionary_of_objects_is_given_back_by_a_roll_back(
                 await session.flush()
                 raise LookupError
         assert cabinet.drawers == drawers
+
+
+class Board(Shelf):
+    __tablename__ = "board"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    pins: Mapped[list[Pin]] = relationship(collection_class=ordering_list("position"), order_by="Pin.position")
+
+
+class Pin(Shelf):
+    __tablename__ = "pin"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    board_id: Mapped[int] = mapped_column(ForeignKey("board.id"))
+    position: Mapped[int]
+    label: Mapped[str]
+
+
+async def test_a_collection_whose_members_are_to_be_read_anew_is_so_itself_after_a_failed_flush(
+    shelf: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Board(id=1, pins=[Pin(label="a")]))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        board = await session.get_one(Board, 1, options=[selectinload(Board.pins)])
+        session.expire(board.pins[0], ["position"])
+        board.pins.append(Pin(label=None))
+        with pytest.raises(IntegrityError):
+            await session.flush()
+        assert "pins" in inspect(board).unloaded
+        await session.rollback()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("block", ["commit", "savepoint"])
