@@ -929,6 +929,26 @@ async def test_a_value_that_was_changed_in_place_is_readable_after_a_roll_back(s
     assert note.tags["colour"] in ("red", "blue")
 
 
+async def test_a_change_in_place_behind_a_savepoint_that_is_rolled_back_is_not_stored_with_a_later_one(
+    shelf: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Note(id=1, tags={"colour": "red"}))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        note = await session.get_one(Note, 1)
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                note.tags["colour"] = "blue"
+                raise LookupError
+        assert "tags" in inspect(note).unloaded
+        await session.refresh(note)
+        note.tags["size"] = "small"
+    async with new_db_ctx():
+        note = await (await db_session(shelf)).get_one(Note, 1)
+        assert note.tags == {"colour": "red", "size": "small"}
+
+
 async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session = await db_session(shelf)

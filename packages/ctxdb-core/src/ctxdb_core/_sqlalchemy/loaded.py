@@ -8,7 +8,7 @@ loaded stays expired. A container that was changed in place (``MutableDict``, `f
 former value was not kept.
 
 The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
-time put back: the transaction goes on with them.
+time put back: the transaction goes on with them. A container that was changed in place stays expired here.
 """
 
 from __future__ import annotations
@@ -222,6 +222,11 @@ class LoadedValues:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
         never_loaded = _never_loaded(state.mapper)
         values = {name: value for name, value in state.dict.items() if name not in never_loaded}
+        if self.are_of_savepoint:
+            # The next flush would write a change of a container as a part of a later one.
+            for name, original in _committed(state).items():
+                if isinstance(original, LoaderCallableStatus):
+                    values.pop(name, None)
         if state not in changed:
             return values
         if self.are_of_savepoint:
