@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, ForeignKey, inspect, select, text, update
+from sqlalchemy import JSON, ForeignKey, event, inspect, select, text, update
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -1978,6 +1978,30 @@ async def test_the_close_of_a_session_class_is_called_at_the_end_of_a_unit(datab
         async with new_db_ctx():
             session = await insert(db, "one")
         assert closed == [session if kind == "class_" else session.sync_session]
+
+
+@pytest.mark.parametrize("kind", ["class_", "sync_session_class"])
+async def test_listeners_that_the_constructor_of_a_session_adds_are_called(database: Database, kind: str) -> None:
+    flushed: list[object] = []
+
+    def note(session: Session, *args: object) -> None:
+        flushed.append(session)
+
+    class Asynchronous(AsyncSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            event.listen(self.sync_session, "before_flush", note)
+
+    class Synchronous(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            event.listen(self, "before_flush", note)
+
+    async with with_classes(database, **{kind: Asynchronous if kind == "class_" else Synchronous}) as db:
+        async with new_db_ctx():
+            session = await db_session(db)
+            session.add(Item(name="one"))
+        assert flushed == [session.sync_session]
 
 
 @pytest.mark.parametrize("fails", [False, True])
