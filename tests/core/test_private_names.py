@@ -32,6 +32,7 @@ from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
 
+from ctxdb_core import DBConnect, db_session, new_db_ctx
 from ctxdb_core._sqlalchemy import private
 from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.door import Door
@@ -490,6 +491,33 @@ async def test_a_task_that_waits_for_a_pool_is_let_in_when_another_task_could_no
     await waiting
     private.pass_on_failed_connect(engine.pool)
     await engine.dispose()
+
+
+async def test_connections_that_fail_at_once_while_more_tasks_wait_take_no_place_in_the_pool(
+    database: Database,
+) -> None:
+    goes_on = asyncio.Event()
+
+    async def fail(**arguments: Any) -> Any:
+        await goes_on.wait()
+        raise OSError
+
+    connect_args = {"async_creator_fn": fail}
+    engine = create_async_engine(database.url, connect_args=connect_args, pool_size=1, max_overflow=1)
+    db = DBConnect.from_engine(engine)
+
+    async def use() -> None:
+        async with new_db_ctx():
+            await (await db_session(db)).execute(text("SELECT 1"))
+
+    uses = [asyncio.create_task(use()) for _ in range(5)]
+    await eventually(
+        lambda: sum(each.waiting for each in db.status().pools) == 3, "the pool does not let three tasks wait"
+    )
+    goes_on.set()
+    assert [type(each) for each in await asyncio.gather(*uses, return_exceptions=True)] == [OSError] * 5
+    assert db.status().pools[0].in_use == 0
+    await db.close()
 
 
 async def _use(engine: AsyncEngine) -> None:

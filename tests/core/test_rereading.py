@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
+    attribute_keyed_dict,
     composite,
     load_only,
     mapped_column,
@@ -42,6 +43,7 @@ class Book(Base):
     title: Mapped[str]
     author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
     author: Mapped[Author] = relationship(back_populates="books")
+    copies: Mapped[dict[int, Copy]] = relationship(collection_class=attribute_keyed_dict("id"), back_populates="book")
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Copy(Base):
     __tablename__ = "copy"
     id: Mapped[int] = mapped_column(primary_key=True)
     book_id: Mapped[int] = mapped_column(ForeignKey("book.id"))
-    book: Mapped[Book] = relationship(lazy="joined")
+    book: Mapped[Book] = relationship(lazy="joined", back_populates="copies")
     place: Mapped[Place] = composite(mapped_column("shelf"), mapped_column("board"))
 
 
@@ -123,6 +125,32 @@ async def test_what_is_loaded_on_demand_stays_readable_when_a_relationship_leads
         await commit_db_session(library)
         await session.get_one(Copy, 1)
         assert book.author.name == "Ada"
+
+
+async def test_a_collection_that_is_a_dictionary_stays_readable_behind_the_next_queries(library: DBConnect) -> None:
+    async with new_db_ctx():
+        (await db_session(library)).add(Copy(id=1, book_id=1, place=Place(2, 3)))
+    async with new_db_ctx():
+        session = await db_session(library)
+        book = (await session.scalars(select(Book).options(selectinload(Book.copies)))).one()
+        copies = dict(book.copies)
+        await commit_db_session(library)
+        await session.scalars(select(Book))
+        assert book.copies == copies
+        assert list(copies) == [1]
+
+
+async def test_what_is_appended_to_a_collection_that_was_at_hand_before_the_next_query_is_stored(
+    library: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        author = (await session.scalars(select(Author).options(selectinload(Author.books)))).one()
+        books = author.books
+        await commit_db_session(library)
+        await session.scalars(select(Author))
+        books.append(Book(id=2, title="Letters"))
+    assert await database.names("book", "title") == ["Letters", "Notes"]
 
 
 async def test_an_update_by_the_orm_changes_objects_that_were_read_again(library: DBConnect) -> None:

@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, ForeignKey, inspect, select, text, update
+from sqlalchemy import JSON, ForeignKey, event, inspect, select, text, update
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
+from sqlalchemy.ext.orderinglist import ordering_list
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -27,6 +28,7 @@ from sqlalchemy.orm import (
     mapped_column,
     object_session,
     relationship,
+    selectinload,
 )
 from sqlalchemy.util import await_only
 from tests.support.database import Database, Item, eventually, insert, insert_row_that_fails_at_commit
@@ -818,6 +820,37 @@ async def test_a_dictionary_of_objects_is_given_back_by_a_roll_back(
         assert cabinet.drawers == drawers
 
 
+class Board(Shelf):
+    __tablename__ = "board"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    pins: Mapped[list[Pin]] = relationship(collection_class=ordering_list("position"), order_by="Pin.position")
+
+
+class Pin(Shelf):
+    __tablename__ = "pin"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    board_id: Mapped[int] = mapped_column(ForeignKey("board.id"))
+    position: Mapped[int]
+    label: Mapped[str]
+
+
+async def test_a_collection_whose_members_are_to_be_read_anew_is_so_itself_after_a_failed_flush(
+    shelf: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Board(id=1, pins=[Pin(label="a")]))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        board = await session.get_one(Board, 1, options=[selectinload(Board.pins)])
+        session.expire(board.pins[0], ["position"])
+        board.pins.append(Pin(label=None))
+        with pytest.raises(IntegrityError):
+            await session.flush()
+        assert "pins" in inspect(board).unloaded
+        await session.rollback()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("block", ["commit", "savepoint"])
 async def test_a_composite_shows_what_was_loaded_after_a_roll_back(shelf: DBConnect, block: CurrentTransaction) -> None:
     async with new_db_ctx():
@@ -894,6 +927,26 @@ async def test_a_value_that_was_changed_in_place_is_readable_after_a_roll_back(s
     note.tags["colour"] = "blue"
     await finalize(unit, commit=False)
     assert note.tags["colour"] in ("red", "blue")
+
+
+async def test_a_change_in_place_behind_a_savepoint_that_is_rolled_back_is_not_stored_with_a_later_one(
+    shelf: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        (await db_session(shelf)).add(Note(id=1, tags={"colour": "red"}))
+    async with new_db_ctx():
+        session = await db_session(shelf)
+        note = await session.get_one(Note, 1)
+        with pytest.raises(LookupError):
+            async with session.begin_nested():
+                note.tags["colour"] = "blue"
+                raise LookupError
+        assert "tags" in inspect(note).unloaded
+        await session.refresh(note)
+        note.tags["size"] = "small"
+    async with new_db_ctx():
+        note = await (await db_session(shelf)).get_one(Note, 1)
+        assert note.tags == {"colour": "red", "size": "small"}
 
 
 async def test_objects_are_read_anew_after_a_roll_back_that_was_asked_for(shelf: DBConnect, database: Database) -> None:
@@ -1925,6 +1978,30 @@ async def test_the_close_of_a_session_class_is_called_at_the_end_of_a_unit(datab
         async with new_db_ctx():
             session = await insert(db, "one")
         assert closed == [session if kind == "class_" else session.sync_session]
+
+
+@pytest.mark.parametrize("kind", ["class_", "sync_session_class"])
+async def test_listeners_that_the_constructor_of_a_session_adds_are_called(database: Database, kind: str) -> None:
+    flushed: list[object] = []
+
+    def note(session: Session, *args: object) -> None:
+        flushed.append(session)
+
+    class Asynchronous(AsyncSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            event.listen(self.sync_session, "before_flush", note)
+
+    class Synchronous(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            event.listen(self, "before_flush", note)
+
+    async with with_classes(database, **{kind: Asynchronous if kind == "class_" else Synchronous}) as db:
+        async with new_db_ctx():
+            session = await db_session(db)
+            session.add(Item(name="one"))
+        assert flushed == [session.sync_session]
 
 
 @pytest.mark.parametrize("fails", [False, True])

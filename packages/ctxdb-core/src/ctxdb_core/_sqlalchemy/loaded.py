@@ -8,7 +8,7 @@ loaded stays expired. A container that was changed in place (``MutableDict``, `f
 former value was not kept.
 
 The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
-time put back: the transaction goes on with them.
+time put back: the transaction goes on with them. A container that was changed in place stays expired here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, inspect
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.mutable import MutableBase
 from sqlalchemy.orm import (
     InstanceState,
@@ -221,6 +222,11 @@ class LoadedValues:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
         never_loaded = _never_loaded(state.mapper)
         values = {name: value for name, value in state.dict.items() if name not in never_loaded}
+        if self.are_of_savepoint:
+            # The next flush would write a change of a container as a part of a later one.
+            for name, original in _committed(state).items():
+                if isinstance(original, LoaderCallableStatus):
+                    values.pop(name, None)
         if state not in changed:
             return values
         if self.are_of_savepoint:
@@ -255,9 +261,10 @@ class LoadedValues:
         for instance, name, members in collections:
             try:
                 set_committed_value(instance, name, members)
-            except Exception:
-                # The key of a member cannot be read, for instance, as its column stays expired.
-                logger.warning(_LOST, type(instance), exc_info=True)
+            except Exception as exc:
+                # The key or the position of a member cannot be read, for instance, as its column stays expired.
+                if not isinstance(exc, SQLAlchemyError):
+                    logger.warning(_LOST, type(instance), exc_info=True)
                 if (session := object_session(instance)) is not None:
                     session.expire(instance, [name])
 
@@ -272,9 +279,11 @@ def _restore(
         return ()
     names = {each.key for each in state.mapper.relationships if each.uselist}
     kept = {name: value for name, value in values.items() if name not in originals}
-    commit_values(state, {name: value for name, value in kept.items() if name not in names})
-    # SQLAlchemy has given the collections up: the object needs new ones, of the same members.
-    collections = [(instance, name, list(collection_adapter(kept[name]))) for name in names & kept.keys()]
+    commit_values(state, kept)
+    for name in names & kept.keys():
+        # SQLAlchemy has given the collection up.
+        collection_adapter(kept[name]).invalidated = False
+    collections: list[tuple[object, str, list[Any]]] = []
     for name, value in originals.items():
         if not isinstance(value, LoaderCallableStatus):
             if name in names:

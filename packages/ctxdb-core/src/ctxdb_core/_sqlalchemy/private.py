@@ -441,7 +441,8 @@ def pass_on_failed_connect(pool: Pool) -> None:
         return
     waiting: Any = queue
     is_waited_for = any(each.get_loop() is loop and not each.done() for each in tuple(waiting._getters))  # noqa: SLF001 - see the module
-    if is_waited_for and counting._inc_overflow():  # noqa: SLF001 - see the module
+    # In a full queue, there is a record for each of the tasks that were woken just now, which will pass a failure on.
+    if is_waited_for and not queue.full() and counting._inc_overflow():  # noqa: SLF001 - see the module
         counting._pool.put_nowait(_ConnectionRecord(pool, connect=False))  # noqa: SLF001 - see the module
 
 

@@ -22,10 +22,11 @@ from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
 from sqlalchemy import Result, event, inspect
 from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, ORMExecuteState, QueryContext, Session
-from sqlalchemy.orm.attributes import flag_dirty, set_attribute, set_committed_value
+from sqlalchemy.orm.attributes import flag_dirty, set_attribute
+from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
-from ctxdb_core._sqlalchemy.private import changed_states, follow_parts, listen_once
+from ctxdb_core._sqlalchemy.private import changed_states, commit_values, follow_parts, listen_once
 
 __all__ = ["Rereading", "keeping_changes", "note_changes"]
 
@@ -90,7 +91,8 @@ def _keys_loaded_on_demand(mapper: Mapper[Any]) -> tuple[str, ...]:
         # A query for a base class does not load what its subclasses add.
         common = mapper.base_mapper.column_attrs
         deferred = (each.key for each in mapper.column_attrs if each.deferred or each.key not in common)
-        keys = _keys_by_mapper[mapper] = (*mapper.relationships.keys(), *deferred)
+        relationships = (each.key for each in mapper.relationships if each.lazy not in ("dynamic", "write_only"))
+        keys = _keys_by_mapper[mapper] = (*relationships, *deferred)
     return keys
 
 
@@ -219,6 +221,9 @@ def _keep_loaded(instance: object, context: Any, attributes: object) -> None:
     state: InstanceState[Any] = inspect(instance)
     for key, value in rereading.kept.get(state, {}).items():
         if key not in state.dict:
-            set_committed_value(instance, key, value)
+            commit_values(state, {key: value})
+            if key in state.mapper.relationships and state.mapper.relationships[key].uselist:
+                # SQLAlchemy has given the collection up, which the code may have at hand, and append to.
+                collection_adapter(value).invalidated = False
     # The query may come to the object again, by a relationship of another one.
     rereading.kept[state] = _loaded_on_demand(state)

@@ -115,6 +115,7 @@ class SessionFactory:
         "_async_class",
         "_before_commit",
         "_class",
+        "_is_constructed_plainly",
         "_pattern",
         "_settings",
         "_sync_class",
@@ -146,6 +147,7 @@ class SessionFactory:
         if not self._has_same_classes():
             self._class, self._sync_class_given = maker.class_, self._given_sync_class()
             self._async_class, self._sync_class = derive_async(self._class), self._derive_sync(self._sync_class_given)
+            self._is_constructed_plainly = self._has_plain_constructors()
             self._settings = self._pattern = None
         if not options and maker.kw != self._settings:
             self._settings = maker.kw.copy()
@@ -176,15 +178,22 @@ class SessionFactory:
     def _construct(self, settings: dict[str, Any]) -> AsyncSession:
         settings["sync_session_class"] = self._sync_class
         session: AsyncSession = self._async_class(**settings)
-        seed_dispatch(session.sync_session)
+        if self._is_constructed_plainly:
+            # Another constructor, such as that of `ShardedSession`, may have given the session listeners.
+            seed_dispatch(session.sync_session)
         return session
+
+    def _has_plain_constructors(self) -> bool:
+        classes: tuple[Any, ...] = (self._async_class, self._sync_class)
+        return (
+            all(cls.__new__ is object.__new__ for cls in classes)
+            and self._async_class.__init__ is AsyncSession.__init__
+            and self._sync_class.__init__ is Session.__init__
+        )
 
     def _find_pattern(self) -> SessionPattern | None:
         """Return a pattern of the sessions that the settings make; ``None`` if their classes do more to make one."""
-        classes: tuple[Any, ...] = (self._async_class, self._sync_class)
-        if any(cls.__new__ is not object.__new__ for cls in classes):
-            return None
-        if self._async_class.__init__ is not AsyncSession.__init__ or self._sync_class.__init__ is not Session.__init__:
+        if not self._is_constructed_plainly:
             return None
         if any(isinstance(value, Mapping) for value in self.maker.kw.values()):
             # The user's code may change the mapping later, which a pattern would not see.
