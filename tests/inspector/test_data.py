@@ -241,23 +241,17 @@ async def test_other_paths_and_methods_are_refused(client: httpx.AsyncClient) ->
     assert (await client.post("/_ctxdb/units.json")).status_code == 405
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"forwarded": "for=192.0.2.1"},
-        {"x-forwarded-for": "192.0.2.1"},
-        {"x-forwarded-host": "example.org"},
-        {"x-real-ip": "192.0.2.1"},
-        {"host": "rebound.example"},
-        {"sec-fetch-site": "cross-site"},
-    ],
-    ids=lambda headers: next(iter(headers)),
-)
 @pytest.mark.parametrize("path", ["", "units.json", "events"])
-async def test_clients_behind_a_proxy_or_of_other_sites_are_refused(
-    client: httpx.AsyncClient, headers: dict[str, str], path: str
-) -> None:
-    assert (await client.get(f"/_ctxdb/{path}", headers=headers)).status_code == 403
+async def test_clients_behind_a_proxy_or_of_other_sites_are_refused(client: httpx.AsyncClient, path: str) -> None:
+    for name, value in (
+        ("forwarded", "for=192.0.2.1"),
+        ("x-forwarded-for", "192.0.2.1"),
+        ("x-forwarded-host", "example.org"),
+        ("x-real-ip", "192.0.2.1"),
+        ("host", "rebound.example"),
+        ("sec-fetch-site", "cross-site"),
+    ):
+        assert (await client.get(f"/_ctxdb/{path}", headers={name: value})).status_code == 403, name
 
 
 async def test_the_connections_of_an_engine_for_several_event_loops_are_counted_once(database: Database) -> None:

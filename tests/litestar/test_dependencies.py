@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from litestar import Controller, Litestar, get, post
+from litestar.app import DEFAULT_OPENAPI_CONFIG
 from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.exceptions import ImproperlyConfiguredException
@@ -204,7 +205,10 @@ def test_the_plugin_leaves_the_openapi_schema_unchanged() -> None:
         async def other() -> str:
             return "other"
 
-        app = litestar_app(read, other, plugins=plugins, signature_namespace=_namespace())
+        names = _namespace()
+        app = litestar_app(
+            read, other, plugins=plugins, signature_namespace=names, openapi_config=DEFAULT_OPENAPI_CONFIG
+        )
         return app.openapi_schema.to_schema()
 
     async def provide() -> Any: ...

@@ -126,7 +126,7 @@ async def test_no_acknowledged_write_is_lost_when_a_frozen_primary_thaws(
         await traffic.some_writes()
         # The old primary still is a primary, and goes on with the commits that were under way.
         await old.thaw()
-        await traffic.some_writes(100)
+        await traffic.some_writes(60)
         await service.assert_left(old)
     report(f"noticed after {noticed - frozen:.2f} s; {traffic}")
     assert await traffic.lost_on(new) == set()
@@ -149,7 +149,7 @@ async def test_without_synchronous_replication_only_writes_before_the_freeze_was
         await traffic.some_writes()
         # Without synchronous replication, the commits that were under way return at once.
         await old.thaw()
-        await traffic.some_writes(100)
+        await traffic.some_writes(60)
     lost = await traffic.lost_on(new)
     assert {payment for payment in lost if traffic.acknowledged[payment] > noticed} == set()
 
@@ -164,7 +164,7 @@ async def test_no_write_is_acknowledged_by_a_living_old_primary_after_a_promotio
         new, _ = service.cluster.standbys
         await new.promote()
         promoted = time.monotonic()
-        await traffic.some_writes(100)
+        await traffic.some_writes(60)
     lost = await traffic.lost_on(new)
     assert {payment for payment in lost if traffic.acknowledged[payment] > promoted} == set()
 
@@ -183,7 +183,7 @@ async def test_no_write_goes_to_an_old_primary_that_returns_as_a_primary(service
         await eventually(
             lambda: service.monitor.hosts()[0].role == "master", "the monitor has not seen the old primary"
         )
-        await traffic.some_writes(100)
+        await traffic.some_writes(60)
         assert await payments_on(old) == before
         assert service.monitor.master() == new.host
         await service.assert_left(old)
@@ -208,7 +208,7 @@ async def test_readers_leave_a_replica_that_dies_and_return_to_it(service: Servi
         await replica.kill()
         await eventually(lambda: len(service.monitor.status.replicas()) == 1, "the death is not noticed")
         failed = traffic.failed_reads
-        await traffic.some_reads(100)
+        await traffic.some_reads(60)
         # Requests that had begun on the replica may have failed. Requests after the monitor has noticed go elsewhere.
         assert traffic.failed_reads <= failed + 8
         opened = service.engines.connections[replica.host]

@@ -129,7 +129,7 @@ def litestar_app(desk: Desk, authorise: Authorise | None) -> Litestar:
         return Response(body, status_code=status)
 
     mounted = asgi("/_ctxdb", is_mount=True, copy_scope=True)(inspector(desk.db, authorise=authorise))
-    return Litestar([handle, mounted], plugins=[CtxDBPlugin()], logging_config=None)
+    return Litestar([handle, mounted], plugins=[CtxDBPlugin()], logging_config=None, openapi_config=None)
 
 
 def aiohttp_app(desk: Desk, authorise: Authorise | None) -> web.Application:

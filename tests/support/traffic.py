@@ -16,7 +16,7 @@ from ctxdb_demo.cluster_app import Payment
 from ctxdb_pgstatus.testing import PostgresNode
 
 CLIENTS = 8
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.05
 """How long a client pauses between two payments: less than eight clients take to pay, so that some always are at it."""
 
 

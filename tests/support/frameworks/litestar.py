@@ -22,6 +22,7 @@ from tests.support.application import (
     current_request,
 )
 from tests.support.frameworks.asgi import giving_up, recording
+from tests.support.litestar_app import openapi_of
 
 from ctxdb_core.asgi import ASGIApp
 from ctxdb_litestar import CtxDBPlugin
@@ -49,6 +50,7 @@ def build_litestar(application: Application) -> ASGIApp:
         after_exception=[note_unhandled],
         middleware=[] if application.around is None else [_giving_up(application.around)],
         logging_config=None,
+        openapi_config=openapi_of(route_handlers),
         plugins=[
             CtxDBPlugin(
                 *application.dbs, before_commit=application.before_commit, commit_policy=application.commit_policy
