@@ -59,6 +59,19 @@ def engines(cluster: PostgresCluster) -> Engines:
     return Engines(cluster)
 
 
+async def test_a_write_on_the_only_primary_while_that_is_fenced_is_the_error_of_postgresql(
+    cluster: PostgresCluster, engines: Engines, monitor: HostMonitor
+) -> None:
+    async with following(engines, follow_master(monitor)) as db:
+        await cluster.primary.set("default_transaction_read_only", "on")
+        with pytest.raises(DBAPIError, match="in a read-only transaction"):
+            await write_number(db, 1)
+        await monitor.poll()
+        assert await server_of(db) == monitor.master() == cluster.primary.host
+        await cluster.primary.set("default_transaction_read_only", "off")
+        await write_number(db, 1)
+
+
 async def test_a_demoted_host_loses_its_pool_and_is_reported_to_the_source(
     cluster: PostgresCluster, engines: Engines
 ) -> None:

@@ -31,6 +31,7 @@ from tests.support.clients import MakeClient, clients_of_aiohttp, clients_of_asg
 from tests.support.followers import NUMBERS, SERVER, Engines, following, server_of
 from tests.support.hosts import FakeSource
 from tests.support.monitors import monitor_of
+from tests.support.sidecar import serve_monitor
 
 import ctxdb_aiohttp
 from ctxdb_core import (
@@ -47,6 +48,7 @@ from ctxdb_pgstatus import (
     HostMonitor,
     MiddlewareOrderError,
     OptionError,
+    PgStatusClient,
     ReadYourWrites,
     StaleReaderError,
     follow_master,
@@ -427,16 +429,21 @@ async def test_a_browser_that_writes_by_two_requests_at_once_reads_both_writes(
             assert (await browser.get("/")).json() == {"numbers": [1, 2], "server": cluster.primary.host}
 
 
+@pytest.mark.parametrize("kind", ["monitor", "sidecar"])
 async def test_a_process_that_has_not_seen_a_promotion_yet_reads_the_write_of_another_process(
-    cluster: PostgresCluster, number_table: None, engines: Engines, readers: Engines
+    cluster: PostgresCluster, number_table: None, engines: Engines, readers: Engines, kind: str
 ) -> None:
     old, new, ahead = cluster.nodes
     async with monitor_of(cluster) as aware, monitor_of(cluster) as unaware, AsyncExitStack() as stack:
 
         async def client_of(monitor: HostMonitor) -> httpx.AsyncClient:
-            master = await stack.enter_async_context(following(engines, follow_master(monitor)))
-            replica = await stack.enter_async_context(following(readers, follow_replica(monitor)))
-            app = starlette(Shop(master, replica), ReadYourWrites(monitor, secret=SECRET))
+            source: HostMonitor | PgStatusClient = monitor
+            if kind == "sidecar":
+                url = await stack.enter_async_context(serve_monitor(monitor))
+                source = await stack.enter_async_context(PgStatusClient(url, max_age=3600))
+            master = await stack.enter_async_context(following(engines, follow_master(source)))
+            replica = await stack.enter_async_context(following(readers, follow_replica(source)))
+            app = starlette(Shop(master, replica), ReadYourWrites(source, secret=SECRET))
             return await stack.enter_async_context((await stack.enter_async_context(app))())
 
         writer, reader = await client_of(aware), await client_of(unaware)
