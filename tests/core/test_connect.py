@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -26,9 +27,13 @@ from ctxdb_core import (
     CtxDBError,
     DBConnect,
     HostNotSetError,
+    TransactionContext,
+    atomic_db_session,
     db_session,
     new_db_ctx,
     new_non_ctx_session,
+    on_begin,
+    transactional,
 )
 from ctxdb_core.adapters import close_all
 from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware
@@ -448,6 +453,48 @@ async def test_a_read_only_connection_refuses_writes(database: Database) -> None
         with pytest.raises(DBAPIError):
             await session.execute(text("INSERT INTO item VALUES ('written')"))
     assert await database.names() == []
+
+
+NESTED_BLOCKS: dict[str, Callable[[DBConnect, AsyncSession], AbstractAsyncContextManager[object]]] = {
+    "session": lambda db, session: session.begin_nested(),
+    "atomic": lambda db, session: atomic_db_session(db, "savepoint"),
+    "transactional": lambda db, session: transactional(db, "nested"),
+    "context": lambda db, session: TransactionContext(db).transaction(),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("block", NESTED_BLOCKS.values(), ids=NESTED_BLOCKS)
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_blocks_are_nested_on_a_read_only_connection(
+    database: Database,
+    block: Callable[[DBConnect, AsyncSession], AbstractAsyncContextManager[object]],
+    shared: bool,
+) -> None:
+    async with AsyncExitStack() as stack:
+        db = await stack.enter_async_context(DBConnect.from_url(database.url, read_only=True))
+        if shared:
+            await stack.enter_async_context(shared_transaction(db))
+        await stack.enter_async_context(new_db_ctx())
+        session = await db_session(db)
+        await session.execute(text("SELECT 1"))
+        with pytest.raises(DBAPIError, match="nowhere"):
+            async with block(db, session):
+                await session.execute(text("SELECT * FROM nowhere"))
+        async with block(db, session):
+            assert await session.scalar(text("SELECT 2")) == 2
+
+
+async def test_a_savepoint_is_set_on_a_read_only_connection_that_has_transactions(database: Database) -> None:
+    async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():
+        on_begin(db, lambda session: session.execute(text("SELECT set_config('app.user', 'ann', true)")))
+        session = await db_session(db)
+        async with session.begin_nested():
+            await session.execute(text("SELECT set_config('app.user', 'bob', true)"))
+            with pytest.raises(DBAPIError):
+                async with session.begin_nested():
+                    await session.execute(text("SELECT 1 / 0"))
+            assert await session.scalar(text("SELECT current_setting('app.user')")) == "bob"
 
 
 async def test_a_read_only_query_is_one_round_trip(database: Database, postgres_server: EmbeddedPostgres) -> None:

@@ -337,6 +337,26 @@ def test_each_example_of_hypothesis_runs_in_a_unit_of_work_of_its_own(run: Run) 
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_doctests_of_a_suite_run_without_the_unit_of_work_that_all_its_tests_have(run: Run) -> None:
+    everywhere = """
+@pytest.fixture(autouse=True)
+def everywhere(new_db_ctx): pass
+"""
+    tests = '''
+def double(number):
+    """
+    >>> double(2)
+    4
+    """
+    return 2 * number
+
+async def test_it(ctxdb_shared_transaction):
+    await db_session(db)
+'''
+    run(tests, "--asyncio-mode=auto", "--doctest-modules", conftest=everywhere).assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_a_fixture_of_the_suites_own_by_the_name_of_one_of_these_is_the_only_one(run: Run) -> None:
     own = """
 @pytest.fixture(name="new_db_ctx")

@@ -111,7 +111,6 @@ class Recorder:
         record.request = request if request is None or len(request) <= LONGEST_REQUEST else request[:LONGEST_REQUEST]
         record.started = opened or hold.taken
         record.holds = (hold,)
-        record.sequence = 0
         unit.watch(record, self)
         if self._request_key is not None and isinstance(unit, RequestUnit) and isinstance(unit.origin, MutableMapping):
             unit.origin[self._request_key] = record

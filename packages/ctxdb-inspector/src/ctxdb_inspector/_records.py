@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy.exc import StatementError
 
@@ -37,40 +37,12 @@ class HeldPool(Protocol):
     """What is known of each connection that is in use."""
 
 
-class Record:
-    """An object that remembers what was seen so far. What is not known yet reads as ``None``, and was never set.
-
-    Records are made without arguments, and what makes one sets the attributes that it knows: most are set later, if at
-    all, and a constructor of Python's would be called for each connection that the application takes.
-    """
-
-    __slots__ = ()
-
-    if not TYPE_CHECKING:  # Type checkers go by the attributes that the classes declare.
-
-        def __getattr__(self, name: str) -> None:
-            """Return ``None`` for an attribute that was not set."""
-            if name not in type(self).__slots__:
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.", name=name, obj=self)
+# Records are made without arguments, and what makes one sets the attributes that it knows: most of the others are set
+# later, if at all, and a constructor of Python's would be called for each connection that the application takes.
 
 
-class HoldRecord(Record):
+class HoldRecord:
     """A connection that was taken from its pool."""
-
-    __slots__ = (
-        "commit_at",
-        "error",
-        "outcome",
-        "place",
-        "pool",
-        "returned",
-        "running_since",
-        "settled",
-        "statement",
-        "statements",
-        "taken",
-        "unit",
-    )
 
     pool: HeldPool
     place: tuple[CodeType | None, int]
@@ -79,17 +51,17 @@ class HoldRecord(Record):
     statements: int
     settled: int
     """How many statements there had been at the last commit or roll-back."""
-    statement: str | None
+    statement: str | None = None
     """The last statement: its text, without parameters."""
-    running_since: float | None
+    running_since: float | None = None
     """Since when the statement is running; ``None`` between statements."""
-    commit_at: float | None
+    commit_at: float | None = None
     """When the last commit or roll-back began."""
-    outcome: str | None
+    outcome: str | None = None
     """How the last transaction has ended, in a word or two; "committing" while COMMIT is under way."""
-    error: str | None
-    returned: float | None
-    unit: UnitRecord | None
+    error: str | None = None
+    returned: float | None = None
+    unit: UnitRecord | None = None
     """The unit of work whose code has taken the connection, until it is given back."""
 
     @property
@@ -160,24 +132,8 @@ class ForgottenHolds:
             self.error = self.error or hold.error
 
 
-class UnitRecord(Record):
+class UnitRecord:
     """A unit of work that has taken a connection: a `UnitWatcher` of `ctxdb_core`."""
-
-    __slots__ = (
-        "ended",
-        "error",
-        "forgotten",
-        "holds",
-        "id",
-        "is_lost",
-        "owner",
-        "request",
-        "responded",
-        "sequence",
-        "started",
-        "status",
-        "unit",
-    )
 
     unit: Callable[[], UnitOfWork | None]
     """Leads to the unit until it ends or is thrown away."""
@@ -187,15 +143,15 @@ class UnitRecord(Record):
     started: float
     holds: tuple[HoldRecord, ...]
     """The connections that it has taken; the last ones, if they are very many."""
-    forgotten: ForgottenHolds | None
+    forgotten: ForgottenHolds | None = None
     """The connections that it had taken and given back before those in `holds`, if there are any."""
-    responded: float | None
-    status: int | None
-    ended: float | None
-    error: str | None
-    is_lost: bool | None
+    responded: float | None = None
+    status: int | None = None
+    ended: float | None = None
+    error: str | None = None
+    is_lost = False
     """Whether the unit was thrown away, and nothing has ended it."""
-    sequence: int
+    sequence = 0
     """The higher, the later the unit has ended; 0 until it is first shown after its end."""
 
     def add(self, hold: HoldRecord) -> None:

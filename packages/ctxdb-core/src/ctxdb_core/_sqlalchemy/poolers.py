@@ -17,9 +17,15 @@ from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ctxdb_core._sqlalchemy.private import replace_isolation_level
+from ctxdb_core._sqlalchemy.private import replace_isolation_level, wrap_in_dialect
 
-__all__ = ["is_behind_pooler", "is_known_to_be_pooled", "make_read_only", "tell_wrong_settings"]
+__all__ = [
+    "is_behind_pooler",
+    "is_known_to_be_pooled",
+    "make_read_only",
+    "skip_savepoints_in_autocommit",
+    "tell_wrong_settings",
+]
 
 logger = logging.getLogger("ctxdb")
 
@@ -91,7 +97,26 @@ def make_read_only(engine: AsyncEngine) -> None:
             dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
 
     replace_isolation_level(dialect, set_level)
+    skip_savepoints_in_autocommit(dialect)
     event.listen(engine.sync_engine, "connect", make_connection_read_only)
+
+
+def skip_savepoints_in_autocommit(dialect: Dialect) -> None:
+    """Let a block that would go on behind a savepoint go on without one where a read-only connection is in autocommit.
+
+    PostgreSQL refuses a savepoint outside of a transaction. There is nothing to undo, and an error ends nothing.
+    """
+
+    def unless_in_autocommit(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(connection: Connection, name: str) -> None:
+            dbapi_connection: Any = connection.connection.dbapi_connection
+            if not dialect.detect_autocommit_setting(dbapi_connection):
+                original(connection, name)
+
+        return run
+
+    for name in ("do_savepoint", "do_rollback_to_savepoint", "do_release_savepoint"):
+        wrap_in_dialect(dialect, name, unless_in_autocommit)
 
 
 def _set_transactions_read_only(dialect: Dialect, dbapi_connection: Any, *, is_on: bool) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.poolers import skip_savepoints_in_autocommit
 from ctxdb_core._sqlalchemy.private import isolation_level_on_connect
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
@@ -88,6 +89,7 @@ def is_autocommit(engine: AsyncEngine) -> bool:
 def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, lenient: bool) -> AsyncEngine:
     """Return an engine like `original` whose connections are all parts of the shared one."""
     sync_engine = original.sync_engine
+    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
     dialect = _dialects.get(sync_engine)
     if dialect is None:
         kind = type(sync_engine.dialect)
@@ -104,9 +106,10 @@ def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, len
             if not inspect.isfunction(getattr(kind, name, None))
         }
         vars(dialect).update(learnt)
+        if read_only:
+            skip_savepoints_in_autocommit(dialect)
         _dialects[sync_engine] = dialect
     autocommit = is_autocommit(original)
-    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
 
     def connect() -> Any:
         return Connection(shared, autocommit=autocommit, read_only=read_only, lenient=lenient)

@@ -194,6 +194,9 @@ def _run_in_context(request: pytest.FixtureRequest, name: str) -> None:
             f"{name} has to be there before the test begins: ask for it by a parameter, by "
             f"`@pytest.mark.usefixtures({name!r})`, or in a fixture, and not in the test by `getfixturevalue`."
         )
+    if not isinstance(request.node, pytest.Function):
+        # A doctest, or an item of another kind, runs as without it.
+        return
     if inspect.iscoroutinefunction(getattr(*_place_of_function(request.node))):
         request.node.stash.setdefault(_contexts, set()).add(name)
     elif name in inspect.signature(request.function).parameters:
