@@ -258,10 +258,16 @@ async def test_all_hosts_may_die_and_come_back(cluster: PostgresCluster) -> None
 async def test_a_promotion_is_followed(cluster: PostgresCluster) -> None:
     old, new, _ = cluster.nodes
     async with monitor_of(cluster, poll_interval=1) as monitor:
+        await monitor.poll()
+        assert [host.promotion for host in monitor.hosts()] == [None, None, None]
+        before = await _timeline(old)
         await old.kill()
         await new.promote()
         await until(monitor, lambda: monitor.master() == new.host)
-        assert status_of(monitor, new).timeline == await _timeline(new)
+        status = status_of(monitor, new)
+        assert status.timeline == await _timeline(new)
+        assert status.promotion is not None
+        assert status.promotion.timeline == before
 
 
 async def _timeline(node: PostgresNode) -> int:
