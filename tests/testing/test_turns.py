@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from sqlalchemy import select, text
-from tests.support.database import Item, insert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from tests.support.database import Item, eventually, insert
 from tests.support.items import names
 
 from ctxdb_core import (
@@ -20,6 +25,7 @@ from ctxdb_core import (
     run_in_new_ctx,
 )
 from ctxdb_core.testing import SharedTransactionError, shared_transaction
+from ctxdb_core.testing._shared_connection import SharedConnection
 
 
 async def test_a_session_of_its_own_runs_inside_of_a_transaction_that_has_written(db: DBConnect) -> None:
@@ -72,6 +78,41 @@ async def test_a_session_waits_no_longer_where_a_test_has_stopped_the_time(
         with pytest.raises(SharedTransactionError, match="commit or roll back that one first"):
             await run_in_new_ctx(insert, db, "two")
         released.set()
+        await holder
+        assert await names(db) == ["one"]
+
+
+async def _fail_to_commit(session: AsyncSession) -> None:
+    await session.execute(text("INSERT INTO child VALUES ('nobody')"))
+    with pytest.raises(IntegrityError):
+        await session.commit()
+
+
+@pytest.mark.parametrize("end", [_fail_to_commit, AsyncSession.invalidate], ids=["commit that fails", "invalidate"])
+async def test_a_session_that_waits_goes_on_however_the_other_transaction_ends(
+    db: DBConnect, monkeypatch: pytest.MonkeyPatch, end: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    inserted, waits = asyncio.Event(), threading.Event()
+    wait = SharedConnection._wait
+
+    async def note(*args: Any) -> None:
+        waits.set()
+        await wait(*args)
+
+    monkeypatch.setattr(SharedConnection, "_wait", note)
+
+    async def hold() -> None:
+        async with new_non_ctx_session(db) as session:
+            session.add(Item(name="undone"))
+            await session.flush()
+            inserted.set()
+            await eventually(waits.is_set, "the other session does not wait")
+            await end(session)
+
+    async with shared_transaction(db):
+        holder = asyncio.create_task(hold())
+        await inserted.wait()
+        await run_in_new_ctx(insert, db, "one")
         await holder
         assert await names(db) == ["one"]
 

@@ -142,7 +142,7 @@ class SharedConnection:
 
     async def commit(self, transaction: Transaction) -> None:
         """Release the savepoint of a transaction, if a COMMIT would succeed now."""
-        async with self._turns:
+        async with self._change_of_turns():
             self._check_usable()
             self._check_not_undone(transaction)
             if transaction.savepoint is not None:
@@ -150,7 +150,6 @@ class SharedConnection:
                     await run_to_completion(self._give_way(top))
                 await run_to_completion(self._commit(transaction))
             transaction.over = True
-            self._turns.notify_all()
 
     async def roll_back(self, transaction: Transaction, task: object) -> None:
         """Roll a transaction back to its savepoint."""
@@ -168,7 +167,7 @@ class SharedConnection:
 
     async def terminate(self, transaction: Transaction) -> None:
         """Roll a transaction back without waiting for its turn: transactions that began after it are undone with it."""
-        async with self._turns:
+        async with self._change_of_turns():
             if self.unusable is None and transaction.savepoint is not None:
                 await run_to_completion(self._roll_back(transaction))
             transaction.over = True
@@ -186,6 +185,15 @@ class SharedConnection:
         async with self._turns:
             self._check_usable()
             return await fn(self.driver.connection)
+
+    @asynccontextmanager
+    async def _change_of_turns(self) -> AsyncIterator[None]:
+        """Hold the connection, and wake all that wait for a turn in the end, also after a commit that has failed."""
+        async with self._turns:
+            try:
+                yield
+            finally:
+                self._turns.notify_all()
 
     @asynccontextmanager
     async def _turn_of(self, transaction: Transaction, task: object, kind: Kind | None = None) -> AsyncIterator[None]:
