@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -251,6 +252,17 @@ async def test_a_hook_that_is_no_function_is_told(give: Callable[[Any], Any]) ->
 async def test_a_function_that_is_not_async_is_told(run: Callable[[Any], Awaitable[object]]) -> None:
     with pytest.raises(ArgumentTypeError, match="`async def`"):
         await run(lambda: 5)
+
+
+async def test_coroutines_are_refused_where_functions_are_gathered_and_none_is_left_unawaited() -> None:
+    # A coroutine that was never awaited is a warning, and each warning fails the test.
+    with pytest.raises(ArgumentTypeError, match="A coroutine was passed"):
+        await gather_in_new_ctx(_nothing(), _nothing())  # type: ignore[arg-type]  # the mistake
+    gc.collect()
+
+
+async def _nothing() -> None:
+    pass
 
 
 def test_a_url_of_a_database_without_a_known_asyncio_driver_asks_for_one() -> None:

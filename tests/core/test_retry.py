@@ -603,6 +603,16 @@ def test_without_tenacity_the_error_names_the_extra(monkeypatch: pytest.MonkeyPa
     assert isinstance(caught.value, CtxDBError)
 
 
+async def test_a_retry_needs_no_parentheses(db: DBConnect, database: Database) -> None:
+    @retry_on_conflict
+    async def write(name: str) -> str:
+        await insert(db, name)
+        return name
+
+    assert await write("a") == "a"
+    assert await database.names() == ["a"]
+
+
 def test_wrong_arguments_of_a_retry_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="attempts=0"):
         retry_on_conflict(attempts=0)

@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
 from ctxdb_core._blocks.entry import beside
@@ -54,9 +54,19 @@ def is_conflict(error: BaseException) -> bool:
     return False
 
 
+@overload
+def retry_on_conflict(fn: Callable[P, Awaitable[R]], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+
+@overload
 def retry_on_conflict(
     *, attempts: int | StopBaseT = 5, wait: float | WaitBaseT = 0.05
-) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]:
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]: ...
+
+
+def retry_on_conflict(
+    fn: Callable[P, Awaitable[R]] | None = None, /, *, attempts: int | StopBaseT = 5, wait: float | WaitBaseT = 0.05
+) -> Callable[P, Coroutine[Any, Any, R]] | Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]:
     """Decorate an async function to be run again when its transaction conflicts with another one.
 
     Each attempt has a unit of work of its own, which is committed when the function returns: a conflict that shows at
@@ -72,6 +82,7 @@ def retry_on_conflict(
     Needs the extra ``retry``: ``pip install 'ctxdb-core[retry]'``.
 
     Args:
+        fn: the function, where the decorator is used without parentheses.
         attempts: how many attempts there may be, the first one included; or one of tenacity's ``stop_...``.
         wait: how many seconds to wait, at most, before the second attempt. The limit doubles for each further attempt,
             up to two seconds; the wait within it is random, so that transactions which have conflicted do not do so
@@ -154,7 +165,7 @@ def retry_on_conflict(
 
         return run
 
-    return decorate
+    return decorate if fn is None else decorate(fn)
 
 
 @contextmanager

@@ -278,8 +278,13 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
         ValueError: `max_concurrent` is less than 1.
         BaseException: the first error. The others are cancelled and have rolled back by then; what was committed stays.
     """
-    for fn in callables:
-        _check_callable(fn)
+    try:
+        for fn in callables:
+            _check_callable(fn)
+    except TypeError:
+        for coroutine in filter(inspect.iscoroutine, callables):
+            coroutine.close()
+        raise
     if max_concurrent is not None and max_concurrent < 1:
         raise ArgumentValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
     slots = asyncio.Semaphore(len(callables) if max_concurrent is None else max_concurrent)
