@@ -394,6 +394,21 @@ async def test_the_statements_of_a_hook_come_before_objects_that_were_added_earl
     assert seen == [[]]
 
 
+async def test_a_flush_of_nothing_begins_no_transaction_by_its_hook(db: DBConnect) -> None:
+    begun: list[AsyncSession] = []
+
+    async def note(session: AsyncSession) -> None:
+        begun.append(session)
+
+    async with new_db_ctx():
+        on_begin(db, note)
+        session = await insert(db, "one")
+        await commit_db_session(db)
+        await session.flush()
+        assert begun == [session]
+        assert not session.in_transaction()
+
+
 async def test_a_setting_of_the_hook_outlasts_the_savepoint_that_a_transaction_begins_with(db: DBConnect) -> None:
     async with new_db_ctx():
         on_begin(db, set_tenant)

@@ -22,7 +22,7 @@ from ctxdb_core._sqlalchemy.calls import pass_door
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.hooked_transactions import with_transaction
-from ctxdb_core._sqlalchemy.private import error_that_has_undone
+from ctxdb_core._sqlalchemy.private import error_that_has_undone, has_to_flush
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import UNANSWERED, holds_work
 
@@ -101,12 +101,13 @@ async def _call_with_hook(
     door, on_begin = session.door, session.on_begin
     assert door is not None and on_begin is not None  # noqa: PT018 - an `on_begin` is only set with a door
     name = getattr(fn, "__name__", "")
-    # A commit flushes objects that were only added; other ends of a transaction make no statement.
-    makes_statements = name not in _ENDS or (name == "commit" and bool(session.new or session.dirty or session.deleted))
     # `session.connection(execution_options=...)` sets options for a whole transaction: it must come before any
     # statement.
     comes_first = "execution_options" in kwargs and name == "connection"
     async with door.turn():
+        # A flush and a commit make statements if there are changes, which the commit of another task may have stored
+        # while this call has waited; other ends of a transaction make none.
+        makes_statements = has_to_flush(session) if name in ("commit", "flush") else name not in _ENDS
         if makes_statements and not comes_first:
             await session.begin_with_hook(on_begin)
         if not comes_first or not session.begins_with_next_call:
