@@ -149,9 +149,9 @@ class UnitRecord:
     status: int | None = None
     ended: float | None = None
     error: str | None = None
-    is_lost = False
+    is_lost: bool = False
     """Whether the unit was thrown away, and nothing has ended it."""
-    sequence = 0
+    sequence: int = 0
     """The higher, the later the unit has ended; 0 until it is first shown after its end."""
 
     def add(self, hold: HoldRecord) -> None:
