@@ -9,10 +9,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, Item, eventually, insert
@@ -328,6 +330,58 @@ async def test_a_connection_of_a_borrowed_engine_is_replaced(database: Database)
             await context.get_session().scalar(PID)
         database.terminate_backends()
     await engine.dispose()
+
+
+async def _set_something_and_lose_it(database: Database, engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        pooled: Any = await connection.get_raw_connection()
+        await pooled.driver_connection.execute("SET search_path = nowhere")
+        database.terminate_backends()
+        with pytest.raises(DBAPIError):
+            await connection.execute(text("SHOW search_path"))
+
+
+async def test_a_connection_that_code_was_given_is_not_replaced_on_another_loop_of_a_borrowed_engine(
+    database: Database,
+) -> None:
+    engine = database.watch_new()
+    async with DBConnect.from_engine(engine) as db:
+        await _pid(db)
+
+        async def use_on_another_loop() -> None:
+            await _set_something_and_lose_it(database, await db.engine())
+
+        await asyncio.to_thread(asyncio.run, use_on_another_loop())
+    await engine.dispose()
+
+
+async def test_a_connection_that_code_was_given_is_not_replaced_in_a_pool_of_two_engines(database: Database) -> None:
+    engine = database.watch_new(pool_size=1, max_overflow=0)
+    other = engine.execution_options(isolation_level="SERIALIZABLE")
+    async with DBConnect.from_engine(engine) as db, DBConnect.from_engine(other) as other_db:
+        assert await _pid(db) == await _pid(other_db)
+        for each in (engine, other):
+            await _set_something_and_lose_it(database, each)
+    await engine.dispose()
+
+
+async def test_the_connection_that_replaces_another_stays_in_the_pool(far: DBConnect, network: FaultyNetwork) -> None:
+    await _pid(far)
+    network.fail(Point.BEGIN, Fault.DROP)
+    assert await _pid(far) == await _pid(far)
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg"], indirect=True)
+async def test_a_lost_connection_out_of_a_pool_of_asyncpg_is_replaced(database: Database) -> None:
+    url = database.url.replace("+asyncpg", "")
+    async with asyncpg.create_pool(url, min_size=0) as pool:
+        engine = create_async_engine("postgresql+asyncpg://", async_creator=pool.acquire)
+        async with DBConnect.from_engine(engine) as db:
+            for _ in range(2):
+                dead = await _pid(db)
+                await _end_backend(database, dead)
+                assert await _pid(db) != dead
+        await engine.dispose()
 
 
 async def test_connections_of_a_borrowed_engine_that_are_older_than_its_guards_are_replaced(database: Database) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import select
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -238,6 +239,14 @@ class _AsyncpgConnection:
         """Have the pool replace `connection`, asyncpg's own, when it is taken the next time after its end."""
         connection.add_termination_listener(self._note_lost)
 
+    def follow_instead(self, connection: Any) -> None:
+        """Do as `follow` does, for what has replaced a lost connection, of which the pool was told."""
+        self.follow(connection)
+        record = self.record()
+        if record is not None:
+            # A record is marked as invalid by a time that is later than this one.
+            record.starttime = time.time()
+
     def _note_lost(self, connection: Any) -> None:
         record = self.record()
         adapter = None if record is None else record.dbapi_connection
@@ -266,8 +275,7 @@ class _Asyncpg(_Sockets):
     def _adopt(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:
         if id(dbapi_connection) in self._connections:
             return
-        # The public property of SQLAlchemy's adapter, `driver_connection`, would tell that code was given it.
-        if self._follow(dbapi_connection, record) and dbapi_connection._connection.is_closed():  # noqa: SLF001
+        if self._follow(dbapi_connection, record) and _is_closed(dbapi_connection):
             raise _closed()
 
     def _note_new(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
@@ -276,14 +284,17 @@ class _Asyncpg(_Sockets):
 
     def _follow(self, adapter: Any, record: ConnectionPoolEntry) -> bool:
         try:
-            driver_connection = adapter._connection  # noqa: SLF001 - see `_adopt`
+            # The public property of SQLAlchemy's adapter, `driver_connection`, would tell that code was given it.
+            driver_connection = adapter._connection  # noqa: SLF001
         except AttributeError:
             # The connection of a shared transaction (`ctxdb_core.testing`), whose engine has inherited this listener.
             return False
         cls = type(adapter)
+        if hasattr(cls, "note_handed_out"):
+            # Another engine's listener follows it: one of the same pool, or the one that this engine is a copy of.
+            return False
         if cls not in self._classes:
-            begins = self._classes[cls] = asyncpg_adapter_that_begins(cls, self._begin, self._note_handed_out)
-            self._classes[begins] = begins
+            self._classes[cls] = asyncpg_adapter_that_begins(cls, self._begin, self._note_handed_out)
         adapter.__class__ = self._classes[cls]
         known = self._connections[id(adapter)] = _AsyncpgConnection(record)
         known.follow(driver_connection)
@@ -314,10 +325,7 @@ class _Asyncpg(_Sockets):
             try:
                 await begin()
             except Exception as exc:
-                if not (
-                    adapter._connection.is_closed()  # noqa: SLF001 - see `_adopt`
-                    or is_connection_error(getattr(exc, "sqlstate", None))
-                ):
+                if not (_is_closed(adapter) or is_connection_error(getattr(exc, "sqlstate", None))):
                     raise
                 lost = exc
             else:
@@ -330,14 +338,14 @@ class _Asyncpg(_Sockets):
             # What becomes of the transaction is what its own connection says; why there is no other comes with it.
             raise lost from exc
         swap_asyncpg_connections(adapter, fresh.dbapi_connection)
-        known.follow(adapter._connection)  # noqa: SLF001 - see `_adopt`
+        known.follow_instead(adapter._connection)  # noqa: SLF001 - see `_follow`
         # The dead one goes in the place of the new one.
         await greenlet_spawn(fresh.invalidate)
         await begin()
 
     def _has_hung_up(self, adapter: Any, known: _AsyncpgConnection) -> bool:
         """Return whether the connection is known to be lost before anything is sent on it."""
-        if adapter._connection.is_closed():  # noqa: SLF001 - see `_adopt`
+        if _is_closed(adapter):
             return True
         # In autocommit there is no BEGIN that could be sent again: the statement itself is the first thing to be sent.
         return (
@@ -346,6 +354,13 @@ class _Asyncpg(_Sockets):
             and (record := known.record()) is not None
             and bool(self._check_of(adapter, record).poll(0))
         )
+
+
+def _is_closed(adapter: Any) -> bool:
+    try:
+        return bool(adapter._connection.is_closed())  # noqa: SLF001 - see `_Asyncpg._follow`
+    except Exception:  # noqa: BLE001 - a pool of asyncpg's own, which the engine takes it out of, has it back at its end
+        return True
 
 
 def _socket_of_driver(connection: Any) -> int | None:
