@@ -208,7 +208,9 @@ class _Sockets(ABC):
 
     async def _connect(self) -> PoolProxiedConnection:
         engine = self._engine()
-        assert engine is not None, "it has a connection in use"
+        if engine is None:
+            # The engine was thrown away, and a copy of it that has its listeners goes on.
+            raise _closed()
         # A pool of its own: the engine's may be at its limit, or have no live connection to give.
         return await greenlet_spawn(engine.pool.recreate().connect)
 
