@@ -456,15 +456,18 @@ async def test_adapters_of_asyncpg_begin_as_they_are_told_and_can_change_their_c
     await engine.dispose()
 
 
-async def test_each_check_out_of_a_connection_has_a_reference_of_its_own(database: Database) -> None:
+async def test_the_pool_hands_out_another_object_at_each_check_out_and_its_record_refers_to_it(
+    database: Database,
+) -> None:
     engine = create_async_engine(database.url)
-    references: list[Any] = []
+    handed_out: list[Any] = []
     for _ in range(2):
         async with engine.connect() as connection:
-            pooled: Any = (await connection.get_raw_connection())._connection_record
-            references.append(pooled.fairy_ref)
-            assert pooled.fairy_ref is pooled.fairy_ref is not None
-    assert references[0] is not references[1]
+            fairy: Any = await connection.get_raw_connection()
+            pooled = fairy._connection_record
+            assert pooled.fairy_ref() is fairy
+            handed_out.append(fairy)
+    assert handed_out[0] is not handed_out[1]
     assert pooled.fairy_ref is None
     await engine.dispose()
 

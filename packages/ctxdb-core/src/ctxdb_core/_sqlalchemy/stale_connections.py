@@ -215,6 +215,10 @@ class _Sockets(ABC):
         return await greenlet_spawn(engine.pool.recreate().connect)
 
 
+def _nobody() -> None:
+    return None
+
+
 class _AsyncpgConnection:
     """What is known of a connection of asyncpg in a pool.
 
@@ -226,15 +230,19 @@ class _AsyncpgConnection:
 
     def __init__(self, record: Any) -> None:
         self.record = ref(record)
-        self._used_in: object = None
-        """The check-out in which the connection was used last, by the reference to what the pool has handed out."""
+        self._used_in: Callable[[], object] = _nobody
+        """Returns what the pool had handed out when the connection was used last; it is another object each time.
+
+        This is not the pool's own reference, `fairy_ref`: that calls a function when its object goes, if it is kept.
+        """
 
     def is_first_use(self) -> bool:
         """Note that the connection is used; return whether it is so for the first time since it was taken."""
         record = self.record()
-        if record is None or record.fairy_ref is self._used_in:
+        fairy = None if record is None or record.fairy_ref is None else record.fairy_ref()
+        if fairy is None or fairy is self._used_in():
             return False
-        self._used_in = record.fairy_ref
+        self._used_in = ref(fairy)
         return True
 
     def follow(self, connection: Any) -> None:
