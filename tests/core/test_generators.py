@@ -126,6 +126,48 @@ async def test_a_generator_that_is_asked_by_anext_leaves_its_consumer_the_sessio
             assert await db_session(db) is own
 
 
+async def test_a_generator_with_two_yields_and_no_loop_leaves_its_consumer_the_session(db: DBConnect) -> None:
+    async def two_rows() -> AsyncGenerator[AsyncSession]:
+        async with new_db_ctx():
+            yield await db_session(db)
+            yield await db_session(db)
+
+    async with new_db_ctx():
+        mine = await db_session(db)
+        generator = two_rows()
+        first = await anext(generator)
+        assert await db_session(db) is mine
+        assert await anext(generator) is first is not mine
+        assert await anext(generator, None) is None
+
+
+async def test_a_generator_with_one_yield_that_is_iterated_over_leaves_its_consumer_the_session(db: DBConnect) -> None:
+    async def one_row() -> AsyncGenerator[AsyncSession]:
+        async with new_db_ctx():
+            yield await db_session(db)
+
+    async with new_db_ctx():
+        mine = await db_session(db)
+        async for theirs in one_row():
+            assert await db_session(db) is mine is not theirs
+
+
+async def test_a_generator_that_is_stepped_through_inside_of_an_iteration_hands_its_unit_on(db: DBConnect) -> None:
+    async def once() -> AsyncGenerator[AsyncSession]:
+        async with new_db_ctx():
+            yield await db_session(db)
+
+    async with new_db_ctx():
+        mine = await db_session(db)
+        async for session in rows(db, lambda db: new_db_ctx()):
+            assert session in range(3)
+            generator = once()
+            theirs = await anext(generator)
+            assert await db_session(db) is theirs is not mine
+            assert await anext(generator, None) is None
+            assert await db_session(db) is mine
+
+
 @own_units
 async def test_a_comprehension_is_a_consumer(db: DBConnect, block: Block) -> None:
     async with new_db_ctx():
