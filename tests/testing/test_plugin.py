@@ -303,6 +303,13 @@ def test_methods_of_unittest_run_in_units_of_work(run: Run, fixture: str) -> Non
     run(UNITTEST.format(fixture=fixture)).assert_outcomes(passed=2)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("fixture", ["new_db_ctx", "ctxdb_test_context"])
+def test_methods_of_unittest_that_anyio_runs_are_in_units_of_work(run: Run, fixture: str) -> None:
+    services = UNITTEST.format(fixture=fixture).replace("@pytest", "@pytest.mark.anyio\n@pytest", 1)
+    run(services, "-p", "no:asyncio").assert_outcomes(passed=2)
+
+
 # What pytest-asyncio and anyio ask a test about whether hypothesis runs it, and where its function is.
 GIVEN = """
 import functools

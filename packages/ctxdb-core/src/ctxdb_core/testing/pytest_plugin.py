@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import unittest
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
@@ -209,7 +208,9 @@ def _place_of_function(item: Any) -> tuple[Any, str]:
     if hasattr(item.obj, "hypothesis"):
         # `@given` makes a plain function, which calls this one for each example.
         return item.obj.hypothesis, "inner_test"
-    if isinstance(item.instance, unittest.TestCase):
+    if hasattr(item, "addSuccess"):
+        # An item that is a `unittest.TestResult` has the `TestCase` run its method. Where anyio has marked the method,
+        # the item is a plain one, which runs its own function.
         return item.instance, item.name
     return item, "obj"
 
