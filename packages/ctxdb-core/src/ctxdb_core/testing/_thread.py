@@ -66,13 +66,11 @@ class LoopThread:
         """Run ``fn(*args, **kwargs)`` on this loop, and block until it is done."""
         self._check_alive()
         tasks: list[asyncio.Task[Any]] = []
-        future = asyncio.run_coroutine_threadsafe(_call_in_task(tasks, fn, *args, **kwargs), self.loop)
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(_call_in_task(tasks, fn, *args, **kwargs), self.loop).result()
         except BaseException:
             # This thread may have been interrupted, by pytest-timeout for instance: nothing must go on behind the test.
-            if future.cancel():
-                asyncio.run_coroutine_threadsafe(_wait_for(tasks), self.loop).result()
+            asyncio.run_coroutine_threadsafe(_cancel(tasks), self.loop).result()
             raise
 
     def start(self, fn: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -101,6 +99,8 @@ async def _call_in_task(
     return await fn(*args, **kwargs)
 
 
-async def _wait_for(tasks: list[asyncio.Task[Any]]) -> None:
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
     if tasks:
         await asyncio.wait(tasks)
