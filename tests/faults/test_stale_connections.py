@@ -396,6 +396,30 @@ async def test_connections_of_a_borrowed_engine_that_are_older_than_its_guards_a
     await engine.dispose()
 
 
+@pytest.mark.parametrize("database_kind", ["asyncpg"])
+@pytest.mark.parametrize("is_older", [False, True], ids=["", "older than the guards"])
+async def test_code_that_asks_for_the_connection_of_the_driver_is_given_a_live_one(
+    database: Database, is_older: bool
+) -> None:
+    engine = database.watch_new(pool_size=1)
+    db = DBConnect.from_engine(engine)
+    if not is_older:
+        await db.engine()
+    async with engine.connect() as connection:
+        dead: Any = (await connection.get_raw_connection()).driver_connection
+    # An engine gets its guards when it is first asked for.
+    await db.engine()
+    database.terminate_backends()
+    await eventually(dead.is_closed, "the driver does not notice")
+    # The driver tells of it in the next round of the event loop.
+    await asyncio.sleep(0)
+    async with engine.connect() as connection:
+        alive: Any = (await connection.get_raw_connection()).driver_connection
+        assert await alive.fetchval("SELECT 1") == 1
+    await db.close()
+    await engine.dispose()
+
+
 async def test_a_connection_in_autocommit_is_replaced(database: Database) -> None:
     async with database.connect(isolation_level="AUTOCOMMIT") as db:
         for _ in range(2):

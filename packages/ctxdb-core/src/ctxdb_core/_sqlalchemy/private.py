@@ -733,7 +733,7 @@ def psycopg_adapter_that_executes(cls: type, execute: Callable[[FirstStatement],
         self.__class__ = cls
 
     def cursor(self: Any, *args: Any) -> Any:
-        self.__class__ = cls
+        own_class(self)
         made = made_by.cursor(self, *args)
         made_as = type(made)
         if made_as not in cursors:
