@@ -66,6 +66,11 @@ async def rows(db: DBConnect, block: Block, seen: list[AsyncSession] | None = No
             yield number
 
 
+async def one_session(db: DBConnect) -> AsyncGenerator[AsyncSession]:
+    async with new_db_ctx():
+        yield await db_session(db)
+
+
 # --- the consumer's session -------------------------------------------------------------------------------------------
 
 
@@ -142,26 +147,18 @@ async def test_a_generator_with_two_yields_and_no_loop_leaves_its_consumer_the_s
 
 
 async def test_a_generator_with_one_yield_that_is_iterated_over_leaves_its_consumer_the_session(db: DBConnect) -> None:
-    async def one_row() -> AsyncGenerator[AsyncSession]:
-        async with new_db_ctx():
-            yield await db_session(db)
-
     async with new_db_ctx():
         mine = await db_session(db)
-        async for theirs in one_row():
+        async for theirs in one_session(db):
             assert await db_session(db) is mine is not theirs
 
 
 async def test_a_generator_that_is_stepped_through_inside_of_an_iteration_hands_its_unit_on(db: DBConnect) -> None:
-    async def once() -> AsyncGenerator[AsyncSession]:
-        async with new_db_ctx():
-            yield await db_session(db)
-
     async with new_db_ctx():
         mine = await db_session(db)
         async for session in rows(db, lambda db: new_db_ctx()):
             assert session in range(3)
-            generator = once()
+            generator = one_session(db)
             theirs = await anext(generator)
             assert await db_session(db) is theirs is not mine
             assert await anext(generator, None) is None
