@@ -39,7 +39,7 @@ class Engines:
     """
 
     def __init__(self, target: Target, *, resolve_commits: bool) -> None:
-        self.target = target
+        self.target: Target = target
         """Where the `DBConnect` leads now. It is read without the lock, and replaced as a whole while that is held."""
         self.resolve_commits = resolve_commits
         # Guards all attributes: event loops of several threads may use the same database.

@@ -101,7 +101,7 @@ class LoopEngine:
         resolve_commits: bool = False,
     ) -> None:
         self.host = host
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         engine = engine_creator(host) if existing is None else existing
         if not isinstance(engine, AsyncEngine):
             raise ArgumentTypeError(
@@ -109,9 +109,9 @@ class LoopEngine:
                 "build the engine with `sqlalchemy.ext.asyncio.create_async_engine`."
             )
         self.engine = engine
-        self.lifetime = _lifetime_of(engine, engine_creator)
-        self.session_maker = session_maker_creator(engine)
-        self.new_session = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
+        self.lifetime: Lifetime = _lifetime_of(engine, engine_creator)
+        self.session_maker: async_sessionmaker[Any] = session_maker_creator(engine)
+        self.new_session: SessionFactory = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False
