@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import ref
 
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DisconnectionError
@@ -42,15 +42,10 @@ from ctxdb_core._sqlalchemy.private import (
 
 __all__ = ["is_connection_error", "replace_closed_connections"]
 
-_taught: WeakSet[Engine] = WeakSet()
-
 
 def replace_closed_connections(engine: AsyncEngine) -> None:
     """Have the pool of `engine` open a new connection in the place of one that was closed while it was idle."""
     sync_engine = engine.sync_engine
-    if sync_engine in _taught:
-        return
-    _taught.add(sync_engine)
     driver = engine.dialect.driver
     if driver == "asyncpg":
         _Asyncpg(sync_engine).attach(sync_engine)
