@@ -9,7 +9,7 @@ from contextvars import Context
 from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
 from ctxdb_core._units.watcher import UnitWatcher, report_failure
 from ctxdb_core.asgi.commit_errors import AnswerableUnit
-from ctxdb_core.asgi.start import ResponseStart
+from ctxdb_core.asgi.response import ResponseStart
 from ctxdb_core.asgi.types import Message, Receive, Send
 from ctxdb_core.phases import FINISHING, Phase
 
