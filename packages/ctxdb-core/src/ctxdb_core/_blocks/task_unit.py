@@ -164,10 +164,6 @@ class OuterCommit:
 
     Only a mere session of a `TransactionContext` needs it: any other unit of work commits by itself. ``with`` returns
     whether a statement has begun the open transaction: then this block has to commit it.
-
-    Args:
-        unit: the unit of work of the enclosing block.
-        session: the session that the enclosing block commits.
     """
 
     def __init__(self, unit: UnitOfWork, session: AsyncSession) -> None:

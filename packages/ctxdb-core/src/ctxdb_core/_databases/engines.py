@@ -20,11 +20,7 @@ __all__ = ["Engines", "Replacement", "check_host"]
 
 
 class Replacement:
-    """A change of the `Target` of a `DBConnect` that is taken back later.
-
-    Args:
-        replaced: the target from before the change.
-    """
+    """A change of the `Target` of a `DBConnect` that is taken back later."""
 
     def __init__(self, replaced: Target) -> None:
         self.replaced = replaced
@@ -92,12 +88,7 @@ class Engines:
             return engine
 
     def _make(self, host: str, others: LoopEngines) -> LoopEngine:
-        """Return a new engine of `host` for the running event loop.
-
-        Args:
-            host: the host.
-            others: the engines of `host` for other event loops.
-        """
+        """Return a new engine of `host` for the running event loop; `others` are those for other loops."""
         target = self.target
         in_memory = next((other for other in others.values() if other.lifetime is Lifetime.UNTIL_RETIRED), None)
         if in_memory is not None:
@@ -114,12 +105,7 @@ class Engines:
         return engine
 
     def add_listener(self, listener: EngineListener, *, overridden: bool) -> None:
-        """Call `listener` with each engine that there is, and with those to come.
-
-        Args:
-            listener: is called with the host and the engine.
-            overridden: whether it is also told of the engines that blocks of `overridden` make.
-        """
+        """Call `listener` with each engine that there is, and with those to come: see `DBConnect.on_engine`."""
         with self._lock:
             if overridden:
                 self._observing_listeners = (*self._observing_listeners, listener)

@@ -16,14 +16,7 @@ DBT_co = TypeVar("DBT_co", covariant=True)
 
 
 class Override(Generic[DBT_co]):
-    """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`.
-
-    Args:
-        db: the `DBConnect`, which ``with`` returns.
-        engines: its engines.
-        host: the host that `engine_creator` is called with.
-        engine_creator: creates the engines of the other database.
-    """
+    """A block in which a `DBConnect` leads to another database: see `DBConnect.overridden`."""
 
     def __init__(self, db: DBT_co, engines: Engines, host: str | None, engine_creator: EngineCreator) -> None:
         self._db = db

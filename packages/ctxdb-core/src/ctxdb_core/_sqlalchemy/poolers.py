@@ -146,11 +146,7 @@ def tell_wrong_settings(engine: AsyncEngine) -> None:
 
 
 class _FirstConnection:
-    """Looks at the first connection of an engine.
-
-    Args:
-        driver: which driver the engine uses.
-    """
+    """Looks at the first connection of an engine."""
 
     def __init__(self, driver: str) -> None:
         self._driver = driver

@@ -136,11 +136,7 @@ def _maybe(timeout: int, most: int) -> bool:
 
 
 class _Sockets(ABC):
-    """Knows the sockets of all connections of an engine, and replaces those that were lost.
-
-    Args:
-        engine: whose connections.
-    """
+    """Knows the sockets of all connections of an engine, and replaces those that were lost."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
@@ -215,11 +211,7 @@ def _nobody() -> None:
 
 
 class _AsyncpgConnection:
-    """What is known of a connection of asyncpg in a pool.
-
-    Args:
-        record: the pool's record of the connection.
-    """
+    """What is known of a connection of asyncpg in a pool."""
 
     __slots__ = ("_used_in", "record")
 

@@ -117,9 +117,6 @@ class UnitFollower:
     A subclass overrides the four methods that are told what happens; they are called in the task that causes it, and
     must not wait for anything.
 
-    Args:
-        dbs: the databases to follow.
-
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect`.
     """

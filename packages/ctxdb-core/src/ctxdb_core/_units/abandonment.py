@@ -53,11 +53,7 @@ _UNSET = object()
 
 
 class HandlerCalls:
-    """The calls of handlers that are made in one unit of work.
-
-    Args:
-        before: the context variables at the beginning of the unit of work.
-    """
+    """The calls of handlers that are made in one unit of work."""
 
     __slots__ = ("at_work", "before", "left_open", "variables")
 

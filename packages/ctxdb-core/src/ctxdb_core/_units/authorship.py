@@ -63,10 +63,6 @@ def find_authors(sessions: Iterable[AsyncSession], at_work: Collection[object]) 
     """Return whose work the open transactions of `sessions` hold.
 
     Objects that have not been flushed do not say which code has changed them: they count as the work of both.
-
-    Args:
-        sessions: all sessions of a unit.
-        at_work: the calls of handlers that are still at work.
     """
     of_handlers = of_others = False
     for session in sessions:

@@ -56,11 +56,7 @@ class WaitingCallback:
 
 
 class Callbacks:
-    """The callbacks of one unit of work.
-
-    Args:
-        run_in_unit: gives each callback its unit of work.
-    """
+    """The callbacks of one unit of work."""
 
     __slots__ = ("_due", "_run_in_unit", "_running", "_waiting")
 
@@ -123,12 +119,7 @@ class Callbacks:
                 self._roll_back_savepoint(db, transaction)
 
     def settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
-        """Take note of the `outcome` of what was open: callbacks that wait for it are due, the others are forgotten.
-
-        Args:
-            dbs: where; everywhere by default.
-            outcome: what has become of the work.
-        """
+        """Take note of the `outcome` of what was open: callbacks that wait for it are due, the others are forgotten."""
         for db in list(self._waiting) if dbs is None else dbs:
             self._due += [each for each in self._waiting.pop(db, ()) if each.outcome is outcome]
 

@@ -85,10 +85,6 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
 async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
     """Commit what is open, in the order in which the sessions were opened.
 
-    Args:
-        sessions: those of the unit of work.
-        dbs: where; everywhere by default.
-
     Raises:
         BaseException: the first error of a commit; everything that was not committed has been rolled back.
     """

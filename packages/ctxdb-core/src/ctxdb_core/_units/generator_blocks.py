@@ -163,9 +163,6 @@ class IteratedUnit(UnitOfWork):
     def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
         """Return the unit that the running code finds here, if any.
 
-        Args:
-            db: the database that it asks about.
-
         Raises:
             ContextNotInitiatedError: the consumer asks, and the block is on its own session on `db`.
         """
@@ -239,9 +236,6 @@ _WAY_OUT = (
 
 def innermost_unit(db: DBConnect | None = None) -> UnitOfWork | None:
     """Return the unit of work of the running code, if any.
-
-    Args:
-        db: the database that it is going to be asked about.
 
     Raises:
         ContextNotInitiatedError: as `IteratedUnit.answering`.

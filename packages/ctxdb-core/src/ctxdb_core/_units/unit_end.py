@@ -214,9 +214,7 @@ class UnitEnd(UnitAttachments):
     async def close_session(self, db: DBConnect, refuse: Refuse = session_end.refuse_after_close) -> None:
         """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
 
-        Args:
-            db: where.
-            refuse: raises the error that further use of the session gets.
+        Further use of the session gets the error of `refuse`.
         """
         self.check_usable()
         session = self.sessions.pop(db) if db in self.sessions else None

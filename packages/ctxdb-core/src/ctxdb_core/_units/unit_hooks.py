@@ -53,26 +53,13 @@ class UnitHooks:
     def add_callback(
         self, db: DBConnect, session: AsyncSession | None, outcome: Outcome, callback: Callback, run_in_unit: RunInUnit
     ) -> None:
-        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`.
-
-        Args:
-            db: where.
-            session: the unit's session there, if it has one already.
-            outcome: what to wait for.
-            callback: called once.
-            run_in_unit: gives each callback its unit of work.
-        """
+        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`."""
         if self.callbacks is None:
             self.callbacks = Callbacks(run_in_unit)
         self.callbacks.add(db, session, outcome, callback)
 
     def add_begin_hook(self, db: DBConnect, session: AsyncSession | None, hook: BeginHook) -> None:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
-
-        Args:
-            db: where.
-            session: the unit's session there, if it has one already.
-            hook: given the session.
 
         Raises:
             TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
@@ -101,9 +88,7 @@ class UnitHooks:
     def mark_rollback_only(self, db: DBConnect | None, sessions: Sessions) -> None:
         """Have what is open on `db`, or everywhere, rolled back where it would be committed.
 
-        Args:
-            db: where; everywhere if it is ``None``.
-            sessions: the sessions of the unit. No commit of theirs succeeds meanwhile, whichever code asks for it.
+        No commit of `sessions`, which are all of the unit's, succeeds meanwhile, whichever code asks for it.
         """
         self.rollback_only |= {db}
         for each, session in sessions.items():

@@ -103,11 +103,7 @@ class AnswerableUnit(RequestUnit):
         return refusal.error if refusal is not None and refusal.can_be_answered else None
 
     def begin_answer(self, raised: Exception | None = None) -> None:
-        """Begin the response for `error_to_answer`: from now on, what is sent is that response.
-
-        Args:
-            raised: what the application has raised since the error.
-        """
+        """Begin the response for `error_to_answer`: from now on, what is sent is that response."""
         error = self.error_to_answer
         assert error is not None
         if raised is not None:

@@ -22,11 +22,7 @@ class Options(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExchangeSettings(UnitSettings):
-    """The settings of the exchanges of one middleware.
-
-    Args:
-        middleware: the middleware.
-    """
+    """The settings of the exchanges of one middleware."""
 
     _: KW_ONLY
     middleware: Options

@@ -239,10 +239,6 @@ class HTTPExchange(Exchange):
     async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
 
-        Args:
-            status: the status of its start.
-            call: the call of the handler that makes it.
-
         Returns:
             The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several
             boundaries, the innermost one has begun the body, and what is open at the others is its work.
