@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, Token
+from types import TracebackType
 from typing import Any, ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,7 +18,7 @@ from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_end import UnitEnd
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
 
-__all__ = ["UnitOfWork", "current_unit", "inherited_before_commit", "running_unit"]
+__all__ = ["UnitOfWork", "current_unit", "inherited_before_commit", "opened", "running_unit"]
 
 current_unit: ContextVar[UnitOfWork] = ContextVar("ctxdb_unit_of_work")
 """The unit of work of the running code. Tasks inherit it, so code that reads it must expect a unit that has ended."""
@@ -107,14 +108,35 @@ class UnitOfWork(UnitEnd):
             pass
 
     async def _run_in_unit(self, fn: Callable[[], Awaitable[None]]) -> None:
-        unit = UnitOfWork(self.settings.before_commit)
-        unit.enter()
-        try:
+        async with opened(UnitOfWork(self.settings.before_commit)):
             await fn()
-        except BaseException as exc:
-            await unit.finish(commit=False, error=exc)
-            raise
-        await unit.finish(commit=True)
+
+
+class opened:  # noqa: N801 - used like a function, in `async with`
+    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception.
+
+    Args:
+        unit: the unit of work.
+        current: what is made current in its place; the `seat` of the unit, where the block may be around the ``yield``
+            of an async generator.
+    """
+
+    __slots__ = ("_current", "_unit")
+
+    def __init__(self, unit: UnitOfWork, current: UnitOfWork | None = None) -> None:
+        self._unit = unit
+        self._current = current or unit
+
+    async def __aenter__(self) -> None:
+        self._current.enter()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._unit.finish(commit=exc is None, error=exc)
+        finally:
+            self._current.leave()
 
 
 hide_from_connections(current_unit, UnitOfWork.ended())
