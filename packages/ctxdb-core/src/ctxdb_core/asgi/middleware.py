@@ -15,8 +15,7 @@ from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
-from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange
-from ctxdb_core.asgi.exchange_settings import ExchangeSettings
+from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange, ExchangeSettings
 from ctxdb_core.asgi.http_exchange import HTTPExchange
 from ctxdb_core.asgi.request_settings import Deadline, RequestSettings
 from ctxdb_core.asgi.response import ANSWERED, Response
