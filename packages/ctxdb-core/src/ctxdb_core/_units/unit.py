@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, ClassVar
@@ -11,12 +11,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
+from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
-from ctxdb_core._units.registration import Registration
+from ctxdb_core._units.registration import NO_WATCHERS, Registration
 from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_end import UnitEnd
+from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core._units.watcher import UnitWatcher
+from ctxdb_core.errors import TransactionRequiredError
 
 __all__ = ["UnitOfWork", "current_unit", "inherited_before_commit", "opened", "running_unit"]
 
@@ -37,6 +41,8 @@ class UnitOfWork(UnitEnd):
     unit that is, the class says ``False``.
     """
 
+    # What a base class declares is declared again where it is set: type checkers would infer another type from that.
+    hooks: UnitHooks | None
     token: Token[Any] | None
     registration: Registration | None
 
@@ -106,6 +112,102 @@ class UnitOfWork(UnitEnd):
             # The unit was entered in another context (a task of its own, an async generator fixture), which has gone
             # with its variables. Or the unit was left already: an adapter may finalize twice.
             pass
+
+    @property
+    def watchers(self) -> Mapping[object, UnitWatcher]:
+        """What is told of the response and of the end of the unit, by the objects that have set it up: see `watch`."""
+        return NO_WATCHERS if self.registration is None else self.registration.watchers
+
+    def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
+        """Tell `watcher` of the start of the response and of the end of the unit, which are still to come.
+
+        Args:
+            watcher: what is told.
+            owner: the object that watches many units. It finds its watcher of this unit in `watchers`.
+        """
+        registration = self.registration
+        if registration is None:
+            registration = self._registered()
+        key = object() if owner is None else owner
+        # Most units have one watcher, if any: their mapping is made at once.
+        registration.watchers = {**registration.watchers, key: watcher} if registration.watchers else {key: watcher}
+
+    # --- what the code asks of its transactions, and the blocks that share them ---------------------------------------
+
+    def on_outcome(self, db: DBConnect, outcome: Outcome, callback: Callback) -> None:
+        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`; forget it otherwise.
+
+        The roll-back of a savepoint counts for what was registered since that savepoint.
+        """
+        self.check_usable()
+        self._hooks().add_callback(db, self.sessions.get(db), outcome, callback, self._run_in_unit)
+
+    def add_begin_hook(self, db: DBConnect, hook: BeginHook) -> None:
+        """Await `hook` with the session on `db` at the beginning of each further transaction.
+
+        Raises:
+            TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
+            TransactionRequiredError: there are no transactions here.
+        """
+        self.check_usable()
+        if self.autocommit:
+            raise TransactionRequiredError(
+                "This block runs without a transaction, so nothing could be set for one: the next statement would be "
+                "executed without it. Use `transactional(db)`, which begins one."
+            )
+        self._hooks().add_begin_hook(db, self.sessions.get(db), hook)
+
+    def set_rollback_only(self, db: DBConnect | None) -> None:
+        """Roll back what is open on `db`, or everywhere, where it would be committed.
+
+        Raises:
+            TransactionRequiredError: there are no transactions here.
+        """
+        self.check_usable()
+        if self.autocommit:
+            raise TransactionRequiredError(
+                "This block runs without a transaction, so there is nothing that could be rolled back at its end. Use "
+                "`transactional(db)`, which begins one."
+            )
+        self._hooks().mark_rollback_only(db, self.sessions)
+
+    def check_may_commit(self, db: DBConnect) -> None:
+        """Raise an error if what is open on `db` is to be rolled back.
+
+        Raises:
+            UnexpectedRollbackError: it is, as `set_rollback_only` was called.
+        """
+        if self.hooks is not None:
+            self.hooks.check_may_commit(db)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the unit is one block of the user's, which is committed or undone as a whole."""
+        return self.hooks is not None and self.hooks.is_block
+
+    def note_is_block(self) -> None:
+        """Note that the unit is one block of the user's, which is committed or undone as a whole."""
+        self._hooks().is_block = True
+
+    @property
+    def blocks(self) -> tuple[object, ...]:
+        """The open blocks that share the unit's transactions (see `UnitHooks`)."""
+        return () if self.hooks is None else self.hooks.blocks
+
+    def join(self, block: object) -> None:
+        """Note that `block` is open, and shares the unit's transactions."""
+        hooks = self._hooks()
+        hooks.blocks = (*hooks.blocks, block)
+
+    def part_with(self, block: object) -> None:
+        """Note that `block` is over."""
+        hooks = self._hooks()
+        hooks.blocks = tuple(each for each in hooks.blocks if each is not block)
+
+    def _hooks(self) -> UnitHooks:
+        if self.hooks is None:
+            self.hooks = UnitHooks()
+        return self.hooks
 
     async def _run_in_unit(self, fn: Callable[[], Awaitable[None]]) -> None:
         async with opened(UnitOfWork(self.settings.before_commit)):

@@ -15,21 +15,20 @@ from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import interrupt_call, is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.guarded_session import door_of
 from ctxdb_core._units import session_end
-from ctxdb_core._units.callbacks import Outcome
+from ctxdb_core._units.callbacks import Callbacks, Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.registration import NO_WATCHERS
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.unit_attachments import UnitAttachments
 from ctxdb_core._units.unit_hooks import UnitHooks
-from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, UnitSessions
 from ctxdb_core._units.watcher import report_failure
 from ctxdb_core.errors import ContextClosedError
 
 __all__ = ["UnitEnd"]
 
 
-class UnitEnd(UnitAttachments):
+class UnitEnd(UnitSessions):
     """The part of a unit of work that ends its transactions, gives back its connections, and ends the unit.
 
     Transactions can end more than once: for a response when it starts, and again for what was done while it was sent.
@@ -325,6 +324,11 @@ class UnitEnd(UnitAttachments):
                 self._note_end(error)
 
     # --- what both go through -----------------------------------------------------------------------------------------
+
+    @property
+    def callbacks(self) -> Callbacks | None:
+        """The callbacks of `on_commit` and `on_rollback`; ``None`` as long as there were none."""
+        return None if self.hooks is None else self.hooks.callbacks
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
         try:
