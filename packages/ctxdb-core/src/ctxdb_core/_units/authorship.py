@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from ctxdb_core._sqlalchemy.doors import is_busy
 from ctxdb_core._sqlalchemy.private import begin_without_statement
-from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.written import only_reads
 
 __all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, cast
-
-from sqlalchemy.ext.asyncio import AsyncSession
+from typing import cast
 
 from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT
+from ctxdb_core._sqlalchemy.guarded_session import OnBegin
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
 from ctxdb_core._units.generator_blocks import innermost_unit
@@ -17,9 +16,6 @@ from ctxdb_core._units.unit import current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
 
 __all__ = ["OnBegin", "on_begin", "on_commit", "on_rollback", "set_rollback_only", "set_statement_timeout"]
-
-OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with the session at the beginning of each of its transactions."""
 
 
 def on_commit(db: DBConnect, callback: OnCommit) -> None:

@@ -11,13 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.connection_context import hide_from_connections
+from ctxdb_core._sqlalchemy.guarded_session import OnBegin
 from ctxdb_core._units.callbacks import Callback, Outcome
 from ctxdb_core._units.commit import BeforeCommit, is_in_before_commit
 from ctxdb_core._units.ids import new_unit_id
 from ctxdb_core._units.registration import NO_WATCHERS, Registration
 from ctxdb_core._units.scheduler_jobs import sessions_beside_schedulers
 from ctxdb_core._units.unit_end import UnitEnd
-from ctxdb_core._units.unit_hooks import BeginHook, UnitHooks
+from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
 from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.errors import TransactionRequiredError
@@ -142,7 +143,7 @@ class UnitOfWork(UnitEnd):
         self.check_usable()
         self._hooks().add_callback(db, self.sessions.get(db), outcome, callback, self._run_in_unit)
 
-    def add_begin_hook(self, db: DBConnect, hook: BeginHook) -> None:
+    def add_begin_hook(self, db: DBConnect, hook: OnBegin) -> None:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:

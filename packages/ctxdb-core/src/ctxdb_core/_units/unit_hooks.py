@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
-from typing import TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core._sqlalchemy.guarded_session import OnBegin, guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome, RunInUnit
 from ctxdb_core._units.commit import Sessions
 from ctxdb_core.errors import TransactionAlreadyActiveError, UnexpectedRollbackError
 
-__all__ = ["BeginHook", "UnitHooks"]
-
-BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with the session at the beginning of each of its transactions."""
+__all__ = ["UnitHooks"]
 
 
 class UnitHooks:
@@ -39,7 +35,7 @@ class UnitHooks:
         """What is to be called when transactions have ended; ``None`` as long as nothing was asked for."""
         self.rollback_only: frozenset[DBConnect | None] = frozenset()
         """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
-        self._at_begin: dict[DBConnect, list[BeginHook]] = {}
+        self._at_begin: dict[DBConnect, list[OnBegin]] = {}
         """What is to be awaited at the beginning of each transaction."""
 
     def prepare(self, db: DBConnect, session: AsyncSession) -> None:
@@ -58,7 +54,7 @@ class UnitHooks:
             self.callbacks = Callbacks(run_in_unit)
         self.callbacks.add(db, session, outcome, callback)
 
-    def add_begin_hook(self, db: DBConnect, session: AsyncSession | None, hook: BeginHook) -> None:
+    def add_begin_hook(self, db: DBConnect, session: AsyncSession | None, hook: OnBegin) -> None:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
 
         Raises:
@@ -119,6 +115,6 @@ class UnitHooks:
         return db in self.rollback_only or None in self.rollback_only
 
 
-async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
+async def _run_begin_hooks(hooks: Collection[OnBegin], session: AsyncSession) -> None:
     for hook in hooks:
         await hook(session)
