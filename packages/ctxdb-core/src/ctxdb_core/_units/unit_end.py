@@ -14,6 +14,7 @@ from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import interrupt_call, is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.guarded_session import door_of
+from ctxdb_core._sqlalchemy.private import forget_block
 from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import Callbacks, Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
@@ -81,7 +82,7 @@ class UnitEnd(UnitSessions):
         except BaseException as exc:
             await self._roll_back_unless_committed(exc, None)
             raise
-        session_end.leave_blocks(session)
+        forget_block(session.sync_session)
 
     async def _commit_with_hooks(self, dbs: Collection[DBConnect] | None, *, ends_body: bool) -> None:
         """Commit as `commit` does, on several databases, or with what the code has asked of the end of transactions."""
@@ -206,7 +207,7 @@ class UnitEnd(UnitSessions):
             # A response may start while a dependency is inside of `async with session.begin():`, for instance.
             # SQLAlchemy would refuse further statements in that block, now that its transaction has ended.
             for session in self.sessions.values():
-                session_end.leave_blocks(session)
+                forget_block(session.sync_session)
 
     # --- closing sessions, and ending the unit ------------------------------------------------------------------------
 
