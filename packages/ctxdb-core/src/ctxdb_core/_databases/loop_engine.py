@@ -1,4 +1,4 @@
-"""One host's engine on one event loop, from its creation to the last of its server connections."""
+"""`LoopEngine`: one host's engine on one event loop, from its creation to the last of its server connections."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class _AsyncpgConnection:
         connection.add_termination_listener(self._note_lost)
 
     def follow_instead(self, connection: Any) -> None:
-        """Do as `follow` does, for what has replaced a lost connection, of which the pool was told."""
+        """Follow `connection`, which has replaced a lost one; the pool was told of that loss: take that back."""
         self.follow(connection)
         record = self.record()
         if record is not None:

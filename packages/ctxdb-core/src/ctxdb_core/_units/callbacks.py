@@ -134,7 +134,7 @@ class Callbacks:
             self._waiting[db] = [*callbacks, *self._waiting.get(db, [])]
 
     def roll_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
-        """Call those of the callbacks that were set aside which wait for a roll-back, and forget the others."""
+        """Call the callbacks in `waiting`, which were set aside, that wait for a roll-back; forget the others."""
         for callbacks in waiting.values():
             self._due += [each for each in callbacks if each.outcome is Outcome.ROLLED_BACK]
         self.start()

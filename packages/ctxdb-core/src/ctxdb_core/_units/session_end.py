@@ -283,7 +283,7 @@ async def _discard_when_free(session: AsyncSession, door: Door, refuse: Refuse) 
 
 
 def report(exc: BaseException, error: BaseException | None, what: str) -> None:
-    """Attach `exc` to `error`, the one that surfaces; log it where there is none."""
+    """Attach `exc` to the `error` that surfaces, or log it where no error does."""
     if error is None:
         logger.warning("While a unit of work ended, %s", what, exc_info=exc)
     elif exc is not error:

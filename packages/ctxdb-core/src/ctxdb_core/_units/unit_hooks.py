@@ -34,7 +34,7 @@ class UnitHooks:
         self.callbacks: Callbacks | None = None
         """What is to be called when transactions have ended; ``None`` as long as nothing was asked for."""
         self.rollback_only: frozenset[DBConnect | None] = frozenset()
-        """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
+        """The databases whose open transactions are rolled back, not committed; ``None`` stands for all databases."""
         self._at_begin: dict[DBConnect, list[OnBegin]] = {}
         """What is to be awaited at the beginning of each transaction."""
 

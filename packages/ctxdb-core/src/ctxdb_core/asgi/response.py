@@ -1,4 +1,7 @@
-"""`Response`: what is known of the response to a request that has used a session, or asked for anything else."""
+"""`Response`: what is known of the response to a request that has used a session, or asked for anything else.
+
+`ResponseStart` keeps the messages of other tasks back while the start waits for its transactions to end.
+"""
 
 from __future__ import annotations
 
