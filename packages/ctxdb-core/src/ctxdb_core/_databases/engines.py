@@ -27,17 +27,13 @@ class Replacement:
 
 
 class Engines:
-    """Makes the engines of a `DBConnect` when they are first used, and retires them.
-
-    Args:
-        target: where the `DBConnect` leads.
-        resolve_commits: whether the engines ask PostgreSQL what became of a transaction whose COMMIT was lost.
-    """
+    """Makes the engines of a `DBConnect` when they are first used, and retires them."""
 
     def __init__(self, target: Target, *, resolve_commits: bool) -> None:
         self.target: Target = target
         """Where the `DBConnect` leads now. It is read without the lock, and replaced as a whole while that is held."""
         self.resolve_commits = resolve_commits
+        """Whether the engines ask PostgreSQL what became of a transaction whose COMMIT was lost."""
         # Guards all attributes: event loops of several threads may use the same database.
         self._lock = threading.Lock()
         self._replacements: list[Replacement] = []

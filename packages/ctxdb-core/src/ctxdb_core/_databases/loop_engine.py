@@ -83,12 +83,6 @@ class LoopEngine:
 
     Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. A
     second engine would be a second database in memory, so the one engine of such a database is used on every loop.
-
-    Args:
-        host: where it is.
-        engine_creator: creates the engine.
-        session_maker_creator: creates its session maker.
-        existing: the engine of a database in memory, for another event loop than its first one.
     """
 
     def __init__(
@@ -102,6 +96,7 @@ class LoopEngine:
     ) -> None:
         self.host = host
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        # A database in memory has one engine, which was made for its first event loop.
         engine = engine_creator(host) if existing is None else existing
         if not isinstance(engine, AsyncEngine):
             raise ArgumentTypeError(

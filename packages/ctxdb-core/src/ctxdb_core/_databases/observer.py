@@ -45,17 +45,13 @@ class EventTypes(Generic[Event]):
 
 
 class Observer(Generic[Event]):
-    """Follows the sessions that it is given.
-
-    Args:
-        limit: for how many seconds a transaction may hold its connection without a warning; ``None`` for ever.
-        events: the types of the events that listeners are told of.
-    """
+    """Follows the sessions that it is given."""
 
     def __init__(self, limit: float | None, events: EventTypes[Event]) -> None:
         if limit is not None:
             _listen_to_sessions()
         self.limit = limit
+        """For how many seconds a transaction may hold its connection without a warning; ``None`` for ever."""
         self._events = events
         self._lock = threading.Lock()
         self._registrations: tuple[_Registration[Event], ...] = ()

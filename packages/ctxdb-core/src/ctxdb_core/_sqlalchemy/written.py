@@ -43,12 +43,9 @@ connection, as when a time limit interrupts a statement.
 
 
 async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[[], bool]) -> bool:
-    """Ask the database whether the open transaction of `session` holds work.
+    """Ask the database whether the open transaction of `session` holds work, in a turn at its `door`.
 
-    Args:
-        session: whose transaction.
-        door: the session's door: the question takes a turn at it.
-        by_statements: the answer for a database that cannot be asked.
+    For a database that cannot be asked, the answer is that of `by_statements`.
 
     Raises:
         DBAPIError, PendingRollbackError: see `UNANSWERED`.

@@ -124,12 +124,8 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
 def interrupt(session: AsyncSession, refuse: Refuse, error: BaseException | None) -> None:
     """End a session for everyone else, and stop the call that is under way, as its work is undone anyway.
 
-    A COMMIT is not stopped.
-
-    Args:
-        session: which one.
-        refuse: raises the error that every other use of it gets from now on.
-        error: why its work is undone: the call that is stopped gets to see that.
+    A COMMIT is not stopped. Each other use of the session raises the error of `refuse` from now on; the call that is
+    stopped shows the `error` for which its work is undone, too.
     """
     door = door_of(session)
     if door is not None:
@@ -141,11 +137,8 @@ def interrupt(session: AsyncSession, refuse: Refuse, error: BaseException | None
 async def last_turn(session: AsyncSession, refuse: Refuse, *, latest: float | None = None) -> AsyncIterator[bool]:
     """End a session for everyone else, and take its turn for ending its transaction and closing it.
 
-    Args:
-        session: which one.
-        refuse: raises the error that every other use of it gets from now on.
-        latest: until when the call that is under way may end, on the event loop's clock; ``None`` for as long as it
-            takes. A free turn is taken whatever the time is.
+    Each other use of it raises the error of `refuse` from now on. The call that is under way may end until `latest`, on
+    the event loop's clock; ``None`` is for as long as it takes. A free turn is taken whatever the time is.
 
     Returns:
         Whether the turn was had. A driver may not return from a call that was interrupted, or a COMMIT takes its time:

@@ -289,10 +289,7 @@ class UnitEnd(UnitSessions):
     async def _finish(self, *, commit: bool, error: BaseException | None, latest: float | None = None) -> None:
         """Do what `finish` does, without a step between the end of the transactions and that of the unit.
 
-        Args:
-            commit: as for `finish`.
-            error: as for `finish`.
-            latest: until when the calls that a roll-back stops may end, on the event loop's clock.
+        The calls that a roll-back stops may end until `latest`, on the event loop's clock.
         """
         sessions, self.sessions = self.sessions, NO_SESSIONS_ANY_MORE
         refuse = session_end.refuse_after_unit
