@@ -541,7 +541,8 @@ def test_each_method_that_calls_into_sqlalchemy_passes_the_door(library_class: t
         if inspect.isfunction(method) and "greenlet_spawn" in method.__code__.co_names
     }
     assert {"commit", "rollback"} <= calling
-    assert calling <= set(vars(own_class))
+    # Its own methods come before those, and call them.
+    assert calling <= set(vars(own_class.__mro__[1]))
 
 
 def test_a_derived_method_has_the_signature_of_the_original() -> None:

@@ -17,7 +17,13 @@ from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._databases.status import DBStatus, PoolStatus, UnitStatus
 from ctxdb_core._sqlalchemy.versions import warn_of_lost_promises as _warn_of_lost_promises
 from ctxdb_core._units import log_fields as _log_fields  # noqa: F401 - gives the records of the logger their fields
-from ctxdb_core._units.hook_functions import on_begin, on_commit, on_rollback, set_rollback_only
+from ctxdb_core._units.hook_functions import (
+    on_begin,
+    on_commit,
+    on_rollback,
+    set_rollback_only,
+    set_statement_timeout,
+)
 from ctxdb_core._units.lifecycle import gather_in_new_ctx, new_db_ctx, run_in_new_ctx, unit_of_work
 from ctxdb_core._units.session_functions import (
     close_db_session,
@@ -27,7 +33,6 @@ from ctxdb_core._units.session_functions import (
     new_non_ctx_session,
     rollback_db_session,
 )
-from ctxdb_core._units.timeout import set_statement_timeout
 from ctxdb_core.errors import (
     AbandonedWorkError,
     ArgumentTypeError,

@@ -22,14 +22,14 @@ from ctxdb_core._sqlalchemy.private import (
     wrap_in_dialect,
 )
 from ctxdb_core._transactions.isolation import IsolationLevel
-from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
+from ctxdb_core._units.abandonment import Call, HandlerCalls
 from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
 from ctxdb_core._units.hook_functions import OnBegin
 from ctxdb_core._units.ids import give_unit_ids, new_unit_id
 from ctxdb_core._units.lifecycle import before_gather, begin, finalize, is_context_initiated, is_inside
 from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
-from ctxdb_core._units.request_unit import RequestUnit
+from ctxdb_core._units.request_unit import RequestUnit, follow_calls
 from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition

@@ -39,7 +39,7 @@ _PASSING_ON = (
 # More middlewares of this kind, by their names, as not every version of the frameworks has them.
 _PASSING_ON_BY_NAME = frozenset(
     {
-        ("ctxdb_core.asgi.limits", "LimitingStatements"),
+        ("ctxdb_core.asgi.request_settings", "RequestSettings"),
         ("fastapi.middleware.asyncexitstack", "AsyncExitStackMiddleware"),
         ("fastapi.telemetry._asgi", "ExceptionTelemetryMiddleware"),
         ("starlette.middleware.body_limit", "RequestBodyLimitMiddleware"),

@@ -167,58 +167,41 @@ def _no_unit(place: Place) -> Answer:
     raise AssertionError("a unit of work that can be used was taken for one that cannot")
 
 
-def _no_transaction(place: Place) -> Answer:
-    return Refuse(
-        TransactionRequiredError(
-            "propagation='mandatory' was asked for, and there is no transaction here. Call this code in a unit of work "
-            "(a request, `async with new_db_ctx():`), or in `async with transactional(db):`."
-        )
-    )
+def _refusing(error: Callable[[str], CtxDBError], message: str) -> _Cell:
+    """Return a cell that refuses the block by an `error`; ``{}`` in its message stands for the database."""
+    return lambda place: Refuse(error(message.format(repr(place.db))))
 
 
-def _mere_session(place: Place) -> Answer:
-    return Refuse(
-        TransactionRequiredError(
-            "propagation='mandatory' was asked for in a mere session of a TransactionContext, where nobody would "
-            "commit. Call this code in its `transaction()`, or in `async with transactional(db):`."
-        )
-    )
-
-
-def _autocommit(place: Place) -> Answer:
-    return Refuse(
-        TransactionRequiredError(
-            "This block runs without a transaction, as `transactional` was asked to, so none can begin inside of it. "
-            "Use `transactional(db)`, which begins one."
-        )
-    )
-
-
-def _never(place: Place) -> Answer:
-    return Refuse(
-        TransactionAlreadyActiveError(
-            "propagation='never' was asked for inside of a unit of work, which is a transaction. Call it outside of "
-            "one, or suspend it: `transactional(db, 'not_supported')`."
-        )
-    )
-
-
-def _begun(place: Place) -> Answer:
-    return Refuse(
-        TransactionAlreadyActiveError(
-            f"A transaction is open on {place.db!r} already: commit it with `await commit_db_session(db)`, or choose "
-            "another `current_transaction`."
-        )
-    )
-
-
-def _no_nesting(place: Place) -> Answer:
-    return Refuse(
-        TransactionAlreadyActiveError(
-            f"A transaction is open on {place.db!r} already: commit it first, leave out "
-            "`allow_nested_transactions=False` for a savepoint in it, or use `new_transaction()`."
-        )
-    )
+_no_transaction = _refusing(
+    TransactionRequiredError,
+    "propagation='mandatory' was asked for, and there is no transaction here. Call this code in a unit of work "
+    "(a request, `async with new_db_ctx():`), or in `async with transactional(db):`.",
+)
+_mere_session = _refusing(
+    TransactionRequiredError,
+    "propagation='mandatory' was asked for in a mere session of a TransactionContext, where nobody would commit. Call "
+    "this code in its `transaction()`, or in `async with transactional(db):`.",
+)
+_autocommit = _refusing(
+    TransactionRequiredError,
+    "This block runs without a transaction, as `transactional` was asked to, so none can begin inside of it. Use "
+    "`transactional(db)`, which begins one.",
+)
+_never = _refusing(
+    TransactionAlreadyActiveError,
+    "propagation='never' was asked for inside of a unit of work, which is a transaction. Call it outside of one, or "
+    "suspend it: `transactional(db, 'not_supported')`.",
+)
+_begun = _refusing(
+    TransactionAlreadyActiveError,
+    "A transaction is open on {} already: commit it with `await commit_db_session(db)`, or choose another "
+    "`current_transaction`.",
+)
+_no_nesting = _refusing(
+    TransactionAlreadyActiveError,
+    "A transaction is open on {} already: commit it first, leave out `allow_nested_transactions=False` for a savepoint "
+    "in it, or use `new_transaction()`.",
+)
 
 
 # Where there is no unit of work that could be used, several rows agree. A block that commits by itself ignores an

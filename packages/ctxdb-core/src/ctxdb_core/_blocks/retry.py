@@ -14,8 +14,7 @@ from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
 from ctxdb_core._blocks.entry import beside
 from ctxdb_core._sqlalchemy.mysql_errors import CONFLICTS as MYSQL_CONFLICTS
 from ctxdb_core._sqlalchemy.mysql_errors import error_number
-from ctxdb_core._units.lifecycle import opened
-from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
+from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit, opened
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
 
 if TYPE_CHECKING:

@@ -15,12 +15,7 @@ __all__ = ["JoinedBlock", "SharedSessionBlock", "is_in_block_of"]
 
 
 class JoinedBlock:
-    """A block that takes part in the transaction of a unit of work, and changes nothing of it.
-
-    Args:
-        unit: whose transaction.
-        db: on which database.
-    """
+    """A block that takes part in the transaction of a unit of work, and changes nothing of it."""
 
     def __init__(self, unit: UnitOfWork, db: DBConnect) -> None:
         self.unit: UnitOfWork | None = unit
@@ -47,12 +42,7 @@ _around: ContextVar[tuple[JoinedBlock, ...]] = ContextVar("ctxdb_blocks", defaul
 
 
 def is_in_block_of(unit: UnitOfWork, db: DBConnect | None = None) -> bool:
-    """Return whether the running code is inside of a block that goes on, and has joined a transaction of `unit`.
-
-    Args:
-        unit: the unit of work.
-        db: on which database; on any by default.
-    """
+    """Return whether the running code is in a block that goes on, and has joined `unit` on `db`, or on any."""
     return any(block.unit is unit and (db is None or block.db is db) for block in _around.get())
 
 

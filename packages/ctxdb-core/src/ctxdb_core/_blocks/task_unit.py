@@ -79,7 +79,6 @@ class TaskUnit(UnitOfWork):
         return not self.serves() and (self.outer is None or self.outer.closed)
 
     def of(self, db: DBConnect) -> UnitOfWork:
-        """Return the unit that answers for `db`."""
         return self if db is self.db or self.outer is None else self.outer.of(db)
 
     @property
@@ -110,7 +109,6 @@ class TaskUnit(UnitOfWork):
         return task is not None
 
     def check_usable(self) -> None:
-        """Raise the error that says why the running code cannot use this unit, if it cannot."""
         super().check_usable()
         if not self.is_owned():
             raise ContextNotInitiatedError(
@@ -164,10 +162,6 @@ class OuterCommit:
 
     Only a mere session of a `TransactionContext` needs it: any other unit of work commits by itself. ``with`` returns
     whether a statement has begun the open transaction: then this block has to commit it.
-
-    Args:
-        unit: the unit of work of the enclosing block.
-        session: the session that the enclosing block commits.
     """
 
     def __init__(self, unit: UnitOfWork, session: AsyncSession) -> None:

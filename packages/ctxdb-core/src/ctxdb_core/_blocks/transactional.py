@@ -24,8 +24,7 @@ from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.generator_blocks import seat
-from ctxdb_core._units.lifecycle import opened
-from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit
+from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit, opened
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, ContextNotInitiatedError
 
 __all__ = ["Propagation", "transactional"]

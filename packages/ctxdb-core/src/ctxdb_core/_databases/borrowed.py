@@ -24,9 +24,6 @@ class BorrowedEngine:
     The pool of an engine serves one event loop. The loop that uses the `DBConnect` first gets the given engine, which
     its owner disposes of. Each other loop gets an engine like it, with the same dialect, options and listeners, and a
     pool of its own, which is disposed of like every engine that a `DBConnect` has made.
-
-    Args:
-        engine: the engine.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:

@@ -39,7 +39,7 @@ from ctxdb_core._databases.factory import create_engine
 from ctxdb_core._databases.lazy import LazySessionMaker, session_class_of, session_without_loop
 from ctxdb_core._databases.loop_engine import EngineCreator
 from ctxdb_core._databases.observer import EventTypes, Observer
-from ctxdb_core._databases.overridden import Override, override
+from ctxdb_core._databases.overridden import Override
 from ctxdb_core._databases.shutdown import wait_for_cancelled_queries
 from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.target import EngineListener, Target
@@ -439,13 +439,13 @@ class DBConnect(Database, Generic[SessionT_co]):
             def create(host: str) -> AsyncEngine:
                 return create_engine(url, host, dict(engine_options), read_only=read_only)
 
-            return override(self, self._engines, host, create)
+            return Override(self, self._engines, host, create)
         check_creator_of_other(url_or_creator)
         if engine_options:
             raise ArgumentTypeError(
                 f"overridden() takes {', '.join(engine_options)} with a URL alone: let the creator pass it on."
             )
-        return override(self, self._engines, self.host or "localhost", taking_host(url_or_creator))
+        return Override(self, self._engines, self.host or "localhost", taking_host(url_or_creator))
 
     @property
     def is_overridden(self) -> bool:

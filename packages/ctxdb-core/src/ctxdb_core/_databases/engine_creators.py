@@ -60,8 +60,6 @@ def try_engine_options(create: EngineCreator, host: str) -> None:
     try:
         create(host)
     except TypeError as exc:
-        if isinstance(exc, ArgumentTypeError):
-            raise
         raise ArgumentTypeError(f"from_url() passes its options on to `create_async_engine`: {exc}") from exc
 
 

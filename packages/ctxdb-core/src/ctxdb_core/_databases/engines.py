@@ -20,28 +20,20 @@ __all__ = ["Engines", "Replacement", "check_host"]
 
 
 class Replacement:
-    """A change of the `Target` of a `DBConnect` that is taken back later.
-
-    Args:
-        replaced: the target from before the change.
-    """
+    """A change of the `Target` of a `DBConnect` that is taken back later."""
 
     def __init__(self, replaced: Target) -> None:
         self.replaced = replaced
 
 
 class Engines:
-    """Makes the engines of a `DBConnect` when they are first used, and retires them.
-
-    Args:
-        target: where the `DBConnect` leads.
-        resolve_commits: whether the engines ask PostgreSQL what became of a transaction whose COMMIT was lost.
-    """
+    """Makes the engines of a `DBConnect` when they are first used, and retires them."""
 
     def __init__(self, target: Target, *, resolve_commits: bool) -> None:
-        self.target = target
+        self.target: Target = target
         """Where the `DBConnect` leads now. It is read without the lock, and replaced as a whole while that is held."""
         self.resolve_commits = resolve_commits
+        """Whether the engines ask PostgreSQL what became of a transaction whose COMMIT was lost."""
         # Guards all attributes: event loops of several threads may use the same database.
         self._lock = threading.Lock()
         self._replacements: list[Replacement] = []
@@ -92,12 +84,7 @@ class Engines:
             return engine
 
     def _make(self, host: str, others: LoopEngines) -> LoopEngine:
-        """Return a new engine of `host` for the running event loop.
-
-        Args:
-            host: the host.
-            others: the engines of `host` for other event loops.
-        """
+        """Return a new engine of `host` for the running event loop; `others` are those for other loops."""
         target = self.target
         in_memory = next((other for other in others.values() if other.lifetime is Lifetime.UNTIL_RETIRED), None)
         if in_memory is not None:
@@ -114,12 +101,7 @@ class Engines:
         return engine
 
     def add_listener(self, listener: EngineListener, *, overridden: bool) -> None:
-        """Call `listener` with each engine that there is, and with those to come.
-
-        Args:
-            listener: is called with the host and the engine.
-            overridden: whether it is also told of the engines that blocks of `overridden` make.
-        """
+        """Call `listener` with each engine that there is, and with those to come: see `DBConnect.on_engine`."""
         with self._lock:
             if overridden:
                 self._observing_listeners = (*self._observing_listeners, listener)

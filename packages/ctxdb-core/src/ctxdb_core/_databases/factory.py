@@ -1,4 +1,4 @@
-"""Makes the engine of a URL, which may be read-only."""
+"""`create_engine`: makes the engine of a URL, which may be read-only."""
 
 from __future__ import annotations
 

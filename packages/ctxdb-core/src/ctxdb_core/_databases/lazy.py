@@ -20,12 +20,7 @@ SessionT = TypeVar("SessionT", bound=AsyncSession)
 
 
 class LazySessionMaker(async_sessionmaker[SessionT]):
-    """Makes each session anew on the engine that its database has then: see `DBConnect.lazy_session_maker`.
-
-    Args:
-        create: makes a session, with further options of it.
-        find_class: returns the class of the sessions.
-    """
+    """Makes each session anew on the engine that its database has then: see `DBConnect.lazy_session_maker`."""
 
     def __init__(self, create: Callable[..., SessionT], find_class: Callable[[], type[SessionT]]) -> None:
         # `async_sessionmaker.__init__` would need the session class, and so an engine, now.
@@ -39,11 +34,7 @@ class LazySessionMaker(async_sessionmaker[SessionT]):
         return self._find_class()
 
     def __call__(self, **local_kw: Any) -> SessionT:
-        """Return a new session, which its caller closes.
-
-        Args:
-            **local_kw: options of this one session.
-        """
+        """Return a new session, which its caller closes."""
         options = {**self.kw, **local_kw}
         if "info" in self.kw and "info" in local_kw:
             options["info"] = {**cast("dict[Any, Any]", self.kw["info"]), **local_kw["info"]}
@@ -55,10 +46,6 @@ class LazySessionMaker(async_sessionmaker[SessionT]):
 
 def session_without_loop(engines: Engines, options: dict[str, Any]) -> AsyncSession:
     """Return a session that is made before any event loop runs: it is on the engine of the loop that uses it.
-
-    Args:
-        engines: the engines of its database.
-        options: options of this one session.
 
     Raises:
         HostNotSetError: no host is known yet.

@@ -1,4 +1,4 @@
-"""One host's engine on one event loop, from its creation to the last of its server connections."""
+"""`LoopEngine`: one host's engine on one event loop, from its creation to the last of its server connections."""
 
 from __future__ import annotations
 
@@ -83,12 +83,6 @@ class LoopEngine:
 
     Connections of an asyncio driver belong to the loop that opened them, so each loop has an engine of its own. A
     second engine would be a second database in memory, so the one engine of such a database is used on every loop.
-
-    Args:
-        host: where it is.
-        engine_creator: creates the engine.
-        session_maker_creator: creates its session maker.
-        existing: the engine of a database in memory, for another event loop than its first one.
     """
 
     def __init__(
@@ -101,7 +95,8 @@ class LoopEngine:
         resolve_commits: bool = False,
     ) -> None:
         self.host = host
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        # A database in memory has one engine, which was made for its first event loop.
         engine = engine_creator(host) if existing is None else existing
         if not isinstance(engine, AsyncEngine):
             raise ArgumentTypeError(
@@ -109,9 +104,9 @@ class LoopEngine:
                 "build the engine with `sqlalchemy.ext.asyncio.create_async_engine`."
             )
         self.engine = engine
-        self.lifetime = _lifetime_of(engine, engine_creator)
-        self.session_maker = session_maker_creator(engine)
-        self.new_session = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
+        self.lifetime: Lifetime = _lifetime_of(engine, engine_creator)
+        self.session_maker: async_sessionmaker[Any] = session_maker_creator(engine)
+        self.new_session: SessionFactory = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.
             _drains[engine.sync_engine].active = False

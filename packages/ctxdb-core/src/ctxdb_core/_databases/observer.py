@@ -45,17 +45,13 @@ class EventTypes(Generic[Event]):
 
 
 class Observer(Generic[Event]):
-    """Follows the sessions that it is given.
-
-    Args:
-        limit: for how many seconds a transaction may hold its connection without a warning; ``None`` for ever.
-        events: the types of the events that listeners are told of.
-    """
+    """Follows the sessions that it is given."""
 
     def __init__(self, limit: float | None, events: EventTypes[Event]) -> None:
         if limit is not None:
             _listen_to_sessions()
         self.limit = limit
+        """For how many seconds a transaction may hold its connection without a warning; ``None`` for ever."""
         self._events = events
         self._lock = threading.Lock()
         self._registrations: tuple[_Registration[Event], ...] = ()
@@ -145,7 +141,8 @@ class _Record(Generic[Event]):
         """Whether a commit was asked for. Its flush may be the first statement, which takes the connection."""
         self.error: BaseException | None = None
 
-    def tell(self, what: Event) -> None:
+    def tell(self, event_type: Callable[..., Event], **fields: Any) -> None:
+        what = event_type(db=self.db, host=self.host, session_id=self.session_id, **fields)
         for registration in self.registrations:
             if registration.active:
                 try:
@@ -159,7 +156,7 @@ class _Record(Generic[Event]):
         self.opened = time.perf_counter()
         self.transactions = 0
         self.held = 0.0
-        self.tell(self.events.session_opened(db=self.db, host=self.host, session_id=self.session_id))
+        self.tell(self.events.session_opened)
 
     def begin(self, transaction: SessionTransaction, connection: Connection) -> None:
         hold = None
@@ -170,11 +167,7 @@ class _Record(Generic[Event]):
             if self.opened is None:
                 self.open()
             self.transactions += 1
-            self.tell(
-                self.events.transaction_begun(
-                    db=self.db, host=self.host, session_id=self.session_id, connection=connection
-                )
-            )
+            self.tell(self.events.transaction_begun, connection=connection)
 
     def end(self) -> None:
         transaction, self.transaction = self.transaction, None
@@ -192,23 +185,15 @@ class _Record(Generic[Event]):
         held = now - transaction.begun
         self.held += held
         if transaction.committed:
+            self.tell(self.events.transaction_committed, duration=duration, connection_held=held)
+        else:
             self.tell(
-                self.events.transaction_committed(
-                    db=self.db, host=self.host, session_id=self.session_id, duration=duration, connection_held=held
-                )
-            )
-            return
-        self.tell(
-            self.events.transaction_rolled_back(
-                db=self.db,
-                host=self.host,
-                session_id=self.session_id,
+                self.events.transaction_rolled_back,
                 duration=duration,
                 connection_held=held,
                 commit_failed=commit_tried,
                 error=error,
             )
-        )
 
     def close(self) -> None:
         # If the end of the transaction was interrupted, it was not told yet.
@@ -216,14 +201,10 @@ class _Record(Generic[Event]):
         opened, self.opened = self.opened, None
         if opened is not None:
             self.tell(
-                self.events.session_closed(
-                    db=self.db,
-                    host=self.host,
-                    session_id=self.session_id,
-                    duration=time.perf_counter() - opened,
-                    transactions=self.transactions,
-                    connection_held=self.held,
-                )
+                self.events.session_closed,
+                duration=time.perf_counter() - opened,
+                transactions=self.transactions,
+                connection_held=self.held,
             )
 
 

@@ -1,7 +1,7 @@
-"""The end of a block of ``session.begin()`` or ``session.begin_nested()``: what a block leaves that ends by an error.
+"""The end of a block of ``session.begin()`` or ``session.begin_nested()``: an error undoes all of the block.
 
-What was done in such a block must not be committed with the transaction around it, also where the block's own end could
-not do what it should.
+What was done in a block that ends by an error must not be committed with the transaction around it, also where the
+block's own end could not roll it back.
 """
 
 from __future__ import annotations

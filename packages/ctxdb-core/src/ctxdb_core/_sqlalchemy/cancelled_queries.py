@@ -217,9 +217,6 @@ class _MySQLKiller:
 
     asyncmy and aiomysql close the socket, which neither MySQL nor MariaDB looks at while a statement runs or waits for
     a lock: it goes on, and holds its locks. Another connection has to say KILL.
-
-    Args:
-        engine: the engine whose connections are ended.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -1,4 +1,7 @@
-"""Hides context variables from connections, which live longer than the request that opens or uses them."""
+"""Hides context variables from connections, which live longer than the request that opens or uses them.
+
+An engine is taught that together with another matter of opening a connection: what its pool does after a failure.
+"""
 
 from __future__ import annotations
 

@@ -88,13 +88,7 @@ class _FollowedExecution(DefaultExecutionContext):
 
 
 class ServerCursor(BufferedRowCursorFetchStrategy):
-    """How a result fetches its rows from a cursor on the server.
-
-    Args:
-        connection: what the cursor was opened on.
-        dbapi_cursor: the cursor.
-        execution_options: the statement's, which say how many rows are fetched at once.
-    """
+    """How a result fetches its rows from a cursor on the server."""
 
     def __init__(self, connection: Connection, dbapi_cursor: Any, execution_options: Any) -> None:
         # The buffer is given here, as SQLAlchemy would fetch rows to fill it, and the statement is executed only later.

@@ -6,7 +6,6 @@ of that session, and in a greenlet that is used again.
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 from collections.abc import Awaitable, Callable
@@ -139,25 +138,69 @@ def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
     return copy
 
 
-def _methods_through_the_door(cls: type, stand_ins: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: through_the_door(method, stand_ins)
-        for name, method in vars(cls).items()
-        if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names)
-    }
-
-
-class DoorTransaction(AsyncSessionTransaction):
-    """What ``session.begin()`` and ``session.begin_nested()`` return."""
+class _TransactionThroughTheDoor(AsyncSessionTransaction):
+    """Has the methods of ``AsyncSessionTransaction``, each of which passes its call through the door."""
 
     __slots__ = ()
 
 
-class DoorSession(AsyncSession):
+class DoorTransaction(_TransactionThroughTheDoor):
+    """What ``session.begin()`` and ``session.begin_nested()`` return."""
+
+    __slots__ = ()
+
+    async def start(self, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
+        started = await super().start(is_ctxmanager)
+        guard = self.session.sync_session
+        if isinstance(guard, GuardedSession) and guard.door is not None and is_ctxmanager and not self.nested:
+            # Only the end of an `async with` block rolls back on an error: without one, the transaction is not this
+            # task's.
+            enter_block(guard).follow(cast(SessionTransaction, self.sync_transaction))
+        return started
+
+
+class _SessionThroughTheDoor(AsyncSession):
+    """Has the methods of ``AsyncSession``, each of which passes its call through the door."""
+
+
+class DoorSession(_SessionThroughTheDoor):
     """An asynchronous session whose calls pass the door of its synchronous session."""
 
     closes_plainly = True
     """Whether the user's class leaves closing to SQLAlchemy."""
+
+    async def flush(self, objects: Any = None) -> None:
+        # An explicit flush writes what the running task has changed. The autoflush before a query does not come here.
+        refuse_in_block_of_other_task(self.sync_session)
+        await super().flush(objects)
+
+    async def rollback(self) -> None:
+        door = getattr(self.sync_session, "door", None)
+        if door is None or not door.is_busy:
+            refuse_in_block_of_other_task(self.sync_session)
+            await super().rollback()
+            return
+        # While this task has the turn, no other task enters a block.
+        async with door.turn():
+            refuse_in_block_of_other_task(self.sync_session)
+            await super().rollback()
+
+    async def close(self) -> None:
+        await self._close_if_allowed(super().close)
+
+    async def reset(self) -> None:
+        await self._close_if_allowed(super().reset)
+
+    async def invalidate(self) -> None:
+        await self._close_if_allowed(super().invalidate)
+
+    async def _close_if_allowed(self, close: Callable[[], Awaitable[None]]) -> None:
+        # If an exception has led to a `finally` that closes the session, the exception surfaces, as from an `async
+        # with` block.
+        exc = sys.exc_info()[1]
+        await _note_hidden_write(self)
+        if guard_of(self).may_be_closed(self, exc):
+            await close()
 
     async def __aexit__(  # as `AsyncSession` has it
         self, type_: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
@@ -184,74 +227,16 @@ async def _note_hidden_write(session: DoorSession) -> None:
                 guard.note_set_up_is_no_work()
 
 
-def _in_task_block(start: Any) -> Any:
-    @functools.wraps(start)
-    async def start_in_task_block(self: DoorTransaction, is_ctxmanager: bool = False) -> Any:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
-        started = await start(self, is_ctxmanager)
-        guard = self.session.sync_session
-        if isinstance(guard, GuardedSession) and guard.door is not None and is_ctxmanager and not self.nested:
-            # Only the end of an `async with` block rolls back on an error: without one, the transaction is not this
-            # task's.
-            enter_block(guard).follow(cast(SessionTransaction, self.sync_transaction))
-        return started
-
-    return start_in_task_block
+def _take_through_the_door(cls: type, library_cls: type, spawn: Callable[..., Any]) -> None:
+    """Give `cls` the methods of `library_cls` that start a greenlet, or begin a transaction, through the door."""
+    stand_ins = {"greenlet_spawn": spawn, "AsyncSessionTransaction": DoorTransaction}
+    for name, method in vars(library_cls).items():
+        if isinstance(method, types.FunctionType) and stand_ins.keys() & set(method.__code__.co_names):
+            setattr(cls, name, through_the_door(method, stand_ins))
 
 
-def _outside_of_blocks(method: Any) -> Any:
-    @functools.wraps(method)
-    async def call_outside_of_blocks(self: DoorSession, *args: Any) -> None:
-        # An explicit flush writes what the running task has changed. The autoflush before a query does not come here.
-        refuse_in_block_of_other_task(self.sync_session)
-        await method(self, *args)
-
-    return call_outside_of_blocks
-
-
-def _in_turn_outside_of_blocks(method: Any) -> Any:
-    @functools.wraps(method)
-    async def call_in_turn_outside_of_blocks(self: DoorSession) -> None:
-        door = getattr(self.sync_session, "door", None)
-        if door is None or not door.is_busy:
-            refuse_in_block_of_other_task(self.sync_session)
-            await method(self)
-            return
-        # While this task has the turn, no other task enters a block.
-        async with door.turn():
-            refuse_in_block_of_other_task(self.sync_session)
-            await method(self)
-
-    return call_in_turn_outside_of_blocks
-
-
-def _if_it_may_be_closed(close: Any) -> Any:
-    @functools.wraps(close)
-    async def close_if_allowed(self: DoorSession) -> None:
-        # If an exception has led to a `finally` that closes the session, the exception surfaces, as from an `async
-        # with` block.
-        exc = sys.exc_info()[1]
-        await _note_hidden_write(self)
-        if guard_of(self).may_be_closed(self, exc):
-            await close(self)
-
-    return close_if_allowed
-
-
-for _cls, _library_cls, _spawn in (
-    (DoorTransaction, AsyncSessionTransaction, _call_of_transaction),
-    (DoorSession, AsyncSession, _call),
-):
-    for _name, _method in _methods_through_the_door(
-        _library_cls, {"greenlet_spawn": _spawn, "AsyncSessionTransaction": DoorTransaction}
-    ).items():
-        setattr(_cls, _name, _method)
-for _name in ("close", "reset", "invalidate"):
-    setattr(DoorSession, _name, _if_it_may_be_closed(getattr(DoorSession, _name)))
-DoorTransaction.start = _in_task_block(DoorTransaction.start)  # type: ignore[method-assign]  # of our own class
-DoorSession.flush = _outside_of_blocks(DoorSession.flush)  # type: ignore[method-assign]  # of our own class
-DoorSession.rollback = _in_turn_outside_of_blocks(  # type: ignore[method-assign]  # of our own class
-    DoorSession.rollback
-)
-DoorSession.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
+_take_through_the_door(_TransactionThroughTheDoor, AsyncSessionTransaction, _call_of_transaction)
+_take_through_the_door(_SessionThroughTheDoor, AsyncSession, _call)
+_SessionThroughTheDoor.run_sync = through_the_door(  # type: ignore[method-assign]  # of our own class
     AsyncSession.run_sync, {"greenlet_spawn": _call_with_session}
 )

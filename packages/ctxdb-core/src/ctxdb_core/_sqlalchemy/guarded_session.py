@@ -37,14 +37,14 @@ from ctxdb_core._sqlalchemy.private import (
     is_flushing,
 )
 from ctxdb_core._sqlalchemy.rereading import Rereading, keeping_changes
-from ctxdb_core._sqlalchemy.statements import only_reads
 from ctxdb_core._sqlalchemy.task_blocks import enter_block, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.traced_session import TracedSession
+from ctxdb_core._sqlalchemy.written import only_reads
 
 __all__ = ["GuardedSession", "OnBegin", "door_of", "guard_of"]
 
-OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[None]]
-"""Awaited with the session at the beginning of a transaction."""
+OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
+"""Awaited with the session at the beginning of each of its transactions."""
 
 BeforeClose: TypeAlias = Callable[[AsyncSession, BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""

@@ -92,8 +92,7 @@ class LostCommit(NamedTuple):
     async def ask(self, pool: Pool) -> tuple[str | None, str]:
         """Ask a server what it knows of the transaction: ``pg_xact_status``, and the timeline that the server writes.
 
-        Args:
-            pool: the pool whose connection asks; it is disposed of afterwards.
+        A connection of `pool` asks; the pool is disposed of afterwards.
 
         Raises:
             Exception: the server does not answer, or is a standby.

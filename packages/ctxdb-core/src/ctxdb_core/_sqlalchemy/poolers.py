@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, event
+from sqlalchemy import Connection, Dialect, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -30,8 +30,6 @@ __all__ = [
 logger = logging.getLogger("ctxdb")
 
 _BEHIND_POOLER = "ctxdb.behind_pooler"
-
-_taught: WeakSet[Engine] = WeakSet()
 
 
 def is_behind_pooler(connection: Connection) -> bool:
@@ -140,20 +138,15 @@ def _ask(dbapi_connection: Any, query: str) -> Any:
 def tell_wrong_settings(engine: AsyncEngine) -> None:
     """Log a warning if the first connection of `engine` leads to a pooler, and its driver is set up for a server."""
     sync_engine = engine.sync_engine
-    if engine.dialect.name != "postgresql" or sync_engine in _taught:
+    if engine.dialect.name != "postgresql":
         return
-    _taught.add(sync_engine)
     first = _FirstConnection(engine.dialect.driver)
     event.listen(sync_engine, "do_connect", first.note_arguments)
     event.listen(sync_engine, "connect", first.look)
 
 
 class _FirstConnection:
-    """Looks at the first connection of an engine.
-
-    Args:
-        driver: which driver the engine uses.
-    """
+    """Looks at the first connection of an engine."""
 
     def __init__(self, driver: str) -> None:
         self._driver = driver

@@ -124,7 +124,7 @@ class SessionFactory:
     )
 
     def __init__(self, maker: async_sessionmaker[Any], before_commit: BeforeCommit | None = None) -> None:
-        self.maker = maker
+        self.maker: async_sessionmaker[Any] = maker
         self._before_commit = before_commit
         self._class: Any = None
         self._sync_class_given: Any = None

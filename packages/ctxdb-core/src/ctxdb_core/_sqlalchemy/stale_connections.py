@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import ref
 
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DisconnectionError
@@ -42,15 +42,10 @@ from ctxdb_core._sqlalchemy.private import (
 
 __all__ = ["is_connection_error", "replace_closed_connections"]
 
-_taught: WeakSet[Engine] = WeakSet()
-
 
 def replace_closed_connections(engine: AsyncEngine) -> None:
     """Have the pool of `engine` open a new connection in the place of one that was closed while it was idle."""
     sync_engine = engine.sync_engine
-    if sync_engine in _taught:
-        return
-    _taught.add(sync_engine)
     driver = engine.dialect.driver
     if driver == "asyncpg":
         _Asyncpg(sync_engine).attach(sync_engine)
@@ -141,11 +136,7 @@ def _maybe(timeout: int, most: int) -> bool:
 
 
 class _Sockets(ABC):
-    """Knows the sockets of all connections of an engine, and replaces those that were lost.
-
-    Args:
-        engine: whose connections.
-    """
+    """Knows the sockets of all connections of an engine, and replaces those that were lost."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = ref(engine)
@@ -220,11 +211,7 @@ def _nobody() -> None:
 
 
 class _AsyncpgConnection:
-    """What is known of a connection of asyncpg in a pool.
-
-    Args:
-        record: the pool's record of the connection.
-    """
+    """What is known of a connection of asyncpg in a pool."""
 
     __slots__ = ("_used_in", "record")
 
@@ -250,7 +237,7 @@ class _AsyncpgConnection:
         connection.add_termination_listener(self._note_lost)
 
     def follow_instead(self, connection: Any) -> None:
-        """Do as `follow` does, for what has replaced a lost connection, of which the pool was told."""
+        """Follow `connection`, which has replaced a lost one; the pool was told of that loss: take that back."""
         self.follow(connection)
         record = self.record()
         if record is not None:

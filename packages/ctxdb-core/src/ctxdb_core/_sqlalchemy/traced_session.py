@@ -20,8 +20,8 @@ from ctxdb_core._sqlalchemy.private import (
     has_to_flush,
     innermost_block,
 )
-from ctxdb_core._sqlalchemy.statements import only_sets
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
+from ctxdb_core._sqlalchemy.written import only_sets
 
 __all__ = ["Ending", "Interrupted", "TracedSession"]
 

@@ -1,11 +1,12 @@
-"""Asks the database whether an open transaction holds work, which the statements alone do not tell."""
+"""Whether a transaction holds work: what its statements tell before they are sent, and what the database answers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, TextClause
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -13,7 +14,27 @@ from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 
-__all__ = ["UNANSWERED", "holds_work"]
+__all__ = ["UNANSWERED", "holds_work", "only_reads", "only_sets"]
+
+_READING = re.compile(r"\s*(?:SELECT|SHOW|VALUES|TABLE|PRAGMA\s+\w+\s*(?:;|\(|$)|EXPLAIN(?!\s+ANALY))\b", re.IGNORECASE)
+_WITH = re.compile(r"\s*WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b)", re.IGNORECASE | re.DOTALL)
+_SETTING = re.compile(r"\s*(?:SET|RESET)\b[^;]*;?\s*$", re.IGNORECASE)
+
+
+def only_reads(clause: Any) -> bool:
+    """Return whether `clause` writes nothing; ``None``, as in a flush, may write anything.
+
+    A ``SELECT`` counts as reading, although it may call a function that writes.
+    """
+    if isinstance(clause, TextClause):
+        return _READING.match(clause.text) is not None or _WITH.match(clause.text) is not None
+    return getattr(clause, "is_select", False)
+
+
+def only_sets(clause: Any) -> bool:
+    """Return whether `clause` only sets something for its transaction or connection, such as a role."""
+    return isinstance(clause, TextClause) and _SETTING.match(clause.text) is not None
+
 
 UNANSWERED = (DBAPIError, PendingRollbackError)
 """What `holds_work` raises where the database cannot tell: the transaction is aborted, or it was lost with its
@@ -22,12 +43,9 @@ connection, as when a time limit interrupts a statement.
 
 
 async def holds_work(session: AsyncSession, door: Door, by_statements: Callable[[], bool]) -> bool:
-    """Ask the database whether the open transaction of `session` holds work.
+    """Ask the database whether the open transaction of `session` holds work, in a turn at its `door`.
 
-    Args:
-        session: whose transaction.
-        door: the session's door: the question takes a turn at it.
-        by_statements: the answer for a database that cannot be asked.
+    For a database that cannot be asked, the answer is that of `by_statements`.
 
     Raises:
         DBAPIError, PendingRollbackError: see `UNANSWERED`.

@@ -50,9 +50,6 @@ class PoolFollower:
     A subclass overrides the methods that are told what happens. They are called for each connection that the
     application takes, and must not wait for anything. All times are in seconds.
 
-    Args:
-        dbs: the databases to follow.
-
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect`.
     """

@@ -38,15 +38,12 @@ def check_databases(dbs: Iterable[DBConnect]) -> tuple[DBConnect, ...]:
 class FollowedTransaction:
     """A transaction that is under way, or has just ended."""
 
-    __slots__ = ("begun", "db", "duration", "error", "held", "host", "outcome", "session_id", "state", "unit")
+    __slots__ = ("duration", "error", "held", "host", "outcome", "state", "unit")
 
     def __init__(self, event: TransactionBegun, unit: FollowedUnit | None) -> None:
-        self.db = event.db
         self.host = event.host
-        self.session_id = event.session_id
         self.unit = unit
         """The unit of work whose code has begun it; ``None`` outside of any."""
-        self.begun = perf_counter()
         self.state: Any = None
         """The follower's own."""
         # Set at its end.
@@ -116,9 +113,6 @@ class UnitFollower:
 
     A subclass overrides the four methods that are told what happens; they are called in the task that causes it, and
     must not wait for anything.
-
-    Args:
-        dbs: the databases to follow.
 
     Raises:
         ArgumentTypeError: there is no database, or one is no `DBConnect`.

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit, is_bound_to_connection
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
-from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, door_of
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._transactions.rollback_only import set_rollback_only
@@ -95,27 +95,26 @@ _LIMITED = "ctxdb.statement_timeout"
 
 
 def limit_statements(session: AsyncSession, current: CurrentTimeout) -> None:
-    """Let each transaction that `session` begins from now on have the limit that is `current` then."""
-    sync_session = session.sync_session
-    if _LIMITED in sync_session.info:
+    """Let each transaction that a unit's `session` begins from now on have the limit that is `current` then."""
+    guard = guard_of(session)
+    door = guard.door
+    assert door is not None, "the unit of work has given the session one"
+    if _LIMITED in guard.info:
         return
-    sync_session.info[_LIMITED] = True
-    if isinstance(sync_session, GuardedSession):
-        sync_session.deadline = lambda: None if (timeout := current()) is None else timeout.deadline
+    guard.info[_LIMITED] = True
+    guard.deadline = lambda: None if (timeout := current()) is None else timeout.deadline
 
     def check() -> None:
         if timeout := current():
             timeout.left()
 
-    if (door := door_of(session)) is not None:
-        door.check = check
+    door.check = check
     if is_bound_to_connection(session):
         # A transaction that other code began, such as a test, goes on after this unit: it keeps its own limit.
         return
-    if door is not None:
-        door.latest = lambda: _latest(current())
+    door.latest = lambda: _latest(current())
 
-    @event.listens_for(sync_session, "after_begin")
+    @event.listens_for(guard, "after_begin")
     def limit(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         # A savepoint has the limit of its transaction.
         if not transaction.nested and (timeout := current()):

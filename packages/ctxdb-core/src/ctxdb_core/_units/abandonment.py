@@ -9,20 +9,18 @@ object of its own, which `follow_calls` installs in a unit of work where handler
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, Token, copy_context
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ctxdb_core._sqlalchemy.door import StatementObserver
-from ctxdb_core._sqlalchemy.doors import observe_statements
-from ctxdb_core._units.authorship import Authors, find_authors, note_author, note_unseen_author
+from ctxdb_core._units.authorship import Authors, find_authors, note_author
+from ctxdb_core._units.unit_end import UnitEnd
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError
 
-__all__ = ["Call", "HandlerCalls", "current_call", "follow_calls"]
+__all__ = ["Call", "HandlerCalls", "current_call"]
 
 
 class Call:
@@ -55,11 +53,7 @@ _UNSET = object()
 
 
 class HandlerCalls:
-    """The calls of handlers that are made in one unit of work.
-
-    Args:
-        before: the context variables at the beginning of the unit of work.
-    """
+    """The calls of handlers that are made in one unit of work."""
 
     __slots__ = ("at_work", "before", "left_open", "variables")
 
@@ -160,7 +154,7 @@ class HandlerCalls:
             raise ContextClosedError
         note_author(session, clause, call)
 
-    async def finish(self, unit: FollowedUnit, *, commit: bool, error: BaseException | None = None) -> None:
+    async def finish(self, unit: UnitEnd, *, commit: bool, error: BaseException | None = None) -> None:
         """End `unit` for a response in the place of a handler that goes on.
 
         What the handler has written is rolled back: it is not whole, and the handler is not told of the answer. What
@@ -180,34 +174,3 @@ class HandlerCalls:
         await unit.finish(commit=commit and authors.others and not authors.handlers, error=refused or error)
         if refused is not None:
             raise refused
-
-
-def follow_calls(unit: FollowedUnit) -> HandlerCalls:
-    """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
-
-    An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
-    what a transaction holds already counts as written by the middlewares.
-    """
-    calls = unit.calls
-    if calls is None:
-        calls = unit.calls = HandlerCalls(copy_context() if unit.context is None else unit.context)
-        for session in unit.sessions.values():
-            note_unseen_author(session.sync_session)
-        observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
-    return calls
-
-
-class FollowedUnit(Protocol):
-    """What is asked here of a `UnitOfWork`, whose module imports this one."""
-
-    calls: HandlerCalls | None
-
-    @property
-    def context(self) -> Context | None: ...
-
-    @property
-    def sessions(self) -> Mapping[Any, AsyncSession]: ...
-
-    def statement_observer(self) -> StatementObserver | None: ...
-
-    async def finish(self, *, commit: bool, error: BaseException | None = None) -> None: ...

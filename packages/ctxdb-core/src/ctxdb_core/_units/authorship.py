@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from ctxdb_core._sqlalchemy.doors import is_busy
 from ctxdb_core._sqlalchemy.private import begin_without_statement
-from ctxdb_core._sqlalchemy.statements import only_reads
+from ctxdb_core._sqlalchemy.written import only_reads
 
 __all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]
 
@@ -63,10 +63,6 @@ def find_authors(sessions: Iterable[AsyncSession], at_work: Collection[object]) 
     """Return whose work the open transactions of `sessions` hold.
 
     Objects that have not been flushed do not say which code has changed them: they count as the work of both.
-
-    Args:
-        sessions: all sessions of a unit.
-        at_work: the calls of handlers that are still at work.
     """
     of_handlers = of_others = False
     for session in sessions:

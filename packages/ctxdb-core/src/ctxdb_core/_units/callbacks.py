@@ -56,11 +56,7 @@ class WaitingCallback:
 
 
 class Callbacks:
-    """The callbacks of one unit of work.
-
-    Args:
-        run_in_unit: gives each callback its unit of work.
-    """
+    """The callbacks of one unit of work."""
 
     __slots__ = ("_due", "_run_in_unit", "_running", "_waiting")
 
@@ -123,12 +119,7 @@ class Callbacks:
                 self._roll_back_savepoint(db, transaction)
 
     def settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
-        """Take note of the `outcome` of what was open: callbacks that wait for it are due, the others are forgotten.
-
-        Args:
-            dbs: where; everywhere by default.
-            outcome: what has become of the work.
-        """
+        """Take note of the `outcome` of what was open: callbacks that wait for it are due, the others are forgotten."""
         for db in list(self._waiting) if dbs is None else dbs:
             self._due += [each for each in self._waiting.pop(db, ()) if each.outcome is outcome]
 
@@ -143,7 +134,7 @@ class Callbacks:
             self._waiting[db] = [*callbacks, *self._waiting.get(db, [])]
 
     def roll_back(self, waiting: Mapping[DBConnect, Sequence[WaitingCallback]]) -> None:
-        """Call those of the callbacks that were set aside which wait for a roll-back, and forget the others."""
+        """Call the callbacks in `waiting`, which were set aside, that wait for a roll-back; forget the others."""
         for callbacks in waiting.values():
             self._due += [each for each in callbacks if each.outcome is Outcome.ROLLED_BACK]
         self.start()

@@ -85,10 +85,6 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
 async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
     """Commit what is open, in the order in which the sessions were opened.
 
-    Args:
-        sessions: those of the unit of work.
-        dbs: where; everywhere by default.
-
     Raises:
         BaseException: the first error of a commit; everything that was not committed has been rolled back.
     """
@@ -107,13 +103,7 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
 
 
 async def roll_back(sessions: Sessions, dbs: Collection[DBConnect] | None, error: BaseException | None) -> None:
-    """Roll back what is open.
-
-    Args:
-        sessions: those of the unit of work.
-        dbs: where; everywhere by default.
-        error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
-    """
+    """Roll back what is open because of `error`, if there is one: a failure is attached to that, or else logged."""
     for db, session in affected(sessions, dbs):
         await session_end.roll_back(session, error, db)
 

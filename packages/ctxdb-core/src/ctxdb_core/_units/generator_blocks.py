@@ -163,9 +163,6 @@ class IteratedUnit(UnitOfWork):
     def answering(self, db: DBConnect | None = None) -> UnitOfWork | None:
         """Return the unit that the running code finds here, if any.
 
-        Args:
-            db: the database that it asks about.
-
         Raises:
             ContextNotInitiatedError: the consumer asks, and the block is on its own session on `db`.
         """
@@ -197,21 +194,17 @@ class IteratedUnit(UnitOfWork):
         return unit is None or unit.closed
 
     def of(self, db: DBConnect) -> UnitOfWork:
-        """Return the unit that answers for `db`."""
         return self._found(db).of(db)
 
     def note_second_session(self, db: DBConnect, session: AsyncSession) -> None:
-        """Note that code which may wait for another one opens a `session` of its own on `db`."""
         unit = self.answering()
         if unit is not None:
             unit.note_second_session(db, session)
 
     def check_usable(self) -> None:
-        """Raise the error that says why the running code cannot use the unit, if it cannot."""
         self._found().check_usable()
 
     async def limit_statements(self, timeout: StatementTimeout | None) -> None:
-        """Let the statements of the unit take no longer than `timeout` from now on."""
         await self._found().limit_statements(timeout)
 
     def _found(self, db: DBConnect | None = None) -> UnitOfWork:
@@ -239,9 +232,6 @@ _WAY_OUT = (
 
 def innermost_unit(db: DBConnect | None = None) -> UnitOfWork | None:
     """Return the unit of work of the running code, if any.
-
-    Args:
-        db: the database that it is going to be asked about.
 
     Raises:
         ContextNotInitiatedError: as `IteratedUnit.answering`.

@@ -1,23 +1,21 @@
-"""What code asks of its unit of work: to be called at the begin or the end of transactions, and to roll back."""
+"""What code asks of its unit of work: calls at the begin and end of transactions, a roll-back, a time limit."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, cast
-
-from sqlalchemy.ext.asyncio import AsyncSession
+from typing import cast
 
 from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT
+from ctxdb_core._sqlalchemy.guarded_session import OnBegin
+from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.callbacks import Callback, OnCommit, Outcome
 from ctxdb_core._units.generator_blocks import innermost_unit
 from ctxdb_core._units.session_functions import unit_for
+from ctxdb_core._units.unit import current_unit
 from ctxdb_core.errors import ContextNotInitiatedError
 
-__all__ = ["OnBegin", "on_begin", "on_commit", "on_rollback", "set_rollback_only"]
-
-OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with the session at the beginning of each of its transactions."""
+__all__ = ["OnBegin", "on_begin", "on_commit", "on_rollback", "set_rollback_only", "set_statement_timeout"]
 
 
 def on_commit(db: DBConnect, callback: OnCommit) -> None:
@@ -109,3 +107,27 @@ def set_rollback_only(db: DBConnect | None = None) -> None:
     if unit is None:
         raise ContextNotInitiatedError
     unit.set_rollback_only(None)
+
+
+async def set_statement_timeout(seconds: float | None = None, *, deadline: float | None = None) -> None:
+    """Limit each further statement of the current unit of work, on all of its databases.
+
+    Each transaction tells the server its limit when it begins, for itself alone (``SET LOCAL statement_timeout``: one
+    round trip); one that is open is told now. A statement that takes longer fails by the database's own error (SQLSTATE
+    57014; on SQLite, it is interrupted), and its transaction can only be rolled back then.
+
+    Args:
+        seconds: how long each statement may take; without it, and without a `deadline`, there is no limit any more.
+        deadline: when all of them have to be done, on the event loop's clock (``loop.time() + 2.5``). The server is
+            told what is left when the transaction begins; once it has passed, no statement is sent.
+
+    Raises:
+        ValueError: `seconds` is not positive.
+        ContextNotInitiatedError, ContextClosedError: as `ctxdb_core.db_session`.
+        DeadlineExceededError: a transaction is open, and the deadline has passed.
+        TransactionOptionsError: a transaction is open on a database that has no such limit.
+    """
+    unit = current_unit.get(None)
+    if unit is None:
+        raise ContextNotInitiatedError
+    await unit.limit_statements(StatementTimeout(seconds, deadline))

@@ -7,7 +7,6 @@ import inspect
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._databases.arguments import check_function, type_of
@@ -19,7 +18,7 @@ from ctxdb_core._units.reading import ReadsFrom
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import NO_SETTINGS, UnitSettings
-from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit
+from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit, opened
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_YET
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
@@ -198,33 +197,6 @@ async def new_db_ctx(
 
 unit_of_work = new_db_ctx
 """The same: the name by which the documentation calls it."""
-
-
-class opened:  # noqa: N801 - used like a function, in `async with`
-    """Makes `unit` the current one for a block, and ends it with that: committed, or rolled back by an exception.
-
-    Args:
-        unit: the unit of work.
-        current: what is made current in its place; the `seat` of the unit, where the block may be around the ``yield``
-            of an async generator.
-    """
-
-    __slots__ = ("_current", "_unit")
-
-    def __init__(self, unit: UnitOfWork, current: UnitOfWork | None = None) -> None:
-        self._unit = unit
-        self._current = current or unit
-
-    async def __aenter__(self) -> None:
-        self._current.enter()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            await self._unit.finish(commit=exc is None, error=exc)
-        finally:
-            self._current.leave()
 
 
 async def run_in_new_ctx(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

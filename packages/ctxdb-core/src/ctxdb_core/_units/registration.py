@@ -42,12 +42,7 @@ class Registration(LeakGuard):
         """The sessions that `close_session` has not closed yet: it may have to wait for a statement of another task."""
 
     def begin(self, unit: object, sessions: Collection[object]) -> None:
-        """Note that a unit of work opens its first session.
-
-        Args:
-            unit: the unit of work, an `OpenUnit`.
-            sessions: its open sessions, as they are at any time.
-        """
+        """Note that a unit of work opens its first session; `sessions` are its open ones, as they are at any time."""
         self.opened = perf_counter()
         self._sessions = sessions
         self._reference = reference = ref(unit, open_units.discard)

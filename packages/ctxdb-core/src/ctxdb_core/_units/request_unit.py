@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any
 
 from ctxdb_core._sqlalchemy.door import StatementObserver
+from ctxdb_core._sqlalchemy.doors import observe_statements
 from ctxdb_core._units.abandonment import HandlerCalls
+from ctxdb_core._units.authorship import note_unseen_author
 from ctxdb_core._units.ids import id_of_request
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.watcher import request_line
 
-__all__ = ["RequestUnit"]
+__all__ = ["RequestUnit", "follow_calls"]
 
 
 class RequestUnit(UnitOfWork):
@@ -54,3 +56,18 @@ class RequestUnit(UnitOfWork):
     def is_given_up(self) -> bool:
         """Return whether the running code is part of a handler in whose place a middleware has answered."""
         return self.calls is not None and self.calls.is_running_given_up()
+
+
+def follow_calls(unit: RequestUnit) -> HandlerCalls:
+    """Have it noted, from now on, who writes what in `unit`, and return its calls: the same at each call of this.
+
+    An adapter asks for it where a middleware may give up on a handler; best before anything is done in the unit, as
+    what a transaction holds already counts as written by the middlewares.
+    """
+    calls = unit.calls
+    if calls is None:
+        calls = unit.calls = HandlerCalls(copy_context() if unit.context is None else unit.context)
+        for session in unit.sessions.values():
+            note_unseen_author(session.sync_session)
+        observe_statements(unit.sessions.values(), unit.statement_observer() or calls.observe)
+    return calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.observer import note_commit, note_error
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
-from ctxdb_core._sqlalchemy.door import Door
+from ctxdb_core._sqlalchemy.door import Door, Refuse
 from ctxdb_core._sqlalchemy.door_session import DoorSession
 from ctxdb_core._sqlalchemy.doors import interrupt_call
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
 from ctxdb_core._sqlalchemy.loaded import LoadedValues
-from ctxdb_core._sqlalchemy.private import forget_block, has_committed, is_at_rest
+from ctxdb_core._sqlalchemy.private import has_committed, is_at_rest
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._sqlalchemy.traced_session import Ending
 from ctxdb_core._transactions.rollback_only import set_rollback_only
@@ -121,15 +121,11 @@ async def close(session: AsyncSession, error: BaseException | None, name: object
             await _discard(session)
 
 
-def interrupt(session: AsyncSession, refuse: Callable[[], NoReturn], error: BaseException | None) -> None:
+def interrupt(session: AsyncSession, refuse: Refuse, error: BaseException | None) -> None:
     """End a session for everyone else, and stop the call that is under way, as its work is undone anyway.
 
-    A COMMIT is not stopped.
-
-    Args:
-        session: which one.
-        refuse: raises the error that every other use of it gets from now on.
-        error: why its work is undone: the call that is stopped gets to see that.
+    A COMMIT is not stopped. Each other use of the session raises the error of `refuse` from now on; the call that is
+    stopped shows the `error` for which its work is undone, too.
     """
     door = door_of(session)
     if door is not None:
@@ -138,25 +134,18 @@ def interrupt(session: AsyncSession, refuse: Callable[[], NoReturn], error: Base
 
 
 @asynccontextmanager
-async def last_turn(
-    session: AsyncSession, refuse: Callable[[], NoReturn], *, latest: float | None = None
-) -> AsyncIterator[bool]:
+async def last_turn(session: AsyncSession, refuse: Refuse, *, latest: float | None = None) -> AsyncIterator[bool]:
     """End a session for everyone else, and take its turn for ending its transaction and closing it.
 
-    Args:
-        session: which one.
-        refuse: raises the error that every other use of it gets from now on.
-        latest: until when the call that is under way may end, on the event loop's clock; ``None`` for as long as it
-            takes. A free turn is taken whatever the time is.
+    Each other use of it raises the error of `refuse` from now on. The call that is under way may end until `latest`, on
+    the event loop's clock; ``None`` is for as long as it takes. A free turn is taken whatever the time is.
 
     Returns:
         Whether the turn was had. A driver may not return from a call that was interrupted, or a COMMIT takes its time:
         then the session's connection is thrown away after that, and nothing else is left to do with it.
     """
     door = door_of(session)
-    if door is None:
-        yield True
-        return
+    assert door is not None, "the unit of work has given the session one"
     turn = door.last_turn(refuse)
     try:
         async with asyncio.timeout_at(latest):
@@ -175,22 +164,13 @@ async def last_turn(
         await turn.__aexit__(None, None, None)
 
 
-async def end(session: AsyncSession, error: BaseException | None, name: object, refuse: Callable[[], NoReturn]) -> None:
+async def end(session: AsyncSession, error: BaseException | None, name: object, refuse: Refuse) -> None:
     """Close a session after the call that is under way; every use of it from now on raises the error of `refuse`."""
     async with last_turn(session, refuse):
         await close(session, error, name)
 
 
-def leave_blocks(session: AsyncSession) -> None:
-    """Let the code in a block of `session` go on with it, although the block's transaction was ended from outside.
-
-    SQLAlchemy refuses further statements then, inside of ``async with session.begin():`` and of a savepoint's block.
-    Their ends do nothing any more.
-    """
-    forget_block(session.sync_session)
-
-
-def end_at_once(session: AsyncSession, refuse: Callable[[], NoReturn]) -> None:
+def end_at_once(session: AsyncSession, refuse: Refuse) -> None:
     """Close a session for which `ends_without_io` is true; every use of it from now on raises the error of `refuse`."""
     guard = guard_of(session)
     if guard.identity_map or guard.on_end is not None:
@@ -262,7 +242,7 @@ def refuse_after_roll_back() -> NoReturn:
     )
 
 
-def because_of(error: BaseException | None, refuse: Callable[[], NoReturn]) -> Callable[[], NoReturn]:
+def because_of(error: BaseException | None, refuse: Refuse) -> Refuse:
     """Return what raises the error of `refuse` from `error`."""
 
     def refuse_because_of_error() -> NoReturn:
@@ -288,13 +268,13 @@ async def _discard(session: AsyncSession) -> None:
         logger.exception("A session could not be invalidated")
 
 
-async def _discard_when_free(session: AsyncSession, door: Door, refuse: Callable[[], NoReturn]) -> None:
+async def _discard_when_free(session: AsyncSession, door: Door, refuse: Refuse) -> None:
     async with door.last_turn(refuse):
         await _discard(session)
 
 
 def report(exc: BaseException, error: BaseException | None, what: str) -> None:
-    """Attach `exc` to `error`, the one that surfaces; log it where there is none."""
+    """Attach `exc` to the `error` that surfaces, or log it where no error does."""
     if error is None:
         logger.warning("While a unit of work ended, %s", what, exc_info=exc)
     elif exc is not error:

@@ -14,22 +14,22 @@ from ctxdb_core._sqlalchemy.cursors import has_open_cursor
 from ctxdb_core._sqlalchemy.door import Refuse
 from ctxdb_core._sqlalchemy.doors import interrupt_call, is_busy, wait_for_calls
 from ctxdb_core._sqlalchemy.guarded_session import door_of
+from ctxdb_core._sqlalchemy.private import forget_block
 from ctxdb_core._units import session_end
-from ctxdb_core._units.callbacks import Outcome
+from ctxdb_core._units.callbacks import Callbacks, Outcome
 from ctxdb_core._units.commit import BeforeCommit, Sessions, commit_in_order, is_in_before_commit, prepare, roll_back
 from ctxdb_core._units.open_results import has_only_read, is_kept_for_cursor
 from ctxdb_core._units.registration import NO_WATCHERS
 from ctxdb_core._units.session_end import in_transaction
-from ctxdb_core._units.unit_attachments import UnitAttachments
 from ctxdb_core._units.unit_hooks import UnitHooks
-from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE
+from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, UnitSessions
 from ctxdb_core._units.watcher import report_failure
 from ctxdb_core.errors import ContextClosedError
 
 __all__ = ["UnitEnd"]
 
 
-class UnitEnd(UnitAttachments):
+class UnitEnd(UnitSessions):
     """The part of a unit of work that ends its transactions, gives back its connections, and ends the unit.
 
     Transactions can end more than once: for a response when it starts, and again for what was done while it was sent.
@@ -82,7 +82,7 @@ class UnitEnd(UnitAttachments):
         except BaseException as exc:
             await self._roll_back_unless_committed(exc, None)
             raise
-        session_end.leave_blocks(session)
+        forget_block(session.sync_session)
 
     async def _commit_with_hooks(self, dbs: Collection[DBConnect] | None, *, ends_body: bool) -> None:
         """Commit as `commit` does, on several databases, or with what the code has asked of the end of transactions."""
@@ -207,16 +207,14 @@ class UnitEnd(UnitAttachments):
             # A response may start while a dependency is inside of `async with session.begin():`, for instance.
             # SQLAlchemy would refuse further statements in that block, now that its transaction has ended.
             for session in self.sessions.values():
-                session_end.leave_blocks(session)
+                forget_block(session.sync_session)
 
     # --- closing sessions, and ending the unit ------------------------------------------------------------------------
 
     async def close_session(self, db: DBConnect, refuse: Refuse = session_end.refuse_after_close) -> None:
         """Close the session on `db`, if there is one, without a commit: its connection goes back to the pool.
 
-        Args:
-            db: where.
-            refuse: raises the error that further use of the session gets.
+        Further use of the session gets the error of `refuse`.
         """
         self.check_usable()
         session = self.sessions.pop(db) if db in self.sessions else None
@@ -291,10 +289,7 @@ class UnitEnd(UnitAttachments):
     async def _finish(self, *, commit: bool, error: BaseException | None, latest: float | None = None) -> None:
         """Do what `finish` does, without a step between the end of the transactions and that of the unit.
 
-        Args:
-            commit: as for `finish`.
-            error: as for `finish`.
-            latest: until when the calls that a roll-back stops may end, on the event loop's clock.
+        The calls that a roll-back stops may end until `latest`, on the event loop's clock.
         """
         sessions, self.sessions = self.sessions, NO_SESSIONS_ANY_MORE
         refuse = session_end.refuse_after_unit
@@ -327,6 +322,11 @@ class UnitEnd(UnitAttachments):
                 self._note_end(error)
 
     # --- what both go through -----------------------------------------------------------------------------------------
+
+    @property
+    def callbacks(self) -> Callbacks | None:
+        """The callbacks of `on_commit` and `on_rollback`; ``None`` as long as there were none."""
+        return None if self.hooks is None else self.hooks.callbacks
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
         try:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
-from typing import TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
-from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core._sqlalchemy.guarded_session import OnBegin, guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
 from ctxdb_core._units.callbacks import Callback, Callbacks, Outcome, RunInUnit
 from ctxdb_core._units.commit import Sessions
 from ctxdb_core.errors import TransactionAlreadyActiveError, UnexpectedRollbackError
 
-__all__ = ["BeginHook", "UnitHooks"]
-
-BeginHook: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with the session at the beginning of each of its transactions."""
+__all__ = ["UnitHooks"]
 
 
 class UnitHooks:
@@ -38,8 +34,8 @@ class UnitHooks:
         self.callbacks: Callbacks | None = None
         """What is to be called when transactions have ended; ``None`` as long as nothing was asked for."""
         self.rollback_only: frozenset[DBConnect | None] = frozenset()
-        """Where what is open is rolled back instead of committed; ``None`` among them stands for everywhere."""
-        self._at_begin: dict[DBConnect, list[BeginHook]] = {}
+        """The databases whose open transactions are rolled back, not committed; ``None`` stands for all databases."""
+        self._at_begin: dict[DBConnect, list[OnBegin]] = {}
         """What is to be awaited at the beginning of each transaction."""
 
     def prepare(self, db: DBConnect, session: AsyncSession) -> None:
@@ -53,26 +49,13 @@ class UnitHooks:
     def add_callback(
         self, db: DBConnect, session: AsyncSession | None, outcome: Outcome, callback: Callback, run_in_unit: RunInUnit
     ) -> None:
-        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`.
-
-        Args:
-            db: where.
-            session: the unit's session there, if it has one already.
-            outcome: what to wait for.
-            callback: called once.
-            run_in_unit: gives each callback its unit of work.
-        """
+        """Run `callback` once the work that is open on `db`, or comes next, has the `outcome`."""
         if self.callbacks is None:
             self.callbacks = Callbacks(run_in_unit)
         self.callbacks.add(db, session, outcome, callback)
 
-    def add_begin_hook(self, db: DBConnect, session: AsyncSession | None, hook: BeginHook) -> None:
+    def add_begin_hook(self, db: DBConnect, session: AsyncSession | None, hook: OnBegin) -> None:
         """Await `hook` with the session on `db` at the beginning of each further transaction.
-
-        Args:
-            db: where.
-            session: the unit's session there, if it has one already.
-            hook: given the session.
 
         Raises:
             TransactionAlreadyActiveError: a transaction is open in which a statement has been made, or a savepoint set.
@@ -101,9 +84,7 @@ class UnitHooks:
     def mark_rollback_only(self, db: DBConnect | None, sessions: Sessions) -> None:
         """Have what is open on `db`, or everywhere, rolled back where it would be committed.
 
-        Args:
-            db: where; everywhere if it is ``None``.
-            sessions: the sessions of the unit. No commit of theirs succeeds meanwhile, whichever code asks for it.
+        No commit of `sessions`, which are all of the unit's, succeeds meanwhile, whichever code asks for it.
         """
         self.rollback_only |= {db}
         for each, session in sessions.items():
@@ -134,6 +115,6 @@ class UnitHooks:
         return db in self.rollback_only or None in self.rollback_only
 
 
-async def _run_begin_hooks(hooks: Collection[BeginHook], session: AsyncSession) -> None:
+async def _run_begin_hooks(hooks: Collection[OnBegin], session: AsyncSession) -> None:
     for hook in hooks:
         await hook(session)

@@ -140,7 +140,7 @@ class UnitSessions:
         return create() if source is db else source.create_session_at_once()
 
     def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
-        """Take `session`, which is new, as the one on `db`; return the one that is there instead, if one is.
+        """Use a new `session` on `db`, unless the unit has one there already; return the session that it uses.
 
         Raises:
             ContextClosedError, ContextNotInitiatedError: as `open_session`.

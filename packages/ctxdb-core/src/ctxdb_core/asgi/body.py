@@ -52,9 +52,6 @@ class Body:
     """The body of a response whose start is let through when it is made.
 
     The body is told of its unit of work each time. If it knew the unit, the two would be a reference cycle.
-
-    Args:
-        *senders: the tasks that have sent something of the response, if that is known.
     """
 
     # Defaults are the class's: most bodies are sent at once, and use no session.

@@ -9,7 +9,7 @@ from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core.asgi.body import StreamedBody, let_failure_arrive
 from ctxdb_core.asgi.http_exchange import HTTPExchange
-from ctxdb_core.asgi.start import ResponseStart
+from ctxdb_core.asgi.response import ResponseStart
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Mapping
 from contextvars import Context
+from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
 
 from ctxdb_core._units.ids import process, unit_id_givers, unit_numbers
+from ctxdb_core._units.request_unit import RequestUnit
+from ctxdb_core._units.session_end import report
+from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.watcher import UnitWatcher, report_failure
-from ctxdb_core.asgi.commit_errors import AnswerableUnit
-from ctxdb_core.asgi.start import ResponseStart
-from ctxdb_core.asgi.types import Message, Receive, Send
-from ctxdb_core.phases import FINISHING, Phase
+from ctxdb_core.asgi.response import ANSWERED, Refusal, Response, ResponseStart
+from ctxdb_core.asgi.types import Message, Receive, Scope, Send
+from ctxdb_core.phases import FINISHING, Phase, check_transition
+from ctxdb_core.policy import RequestPolicy
 
-__all__ = ["CONTEXT_KEY", "Exchange"]
+__all__ = ["CONTEXT_KEY", "Exchange", "ExchangeSettings"]
 
 CONTEXT_KEY = "ctxdb.context"
 """Where the scope of a request has the context variables of its beginning, if a stream boundary may be beneath."""
@@ -26,13 +31,41 @@ _SILENT = (Phase.REFUSED, Phase.BROKEN)
 _BODY, _AFTER = Phase.BODY, Phase.AFTER
 
 
-class Exchange(AnswerableUnit):
+class Options(Protocol):
+    """What a middleware says of all its exchanges."""
+
+    commits: RequestPolicy
+    """Given the status of a response, and the ASGI scope of its request: whether to commit."""
+    has_boundary: bool
+    """Whether an `ASGIStreamBoundary` may be beneath, which tells of handlers that a middleware gives up on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSettings(UnitSettings):
+    """The settings of the exchanges of one middleware."""
+
+    _: KW_ONLY
+    middleware: Options
+
+
+class Exchange(RequestUnit):
     """The unit of work of one request, and the `send` that its application is given.
 
     What the application sends moves the exchange from phase to phase (`ctxdb_core.phases`): each transition ends the
-    transactions that it has to, before the message is forwarded to the server.
+    transactions that it has to, before the message is forwarded to the server. If they cannot be ended, the response is
+    refused. Another response can be sent for the error then, once.
     """
 
+    settings: ExchangeSettings
+    origin: Scope
+    """The scope of the request, as the application has left it."""
+    phase: Phase
+    """The phase that the request is in."""
+    response: Response | None
+    """What is known of the response; ``None`` while the unit is idle.
+
+    An idle unit has never had a session, a callback, a watcher or a strategy: there is nothing to end at any time.
+    """
     server: Send
     """The `send` of the server."""
 
@@ -40,6 +73,22 @@ class Exchange(AnswerableUnit):
     def context(self) -> Context | None:
         found: Context | None = self.origin.get(CONTEXT_KEY)
         return found
+
+    def follow_response(self) -> Response:
+        """Follow the response from now on, as there is something to end; return what is known of it."""
+        if self.response is None:
+            self.response = Response()
+        return self.response
+
+    def move_to(self, phase: Phase) -> None:
+        """Go over to `phase`; nothing happens if that is the current one.
+
+        Raises:
+            IllegalTransitionError: it cannot follow the current one.
+        """
+        if phase is not self.phase:
+            check_transition(self.phase, phase)
+            self.phase = phase
 
     def send(self, message: Message) -> Awaitable[None]:
         """Forward a message of the application, after what has to happen before it."""
@@ -131,6 +180,95 @@ class Exchange(AnswerableUnit):
         """Whether the application has returned in the middle of what it was doing, although it has raised nothing."""
         return False
 
+    # --- a response whose transactions could not be ended -------------------------------------------------------------
+
+    def refuse(self, error: Exception, *, can_be_answered: bool = True) -> None:
+        """Forward nothing more of the response, as `error` has kept its transactions from being ended.
+
+        Args:
+            error: why they could not be ended.
+            can_be_answered: whether another response can be sent for `error`. There is one such answer at the most.
+        """
+        self.move_to(Phase.REFUSED)
+        response = self.follow_response()
+        response.refusal = Refusal(error, can_be_answered and response.refusal is None)
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What has kept the application's response from being sent; ``None`` if nothing has."""
+        return None if self.response is None else self.response.refusal
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the response was refused, in the phase `REFUSED`; ``None`` in any other."""
+        refusal = self.refusal
+        return None if refusal is None else refusal.error
+
+    async def settle(self, status: int) -> None:
+        """End the transactions as a response with `status` demands it.
+
+        Raises:
+            Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
+        """
+        try:
+            if self.settings.middleware.commits(status, self.origin):
+                await self.commit()
+            else:
+                await self.roll_back()
+        except Exception as exc:
+            # Two responses at once, of a middleware and of the handler beneath it, may have been about to start. If
+            # the other one has started meanwhile, it is not touched by this error.
+            if self.phase in (Phase.HANDLING, Phase.AHEAD):
+                self.refuse(exc)
+            await self.roll_back(exc)
+            raise
+
+    @property
+    def error_to_answer(self) -> Exception | None:
+        """Why the response was refused, if another one can be sent for that error."""
+        refusal = self.refusal
+        return refusal.error if refusal is not None and refusal.can_be_answered else None
+
+    def begin_answer(self, raised: Exception | None = None) -> None:
+        """Begin the response for `error_to_answer`: from now on, what is sent is that response."""
+        error = self.error_to_answer
+        assert error is not None
+        if raised is not None:
+            _attach(raised, error)
+        self.move_to(Phase.HANDLING)
+        self.follow_response().refusal = ANSWERED
+
+    async def fail(self, exc: BaseException) -> bool:
+        """Roll back for what the application has raised, and return whether that is the error to raise.
+
+        It is not if a response was refused: then that response's error surfaces, and not what the application has made
+        of it. But a cancellation and the like surface in any case.
+        """
+        failure = self.failure
+        if failure is not None and isinstance(exc, Exception):
+            _attach(exc, failure)
+            return False
+        if failure is not None:
+            report(failure, exc, "nothing was committed, as that had failed")
+        await self.finish(commit=False, error=exc)
+        return True
+
 
 async def _discard(message: Message) -> None:
     """Drop a message of a response that is not sent any more."""
+
+
+def _attach(exc: Exception, failure: Exception) -> None:
+    """Attach what the application has raised to the `failure` that surfaces, unless it has just passed that on."""
+    if not _is_caused_by(exc, failure):
+        report(exc, failure, "the application failed on top of it")
+
+
+def _is_caused_by(exc: BaseException | None, cause: BaseException) -> bool:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        if exc is cause:
+            return True
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+    return False

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements
-from ctxdb_core._units.abandonment import Call, HandlerCalls, follow_calls
+from ctxdb_core._units.abandonment import Call, HandlerCalls
 from ctxdb_core._units.authorship import find_authors
+from ctxdb_core._units.request_unit import follow_calls
 from ctxdb_core._units.session_end import in_transaction
 from ctxdb_core._units.unit_hooks import UnitHooks
 from ctxdb_core._units.unit_sessions import CreateSession
@@ -21,8 +22,7 @@ from ctxdb_core._units.watcher import UnitWatcher
 from ctxdb_core.asgi.body import LAST_MESSAGES, Body, StreamedBody, let_failure_arrive, running_task
 from ctxdb_core.asgi.exchange import Exchange
 from ctxdb_core.asgi.request import KeptRequest
-from ctxdb_core.asgi.response import Response
-from ctxdb_core.asgi.start import ResponseStart
+from ctxdb_core.asgi.response import Response, ResponseStart
 from ctxdb_core.asgi.types import Message, Receive
 from ctxdb_core.errors import ContextClosedError
 from ctxdb_core.phases import Phase
@@ -238,10 +238,6 @@ class HTTPExchange(Exchange):
 
     async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
-
-        Args:
-            status: the status of its start.
-            call: the call of the handler that makes it.
 
         Returns:
             The body, whose progress the boundary is to tell; ``None`` if there is nothing to tell: of several

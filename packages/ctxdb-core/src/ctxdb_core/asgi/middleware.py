@@ -15,11 +15,9 @@ from ctxdb_core._units.reading import ReadsFrom, check_reads_from
 from ctxdb_core._units.session_end import refuse_after_unit
 from ctxdb_core._units.unit import UnitOfWork, current_unit
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_ANY_MORE, NO_SESSIONS_YET
-from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange
-from ctxdb_core.asgi.exchange_settings import ExchangeSettings
+from ctxdb_core.asgi.exchange import CONTEXT_KEY, Exchange, ExchangeSettings
 from ctxdb_core.asgi.http_exchange import HTTPExchange
-from ctxdb_core.asgi.limits import Deadline, LimitingStatements
-from ctxdb_core.asgi.reading import ReadingFrom
+from ctxdb_core.asgi.request_settings import Deadline, RequestSettings
 from ctxdb_core.asgi.response import ANSWERED, Response
 from ctxdb_core.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from ctxdb_core.asgi.websocket_exchange import WebSocketExchange
@@ -77,10 +75,8 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         self.app: ASGIApp = app
         reads_from = check_reads_from(reads_from)
-        if reads_from is not None:
-            self.app = ReadingFrom(self.app, reads_from)
-        if statement_timeout is not None or deadline is not None:
-            self.app = LimitingStatements(self.app, statement_timeout, deadline)
+        if statement_timeout is not None or deadline is not None or reads_from is not None:
+            self.app = RequestSettings(app, statement_timeout, deadline, reads_from)
         if before_commit is not None:
             check_function(before_commit, "`before_commit`")
         self.commits: RequestPolicy = with_request(commit_policy)

@@ -12,11 +12,7 @@ _MAX_BYTES = 1 << 20
 
 
 class KeptRequest:
-    """The messages that the application has received; a request that is too large to be kept looks empty.
-
-    Args:
-        source: the `receive` of the server, where the rest of the request comes from.
-    """
+    """The messages that the application has received; a request that is too large to be kept looks empty."""
 
     __slots__ = ("_messages", "_size", "_source")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from ctxdb_core.asgi.exchange import Exchange
-from ctxdb_core.asgi.response import Response
-from ctxdb_core.asgi.start import ResponseStart
+from ctxdb_core.asgi.response import Response, ResponseStart
 from ctxdb_core.asgi.types import Message
 from ctxdb_core.phases import Phase
 

@@ -60,13 +60,7 @@ def onto(connection: AsyncConnection, what: str) -> Redirect:
 
 
 def check_same_database(bind: Bind, engine: Engine, what: str) -> None:
-    """Raise the error that says what to do if a session's own choice leads to another database than `engine`.
-
-    Args:
-        bind: what the session has chosen.
-        engine: the one that leads to the test's connection.
-        what: whose connection that is.
-    """
+    """Raise the error that says what to do if a session's own choice leads to another database than `engine`."""
     if isinstance(bind, Connection) or (bind is not engine and _address(bind.url) != _address(engine.url)):
         raise SharedTransactionError(
             f"By its own get_bind() or binds=, a session has chosen {bind.engine.url.render_as_string()}, which is not "

@@ -41,7 +41,7 @@ async def rollback_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         if is_autocommit(engine):
             session = maker(bind=connection)
         else:
-            await _begin(connection)
+            await connection.begin()
             session = maker(bind=connection, join_transaction_mode="create_savepoint")
         raw = await connection.get_raw_connection()
         backend_pid = backend_pid_of(engine.sync_engine, raw.dbapi_connection)
@@ -55,16 +55,6 @@ async def rollback_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         finally:
             own_backends.discard(backend_pid)
         await run_to_completion(_end(session, connection, None))
-
-
-async def _begin(connection: AsyncConnection) -> None:
-    await connection.begin()
-    if connection.dialect.name == "sqlite":
-        # The driver begins a transaction before INSERT, UPDATE and DELETE alone (sqlite3, "Transaction control"): a
-        # SAVEPOINT before that would be the outermost one, whose release commits.
-        raw = await connection.get_raw_connection()
-        if not getattr(raw.driver_connection, "in_transaction", False):
-            await connection.exec_driver_sql("BEGIN")
 
 
 async def _end(session: AsyncSession, connection: AsyncConnection, error: BaseException | None) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
-from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.binds import is_read_only
 from ctxdb_core._sqlalchemy.poolers import skip_savepoints_in_autocommit
 from ctxdb_core._sqlalchemy.private import isolation_level_on_connect
 from ctxdb_core.testing._connection import Connection
@@ -89,7 +89,7 @@ def is_autocommit(engine: AsyncEngine) -> bool:
 def create_shared_engine(original: AsyncEngine, shared: SharedConnection, *, lenient: bool) -> AsyncEngine:
     """Return an engine like `original` whose connections are all parts of the shared one."""
     sync_engine = original.sync_engine
-    read_only = bool(sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
+    read_only = is_read_only(sync_engine)
     dialect = _dialects.get(sync_engine)
     if dialect is None:
         kind = type(sync_engine.dialect)

@@ -28,6 +28,7 @@ from ctxdb_core.testing import _tables
 from ctxdb_core.testing._driver import Driver, app_backends, own_backends
 from ctxdb_core.testing._errors import CleanUpError, WrongDatabaseError
 from ctxdb_core.testing._marks import MARK, names_a_test
+from ctxdb_core.testing._statement import literal
 from ctxdb_core.testing._tables import Tables, refuse_busy, refuse_unmarked
 
 # A table that is emptied by DELETE keeps its pages, which every look at it has to pass.
@@ -192,7 +193,7 @@ class PostgresTables(Tables):
     async def _versions(self, tables: Collection[str]) -> list[tuple[Any, ...]]:
         """Return what differs after each commit that has written to `tables`."""
         queries = [
-            f"SELECT {_literal(table)}, count(*), max(xmin::text::int8), sum(xmin::text::int8) FROM ONLY {table}"
+            f"SELECT {literal(table)}, count(*), max(xmin::text::int8), sum(xmin::text::int8) FROM ONLY {table}"
             for table in tables
         ]
         return sorted(map(tuple, await self.driver.fetch(" UNION ALL ".join(queries)))) if queries else []
@@ -217,7 +218,7 @@ class PostgresTables(Tables):
 
     async def _note_starts(self) -> None:
         queries = [
-            f"SELECT {_literal(name)}, last_value FROM {name} WHERE NOT is_called"
+            f"SELECT {literal(name)}, last_value FROM {name} WHERE NOT is_called"
             for name, last in self._sequences.items()
             if last is None and name in self._readable
         ]
@@ -281,7 +282,7 @@ class PostgresTables(Tables):
 
     def _reset(self, sequence: str, last: int | None) -> str:
         """Return the statement that lets a sequence go on after `last`, or begin as it was to."""
-        name = _literal(sequence)
+        name = literal(sequence)
         if last is not None:
             return f"SELECT setval({name}, {last}, true)"
         # A sequence that is new begins at its start.
@@ -310,11 +311,11 @@ class PostgresTables(Tables):
             copy = self._kept.get(table)
             if copy is not None:
                 queries.append(
-                    f"SELECT {_literal(table)} FROM ONLY {table} HAVING count(*) <> {copy.rows} "
+                    f"SELECT {literal(table)} FROM ONLY {table} HAVING count(*) <> {copy.rows} "
                     f"OR bool_or(age(xmin) < age('{copy.xid}'::xid))"
                 )
             elif pages:
-                queries.append(f"SELECT {_literal(table)} WHERE EXISTS (SELECT FROM ONLY {table})")
+                queries.append(f"SELECT {literal(table)} WHERE EXISTS (SELECT FROM ONLY {table})")
         return [row[0] for row in await self.driver.fetch(" UNION ALL ".join(queries))] if queries else []
 
     async def _ordered(self, tables: list[str]) -> list[str]:
@@ -390,7 +391,3 @@ def _failure(what: str, done: str, exc: Exception) -> CleanUpError:
         "could not be put back, the role of this DBConnect may not set session_replication_role, and foreign keys "
         "stand in their way."
     )
-
-
-def _literal(text: Any) -> str:
-    return "'" + str(text).replace("'", "''") + "'"

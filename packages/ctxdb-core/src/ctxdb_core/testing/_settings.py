@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ctxdb_core.testing._statement import Kind, Statement, start_of
+from ctxdb_core.testing._statement import Kind, Statement, literal, start_of
 
 _WORD = r'(?:"[^"]+"|[\w$]+)'
 _SET = re.compile(
@@ -58,13 +58,13 @@ def assignment(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
     """Return the statement that puts the values `new` in the place of `old`; ``None`` if there is nothing to do."""
     order = [*sorted(old, key=lambda name: name not in _ROLES), *sorted(new, key=lambda name: name in _ROLES)]
     values = {**old, **new}
-    calls = [f"set_config({_quoted(name)}, {_quoted(values[name])}, true)" for name in order]
+    calls = [f"set_config({literal(name)}, {literal(values[name])}, true)" for name in order]
     return f"SELECT {', '.join(calls)}" if calls else None
 
 
 def query(names: Sequence[str]) -> str:
     """Return the query for the values of settings; the value of an unknown setting is empty."""
-    values = [f"coalesce(current_setting({_quoted(name)}, true), '')" for name in names]
+    values = [f"coalesce(current_setting({literal(name)}, true), '')" for name in names]
     return f"SELECT {', '.join(values)}"
 
 
@@ -88,7 +88,3 @@ def _resolve(expression: str, parameters: tuple[Any, ...]) -> Any:
         # The statement is executed for several sets of parameters.
         return None
     return expression.strip("'")
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -22,12 +22,7 @@ _ALTERNATIVE = "or test this with real commits (the fixture `ctxdb_clean_tables`
 
 
 class SharedConnection:
-    """The connection that test and application share. All of it runs on the loop of its thread, one call at a time.
-
-    Args:
-        thread: where the connection lives.
-        timeout: how many seconds a transaction waits for another one's end.
-    """
+    """The connection that test and application share. All of it runs on the loop of its thread, one call at a time."""
 
     def __init__(self, thread: LoopThread, timeout: float) -> None:
         self.thread = thread

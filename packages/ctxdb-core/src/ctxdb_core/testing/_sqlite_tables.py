@@ -16,6 +16,7 @@ from ctxdb_core.testing import _tables
 from ctxdb_core.testing._driver import Driver
 from ctxdb_core.testing._errors import CleanUpError
 from ctxdb_core.testing._marks import is_sqlite_of_tests
+from ctxdb_core.testing._statement import literal
 from ctxdb_core.testing._tables import Tables, refuse_busy, refuse_unmarked
 
 _TABLES = (
@@ -63,7 +64,7 @@ class SQLiteTables(Tables):
         await self.driver.run("PRAGMA foreign_keys = OFF")
         for number, table in enumerate(await self.changed()):
             copy = f"temp.ctxdb_copy_{number}"
-            columns = await self.driver.fetch(f"SELECT name, hidden FROM pragma_table_xinfo({_literal(table)})")
+            columns = await self.driver.fetch(f"SELECT name, hidden FROM pragma_table_xinfo({literal(table)})")
             names = ", ".join(_identifier(name) for name, hidden in columns if not hidden)
             await self.driver.run(f"CREATE TABLE {copy} AS SELECT {names} FROM main.{_identifier(table)}")
             self._kept[table] = copy, names
@@ -88,7 +89,7 @@ class SQLiteTables(Tables):
                     f"EXISTS ({now} EXCEPT {then}) OR EXISTS ({then} EXCEPT {now}) "
                     f"OR (SELECT count(*) FROM {name}) <> (SELECT count(*) FROM {copy})"
                 )
-            queries.append(f"SELECT {_literal(table)} WHERE {condition}")
+            queries.append(f"SELECT {literal(table)} WHERE {condition}")
         changed = [row[0] for row in await self.driver.fetch(" UNION ALL ".join(queries))] if queries else []
         if self._version is not None:
             self.sequences_moved = await self._read_sequences() != self._sequences
@@ -106,7 +107,7 @@ class SQLiteTables(Tables):
         if await self._has_sequences():
             statements.append("DELETE FROM sqlite_sequence")
             statements += [
-                f"INSERT INTO sqlite_sequence VALUES ({_literal(name)}, {last})" for name, last in self._sequences
+                f"INSERT INTO sqlite_sequence VALUES ({literal(name)}, {last})" for name, last in self._sequences
             ]
         try:
             await self.driver.run("BEGIN IMMEDIATE")
@@ -134,7 +135,3 @@ class SQLiteTables(Tables):
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

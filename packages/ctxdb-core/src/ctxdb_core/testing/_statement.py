@@ -97,6 +97,11 @@ def open_savepoints(names: list[str], sql: str) -> list[str]:
     return names[: index + stays]
 
 
+def literal(text: str) -> str:
+    """Return a text as SQL has it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def start_of(sql: str) -> int:
     """Return where the first word of a statement is."""
     comments = _COMMENTS.match(sql)

@@ -46,11 +46,7 @@ class Tables:
         raise NotImplementedError
 
     async def check_writers(self, changed: list[str]) -> list[str]:
-        """Raise an error if other sessions write to the tables right now; return the tables that have changed.
-
-        Args:
-            changed: the tables that had changed so far.
-        """
+        """Raise an error if other sessions write to the tables right now; return the tables that have changed."""
         return changed
 
     def forget(self) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._databases.loop_engine import has_engines
-from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
+from ctxdb_core._sqlalchemy.binds import is_read_only
 from ctxdb_core._units.lifecycle import new_db_ctx
 from ctxdb_core.testing._cleaner import TableCleaner
 from ctxdb_core.testing._contexts import put_savepoint_session_in_ctx, set_test_context
@@ -80,7 +80,7 @@ def _ctxdb_groups(ctxdb_dbs: DBConnect | Sequence[DBConnect], _ctxdb_thread: Loo
 async def _describe(db: DBConnect) -> tuple[str | None, bool]:
     await db.session_maker()
     engine = await db.engine()
-    return engine.url.database, bool(engine.sync_engine.get_execution_options().get(READ_ONLY_OPTION, False))
+    return engine.url.database, is_read_only(engine.sync_engine)
 
 
 @pytest.fixture
