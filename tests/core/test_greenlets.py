@@ -195,3 +195,35 @@ async def test_a_coroutine_that_is_thrown_away_inside_of_another_call_does_not_d
         return "went on"
 
     assert await call_in_greenlet(call) == "went on"
+
+
+# A task that is started eagerly (Python 3.12) begins within the call that starts it, and goes on in the event loop.
+@pytest.mark.parametrize("error", [None, LookupError])
+async def test_a_call_that_begins_within_another_one_goes_on_outside_of_it(error: type[Exception] | None) -> None:
+    released = asyncio.get_running_loop().create_future()
+
+    def call() -> object:
+        with suppress(LookupError):
+            await_only(released)
+        return this_greenlet()
+
+    begun: Any = call_in_greenlet(call)
+
+    def begin() -> str:
+        begun.send(None)
+        pause()
+        pause()
+        return "has not been disturbed"
+
+    async def go_on() -> None:
+        await asyncio.sleep(0)
+        if error is None:
+            released.set_result(None)
+        else:
+            released.set_exception(error())
+        begun.send(None)
+        with pytest.raises(StopIteration) as done:
+            begun.send(None)
+        assert isinstance(done.value.value, CallGreenlet)
+
+    assert (await asyncio.gather(call_in_greenlet(begin), go_on()))[0] == "has not been disturbed"

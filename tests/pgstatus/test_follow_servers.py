@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -430,6 +431,19 @@ async def test_commits_that_wait_for_a_new_connection_share_it(cluster: Postgres
         attempts = writer.attempts
         assert all(await asyncio.gather(*(monitor.confirm_master(writer.host) for _ in range(20))))
         assert writer.attempts - attempts <= 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks cannot be started eagerly")
+async def test_each_confirmation_has_a_new_connection_where_tasks_are_started_eagerly(cluster: PostgresCluster) -> None:
+    async with (
+        Proxy(cluster.primary) as writer,
+        monitor_of(cluster, hosts=[writer.host], conn_max_age=0) as monitor,
+    ):
+        asyncio.get_running_loop().set_task_factory(vars(asyncio)["eager_task_factory"])
+        for _ in range(3):
+            attempts = writer.attempts
+            assert await monitor.confirm_master(writer.host)
+            assert writer.attempts > attempts
 
 
 # --- names that are shared --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -146,6 +147,22 @@ async def test_a_job_that_starts_in_another_request_has_a_transaction_of_its_own
     async with aiojobs.Scheduler(limit=1) as scheduler:
         office = Office(world, scheduler, job(world.db))
         assert await office.open() == (200, 409)
+    assert office.errors == []
+    assert await world.names() == ["ada's order", "mail to ada"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks cannot be started eagerly")
+@pytest.mark.parametrize("job", [in_a_context, by_transactional])
+async def test_a_job_that_is_started_eagerly_in_another_request_has_a_transaction_of_its_own(
+    world: World, job: Callable[[DBConnect], Write]
+) -> None:
+    loop = asyncio.get_running_loop()
+    factory: Any = vars(asyncio)["eager_task_factory"]
+    async with aiojobs.Scheduler(limit=1) as scheduler:
+        office = Office(world, scheduler, job(world.db))
+        loop.set_task_factory(factory)
+        assert await office.open() == (200, 409)
+        loop.set_task_factory(None)
     assert office.errors == []
     assert await world.names() == ["ada's order", "mail to ada"]
 

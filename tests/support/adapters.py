@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -45,6 +46,8 @@ class Adapter:
     """Whether a response can bring along work that is done after it."""
     has_middlewares: bool = True
     """Whether middlewares can be put around handlers and inside of the unit of work."""
+    answers_for_cancelled_handlers: bool = True
+    """Whether a client gets an answer, or the end of its connection, where a handler raises ``CancelledError``."""
 
 
 ADAPTERS = (
@@ -53,5 +56,13 @@ ADAPTERS = (
     Adapter("fastapi", build_fastapi),
     Adapter("litestar", build_litestar),
     Adapter("aiohttp", build_aiohttp, serve_aiohttp, call_aiohttp, has_background=False),
-    Adapter("quart", build_quart, call_in_process=call_quart, has_background=False, has_middlewares=False),
+    Adapter(
+        "quart",
+        build_quart,
+        call_in_process=call_quart,
+        has_background=False,
+        has_middlewares=False,
+        # From 0.23 on, the handler's task is one of a task group, which waits for the client to leave then.
+        answers_for_cancelled_handlers=version("quart") < "0.23",
+    ),
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, assert_type
 
+from aiohttp import web
 from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from starlette.applications import Starlette
 
+import ctxdb_aiohttp
 from ctxdb_core import (
     DBConnect,
     TransactionContext,
@@ -14,6 +17,7 @@ from ctxdb_core import (
     close_db_session,
     db_session,
     joining_session,
+    new_db_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     on_begin,
@@ -23,7 +27,7 @@ from ctxdb_core import (
 from ctxdb_core.events import DBEvent, TransactionCommitted
 from ctxdb_core.testing import put_savepoint_session_in_ctx, rollback_session, shared_transaction
 from ctxdb_litestar import CtxDBPlugin
-from ctxdb_starlette import close_on_shutdown, provide_session
+from ctxdb_starlette import DBSessionMiddleware, close_on_shutdown, provide_session
 
 URL = "postgresql+asyncpg://localhost/shop"
 
@@ -125,12 +129,20 @@ async def of_any_database(db: DBConnect) -> AsyncSession:
     return await db_session(db)
 
 
+async def check(session: ShopSession) -> None:
+    await session.exec("SELECT 1")
+
+
 async def adapters() -> None:
     assert_type(await provide_session(shop)(), ShopSession)
     assert_type(await of_any_database(shop), AsyncSession)
     databases: list[DBConnect[Any]] = [shop, plain]
     close_on_shutdown(*databases)
-    CtxDBPlugin(plain, session=shop)
+    CtxDBPlugin(plain, session=shop, before_commit=check)
+    Starlette().add_middleware(DBSessionMiddleware, before_commit=check)
+    ctxdb_aiohttp.setup(web.Application(), shop, before_commit=check)
+    async with new_db_ctx(before_commit=check):
+        pass
 
 
 def hear(event: DBEvent) -> None:

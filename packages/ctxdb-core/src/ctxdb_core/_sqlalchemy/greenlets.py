@@ -121,6 +121,8 @@ async def call_through(entered: object, fn: Callable[..., T], args: tuple[Any, .
         BaseException: what `fn` raises.
     """
     current = getcurrent()
+    # An eager task (Python 3.12) begins in the greenlet of the call that starts it, and goes on in the event loop's.
+    moves = current.parent is not None
     idle = _idle.greenlets
     if idle:
         worker = idle.pop()
@@ -152,8 +154,12 @@ async def call_through(entered: object, fn: Callable[..., T], args: tuple[Any, .
             worker.leave_doors()
             raise
         except BaseException:  # noqa: BLE001 - raised where the call waits
+            if moves:
+                worker.parent = getcurrent()
             answer = worker.throw(*sys.exc_info())
         else:
+            if moves:
+                worker.parent = getcurrent()
             answer = worker.switch(value)
     worker.entered = worker.gr_context = None
     if worker.also_entered:

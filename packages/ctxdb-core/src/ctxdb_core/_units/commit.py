@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,8 +24,11 @@ from ctxdb_core._units.session_end import in_transaction
 
 __all__ = ["BeforeCommit", "Sessions", "commit_in_order", "is_in_before_commit", "prepare", "roll_back"]
 
-BeforeCommit: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
-"""Awaited with each session that is about to be committed; an error of it rolls the unit of work back."""
+BeforeCommit: TypeAlias = Callable[[Any], Awaitable[object]]
+"""Awaited with each session that is about to be committed; an error of it rolls the unit of work back.
+
+The session is of the class that its `DBConnect` makes. Which that is, no adapter knows: hence ``Any``.
+"""
 
 Sessions: TypeAlias = Mapping[DBConnect, AsyncSession]
 """The sessions of a unit of work, in the order in which they were opened."""

@@ -66,7 +66,8 @@ def is_job(schedulers: frozenset[str] = _SCHEDULERS) -> bool:
 def _calling_modules() -> set[str]:
     """Return the names of the modules by which the running code is called within its task.
 
-    What runs the event loop, a worker's command for instance, is no part of the task.
+    What runs the event loop, a worker's command for instance, is no part of the task. The module that has started it is
+    one of them while an eager task (Python 3.12) takes its first step: its callbacks are added after that.
     """
     task = running_task()
     root: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
@@ -77,9 +78,19 @@ def _calling_modules() -> set[str]:
     while frame is not None:
         modules.add(frame.f_globals.get("__name__", ""))
         if frame is root:
-            return modules
+            return modules | _modules_of_starter(root)
         frame = frame.f_back
     return set()
+
+
+def _modules_of_starter(root: FrameType) -> set[str]:
+    """Return the name of the module that has just started the task of `root` eagerly; nothing for any other task."""
+    caller = root.f_back
+    if caller is None or caller.f_globals.get("__name__") != "asyncio.tasks":
+        return set()
+    while caller is not None and caller.f_globals.get("__name__", "").startswith("asyncio."):
+        caller = caller.f_back
+    return set() if caller is None else {caller.f_globals.get("__name__", "")}
 
 
 def is_inherited(current_unit: ContextVar[Any]) -> bool:

@@ -229,8 +229,8 @@ class Watch:
         return opening.done() and not opening.cancelled() and opening.result()
 
     async def _ask_anew(self, before: asyncio.Task[bool] | None) -> bool:
-        if before is not None:
-            await asyncio.wait([before])
+        # An eager task (Python 3.12) takes its first step before it is `_opening_next`, and before others have called.
+        await (asyncio.sleep(0) if before is None else asyncio.wait([before]))
         self._opening, self._opening_next = self._opening_next, None
         try:
             await self._probe.replace()
