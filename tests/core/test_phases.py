@@ -837,6 +837,36 @@ async def test_work_that_another_task_begins_behind_a_commit_is_not_undone_by_th
     assert await database.names() == ["beside", "response"]
 
 
+@pytest.mark.parametrize("waits_for", ["commit", "on_commit"])
+async def test_the_start_of_a_response_whose_commit_was_seen_through_leaves_before_the_cancellation(
+    db: DBConnect, database: Database, waits_for: str
+) -> None:
+    called, release = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        called.set()
+        await release.wait()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "response")
+        if waits_for == "on_commit":
+            on_commit(db, wait)
+        await send(START)
+        await send(BODY)
+
+    connection = Connection()
+    with database.held_commits() if waits_for == "commit" else nullcontext():
+        request = asyncio.create_task(connection.run(ASGIHTTPDBSessionMiddleware(app)))
+        await (database.commit_is_held() if waits_for == "commit" else called.wait())
+        request.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    release.set()
+    assert told(connection) == [200]
+    assert await database.names() == ["response"]
+
+
 async def test_a_unit_of_work_ends_with_a_cancelled_start_beside_a_call_that_cannot_be_stopped(
     db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

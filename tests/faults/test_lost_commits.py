@@ -116,6 +116,22 @@ async def test_a_connection_that_is_known_to_be_closed_before_commit_is_no_unkno
     assert await database.names() == []
 
 
+@pytest.mark.parametrize("database_kind", ["asyncpg"])
+async def test_a_connection_whose_end_was_announced_before_commit_is_no_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        async with new_db_ctx():
+            await insert(far, "a")
+            network.break_all(Fault.NOTICE)
+            for _ in range(5):
+                # The event loop reads what has been written to a connection on the same machine.
+                await asyncio.sleep(0)
+    assert not isinstance(raised.value, CommitOutcomeUnknownError)
+    assert await database.names() == []
+    await _assert_healthy(far)
+
+
 async def test_a_lost_connection_whose_driver_connection_was_lent_is_no_unknown_outcome(
     db: DBConnect, database: Database
 ) -> None:

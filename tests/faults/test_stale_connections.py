@@ -62,6 +62,12 @@ async def _pid(db: DBConnect) -> int:
         return pid
 
 
+async def let_notice_arrive() -> None:
+    """Let the event loop read what has been written to a connection on the same machine."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 async def test_connections_that_the_server_has_closed_are_replaced(db: DBConnect, database: Database) -> None:
     dead = await _fill_pool(db)
     assert len(dead) == 5
@@ -94,6 +100,17 @@ async def test_connections_that_the_network_has_closed_are_replaced(
     dead = await _fill_pool(far)
     network.break_all(fault)
     assert not await _fill_pool(far) & dead
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg"], indirect=True)
+async def test_a_connection_whose_end_the_server_has_announced_is_replaced_before_the_end_arrives(
+    far: DBConnect, network: FaultyNetwork
+) -> None:
+    dead = await _pid(far)
+    network.break_all(Fault.NOTICE)
+    await let_notice_arrive()
+    assert await _pid(far) != dead
+    assert await _pid(far) == await _pid(far)
 
 
 async def test_an_idle_connection_costs_no_round_trip(far: DBConnect, network: FaultyNetwork) -> None:

@@ -75,6 +75,8 @@ class Fault(Enum):
     """Both sides get a reset instead of an orderly end, as from a firewall."""
     HALF_CLOSE = auto()
     """The client is told that the server sends no more; what the client sends arrives nowhere."""
+    NOTICE = auto()
+    """The client gets the server's message that the connection is ended, and the end itself when it says goodbye."""
     BLACK_HOLE = auto()
     """Nothing arrives any more, and no side is told."""
 
@@ -197,7 +199,7 @@ class _Link:
     ) -> None:
         self.client_reader, self.client_writer = client_reader, client_writer
         self.server_reader, self.server_writer = server_reader, server_writer
-        self._is_broken = False
+        self._is_broken = self._gives_notice = False
         self._is_in_transaction = False
         self._awaits_answer = False
         self._relays: list[asyncio.Task[None]] = []
@@ -209,7 +211,7 @@ class _Link:
         ]
         try:
             await asyncio.wait(self._relays, return_when=asyncio.FIRST_COMPLETED)
-            if self.is_broken():
+            if self.is_broken() and not self._gives_notice:
                 # The fault goes on until the test ends the network, or the client leaves.
                 await self.client_reader.read(-1)
         finally:
@@ -233,6 +235,10 @@ class _Link:
                 writer.transport.abort()
         elif fault is Fault.HALF_CLOSE:
             self.client_writer.write_eof()
+        elif fault is Fault.NOTICE:
+            fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+            self._gives_notice = True
+            self.client_writer.write(b"E" + struct.pack("!i", len(fields) + 4) + fields)
 
     async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         while not self.is_broken():

@@ -334,6 +334,9 @@ def _is_lost(dialect: Dialect, connection: PoolProxiedConnection, exc: BaseExcep
     if isinstance(exc, getattr(dbapi, "InterfaceError", ())) or str(exc) == "the connection is closed":
         # asyncpg, and psycopg in these words, refuse to send anything on a connection that is closed or busy.
         return False
+    if "cannot switch to state" in str(exc):
+        # So does asyncpg where the server has announced the end of the connection, which has not arrived yet.
+        return False
     if is_mysql(dialect):
         number = error_number(exc)
         # asyncmy raises SERVER_GONE before it has sent anything. A server that ends the connection tells the other two.

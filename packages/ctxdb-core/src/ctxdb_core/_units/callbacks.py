@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._shield import SeenThrough
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.traced_session import Ending
 
@@ -153,7 +154,11 @@ class Callbacks:
         """Wait for the callbacks that were started."""
         running, self._running = self._running, None
         if running is not None:
-            await asyncio.shield(running)
+            try:
+                await asyncio.shield(running)
+            except asyncio.CancelledError as exc:
+                # The callbacks go on, and what they have waited for has ended: so the cancellation says.
+                raise exc from SeenThrough()
 
     def _roll_back_savepoint(self, db: DBConnect, savepoint: SessionTransaction) -> None:
         # The callbacks of a savepoint that was released have been moved to the one around it before.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Collection, Coroutine
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._shield import SeenThrough
 from ctxdb_core._sqlalchemy.door import StatementObserver
 from ctxdb_core._sqlalchemy.doors import observe_statements
 from ctxdb_core._units.abandonment import Call, HandlerCalls
@@ -108,6 +110,10 @@ class HTTPExchange(Exchange):
                     message = self.announce(message, registration.watchers)
             # Most responses are in their body now, and are let through without a further look.
             await (self.server(message) if self.phase is _BODY else self.forward(message))
+        except asyncio.CancelledError as exc:
+            if isinstance(exc.__cause__, SeenThrough):
+                response.unsent = message
+            raise
         finally:
             response.end_start(start)
 
@@ -174,7 +180,7 @@ class HTTPExchange(Exchange):
         phase = self.phase
         await body.recover(self)
         if self.phase is phase:
-            response.body = None
+            response.body = response.unsent = None
             self.move_to(Phase.HANDLING)
 
     async def _abandon(self, calls: HandlerCalls, status: int) -> None:
@@ -353,6 +359,17 @@ class HTTPExchange(Exchange):
         if body is not None and body.parked is not None:
             await body.recover(self)
         await super().roll_back(error, dbs)
+
+    async def fail(self, exc: BaseException) -> bool:
+        response = self.response
+        if response is not None and response.unsent is not None:
+            # A server answers 500 where nothing of a response has left, as when it cancels the requests that outlast
+            # its shutdown. A client would take what is stored for rolled back. With the start, the client sees a
+            # response that breaks off.
+            message, response.unsent = response.unsent, None
+            with suppress(Exception, asyncio.CancelledError):
+                await self.forward(self.announce(message, self.watchers))
+        return await super().fail(exc)
 
     def begin_answer(self, raised: Exception | None = None) -> None:
         super().begin_answer(raised)

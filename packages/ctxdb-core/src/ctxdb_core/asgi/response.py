@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from ctxdb_core.asgi.body import Body
+from ctxdb_core.asgi.types import Message
 
 __all__ = ["ANSWERED", "Refusal", "Response", "ResponseStart"]
 
@@ -72,7 +73,7 @@ class Response:
     A request that uses no database has none of this: a health check, for instance, is let through without a look.
     """
 
-    __slots__ = ("body", "refusal", "start")
+    __slots__ = ("body", "refusal", "start", "unsent")
 
     def __init__(self) -> None:
         self.start: ResponseStart | None = None
@@ -81,6 +82,8 @@ class Response:
         """The body of the response, as far as it has to be followed."""
         self.refusal: Refusal | None = None
         """What has kept the response from being sent; `ANSWERED` once another one is sent for that error."""
+        self.unsent: Message | None = None
+        """The message that starts the response, if its transactions were ended and its task was cancelled meanwhile."""
 
     def end_start(self, start: ResponseStart) -> None:
         """Let the messages through that wait for `start`, which was sent or refused."""
