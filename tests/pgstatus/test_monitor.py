@@ -874,6 +874,39 @@ async def test_closed_monitor_leaves_no_connection_and_no_waiting_call(cluster: 
         await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
 
 
+async def test_confirmations_under_way_end_with_their_monitor_and_open_no_connection(cluster: PostgresCluster) -> None:
+    before = asyncio.all_tasks()
+    async with monitor_of(cluster, conn_max_age=0) as monitor:
+        await cluster.primary.freeze()
+        confirmation = asyncio.create_task(monitor.confirm_master(cluster.primary.host))
+        await asyncio.sleep(0)
+    await cluster.primary.thaw()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(PgStatusError):
+            await confirmation
+        assert asyncio.all_tasks() == before
+    for node in cluster.nodes:
+        await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
+
+
+async def test_a_cancellation_of_the_close_leaves_no_connection_and_no_old_master(cluster: PostgresCluster) -> None:
+    before = asyncio.all_tasks()
+    monitor = await monitor_of(cluster).__aenter__()
+    waiting = asyncio.create_task(monitor.wait_for_change())
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(monitor.__aexit__(None, None, None))
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert monitor.master() is None
+    with pytest.raises(PgStatusError, match="was closed"):
+        await waiting
+    assert asyncio.all_tasks() == before
+    for node in cluster.nodes:
+        await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
+
+
 async def _until_zero(count: Callable[[], Awaitable[int]]) -> None:
     async with asyncio.timeout(PATIENCE):
         while await count():

@@ -470,10 +470,13 @@ class HostMonitor:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-        members = [member.stop() for member in self._cluster.members.values()]
-        await asyncio.gather(*tasks, *members, *self._leaving, return_exceptions=True)
-        self._changes.end(errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
-        self._forget()
+        for member in self._cluster.members.values():
+            tasks += member.stop()
+        try:
+            await asyncio.gather(*tasks, *self._leaving, return_exceptions=True)
+        finally:
+            self._changes.end(errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
+            self._forget()
 
     def _forget(self) -> None:
         """Forget all that is known, as before the first poll."""
@@ -538,9 +541,9 @@ class HostMonitor:
         for name, member in before.items():
             if self._cluster.members.get(name) is not member:
                 logger.info("Host %s has left the list of hosts.", name, extra={"host": name})
-                task = asyncio.create_task(member.stop())
-                self._leaving.add(task)
-                task.add_done_callback(self._leaving.discard)
+                for task in member.stop():
+                    self._leaving.add(task)
+                    task.add_done_callback(self._leaving.discard)
         if self._cluster.is_settled:
             self._cluster.elect()
             self._publish()
