@@ -395,6 +395,14 @@ async def test_a_replica_of_another_primary_on_the_timeline_of_the_master_is_not
         await monitor.poll()
         assert monitor.sync_by_bytes() == one.host
         assert caplog.text.count("has replayed WAL that the master does not have") == 1
+        # The master goes away for a moment, and has more WAL than the replica by now.
+        await one.stop()
+        await until(monitor, lambda: monitor.master() is None)
+        await one.start()
+        await until(monitor, lambda: monitor.master() == one.host)
+        await monitor.poll()
+        assert status_of(monitor, replica).lag_bytes is None
+        assert monitor.replayed(1) == frozenset()
         # Without a promotion, the other primary takes over.
         await one.kill()
         await other.start()

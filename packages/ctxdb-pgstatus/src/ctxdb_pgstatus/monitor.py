@@ -334,7 +334,7 @@ class HostMonitor:
         may lead to another server by now (see `conn_max_age`): then an older connection would ask the wrong server.
         """
         master = self.status.master
-        member = None if master is None else self._cluster.members[master]
+        member = None if master is None else self._cluster.members.get(master)
         if member is None or self._cluster.may_have_moved(member):
             return None
         watch = member.watch
