@@ -316,8 +316,8 @@ class HostMonitor:
         ``False`` also if `host` does not answer, and so cannot be shown to be the master. Of the other hosts, the
         answers of those that may be the master are waited for: not those of the `nofailover` hosts, of hosts of another
         cluster, of hosts that have just failed, or of hosts whose answer is late (by a share of the poll interval, or
-        by three times their usual time). While `host` lacks a standby that it had, late hosts are waited for as well:
-        a late host may be the standby that was promoted.
+        by three times their usual time). While `host` lacks a standby that it had, late hosts, and those that have
+        refused the monitor, are waited for as well: one of these may be the standby that was promoted.
 
         Raises:
             MasterUncertainError: the name may lead to another server by now, and no new connection could be opened that
@@ -601,10 +601,10 @@ class HostMonitor:
         await asyncio.gather(answered, *others.values())
         if asked.watch.standbys_before_loss:
             # The standby that has left its primary may have been promoted. Its answer is waited for, however late it
-            # is.
+            # is, and also if it has refused the monitor, as one does that is no hot standby.
             heard = {member for member, answer in others.items() if answer.result()}
             unheard = [member for member in candidates if member.watch.alive and member not in heard]
-            await asyncio.gather(*(member.watch.ask() for member in unheard))
+            await asyncio.gather(*(member.watch.ask(insist=True) for member in unheard))
         if self._cluster.may_have_moved(asked) and self.status.master == host:
             return await self._confirm_anew(asked)
         if asked.watch.refusals and self.status.master == host:

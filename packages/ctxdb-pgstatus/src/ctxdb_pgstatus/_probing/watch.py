@@ -149,7 +149,7 @@ class Watch:
         """Have the host asked now, or right after the attempt that is under way."""
         self._due.set()
 
-    def ask(self, *, patient: bool = True) -> asyncio.Future[bool]:
+    def ask(self, *, patient: bool = True, insist: bool = False) -> asyncio.Future[bool]:
         """Have the host asked now, or right after the attempt that is under way.
 
         Callers that ask while an attempt is under way share the next attempt.
@@ -157,6 +157,7 @@ class Watch:
         Args:
             patient: whether to wait for as long as the attempt takes. Else the future is done when the answer is late,
                 as if the attempt had failed.
+            insist: whether a server that has refused the monitor a moment ago is asked as well.
 
         Returns:
             a future, which tells whether an attempt that began after this call was answered. After `close`, it is done.
@@ -166,6 +167,8 @@ class Watch:
             future.set_result(False)
             return future
         self._waiting.append(future)
+        if insist:
+            self._not_before = 0.0
         if not patient:
             self._impatient.append(future)
             if self._is_late:
