@@ -26,7 +26,7 @@ from ctxdb_pgstatus._following.positions import (
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import HostSource, KnowsPromotions, KnowsServers, ReadsByRule
-from ctxdb_pgstatus.status import SyncCondition
+from ctxdb_pgstatus.status import SYNC_CONDITIONS, SyncCondition
 
 __all__ = ["FollowHandler", "follow_master", "follow_replica"]
 
@@ -106,7 +106,7 @@ def follow_replica(
         OptionError: `sync` is no such condition, a number is out of its range, or the source can find replicas by
             `sync` alone while a rule asks for more.
     """
-    if sync not in (None, "time", "bytes", "time_or_bytes", "time_and_bytes"):
+    if sync not in SYNC_CONDITIONS:
         raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
     if not wait >= 0:
         raise OptionError(f"wait={wait}: give seconds, 0 or more.")

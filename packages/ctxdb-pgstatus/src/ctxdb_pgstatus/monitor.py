@@ -33,7 +33,7 @@ from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition, responsive
+from ctxdb_pgstatus.status import SYNC_CONDITIONS, ClusterStatus, HostStatus, Promotion, SyncCondition, responsive
 
 __all__ = ["HostMonitor"]
 
@@ -170,9 +170,7 @@ class HostMonitor:
         self._limits = TimeLimits(connect_timeout, query_timeout or connect_timeout, conn_max_age)
         self._pace = Pace(poll_interval, self._limits.connect + self._limits.query, max_fails)
         self._judge = Judge(sync_max_lag_ms, sync_max_lag_bytes)
-        self._turns: dict[SyncCondition | None, itertools.count[int]] = {
-            condition: itertools.count() for condition in (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
-        }
+        self._turns = {condition: itertools.count() for condition in SYNC_CONDITIONS}
         self._reader_turns = itertools.count()
         self._changes = Changes()
         self._loop: asyncio.AbstractEventLoop | None = None
