@@ -124,8 +124,10 @@ class Positions:
             source: the cluster.
             host: the master, on which the commit was made.
             position: a WAL position behind the commit record.
-            timeline: the timeline of that position; 0 if it is not known.
+            timeline: the timeline of that position; 0 if it is not known. Then it is taken for the latest one of which
+                the source is known to know.
         """
+        timeline = timeline or _known_timeline(source)
         _note(self._own, source, host, position, timeline)
         _note_latest(source, host, position, timeline)
         parent = self._parent()
@@ -275,7 +277,11 @@ def _note_latest(source: HostSource, host: str, position: int, timeline: int) ->
 
 def knows_timeline(source: HostSource, timeline: int) -> bool:
     """Return whether `learn_timeline` was called for `source` with this timeline, or a later one."""
-    return all(each.timeline >= timeline for each in _read_sources if each.find() is source)
+    return _known_timeline(source) >= timeline
+
+
+def _known_timeline(source: HostSource) -> int:
+    return next((each.timeline for each in _read_sources if each.find() is source), 0)
 
 
 def learn_timeline(source: HostSource, timeline: int) -> None:
