@@ -35,11 +35,22 @@ def test_invalid_host_is_refused_by_name(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("hosts", "message"),
-    [([], "no hosts"), ("n1,n2", "give a list"), (["n1", "N1:5432"], "same host"), (["::1", "[::1]"], "same host")],
+    [
+        ([], "no hosts"),
+        ("n1,n2", "give a list"),
+        (["n1", "N1:5432"], "same host"),
+        (["::1", "[::1]"], "same host"),
+        (["fd00::A", "[fd00:0::a]:5432"], "same host"),
+        (["/run/postgresql", "/run/postgresql/"], "same host"),
+    ],
 )
 def test_a_list_of_hosts_that_makes_no_cluster_is_refused(hosts: list[str], message: str) -> None:
     with pytest.raises(HostListError, match=message):
         parse_hosts(hosts, 5432)
+
+
+def test_directories_of_different_case_are_different_hosts() -> None:
+    assert [address.host for address in parse_hosts(["/run/a", "/run/A"])] == ["/run/a", "/run/A"]
 
 
 def test_two_hosts_of_one_name_are_refused() -> None:

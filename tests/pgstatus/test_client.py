@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
@@ -191,6 +192,41 @@ async def test_a_question_by_position_is_sent_each_time(url: str, sidecar: Origi
         ("/sync_by_time", {"min_lsn": ["1/60"], "wait_ms": ["250"]}),
         ("/sync_by_time_and_bytes", {"min_lsn": ["0/1"]}),
     ]
+
+
+async def test_without_a_fit_replica_a_reader_by_rule_and_position_goes_to_the_master_that_the_sidecar_names_now(
+    url: str, sidecar: OriginalSidecar
+) -> None:
+    sidecar.tell_timelines()
+    async with PgStatusClient(url, max_age=HOUR) as client:
+        assert await client.find_reader(ReadRule(max_lag_ms=5)) in ("n2", "n3")
+        # The host n4 was dead, and has been promoted since.
+        sidecar.replayed = "n4"
+        assert await client.find_reader(ReadRule(max_lag_ms=5), min_position=1) == "n4"
+        assert await client.find_reader(ReadRule(max_lag_ms=5, fallback=False), min_position=1) is None
+
+
+async def test_the_failure_of_a_request_that_its_caller_has_given_up_is_not_logged_as_an_error(
+    url: str, sidecar: OriginalSidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    # pytest would keep the record of the client's own warning, with the error in it and the task that has raised that.
+    caplog.set_level(logging.ERROR)
+    sidecar.tell_timelines()
+    async with PgStatusClient(url) as client:
+        await client.hosts()
+        sidecar.open.clear()
+        sidecar.arrived.clear()
+        before = asyncio.all_tasks()
+        asking = asyncio.create_task(client.find_replica(min_position=1))
+        await sidecar.arrived.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        sidecar.status = 500
+        sidecar.open.set()
+        await asyncio.wait(asyncio.all_tasks() - before)
+    del asking
+    gc.collect()
+    assert caplog.records == []
 
 
 async def test_the_sidecar_waits_for_a_replica_that_has_replayed_the_position() -> None:

@@ -56,13 +56,22 @@ async def insert(db: DBConnect, *, inserted: Callable[[], Any] | None = None) ->
             await inserted()
 
 
-async def until_commit_waits(node: PostgresNode) -> None:
-    """Wait until a COMMIT has only to be confirmed by a standby."""
+async def until_commit_waits(node: PostgresNode, *, after: int = 0) -> int:
+    """Wait until a COMMIT has only to be confirmed by a standby; return the number of its server process.
+
+    Args:
+        node: the primary.
+        after: the number of another process, whose COMMIT does not count.
+    """
+    query = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND pid <> $1"
+    found: list[int] = []
 
     async def waits() -> bool:
-        return bool(await node.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+        found[:] = [row["pid"] for row in await node.execute(query, after)]
+        return bool(found)
 
     await until(waits)
+    return found[0]
 
 
 async def stored_on(node: PostgresNode) -> bool:
@@ -110,6 +119,22 @@ async def test_a_lost_commit_succeeds_if_its_server_comes_back_as_the_master(
     await cluster.primary.start()
     await committing
     assert await stored_on(cluster.primary)
+
+
+async def test_a_lost_commit_whose_wait_for_a_standby_was_cut_short_succeeds_when_a_standby_has_it(
+    cluster: PostgresCluster, db: DBConnect
+) -> None:
+    for node in cluster.standbys:
+        await node.freeze()
+    committing = asyncio.create_task(insert(db))
+    pid = await until_commit_waits(cluster.primary)
+    await cluster.primary.execute("SELECT pg_terminate_backend($1)", pid)
+    await until(lambda: stored_on(cluster.primary))
+    # The server has committed by itself alone. If it died now, the write would be lost.
+    await until_commit_waits(cluster.primary, after=pid)
+    assert not committing.done()
+    await cluster.standbys[0].thaw()
+    await committing
 
 
 async def test_a_lost_commit_is_resolved_by_the_new_master_although_the_old_one_comes_back(

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from typing import Any
 
 import pytest
-from sqlalchemy import event, make_url, text
+from sqlalchemy import event, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
@@ -18,7 +19,7 @@ from sqlalchemy.util import await_only
 from tests.support.database import Database, eventually, insert
 from tests.support.hosts import HOST, FakeSource, Hosts, frozen, host_of
 
-from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session
+from ctxdb_core import DBConnect, db_session, new_db_ctx, new_non_ctx_session, retry_on_conflict
 from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus import (
     CommitUnconfirmedError,
@@ -27,6 +28,7 @@ from ctxdb_pgstatus import (
     NoMasterError,
     NoReplicaError,
     OptionError,
+    SidecarError,
     follow_master,
     follow_replica,
 )
@@ -384,6 +386,75 @@ async def test_the_error_of_a_reader_whose_connection_breaks_is_retryable(
             await session.scalar(HOST)
     assert (raised.value.host, raised.value.retryable) == (host, True)
     assert source.failures == [host]
+
+
+@both_drivers
+async def test_a_commit_of_a_write_past_sqlalchemy_whose_connection_breaks_has_an_unknown_outcome(
+    master: DBConnect, hosts: Hosts, database: Database
+) -> None:
+    async def write() -> None:
+        async with new_db_ctx():
+            session = await db_session(master)
+            await session.scalar(select(1))
+            driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+            await driver.execute("INSERT INTO item (name) VALUES ('a')")
+
+    with database.held_commits():
+        writing = asyncio.create_task(write())
+        await database.commit_is_held()
+        hosts.database.terminate_backends("application_name = 'n1'")
+        with pytest.raises(CommitUnconfirmedError, match="broke while a commit was under way"):
+            await writing
+
+
+# --- repetitions ------------------------------------------------------------------------------------------------------
+
+
+@both_drivers
+async def test_a_reader_that_loses_its_connection_before_its_commit_reads_again(
+    replica: DBConnect, hosts: Hosts
+) -> None:
+    attempts: list[str] = []
+
+    @retry_on_conflict(wait=0)
+    async def read() -> str:
+        host = str(await (await db_session(replica)).scalar(HOST))
+        attempts.append(host)
+        if len(attempts) == 1:
+            hosts.database.terminate_backends(f"application_name = '{host}'")
+        return host
+
+    assert await read() == attempts[-1]
+    assert len(attempts) == 2
+
+
+async def test_work_that_has_found_no_master_is_done_again(
+    master: DBConnect, source: FakeSource, database: Database
+) -> None:
+    masters = [None, "n1"]
+
+    @retry_on_conflict(wait=0)
+    async def write() -> None:
+        source.master = masters.pop(0)
+        await insert(master, "a")
+
+    await write()
+    assert await database.names() == ["a"]
+
+
+async def test_work_whose_commit_could_not_be_confirmed_is_not_done_again(
+    master: DBConnect, source: FakeSource, database: Database
+) -> None:
+    source.error = SidecarError("The sidecar is away.")
+
+    @retry_on_conflict(wait=0)
+    async def write() -> None:
+        await insert(master, "a")
+
+    with pytest.raises(CommitUnconfirmedError) as raised:
+        await write()
+    assert isinstance(raised.value.__cause__, SidecarError)
+    assert await database.names() == ["a"]
 
 
 async def test_an_error_of_a_statement_is_not_reported_to_the_source(master: DBConnect, source: FakeSource) -> None:

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import event, func, insert, select
 from sqlalchemy.util import await_only
 from tests.support.database import eventually
-from tests.support.followers import NUMBERS, following_by_name, numbers_on, server_of, write_number
+from tests.support.followers import NUMBERS, SERVER, following_by_name, numbers_on, server_of, write_number
 from tests.support.monitors import HOUR, PATIENCE, address, monitor_of, until, until_server
 from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_monitor
@@ -465,6 +465,32 @@ async def test_a_reader_behind_a_shared_name_sees_what_it_has_written(cluster: P
                     await session.execute(insert(NUMBERS).values(number=number))
                     await session.commit()
                     assert await (await db_session(replica)).scalar(select(func.max(NUMBERS.c.number))) == number
+
+
+@sources
+async def test_a_reader_sees_its_write_also_after_its_replica_has_come_back_without_that(
+    cluster: PostgresCluster, kind: str
+) -> None:
+    fresh, stale = cluster.standbys
+    await stale.pause_replay()
+    async with (
+        Proxy(fresh) as proxy,
+        monitor_of(cluster, hosts=[address(cluster.primary), proxy.host], poll_interval=0.2) as monitor,
+        knowing(monitor, kind) as source,
+        following_by_name(follow_master(source)) as master,
+        following_by_name(follow_replica(source)) as replica,
+    ):
+        await write_number(master, 1)
+        await fresh.wait_for_replay(await cluster.primary.position())
+        async with new_non_ctx_session(replica) as session:
+            assert await session.scalar(SERVER) == fresh.host
+            await session.commit()
+            # A replica that has crashed has replayed less when it takes connections again. Here another server is in
+            # its place.
+            proxy.nodes = (stale,)
+            proxy.drop()
+            await until_server(monitor, proxy.host, stale)
+            assert await session.scalar(select(NUMBERS.c.number)) == 1
 
 
 async def test_a_reader_that_has_written_nothing_may_read_behind_a_shared_name(cluster: PostgresCluster) -> None:

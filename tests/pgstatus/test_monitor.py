@@ -395,6 +395,14 @@ async def test_a_replica_of_another_primary_on_the_timeline_of_the_master_is_not
         await monitor.poll()
         assert monitor.sync_by_bytes() == one.host
         assert caplog.text.count("has replayed WAL that the master does not have") == 1
+        # The master goes away for a moment, and has more WAL than the replica by now.
+        await one.stop()
+        await until(monitor, lambda: monitor.master() is None)
+        await one.start()
+        await until(monitor, lambda: monitor.master() == one.host)
+        await monitor.poll()
+        assert status_of(monitor, replica).lag_bytes is None
+        assert monitor.replayed(1) == frozenset()
         # Without a promotion, the other primary takes over.
         await one.kill()
         await other.start()
@@ -870,6 +878,39 @@ async def test_closed_monitor_leaves_no_connection_and_no_waiting_call(cluster: 
     with pytest.raises(PgStatusError, match="was closed"):
         await waiting
     assert monitor.master() is None
+    for node in cluster.nodes:
+        await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
+
+
+async def test_confirmations_under_way_end_with_their_monitor_and_open_no_connection(cluster: PostgresCluster) -> None:
+    before = asyncio.all_tasks()
+    async with monitor_of(cluster, conn_max_age=0) as monitor:
+        await cluster.primary.freeze()
+        confirmation = asyncio.create_task(monitor.confirm_master(cluster.primary.host))
+        await asyncio.sleep(0)
+    await cluster.primary.thaw()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(PgStatusError):
+            await confirmation
+        assert asyncio.all_tasks() == before
+    for node in cluster.nodes:
+        await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
+
+
+async def test_a_cancellation_of_the_close_leaves_no_connection_and_no_old_master(cluster: PostgresCluster) -> None:
+    before = asyncio.all_tasks()
+    monitor = await monitor_of(cluster).__aenter__()
+    waiting = asyncio.create_task(monitor.wait_for_change())
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(monitor.__aexit__(None, None, None))
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert monitor.master() is None
+    with pytest.raises(PgStatusError, match="was closed"):
+        await waiting
+    assert asyncio.all_tasks() == before
     for node in cluster.nodes:
         await _until_zero(lambda node=node: node.fetch_value(CONNECTIONS))  # type: ignore[misc]  # a default, not a parameter
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.monitors import PATIENCE, changes_of, monitor_of, until
+from tests.support.monitors import HOUR, PATIENCE, changes_of, monitor_of, until
 from tests.support.proxy import Proxy
 from tests.support.server import http_client
 from tests.support.sidecar_process import running
@@ -263,6 +263,27 @@ async def test_a_replica_that_refuses_the_monitor_is_read_from_only_without_othe
         assert {monitor.replica() for _ in range(4)} == {others[1]}
         assert {await monitor.find_replica("bytes") for _ in range(4)} == {others[1]}
         assert await monitor.find_replicas() == {proxy.host, others[1]}
+
+
+async def test_a_commit_waits_for_a_standby_that_has_refused_the_monitor_while_the_primary_lacks_one(
+    cluster: PostgresCluster,
+) -> None:
+    old, new, _ = cluster.nodes
+    async with Proxy(new) as proxy:
+        # As a standby that is no hot standby does.
+        proxy.error = STARTING_UP
+        async with monitor_of(cluster, hosts=[f"{old.host}:{old.port}", proxy.host]) as monitor:
+            master = monitor.master()
+            assert master is not None
+            await new.promote()
+            async with asyncio.timeout(PATIENCE):
+                while await old.fetch_value("SELECT count(*) FROM pg_stat_replication") == 2:
+                    await asyncio.sleep(0.005)
+            proxy.error = None
+            # The monitor would not ask this host again for a while.
+            monitor._cluster.members[proxy.host].watch._not_before += HOUR
+            assert not await monitor.confirm_master(master)
+            assert monitor.master() == proxy.host
 
 
 async def test_a_host_that_has_refused_the_monitor_from_the_start_has_no_role(cluster: PostgresCluster) -> None:

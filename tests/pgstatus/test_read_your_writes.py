@@ -54,7 +54,7 @@ from ctxdb_pgstatus import (
     follow_master,
     follow_replica,
 )
-from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions
+from ctxdb_pgstatus._following.positions import UNKNOWN_POSITION, Positions, current_positions, want_positions
 from ctxdb_pgstatus._token import TokenSigner
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 from ctxdb_starlette import DBSessionMiddleware
@@ -710,6 +710,16 @@ async def test_an_unknown_position_is_required_until_a_commit_on_another_master(
     assert positions.required(source) == 7
     positions.note(source, "n2", 6)
     assert positions.required(source) == 7
+
+
+async def test_a_write_of_unknown_position_is_on_the_latest_timeline_that_is_known() -> None:
+    source, other = FakeSource(), FakeSource()
+    want_positions(source)
+    Positions().note(source, "n2", 100, 2)
+    positions = Positions()
+    positions.note(source, "n2", UNKNOWN_POSITION)
+    positions.note(other, "n2", UNKNOWN_POSITION)
+    assert (positions.timeline(source), positions.timeline(other)) == (2, 0)
 
 
 async def test_position_of_a_write_replaces_the_position_that_a_client_has_brought() -> None:

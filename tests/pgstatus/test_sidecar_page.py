@@ -188,6 +188,18 @@ def test_samples_reach_back_as_far_as_the_plots() -> None:
     assert samples[-1].at - samples[0].at == timedelta(minutes=5)
 
 
+def test_samples_from_before_the_clock_was_set_back_are_forgotten() -> None:
+    history = lagging_history("n1")
+    history.add(cluster(replica("n1"), at=START - timedelta(hours=1)))
+    assert [sample.at for sample in history.samples("n1")] == [START - timedelta(hours=1)]
+
+
+def test_samples_of_a_host_that_has_left_the_list_are_forgotten() -> None:
+    history = lagging_history("n1", "n2")
+    history.add(cluster(replica("n2"), at=START + timedelta(hours=1)))
+    assert history.samples("n1") == ()
+
+
 def test_a_status_is_sampled_once() -> None:
     history = History()
     status = cluster(replica("n1"))

@@ -114,7 +114,7 @@ async def url(desk: Desk) -> AsyncIterator[str]:
 
 
 async def test_a_request_that_arrives_byte_by_byte_is_read(url: str, desk: Desk) -> None:
-    fields = b"Host: x\r\nACCEPT: text/html, application/json\r\nCache-control: no-cache\r\n"
+    fields = b"Host: x\r\nACCEPT: text/html, application/json\r\nCache-control: max-age=0, No-Cache\r\n"
     request = b"GET /a%20b?lag=1 HTTP/1.1\r\n" + fields + b"\r\n"
     async with connect(url) as client:
         for piece in (request[index : index + 1] for index in range(len(request))):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
+from posixpath import normpath
 
 from ctxdb_pgstatus._lazy import errors
 
@@ -85,13 +86,20 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
         raise errors.HostListError("There are no hosts: name at least one host.")
     names: dict[tuple[str, int], str] = {}
     for address in addresses:
-        place = (address.host.lower(), address.port)
+        place = (_unique(address.host), address.port)
         if place in names:
             raise errors.HostListError(f"{names[place]!r} and {address.name!r} are the same host: name each host once.")
         if address.name in names.values():
             raise errors.HostListError(f"Two hosts have the name {address.name!r}: give each a name of its own.")
         names[place] = address.name
     return addresses
+
+
+def _unique(host: str) -> str:
+    """Return the one spelling of a host of which there are several."""
+    if host.startswith("/"):
+        return normpath(host)
+    return IPv6Address(host).compressed if _is_ipv6(host) else host.lower()
 
 
 def _is_ipv6(text: str) -> bool:

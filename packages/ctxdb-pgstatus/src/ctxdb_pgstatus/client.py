@@ -218,14 +218,12 @@ class PgStatusClient:
         Raises:
             SidecarError: the sidecar could not be asked, and there is no earlier answer, or that is too old.
         """
+        if min_position is not None:
+            # The sidecar heeds the limits of the rule. If no replica will do, it names the master.
+            found = await self._find_replayed(rule.sync, min_position, max_wait, rule)
+            return found if rule.fallback or found in await self.find_replicas() else None
         status = (await self._ask(self._cluster)).status
         replicas = rule.best(status.replicas())
-        if min_position is not None:
-            # The sidecar knows the position, and not the rule: it names a replica that has replayed the position, which
-            # is taken if the rule admits it.
-            found = await self._find_replayed(rule.sync, min_position, max_wait, rule)
-            admitted = {each.host for each in status.replicas() if rule.admits(each)}
-            replicas = [found] if found is not None and found in admitted else []
         if replicas:
             return replicas[next(self._reader_turns) % len(replicas)]
         return status.master if rule.fallback else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from functools import partial
 from typing import TypeAlias
 from weakref import WeakSet, ref
@@ -25,7 +26,7 @@ from ctxdb_pgstatus._following.positions import (
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import HostSource, KnowsPromotions, KnowsServers, ReadsByRule
-from ctxdb_pgstatus.status import SyncCondition
+from ctxdb_pgstatus.status import SYNC_CONDITIONS, SyncCondition
 
 __all__ = ["FollowHandler", "follow_master", "follow_replica"]
 
@@ -105,7 +106,7 @@ def follow_replica(
         OptionError: `sync` is no such condition, a number is out of its range, or the source can find replicas by
             `sync` alone while a rule asks for more.
     """
-    if sync not in (None, "time", "bytes", "time_or_bytes", "time_and_bytes"):
+    if sync not in SYNC_CONDITIONS:
         raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
     if not wait >= 0:
         raise OptionError(f"wait={wait}: give seconds, 0 or more.")
@@ -158,8 +159,8 @@ class _Follower:
         """
         raise NotImplementedError
 
-    def is_fit(self, host: str, positions: Positions) -> bool:
-        """Return whether `host` has replayed what the running code has written."""
+    def is_fit(self, host: str, positions: Positions, server: datetime | None = None) -> bool:
+        """Return whether `host` has replayed what the running code has written (see `Follower`)."""
         raise NotImplementedError
 
     async def review(self) -> None:
@@ -191,7 +192,7 @@ class _Follower:
 
     def forget_position(self, host: str, positions: Positions) -> None:
         """Forget how far `host` has replayed, so that it is asked anew before the running code reads from it."""
-        positions.see_on(self.source, host, -1)
+        positions.see_on(self.source, host, -1, None)
 
     def no_server(self, host: str) -> PgStatusError:
         """Return the error for a host of which each connection leads to another server than the source knows."""
@@ -239,7 +240,7 @@ class _MasterFollower(_Follower):
                 Positions.of_task()
         return engine
 
-    def is_fit(self, host: str, positions: Positions) -> bool:
+    def is_fit(self, host: str, positions: Positions, server: datetime | None = None) -> bool:
         return True
 
     def no_server(self, host: str) -> PgStatusError:
@@ -293,7 +294,8 @@ class _ReplicaFollower(_Follower):
         if engine is not None:
             engine.return_to_host()
             if position is not None:
-                positions.see_on(self.source, host, position)
+                server = None if self.servers is None else self.servers.server_of(host)
+                positions.see_on(self.source, host, position, server)
         return engine
 
     async def _learn_timeline(self, timeline: int) -> None:
@@ -335,8 +337,8 @@ class _ReplicaFollower(_Follower):
             self._fallback = None
         return replicas if self._fallback is None else replicas | {self._fallback}
 
-    def is_fit(self, host: str, positions: Positions) -> bool:
-        return positions.is_seen_on(self.source, host)
+    def is_fit(self, host: str, positions: Positions, server: datetime | None = None) -> bool:
+        return positions.is_seen_on(self.source, host, server)
 
     def no_server(self, host: str) -> PgStatusError:
         return NoReplicaError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ctxdb_pgstatus.status import HostStatus
+from ctxdb_pgstatus.status import HostStatus, nearest
 
 __all__ = ["Locality"]
 
@@ -38,5 +38,4 @@ class Locality:
         """Return the hosts out of `hosts` that are nearest, in the order of `hosts`."""
         if self.current_dc is None and self.current_geo is None:
             return hosts
-        best = min((self.distance(host.host) for host in hosts), default=0)
-        return [host for host in hosts if self.distance(host.host) == best]
+        return nearest(hosts, self.distance)

@@ -33,7 +33,7 @@ from ctxdb_pgstatus.addresses import HostAddress, parse_hosts
 from ctxdb_pgstatus.discovery import DiscoveredHost, HostDiscovery
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import KnownMaster
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, Promotion, SyncCondition, responsive
+from ctxdb_pgstatus.status import SYNC_CONDITIONS, ClusterStatus, HostStatus, Promotion, SyncCondition, responsive
 
 __all__ = ["HostMonitor"]
 
@@ -170,9 +170,7 @@ class HostMonitor:
         self._limits = TimeLimits(connect_timeout, query_timeout or connect_timeout, conn_max_age)
         self._pace = Pace(poll_interval, self._limits.connect + self._limits.query, max_fails)
         self._judge = Judge(sync_max_lag_ms, sync_max_lag_bytes)
-        self._turns: dict[SyncCondition | None, itertools.count[int]] = {
-            condition: itertools.count() for condition in (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
-        }
+        self._turns = {condition: itertools.count() for condition in SYNC_CONDITIONS}
         self._reader_turns = itertools.count()
         self._changes = Changes()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -316,8 +314,8 @@ class HostMonitor:
         ``False`` also if `host` does not answer, and so cannot be shown to be the master. Of the other hosts, the
         answers of those that may be the master are waited for: not those of the `nofailover` hosts, of hosts of another
         cluster, of hosts that have just failed, or of hosts whose answer is late (by a share of the poll interval, or
-        by three times their usual time). While `host` lacks a standby that it had, late hosts are waited for as well:
-        a late host may be the standby that was promoted.
+        by three times their usual time). While `host` lacks a standby that it had, late hosts, and those that have
+        refused the monitor, are waited for as well: one of these may be the standby that was promoted.
 
         Raises:
             MasterUncertainError: the name may lead to another server by now, and no new connection could be opened that
@@ -334,7 +332,7 @@ class HostMonitor:
         may lead to another server by now (see `conn_max_age`): then an older connection would ask the wrong server.
         """
         master = self.status.master
-        member = None if master is None else self._cluster.members[master]
+        member = None if master is None else self._cluster.members.get(master)
         if member is None or self._cluster.may_have_moved(member):
             return None
         watch = member.watch
@@ -470,10 +468,13 @@ class HostMonitor:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-        members = [member.stop() for member in self._cluster.members.values()]
-        await asyncio.gather(*tasks, *members, *self._leaving, return_exceptions=True)
-        self._changes.end(errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
-        self._forget()
+        for member in self._cluster.members.values():
+            tasks += member.stop()
+        try:
+            await asyncio.gather(*tasks, *self._leaving, return_exceptions=True)
+        finally:
+            self._changes.end(errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
+            self._forget()
 
     def _forget(self) -> None:
         """Forget all that is known, as before the first poll."""
@@ -538,9 +539,9 @@ class HostMonitor:
         for name, member in before.items():
             if self._cluster.members.get(name) is not member:
                 logger.info("Host %s has left the list of hosts.", name, extra={"host": name})
-                task = asyncio.create_task(member.stop())
-                self._leaving.add(task)
-                task.add_done_callback(self._leaving.discard)
+                for task in member.stop():
+                    self._leaving.add(task)
+                    task.add_done_callback(self._leaving.discard)
         if self._cluster.is_settled:
             self._cluster.elect()
             self._publish()
@@ -598,10 +599,10 @@ class HostMonitor:
         await asyncio.gather(answered, *others.values())
         if asked.watch.standbys_before_loss:
             # The standby that has left its primary may have been promoted. Its answer is waited for, however late it
-            # is.
+            # is, and also if it has refused the monitor, as one does that is no hot standby.
             heard = {member for member, answer in others.items() if answer.result()}
             unheard = [member for member in candidates if member.watch.alive and member not in heard]
-            await asyncio.gather(*(member.watch.ask() for member in unheard))
+            await asyncio.gather(*(member.watch.ask(insist=True) for member in unheard))
         if self._cluster.may_have_moved(asked) and self.status.master == host:
             return await self._confirm_anew(asked)
         if asked.watch.refusals and self.status.master == host:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from ctxdb_pgstatus.status import HostStatus, SyncCondition, responsive
+from ctxdb_pgstatus.status import HostStatus, SyncCondition, nearest, responsive
 
 __all__ = ["LagLimits", "ReadRule"]
 
@@ -94,8 +94,6 @@ class ReadRule:
         A replica whose last poll has failed is among them only if that holds for all replicas that will do.
         """
         fit = responsive([replica for replica in replicas if self.admits(replica)])
-        if self.near is None:
-            return [replica.host for replica in fit]
-        distances = {replica.host: self.near(replica.host) for replica in fit}
-        nearest = min(distances.values(), default=0)
-        return [host for host, distance in distances.items() if distance == nearest]
+        if self.near is not None:
+            fit = nearest(fit, self.near)
+        return [replica.host for replica in fit]

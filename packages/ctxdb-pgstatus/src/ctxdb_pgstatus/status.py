@@ -5,18 +5,31 @@ It is immutable. A newer status takes its place as a whole, so that any thread m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["ClusterStatus", "Fault", "HostStatus", "Promotion", "Role", "SyncCondition", "responsive"]
+__all__ = [
+    "SYNC_CONDITIONS",
+    "ClusterStatus",
+    "Fault",
+    "HostStatus",
+    "Promotion",
+    "Role",
+    "SyncCondition",
+    "nearest",
+    "responsive",
+]
 
 Role = Literal["master", "replica"]
 """What a host says that it is: ``"master"`` for a primary, ``"replica"`` for a standby, which is in recovery."""
 
 SyncCondition = Literal["time", "bytes", "time_or_bytes", "time_and_bytes"]
 """By which lag a replica has to be in sync."""
+
+SYNC_CONDITIONS: tuple[SyncCondition | None, ...] = (None, *get_args(SyncCondition))
+"""Each condition; ``None`` is that of every living replica."""
 
 Fault = Literal["stranger", "shared_name", "rival", "stale"]
 """Why a living host is not what it says:
@@ -122,8 +135,8 @@ class ClusterStatus:
 
     def __post_init__(self) -> None:
         replicas = [host for host in self.hosts if host.alive and host.role == "replica" and host.takes_reads]
-        conditions: Sequence[SyncCondition | None] = (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
-        self._replicas.update({each: tuple(host for host in replicas if host.in_sync(each)) for each in conditions})
+        for each in SYNC_CONDITIONS:
+            self._replicas[each] = tuple(host for host in replicas if host.in_sync(each))
 
     def replicas(self, condition: SyncCondition | None = None) -> tuple[HostStatus, ...]:
         """Return the living replicas that take reads and are in sync by `condition`, in the order of `hosts`."""
@@ -133,3 +146,9 @@ class ClusterStatus:
 def responsive(hosts: Sequence[HostStatus]) -> Sequence[HostStatus]:
     """Return the hosts out of `hosts` whose last poll was answered; all of them if that holds for none."""
     return [host for host in hosts if not host.possible_dead] or hosts
+
+
+def nearest(hosts: Sequence[HostStatus], distance: Callable[[str], int]) -> Sequence[HostStatus]:
+    """Return the hosts out of `hosts` whose distance is the least. `distance` is given their names."""
+    distances = [distance(host.host) for host in hosts]
+    return [host for host, each in zip(hosts, distances, strict=True) if each == min(distances)]

@@ -15,7 +15,7 @@ from ctxdb_core._blocks.entry import beside
 from ctxdb_core._sqlalchemy.mysql_errors import CONFLICTS as MYSQL_CONFLICTS
 from ctxdb_core._sqlalchemy.mysql_errors import error_number
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit, opened
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, MissingExtraError
+from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, CtxDBError, MissingExtraError
 
 if TYPE_CHECKING:
     from tenacity.stop import StopBaseT
@@ -69,8 +69,9 @@ def retry_on_conflict(
     """Decorate an async function to be run again when its transaction conflicts with another one.
 
     Each attempt has a unit of work of its own, which is committed when the function returns: a conflict that shows at
-    the COMMIT counts as well. Inside of a request, too, the function has neither the request's session nor its
-    transaction; nor may it wait for locks that these hold.
+    the COMMIT counts as well. So does an error of `ctxdb_pgstatus` that is ``retryable``, such as a lost connection.
+    Inside of a request, too, the function has neither the request's session nor its transaction; nor may it wait for
+    locks that these hold.
 
     It is not run again once anything of the attempt was committed: early, on one of several databases, or in
     transactions of its own (``run_in_new_ctx``, ``transactional(db, "requires_new")``, a connection of an engine). Then
@@ -175,7 +176,7 @@ def _watched() -> Iterator[Callable[[Exception], bool]]:
     cancellations = 0 if task is None else task.cancelling()
 
     def may_be_repeated(error: Exception) -> bool:
-        if not is_conflict(error):
+        if not (is_conflict(error) or _is_retryable(error)):
             return False
         if attempt.committed:
             names = ", ".join(attempt.committed)
@@ -192,6 +193,11 @@ def _watched() -> Iterator[Callable[[Exception], bool]]:
         yield may_be_repeated
     finally:
         current_attempt.reset(token)
+
+
+def _is_retryable(error: Exception) -> bool:
+    # Not what `error` was raised from: a commit may be unconfirmed because of an error that is retryable by itself.
+    return isinstance(error, CtxDBError) and getattr(error, "retryable", False)
 
 
 def _origins(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:

@@ -64,8 +64,11 @@ _ASK_ID = (
     "WHERE id IS NOT NULL"
 )
 _ASK_OUTCOME = (
-    "SELECT pg_xact_status(CAST(CAST({} AS text) AS xid8)), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+    "SELECT pg_xact_status(CAST(CAST({} AS text) AS xid8)), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), "
+    "current_setting('synchronous_standby_names') <> ''"
 )
+# A write that changes no data.
+_WRITE = "SELECT CAST(pg_logical_emit_message(true, 'ctxdb', '') AS text)"
 
 
 class _Noted(NamedTuple):
@@ -92,13 +95,13 @@ class LostCommit(NamedTuple):
     async def ask(self, pool: Pool) -> tuple[str | None, str]:
         """Ask a server what it knows of the transaction: ``pg_xact_status``, and the timeline that the server writes.
 
-        A connection of `pool` asks; the pool is disposed of afterwards.
+        A connection of `pool` asks; the pool is disposed of afterwards. With synchronous replication, this returns when
+        the standbys have the commit as well.
 
         Raises:
             Exception: the server does not answer, or is a standby.
         """
-        status, timeline = await greenlet_spawn(_ask_outcome, pool, self)
-        return status, timeline
+        return await greenlet_spawn(_ask_outcome, pool, self)
 
 
 AskOutcome: TypeAlias = Callable[[PoolProxiedConnection, LostCommit], Awaitable[bool | None]]
@@ -316,10 +319,16 @@ def _ask(connection: PoolProxiedConnection, query: str, *, is_asyncpg: bool = Fa
         cursor.close()
 
 
-def _ask_outcome(pool: Pool, transaction: LostCommit) -> Any:
+def _ask_outcome(pool: Pool, transaction: LostCommit) -> tuple[str | None, str]:
     connection = pool.connect()
     try:
-        return _ask(connection, _ASK_OUTCOME.format(transaction.id))
+        status, timeline, is_synchronous = _ask(connection, _ASK_OUTCOME.format(transaction.id))
+        if status == "committed" and is_synchronous:
+            # A server whose COMMIT is interrupted while it waits for standbys has committed by itself alone
+            # (PostgreSQL, `SyncRepWaitForLSN`). The commit of a later write waits for the standbys anew.
+            _ask(connection, _WRITE)
+            connection.commit()
+        return status, timeline
     finally:
         connection.close()
         pool.dispose()

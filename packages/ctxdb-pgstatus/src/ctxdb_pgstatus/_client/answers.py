@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, get_args
 
 from ctxdb_pgstatus.lsn import parse_lsn
-from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition, responsive
+from ctxdb_pgstatus.status import ClusterStatus, Fault, HostStatus, Promotion, Role, SyncCondition, nearest, responsive
 
 __all__ = ["REPLICA_PATHS", "Cluster", "ClusterReader", "Confirmed", "read_confirmed", "read_host", "read_start"]
 
@@ -61,7 +61,8 @@ class ClusterReader:
         master = next((str(entry["host"]) for entry in content if entry["master"] and entry["alive"]), None)
         status = ClusterStatus(hosts, master, now)
         distances = {str(entry["host"]): int(entry.get("distance", 0)) for entry in content}
-        replicas = {sync: _nearest(responsive(status.replicas(sync)), distances) for sync in REPLICA_PATHS}
+        found = {sync: nearest(responsive(status.replicas(sync)), distances.__getitem__) for sync in REPLICA_PATHS}
+        replicas = {sync: [host.host for host in hosts] for sync, hosts in found.items()}
         return Cluster(status, replicas, any("timeline" in entry for entry in content))
 
     def _read_host(self, entry: dict[str, Any], now: datetime) -> HostStatus:
@@ -167,8 +168,3 @@ def _read_promotion(content: Any) -> Promotion | None:
         return None
     timeline = _number(content["timeline"])
     return None if timeline is None else Promotion(timeline, parse_lsn(content["lsn"]))
-
-
-def _nearest(hosts: Sequence[HostStatus], distances: Mapping[str, int]) -> list[str]:
-    best = min((distances[host.host] for host in hosts), default=0)
-    return [host.host for host in hosts if distances[host.host] == best]

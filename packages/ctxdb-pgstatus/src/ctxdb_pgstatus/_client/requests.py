@@ -184,7 +184,13 @@ class LoopRequests:
         task = self._once.get(path)
         if task is None:
             task = self._once[path] = asyncio.create_task(send(), context=Context())
-            task.add_done_callback(lambda _: self._once.pop(path))
+
+            def forget(done: asyncio.Task[str | None]) -> None:
+                del self._once[path]
+                # If no caller waits any more, asyncio must not warn of an exception that was not read.
+                _ = done.cancelled() or done.exception()
+
+            task.add_done_callback(forget)
         return await wait_for_shared(task)
 
     async def close(self) -> None:
@@ -221,12 +227,8 @@ async def wait_for_shared(task: asyncio.Task[_Answer]) -> _Answer:
     Raises:
         SidecarError: the task was cancelled, as the client was closed.
     """
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        caller = asyncio.current_task()
-        if task.cancelled() and caller is not None and not caller.cancelling():
-            raise SidecarError(
-                "The PgStatusClient was closed while an answer was waited for: close it after its last use."
-            ) from None
-        raise
+    # Not `asyncio.shield`: from Python 3.14 on, that logs an error of a task which its caller has given up.
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise SidecarError("The PgStatusClient was closed while an answer was waited for: close it after its last use.")
+    return task.result()

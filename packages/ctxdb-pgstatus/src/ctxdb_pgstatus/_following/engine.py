@@ -55,7 +55,7 @@ WATCH_SECONDS = 0.1
 # ... is in the future").
 _READ_ONLY_SQL_TRANSACTION = "25006"
 _TRANSACTION_IN_THE_FUTURE = "22023"
-# How many connections are thrown away that lead to other servers than the source knows, before an error is raised. When
+# How many connections are refused that lead to other servers than the source knows, before an error is raised. When
 # a name has moved to another server, all connections in the pool lead to the old one: as many as a small pool holds.
 _MOST_STRAYS = 20
 # The first two signs of SQLSTATEs: invalid authorization, and a database that does not exist.
@@ -78,8 +78,14 @@ class Follower(Protocol):
     async def choose(self, db: DBConnect, positions: Positions | None) -> FollowedEngine | None:
         """Return the engine that sessions of `db` are to use now; ``None`` in a test's `shared_transaction`."""
 
-    def is_fit(self, host: str, positions: Positions) -> bool:
-        """Return whether `host` has replayed what the running code has written."""
+    def is_fit(self, host: str, positions: Positions, server: datetime | None = None) -> bool:
+        """Return whether `host` has replayed what the running code has written.
+
+        Args:
+            host: the host.
+            positions: what the running code has written.
+            server: when the server was started that a connection leads to, if there is one already.
+        """
 
     async def review(self) -> None:
         """Have each engine leave its host if sessions must not go there any more, or return to it if they may again."""
@@ -107,7 +113,7 @@ class _HostLeftError(PgStatusError):
 
 
 class _OtherServerError(PgStatusError):
-    """A connection leads to another server than the one that the source knows by the host's name."""
+    """A connection leads to another server than the one that the source knows, or that was found to have a write."""
 
 
 class _Wait:
@@ -250,6 +256,9 @@ class FollowedEngine:
             raise _HostLeftError(self.host)
         if (state := state_of(connection)) is not None:
             self._check_server(connection, state, positions)
+            if positions is not None and not self._follower.is_fit(self.host, positions, state.started_at):
+                connection.close()
+                raise _OtherServerError(f"{self.host!r} leads to a server that may lack what this code has written.")
             state.begin(positions)
         if self._follower.guard is not None:
             self._follower.guard.begin(connection)
@@ -341,7 +350,7 @@ class FollowedEngine:
         if positions is None or positions.are_empty or isinstance(element, _ENDS_OF_SAVEPOINTS):
             return
         state = state_of(connection)
-        if state is None or self._follower.is_fit(state.host, positions):
+        if state is None or self._follower.is_fit(state.host, positions, state.started_at):
             return
         chosen = await_only(self._choose(positions))
         if chosen is None or chosen.host == state.host or connection.get_isolation_level() in _SNAPSHOTS:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any
 from weakref import ref
 
@@ -46,7 +47,8 @@ class _Written:
         position: the WAL position in bytes after the commit.
         timeline: the timeline of that WAL; 0 if it is not known.
         at: when this became known, by ``time.monotonic()``.
-        replayed: by hosts, the position that a host was found to have replayed.
+        replayed: by hosts, the position that a host was found to have replayed, and when its server was started
+            (``None`` if that was not known).
     """
 
     __slots__ = ("at", "host", "position", "replayed", "source", "timeline")
@@ -57,7 +59,7 @@ class _Written:
         self.position = position
         self.timeline = timeline
         self.at = time.monotonic()
-        self.replayed: dict[str, int] = {}
+        self.replayed: dict[str, tuple[int, datetime | None]] = {}
 
 
 class Positions:
@@ -122,8 +124,10 @@ class Positions:
             source: the cluster.
             host: the master, on which the commit was made.
             position: a WAL position behind the commit record.
-            timeline: the timeline of that position; 0 if it is not known.
+            timeline: the timeline of that position; 0 if it is not known. Then it is taken for the latest one of which
+                the source is known to know.
         """
+        timeline = timeline or _known_timeline(source)
         _note(self._own, source, host, position, timeline)
         _note_latest(source, host, position, timeline)
         parent = self._parent()
@@ -146,16 +150,27 @@ class Positions:
         """Whether nothing was written, on any cluster."""
         return not self._own and not self._of_children
 
-    def is_seen_on(self, source: HostSource, host: str) -> bool:
-        """Return whether a reader may go to `host`: nothing was written, or `see_on` has said that `host` has it."""
-        written = None if self.are_empty else self._written(source)
-        return written is None or written.replayed.get(host, -1) >= written.position
+    def is_seen_on(self, source: HostSource, host: str, server: datetime | None = None) -> bool:
+        """Return whether a reader may go to `host`: nothing was written, or `see_on` has said that `host` has it.
 
-    def see_on(self, source: HostSource, host: str, position: int) -> None:
-        """Remember that `host` has replayed `position`."""
+        Args:
+            source: the cluster.
+            host: the host.
+            server: when the server was started that the reader's connection leads to, if there is one: another server
+                by this name, or the same one after a crash, may have replayed less than the one that `see_on` was told
+                of.
+        """
+        written = None if self.are_empty else self._written(source)
+        if written is None:
+            return True
+        position, seen_on = written.replayed.get(host, (-1, None))
+        return position >= written.position and (server is None or seen_on in (None, server))
+
+    def see_on(self, source: HostSource, host: str, position: int, server: datetime | None) -> None:
+        """Remember that the server of `host` which was started at `server` has replayed `position`."""
         written = self._written(source)
         if written is not None:
-            written.replayed[host] = position
+            written.replayed[host] = position, server
 
     def written_by(self, source: HostSource) -> int | None:
         """Return the position that the client of this request has to see from now on; ``None`` if nothing was written.
@@ -262,7 +277,11 @@ def _note_latest(source: HostSource, host: str, position: int, timeline: int) ->
 
 def knows_timeline(source: HostSource, timeline: int) -> bool:
     """Return whether `learn_timeline` was called for `source` with this timeline, or a later one."""
-    return all(each.timeline >= timeline for each in _read_sources if each.find() is source)
+    return _known_timeline(source) >= timeline
+
+
+def _known_timeline(source: HostSource) -> int:
+    return next((each.timeline for each in _read_sources if each.find() is source), 0)
 
 
 def learn_timeline(source: HostSource, timeline: int) -> None:

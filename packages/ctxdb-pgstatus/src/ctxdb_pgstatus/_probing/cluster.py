@@ -153,10 +153,11 @@ class Cluster:
         self._election = election
         self._log_election(before, election)
         if election.master is not None and election.master != before.master:
+            if election.master != self._last_master:
+                # The replicas are compared with another host from now on.
+                for member in self.members.values():
+                    member.ahead_on = None
             self._last_master = election.master
-            # The replicas are compared with another host from now on.
-            for member in self.members.values():
-                member.ahead_on = None
             self._judge.compare_with_master(answers[election.master], self.members.values())
             for member in self._replicas():
                 self._judge.judge(member)
@@ -259,4 +260,7 @@ class Cluster:
 
     def replayed(self, replicas: Iterable[HostStatus], position: int) -> list[HostStatus]:
         """Return the replicas out of `replicas` that are known to have replayed a WAL position in bytes."""
-        return [replica for replica in replicas if self._judge.has_replayed(self.members[replica.host], position)]
+        # A caller on another thread may have the status of a moment ago, with a host that has left the list since.
+        members = self.members
+        known = [replica for replica in replicas if replica.host in members]
+        return [replica for replica in known if self._judge.has_replayed(members[replica.host], position)]

@@ -39,7 +39,10 @@ class Lookup:
             return frozenset((self._host,))
         if self._running is None or self._running.done():
             self._running = self._start()
-        return await asyncio.shield(self._running)
+        running = self._running
+        # Not `asyncio.shield`: from Python 3.14 on, that logs an error of a look-up which its caller has given up.
+        await asyncio.wait([running])
+        return running.result()
 
     def _start(self) -> asyncio.Future[frozenset[str]]:
         loop = asyncio.get_running_loop()

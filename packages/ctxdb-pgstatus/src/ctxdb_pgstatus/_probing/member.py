@@ -110,14 +110,15 @@ class Member:
         """Begin to ask the host."""
         self._task = asyncio.create_task(self.watch.run(), name=f"HostMonitor {self.watch.address.name}")
 
-    async def stop(self) -> None:
-        """End the task and the connections."""
+    def stop(self) -> list[asyncio.Task[None]]:
+        """End the task and the connections; return the task, which has to be waited for, if the host is being asked."""
         # The connection is dropped before the task is cancelled. Else asyncpg would ask the server, over a new
         # connection, to cancel the query, and the server may be frozen.
         self.watch.close()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is None:
+            return []
+        self._task.cancel()
+        return [self._task]
 
     def note_server(self, server: Server | None) -> None:
         """Note which server has answered. If it is not the one before, nothing is known of its lag."""

@@ -95,6 +95,7 @@ class Watch:
         self._pace = pace
         self._report = report
         self._probe = Probe(address, account, limits, self.hurry, logical)
+        self._is_over = False
         self._due = asyncio.Event()
         self._waiting: list[asyncio.Future[bool]] = []
         self._impatient: list[asyncio.Future[bool]] = []
@@ -148,7 +149,7 @@ class Watch:
         """Have the host asked now, or right after the attempt that is under way."""
         self._due.set()
 
-    def ask(self, *, patient: bool = True) -> asyncio.Future[bool]:
+    def ask(self, *, patient: bool = True, insist: bool = False) -> asyncio.Future[bool]:
         """Have the host asked now, or right after the attempt that is under way.
 
         Callers that ask while an attempt is under way share the next attempt.
@@ -156,12 +157,18 @@ class Watch:
         Args:
             patient: whether to wait for as long as the attempt takes. Else the future is done when the answer is late,
                 as if the attempt had failed.
+            insist: whether a server that has refused the monitor a moment ago is asked as well.
 
         Returns:
-            a future, which tells whether an attempt that began after this call was answered.
+            a future, which tells whether an attempt that began after this call was answered. After `close`, it is done.
         """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self._is_over:
+            future.set_result(False)
+            return future
         self._waiting.append(future)
+        if insist:
+            self._not_before = 0.0
         if not patient:
             self._impatient.append(future)
             if self._is_late:
@@ -186,16 +193,18 @@ class Watch:
                     # An attempt handles all that a driver may raise. A defect in this package must not end the task.
                     logger.exception("Polling %s failed.", self.address.name, extra={"host": self.address.name})
         finally:
+            self.close()
             self._stop_silence()
-            self._probe.close()
             _resolve(self._take_waiting(), result=False)
             openings = [task for task in (self._upkeep, self._opening, self._opening_next) if task is not None]
             for task in openings:
                 task.cancel()
-            if openings:
-                await asyncio.wait(openings)
+            try:
+                if openings:
+                    await asyncio.wait(openings)
+            finally:
                 # The tasks may have opened connections after the first `close`.
-                self._probe.close()
+                self.close()
 
     async def look_again(self) -> None:
         """Have the host asked over a new connection, and look whether several servers are behind its name."""
@@ -220,6 +229,8 @@ class Watch:
         Args:
             patient: whether to wait for as long as that takes, and not only for as long as it usually takes.
         """
+        if self._is_over:
+            return False
         opening = self._opening_next
         if opening is None:
             opening = self._opening_next = asyncio.create_task(
@@ -240,7 +251,8 @@ class Watch:
         return await self.ask()
 
     def close(self) -> None:
-        """Drop the connections, so that an attempt that waits for an answer ends."""
+        """Drop the connections, so that an attempt that waits for an answer ends, and open no further ones."""
+        self._is_over = True
         self._probe.close()
 
     # --- an attempt ---------------------------------------------------------------------------------------------------
@@ -420,7 +432,7 @@ class Watch:
             self._start_upkeep()
 
     def _start_upkeep(self, *, anyway: bool = False) -> None:
-        if self._upkeep is None or self._upkeep.done():
+        if not self._is_over and (self._upkeep is None or self._upkeep.done()):
             self._upkeep = asyncio.create_task(
                 self._look_after_connection(anyway=anyway), name=f"HostMonitor {self.address.name}, upkeep"
             )

@@ -7,7 +7,7 @@ from itertools import count
 
 from ctxdb_pgstatus.locality import Locality
 from ctxdb_pgstatus.reading import LagLimits
-from ctxdb_pgstatus.status import ClusterStatus, HostStatus, SyncCondition, responsive
+from ctxdb_pgstatus.status import SYNC_CONDITIONS, ClusterStatus, HostStatus, SyncCondition, responsive
 
 __all__ = ["Choice"]
 
@@ -20,8 +20,7 @@ class Choice:
 
     def __init__(self, locality: Locality) -> None:
         self._locality = locality
-        conditions: tuple[SyncCondition | None, ...] = (None, "time", "bytes", "time_or_bytes", "time_and_bytes")
-        self._turns = {condition: count() for condition in conditions}
+        self._turns = {condition: count() for condition in SYNC_CONDITIONS}
         # The status of the last call, and the replicas that were found in it, for each way to be in sync.
         self._status: ClusterStatus | None = None
         self._found: dict[SyncCondition | None, Sequence[HostStatus]] = {}

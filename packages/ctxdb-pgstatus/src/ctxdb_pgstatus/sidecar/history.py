@@ -60,11 +60,15 @@ class History:
         if status.at == self._last:
             return
         self._last = status.at
+        for name in self._samples.keys() - {host.host for host in status.hosts}:
+            # The host has left the list of hosts.
+            del self._samples[name]
         for host in status.hosts:
             samples = self._samples.setdefault(host.host, deque())
             is_replica = host.alive and host.role == "replica"
             samples.append(LagSample(status.at, host.lag_ms if is_replica else None))
-            while samples and samples[0].at < status.at - self.span:
+            # The clock may have been set back since the first sample.
+            while not status.at - self.span <= samples[0].at <= status.at:
                 samples.popleft()
 
     def note(self, old: ClusterStatus, new: ClusterStatus) -> None:

@@ -345,7 +345,7 @@ class _Connection(asyncio.Protocol):
         if size == _LENGTH_OF_ACCEPT and name.lower() == b"accept":
             self._accepts_json = self._accepts_json or _accepts_json(value)
         elif size == _LENGTH_OF_CACHE_CONTROL and name.lower() == b"cache-control":
-            self._bypasses_memory = self._bypasses_memory or b"no-cache" in value
+            self._bypasses_memory = self._bypasses_memory or b"no-cache" in value.lower()
 
     def _count(self, size: int, status: int) -> None:
         self._head_size += size
