@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
@@ -212,3 +214,18 @@ async def test_the_databases_before_a_commit_whose_listener_fails_are_named(data
         "a listener of the commit on <DBConnect host='second'> failed after the one on <DBConnect host='first'>"
         in (caught.value.__notes__[0])
     )
+
+
+@pytest.mark.postgresql
+async def test_the_databases_of_one_host_are_told_apart_in_the_error_of_a_commit(database: Database) -> None:
+    other = make_url(database.url).set(database="template1")
+    async with database.connect() as first, DBConnect.from_url(other) as second:
+        with pytest.raises(IntegrityError) as caught:
+            async with new_db_ctx():
+                await (await db_session(second)).execute(text("SELECT 1"))
+                session = await db_session(first)
+                await session.execute(
+                    text("CREATE TEMPORARY TABLE once (id int UNIQUE DEFERRABLE INITIALLY DEFERRED) ON COMMIT DROP")
+                )
+                await session.execute(text("INSERT INTO once VALUES (1), (1)"))
+    assert re.search(r"after the one on <DBConnect .*> \(.*/template1\) had succeeded", caught.value.__notes__[0])

@@ -90,6 +90,9 @@ class UnitEnd(UnitAttachments):
             if self.hooks is not None and self.hooks.rollback_only:
                 dbs = await self._roll_back_marked(self.hooks, dbs)
             await prepare(self.sessions, dbs, self._hook())
+            if dbs is None and self.hooks is not None and self.hooks.rollback_only:
+                # `before_commit`, or a listener of a flush, has called `set_rollback_only`.
+                dbs = await self._roll_back_marked(self.hooks, None)
             sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
         except BaseException as exc:
             await self.roll_back(exc, dbs)
