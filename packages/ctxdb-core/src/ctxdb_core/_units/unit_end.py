@@ -332,6 +332,7 @@ class UnitEnd(UnitAttachments):
     # --- what both go through -----------------------------------------------------------------------------------------
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
+        self._hold_callbacks()
         try:
             await commit_in_order(sessions, dbs)
         except BaseException:
@@ -343,13 +344,19 @@ class UnitEnd(UnitAttachments):
     async def _roll_back(
         self, sessions: Sessions, error: BaseException | None, dbs: Collection[DBConnect] | None
     ) -> None:
+        self._hold_callbacks()
         try:
             await roll_back(sessions, dbs, error)
         finally:
             self._settle(dbs, Outcome.ROLLED_BACK)
 
+    def _hold_callbacks(self) -> None:
+        if self.callbacks is not None:
+            self.callbacks.is_held = True
+
     def _settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
         if self.callbacks is not None:
+            self.callbacks.is_held = False
             self.callbacks.settle(dbs, outcome)
             self.callbacks.start()
 
