@@ -45,6 +45,11 @@ def test_a_negative_position_is_refused() -> None:
         setup(web.Application(), position=-1)
 
 
+def test_a_position_that_is_no_number_is_refused() -> None:
+    with pytest.raises(CtxDBError, match="position='0'"):
+        setup(web.Application(), position="0")  # type: ignore[arg-type]  # the mistake
+
+
 async def test_an_application_that_has_started_is_refused() -> None:
     app = web.Application()
     async with serve_aiohttp(app):

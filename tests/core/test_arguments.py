@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 from tests.support.database import Database
 
 from ctxdb_core import (
@@ -252,6 +253,20 @@ async def test_a_hook_that_is_no_function_is_told(give: Callable[[Any], Any]) ->
 async def test_a_function_that_is_not_async_is_told(run: Callable[[Any], Awaitable[object]]) -> None:
     with pytest.raises(ArgumentTypeError, match="`async def`"):
         await run(lambda: 5)
+
+
+async def test_a_plain_function_that_should_be_awaited_before_each_session_is_named() -> None:
+    def follow(db: DBConnect) -> None: ...
+
+    db = DBConnect(lambda host: create_async_engine(URL), host="one", before_create_session_handler=follow)  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ArgumentTypeError, match=r"follow.*, given as `before_create_session_handler`"):
+        await db.create_session()
+
+
+async def test_a_session_maker_of_synchronous_sessions_is_refused() -> None:
+    db = DBConnect(lambda host: create_async_engine(URL), lambda engine: sessionmaker(engine.sync_engine), host="one")  # type: ignore[arg-type, return-value]  # the mistake
+    with pytest.raises(ArgumentTypeError, match="sessions are synchronous"):
+        await db.session_maker()
 
 
 async def test_coroutines_are_refused_where_functions_are_gathered_and_none_is_left_unawaited() -> None:

@@ -17,6 +17,7 @@ from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
     ContextNotInitiatedError,
+    CtxDBError,
     DBConnect,
     SessionOwnedError,
     TransactionAlreadyActiveError,
@@ -65,6 +66,56 @@ async def test_a_mark_for_rollback_holds_for_sessions_that_are_opened_later(db: 
         set_rollback_only()
         await insert(db, "one")
     assert await database.names() == []
+
+
+async def test_before_commit_may_mark_the_unit_for_rollback(db: DBConnect, database: Database) -> None:
+    async def rehearse(session: AsyncSession) -> None:
+        set_rollback_only()
+
+    async with new_db_ctx(before_commit=rehearse):
+        await insert(db, "one")
+    assert await database.names() == []
+
+
+async def test_before_commit_may_mark_one_database_of_several(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def rehearse(session: AsyncSession) -> None:
+        set_rollback_only(second_db)
+
+    async with new_db_ctx(before_commit=rehearse):
+        await insert(db, "kept")
+        await insert(second_db, "undone")
+    assert await database.names() == ["kept"]
+
+
+async def test_an_explicit_commit_is_refused_if_before_commit_marks_the_unit(db: DBConnect, database: Database) -> None:
+    async def rehearse(session: AsyncSession) -> None:
+        set_rollback_only()
+
+    async with new_db_ctx(before_commit=rehearse):
+        await insert(db, "one")
+        with pytest.raises(UnexpectedRollbackError, match="set_rollback_only"):
+            await commit_db_session(db)
+    assert await database.names() == []
+
+
+async def test_a_plain_function_as_before_commit_is_named_in_the_error(db: DBConnect, database: Database) -> None:
+    def prepare(session: AsyncSession) -> None: ...
+
+    with pytest.raises(CtxDBError, match=r"prepare.*, given as `before_commit`, is no async function"):
+        async with new_db_ctx(before_commit=prepare):  # type: ignore[arg-type]  # the mistake
+            await insert(db, "one")
+    assert await database.names() == []
+
+
+async def test_a_plain_function_for_on_begin_is_named_in_the_error(db: DBConnect) -> None:
+    def settle_in(session: AsyncSession) -> None: ...
+
+    async with new_db_ctx():
+        on_begin(db, settle_in)  # type: ignore[arg-type]  # the mistake
+        with pytest.raises(CtxDBError, match=r"settle_in.*, given as the callback of `on_begin`, is no async function"):
+            await insert(db, "one")
 
 
 async def test_an_explicit_commit_is_refused_after_a_mark_for_rollback(db: DBConnect, database: Database) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.database import Database, insert
 
@@ -197,6 +201,69 @@ async def test_a_roll_back_after_a_commit_whose_listener_has_failed_is_no_commit
     assert await database.names() == ["early"]
 
 
+async def commit_of_session(session: AsyncSession) -> None:
+    await session.commit()
+
+
+async def commit_in_run_sync(session: AsyncSession) -> None:
+    await session.run_sync(Session.commit)
+
+
+@KINDS
+@pytest.mark.parametrize("commit", [commit_of_session, commit_in_run_sync])
+async def test_callbacks_of_a_commit_of_the_session_run_while_the_unit_goes_on(
+    db: DBConnect, database: Database, commit: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    told = asyncio.Event()
+    async with new_db_ctx():
+        on_commit(db, told.set)
+        session = await insert(db, "one")
+        await commit(session)
+        await asyncio.wait_for(told.wait(), 20)
+    assert await database.names() == ["one"]
+
+
+async def test_callbacks_of_a_roll_back_of_the_session_run_while_the_unit_goes_on(db: DBConnect) -> None:
+    told = asyncio.Event()
+    async with new_db_ctx():
+        on_rollback(db, told.set)
+        session = await insert(db, "one")
+        await session.rollback()
+        await asyncio.wait_for(told.wait(), 20)
+
+
+async def test_callbacks_of_several_commits_run_in_their_order_and_before_the_unit_has_ended(db: DBConnect) -> None:
+    order: list[int] = []
+    goes_on = asyncio.Event()
+
+    async def first() -> None:
+        await goes_on.wait()
+        order.append(1)
+
+    async with new_db_ctx():
+        for callback in (first, lambda: order.append(2)):
+            on_commit(db, callback)
+            session = await insert(db, callback.__name__)
+            await session.commit()
+        asyncio.get_running_loop().call_later(0, goes_on.set)
+    assert order == [1, 2]
+
+
+async def test_callbacks_of_several_databases_run_behind_the_last_commit(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    stored: list[list[str]] = []
+
+    async def note() -> None:
+        stored.append(sorted(await database.names()))
+
+    async with new_db_ctx():
+        on_commit(db, note)
+        await insert(db, "one")
+        await insert(second_db, "two")
+    assert stored == [["one", "two"]]
+
+
 async def test_the_databases_before_a_commit_whose_listener_fails_are_named(database: Database) -> None:
     def plain(host: str) -> DBConnect:
         return DBConnect(lambda host: database.watch_new(), host=host)
@@ -212,3 +279,18 @@ async def test_the_databases_before_a_commit_whose_listener_fails_are_named(data
         "a listener of the commit on <DBConnect host='second'> failed after the one on <DBConnect host='first'>"
         in (caught.value.__notes__[0])
     )
+
+
+@pytest.mark.postgresql
+async def test_the_databases_of_one_host_are_told_apart_in_the_error_of_a_commit(database: Database) -> None:
+    other = make_url(database.url).set(database="template1")
+    async with database.connect() as first, DBConnect.from_url(other) as second:
+        with pytest.raises(IntegrityError) as caught:
+            async with new_db_ctx():
+                await (await db_session(second)).execute(text("SELECT 1"))
+                session = await db_session(first)
+                await session.execute(
+                    text("CREATE TEMPORARY TABLE once (id int UNIQUE DEFERRABLE INITIALLY DEFERRED) ON COMMIT DROP")
+                )
+                await session.execute(text("INSERT INTO once VALUES (1), (1)"))
+    assert re.search(r"after the one on <DBConnect .*> \(.*/template1\) had succeeded", caught.value.__notes__[0])

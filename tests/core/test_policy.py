@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -84,17 +85,46 @@ async def commit_asynchronously(status: int) -> bool:
     return True
 
 
+class Asynchronous:
+    async def __call__(self, status: int) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [lambda: True, lambda *, status: True, lambda status, request, more: True, 200, None, commit_asynchronously],
+    [
+        Asynchronous(),
+        lambda: True,
+        lambda *, status: True,
+        lambda status, request, more: True,
+        200,
+        None,
+        commit_asynchronously,
+    ],
 )
 def test_value_that_is_no_policy_is_refused_at_once(wrong: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="commit policy"):
         with_request(wrong)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [lambda status: asyncio.sleep(0, status < 400), lambda status, request: asyncio.sleep(0, status < 400)],
+    ids=["of_the_status", "of_the_request"],
+)
+def test_a_policy_whose_decision_would_have_to_be_awaited_commits_nothing(policy: Any) -> None:
+    decide = with_request(policy)
+    with pytest.raises(ArgumentTypeError, match="commit policy"):
+        decide(200, "a request")
+
+
+@pytest.mark.parametrize("statuses", [409, ["409"], "409"])
+def test_exceptions_that_are_no_statuses_are_refused_at_once(statuses: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"roll_back=\[409\]"):
+        commit_policy(roll_back=statuses)
+
+
 def test_a_policy_can_name_exceptions_from_a_policy_of_the_request() -> None:
     policy = commit_policy(commit_reads, commit=[404], roll_back=[202])
     assert [policy(status, "a read") for status in (200, 202, 404)] == [True, False, True]
     assert [policy(status, "a write") for status in (200, 202, 404)] == [False, False, True]
-    assert with_request(policy) is policy

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 from sqlalchemy import select, text
@@ -16,6 +16,7 @@ from tests.support.late import after_its_unit
 
 from ctxdb_core import (
     ContextClosedError,
+    CtxDBError,
     DBConnect,
     DeadlineExceededError,
     SessionAlreadyActiveError,
@@ -469,6 +470,12 @@ async def test_an_exception_of_no_rollback_for_leaves_the_work_done(
                 await insert(db, "inner")
                 raise KeyError("found elsewhere")
     assert await database.names() == ["inner", "outer"]
+
+
+@pytest.mark.parametrize("wrong", [LookupError("one"), [LookupError], "LookupError", (LookupError, 1)])
+async def test_value_that_is_no_class_of_exceptions_is_refused(db: DBConnect, wrong: Any) -> None:
+    with pytest.raises(CtxDBError, match="no_rollback_for="):
+        transactional(db, no_rollback_for=wrong)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

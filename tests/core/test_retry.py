@@ -618,5 +618,9 @@ def test_wrong_arguments_of_a_retry_are_refused_at_once() -> None:
         retry_on_conflict(attempts=0)
     with pytest.raises(ValueError, match="wait=-1"):
         retry_on_conflict(wait=-1)
+    with pytest.raises(CtxDBError, match="`attempts`"):
+        retry_on_conflict(attempts="3")  # type: ignore[call-overload]  # the mistake
+    with pytest.raises(CtxDBError, match="`wait`"):
+        retry_on_conflict(wait="1")  # type: ignore[call-overload]  # the mistake
     with pytest.raises(TypeError, match="no async function"):
         retry_on_conflict()(lambda: asyncio.sleep(0))

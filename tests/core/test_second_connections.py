@@ -61,7 +61,18 @@ async def by_new_non_ctx_session(db: DBConnect) -> None:
         await session.execute(text("SELECT 1"))
 
 
-WAYS = [by_run_in_new_ctx, by_new_db_ctx, by_requires_new, by_new_transaction, by_new_non_ctx_session]
+async def by_another_database_on_the_same_engine(db: DBConnect) -> None:
+    await (await db_session(DBConnect.from_engine(await db.engine()))).execute(text("SELECT 1"))
+
+
+WAYS = [
+    by_another_database_on_the_same_engine,
+    by_run_in_new_ctx,
+    by_new_db_ctx,
+    by_requires_new,
+    by_new_transaction,
+    by_new_non_ctx_session,
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

@@ -36,6 +36,7 @@ from tests.support.database import Database, Item, eventually, insert, insert_ro
 from ctxdb_core import (
     ContextClosedError,
     ContextNotInitiatedError,
+    CtxDBError,
     DBConnect,
     SessionAlreadyActiveError,
     SessionClosedError,
@@ -1723,6 +1724,11 @@ async def test_a_limit_below_one_is_refused(max_concurrent: int) -> None:
 
     with pytest.raises(ValueError, match="max_concurrent"):
         await gather_in_new_ctx(work, max_concurrent=max_concurrent)
+
+
+async def test_a_limit_that_is_no_number_is_refused() -> None:
+    with pytest.raises(CtxDBError, match="max_concurrent='2'"):
+        await gather_in_new_ctx(max_concurrent="2")  # type: ignore[arg-type]  # the mistake
 
 
 async def test_a_coroutine_instead_of_a_function_is_refused() -> None:

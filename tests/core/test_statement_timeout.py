@@ -13,6 +13,7 @@ from tests.support.database import Database, Item, insert
 
 from ctxdb_core import (
     ContextNotInitiatedError,
+    CtxDBError,
     DBConnect,
     DeadlineExceededError,
     UnexpectedRollbackError,
@@ -198,6 +199,12 @@ async def test_a_transaction_that_other_code_has_begun_keeps_its_limit(database:
 async def test_a_timeout_that_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="statement_timeout"):
         async with new_db_ctx(statement_timeout=seconds):
+            pytest.fail("the block was entered")
+
+
+async def test_a_deadline_that_is_no_number_is_refused() -> None:
+    with pytest.raises(CtxDBError, match="deadline='2 s'"):
+        async with new_db_ctx(deadline="2 s"):  # type: ignore[arg-type]  # the mistake
             pytest.fail("the block was entered")
 
 

@@ -10,7 +10,6 @@ from litestar import Controller, Litestar, get, post
 from litestar.app import DEFAULT_OPENAPI_CONFIG
 from litestar.config.app import AppConfig
 from litestar.di import Provide
-from litestar.exceptions import ImproperlyConfiguredException
 from litestar.plugins import InitPlugin
 from litestar.response import Stream
 from litestar.testing import TestClient
@@ -19,7 +18,7 @@ from tests.support.database import Database, eventually, insert, insert_row_that
 from tests.support.litestar_app import Ask, Injected, litestar_app
 
 from ctxdb_core import DBConnect, db_session
-from ctxdb_litestar import CtxDBPlugin
+from ctxdb_litestar import CtxDBPlugin, PluginConfigurationError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -248,9 +247,9 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
     db = DBConnect.from_url("sqlite+aiosqlite://")
     for taken in (Provide(provide), provide):
-        with pytest.raises(ImproperlyConfiguredException, match="'session' already: give the session another name"):
+        with pytest.raises(PluginConfigurationError, match="'session' already: give the session another name"):
             litestar_app(plugins=[CtxDBPlugin(session=db)], dependencies={"session": taken})
-    with pytest.raises(ImproperlyConfiguredException, match="'session' already"):
+    with pytest.raises(PluginConfigurationError, match="'session' already"):
         litestar_app(plugins=[CtxDBPlugin(session=db), CtxDBPlugin(session=db)])
 
 
@@ -273,13 +272,13 @@ def test_a_second_plugin_that_provides_a_name_is_refused(comes_first: bool) -> N
     @get("/")
     async def read() -> None: ...
 
-    with pytest.raises(ImproperlyConfiguredException, match="CtxDBPlugin\\(other_name=db\\)"):
+    with pytest.raises(PluginConfigurationError, match="CtxDBPlugin\\(other_name=db\\)"):
         Litestar([read], plugins=[others, ours] if comes_first else [ours, others])
 
 
 @pytest.mark.parametrize("name", ["request", "state", "socket", "data", "scope", "headers", "cookies", "query", "body"])
 def test_a_name_that_litestar_reserves_is_refused(name: str) -> None:
-    with pytest.raises(ImproperlyConfiguredException, match=f"{name!r}: give the session another name"):
+    with pytest.raises(PluginConfigurationError, match=f"{name!r}: give the session another name"):
         CtxDBPlugin(**{name: DBConnect.from_url("sqlite+aiosqlite://")})  # type: ignore[arg-type]  # a dynamic name
 
 

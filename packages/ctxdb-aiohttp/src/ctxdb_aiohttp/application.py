@@ -71,7 +71,7 @@ def setup(
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
         TypeError: `app` is no application, one of `dbs` is no `DBConnect`, `reads_from` is no mapping of them,
-            `commit_policy` is no policy, or `before_commit` or `deadline` no function.
+            `commit_policy` is no policy, `before_commit` or `deadline` no function, or `position` no number.
         ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
@@ -82,6 +82,8 @@ def setup(
                 f"setup() takes the application's `DBConnect`s, not {db!r}: make one of a URL by "
                 "`DBConnect.from_url(url)`, or of an engine's creator by `DBConnect(engine_creator, host=...)`."
             )
+    if position is not None and not isinstance(position, int):
+        raise ArgumentTypeError(f"position={position!r}: count the middlewares from the outermost, which is 0.")
     if position is not None and position < 0:
         raise ArgumentValueError(
             f"position={position} is negative: count the middlewares from the outermost, which is 0."

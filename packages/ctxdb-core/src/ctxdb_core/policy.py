@@ -59,14 +59,16 @@ def commit_policy(
         A policy that takes the request as well, if `base` does.
 
     Raises:
-        TypeError: `base` takes neither a status nor a status and a request.
+        TypeError: `base` takes neither a status nor a status and a request; a status is no integer.
         ValueError: a status is named in both collections.
     """
-    committing, rolling_back = frozenset(commit), frozenset(roll_back)
+    committing, rolling_back = _statuses("commit", commit), _statuses("roll_back", roll_back)
     if both := committing & rolling_back:
         raise ArgumentValueError(
             f"Statuses {sorted(both)} are named in both `commit` and `roll_back`: name each in one."
         )
+
+    takes_request, decide = _takes_request(base), with_request(base)
 
     def policy_by_request(status: int, request: Any) -> bool:
         if status in committing:
@@ -76,20 +78,43 @@ def commit_policy(
     def policy(status: int) -> bool:
         return policy_by_request(status, None)
 
-    decide = with_request(base)
-    return policy_by_request if decide is base else policy
+    return policy_by_request if takes_request else policy
 
 
 def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
     """Return `policy` as a function of the status and the request, whichever of the two kinds it is.
 
     An adapter calls it once, when it is set up. `policy` is asked for its signature only then: if it can be called with
-    a status alone, it is; so a second argument that has a default is none for the request.
+    a status alone, it is; so a second argument that has a default is none for the request. The function raises an
+    `ArgumentTypeError` if `policy` has returned a coroutine, which would be true whatever it stands for.
 
     Raises:
         TypeError: it can be called neither with a status nor with a status and a request, or it is asynchronous.
     """
-    if inspect.iscoroutinefunction(policy):
+    if _takes_request(policy):
+        of_request = cast("Callable[[int, Any], object]", policy)
+
+        def decide_by_request(status: int, request: Any) -> bool:
+            decision = of_request(status, request)
+            return decision if isinstance(decision, bool) else _checked(decision, policy)
+
+        return decide_by_request
+    of_status = cast("Callable[[int], object]", policy)
+
+    def decide_by_status(status: int, request: Any) -> bool:
+        decision = of_status(status)
+        return decision if isinstance(decision, bool) else _checked(decision, policy)
+
+    return decide_by_status
+
+
+def _takes_request(policy: CommitPolicy | RequestPolicy) -> bool:
+    """Return whether `policy` has to be given the request.
+
+    Raises:
+        TypeError: it is no policy.
+    """
+    if inspect.iscoroutinefunction(policy) or inspect.iscoroutinefunction(getattr(policy, "__call__", None)):  # noqa: B004 - it is asked what it is, not whether it is there
         raise _refused(policy)
     try:
         signature = inspect.signature(policy)
@@ -98,11 +123,11 @@ def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
         raise _refused(policy) from None
     except ValueError:
         # Some functions that are written in C have no signature.
-        return _ignoring_request(cast("CommitPolicy", policy))
+        return False
     if _takes(signature, 200):
-        return _ignoring_request(cast("CommitPolicy", policy))
+        return False
     if _takes(signature, 200, None):
-        return cast("RequestPolicy", policy)
+        return True
     raise _refused(policy)
 
 
@@ -114,15 +139,22 @@ def _takes(signature: inspect.Signature, *arguments: object) -> bool:
     return True
 
 
-def _ignoring_request(policy: CommitPolicy) -> RequestPolicy:
-    def policy_by_status(status: int, request: Any) -> bool:
-        return policy(status)
+def _checked(decision: object, policy: object) -> bool:
+    if inspect.isawaitable(decision):
+        if inspect.iscoroutine(decision):
+            decision.close()
+        raise _refused(policy)
+    return bool(decision)
 
-    return policy_by_status
+
+def _statuses(name: str, statuses: Collection[int]) -> frozenset[int]:
+    if isinstance(statuses, int) or not all(isinstance(status, int) for status in statuses):
+        raise ArgumentTypeError(f"{name}={statuses!r}: give a collection of statuses, `{name}=[409]` for instance.")
+    return frozenset(statuses)
 
 
 def _refused(policy: object) -> ArgumentTypeError:
     return ArgumentTypeError(
         f"{policy!r} is no commit policy: pass a plain function of the response's status, `policy(status) -> bool`, or "
-        "of the status and the request, `policy(status, request) -> bool`."
+        "of the status and the request, `policy(status, request) -> bool`. It is not awaited."
     )

@@ -8,10 +8,10 @@ from typing import TypeAlias
 from litestar.config.app import AppConfig
 from litestar.constants import RESERVED_KWARGS
 from litestar.di import Provide
-from litestar.exceptions import ImproperlyConfiguredException
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core import DBConnect, db_session
+from ctxdb_litestar.errors import PluginConfigurationError
 
 __all__ = ["SessionProvider", "check_name", "check_still_injected", "inject", "session_provider"]
 
@@ -32,10 +32,10 @@ def check_name(name: str) -> None:
     """Refuse a name for a dependency that Litestar has another use for.
 
     Raises:
-        ImproperlyConfiguredException: `name` is reserved.
+        PluginConfigurationError: `name` is reserved.
     """
     if name in RESERVED_KWARGS:
-        raise ImproperlyConfiguredException(
+        raise PluginConfigurationError(
             f"Litestar passes something of its own as {name!r}: give the session another name, "
             f"`CtxDBPlugin({name}_session=...)` for instance."
         )
@@ -52,11 +52,11 @@ def check_still_injected(providers: Mapping[str, SessionProvider], dependencies:
         dependencies: those of the application that is complete.
 
     Raises:
-        ImproperlyConfiguredException: one of the names is another dependency's.
+        PluginConfigurationError: one of the names is another dependency's.
     """
     for name, provider in providers.items():
         if not _provides(dependencies.get(name), provider):
-            raise ImproperlyConfiguredException(
+            raise PluginConfigurationError(
                 f"Another plugin has taken the name {name!r}, which CtxDBPlugin({name}=db) provides: handlers would "
                 "get a session that no unit of work commits. Give one of the two another name: "
                 "`CtxDBPlugin(other_name=db)`, or `SQLAlchemyAsyncConfig(session_dependency_key=...)` for "
@@ -72,12 +72,12 @@ def inject(providers: Mapping[str, SessionProvider], app_config: AppConfig) -> N
     """Make each of `providers` a dependency of the whole application.
 
     Raises:
-        ImproperlyConfiguredException: the application has another dependency of the same name.
+        PluginConfigurationError: the application has another dependency of the same name.
     """
     for name, provider in providers.items():
         existing = app_config.dependencies.get(name)
         if existing is not None and not _provides(existing, provider):
-            raise ImproperlyConfiguredException(
+            raise PluginConfigurationError(
                 f"The application has a dependency {name!r} already: give the session another name, "
                 "`CtxDBPlugin(other_name=db)`, or remove that dependency."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from litestar.config.app import AppConfig
-from litestar.exceptions import ImproperlyConfiguredException
 from litestar.handlers import BaseRouteHandler
 from litestar.plugins import InitPlugin, ReceiveRoutePlugin
 from litestar.routes import ASGIRoute, BaseRoute, HTTPRoute, WebSocketRoute
@@ -26,6 +25,7 @@ from ctxdb_litestar.boundary import add_middleware, mark_stream_boundary
 from ctxdb_litestar.commit_errors import CommitErrorMiddleware, MountMiddleware
 from ctxdb_litestar.dependency import check_name, check_still_injected, inject, session_provider
 from ctxdb_litestar.enclosure import enclose
+from ctxdb_litestar.errors import PluginConfigurationError
 from ctxdb_litestar.middleware import LitestarDBSessionMiddleware
 
 __all__ = ["CtxDBPlugin", "EnclosingPlugin"]
@@ -57,7 +57,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         TypeError: a database is not a `DBConnect`, `reads_from` is no mapping of them, `deadline` or `before_commit` is
             no function, or `commit_policy` none of a status, or of a status and a scope.
         ValueError: `statement_timeout` is not positive; raised when the application is made.
-        ImproperlyConfiguredException: Litestar reserves one of the names for itself.
+        PluginConfigurationError: Litestar reserves one of the names for itself.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         """Edit the configuration of an application.
 
         Raises:
-            ImproperlyConfiguredException: it has a dependency with the name of one of the sessions.
+            PluginConfigurationError: it has a dependency with the name of one of the sessions.
         """
         inject(self._providers, app_config)
         # As the last hook: those of the application may still use the database. Its lifespans are over by then.
@@ -105,7 +105,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
         """Put the unit of work around the application that a route was registered on.
 
         Raises:
-            ImproperlyConfiguredException: another plugin has taken the name of one of the sessions.
+            PluginConfigurationError: another plugin has taken the name of one of the sessions.
         """
         handlers = _handlers(route)
         app = handlers[0].app
@@ -153,11 +153,11 @@ class EnclosingPlugin(InitPlugin, ReceiveRoutePlugin):
         """Check the place among the plugins.
 
         Raises:
-            ImproperlyConfiguredException: `CtxDBPlugin` comes later.
+            PluginConfigurationError: `CtxDBPlugin` comes later.
         """
         later = app_config.plugins[app_config.plugins.index(self) :]
         if any(isinstance(each, CtxDBPlugin) for each in later):
-            raise ImproperlyConfiguredException(
+            raise PluginConfigurationError(
                 "EnclosingPlugin comes before CtxDBPlugin, and would be inside of the unit of work: list it after "
                 "that, `plugins=[CtxDBPlugin(db), EnclosingPlugin(middleware)]`."
             )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from ctxdb_core._blocks.attempt import Attempt, current_attempt, watch_engines
 from ctxdb_core._blocks.entry import beside
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._sqlalchemy.mysql_errors import CONFLICTS as MYSQL_CONFLICTS
 from ctxdb_core._sqlalchemy.mysql_errors import error_number
 from ctxdb_core._units.unit import UnitOfWork, inherited_before_commit, opened
@@ -91,7 +92,7 @@ def retry_on_conflict(
     Raises:
         MissingExtraError: tenacity is not installed (an ``ImportError``, too).
         ValueError: `attempts` is less than 1, or `wait` less than 0.
-        TypeError: what is decorated is no async function.
+        TypeError: what is decorated is no async function; `attempts` or `wait` is neither a number nor a function.
         BaseException: what the last attempt raised.
     """
     try:
@@ -109,6 +110,8 @@ def retry_on_conflict(
         if not wait >= 0:
             raise ArgumentValueError(f"wait={wait}: give seconds, 0 or more.")
         wait = tenacity.wait_random_exponential(multiplier=wait, max=max(wait, _LONGEST_WAIT_SECONDS))
+    check_function(attempts, "`attempts`, if it is no number")
+    check_function(wait, "`wait`, if it is no number")
     stop, backoff = attempts, wait
     watch_engines()
 

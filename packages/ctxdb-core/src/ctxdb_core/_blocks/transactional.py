@@ -81,7 +81,8 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
     Raises:
         ValueError: `propagation` or `isolation_level` is not one of those that there are, or the one excludes the
             other.
-        TypeError: `db` is no `DBConnect`, or what is decorated is no async function.
+        TypeError: `db` is no `DBConnect`, `no_rollback_for` no class of exceptions, or what is decorated no async
+            function.
     """
 
     def __init__(
@@ -108,7 +109,12 @@ class transactional:  # noqa: N801 - used like a function: as a decorator, or in
                 f"propagation={propagation!r} may run without a transaction, so there is nothing that isolation_level "
                 "or read_only could be of: leave them out, or use 'required' or 'requires_new'."
             )
-        self._no_rollback_for = no_rollback_for
+        spared: tuple[Any, ...] = no_rollback_for if isinstance(no_rollback_for, tuple) else (no_rollback_for,)
+        if not all(isinstance(each, type) and issubclass(each, BaseException) for each in spared):
+            raise ArgumentTypeError(
+                f"no_rollback_for={no_rollback_for!r}: give a class of exceptions, or a tuple of them."
+            )
+        self._no_rollback_for = spared
 
     def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """Return `fn` with each of its calls in a block of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
@@ -15,6 +15,7 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
     "article",
+    "awaitable_of",
     "check_async_engine",
     "check_asyncio_driver",
     "check_engine_options",
@@ -66,6 +67,25 @@ def check_function(function: object, name: str) -> None:
             "the function itself, or `functools.partial(function, ...)` with its arguments."
         )
     raise ArgumentTypeError(f"{type_of(function)} is given as {name}, which takes a function.")
+
+
+def awaitable_of(result: object, function: object, name: str) -> Awaitable[object]:
+    """Return the `result` of a function of the user's, which is to be awaited.
+
+    Args:
+        result: what the function has returned.
+        function: the function.
+        name: what it was given as.
+
+    Raises:
+        ArgumentTypeError: `result` cannot be awaited.
+    """
+    if inspect.isawaitable(result):
+        return result
+    raise ArgumentTypeError(
+        f"{function!r}, given as {name}, is no async function: it has returned {type_of(result)}, which cannot be "
+        "awaited. Write it with `async def`."
+    )
 
 
 def why_no_engine_creator(creator: object) -> str | None:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
     article,
+    awaitable_of,
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
@@ -272,7 +273,7 @@ class DBConnect(Database, Generic[SessionT_co]):
             HostNotSetError: no host is known yet.
         """
         if (handler := self._engines.target.before_create_session) is not None:
-            await handler(self)
+            await awaitable_of(handler(self), handler, "`before_create_session_handler`")
         return self._engines.of_running_loop().session_maker
 
     async def create_session(self) -> SessionT_co:
@@ -282,7 +283,7 @@ class DBConnect(Database, Generic[SessionT_co]):
             HostNotSetError: no host is known yet.
         """
         if (handler := self._engines.target.before_create_session) is not None:
-            await handler(self)
+            await awaitable_of(handler(self), handler, "`before_create_session_handler`")
         return self._new_session()
 
     def create_session_at_once(self) -> SessionT_co | None:

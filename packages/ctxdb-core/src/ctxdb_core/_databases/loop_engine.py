@@ -6,11 +6,12 @@ import asyncio
 import enum
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet, finalize
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ctxdb_core._databases.borrowed import BorrowedEngine, is_in_memory
@@ -105,7 +106,13 @@ class LoopEngine:
             )
         self.engine = engine
         self.lifetime: Lifetime = _lifetime_of(engine, engine_creator)
-        self.session_maker: async_sessionmaker[Any] = session_maker_creator(engine)
+        maker: object = session_maker_creator(engine)
+        if isinstance(maker, sessionmaker):
+            raise ArgumentTypeError(
+                "session_maker_creator returned a sessionmaker, whose sessions are synchronous: return an "
+                "`async_sessionmaker(engine, ...)`."
+            )
+        self.session_maker = cast("async_sessionmaker[Any]", maker)
         self.new_session: SessionFactory = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.

@@ -36,7 +36,7 @@ class StatementTimeout:
 
     Raises:
         ValueError: `seconds` is not positive.
-        TypeError: `seconds` is no number.
+        TypeError: `seconds` or `deadline` is no number.
     """
 
     seconds: float | None = None
@@ -48,6 +48,10 @@ class StatementTimeout:
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ArgumentValueError(
                 f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit."
+            )
+        if self.deadline is not None and not isinstance(self.deadline, int | float):
+            raise ArgumentTypeError(
+                f"deadline={self.deadline!r}: give a time on the event loop's clock, `loop.time() + 2.5` for instance."
             )
 
     def __bool__(self) -> bool:

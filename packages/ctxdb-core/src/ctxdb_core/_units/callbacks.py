@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -59,7 +60,7 @@ class WaitingCallback:
 class Callbacks:
     """The callbacks of one unit of work."""
 
-    __slots__ = ("_due", "_run_in_unit", "_running", "_waiting")
+    __slots__ = ("_due", "_run_in_unit", "_running", "_waiting", "is_held")
 
     def __init__(self, run_in_unit: RunInUnit) -> None:
         self._run_in_unit = run_in_unit
@@ -67,6 +68,8 @@ class Callbacks:
         self._due: list[WaitingCallback] = []
         """The callbacks whose outcome has come, and which have not been started."""
         self._running: asyncio.Task[None] | None = None
+        self.is_held = False
+        """Whether the unit of work is ending transactions: it starts the callbacks behind all of them."""
 
     def __bool__(self) -> bool:
         return bool(self._due) or any(self._waiting.values())
@@ -102,7 +105,7 @@ class Callbacks:
         def committed(session: Session) -> None:
             savepoint = session.get_nested_transaction()
             if savepoint is None:
-                self.settle([db], Outcome.COMMITTED)
+                self._settle_by_code(db, Outcome.COMMITTED)
             else:
                 _move_to_outer_savepoint(self._waiting.get(db, []), savepoint)
 
@@ -115,9 +118,18 @@ class Callbacks:
             if transaction.parent is None:
                 # Where the transaction was committed, no callback waits any more, unless another listener has failed.
                 unsuccessful = Outcome.UNKNOWN if _take_lost_commit(session) else Outcome.ROLLED_BACK
-                self.settle([db], Outcome.COMMITTED if ending is Ending.COMMITTED else unsuccessful)
+                self._settle_by_code(db, Outcome.COMMITTED if ending is Ending.COMMITTED else unsuccessful)
             elif transaction.nested:
                 self._roll_back_savepoint(db, transaction)
+
+    def _settle_by_code(self, db: DBConnect, outcome: Outcome) -> None:
+        """Take note of what became of a transaction that the user's code may have ended, and start what is due.
+
+        The unit may go on for hours, as that of a websocket does.
+        """
+        self.settle([db], outcome)
+        if not self.is_held and _get_running_loop() is not None:
+            self.start()
 
     def settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
         """Take note of the `outcome` of what was open: callbacks that wait for it are due, the others are forgotten."""
@@ -146,7 +158,7 @@ class Callbacks:
             # Callbacks are the user's code. In a task, they get a context of their own, and code that is cancelled
             # while they run need not wait for them.
             due, self._due = self._due, []
-            self._running = asyncio.create_task(_run(due, self._run_in_unit))
+            self._running = asyncio.create_task(_run(due, self._run_in_unit, self._running))
             _running.add(self._running)
             self._running.add_done_callback(_running.discard)
 
@@ -193,8 +205,16 @@ def _move_to_outer_savepoint(waiting: list[WaitingCallback], savepoint: SessionT
             each.savepoint = outer
 
 
-async def _run(due: Sequence[WaitingCallback], run_in_unit: RunInUnit) -> None:
-    """Run each callback in a unit of work of its own. Its errors are logged: what it has waited for stands."""
+async def _run(due: Sequence[WaitingCallback], run_in_unit: RunInUnit, earlier: asyncio.Task[None] | None) -> None:
+    """Run each callback in a unit of work of its own. Its errors are logged: what it has waited for stands.
+
+    Args:
+        due: the callbacks.
+        run_in_unit: gives each its unit of work.
+        earlier: runs those of an earlier transaction, which come first.
+    """
+    if earlier is not None:
+        await asyncio.wait([earlier])
     for each in due:
 
         async def call(callback: Callback = each.callback) -> None:

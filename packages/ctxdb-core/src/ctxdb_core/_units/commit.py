@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._databases.arguments import awaitable_of
 from ctxdb_core._databases.connect import DBConnect
+from ctxdb_core._databases.url import pool_name
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
 from ctxdb_core._sqlalchemy.private import has_committed
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
@@ -76,7 +78,7 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
             if before_commit is not None:
                 token = _preparing.set(sessions)
                 try:
-                    await before_commit(session)
+                    await awaitable_of(before_commit(session), before_commit, "`before_commit`")
                 finally:
                     _preparing.reset(token)
             if len(sessions) > 1:
@@ -99,7 +101,7 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
             # A commit that the user asks for expires objects; the commit at the end of a request does not.
             await (session_end.commit(session) if dbs is None else session.commit())
         except BaseException as exc:
-            _name_committed(exc, db, committed, stands=has_committed(session.sync_session))
+            _name_committed(exc, db, committed, sessions, stands=has_committed(session.sync_session))
             await roll_back(sessions, dbs, exc)
             raise
         committed.append(db)
@@ -119,21 +121,33 @@ def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[tupl
     return list(sessions.items()) if dbs is None else [(db, sessions[db]) for db in dbs if db in sessions]
 
 
-def _name_committed(error: BaseException, failed: DBConnect, committed: list[DBConnect], *, stands: bool) -> None:
+def _name_committed(
+    error: BaseException, failed: DBConnect, committed: list[DBConnect], sessions: Sessions, *, stands: bool
+) -> None:
     """Have `error` name the databases that were committed before it.
 
     Args:
         error: what the commit on `failed` has raised.
         failed: the database that was to be committed next.
         committed: those that were committed before that.
+        sessions: the sessions on all of them.
         stands: whether the commit on `failed` has succeeded as well, so that only a listener of it has failed.
     """
     if not committed:
         return
-    names = ", ".join(map(repr, committed))
+    names = [repr(db) for db in (failed, *committed)]
+    if len(set(names)) < len(names):
+        # They are on one host.
+        names = [_with_database(db, sessions.get(db)) for db in (failed, *committed)]
     what = "a listener of the commit" if stands else "the commit"
-    message = f"ctxdb: {what} on {failed!r} failed after the one on {names} had succeeded; the rest was rolled back"
+    before = ", ".join(names[1:])
+    message = f"ctxdb: {what} on {names[0]} failed after the one on {before} had succeeded; the rest was rolled back"
     error.add_note(message)
     if isinstance(error, StatementError):
         # SQLAlchemy's own errors show a detail in their text, too.
         error.add_detail(message)
+
+
+def _with_database(db: DBConnect, session: AsyncSession | None) -> str:
+    bind = None if session is None else session.sync_session.bind
+    return repr(db) if bind is None else f"{db!r} ({pool_name(bind.engine.url)})"

@@ -90,8 +90,9 @@ def set_rollback_only(db: DBConnect | None = None) -> None:
 
     For protocols that answer an error by a 200, as GraphQL, JSON-RPC and MCP do. It holds for what is open when the
     response starts, or when the block of the unit of work ends; what a streamed body and a background task do
-    afterwards is theirs to decide. Every commit of the session is refused meanwhile (`UnexpectedRollbackError`): by
-    `commit_db_session`, by ``session.commit()``, and at the end of ``async with session.begin()``.
+    afterwards is theirs to decide. `before_commit` may still call it. Every commit of the session is refused meanwhile
+    (`UnexpectedRollbackError`): by `commit_db_session`, by ``session.commit()``, and at the end of
+    ``async with session.begin()``.
 
     Args:
         db: where; on all databases by default.

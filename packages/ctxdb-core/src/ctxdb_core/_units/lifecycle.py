@@ -246,7 +246,7 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
         Their results, in the order of the callables.
 
     Raises:
-        TypeError: one of `callables` is not an async callable.
+        TypeError: one of `callables` is not an async callable, or `max_concurrent` no number.
         ValueError: `max_concurrent` is less than 1.
         BaseException: the first error. The others are cancelled and have rolled back by then; what was committed stays.
     """
@@ -257,6 +257,8 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
         for coroutine in filter(inspect.iscoroutine, callables):
             coroutine.close()
         raise
+    if max_concurrent is not None and not isinstance(max_concurrent, int):
+        raise ArgumentTypeError(f"max_concurrent={max_concurrent!r}: give a number, or leave it out for no limit.")
     if max_concurrent is not None and max_concurrent < 1:
         raise ArgumentValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
     slots = asyncio.Semaphore(len(callables) if max_concurrent is None else max_concurrent)

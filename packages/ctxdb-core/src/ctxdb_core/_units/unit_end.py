@@ -90,6 +90,9 @@ class UnitEnd(UnitSessions):
             if self.hooks is not None and self.hooks.rollback_only:
                 dbs = await self._roll_back_marked(self.hooks, dbs)
             await prepare(self.sessions, dbs, self._hook())
+            if dbs is None and self.hooks is not None and self.hooks.rollback_only:
+                # `before_commit`, or a listener of a flush, has called `set_rollback_only`.
+                dbs = await self._roll_back_marked(self.hooks, None)
             sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
         except BaseException as exc:
             await self.roll_back(exc, dbs)
@@ -329,6 +332,7 @@ class UnitEnd(UnitSessions):
         return None if self.hooks is None else self.hooks.callbacks
 
     async def _commit(self, sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:
+        self._hold_callbacks()
         try:
             await commit_in_order(sessions, dbs)
         except BaseException:
@@ -340,13 +344,19 @@ class UnitEnd(UnitSessions):
     async def _roll_back(
         self, sessions: Sessions, error: BaseException | None, dbs: Collection[DBConnect] | None
     ) -> None:
+        self._hold_callbacks()
         try:
             await roll_back(sessions, dbs, error)
         finally:
             self._settle(dbs, Outcome.ROLLED_BACK)
 
+    def _hold_callbacks(self) -> None:
+        if self.callbacks is not None:
+            self.callbacks.is_held = True
+
     def _settle(self, dbs: Collection[DBConnect] | None, outcome: Outcome) -> None:
         if self.callbacks is not None:
+            self.callbacks.is_held = False
             self.callbacks.settle(dbs, outcome)
             self.callbacks.start()
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ctxdb_core._databases.arguments import awaitable_of
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._sqlalchemy.guarded_session import OnBegin, guard_of
 from ctxdb_core._transactions.rollback_only import check_commits
@@ -117,4 +118,4 @@ class UnitHooks:
 
 async def _run_begin_hooks(hooks: Collection[OnBegin], session: AsyncSession) -> None:
     for hook in hooks:
-        await hook(session)
+        await awaitable_of(hook(session), hook, "the callback of `on_begin`")

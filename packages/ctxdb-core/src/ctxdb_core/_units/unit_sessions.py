@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
@@ -158,6 +159,12 @@ class UnitSessions:
         if registration.opened is None:
             self.sessions = sessions = self._place_of_sessions()
             registration.begin(self, sessions)
+        else:
+            engine = session.sync_session.bind
+            for first in self.sessions.values():
+                # Two databases may have one engine, and so take their connections from one pool.
+                if isinstance(engine, Engine) and first.sync_session.bind is engine:
+                    note_second_session(db, session, first)
         self.prepare_session(db, session)
         self.sessions[db] = session
         if self.token is not None and isinstance(outer := self.token.old_value, UnitSessions):
