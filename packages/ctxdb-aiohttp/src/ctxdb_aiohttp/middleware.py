@@ -157,10 +157,11 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
     """
     try:
         if exchange.phase in UNSTARTED:
-            commit = await exchange.settle(request, response)
-            if route.is_quiet and is_complete(response):
-                await exchange.end(commit=commit)
-            else:
+            # A response that is whole is sent when all is over. Its commit and the end of the unit are one step: what
+            # other tasks of the request do behind the commit cannot make an error of the response.
+            is_last = route.is_quiet and is_complete(response)
+            await exchange.settle(request, response, last=is_last)
+            if not is_last:
                 exchange.watch(LateResponse(exchange, request))
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
             await exchange.watched.delivery.finish()
