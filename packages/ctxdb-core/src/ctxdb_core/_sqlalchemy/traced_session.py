@@ -22,6 +22,7 @@ from ctxdb_core._sqlalchemy.private import (
 )
 from ctxdb_core._sqlalchemy.statements import only_sets
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
+from ctxdb_core.errors import CommitOutcomeUnknownError
 
 __all__ = ["Ending", "Interrupted", "TracedSession"]
 
@@ -40,6 +41,8 @@ class FailedCommit(NamedTuple):
 
     transaction: ref[SessionTransaction]
     error: str
+    unknown: tuple[tuple[str, ...], dict[str, int]] | None
+    """What a `CommitOutcomeUnknownError` tells, if the outcome is unknown. The error itself would keep frames alive."""
 
 
 class Ending(Enum):
@@ -62,6 +65,8 @@ class TracedSession(BlockedSession):
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
     failed_commit: FailedCommit | None = None
     """The transaction whose commit has failed last; it may have been rolled back since."""
+    has_ended_by_commit = False
+    """Whether the last commit that has raised an error has ended its transaction all the same: it stands."""
     ending: Ending | None = None
     """How the open transaction ends, while ctxdb ends it by neither a commit nor a roll-back."""
     _written: ref[SessionTransaction] | None = None
@@ -136,8 +141,29 @@ class TracedSession(BlockedSession):
             self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets
         )
 
-    def note_failed_commit(self, error: BaseException) -> None:
-        """Note that the commit of the open transaction has failed by `error`, unless a listener of it has."""
+    def commit(self) -> None:
+        transaction = self.get_transaction()
+        try:
+            super().commit()
+        except BaseException as exc:
+            # A commit that has failed leaves the transaction open, to be rolled back, unless it was to be prepared for
+            # a second phase. What comes behind COMMIT may fail as well: the connection is given back, and listeners
+            # hear of that, and of the end of the transaction.
+            ended = transaction is not None and self.get_transaction() is not transaction and not self.twophase
+            self.has_ended_by_commit = ended
+            if ended:
+                exc.add_note(
+                    "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
+                )
+            raise
+
+    def note_failed_commit(self, error: BaseException, unknown: CommitOutcomeUnknownError | None) -> None:
+        """Note that the commit of the open transaction has failed by `error`, unless a listener of it has.
+
+        Args:
+            error: what the call of ``commit`` has raised.
+            unknown: the error, or its cause, that calls the outcome unknown, if it is.
+        """
         transaction = self.get_transaction()
         if (
             transaction is not None
@@ -145,12 +171,13 @@ class TracedSession(BlockedSession):
             and not has_committed(self)
             and self.failed_commit_of(transaction) is None
         ):
-            self.failed_commit = FailedCommit(ref(transaction), first_line(error))
+            told = None if unknown is None else (unknown.databases, unknown.transaction_ids)
+            self.failed_commit = FailedCommit(ref(transaction), first_line(error), told)
 
-    def failed_commit_of(self, transaction: SessionTransaction | None) -> str | None:
-        """Return the error by which the commit of `transaction` has failed; ``None`` if it has not."""
+    def failed_commit_of(self, transaction: SessionTransaction | None) -> FailedCommit | None:
+        """Return how the commit of `transaction` has failed; ``None`` if it has not."""
         failed = self.failed_commit
-        return failed.error if failed is not None and failed.transaction() is transaction else None
+        return failed if failed is not None and failed.transaction() is transaction else None
 
     def leave_lost_reading(self) -> None:
         """End the open transaction if it was lost with an interrupted statement, and had only read.
