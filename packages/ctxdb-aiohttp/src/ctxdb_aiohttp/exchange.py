@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from aiohttp import web
 
-from ctxdb_aiohttp.response import status_of
+from ctxdb_aiohttp.response import check_response, status_of
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter
 from ctxdb_core.adapters import Phase, RequestPolicy, RequestUnit, check_transition, finalize
 
@@ -109,6 +109,7 @@ class Exchange:
             self._take(response)
             try:
                 if self.has_work and await self._calls_for_commit(request, response):
+                    check_response(response)
                     await self._end_transactions(commit=True)
             except BaseException as exc:
                 self._note_refusal(response, exc)
@@ -131,6 +132,8 @@ class Exchange:
         self._take(response)
         try:
             commit = self.has_work and await self._calls_for_commit(request, response, status)
+            if commit:
+                check_response(response)
             if last:
                 self.leave()
             await self._end_transactions(commit=commit, last=last)

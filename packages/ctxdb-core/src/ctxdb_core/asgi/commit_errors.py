@@ -6,12 +6,16 @@ exception handlers answer further in than the middleware.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from ctxdb_core._units.lifecycle import REQUEST_KEY
 from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core.asgi.exchange_settings import ExchangeSettings
 from ctxdb_core.asgi.response import ANSWERED, Refusal, Response
-from ctxdb_core.asgi.types import Scope
+from ctxdb_core.asgi.types import Message, Scope
+from ctxdb_core.errors import ArgumentValueError
 from ctxdb_core.phases import Phase, check_transition
 
 __all__ = [
@@ -77,14 +81,15 @@ class AnswerableUnit(RequestUnit):
         refusal = self.refusal
         return None if refusal is None else refusal.error
 
-    async def settle(self, status: int) -> None:
-        """End the transactions as a response with `status` demands it.
+    async def settle(self, start: Message) -> None:
+        """End the transactions as a response with this `start` demands it.
 
         Raises:
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
         """
         try:
-            if self.settings.middleware.commits(status, self.origin):
+            if self.settings.middleware.commits(start["status"], self.origin):
+                _check_headers(start.get("headers", ()))
                 await self.commit()
             else:
                 await self.roll_back()
@@ -129,6 +134,24 @@ class AnswerableUnit(RequestUnit):
             report(failure, exc, "nothing was committed, as that had failed")
         await self.finish(commit=False, error=exc)
         return True
+
+
+def _check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise an error if a server would refuse to send `headers`: behind a commit, that would be too late.
+
+    Raises:
+        ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
+    """
+    # Anything else than a list may be there to be read once.
+    if type(headers) is list and _CONTROL_CHARACTER.search(b"".join([value for _, value in headers])):
+        names = ", ".join(repr(name) for name, value in headers if _CONTROL_CHARACTER.search(value))
+        raise ArgumentValueError(
+            f"The value of the response header {names} has a control character, such as a line break: no server sends "
+            "it. What the request has written is rolled back. Encode the value."
+        )
+
+
+_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def has_unit_of_work(scope: Scope) -> bool:
