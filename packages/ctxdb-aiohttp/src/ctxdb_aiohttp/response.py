@@ -23,8 +23,11 @@ def check_response(response: object) -> None:
     Raises:
         ArgumentValueError: as `check_head`.
     """
-    if isinstance(response, web.StreamResponse) and not response.prepared:
-        check_head(response.reason, response.headers.items())
+    if isinstance(response, web.StreamResponse):
+        headers = response.headers
+        # Nearly all heads need no further look.
+        if not (response.reason + "".join(headers.values())).isprintable():
+            check_head(response.reason, headers.items())
         # There is a public name, which makes a jar for cookies where there are none.
         if cookies := response._cookies:  # noqa: SLF001 - see above
             check_head("", [(hdrs.SET_COOKIE, cookie.output(header="")) for cookie in cookies.values()])
@@ -36,9 +39,6 @@ def check_head(status_line: str, headers: Collection[tuple[str, str]]) -> None:
     Raises:
         ArgumentValueError: one of them has a control character (RFC 9110, "Field Values").
     """
-    # Nearly all heads need no further look.
-    if status_line.isprintable() and "".join([value for _, value in headers]).isprintable():
-        return
     for name, value in (("status line", status_line), *headers):
         if _CONTROL_CHARACTER.search(value):
             raise ArgumentValueError(
