@@ -20,11 +20,15 @@ from ctxdb_core._sqlalchemy.private import (
     has_to_flush,
     innermost_block,
 )
-from ctxdb_core._sqlalchemy.statements import only_sets
+from ctxdb_core._sqlalchemy.statements import may_call_a_writer, only_sets
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
 from ctxdb_core.errors import CommitOutcomeUnknownError
 
 __all__ = ["Ending", "Interrupted", "TracedSession"]
+
+
+MOST_READS = 100
+"""How many statements of a transaction are kept; a transaction of more counts as one that may have written."""
 
 
 class Interrupted(NamedTuple):
@@ -73,6 +77,8 @@ class TracedSession(BlockedSession):
     """The transaction in which something was written last."""
     _only_sets = False
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
+    _reads: list[Any] | None = None
+    """The statements of the open transaction that read, the latest one last, and no more than `MOST_READS` of them."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
     _set_up_only_sets = False
@@ -107,8 +113,21 @@ class TracedSession(BlockedSession):
         elif self._only_sets:
             self._only_sets = only_sets(clause)
 
+    def note_read(self, clause: Any) -> None:
+        """Note a statement that reads, as far as can be told without a walk through it."""
+        if self._reads is None:
+            self._reads = [clause]
+        elif len(self._reads) < MOST_READS:
+            self._reads.append(clause)
+
+    def forget_earlier_reads(self) -> None:
+        """Forget all statements that read but the latest one, which is about to begin a transaction."""
+        if self._reads is not None:
+            del self._reads[:-1]
+
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
+        self._reads = None
         self._set_up, self._written = self._written, None
         self._set_up_only_sets = self._only_sets
 
@@ -137,9 +156,16 @@ class TracedSession(BlockedSession):
 
     def _has_sent_work(self, transaction: SessionTransaction) -> bool:
         # What was not flushed is not lost, and what `on_begin` sets is set anew in the next transaction.
-        return self._has_noted_write() or (
-            self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets
+        return (
+            self._has_noted_write()
+            or (self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets)
+            or self._may_have_called_a_writer()
         )
+
+    def _may_have_called_a_writer(self) -> bool:
+        # The latest statement is the interrupted one, whose caller was told.
+        reads = self._reads or ()
+        return len(reads) == MOST_READS or any(map(may_call_a_writer, reads[:-1]))
 
     def commit(self) -> None:
         transaction = self.get_transaction()
@@ -190,6 +216,7 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
+            self._reads = None
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
                 # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.
