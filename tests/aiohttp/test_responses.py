@@ -236,3 +236,83 @@ async def test_an_error_waits_for_a_statement_of_another_task_of_its_request(
     assert (await ask(await serve(app))).status == 400
     # The statement was not interrupted.
     await tasks[0]
+
+
+def with_line_break_in_header() -> web.Response:
+    return web.Response(headers={"X-Name": "a\r\nb"})
+
+
+def with_line_break_in_cookie() -> web.Response:
+    response = web.Response()
+    response.set_cookie("name", "value", path="/\r\n")
+    return response
+
+
+def with_control_character_in_reason() -> web.Response:
+    return web.Response(reason="\x00")
+
+
+def redirecting_with_control_character() -> web.Response:
+    return web.HTTPFound("/", headers={"X-Name": "\x7f"})
+
+
+@pytest.mark.parametrize("has_middleware", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_line_break_in_header,
+        with_line_break_in_cookie,
+        with_control_character_in_reason,
+        redirecting_with_control_character,
+    ],
+)
+async def test_a_response_whose_head_cannot_be_sent_commits_nothing(
+    db: DBConnect, database: Database, serve: Serve, make: Callable[[], web.Response], has_middleware: bool
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "undone")
+        response = make()
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response
+
+    app = web.Application(middlewares=[do_nothing] if has_middleware else [])
+    app.router.add_get("/", handler)
+    setup(app)
+    async with Wire.connect(await serve(app)) as wire:
+        assert (await wire.ask("/")).status == 500
+    assert await database.names() == []
+
+
+@kinds_of_handlers
+async def test_a_handler_that_prepares_a_head_that_cannot_be_sent_commits_nothing(
+    db: DBConnect, database: Database, serve: Serve, tmp_path: Path, kind: Kind
+) -> None:
+    async def work(request: web.Request) -> None:
+        await insert(db, "undone")
+
+    async def break_header(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Name"] = "a\r\nb"
+
+    app = application(kind, tmp_path, work)
+    app.on_response_prepare.append(break_header)
+    setup(app)
+    async with Wire.connect(await serve(app)) as wire:
+        await wire.send("/")
+        await wire.read_to_end()
+    assert await database.names() == []
+
+
+async def test_a_tab_and_a_letter_beyond_ascii_in_a_header_are_sent(
+    db: DBConnect, database: Database, serve: Serve
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await insert(db, "stored")
+        return web.Response(headers={"X-Name": "a\té\xa0"})
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    setup(app)
+    async with Wire.connect(await serve(app)) as wire:
+        assert (await wire.ask("/")).status == 200
+    assert await database.names() == ["stored"]

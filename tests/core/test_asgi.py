@@ -21,6 +21,7 @@ from tests.support.database import Database, Item, eventually, insert, insert_ro
 
 from ctxdb_core import (
     AbandonedWorkError,
+    ArgumentValueError,
     ContextClosedError,
     DBConnect,
     commit_db_session,
@@ -739,6 +740,31 @@ async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:
     with pytest.raises(IntegrityError):
         await connection.run(ASGIHTTPDBSessionMiddleware(replying(lambda: insert_row_that_fails_at_commit(db))))
     assert connection.sent == []
+
+
+async def test_a_success_whose_headers_no_server_sends_commits_nothing(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "undone")
+        await send({**START, "headers": [(b"x-name", b"a\r\nb")]})
+        await send(BODY)
+
+    connection = Connection()
+    with pytest.raises(ArgumentValueError, match="header b'x-name' has a control character"):
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == []
+    assert await database.names() == []
+
+
+async def test_headers_that_can_be_read_once_arrive(db: DBConnect, database: Database) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await insert(db, "stored")
+        await send({**START, "headers": iter([(b"x-name", b"value")])})
+        await send(BODY)
+
+    connection = Connection()
+    await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert list(connection.sent[0]["headers"]) == [(b"x-name", b"value")]
+    assert await database.names() == ["stored"]
 
 
 async def test_an_application_that_handles_the_error_itself_cannot_answer_after_all(db: DBConnect) -> None:

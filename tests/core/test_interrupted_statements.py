@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Executable, func, literal, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import greenlet_spawn
@@ -242,6 +242,50 @@ async def test_a_commit_of_lost_work_names_the_interrupted_statement(db: DBConne
             await insert(db, "lost")
             await suggestions(db)
     assert await database.names() == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        text("SELECT write('a')"),
+        text('SELECT i FROM generate_series(1, 2) i WHERE "write"(i::text) > 0'),
+        select(func.write("a")),
+        select(literal_column("write('a')")),
+        select(literal(1)).where(func.write("a") > 0),
+    ],
+    ids=range(5),
+)
+async def test_a_function_that_writes_is_lost_work(db: DBConnect, database: Database, call: Executable) -> None:
+    await database.query(
+        "CREATE FUNCTION write(name text) RETURNS int LANGUAGE sql AS 'INSERT INTO item VALUES ($1) RETURNING 1'"
+    )
+    try:
+        with pytest.raises(StatementInterruptedError):
+            async with new_db_ctx():
+                session = await db_session(db)
+                await session.execute(call)
+                await suggestions(db)
+        assert await database.names() == []
+    finally:
+        await database.query("DROP FUNCTION write")
+
+
+async def test_functions_that_are_known_to_write_nothing_are_reading(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(select(func.count(), func.lower("A"), func.now()).where(literal(1).in_([1, 2])))
+        await session.execute(text("SELECT max(i) FROM generate_series(1, 3) AS i WHERE i IN (1, 2)"))
+        assert await suggestions(db) == []
+
+
+async def test_a_function_that_was_interrupted_itself_is_no_lost_work(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await session.execute(text("SELECT pg_catalog.pg_sleep(300)"))
+        await session.execute(text("SELECT 1"))
 
 
 @POSTGRESQL

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from sqlalchemy import event, make_url, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from tests.support.database import Database, insert
 
 from ctxdb_core import (
@@ -158,6 +158,40 @@ async def test_a_commit_stands_although_a_listener_of_it_fails(database: Databas
         "ctxdb: the commit on <DBConnect host='first'> had succeeded, and stands: a listener of it failed after that"
     ]
     assert events == [SessionOpened, TransactionBegun, TransactionCommitted, SessionClosed]
+
+
+def fail_at_end_of_transaction(session: Session, transaction: SessionTransaction) -> None:
+    raise LookupError("the listener")
+
+
+@KINDS
+async def test_an_error_that_comes_behind_a_commit_tells_that_the_commit_stands(
+    db: DBConnect, database: Database
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(LookupError, match="the listener") as caught:
+        async with new_db_ctx():
+            await insert(db, "stands")
+            on_commit(db, lambda: seen.append("committed"))
+            event.listen(Session, "after_transaction_end", fail_at_end_of_transaction)
+            try:
+                await commit_db_session(db)
+            finally:
+                event.remove(Session, "after_transaction_end", fail_at_end_of_transaction)
+    assert seen == ["committed"]
+    assert await database.names() == ["stands"]
+    assert caught.value.__notes__ == [
+        "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
+    ]
+
+
+async def test_the_error_of_a_commit_that_is_refused_tells_of_no_commit(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        session.sync_session.autobegin = False
+        with pytest.raises(InvalidRequestError, match="Autobegin") as caught:
+            await session.commit()
+    assert not hasattr(caught.value, "__notes__")
 
 
 async def test_a_commit_is_told_as_one_although_a_listener_fails_before_the_observers_hear_of_it(

@@ -7,7 +7,7 @@ import gc
 import logging
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import NullPool
 from tests.support.connection import START, Connection
-from tests.support.database import Database, eventually, insert_row_that_fails_at_commit
+from tests.support.database import Database, eventually, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     DBConnect,
@@ -278,6 +278,33 @@ async def test_a_watcher_that_fails_at_the_start_of_the_response_changes_nothing
         response = await client.get("/")
     assert (response.status_code, response.headers["x-watched"]) == (202, "yes")
     assert "the watcher's own" in caplog.text
+
+
+async def test_of_two_starts_at_once_a_watcher_is_told_of_the_one_that_is_sent(
+    small: DBConnect, database: Database
+) -> None:
+    watcher = Watcher([(b"x-watched", b"yes")])
+    connection = Connection()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        watch_running_unit(watcher)
+        await insert(small, "undone")
+        await insert_row_that_fails_at_commit(small)
+        success = asyncio.create_task(send(START))
+        await database.commit_is_held()
+        error = asyncio.create_task(send({**START, "status": 504}))
+        await asyncio.sleep(0)
+        held.close()
+        with pytest.raises(IntegrityError):
+            await success
+        await error
+
+    with ExitStack() as held:
+        held.enter_context(database.held_commits())
+        await connection.run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [{**START, "status": 504, "headers": [(b"x-watched", b"yes")]}]
+    assert watcher.heard == [504, None]
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])

@@ -665,3 +665,53 @@ async def test_a_session_that_was_changed_while_another_task_committed_cannot_be
         await is_changed.wait()
     await running
     assert await database.names() == ["added", "first", "new"]
+
+
+async def test_a_unit_ends_well_although_a_task_fails_behind_its_commit(
+    db: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_waiting = asyncio.Event()
+
+    async def write_behind_commit() -> None:
+        await database.commit_is_held()
+        is_waiting.set()
+        await insert_row_that_fails_at_commit(db)
+
+    async def unit() -> asyncio.Task[None]:
+        async with new_db_ctx():
+            await insert(db, "unit")
+            return asyncio.create_task(write_behind_commit())
+
+    with database.held_commits():
+        running = asyncio.create_task(unit())
+        await is_waiting.wait()
+    await (await running)
+    assert await database.names() == ["unit"]
+    assert await database.names("child", "parent") == []
+    assert "what its other tasks had done since its commit was not committed" in caplog.text
+
+
+async def test_a_cancelled_unit_rolls_back_what_a_task_does_behind_its_commit(
+    db: DBConnect, database: Database
+) -> None:
+    is_waiting = asyncio.Event()
+
+    async def write_behind_commit() -> None:
+        await database.commit_is_held()
+        is_waiting.set()
+        await insert(db, "task")
+
+    async def unit() -> None:
+        async with new_db_ctx():
+            await insert(db, "unit")
+            tasks.append(asyncio.create_task(write_behind_commit()))
+
+    tasks: list[asyncio.Task[None]] = []
+    with database.held_commits():
+        running = asyncio.create_task(unit())
+        await is_waiting.wait()
+        running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert await database.names() == ["unit"]

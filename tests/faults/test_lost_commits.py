@@ -196,6 +196,48 @@ async def test_each_way_to_commit_raises_an_unknown_outcome(
     assert await database.names() == ["block", "context", "early", "engine", "outside"]
 
 
+async def _end(session: AsyncSession) -> None:
+    """Do nothing: the end of the unit of work commits."""
+
+
+async def _select(session: AsyncSession) -> None:
+    await session.execute(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("go_on", [_end, _select])
+async def test_what_follows_an_unknown_commit_of_a_task_is_an_unknown_outcome(
+    far: DBConnect, network: FaultyNetwork, database: Database, go_on: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    outcomes: list[str] = []
+    network.fail(Point.COMMITTED, Fault.DROP)
+    with pytest.raises(CommitOutcomeUnknownError, match="may be stored") as raised:
+        async with new_db_ctx():
+            session = await insert(far, "a")
+            on_commit(far, lambda: outcomes.append("committed"))
+            on_rollback(far, lambda: outcomes.append("rolled back"))
+            await asyncio.wait([asyncio.create_task(session.commit())])
+            await go_on(session)
+    assert raised.value.databases == (f"127.0.0.1/{database.name}",)
+    assert outcomes == []
+    assert await database.names() == ["a"]
+    await _assert_healthy(far)
+
+
+async def test_a_unit_with_a_task_that_was_cancelled_in_its_commit_ends_by_an_unknown_outcome(
+    db: DBConnect, database: Database
+) -> None:
+    async def unit() -> None:
+        async with new_db_ctx():
+            session = await insert(db, "a")
+            committing = asyncio.create_task(session.commit())
+            await database.commit_is_held()
+            committing.cancel()
+            await asyncio.wait([committing])
+
+    with database.held_commits(), pytest.raises(CommitOutcomeUnknownError):
+        await unit()
+
+
 async def test_other_databases_of_a_unit_are_rolled_back_after_an_unknown_commit(
     far: DBConnect, network: FaultyNetwork, database: Database
 ) -> None:

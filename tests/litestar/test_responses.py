@@ -69,6 +69,18 @@ async def test_a_response_class_of_the_application_is_committed_first(
     assert await database.names() == ["one"]
 
 
+async def test_a_success_whose_headers_cannot_be_sent_is_a_500_that_commits_nothing(
+    db: DBConnect, database: Database, ask: Ask
+) -> None:
+    @post("/")
+    async def write() -> Response[str]:
+        await insert(db, "undone")
+        return Response("success", headers={"x-name": "a\r\nb"})
+
+    assert (await (await ask(litestar_app(write, db=db))).post("/")).status_code == 500
+    assert await database.names() == []
+
+
 async def test_a_response_from_the_cache_touches_no_database(db: DBConnect, database: Database, ask: Ask) -> None:
     @get("/", cache=60)
     async def write() -> str:

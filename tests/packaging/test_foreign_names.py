@@ -20,6 +20,7 @@ ALLOWED = {
     "_asdict": {"status"},
     # aiohttp has no public names for these; each is tested against the versions that the adapter supports.
     "_compress": {"writer"},
+    "_cookies": {"response"},
     "_payload_writer": {"response"},
     "_req": {"response"},
     # Of a class that the module derives from SQLAlchemy's.

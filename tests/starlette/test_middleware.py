@@ -200,6 +200,22 @@ async def test_the_server_error_handler_answers_errors_that_no_other_handler_doe
     assert (response.status_code, response.text) == (555, "handled IntegrityError")
 
 
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_success_whose_headers_cannot_be_sent_is_a_500_that_commits_nothing(
+    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, streams: bool
+) -> None:
+    async def write(request: Request) -> Response:
+        await insert(db, "undone")
+        headers = {"x-name": "a\r\nb"}
+        return (
+            StreamingResponse(iter(["success"]), headers=headers) if streams else Response("success", headers=headers)
+        )
+
+    app = application(framework, {"/": write}, DoNothing, DBSessionMiddleware)
+    assert (await (await ask(app)).post("/")).status_code == 500
+    assert await database.names() == []
+
+
 async def test_sync_exception_handlers_answer_too(db: DBConnect, framework: type[Starlette], ask: Ask) -> None:
     def handle(request: Request, exc: Exception) -> Response:
         return PlainTextResponse(request.url.path, 409)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple, TypeAlias
 
 from aiohttp import web
 
-from ctxdb_aiohttp.response import status_of
+from ctxdb_aiohttp.response import check_response, status_of
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter
 from ctxdb_core.adapters import Phase, RequestPolicy, RequestUnit, check_transition, finalize
 
 __all__ = ["UNSTARTED", "Exchange", "Opened", "Refusal", "exchange_of"]
+
+logger: logging.Logger = logging.getLogger("ctxdb")
 
 UNSTARTED = frozenset({Phase.HANDLING, Phase.REFUSED})
 """The phases in which nothing of a response has left, so that another one can still come in its place."""
@@ -59,6 +62,8 @@ class Exchange:
     """The request's writer, once a response is written while code of the application may run; see `Delivery`."""
     refusal: Refusal | None = None
     """The last response that was refused or broke off. It stays so, also if a middleware returns it after all."""
+    has_committed: bool = False
+    """Whether what the handler has done is committed: it stands, also if what middlewares do behind it fails."""
     attempts: int = 0
     """How many calls of the handler have come to their end. The next call is a new attempt: it undoes their work."""
 
@@ -104,21 +109,22 @@ class Exchange:
             self._take(response)
             try:
                 if self.has_work and await self._calls_for_commit(request, response):
+                    check_response(response)
                     await self._end_transactions(commit=True)
             except BaseException as exc:
                 self._note_refusal(response, exc)
                 raise
 
-    async def settle(self, request: web.Request, response: object, status: int | None = None) -> bool:
+    async def settle(
+        self, request: web.Request, response: object, status: int | None = None, *, last: bool = False
+    ) -> None:
         """End the transactions as `response` demands, nothing of which has been written.
 
         Args:
             request: what is answered.
             response: the answer.
             status: its status, if that is known to be final.
-
-        Returns:
-            Whether it calls for a commit.
+            last: whether to end the unit of work with them.
 
         Raises:
             BaseException: why they could not be ended, or why this very response was refused before. It is refused.
@@ -126,11 +132,14 @@ class Exchange:
         self._take(response)
         try:
             commit = self.has_work and await self._calls_for_commit(request, response, status)
-            await self._end_transactions(commit=commit)
+            if commit:
+                check_response(response)
+            if last:
+                self.leave()
+            await self._end_transactions(commit=commit, last=last)
         except BaseException as exc:
             self._note_refusal(response, exc)
             raise
-        return commit
 
     async def roll_back(self, error: BaseException | None = None) -> None:
         """Roll back what is open, because of `error`; the unit of work goes on."""
@@ -220,12 +229,23 @@ class Exchange:
             status = await status_of(response, request)
         return self.commits(status, request)
 
-    async def _end_transactions(self, *, commit: bool) -> None:
+    async def _end_transactions(self, *, commit: bool, last: bool = False) -> None:
         calls = self.unit.calls
         if calls is not None and calls.are_given_up() and self.phase is Phase.HANDLING:
             self.move_to(Phase.ABANDONED)
-        if self.has_work or self.phase is Phase.ABANDONED:
-            await finalize(self.unit, commit=commit, last=False)
+        if not (self.has_work or self.phase is Phase.ABANDONED or last):
+            return
+        is_left_over = self.has_committed and calls is not None and calls.have_left_all_work(self.unit)
+        try:
+            await finalize(self.unit, commit=commit, last=last)
+        except Exception as exc:
+            if not self.has_committed:
+                raise
+            if not is_left_over:
+                exc.add_note("ctxdb: what the handler had done was committed before that, and stands")
+                raise
+            logger.warning("What tasks of a handler had done since its commit was not committed", exc_info=exc)
+        self.has_committed |= commit
 
 
 def exchange_of(request: web.BaseRequest) -> Exchange | None:

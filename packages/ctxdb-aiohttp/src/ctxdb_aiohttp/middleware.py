@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 from ctxdb_aiohttp.exchange import UNSTARTED, Exchange, Opened, exchange_of
 from ctxdb_aiohttp.handler_response import HandlerResponse
 from ctxdb_aiohttp.late_response import LateResponse
-from ctxdb_aiohttp.response import is_complete
+from ctxdb_aiohttp.response import check_response, is_complete
 from ctxdb_aiohttp.route import Route, find_route
 from ctxdb_aiohttp.signal import note_response
 from ctxdb_aiohttp.writer import start_over
@@ -138,6 +138,8 @@ async def _end_at_once(
     writer: Any = request.writer
     try:
         commit = bool(unit.sessions or unit.hooks) and commits(response.status, request)
+        if commit:
+            check_response(response)
         writer.ctxdb_exchange = None
         if not commit:
             await finalize(unit, commit=False, last=False)
@@ -157,10 +159,11 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
     """
     try:
         if exchange.phase in UNSTARTED:
-            commit = await exchange.settle(request, response)
-            if route.is_quiet and is_complete(response):
-                await exchange.end(commit=commit)
-            else:
+            # A response that is whole is sent when all is over. Its commit and the end of the unit are one step: what
+            # other tasks of the request do behind the commit cannot make an error of the response.
+            is_last = route.is_quiet and is_complete(response)
+            await exchange.settle(request, response, last=is_last)
+            if not is_last:
                 exchange.watch(LateResponse(exchange, request))
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
             await exchange.watched.delivery.finish()

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from contextlib import suppress
 from types import NoneType
 from typing import Any, NoReturn
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
-__all__ = ["is_complete", "status_of", "take_back"]
+from ctxdb_core import ArgumentValueError
+
+__all__ = ["check_head", "check_response", "is_complete", "status_of", "take_back"]
 
 _WHOLE_BODIES = (bytes, bytearray, NoneType)
+
+
+def check_response(response: object) -> None:
+    """Raise the error by which aiohttp would refuse to send the head of `response`: behind a commit, it is too late.
+
+    Raises:
+        ArgumentValueError: as `check_head`.
+    """
+    if isinstance(response, web.StreamResponse):
+        headers = response.headers
+        # Nearly all heads need no further look.
+        if not (response.reason + "".join(headers.values())).isprintable():
+            check_head(response.reason, headers.items())
+        # There is a public name, which makes a jar for cookies where there are none.
+        if cookies := response._cookies:  # noqa: SLF001 - see above
+            check_head("", [(hdrs.SET_COOKIE, cookie.output(header="")) for cookie in cookies.values()])
+
+
+def check_head(status_line: str, headers: Collection[tuple[str, str]]) -> None:
+    """Raise an error if aiohttp would refuse to write a status line and headers.
+
+    Raises:
+        ArgumentValueError: one of them has a control character (RFC 9110, "Field Values").
+    """
+    for name, value in (("status line", status_line), *headers):
+        if _CONTROL_CHARACTER.search(value):
+            raise ArgumentValueError(
+                f"The {name} of a response has a control character, such as a line break: aiohttp does not send it. "
+                "What the request has written is rolled back. Encode the value."
+            )
+
+
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def is_complete(response: object) -> bool:

@@ -48,7 +48,8 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
         _explain_lost_transaction(exc, _session_of(fn, args))
     except BaseException as exc:
         door.is_suspect = True
-        if isinstance(exc, CommitOutcomeUnknownError) or isinstance(exc.__cause__, CommitOutcomeUnknownError):
+        unknown = next((each for each in (exc, exc.__cause__) if isinstance(each, CommitOutcomeUnknownError)), None)
+        if unknown is not None:
             door.commit_is_unknown = True
         session = _session_of(fn, args)
         explain_time_out(exc, session)
@@ -57,7 +58,7 @@ async def pass_door(door: Door | None, fn: Callable[..., Any], args: tuple[Any, 
             if isinstance(exc, InvalidRequestError):
                 _explain_failed_commit(exc, session)
             if getattr(fn, "__name__", "") == "commit":
-                session.note_failed_commit(exc)
+                session.note_failed_commit(exc, unknown)
         raise
     finally:
         door.leave()
@@ -104,7 +105,7 @@ def _explain_lost_transaction(error: PendingRollbackError, session: object) -> N
 
     Raises:
         StatementInterruptedError: a statement was interrupted.
-        TransactionAbortedError: the commit of the transaction has failed.
+        TransactionAbortedError, CommitOutcomeUnknownError: the commit of the transaction has failed.
         PendingRollbackError: the error is about another failure.
     """
     if not isinstance(session, TracedSession):
@@ -130,13 +131,22 @@ def _explain_failed_commit(error: InvalidRequestError, session: TracedSession) -
 
     Raises:
         TransactionAbortedError: it was.
+        CommitOutcomeUnknownError: it was, and the outcome of the commit is unknown.
     """
     transaction = session.get_transaction()
     failure = session.failed_commit_of(transaction)
     if failure is None or transaction is None or transaction.is_active or error_that_has_undone(transaction):
         return
+    if failure.unknown is not None:
+        raise CommitOutcomeUnknownError(
+            f"The commit of this transaction was interrupted, or its answer lost ({failure.error}), maybe in another "
+            "task of this unit of work: the work may be stored, or not, and nothing more can be done in the "
+            "transaction. Look whether the work is there before it is done again. `session.commit()` can be cancelled; "
+            "`commit_db_session(db)` is seen through.",
+            *failure.unknown,
+        ) from error
     raise TransactionAbortedError(
-        f"The commit of this transaction has failed ({failure}), maybe in another task of this unit of work: nothing "
-        "more can be done in it. Let the error propagate; or call `await rollback_db_session(db)` to go on without the "
-        "transaction's work; or give the task a unit of work of its own (`run_in_new_ctx`)."
+        f"The commit of this transaction has failed ({failure.error}), maybe in another task of this unit of work: "
+        "nothing more can be done in it. Let the error propagate; or call `await rollback_db_session(db)` to go on "
+        "without the transaction's work; or give the task a unit of work of its own (`run_in_new_ctx`)."
     ) from error

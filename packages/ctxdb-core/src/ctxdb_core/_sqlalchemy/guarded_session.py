@@ -82,7 +82,8 @@ class GuardedSession(TracedSession):
             clause = kwargs.get("clause")
             door.look(self, clause)
             # A call without arguments comes from code that looks at the session, not from a statement.
-            if (args or kwargs) and not getattr(clause, "is_select", False) and not only_reads(clause):
+            reads = getattr(clause, "is_select", False) or only_reads(clause)
+            if (args or kwargs) and not reads:
                 if self.task_blocks and not is_flushing(self):
                     # A flush is let through: this task's query has begun it, and it writes objects of the task in the
                     # block.
@@ -95,6 +96,8 @@ class GuardedSession(TracedSession):
             if self.on_begin is not None and self.begins_with_next_call and in_greenlet():
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
+            if reads:
+                self.note_read(clause)
         elif self.notes_writes and (args or kwargs) and not only_reads(kwargs.get("clause")):
             self.note_write()
         bind = super().get_bind(*args, **kwargs)
@@ -110,6 +113,7 @@ class GuardedSession(TracedSession):
             self.door.refuse_if_ended()
             if not self.in_transaction():
                 self.interrupted = None
+                self.forget_earlier_reads()
                 self.look_back()
                 if self.rereading is not None:
                     self.rereading.is_ahead = False

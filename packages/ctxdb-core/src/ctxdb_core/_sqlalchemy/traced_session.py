@@ -21,9 +21,14 @@ from ctxdb_core._sqlalchemy.private import (
     innermost_block,
 )
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
-from ctxdb_core._sqlalchemy.written import only_sets
+from ctxdb_core._sqlalchemy.written import may_call_a_writer, only_sets
+from ctxdb_core.errors import CommitOutcomeUnknownError
 
 __all__ = ["Ending", "Interrupted", "TracedSession"]
+
+
+MOST_READS = 100
+"""How many statements of a transaction are kept; a transaction of more counts as one that may have written."""
 
 
 class Interrupted(NamedTuple):
@@ -40,6 +45,8 @@ class FailedCommit(NamedTuple):
 
     transaction: ref[SessionTransaction]
     error: str
+    unknown: tuple[tuple[str, ...], dict[str, int]] | None
+    """What a `CommitOutcomeUnknownError` tells, if the outcome is unknown. The error itself would keep frames alive."""
 
 
 class Ending(Enum):
@@ -62,12 +69,16 @@ class TracedSession(BlockedSession):
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
     failed_commit: FailedCommit | None = None
     """The transaction whose commit has failed last; it may have been rolled back since."""
+    has_ended_by_commit = False
+    """Whether the last commit that has raised an error has ended its transaction all the same: it stands."""
     ending: Ending | None = None
     """How the open transaction ends, while ctxdb ends it by neither a commit nor a roll-back."""
     _written: ref[SessionTransaction] | None = None
     """The transaction in which something was written last."""
     _only_sets = False
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
+    _reads: list[Any] | None = None
+    """The statements of the open transaction that read, the latest one last, and no more than `MOST_READS` of them."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
     _set_up_only_sets = False
@@ -102,8 +113,21 @@ class TracedSession(BlockedSession):
         elif self._only_sets:
             self._only_sets = only_sets(clause)
 
+    def note_read(self, clause: Any) -> None:
+        """Note a statement that reads, as far as can be told without a walk through it."""
+        if self._reads is None:
+            self._reads = [clause]
+        elif len(self._reads) < MOST_READS:
+            self._reads.append(clause)
+
+    def forget_earlier_reads(self) -> None:
+        """Forget all statements that read but the latest one, which is about to begin a transaction."""
+        if self._reads is not None:
+            del self._reads[:-1]
+
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
+        self._reads = None
         self._set_up, self._written = self._written, None
         self._set_up_only_sets = self._only_sets
 
@@ -132,12 +156,40 @@ class TracedSession(BlockedSession):
 
     def _has_sent_work(self, transaction: SessionTransaction) -> bool:
         # What was not flushed is not lost, and what `on_begin` sets is set anew in the next transaction.
-        return self._has_noted_write() or (
-            self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets
+        return (
+            self._has_noted_write()
+            or (self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets)
+            or self._may_have_called_a_writer()
         )
 
-    def note_failed_commit(self, error: BaseException) -> None:
-        """Note that the commit of the open transaction has failed by `error`, unless a listener of it has."""
+    def _may_have_called_a_writer(self) -> bool:
+        # The latest statement is the interrupted one, whose caller was told.
+        reads = self._reads or ()
+        return len(reads) == MOST_READS or any(map(may_call_a_writer, reads[:-1]))
+
+    def commit(self) -> None:
+        transaction = self.get_transaction()
+        try:
+            super().commit()
+        except BaseException as exc:
+            # A commit that has failed leaves the transaction open, to be rolled back, unless it was to be prepared for
+            # a second phase. What comes behind COMMIT may fail as well: the connection is given back, and listeners
+            # hear of that, and of the end of the transaction.
+            ended = transaction is not None and self.get_transaction() is not transaction and not self.twophase
+            self.has_ended_by_commit = ended
+            if ended:
+                exc.add_note(
+                    "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
+                )
+            raise
+
+    def note_failed_commit(self, error: BaseException, unknown: CommitOutcomeUnknownError | None) -> None:
+        """Note that the commit of the open transaction has failed by `error`, unless a listener of it has.
+
+        Args:
+            error: what the call of ``commit`` has raised.
+            unknown: the error, or its cause, that calls the outcome unknown, if it is.
+        """
         transaction = self.get_transaction()
         if (
             transaction is not None
@@ -145,12 +197,13 @@ class TracedSession(BlockedSession):
             and not has_committed(self)
             and self.failed_commit_of(transaction) is None
         ):
-            self.failed_commit = FailedCommit(ref(transaction), first_line(error))
+            told = None if unknown is None else (unknown.databases, unknown.transaction_ids)
+            self.failed_commit = FailedCommit(ref(transaction), first_line(error), told)
 
-    def failed_commit_of(self, transaction: SessionTransaction | None) -> str | None:
-        """Return the error by which the commit of `transaction` has failed; ``None`` if it has not."""
+    def failed_commit_of(self, transaction: SessionTransaction | None) -> FailedCommit | None:
+        """Return how the commit of `transaction` has failed; ``None`` if it has not."""
         failed = self.failed_commit
-        return failed.error if failed is not None and failed.transaction() is transaction else None
+        return failed if failed is not None and failed.transaction() is transaction else None
 
     def leave_lost_reading(self) -> None:
         """End the open transaction if it was lost with an interrupted statement, and had only read.
@@ -163,6 +216,7 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
+            self._reads = None
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
                 # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from ctxdb_core._units.authorship import Authors, find_authors, note_author
+from ctxdb_core._units.authorship import Authors, find_authors, has_written, note_author
 from ctxdb_core._units.unit_end import UnitEnd
 from ctxdb_core.errors import AbandonedWorkError, ContextClosedError
 
@@ -141,6 +141,13 @@ class HandlerCalls:
     def is_running_given_up(self) -> bool:
         """Return whether the running code is part of a handler in whose place a response has come."""
         return self.left_open is not None and self.running() in self.at_work
+
+    def have_left_all_work(self, unit: UnitEnd) -> bool:
+        """Return whether all open work of `unit` was done in calls of handlers, and none of it by middlewares.
+
+        If the handlers have returned, it is that of tasks which they have left behind.
+        """
+        return not has_written(unit.sessions.values(), None)
 
     def observe(self, session: Session, clause: Any) -> None:
         """Note whose work `session` is going to hold: a `StatementObserver`.

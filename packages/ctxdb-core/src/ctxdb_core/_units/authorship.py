@@ -13,7 +13,7 @@ from ctxdb_core._sqlalchemy.doors import is_busy
 from ctxdb_core._sqlalchemy.private import begin_without_statement
 from ctxdb_core._sqlalchemy.written import only_reads
 
-__all__ = ["Authors", "find_authors", "note_author", "note_unseen_author"]
+__all__ = ["Authors", "find_authors", "has_written", "note_author", "note_unseen_author"]
 
 _WRITERS = "ctxdb.writers"
 
@@ -57,6 +57,15 @@ def _writers(session: Session) -> set[object] | None:
     """Return the authors of what the open transaction has written; ``None`` if there is no such work."""
     transaction, writers = session.info.get(_WRITERS, (None, None))
     return writers if transaction is not None and transaction() is session.get_transaction() else None
+
+
+def has_written(sessions: Iterable[AsyncSession], author: object) -> bool:
+    """Return whether the open transactions of `sessions` may hold work of `author`; see `find_authors` for objects."""
+    return any(
+        sync_session.new or sync_session.dirty or sync_session.deleted or author in (_writers(sync_session) or ())
+        for sync_session in (session.sync_session for session in sessions)
+        if sync_session.in_transaction()
+    )
 
 
 def find_authors(sessions: Iterable[AsyncSession], at_work: Collection[object]) -> Authors:

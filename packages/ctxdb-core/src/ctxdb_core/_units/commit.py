@@ -18,6 +18,7 @@ from ctxdb_core._databases.arguments import awaitable_of
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._databases.url import pool_name
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.private import has_committed
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._transactions.rollback_only import refuse_if_rollback_only
@@ -101,7 +102,8 @@ async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None)
             # A commit that the user asks for expires objects; the commit at the end of a request does not.
             await (session_end.commit(session) if dbs is None else session.commit())
         except BaseException as exc:
-            _name_committed(exc, db, committed, sessions, stands=has_committed(session.sync_session))
+            guard = guard_of(session)
+            _name_committed(exc, db, committed, sessions, stands=has_committed(guard) or guard.has_ended_by_commit)
             await roll_back(sessions, dbs, exc)
             raise
         committed.append(db)

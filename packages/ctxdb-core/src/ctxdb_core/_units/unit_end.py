@@ -268,7 +268,8 @@ class UnitEnd(UnitSessions):
             error: what ended the unit early; if ending it fails, too, that is attached to it, and else logged.
 
         Raises:
-            BaseException: as `commit` does; every session is closed all the same.
+            BaseException: as `commit` does; every session is closed all the same. The commit of what other tasks of the
+                unit do behind that one is not told of, but logged if it fails.
         """
         if self.registration is None and self.finish_idle():
             return
@@ -276,16 +277,33 @@ class UnitEnd(UnitSessions):
             try:
                 # Behind its end, nothing reads a result of the unit on.
                 await self.commit(ends_body=True)
-                if self.finish_idle():
-                    return
-                # A call of another task has come in between, and begun a transaction.
-                await prepare(self.sessions, None, self._hook())
             except BaseException as exc:
                 await run_to_completion(self._finish(commit=False, error=exc))
                 await self._wait_for_callbacks()
                 raise
+            if not self.finish_idle():
+                await self._finish_behind_commit()
+            return
         try:
-            await run_to_completion(self._finish(commit=commit, error=error))
+            await run_to_completion(self._finish(commit=False, error=error))
+        finally:
+            await self._wait_for_callbacks()
+
+    async def _finish_behind_commit(self) -> None:
+        """End the unit, on whose sessions other tasks have begun new transactions since its commit has succeeded.
+
+        These are committed, too. If that fails, the error is logged: raised, it would make the commit that stands look
+        like one that has failed.
+        """
+        try:
+            await prepare(self.sessions, None, self._hook())
+            await run_to_completion(self._finish(commit=True, error=None))
+        except BaseException as exc:
+            # If it was the commit that has failed, the unit has ended with it.
+            await run_to_completion(self._finish(commit=False, error=exc))
+            if not isinstance(exc, Exception):
+                raise
+            session_end.report(exc, None, "what its other tasks had done since its commit was not committed")
         finally:
             await self._wait_for_callbacks()
 

@@ -62,7 +62,7 @@ class ASGIStreamBoundary:
             starting = start = ResponseStart()
             try:
                 start.enter()
-                body = await exchange.begin_stream(message["status"], call)
+                body = await exchange.begin_stream(message, call)
                 await pass_up(message)
             finally:
                 start.end()

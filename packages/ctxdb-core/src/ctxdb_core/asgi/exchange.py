@@ -13,7 +13,7 @@ from ctxdb_core._units.request_unit import RequestUnit
 from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import UnitSettings
 from ctxdb_core._units.watcher import UnitWatcher, report_failure
-from ctxdb_core.asgi.response import ANSWERED, Refusal, Response, ResponseStart
+from ctxdb_core.asgi.response import ANSWERED, Refusal, Response, ResponseStart, check_headers
 from ctxdb_core.asgi.types import Message, Receive, Scope, Send
 from ctxdb_core.phases import FINISHING, Phase, check_transition
 from ctxdb_core.policy import RequestPolicy
@@ -204,14 +204,15 @@ class Exchange(RequestUnit):
         refusal = self.refusal
         return None if refusal is None else refusal.error
 
-    async def settle(self, status: int) -> None:
-        """End the transactions as a response with `status` demands it.
+    async def settle(self, start: Message) -> None:
+        """End the transactions as a response with this `start` demands it.
 
         Raises:
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
         """
         try:
-            if self.settings.middleware.commits(status, self.origin):
+            if self.settings.middleware.commits(start["status"], self.origin):
+                check_headers(start.get("headers", ()))
                 await self.commit()
             else:
                 await self.roll_back()

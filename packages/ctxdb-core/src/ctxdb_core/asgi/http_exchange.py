@@ -102,9 +102,9 @@ class HTTPExchange(Exchange):
             if self.phase in _NOT_STARTED:
                 start.enter()
                 if self.calls is None:
-                    await self._settle_and_start(response, message["status"])
+                    await self._settle_and_start(response, message)
                 else:
-                    await self._end_transactions_apart(response, message["status"], self.calls)
+                    await self._end_transactions_apart(response, message, self.calls)
                 registration = self.registration
                 if registration is not None and registration.watchers:
                     message = self.announce(message, registration.watchers)
@@ -117,13 +117,13 @@ class HTTPExchange(Exchange):
         finally:
             response.end_start(start)
 
-    def _end_transactions_apart(self, response: Response, status: int, calls: HandlerCalls) -> Awaitable[None]:
-        """End what a response with `status` stands for, where handlers or a streamed body may be at work beside it.
+    def _end_transactions_apart(self, response: Response, message: Message, calls: HandlerCalls) -> Awaitable[None]:
+        """End what the start of a response stands for, where handlers or a streamed body may be at work beside it.
 
         Raises:
             Exception: why it could not be ended; the response is refused.
         """
-        body = response.body
+        body, status = response.body, message["status"]
         if calls.at_work and not self.closed:
             return self._abandon(calls, status)
         if isinstance(body, StreamedBody):
@@ -131,11 +131,11 @@ class HTTPExchange(Exchange):
                 return self._overrule(response, body)
             if self._goes_on(body, status):
                 return self._start_behind_body()
-        return self._settle_as_handler(response, status, calls)
+        return self._settle_as_handler(response, message, calls)
 
-    async def _settle_as_handler(self, response: Response, status: int, calls: HandlerCalls) -> None:
+    async def _settle_as_handler(self, response: Response, message: Message, calls: HandlerCalls) -> None:
         with calls.variables_of_handler():
-            await self._settle_and_start(response, status)
+            await self._settle_and_start(response, message)
 
     def _goes_on(self, body: StreamedBody, status: int) -> bool:
         """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
@@ -155,10 +155,10 @@ class HTTPExchange(Exchange):
         self.move_to(Phase.BODY)
         await self.end_reading()
 
-    async def _settle_and_start(self, response: Response, status: int) -> None:
+    async def _settle_and_start(self, response: Response, message: Message) -> None:
         """End the transactions for the start of a response, and begin its body."""
         try:
-            await self.settle(status)
+            await self.settle(message)
         except asyncio.CancelledError:
             # The client may have gone: the framework swallows that then, and goes on with background work, which is
             # committed like that of any response. Or a middleware limits the time, and is going to answer.
@@ -242,7 +242,7 @@ class HTTPExchange(Exchange):
         self.follow_response()
         return follow_calls(self)
 
-    async def begin_stream(self, status: int, call: Call) -> StreamedBody | None:
+    async def begin_stream(self, message: Message, call: Call) -> StreamedBody | None:
         """End the transactions before a streamed body begins whose start is still held back by middlewares.
 
         Returns:
@@ -255,12 +255,12 @@ class HTTPExchange(Exchange):
         if not self._is_handling():
             return None
         if self.sessions or self.callbacks:
-            await self.settle(status)
+            await self.settle(message)
             if not self._is_handling():
                 # Meanwhile, a middleware has begun a response of its own.
                 return None
         self.move_to(Phase.AHEAD)
-        body = StreamedBody(status, call, running_task())
+        body = StreamedBody(message["status"], call, running_task())
         self._follow(self.follow_response(), body)
         return body
 

@@ -1,18 +1,22 @@
 """`Response`: what is known of the response to a request that has used a session, or asked for anything else.
 
-`ResponseStart` keeps the messages of other tasks back while the start waits for its transactions to end.
+`ResponseStart` keeps the messages of other tasks back while the start waits for its transactions to end;
+`check_headers` tells before that whether a server would send the start.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from ctxdb_core.asgi.body import Body
 from ctxdb_core.asgi.types import Message
+from ctxdb_core.errors import ArgumentValueError
 
-__all__ = ["ANSWERED", "Refusal", "Response", "ResponseStart"]
+__all__ = ["ANSWERED", "Refusal", "Response", "ResponseStart", "check_headers"]
 
 _current: ContextVar[ResponseStart | None] = ContextVar("ctxdb_response_start", default=None)
 """The start that the running code is part of. Callbacks of the commit inherit it: the start waits for them."""
@@ -90,3 +94,21 @@ class Response:
         start.end()
         if self.start is start:
             self.start = None
+
+
+def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise an error if a server would refuse to send `headers`: behind a commit, that would be too late.
+
+    Raises:
+        ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
+    """
+    # Anything else than a list may be there to be read once.
+    if type(headers) is list and _CONTROL_CHARACTER.search(b"".join([value for _, value in headers])):
+        names = ", ".join(repr(name) for name, value in headers if _CONTROL_CHARACTER.search(value))
+        raise ArgumentValueError(
+            f"The value of the response header {names} has a control character, such as a line break: no server sends "
+            "it. What the request has written is rolled back. Encode the value."
+        )
+
+
+_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")

@@ -65,7 +65,7 @@ class WebSocketExchange(Exchange):
     async def _deny(self, message: Message) -> None:
         """Answer the handshake by an HTTP response (ASGI, "WebSocket Denial Response")."""
         if self.phase is Phase.HANDLING:
-            await self.settle(message["status"])
+            await self.settle(message)
             self._begin_body()
         await self.forward(message)
 
