@@ -20,7 +20,7 @@ from ctxdb_core._sqlalchemy.private import (
     has_to_flush,
     innermost_block,
 )
-from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import may_call_a_writer, only_sets
 from ctxdb_core.errors import CommitOutcomeUnknownError
 
@@ -77,7 +77,7 @@ class TracedSession(BlockedSession):
     """The transaction in which something was written last."""
     _only_sets = False
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
-    _reads: list[Any] | None = None
+    reads: list[Any] | None = None
     """The statements of the open transaction that read, the latest one last, and no more than `MOST_READS` of them."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
@@ -113,21 +113,14 @@ class TracedSession(BlockedSession):
         elif self._only_sets:
             self._only_sets = only_sets(clause)
 
-    def note_read(self, clause: Any) -> None:
-        """Note a statement that reads, as far as can be told without a walk through it."""
-        if self._reads is None:
-            self._reads = [clause]
-        elif len(self._reads) < MOST_READS:
-            self._reads.append(clause)
-
-    def forget_earlier_reads(self) -> None:
-        """Forget all statements that read but the latest one, which is about to begin a transaction."""
-        if self._reads is not None:
-            del self._reads[:-1]
+    def note_another_read(self, clause: Any) -> None:
+        """Note a statement that reads, as far as can be told without a walk through it, and is not the first one."""
+        if self.reads is not None and len(self.reads) < MOST_READS:
+            self.reads.append(clause)
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
-        self._reads = None
+        self.reads = None
         self._set_up, self._written = self._written, None
         self._set_up_only_sets = self._only_sets
 
@@ -164,10 +157,13 @@ class TracedSession(BlockedSession):
 
     def _may_have_called_a_writer(self) -> bool:
         # The latest statement is the interrupted one, whose caller was told.
-        reads = self._reads or ()
+        reads = self.reads or ()
         return len(reads) == MOST_READS or any(map(may_call_a_writer, reads[:-1]))
 
     def commit(self) -> None:
+        if self.task_blocks:
+            # The commit would release the savepoint, whose block could not be undone any more.
+            refuse_in_block_of_other_task(self)
         transaction = self.get_transaction()
         try:
             super().commit()
@@ -216,7 +212,7 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
-            self._reads = None
+            self.reads = None
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
                 # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.

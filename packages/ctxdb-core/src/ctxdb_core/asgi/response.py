@@ -103,12 +103,13 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
         ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
     """
     # Anything else than a list may be there to be read once.
-    if type(headers) is list and _CONTROL_CHARACTER.search(b"".join([value for _, value in headers])):
-        names = ", ".join(repr(name) for name, value in headers if _CONTROL_CHARACTER.search(value))
-        raise ArgumentValueError(
-            f"The value of the response header {names} has a control character, such as a line break: no server sends "
-            "it. What the request has written is rolled back. Encode the value."
-        )
+    if type(headers) is list:
+        for name, value in headers:
+            if _find_control_character(value):
+                raise ArgumentValueError(
+                    f"The value of the response header {name!r} has a control character, such as a line break: no "
+                    "server sends it. What the request has written is rolled back. Encode the value."
+                )
 
 
-_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
