@@ -125,3 +125,30 @@ async def test_hosts_change_under_traffic_without_an_error(world: World) -> None
             await world.db.change_host(f"127.0.0.{number}")
             await eventually(lambda before=before: count > before or count >= 48, "no traffic")  # type: ignore[misc]  # a default
     assert len(await world.names()) == 48
+
+
+@pytest.mark.postgresql
+async def test_an_error_waits_for_the_query_of_another_task(world: World) -> None:
+    async def query() -> object:
+        return await (await db_session(world.db)).scalar(text("SELECT 7 FROM pg_advisory_xact_lock(1)"))
+
+    async def handler() -> Reply:
+        await insert(world.db, "undone")
+        querying.append(asyncio.create_task(query()))
+        await eventually(lambda: bool(world.database.backends("wait_event = 'advisory'")), "no query")
+        returning.set()
+        return Reply(status=503)
+
+    querying: list[asyncio.Task[object]] = []
+    returning = asyncio.Event()
+    client = await world.start(("/", handler))
+    with world.database.held_commits():
+        request = asyncio.create_task(client.get("/"))
+        await returning.wait()
+        for _ in range(200):
+            # In these turns of the event loop, the response would stop the query, if anything did.
+            await asyncio.sleep(0)
+            assert not querying[0].done()
+    assert await querying[0] == 7
+    assert (await request).status_code == 503
+    assert await world.names() == []
