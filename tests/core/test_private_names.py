@@ -601,6 +601,16 @@ async def test_a_transaction_of_asyncpg_begins_before_its_first_statement(connec
     assert not raw.driver_connection.is_in_transaction()
 
 
+async def test_the_server_is_asked_to_stop_a_query_of_asyncpg(connection: AsyncConnection) -> None:
+    driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+    running = asyncio.create_task(driver_connection.execute("SELECT pg_sleep(600)"))
+    while not running.done():
+        private.request_asyncpg_cancellation(driver_connection)
+        await asyncio.wait([running], timeout=0.1)
+    with pytest.raises(asyncpg.QueryCanceledError):
+        await running
+
+
 async def test_a_lent_connection_of_asyncpg_is_taken_back_with_what_it_has_made(connection: AsyncConnection) -> None:
     await connection.execute(text("SELECT 1"))
     raw = await connection.get_raw_connection()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
@@ -248,6 +249,16 @@ async def test_an_answer_that_fails_is_a_500_and_the_connection_goes_on(
         client.get("/next")
         assert await client.bodies(1) == [b"/next"]
     assert "no answer to this" in caplog.text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks cannot be started eagerly")
+async def test_a_connection_goes_on_behind_an_answer_whose_task_is_started_eagerly(url: str, desk: Desk) -> None:
+    asyncio.get_running_loop().set_task_factory(vars(asyncio)["eager_task_factory"])
+    desk.may_answer.set()
+    async with connect(url) as client:
+        for path in ("/wait", "/next"):
+            client.get(path)
+        assert await client.bodies(2) == [b"waited", b"/next"]
 
 
 async def test_the_server_survives_malformed_input(url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -95,7 +95,10 @@ class FaultyNetwork(Middleman):
         port: where it listens.
         connections: how many connections there have been.
         cancel_requests: how many requests to cancel a query.
+        answered_cancel_requests: how many of them the server has dealt with, by the end of their connections.
         delay: how many seconds each message of the server takes.
+        lets_execute: while it is not set, the client's statements are held back (its Query and Bind messages).
+        holds_back: whether one has been held back.
         lets_in: whether new connections are accepted; else they are closed at once.
         on_statement: called with the text of each statement that the client sends.
         failed: whether the fault has happened.
@@ -105,11 +108,13 @@ class FaultyNetwork(Middleman):
         super().__init__()
         self._target = host, port
         self.connections = 0
-        self.cancel_requests = 0
+        self.cancel_requests = self.answered_cancel_requests = 0
         self.delay = 0.0
         self.on_statement: Callable[[str], object] = lambda statement: None
         self.failed = asyncio.Event()
         self.lets_in = True
+        self.lets_execute, self.holds_back = asyncio.Event(), asyncio.Event()
+        self.lets_execute.set()
         self._fault: tuple[Point, Fault] | None = None
         self._is_dark = False
         self._links: set[_Link] = set()
@@ -159,6 +164,8 @@ class FaultyNetwork(Middleman):
             if startup[4:8] == _CANCEL_REQUEST or not self._reached(Point.STARTUP, link):
                 server_writer.write(startup)
             await link.run(self, self._reached)
+            if startup[4:8] == _CANCEL_REQUEST:
+                self.answered_cancel_requests += 1
         finally:
             if link is not None:
                 self._links.discard(link)
@@ -246,6 +253,9 @@ class _Link:
             point = self._point_of(message, network)
             if self.is_broken() or (point is not None and reached(point, self)):
                 return
+            if message[:1] in (b"Q", b"B") and not network.lets_execute.is_set():
+                network.holds_back.set()
+                await network.lets_execute.wait()
             self.server_writer.write(message)
 
     def _point_of(self, message: bytes, network: FaultyNetwork) -> Point | None:

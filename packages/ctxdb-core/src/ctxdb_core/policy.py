@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias, cast, overload
 
+from ctxdb_core._signatures import signature_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["CommitPolicy", "RequestPolicy", "commit_2xx", "commit_below_400", "commit_policy", "with_request"]
@@ -117,7 +118,7 @@ def _takes_request(policy: CommitPolicy | RequestPolicy) -> bool:
     if inspect.iscoroutinefunction(policy) or inspect.iscoroutinefunction(getattr(policy, "__call__", None)):  # noqa: B004 - it is asked what it is, not whether it is there
         raise _refused(policy)
     try:
-        signature = inspect.signature(policy)
+        signature = signature_of(policy)
     except TypeError:
         # The policy cannot be called at all.
         raise _refused(policy) from None

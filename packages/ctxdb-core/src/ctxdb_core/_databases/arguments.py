@@ -11,6 +11,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from ctxdb_core._signatures import signature_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -106,7 +107,7 @@ def parameters_of(function: Callable[..., Any]) -> int | None:
     A function that can take one argument, and need not, counts as 1.
     """
     try:
-        signature = inspect.signature(function)
+        signature = signature_of(function)
     except (TypeError, ValueError):
         # Some functions that are written in C have no signature.
         return None

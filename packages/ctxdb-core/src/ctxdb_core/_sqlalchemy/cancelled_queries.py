@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -25,6 +26,7 @@ from ctxdb_core._sqlalchemy.private import (
     psycopg_connection_that_stops,
     replace_raw_connection,
     replace_terminate,
+    request_asyncpg_cancellation,
 )
 
 logger = logging.getLogger("ctxdb")
@@ -33,6 +35,8 @@ __all__ = ["keep_cancellation_at_pool", "stop_cancelled_queries", "stop_seconds"
 
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
 """How long a call may wait for the server to stop its query."""
+REPEAT_SECONDS = 0.5
+"""After how long a server that sends nothing is asked once more to stop a query."""
 LATE_STOP_TIMEOUT_SECONDS = 1.0
 """The same for a call whose own time limit is up: see `stop_seconds`."""
 
@@ -80,12 +84,17 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
 
 
 async def _close_asyncpg(connection: Any, seconds: float) -> None:
-    # `close` of asyncpg stops a running query, and waits for a cancel request that is under way.
+    # `close` of asyncpg stops a running query, and waits for a cancel request that is under way. The server ignores one
+    # that overtakes its statement. The timer's context is empty, as a timer keeps its context until it is due.
+    loop = asyncio.get_running_loop()
+    again = loop.call_later(REPEAT_SECONDS, request_asyncpg_cancellation, connection, context=Context())
     try:
         async with asyncio.timeout(seconds):
             await connection.close(timeout=seconds)
     except Exception:  # noqa: BLE001 - the server does not answer, or is gone
         connection.terminate()
+    finally:
+        again.cancel()
 
 
 async def _close_aiosqlite(connection: Any, seconds: float) -> None:
@@ -139,8 +148,7 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
-        request = connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
-        await _tracked(asyncio.wait_for(request, STOP_QUERY_TIMEOUT_SECONDS))
+        await _tracked(asyncio.wait_for(_request_until_heard(connection), STOP_QUERY_TIMEOUT_SECONDS))
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
         # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
@@ -152,6 +160,22 @@ async def _stop_query_of_psycopg(connection: Any) -> None:
     _cancel_keys.pop(connection, None)
     if cancellation is not None and not isinstance(cancellation, Exception):
         raise cancellation
+
+
+async def _request_until_heard(connection: Any) -> None:
+    """Have the server asked to stop the query; once more if it sends nothing, as a request may overtake its query."""
+    loop = asyncio.get_running_loop()
+    for _ in range(2):
+        await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+        heard = loop.create_future()
+        # psycopg listens again when this is done.
+        loop.add_reader(connection.pgconn.socket, _set_ready, heard)
+        try:
+            await asyncio.wait([heard], timeout=REPEAT_SECONDS)
+        finally:
+            loop.remove_reader(connection.pgconn.socket)
+        if heard.done():
+            return
 
 
 def _cancel_key_of(connection: Any) -> Any:

@@ -132,9 +132,9 @@ def through_the_door(method: Any, stand_ins: dict[str, Any]) -> Any:
         method.__code__, {**method.__globals__, **stand_ins}, method.__name__, method.__defaults__, method.__closure__
     )
     copy.__kwdefaults__ = method.__kwdefaults__
-    copy.__qualname__ = method.__qualname__
-    copy.__doc__ = method.__doc__
-    copy.__annotations__ = method.__annotations__
+    # Where annotations are evaluated only when they are asked for (Python 3.14), what evaluates them is copied.
+    for name in functools.WRAPPER_ASSIGNMENTS:
+        setattr(copy, name, getattr(method, name))
     return copy
 
 

@@ -8,6 +8,7 @@ thread, as a greenlet cannot leave the thread in which it was started.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections.abc import Callable, Coroutine
@@ -121,8 +122,11 @@ async def call_through(entered: object, fn: Callable[..., T], args: tuple[Any, .
         BaseException: what `fn` raises.
     """
     current = getcurrent()
-    # An eager task (Python 3.12) begins in the greenlet of the call that starts it, and goes on in the event loop's.
-    moves = current.parent is not None
+    if current.parent is not None and getattr(current, "__sqlalchemy_greenlet_provider__", False):
+        # An eager task (Python 3.12) begins within the call that starts it, in the greenlet of that call. What this one
+        # waits for would be handed to that call. The task goes on in the greenlet of the event loop.
+        await asyncio.sleep(0)
+        current = getcurrent()
     idle = _idle.greenlets
     if idle:
         worker = idle.pop()
@@ -154,12 +158,8 @@ async def call_through(entered: object, fn: Callable[..., T], args: tuple[Any, .
             worker.leave_doors()
             raise
         except BaseException:  # noqa: BLE001 - raised where the call waits
-            if moves:
-                worker.parent = getcurrent()
             answer = worker.throw(*sys.exc_info())
         else:
-            if moves:
-                worker.parent = getcurrent()
             answer = worker.switch(value)
     worker.entered = worker.gr_context = None
     if worker.also_entered:

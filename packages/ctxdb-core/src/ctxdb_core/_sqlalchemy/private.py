@@ -85,6 +85,7 @@ __all__ = [
     "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
+    "request_asyncpg_cancellation",
     "savepoints_set_on",
     "seed_dispatch",
     "set_warning_of_changes",
@@ -689,6 +690,11 @@ def fetch_asyncpg_row(adapted: Any, query: str) -> Any:
         return await_only(adapted._connection.fetchrow(query))  # noqa: SLF001 - see the module
     except Exception as exc:  # noqa: BLE001 - raised as another one
         adapted._handle_exception(exc)  # noqa: SLF001 - see the module
+
+
+def request_asyncpg_cancellation(connection: Any) -> None:
+    """Have a task of asyncpg's ask the server to stop the query of `connection`."""
+    connection._cancel_current_command(asyncio.get_running_loop().create_future())  # noqa: SLF001 - see the module
 
 
 def lend_asyncpg_connection(connection: Any) -> Any:

@@ -86,7 +86,8 @@ def _calling_modules() -> set[str]:
 def _modules_of_starter(root: FrameType) -> set[str]:
     """Return the name of the module that has just started the task of `root` eagerly; nothing for any other task."""
     caller = root.f_back
-    if caller is None or caller.f_globals.get("__name__") != "asyncio.tasks":
+    # Any other task is called by the event loop: by `asyncio.events`, or by what runs a loop that is no Python code.
+    if caller is None or caller.f_globals.get("__name__") not in ("asyncio.tasks", "asyncio.base_events"):
         return set()
     while caller is not None and caller.f_globals.get("__name__", "").startswith("asyncio."):
         caller = caller.f_back

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._databases.loop_engine import has_engines
+from ctxdb_core._signatures import signature_of
 from ctxdb_core._sqlalchemy.binds import is_read_only
 from ctxdb_core._units.lifecycle import new_db_ctx
 from ctxdb_core.testing._cleaner import TableCleaner
@@ -198,7 +199,7 @@ def _run_in_context(request: pytest.FixtureRequest, name: str) -> None:
         return
     if inspect.iscoroutinefunction(getattr(*_place_of_function(request.node))):
         request.node.stash.setdefault(_contexts, set()).add(name)
-    elif name in inspect.signature(request.function).parameters:
+    elif name in signature_of(request.function).parameters:
         raise pytest.UsageError(f"{name} is for asynchronous tests: this one is a plain function.")
     # A plain test that asks for the fixture by way of another one, which all tests have, runs as without it.
 

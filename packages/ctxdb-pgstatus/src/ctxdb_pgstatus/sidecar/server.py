@@ -409,6 +409,8 @@ class _Connection(asyncio.Protocol):
             self._waiting = self._loop.create_task(self._answer_later(answer, request, connection))
 
     async def _answer_later(self, answer: Awaitable[Response], request: Request, connection: bytes) -> None:
+        # An eager task (Python 3.12) takes its first step before it is what the connection waits for.
+        await asyncio.sleep(0)
         try:
             response = await answer
         except Exception:
