@@ -389,6 +389,20 @@ async def test_the_error_of_a_reader_whose_connection_breaks_is_retryable(
 
 
 @both_drivers
+async def test_a_connection_that_breaks_after_its_commit_was_confirmed_leaves_no_error_in_the_log(
+    master: DBConnect, replica: DBConnect, source: FakeSource, hosts: Hosts, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.may_confirm = asyncio.Event()
+    writing = asyncio.create_task(_write(master))
+    await source.confirming.wait()
+    hosts.database.terminate_backends("application_name = 'n1'")
+    source.may_confirm.set()
+    await writing
+    assert await hosts.database.names() == ["a"]
+    assert caplog.text == ""
+
+
+@both_drivers
 async def test_a_commit_of_a_write_past_sqlalchemy_whose_connection_breaks_has_an_unknown_outcome(
     master: DBConnect, hosts: Hosts, database: Database
 ) -> None:
