@@ -194,6 +194,29 @@ async def test_a_session_between_transactions_moves_with_the_master(
     assert await database.names() == ["a"]
 
 
+@both_drivers
+async def test_a_session_whose_host_is_left_before_its_first_connection_has_what_the_server_tells_of_itself(
+    hosts: Hosts, source: FakeSource
+) -> None:
+    def create_engine(host: str) -> AsyncEngine:
+        return hosts(host).execution_options(isolation_level="AUTOCOMMIT")
+
+    async with (
+        DBConnect(create_engine, before_create_session_handler=follow_master(source)) as db,
+        new_non_ctx_session(db) as session,
+    ):
+        source.master = "n2"
+        assert await host_of(db) == "n2"
+        assert await session.scalar(HOST) == "n2"
+        connection = (await session.connection()).sync_connection
+        assert connection is not None
+        assert connection.default_isolation_level == "READ COMMITTED"
+        assert connection.dialect.server_version_info is not None
+        # The level is reset now.
+        await session.commit()
+        assert await host_of(db) == "n2"
+
+
 @pytest.mark.parametrize("first", ["left", "cancelled"])
 async def test_a_cancelled_request_stays_cancelled_although_its_host_is_left(
     master: DBConnect, source: FakeSource, first: str
