@@ -179,6 +179,13 @@ class FollowedEngine:
             follower.guard.attach(sync_engine)
             ask_outcome_by(engine, self._find_outcome)
         else:
+            # SQLAlchemy has psycopg begin by BEGIN READ WRITE on a connection that has served a read-only transaction.
+            # A standby refuses that: so the connection goes back to the default of its server.
+            follow_dialect(
+                sync_engine.dialect,
+                "set_readonly",
+                lambda set_readonly, connection, value: set_readonly(connection, value or None),
+            )
             event.listen(sync_engine, "before_execute", self._before_execute)
             event.listen(sync_engine, "before_cursor_execute", self._before_cursor_execute)
 
