@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.support.followers import monitoring, until
+from tests.support.proxy import Proxy
 from tests.support.sidecar import serve_monitor
 
-from ctxdb_core import DBConnect, db_session, new_db_ctx
+from ctxdb_core import CommitOutcomeUnknownError, DBConnect, db_session, new_db_ctx
 from ctxdb_pgstatus import CommitUnconfirmedError, ConnectionLostError, HostMonitor, PgStatusClient, follow_master
 from ctxdb_pgstatus.testing import PostgresCluster, PostgresNode
 
@@ -199,6 +201,55 @@ async def test_a_transaction_unknown_to_the_new_master_is_not_taken_for_another_
     with pytest.raises((ConnectionLostError, CommitUnconfirmedError)):
         await committing
     assert not await stored_on(standbys[0])
+
+
+class _BeforeCommit(Proxy):
+    """A way to a server over which the first COMMIT does not get: the connection breaks when `open` is set."""
+
+    def __init__(self, node: PostgresNode) -> None:
+        super().__init__(node)
+        self.held = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(2**16):
+                if b"COMMIT" in data and not self.held.is_set():
+                    self.held.set()
+                    await self.open.wait()
+                    return
+                writer.write(data)
+        finally:
+            writer.transport.abort()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+async def test_a_transaction_that_a_crash_has_lost_is_not_taken_for_another_one_with_its_id(
+    driver: str, *, checkpoint: bool
+) -> None:
+    # What is committed is flushed, and what is not committed stays in memory.
+    async with PostgresCluster(standbys=0, settings={"wal_writer_delay": "10s"}) as cluster:
+        node = cluster.primary
+        await node.execute("CREATE TABLE number (number integer PRIMARY KEY)")
+        async with (
+            _BeforeCommit(node) as proxy,
+            DBConnect.from_url(f"postgresql+{driver}://postgres@{proxy.host}/postgres", resolve_commits=True) as db,
+        ):
+            committing = asyncio.create_task(insert(db))
+            await proxy.held.wait()
+            await node.kill()
+            await node.start()
+            # These transactions get the identifiers that the server had assigned before.
+            for number in range(2, 7):
+                await node.execute("INSERT INTO number VALUES ($1)", number)
+            if checkpoint:
+                await node.execute("CHECKPOINT")
+            proxy.open.set()
+            # After a further checkpoint, the outcome may be unknown.
+            with pytest.raises((CommitOutcomeUnknownError, DBAPIError)):
+                await committing
+        assert await node.fetch_value("SELECT count(*) FROM number WHERE number = 1") == 0
 
 
 async def test_a_lost_commit_is_resolved_by_way_of_a_sidecar(cluster: PostgresCluster, monitor: HostMonitor) -> None:

@@ -194,6 +194,29 @@ async def test_a_session_between_transactions_moves_with_the_master(
     assert await database.names() == ["a"]
 
 
+@both_drivers
+async def test_a_session_whose_host_is_left_before_its_first_connection_has_what_the_server_tells_of_itself(
+    hosts: Hosts, source: FakeSource
+) -> None:
+    def create_engine(host: str) -> AsyncEngine:
+        return hosts(host).execution_options(isolation_level="AUTOCOMMIT")
+
+    async with (
+        DBConnect(create_engine, before_create_session_handler=follow_master(source)) as db,
+        new_non_ctx_session(db) as session,
+    ):
+        source.master = "n2"
+        assert await host_of(db) == "n2"
+        assert await session.scalar(HOST) == "n2"
+        connection = (await session.connection()).sync_connection
+        assert connection is not None
+        assert connection.default_isolation_level == "READ COMMITTED"
+        assert connection.dialect.server_version_info is not None
+        # The level is reset now.
+        await session.commit()
+        assert await host_of(db) == "n2"
+
+
 @pytest.mark.parametrize("first", ["left", "cancelled"])
 async def test_a_cancelled_request_stays_cancelled_although_its_host_is_left(
     master: DBConnect, source: FakeSource, first: str
@@ -386,6 +409,20 @@ async def test_the_error_of_a_reader_whose_connection_breaks_is_retryable(
             await session.scalar(HOST)
     assert (raised.value.host, raised.value.retryable) == (host, True)
     assert source.failures == [host]
+
+
+@both_drivers
+async def test_a_connection_that_breaks_after_its_commit_was_confirmed_leaves_no_error_in_the_log(
+    master: DBConnect, replica: DBConnect, source: FakeSource, hosts: Hosts, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.may_confirm = asyncio.Event()
+    writing = asyncio.create_task(_write(master))
+    await source.confirming.wait()
+    hosts.database.terminate_backends("application_name = 'n1'")
+    source.may_confirm.set()
+    await writing
+    assert await hosts.database.names() == ["a"]
+    assert caplog.text == ""
 
 
 @both_drivers

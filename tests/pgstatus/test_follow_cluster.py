@@ -10,6 +10,7 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,7 +29,7 @@ from tests.support.followers import (
 from tests.support.hosts import FakeSource, RememberingSource
 from tests.support.sidecar import serve_monitor
 
-from ctxdb_core import db_session, new_non_ctx_session
+from ctxdb_core import DBConnect, db_session, new_non_ctx_session
 from ctxdb_pgstatus import (
     ConnectionLostError,
     HostMonitor,
@@ -236,6 +237,22 @@ async def test_readers_go_to_the_master_until_a_replica_returns(
         await second.start()
         await until(lambda: len(monitor.status.replicas()) == 2)
         assert {await server_of(db) for _ in range(4)} == standbys
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_connection_to_a_replica_serves_further_readers_after_a_read_only_transaction(
+    cluster: PostgresCluster, monitor: HostMonitor, driver: str
+) -> None:
+    def create_engine(host: str) -> AsyncEngine:
+        url = f"postgresql+{driver}://postgres@{host}:{cluster.port}/postgres"
+        return create_async_engine(url, pool_size=1, max_overflow=0)
+
+    async with DBConnect(create_engine, before_create_session_handler=follow_replica(monitor)) as db:
+        for read_only in (True, True, False, False):
+            async with new_non_ctx_session(db) as session:
+                if read_only:
+                    await session.connection(execution_options={"postgresql_readonly": True})
+                assert await session.scalar(SERVER) != cluster.primary.host
 
 
 async def test_new_readers_leave_a_replica_that_is_promoted(

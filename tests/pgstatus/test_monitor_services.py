@@ -54,6 +54,17 @@ async def test_a_pooler_in_transaction_mode_may_be_between_the_monitor_and_its_h
         assert pooler.transactions > 5
 
 
+async def test_a_monitor_closes_in_the_middle_of_a_question_behind_a_pooler(cluster: PostgresCluster) -> None:
+    async with Pooler(cluster.primary) as pooler:
+        monitor = await monitor_of(cluster, hosts=[pooler.host], connect_timeout=HOUR).__aenter__()
+        pooler.halt()
+        question = asyncio.create_task(monitor.poll())
+        await pooler.halted.wait()
+        async with asyncio.timeout(PATIENCE):
+            await monitor.__aexit__(None, None, None)
+        await question
+
+
 @pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
 async def test_monitors_behind_pgbouncer_share_a_pool_of_one_connection(
     cluster: PostgresCluster, tmp_path: Path

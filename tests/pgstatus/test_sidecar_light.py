@@ -38,6 +38,38 @@ def test_the_sidecar_starts_without_the_libraries_of_applications(statement: str
     assert imported_by(statement) == []
 
 
+_CLOSED_MONITOR = """
+import asyncio
+from ctxdb_pgstatus import HostMonitor
+
+async def main():
+    async with HostMonitor(["127.0.0.99"], user="postgres"):
+        pass
+"""
+
+_CLIENT_THAT_LEAVES = """
+import asyncio
+from types import SimpleNamespace
+from ctxdb_pgstatus.sidecar.app import SidecarApp
+from ctxdb_pgstatus.sidecar.history import History
+from ctxdb_pgstatus.sidecar.server import Request
+
+async def main():
+    app = SidecarApp(History())
+    app.monitor = SimpleNamespace(status=SimpleNamespace(master="n1"), confirm_master=lambda host: asyncio.sleep(3600))
+    answer = asyncio.create_task(app(Request(b"GET", "/master", b"", accepts_json=True, bypasses_memory=True)))
+    await asyncio.sleep(0)
+    answer.cancel()
+    await asyncio.wait([answer])
+"""
+
+
+@pytest.mark.parametrize("program", [_CLOSED_MONITOR, _CLIENT_THAT_LEAVES], ids=["close", "a client that leaves"])
+def test_the_sidecar_loads_no_errors_where_it_raises_none(program: str) -> None:
+    # It takes a second of CPU to load them, for which no host would be asked, and no client answered.
+    assert imported_by(f"exec({program!r}); asyncio.run(main())") == []
+
+
 def test_public_functions_import_only_the_libraries_that_they_need() -> None:
     assert imported_by("from ctxdb_pgstatus import follow_master") == ["ctxdb_core", "greenlet", "sqlalchemy"]
     assert "httpx" in imported_by("from ctxdb_pgstatus import PgStatusClient")

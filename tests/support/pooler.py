@@ -19,12 +19,19 @@ class Pooler(Middleman):
     Attributes:
         host: its address, as a monitor takes it.
         transactions: how many have been passed on.
+        halted: set when a transaction was halted by `halt`.
     """
 
     def __init__(self, node: PostgresNode) -> None:
         super().__init__()
         self._node = node
         self.transactions = 0
+        self.halted = asyncio.Event()
+        self._halts = False
+
+    def halt(self) -> None:
+        """Pass on nothing more of the next transaction when it has begun."""
+        self._halts = True
 
     @property
     def host(self) -> str:
@@ -64,10 +71,16 @@ class Pooler(Middleman):
             message = await read_message(reader)
             server, ready = servers[0]
             server.write(message)
-            if message[:1] in (b"S", b"Q") and await ready.get() == b"I":
+            if message[:1] not in (b"S", b"Q"):
+                continue
+            if await ready.get() == b"I":
                 # Outside of a transaction, the connection goes back to the pool.
                 self.transactions += 1
                 servers.reverse()
+            elif self._halts:
+                await reader.readexactly(1)
+                self.halted.set()
+                await reader.read(-1)
 
 
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Queue[bytes]) -> None:

@@ -285,9 +285,11 @@ class CommitGuard:
             return
         try:
             position, timeline = driver.read_position(connection)
-        except Exception:  # noqa: BLE001 - the commit stands; without its position, later reads go to the master
+        except Exception as exc:  # noqa: BLE001 - the commit stands; without its position, later reads go to the master
             position, timeline = UNKNOWN_POSITION, 0
+            # The server may be frozen, and would not answer the end of the connection. The pool must not reset it.
             driver.abort(_driver_connection(connection))
+            connection.invalidate(exc)
         self._note(state, position, timeline)
 
     def _note(self, state: ConnectionState, position: int, timeline: int = 0) -> None:

@@ -473,7 +473,7 @@ class HostMonitor:
         try:
             await asyncio.gather(*tasks, *self._leaving, return_exceptions=True)
         finally:
-            self._changes.end(errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
+            self._changes.end(lambda: errors.PgStatusError("The HostMonitor was closed while a change was waited for."))
             self._forget()
 
     def _forget(self) -> None:

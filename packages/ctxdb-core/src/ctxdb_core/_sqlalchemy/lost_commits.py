@@ -7,6 +7,7 @@ before. No other place knows whether COMMIT was under way when the connection wa
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -67,6 +68,10 @@ _ASK_OUTCOME = (
     "SELECT pg_xact_status(CAST(CAST({} AS text) AS xid8)), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), "
     "current_setting('synchronous_standby_names') <> ''"
 )
+# A server that recovers from a crash discards its statistics (PostgreSQL, "The Cumulative Statistics System").
+_ASK_CRASH = "SELECT CAST(extract(epoch FROM clock_timestamp() - stats_reset) AS float8) FROM pg_stat_bgwriter"
+# Recovery ends by a checkpoint that has its own position, as a shutdown does; any other one has an earlier position.
+_ASK_RECOVERED = "SELECT redo_lsn = checkpoint_lsn, pg_wal_lsn_diff(redo_lsn, '0/0') >= {} FROM pg_control_checkpoint()"
 # A write that changes no data.
 _WRITE = "SELECT CAST(pg_logical_emit_message(true, 'ctxdb', '') AS text)"
 
@@ -91,6 +96,8 @@ class LostCommit(NamedTuple):
     """The timeline that the server wrote: 8 hexadecimal digits."""
     position: int
     """How far the server had written its WAL, in bytes: only the record of the transaction's end comes after it."""
+    at: float = 0.0
+    """When that was so, by ``time.monotonic()``."""
 
     async def ask(self, pool: Pool) -> tuple[str | None, str]:
         """Ask a server what it knows of the transaction: ``pg_xact_status``, and the timeline that the server writes.
@@ -277,7 +284,7 @@ class _Commits:
         if row is None:
             return None
         number, timeline, position = row[0].split()
-        return LostCommit(int(number), timeline, int(position))
+        return LostCommit(int(number), timeline, int(position), time.monotonic())
 
     async def _resolve(
         self, connection: PoolProxiedConnection, transaction: LostCommit, deadline: float | None
@@ -323,6 +330,8 @@ def _ask_outcome(pool: Pool, transaction: LostCommit) -> tuple[str | None, str]:
     connection = pool.connect()
     try:
         status, timeline, is_synchronous = _ask(connection, _ASK_OUTCOME.format(transaction.id))
+        if status == "committed" and timeline == transaction.timeline:
+            status = _status_after_crash(connection, transaction)
         if status == "committed" and is_synchronous:
             # A server whose COMMIT is interrupted while it waits for standbys has committed by itself alone
             # (PostgreSQL, `SyncRepWaitForLSN`). The commit of a later write waits for the standbys anew.
@@ -332,6 +341,22 @@ def _ask_outcome(pool: Pool, transaction: LostCommit) -> tuple[str | None, str]:
     finally:
         connection.close()
         pool.dispose()
+
+
+def _status_after_crash(connection: PoolProxiedConnection, transaction: LostCommit) -> str | None:
+    """Return what has become of a transaction whose identifier is that of a committed one; ``None`` if it is unknown.
+
+    A crash loses the WAL that was not flushed yet, and with it the identifiers that were assigned there: the server
+    gives them to other transactions.
+    """
+    (seconds,) = _ask(connection, _ASK_CRASH)
+    if seconds is not None and time.monotonic() - seconds <= transaction.at:
+        return "committed"
+    is_last, has_all = _ask(connection, _ASK_RECOVERED.format(transaction.position))
+    if not is_last:
+        # Another checkpoint has been made since: where the recovery has ended cannot be found out any more.
+        return None
+    return "committed" if has_all else "aborted"
 
 
 def _is_lost(dialect: Dialect, connection: PoolProxiedConnection, exc: BaseException) -> bool:

@@ -179,6 +179,13 @@ class FollowedEngine:
             follower.guard.attach(sync_engine)
             ask_outcome_by(engine, self._find_outcome)
         else:
+            # SQLAlchemy has psycopg begin by BEGIN READ WRITE on a connection that has served a read-only transaction.
+            # A standby refuses that: so the connection goes back to the default of its server.
+            follow_dialect(
+                sync_engine.dialect,
+                "set_readonly",
+                lambda set_readonly, connection, value: set_readonly(connection, value or None),
+            )
             event.listen(sync_engine, "before_execute", self._before_execute)
             event.listen(sync_engine, "before_cursor_execute", self._before_cursor_execute)
 
@@ -206,7 +213,7 @@ class FollowedEngine:
                     return self._take_from_pool()
                 followed = chosen
             try:
-                return followed._take(positions)  # noqa: SLF001 - its own class
+                connection = followed._take(positions)  # noqa: SLF001 - its own class
             except _HostLeftError:
                 # The engine is left now, so the loop chooses another host.
                 continue
@@ -216,6 +223,22 @@ class FollowedEngine:
                     raise self._follower.no_server(followed.host) from None
                 if positions is not None:
                     self._follower.forget_position(followed.host, positions)
+            else:
+                if followed is not self:
+                    self._learn_of_server(followed)
+                return connection
+
+    def _learn_of_server(self, other: FollowedEngine) -> None:
+        """Know what SQLAlchemy asks a server at an engine's first connection, if this engine has made none.
+
+        So it is if the host was left after a session had been made for it. The session has the dialect of this engine,
+        and would not find the server's version or its level of isolation there.
+        """
+        own, others = vars(self._sync_engine.dialect), vars(other._sync_engine.dialect)
+        if "default_isolation_level" not in own:
+            # The answers are plain values. The other attributes that a dialect gets in time are its own.
+            answers = {name: value for name, value in others.items() if isinstance(value, (str, int, tuple))}
+            own.update({name: value for name, value in answers.items() if name not in own})
 
     async def _choose(self, positions: Positions | None) -> FollowedEngine | None:
         db = self._db()

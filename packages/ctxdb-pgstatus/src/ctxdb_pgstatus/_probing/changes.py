@@ -46,7 +46,7 @@ class Changes:
 
         Raises:
             TimeoutError: nothing has changed.
-            Exception: the error that `end` was given.
+            Exception: the error of `end`.
         """
         async with asyncio.timeout(timeout):
             while not _differ(since, current()):
@@ -71,11 +71,11 @@ class Changes:
             except Exception:
                 logger.exception("A callback of HostMonitor.on_change failed.")
 
-    def end(self, error: Exception) -> None:
-        """Have all callers who wait raise an error, as there will be no further change."""
+    def end(self, make_error: Callable[[], Exception]) -> None:
+        """Have all callers who wait raise an error that `make_error` makes, as there will be no further change."""
         for future in self._waiting:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(make_error())
 
 
 def _differ(old: ClusterStatus, new: ClusterStatus) -> bool:

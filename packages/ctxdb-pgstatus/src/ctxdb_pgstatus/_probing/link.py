@@ -258,8 +258,17 @@ class Link:
             return await self._connection.fetch(query)
         # asyncpg prepares a query and executes it by two messages. Outside of a transaction, the pooler may send these
         # to two connections.
-        async with self._connection.transaction(readonly=True):
-            return await self._connection.fetch(query)
+        transaction = self._connection.transaction(readonly=True)
+        await transaction.start()
+        # Not `async with`: on a connection that is closed by then, its end raises an error in the place of the
+        # cancellation that has ended the query, and the task of a monitor that is closed would go on.
+        try:
+            rows = await self._connection.fetch(query)
+        except asyncpg.PostgresError:
+            await transaction.rollback()
+            raise
+        await transaction.commit()
+        return rows
 
     def _terminated(self, _connection: Any) -> None:
         if self._lost is not None:

@@ -181,7 +181,7 @@ class Watch:
         """Ask the host whenever that is due, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         try:
-            while True:
+            while not self._is_over:
                 await self._due.wait()
                 self._due.clear()
                 if self.refusals and loop.time() < self._not_before:

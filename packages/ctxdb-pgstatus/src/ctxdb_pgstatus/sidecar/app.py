@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import re
@@ -164,6 +165,9 @@ class SidecarApp:
             if path in ("/master", "/primary"):
                 try:
                     await _confirm_master(monitor)
+                except asyncio.CancelledError:
+                    # The client has left. The next clause would import the errors, and SQLAlchemy with them.
+                    raise
                 except errors.MasterUncertainError as exc:
                     return _json({"error_text": exc.args[0], "uncertain": True}, 503)
                 except errors.PgStatusError as exc:
