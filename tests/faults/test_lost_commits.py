@@ -146,6 +146,16 @@ async def test_a_lost_connection_whose_driver_connection_was_lent_is_no_unknown_
     assert database.checked_out == 0
 
 
+async def test_a_commit_is_unknown_if_the_server_panics_in_the_middle_of_it(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    network.fail(Point.COMMITTED, Fault.PANIC)
+    with pytest.raises(CommitOutcomeUnknownError, match="No space left"):
+        await _write(far)
+    assert await database.names() == ["a"]
+    await _assert_healthy(far)
+
+
 async def test_a_commit_that_the_server_refuses_is_no_unknown_outcome(db: DBConnect, database: Database) -> None:
     with pytest.raises(DBAPIError, match="foreign key"):
         async with new_db_ctx():
