@@ -187,7 +187,9 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
         try:
             # The transaction may have ended while another call had the turn.
             self._refuse_if_ended()
-            with nullcontext() if door.latest is None else in_time(door, door.latest()):
+            # The limit of an outer call covers what is fetched inside of it.
+            latest = None if door.limit is not None else door.latest
+            with nullcontext() if latest is None else in_time(door, latest()):
                 yield
             note_changes()
         except BaseException:
