@@ -67,6 +67,17 @@ async def test_a_network_that_goes_dark_ends_the_call_in_time(
     assert await database.names() == []
 
 
+async def test_a_streamed_result_is_given_up_in_time_if_the_network_goes_dark(
+    far: DBConnect, network: FaultyNetwork
+) -> None:
+    with pytest.raises(DeadlineExceededError):
+        async with new_db_ctx(statement_timeout=0.2):
+            numbers = await (await db_session(far)).stream_scalars(text("SELECT generate_series(1, 100000)"))
+            assert await anext(numbers) == 1
+            network.break_all(Fault.BLACK_HOLE)
+            await numbers.all()
+
+
 @pytest.mark.parametrize("point", [Point.COMMIT, Point.COMMITTED])
 async def test_a_commit_is_unknown_if_the_network_goes_dark_with_it(
     far: DBConnect, network: FaultyNetwork, database: Database, point: Point

@@ -77,6 +77,8 @@ class Fault(Enum):
     """The client is told that the server sends no more; what the client sends arrives nowhere."""
     NOTICE = auto()
     """The client gets the server's message that the connection is ended, and the end itself when it says goodbye."""
+    PANIC = auto()
+    """The client gets the message of a server that cannot write to its disk any more, and the connection ends."""
     BLACK_HOLE = auto()
     """Nothing arrives any more, and no side is told."""
 
@@ -243,9 +245,12 @@ class _Link:
         elif fault is Fault.HALF_CLOSE:
             self.client_writer.write_eof()
         elif fault is Fault.NOTICE:
-            fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
             self._gives_notice = True
-            self.client_writer.write(b"E" + struct.pack("!i", len(fields) + 4) + fields)
+            self.client_writer.write(_error("FATAL", "57P01", "terminating connection due to administrator command"))
+        elif fault is Fault.PANIC:
+            self.client_writer.write(_error("PANIC", "53100", "could not write to file: No space left on device"))
+            self.client_writer.close()
+            self.server_writer.close()
 
     async def _relay_client(self, network: FaultyNetwork, reached: Callable[[Point, _Link], bool]) -> None:
         while not self.is_broken():
@@ -292,6 +297,12 @@ class _Link:
             if self.is_broken() or (point is not None and reached(point, self)):
                 return
             self.client_writer.write(message)
+
+
+def _error(severity: str, sqlstate: str, message: str) -> bytes:
+    """Return the message "ErrorResponse" of PostgreSQL's protocol."""
+    fields = f"S{severity}\0V{severity}\0C{sqlstate}\0M{message}\0\0".encode()
+    return b"E" + struct.pack("!i", len(fields) + 4) + fields
 
 
 class _MariaDBLink(_Link):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
@@ -23,7 +24,7 @@ from ctxdb_core.errors import (
     TransactionAbortedError,
 )
 
-__all__ = ["pass_door"]
+__all__ = ["in_time", "pass_door"]
 
 _CLEANS_UP = frozenset({"close", "invalidate", "reset", "rollback"})
 
@@ -72,11 +73,27 @@ async def _call_in_time(
         # The limit of the outer call covers a call that is made inside of it; giving a connection back has limits of
         # its own.
         return await call_through(door, fn, args, kwargs)
+    with in_time(door, latest):
+        return await call_through(door, fn, args, kwargs)
+
+
+@contextmanager
+def in_time(door: Door, latest: float | None) -> Iterator[None]:
+    """Give up what is done in the block, with the turn of `door`, when its time is up.
+
+    Args:
+        door: the session's.
+        latest: when that is, on the event loop's clock; ``None`` without a limit.
+
+    Raises:
+        DeadlineExceededError: the block was given up.
+        CommitOutcomeUnknownError: it was given up while COMMIT was under way.
+    """
     limit = door.limit = CallLimit(latest)
     is_given_up = False
     try:
         try:
-            return await call_through(door, fn, args, kwargs)
+            yield
         finally:
             door.limit = None
             is_given_up = limit.end()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from ctxdb_core._sqlalchemy.binds import begun_connections
+from ctxdb_core._sqlalchemy.calls import in_time
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import (
     BufferedRowCursorFetchStrategy,
@@ -174,10 +175,16 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             return
         if not door.enter():
             await_only(door.wait())
+        # What gives the connection up asks this greenlet whether the time of its call is up.
+        greenlet: Any = getcurrent()
+        entered, greenlet.entered = getattr(greenlet, "entered", None), door
         try:
             # The transaction may have ended while another call had the turn.
             self._refuse_if_ended()
-            yield
+            # The limit of an outer call covers what is fetched inside of it.
+            latest = None if door.limit is not None else door.latest
+            with nullcontext() if latest is None else in_time(door, latest()):
+                yield
             note_changes()
         except BaseException:
             if self._is_closed:
@@ -187,6 +194,7 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
             door.answer_interruption()
             raise
         finally:
+            greenlet.entered = entered
             door.leave()
 
     def _refuse_if_ended(self) -> None:

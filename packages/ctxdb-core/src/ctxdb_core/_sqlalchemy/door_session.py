@@ -6,6 +6,7 @@ of that session, and in a greenlet that is used again.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Awaitable, Callable

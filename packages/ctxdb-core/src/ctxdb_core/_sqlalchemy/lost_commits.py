@@ -379,8 +379,9 @@ def _is_lost(dialect: Dialect, connection: PoolProxiedConnection, exc: BaseExcep
         )
     sqlstate = getattr(exc, "sqlstate", None)
     if sqlstate is not None and not is_connection_error(sqlstate):
-        # The server has answered: it has rolled back.
-        return False
+        # The server has answered: it has rolled back. But one that panics, as its disk is full for instance, may find
+        # the commit in its log when it recovers. asyncpg tells of a panic by the loss of the connection.
+        return getattr(getattr(exc, "diag", None), "severity_nonlocalized", None) == "PANIC"
     return sqlstate is not None or dialect.is_disconnect(exc, connection, None)
 
 
