@@ -1,6 +1,6 @@
 """Makes the sessions that a `DBConnect` hands out: of classes that are derived from the user's own ones.
 
-`_derive` puts `GuardedSession` or `DoorSession` into the bases of the user's class. What the user's class
+`_derive` puts `GuardedSession` and `CommitSession`, or `DoorSession`, into the bases of the user's class. What that
 overrides stays in effect, and ``isinstance`` holds.
 """
 
@@ -19,6 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from ctxdb_core._sqlalchemy.door_session import DoorSession, call_of_users_class, through_the_door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.private import SessionPattern, seed_dispatch
+from ctxdb_core._sqlalchemy.traced_session import CommitSession
 
 __all__ = ["SessionFactory", "guarded"]
 
@@ -39,7 +40,8 @@ def derive_sync(cls: type[Session]) -> type[GuardedSession]:
         return GuardedSession
     if issubclass(cls, GuardedSession):
         return cls
-    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), {}, closes_plainly=cls.close is Session.close)
+    bases = (GuardedSession, cls, CommitSession)
+    derived: type[GuardedSession] = _derive(cls, bases, {}, closes_plainly=cls.close is Session.close)
     return derived
 
 
