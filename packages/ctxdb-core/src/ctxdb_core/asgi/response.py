@@ -99,16 +99,27 @@ class Response:
 def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Raise an error if a server would refuse to send `headers`: behind a commit, that would be too late.
 
+    What are no headers as ASGI has them is left to the server, which may take them all the same.
+
     Raises:
         ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
     """
-    # Anything else than a list may be there to be read once.
-    if type(headers) is list and _CONTROL_CHARACTER.search(b"".join([value for _, value in headers])):
+    if not isinstance(headers, _REREADABLE):
+        # The headers may be there to be read once.
+        return
+    try:
+        values = b"".join([value for _, value in headers])
+    except (TypeError, ValueError):
+        return
+    if _CONTROL_CHARACTER.search(values):
         names = ", ".join(repr(name) for name, value in headers if _CONTROL_CHARACTER.search(value))
         raise ArgumentValueError(
-            f"The value of the response header {names} has a control character, such as a line break: no server sends "
-            "it. What the request has written is rolled back. Encode the value."
+            f"The value of the response header {names} has a control character, such as a line break, which HTTP does "
+            "not allow. What the request has written is rolled back. Encode the value."
         )
+
+
+_REREADABLE = (list, tuple)
 
 
 _CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
