@@ -188,13 +188,18 @@ async def test_an_error_that_comes_behind_a_commit_tells_that_the_commit_stands(
 async def test_a_commit_that_fails_in_a_session_class_which_rolls_back_itself_tells_of_no_commit(
     database: Database,
 ) -> None:
-    class RollingBack(Session):
+    class RollsBack:
+        rollback: Callable[[], None]
+
         def commit(self) -> None:
             try:
-                super().commit()
+                super().commit()  # type: ignore[misc]  # that of the session
             except IntegrityError:
                 self.rollback()
                 raise
+
+    class RollingBack(RollsBack, Session):
+        pass
 
     def make(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
         return async_sessionmaker(engine, sync_session_class=RollingBack, expire_on_commit=False)

@@ -28,16 +28,21 @@ BeforeCommit: TypeAlias = Callable[[Any], None]
 # By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
 _derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
 
+
+class PlainSession(GuardedSession, CommitSession):
+    """The class that stands for SQLAlchemy's own synchronous session."""
+
+
 # As a class that is derived from the user's has the names of that: polars takes an object for one of SQLAlchemy's by
 # the module of its class.
-for _own, _plain in ((GuardedSession, Session), (DoorSession, AsyncSession)):
+for _own, _plain in ((PlainSession, Session), (DoorSession, AsyncSession)):
     _own.__module__, _own.__qualname__, _own.__name__ = _plain.__module__, _plain.__qualname__, _plain.__name__
 
 
 def derive_sync(cls: type[Session]) -> type[GuardedSession]:
     """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
     if cls is Session:
-        return GuardedSession
+        return PlainSession
     if issubclass(cls, GuardedSession):
         return cls
     bases = (GuardedSession, cls, CommitSession)

@@ -63,11 +63,10 @@ class Ending(Enum):
 class CommitSession(Session):
     """A synchronous session that knows which of its commits stand although they have raised an error.
 
-    It comes behind the user's session class, whose ``commit`` may roll back, or close the session, for an error.
+    It comes behind the user's session classes, whose ``commit`` may roll back, or close the session, for an error.
     """
 
-    has_ended_by_commit = False
-    """Whether the last commit that has raised an error has ended its transaction all the same: it stands."""
+    has_ended_by_commit: bool
 
     def commit(self) -> None:
         transaction = self.get_transaction()
@@ -86,7 +85,7 @@ class CommitSession(Session):
             raise
 
 
-class TracedSession(BlockedSession, CommitSession):
+class TracedSession(BlockedSession):
     """A synchronous session that may have a door, and knows whether its open transaction holds work."""
 
     door: Door | None = None
@@ -97,6 +96,8 @@ class TracedSession(BlockedSession, CommitSession):
     """The transaction that was lost with an interrupted statement, until it is rolled back."""
     failed_commit: FailedCommit | None = None
     """The transaction whose commit has failed last; it may have been rolled back since."""
+    has_ended_by_commit = False
+    """Whether the last commit that has raised an error has ended its transaction all the same: it stands."""
     ending: Ending | None = None
     """How the open transaction ends, while ctxdb ends it by neither a commit nor a roll-back."""
     _written: ref[SessionTransaction] | None = None
@@ -152,7 +153,8 @@ class TracedSession(BlockedSession, CommitSession):
 
     def _look_through_reads(self) -> None:
         reads, self._reads = self._reads or [], []
-        self._has_called_a_writer = self._has_called_a_writer or self._may_call_a_writer(reads)
+        if not self._has_called_a_writer and not self._has_noted_write():
+            self._has_called_a_writer = self._may_call_a_writer(reads)
 
     def _may_call_a_writer(self, reads: Iterable[Any]) -> bool:
         transaction = self.get_transaction()
