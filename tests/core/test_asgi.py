@@ -777,6 +777,32 @@ async def test_headers_that_a_server_may_take_arrive(
     assert await database.names() == ["stored"]
 
 
+@pytest.mark.parametrize("sends_last_before", [True, False], ids=["background_work", "body"])
+async def test_a_request_waits_for_the_callbacks_of_a_commit_that_its_code_has_made_behind_the_start(
+    db: DBConnect, sends_last_before: bool
+) -> None:
+    seen: list[str] = []
+
+    async def note() -> None:
+        # A callback that ends at once would be done before anything waits for it.
+        for _ in range(100):
+            await asyncio.sleep(0)
+        seen.append("called")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        if sends_last_before:
+            await send(BODY)
+        session = await insert(db, "stored")
+        on_commit(db, note)
+        await session.commit()
+        if not sends_last_before:
+            await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert seen == ["called"]
+
+
 async def test_an_application_that_handles_the_error_itself_cannot_answer_after_all(db: DBConnect) -> None:
     """Nobody can tell for which error the application's response is meant; the server's error response is safe."""
 
