@@ -31,7 +31,7 @@ from ctxdb_core import (
     transactional,
 )
 from ctxdb_core._sqlalchemy.traced_session import MOST_READS
-from ctxdb_core._sqlalchemy.written import may_call_a_writer
+from ctxdb_core._sqlalchemy.written import may_leave_work
 
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 
@@ -303,8 +303,9 @@ def compile_utcnow(element: Utcnow, compiler: Any, **options: Any) -> str:
         text("WITH RECURSIVE tree(id) AS (SELECT 1) SELECT id FROM tree"),
         text("SELECT a FROM (VALUES (1, 2)) AS pair(a, b), unnest(ARRAY[1]) AS u(c)"),
         text('SELECT 1 AS "write (now)", pg_catalog.version()'),
+        text("SELECT substring('text' FOR (1 + 1)), 'locked FOR UPDATE'"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 async def test_functions_that_are_known_to_write_nothing_are_reading(db: DBConnect, statement: Executable) -> None:
     async with new_db_ctx():
@@ -319,6 +320,28 @@ async def test_many_statements_that_read_are_no_lost_work(db: DBConnect) -> None
         for _ in range(MOST_READS + 1):
             await session.execute(text("SELECT 1"))
         assert await suggestions(db) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(Item).with_for_update(),
+        select(Item.name).where(Item.name.in_(select(Item.name).with_for_update(read=True))),
+        text("SELECT name FROM item FOR NO KEY UPDATE SKIP LOCKED"),
+        text("SELECT name FROM item FOR KEY SHARE"),
+    ],
+    ids=range(4),
+)
+async def test_locks_of_rows_are_lost_work(db: DBConnect, database: Database, statement: Executable) -> None:
+    await database.query("INSERT INTO item VALUES ('locked') RETURNING 1")
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(statement)
+        await suggestions(db)
+        # Another transaction may have changed the row meanwhile.
+        with pytest.raises(StatementInterruptedError):
+            await session.execute(text("UPDATE item SET name = 'changed'"))
+        await session.rollback()
 
 
 @pytest.mark.usefixtures("writing_function")
@@ -360,7 +383,7 @@ async def test_a_function_that_writes_in_autocommit_is_no_lost_work(db: DBConnec
 
 def test_a_long_literal_is_looked_through_once() -> None:
     # One look at each rest of it would take minutes.
-    assert not may_call_a_writer(text(f"SELECT {'a' * 1_000_000}"), make_url("postgresql+psycopg://").get_dialect()())
+    assert not may_leave_work(text(f"SELECT {'a' * 1_000_000}"), make_url("postgresql+psycopg://").get_dialect()())
 
 
 async def test_a_function_that_was_interrupted_itself_is_no_lost_work(db: DBConnect) -> None:

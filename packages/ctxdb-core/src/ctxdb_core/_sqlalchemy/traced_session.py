@@ -23,7 +23,7 @@ from ctxdb_core._sqlalchemy.private import (
     innermost_block,
 )
 from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
-from ctxdb_core._sqlalchemy.written import may_call_a_writer, only_sets
+from ctxdb_core._sqlalchemy.written import may_leave_work, only_sets
 from ctxdb_core.errors import CommitOutcomeUnknownError
 
 __all__ = ["CommitSession", "Ending", "Interrupted", "TracedSession"]
@@ -106,8 +106,8 @@ class TracedSession(BlockedSession):
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
     _reads: list[Any] | None = None
     """The latest statements of the open transaction that read, no more than `MOST_READS` of them."""
-    _has_called_a_writer = False
-    """Whether one of the earlier such statements may have called a function that writes."""
+    _has_left_work = False
+    """Whether one of the earlier such statements may have called a function that writes, or has locked rows."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
     _set_up_only_sets = False
@@ -153,23 +153,23 @@ class TracedSession(BlockedSession):
 
     def _look_through_reads(self) -> None:
         reads, self._reads = self._reads or [], []
-        if not self._has_called_a_writer and not self._has_noted_write():
-            self._has_called_a_writer = self._may_call_a_writer(reads)
+        if not self._has_left_work and not self._has_noted_write():
+            self._has_left_work = self._may_leave_work(reads)
 
-    def _may_call_a_writer(self, reads: Iterable[Any]) -> bool:
+    def _may_leave_work(self, reads: Iterable[Any]) -> bool:
         transaction = self.get_transaction()
         dialects = [] if transaction is None else [each.dialect for each in connections_of(transaction)]
-        return any(may_call_a_writer(clause, dialect) for dialect in dialects for clause in reads)
+        return any(may_leave_work(clause, dialect) for dialect in dialects for clause in reads)
 
     def forget_earlier_reads(self) -> None:
         """Forget all statements that read but the latest one, which is about to begin a transaction."""
-        self._has_called_a_writer = False
+        self._has_left_work = False
         if self._reads is not None:
             del self._reads[:-1]
 
     def _forget_reads(self) -> None:
         self._reads = None
-        self._has_called_a_writer = False
+        self._has_left_work = False
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
@@ -208,17 +208,17 @@ class TracedSession(BlockedSession):
         return (
             self._has_noted_write()
             or (self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets)
-            or (not is_read_only(connection) and self._may_have_called_a_writer(interrupted))
+            or (not is_read_only(connection) and self._may_have_left_work(interrupted))
         )
 
-    def _may_have_called_a_writer(self, interrupted: FailedStatement) -> bool:
-        if self._has_called_a_writer:
+    def _may_have_left_work(self, interrupted: FailedStatement) -> bool:
+        if self._has_left_work:
             return True
         # The caller of the interrupted statement was told. It is the latest statement, unless it is one whose result is
         # read bit by bit.
         reads = list(reversed(self._reads or ()))
         index = next((index for index, clause in enumerate(reads) if clause is interrupted.clause), 0)
-        return self._may_call_a_writer(reads[:index] + reads[index + 1 :])
+        return self._may_leave_work(reads[:index] + reads[index + 1 :])
 
     def note_failed_commit(self, error: BaseException, unknown: CommitOutcomeUnknownError | None) -> None:
         """Note that the commit of the open transaction has failed by `error`, unless a listener of it has.

@@ -11,12 +11,13 @@ from sqlalchemy.exc import CompileError, DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ForUpdateArg
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 
-__all__ = ["UNANSWERED", "holds_work", "may_call_a_writer", "only_reads", "only_sets"]
+__all__ = ["UNANSWERED", "holds_work", "may_leave_work", "only_reads", "only_sets"]
 
 _READING = re.compile(r"\s*(?:SELECT|SHOW|VALUES|TABLE|PRAGMA\s+\w+\s*(?:;|\(|$)|EXPLAIN(?!\s+ANALY))\b", re.IGNORECASE)
 _WITH = re.compile(r"\s*WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b)", re.IGNORECASE | re.DOTALL)
@@ -38,17 +39,24 @@ def only_sets(clause: Any) -> bool:
     return isinstance(clause, TextClause) and _SETTING.match(clause.text) is not None
 
 
-def may_call_a_writer(clause: Any, dialect: Dialect) -> bool:
-    """Return whether `clause`, which reads, may call a function of the application's, which may write.
+def may_leave_work(clause: Any, dialect: Dialect) -> bool:
+    """Return whether `clause`, which reads, may leave anything in its transaction but what it has read.
 
-    To tell that takes a walk through the whole clause.
+    A function of the application's may write, and rows may be locked (``FOR UPDATE``). To tell that takes a walk
+    through the whole clause.
     """
     elements = visitors.iterate(clause)
     return any(not _HARMLESS.fullmatch(name) for element in elements for name in _calls_in(element, dialect))
 
 
 def _calls_in(element: Any, dialect: Dialect) -> Iterator[str]:
-    """Yield the names of the functions that one element of a statement calls, and the words before parentheses."""
+    """Yield the names of the functions that one element of a statement calls, and the words before parentheses.
+
+    Locks of rows count as calls of the name `_LOCK`.
+    """
+    if isinstance(element, ForUpdateArg):
+        yield _LOCK
+        return
     if isinstance(element, TextClause):
         text = element.text
     elif isinstance(element, ColumnClause) and element.is_literal:
@@ -66,15 +74,20 @@ def _calls_in(element: Any, dialect: Dialect) -> Iterator[str]:
             yield ""
             return
     for call in _CALL.finditer(text):
-        if (name := call["name"]) is not None:
+        if call["lock"] is not None:
+            yield _LOCK
+        elif (name := call["name"]) is not None:
             yield name.strip('"')
 
+
+_LOCK = "FOR UPDATE"
 
 # What is no call is matched as well, so that each part of the text is looked at once.
 _CALL = re.compile(
     r"""
     '[^']*' | --[^\n]* | /\*.*?\*/  # a literal, or a comment
     | (?: \b(?:AS|WITH(?:\s+RECURSIVE)?)\s+ | ::\s* ) (?: "[^"]*+" | [\w$]++ )  # a name with columns, or a type
+    | \b (?P<lock> FOR\s+(?: UPDATE | NO\s+KEY | (?:KEY\s+)?SHARE ) | LOCK\s+IN\s+SHARE ) \b
     | (?P<name> "[^"]*+" | [\w$]++ ) \s* \(  # a call; its schema is not looked at
     | "[^"]*+" | [\w$]++
     """,
@@ -91,7 +104,7 @@ _HARMLESS = re.compile(
     current_(?:catalog|database|date|query|role|schemas?|setting|time|timestamp|user)|
     date|date_(?:add|bin|diff|format|part|sub|subtract|trunc)|daterange|datediff|datetime|day|decimal|decode|degrees|
     dense_rank|digest|distinct|div|else|encode|every|except|exists|exp|extract|filter|find_in_set|first|first_value|
-    float|floor|format|from|gen_random_(?:bytes|uuid)|generate_series|generate_subscripts|glob|greatest|group_concat|
+    float|floor|for|format|from|gen_random_(?:bytes|uuid)|generate_series|generate_subscripts|glob|greatest|group_concat|
     grouping|having|hex|hmac|hour|if|ifnull|iif|ilike|in|initcap|inner_product|instr|int4range|int8range|intersect|
     interval|isempty|isfinite|join|julianday|justify_(?:days|hours|interval)|
     jsonb?_(?:agg|array|array_elements|array_elements_text|array_length|arrayagg|build_array|build_object|contains|each|
