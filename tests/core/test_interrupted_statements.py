@@ -370,6 +370,21 @@ async def test_a_function_that_writes_is_lost_work_behind_the_result_that_took_t
                         pass
 
 
+@pytest.mark.usefixtures("writing_function")
+@pytest.mark.parametrize("begins", [True, False], ids=["begin", "autobegin"])
+async def test_a_function_that_has_written_in_an_earlier_transaction_is_no_lost_work(
+    db: DBConnect, database: Database, begins: bool
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(select(func.write("stays")))
+        await session.commit()
+        if begins:
+            await session.begin()
+        await suggestions(db)
+    assert await database.names() == ["stays"]
+
+
 @POSTGRESQL
 @pytest.mark.usefixtures("writing_function")
 async def test_a_function_that_writes_in_autocommit_is_no_lost_work(db: DBConnect, database: Database) -> None:

@@ -121,6 +121,8 @@ class GuardedSession(TracedSession):
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
         refuse_in_block_of_other_task(self)
+        if not self.in_transaction():
+            self.forget_reads()
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
             # If the hook set something inside of the savepoint, the savepoint's roll-back would undo that.
             await_only(self.begin_with_hook(self.on_begin))

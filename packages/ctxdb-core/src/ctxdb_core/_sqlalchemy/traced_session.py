@@ -167,13 +167,14 @@ class TracedSession(BlockedSession):
         if self._reads is not None:
             del self._reads[:-1]
 
-    def _forget_reads(self) -> None:
+    def forget_reads(self) -> None:
+        """Forget the statements that read: they are of an earlier transaction, or have been looked at."""
         self._reads = None
         self._has_left_work = False
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
-        self._forget_reads()
+        self.forget_reads()
         self._set_up, self._written = self._written, None
         self._set_up_only_sets = self._only_sets
 
@@ -253,7 +254,7 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
-            self._forget_reads()
+            self.forget_reads()
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
                 # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.
