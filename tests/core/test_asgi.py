@@ -742,10 +742,13 @@ async def test_a_failing_commit_raises_and_sends_nothing(db: DBConnect) -> None:
     assert connection.sent == []
 
 
-async def test_a_success_whose_headers_no_server_sends_commits_nothing(db: DBConnect, database: Database) -> None:
+@pytest.mark.parametrize("kind", [list, tuple])
+async def test_a_success_whose_headers_no_server_sends_commits_nothing(
+    db: DBConnect, database: Database, kind: type[list[Any] | tuple[Any, ...]]
+) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "undone")
-        await send({**START, "headers": [(b"x-name", b"a\r\nb")]})
+        await send({**START, "headers": kind([(b"x-name", b"a\r\nb")])})
         await send(BODY)
 
     connection = Connection()
@@ -755,16 +758,49 @@ async def test_a_success_whose_headers_no_server_sends_commits_nothing(db: DBCon
     assert await database.names() == []
 
 
-async def test_headers_that_can_be_read_once_arrive(db: DBConnect, database: Database) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [(iter, b"x-name", b"value"), (list, b"x-name", b"t\tab \xe9"), (list, "x-name", "a text, as h11 takes it")],
+    ids=["read_once", "with_tab", "text"],
+)
+async def test_headers_that_a_server_may_take_arrive(
+    db: DBConnect, database: Database, kind: Callable[[Any], Any], name: object, value: object
+) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await insert(db, "stored")
-        await send({**START, "headers": iter([(b"x-name", b"value")])})
+        await send({**START, "headers": kind([(name, value)])})
         await send(BODY)
 
     connection = Connection()
     await connection.run(ASGIHTTPDBSessionMiddleware(app))
-    assert list(connection.sent[0]["headers"]) == [(b"x-name", b"value")]
+    assert list(connection.sent[0]["headers"]) == [(name, value)]
     assert await database.names() == ["stored"]
+
+
+@pytest.mark.parametrize("sends_last_before", [True, False], ids=["background_work", "body"])
+async def test_a_request_waits_for_the_callbacks_of_a_commit_that_its_code_has_made_behind_the_start(
+    db: DBConnect, sends_last_before: bool
+) -> None:
+    seen: list[str] = []
+
+    async def note() -> None:
+        # A callback that ends at once would be done before anything waits for it.
+        for _ in range(100):
+            await asyncio.sleep(0)
+        seen.append("called")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        if sends_last_before:
+            await send(BODY)
+        session = await insert(db, "stored")
+        on_commit(db, note)
+        await session.commit()
+        if not sends_last_before:
+            await send(BODY)
+
+    await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert seen == ["called"]
 
 
 async def test_an_application_that_handles_the_error_itself_cannot_answer_after_all(db: DBConnect) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
-from sqlalchemy import Executable, func, literal, literal_column, select, text
+from sqlalchemy import DateTime, Executable, func, literal, literal_column, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, Item, insert
 
@@ -27,6 +30,8 @@ from ctxdb_core import (
     rollback_db_session,
     transactional,
 )
+from ctxdb_core._sqlalchemy.reading_functions import may_leave_work
+from ctxdb_core._sqlalchemy.traced_session import MOST_READS
 
 POSTGRESQL = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 
@@ -244,6 +249,16 @@ async def test_a_commit_of_lost_work_names_the_interrupted_statement(db: DBConne
     assert await database.names() == []
 
 
+@pytest.fixture
+async def writing_function(database: Database) -> AsyncIterator[None]:
+    """Provide a function of the database that inserts an item."""
+    await database.query(
+        "CREATE FUNCTION write(name text) RETURNS int LANGUAGE sql AS 'INSERT INTO item VALUES ($1) RETURNING 1'"
+    )
+    yield
+    await database.query("DROP FUNCTION write")
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -255,27 +270,135 @@ async def test_a_commit_of_lost_work_names_the_interrupted_statement(db: DBConne
     ],
     ids=range(5),
 )
+@pytest.mark.usefixtures("writing_function")
 async def test_a_function_that_writes_is_lost_work(db: DBConnect, database: Database, call: Executable) -> None:
-    await database.query(
-        "CREATE FUNCTION write(name text) RETURNS int LANGUAGE sql AS 'INSERT INTO item VALUES ($1) RETURNING 1'"
-    )
-    try:
-        with pytest.raises(StatementInterruptedError):
-            async with new_db_ctx():
-                session = await db_session(db)
-                await session.execute(call)
-                await suggestions(db)
-        assert await database.names() == []
-    finally:
-        await database.query("DROP FUNCTION write")
+    with pytest.raises(StatementInterruptedError):
+        async with new_db_ctx():
+            session = await db_session(db)
+            await session.execute(call)
+            await suggestions(db)
+    assert await database.names() == []
 
 
-async def test_functions_that_are_known_to_write_nothing_are_reading(db: DBConnect) -> None:
+class Utcnow(FunctionElement[Any]):
+    """A construct of the application's, which has no name of a function."""
+
+    inherit_cache = True
+    type = DateTime()
+
+
+@compiles(Utcnow, "postgresql")
+def compile_utcnow(element: Utcnow, compiler: Any, **options: Any) -> str:
+    return "timezone('utc', now())"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(func.count(), func.lower("A"), func.now(), Utcnow()).where(literal(1).in_([1, 2])),
+        select(func.jsonb_array_length(func.jsonb_build_array(1)), func.age(func.now()), func.current_setting("port")),
+        select(func.generate_series(1, 2).column_valued("i")),
+        text("SELECT max(i) FROM generate_series(1, 3) AS i WHERE i IN (1, 2)"),
+        text("SELECT 'see write (later)', (1 + 2), CAST(1.5 AS decimal(10, 2)), 1.5::numeric(3, 1) -- or write (now)"),
+        text("WITH RECURSIVE tree(id) AS (SELECT 1) SELECT id FROM tree"),
+        text("SELECT a FROM (VALUES (1, 2)) AS pair(a, b), unnest(ARRAY[1]) AS u(c)"),
+        text('SELECT 1 AS "write (now)", pg_catalog.version()'),
+        text("SELECT substring('text' FOR (1 + 1)), 'locked FOR UPDATE'"),
+    ],
+    ids=range(9),
+)
+async def test_functions_that_are_known_to_write_nothing_are_reading(db: DBConnect, statement: Executable) -> None:
     async with new_db_ctx():
         session = await db_session(db)
-        await session.execute(select(func.count(), func.lower("A"), func.now()).where(literal(1).in_([1, 2])))
-        await session.execute(text("SELECT max(i) FROM generate_series(1, 3) AS i WHERE i IN (1, 2)"))
+        await session.execute(statement)
         assert await suggestions(db) == []
+
+
+async def test_many_statements_that_read_are_no_lost_work(db: DBConnect) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        for _ in range(MOST_READS + 1):
+            await session.execute(text("SELECT 1"))
+        assert await suggestions(db) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(Item).with_for_update(),
+        select(Item.name).where(Item.name.in_(select(Item.name).with_for_update(read=True))),
+        text("SELECT name FROM item FOR NO KEY UPDATE SKIP LOCKED"),
+        text("SELECT name FROM item FOR KEY SHARE"),
+    ],
+    ids=range(4),
+)
+async def test_locks_of_rows_are_lost_work(db: DBConnect, database: Database, statement: Executable) -> None:
+    await database.query("INSERT INTO item VALUES ('locked') RETURNING 1")
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(statement)
+        await suggestions(db)
+        # Another transaction may have changed the row meanwhile.
+        with pytest.raises(StatementInterruptedError):
+            await session.execute(text("UPDATE item SET name = 'changed'"))
+        await session.rollback()
+
+
+@pytest.mark.usefixtures("writing_function")
+async def test_a_function_that_writes_is_lost_work_behind_many_statements_that_read(db: DBConnect) -> None:
+    with pytest.raises(StatementInterruptedError):
+        async with new_db_ctx():
+            session = await db_session(db)
+            await session.execute(select(func.write("a")))
+            for _ in range(MOST_READS + 1):
+                await session.execute(text("SELECT 1"))
+            await suggestions(db)
+
+
+@POSTGRESQL
+@pytest.mark.usefixtures("writing_function")
+async def test_a_function_that_writes_is_lost_work_behind_the_result_that_took_too_long(db: DBConnect) -> None:
+    slow = text("SELECT i, CASE WHEN i > 100 THEN pg_sleep(300) END FROM generate_series(1, 3000) i")
+    with pytest.raises(StatementInterruptedError):
+        async with new_db_ctx():
+            session = await db_session(db)
+            rows = await session.stream(slow)
+            await session.execute(select(func.write("a")))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async for _ in rows:
+                        pass
+
+
+@pytest.mark.usefixtures("writing_function")
+@pytest.mark.parametrize("begins", [True, False], ids=["begin", "autobegin"])
+async def test_a_function_that_has_written_in_an_earlier_transaction_is_no_lost_work(
+    db: DBConnect, database: Database, begins: bool
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(db)
+        await session.execute(select(func.write("stays")))
+        await session.commit()
+        if begins:
+            await session.begin()
+        await suggestions(db)
+    assert await database.names() == ["stays"]
+
+
+@POSTGRESQL
+@pytest.mark.usefixtures("writing_function")
+async def test_a_function_that_writes_in_autocommit_is_no_lost_work(db: DBConnect, database: Database) -> None:
+    async with transactional(db, "not_supported"):
+        session = await db_session(db)
+        await session.execute(select(func.write("stays")))
+        await suggestions(db)
+        await insert(db, "after the fallback")
+    assert await database.names() == ["after the fallback", "stays"]
+
+
+def test_a_long_literal_is_looked_through_once() -> None:
+    # One look at each rest of it would take minutes.
+    assert not may_leave_work(text(f"SELECT {'a' * 1_000_000}"), make_url("postgresql+psycopg://").get_dialect()())
 
 
 async def test_a_function_that_was_interrupted_itself_is_no_lost_work(db: DBConnect) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
-from tests.support.database import Database, insert
+from tests.support.database import Database, insert, insert_row_that_fails_at_commit
 
 from ctxdb_core import (
     DBConnect,
@@ -183,6 +183,32 @@ async def test_an_error_that_comes_behind_a_commit_tells_that_the_commit_stands(
     assert caught.value.__notes__ == [
         "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
     ]
+
+
+async def test_a_commit_that_fails_in_a_session_class_which_rolls_back_itself_tells_of_no_commit(
+    database: Database,
+) -> None:
+    class RollsBack:
+        rollback: Callable[[], None]
+
+        def commit(self) -> None:
+            try:
+                super().commit()  # type: ignore[misc]  # that of the session
+            except IntegrityError:
+                self.rollback()
+                raise
+
+    class RollingBack(RollsBack, Session):
+        pass
+
+    def make(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return async_sessionmaker(engine, sync_session_class=RollingBack, expire_on_commit=False)
+
+    async with DBConnect.from_url(database.url, session_maker_creator=make) as db:
+        with pytest.raises(IntegrityError) as caught:
+            async with new_db_ctx():
+                await insert_row_that_fails_at_commit(db)
+    assert not hasattr(caught.value, "__notes__")
 
 
 async def test_the_error_of_a_commit_that_is_refused_tells_of_no_commit(db: DBConnect) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -118,10 +118,15 @@ def test_a_policy_whose_decision_would_have_to_be_awaited_commits_nothing(policy
         decide(200, "a request")
 
 
-@pytest.mark.parametrize("statuses", [409, ["409"], "409"])
+@pytest.mark.parametrize("statuses", [409, ["409"], "409", None, [[409]]])
 def test_exceptions_that_are_no_statuses_are_refused_at_once(statuses: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=r"roll_back=\[409\]"):
         commit_policy(roll_back=statuses)
+
+
+def test_exceptions_may_be_named_by_an_iterator() -> None:
+    policy = commit_policy(roll_back=cast("Any", iter([202])))
+    assert [policy(status) for status in (200, 202)] == [True, False]
 
 
 def test_a_policy_can_name_exceptions_from_a_policy_of_the_request() -> None:

@@ -49,6 +49,15 @@ async def test_a_rollback_session_keeps_nothing_that_was_committed_in_it(db: DBC
     assert await database.names() == []
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+async def test_a_rollback_session_keeps_nothing_where_the_driver_begins_no_transaction(database: Database) -> None:
+    options = {"isolation_level": None}
+    async with DBConnect.from_url(database.url, connect_args=options) as db, rollback_session(db) as session:
+        session.add(Item(name="one"))
+        await session.commit()
+    assert await database.names() == []
+
+
 async def test_a_rollback_session_lets_the_error_of_the_block_out(db: DBConnect, database: Database) -> None:
     with pytest.raises(LookupError):
         async with rollback_session(db) as session:

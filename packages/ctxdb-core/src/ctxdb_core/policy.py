@@ -149,9 +149,13 @@ def _checked(decision: object, policy: object) -> bool:
 
 
 def _statuses(name: str, statuses: Collection[int]) -> frozenset[int]:
-    if isinstance(statuses, int) or not all(isinstance(status, int) for status in statuses):
+    try:
+        found = frozenset(statuses)
+    except TypeError:
+        found = None
+    if found is None or not all(isinstance(status, int) for status in found):
         raise ArgumentTypeError(f"{name}={statuses!r}: give a collection of statuses, `{name}=[409]` for instance.")
-    return frozenset(statuses)
+    return found
 
 
 def _refused(policy: object) -> ArgumentTypeError:

@@ -20,12 +20,14 @@ class FailedStatement(NamedTuple):
     error: str
     was_interrupted: bool
     """Whether it was stopped, by the cancellation of its task for instance; else the database has refused it."""
+    clause: object
+    """What was to be executed; ``None`` if that was a text without a construct of SQLAlchemy."""
 
     def __str__(self) -> str:
         return f"{self.statement!r} ({self.error})"
 
 
-# Only text is kept: an error would keep alive the frames of the code that has made the statement.
+# The error is kept as a text: itself, it would keep alive the frames of the code that has made the statement.
 _failures: WeakKeyDictionary[Connection, FailedStatement] = WeakKeyDictionary()
 
 
@@ -36,7 +38,10 @@ def note_failure(connection: Connection, context: ExceptionContext) -> None:
     if statement is not None:
         error = context.original_exception
         _failures[connection] = FailedStatement(
-            _shortened(statement), first_line(error), not isinstance(error, Exception)
+            _shortened(statement),
+            first_line(error),
+            not isinstance(error, Exception),
+            getattr(execution, "invoked_statement", None),
         )
 
 

@@ -117,9 +117,8 @@ class GuardedSession(TracedSession):
             self.door.refuse_if_ended()
             if not self.in_transaction():
                 self.interrupted = None
-                if self.reads is not None and len(self.reads) > 1:
-                    # The latest one is about to begin the transaction.
-                    del self.reads[:-1]
+                if self.has_left_work or (self.reads is not None and len(self.reads) > 1):
+                    self.forget_earlier_reads()
                 self.look_back()
                 if self.rereading is not None:
                     self.rereading.is_ahead = False
@@ -127,6 +126,8 @@ class GuardedSession(TracedSession):
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - as SQLAlchemy has it
         refuse_in_block_of_other_task(self)
+        if not self.in_transaction():
+            self.forget_reads()
         if nested and self.on_begin is not None and self.begins_with_next_call and in_greenlet():
             # If the hook set something inside of the savepoint, the savepoint's roll-back would undo that.
             await_only(self.begin_with_hook(self.on_begin))

@@ -1,6 +1,6 @@
 """Makes the sessions that a `DBConnect` hands out: of classes that are derived from the user's own ones.
 
-`_derive` puts `GuardedSession` or `DoorSession` into the bases of the user's class. What the user's class
+`_derive` puts `GuardedSession` and `CommitSession`, or `DoorSession`, into the bases of the user's class. What that
 overrides stays in effect, and ``isinstance`` holds.
 """
 
@@ -19,6 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from ctxdb_core._sqlalchemy.door_session import DoorSession, call_of_users_class, through_the_door
 from ctxdb_core._sqlalchemy.guarded_session import GuardedSession, guard_of
 from ctxdb_core._sqlalchemy.private import SessionPattern, seed_dispatch
+from ctxdb_core._sqlalchemy.traced_session import CommitSession
 
 __all__ = ["SessionFactory", "guarded"]
 
@@ -27,19 +28,25 @@ BeforeCommit: TypeAlias = Callable[[Any], None]
 # By weak references both: SQLAlchemy 2.0 makes a class for each session maker, and a derived class knows its base.
 _derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
 
+
+class PlainSession(GuardedSession, CommitSession):
+    """The class that stands for SQLAlchemy's own synchronous session."""
+
+
 # As a class that is derived from the user's has the names of that: polars takes an object for one of SQLAlchemy's by
 # the module of its class.
-for _own, _plain in ((GuardedSession, Session), (DoorSession, AsyncSession)):
+for _own, _plain in ((PlainSession, Session), (DoorSession, AsyncSession)):
     _own.__module__, _own.__qualname__, _own.__name__ = _plain.__module__, _plain.__qualname__, _plain.__name__
 
 
 def derive_sync(cls: type[Session]) -> type[GuardedSession]:
     """Return the class of this module that stands for `cls`: one for each class, made at the first use."""
     if cls is Session:
-        return GuardedSession
+        return PlainSession
     if issubclass(cls, GuardedSession):
         return cls
-    derived: type[GuardedSession] = _derive(cls, (GuardedSession, cls), {}, closes_plainly=cls.close is Session.close)
+    bases = (GuardedSession, cls, CommitSession)
+    derived: type[GuardedSession] = _derive(cls, bases, {}, closes_plainly=cls.close is Session.close)
     return derived
 
 

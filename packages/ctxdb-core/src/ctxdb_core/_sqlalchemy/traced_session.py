@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
-from sqlalchemy.orm import SessionTransaction
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session, SessionTransaction
 
+from ctxdb_core._sqlalchemy.binds import is_autocommit, is_read_only
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.failures import FailedStatement, failure_of, first_line
 from ctxdb_core._sqlalchemy.private import (
@@ -20,15 +22,16 @@ from ctxdb_core._sqlalchemy.private import (
     has_to_flush,
     innermost_block,
 )
-from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, refuse_in_block_of_other_task
-from ctxdb_core._sqlalchemy.written import may_call_a_writer, only_sets
+from ctxdb_core._sqlalchemy.reading_functions import may_leave_work
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, TaskBlock, refuse_in_block_of_other_task
+from ctxdb_core._sqlalchemy.written import only_sets
 from ctxdb_core.errors import CommitOutcomeUnknownError
 
-__all__ = ["Ending", "Interrupted", "TracedSession"]
+__all__ = ["CommitSession", "Ending", "Interrupted", "TracedSession"]
 
 
 MOST_READS = 100
-"""How many statements of a transaction are kept; a transaction of more counts as one that may have written."""
+"""How many statements of a transaction are kept before they are looked through."""
 
 
 class Interrupted(NamedTuple):
@@ -58,6 +61,35 @@ class Ending(Enum):
     """It is committed, and a listener of that commit has failed: SQLAlchemy has left it as it is."""
 
 
+class CommitSession(Session):
+    """A synchronous session that knows which of its commits stand although they have raised an error.
+
+    It comes behind the user's session classes, whose ``commit`` may roll back, or close the session, for an error.
+    """
+
+    has_ended_by_commit: bool
+    task_blocks: tuple[TaskBlock, ...]
+
+    def commit(self) -> None:
+        if self.task_blocks:
+            # The commit would release the savepoint, whose block could not be undone any more.
+            refuse_in_block_of_other_task(self)
+        transaction = self.get_transaction()
+        try:
+            super().commit()
+        except BaseException as exc:
+            # A commit that has failed leaves the transaction open, to be rolled back, unless it was to be prepared for
+            # a second phase. What comes behind COMMIT may fail as well: the connection is given back, and listeners
+            # hear of that, and of the end of the transaction.
+            ended = transaction is not None and self.get_transaction() is not transaction and not self.twophase
+            self.has_ended_by_commit = ended
+            if ended:
+                exc.add_note(
+                    "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
+                )
+            raise
+
+
 class TracedSession(BlockedSession):
     """A synchronous session that may have a door, and knows whether its open transaction holds work."""
 
@@ -78,7 +110,9 @@ class TracedSession(BlockedSession):
     _only_sets = False
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
     reads: list[Any] | None = None
-    """The statements of the open transaction that read, the latest one last, and no more than `MOST_READS` of them."""
+    """The latest statements of the open transaction that read, no more than `MOST_READS` of them."""
+    has_left_work = False
+    """Whether one of the earlier such statements may have called a function that writes, or has locked rows."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
     _set_up_only_sets = False
@@ -115,12 +149,37 @@ class TracedSession(BlockedSession):
 
     def note_another_read(self, clause: Any) -> None:
         """Note a statement that reads, as far as can be told without a walk through it, and is not the first one."""
-        if self.reads is not None and len(self.reads) < MOST_READS:
-            self.reads.append(clause)
+        reads = self.reads
+        if reads is None or len(reads) == MOST_READS:
+            reads = self._look_through_reads()
+        reads.append(clause)
+
+    def _look_through_reads(self) -> list[Any]:
+        """Look whether the noted statements have left work; return the list of the next ones, which is empty."""
+        reads, self.reads = self.reads or (), []
+        if not self.has_left_work and not self._has_noted_write():
+            self.has_left_work = self._may_leave_work(reads)
+        return self.reads
+
+    def _may_leave_work(self, reads: Iterable[Any]) -> bool:
+        transaction = self.get_transaction()
+        dialects = [] if transaction is None else [each.dialect for each in connections_of(transaction)]
+        return any(may_leave_work(clause, dialect) for dialect in dialects for clause in reads)
+
+    def forget_earlier_reads(self) -> None:
+        """Forget all statements that read but the latest one, which is about to begin a transaction."""
+        self.has_left_work = False
+        if self.reads is not None:
+            del self.reads[:-1]
+
+    def forget_reads(self) -> None:
+        """Forget the statements that read: they are of an earlier transaction, or have been looked at."""
+        self.reads = None
+        self.has_left_work = False
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
-        self.reads = None
+        self.forget_reads()
         self._set_up, self._written = self._written, None
         self._set_up_only_sets = self._only_sets
 
@@ -145,39 +204,27 @@ class TracedSession(BlockedSession):
         for connection in connections_of(transaction):
             failure = failure_of(connection)
             if connection.invalidated and failure is not None and failure.was_interrupted:
-                self.interrupted = Interrupted(ref(transaction), failure, self._has_sent_work(transaction))
+                had_written = not is_autocommit(connection) and self._has_sent_work(transaction, connection, failure)
+                self.interrupted = Interrupted(ref(transaction), failure, had_written)
 
-    def _has_sent_work(self, transaction: SessionTransaction) -> bool:
+    def _has_sent_work(
+        self, transaction: SessionTransaction, connection: Connection, interrupted: FailedStatement
+    ) -> bool:
         # What was not flushed is not lost, and what `on_begin` sets is set anew in the next transaction.
         return (
             self._has_noted_write()
             or (self._set_up is not None and self._set_up() is transaction and not self._set_up_only_sets)
-            or self._may_have_called_a_writer()
+            or (not is_read_only(connection) and self._may_have_left_work(interrupted))
         )
 
-    def _may_have_called_a_writer(self) -> bool:
-        # The latest statement is the interrupted one, whose caller was told.
-        reads = self.reads or ()
-        return len(reads) == MOST_READS or any(map(may_call_a_writer, reads[:-1]))
-
-    def commit(self) -> None:
-        if self.task_blocks:
-            # The commit would release the savepoint, whose block could not be undone any more.
-            refuse_in_block_of_other_task(self)
-        transaction = self.get_transaction()
-        try:
-            super().commit()
-        except BaseException as exc:
-            # A commit that has failed leaves the transaction open, to be rolled back, unless it was to be prepared for
-            # a second phase. What comes behind COMMIT may fail as well: the connection is given back, and listeners
-            # hear of that, and of the end of the transaction.
-            ended = transaction is not None and self.get_transaction() is not transaction and not self.twophase
-            self.has_ended_by_commit = ended
-            if ended:
-                exc.add_note(
-                    "ctxdb: the commit had succeeded, and stands: what came behind it failed, such as a listener"
-                )
-            raise
+    def _may_have_left_work(self, interrupted: FailedStatement) -> bool:
+        if self.has_left_work:
+            return True
+        # The caller of the interrupted statement was told. It is the latest statement, unless it is one whose result is
+        # read bit by bit.
+        reads = list(reversed(self.reads or ()))
+        index = next((index for index, clause in enumerate(reads) if clause is interrupted.clause), 0)
+        return self._may_leave_work(reads[:index] + reads[index + 1 :])
 
     def note_failed_commit(self, error: BaseException, unknown: CommitOutcomeUnknownError | None) -> None:
         """Note that the commit of the open transaction has failed by `error`, unless a listener of it has.
@@ -212,7 +259,7 @@ class TracedSession(BlockedSession):
         if interrupted is not None and interrupted.transaction() is transaction:
             if interrupted.had_written or innermost_block(self) is not None:
                 return
-            self.reads = None
+            self.forget_reads()
             self.end_as(Ending.LOST_READING, partial(end_without_restoring, self))
             if self.autobegin:
                 # A roll-back that comes next ends the new transaction, with the callbacks and marks that it takes over.

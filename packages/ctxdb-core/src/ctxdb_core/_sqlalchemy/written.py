@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import ColumnClause, Connection, TextClause
+from sqlalchemy import Connection, TextClause
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql import visitors
-from sqlalchemy.sql.functions import FunctionElement
 
 from ctxdb_core._sqlalchemy.binds import begun_connections, is_autocommit
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 
-__all__ = ["UNANSWERED", "holds_work", "may_call_a_writer", "only_reads", "only_sets"]
+__all__ = ["UNANSWERED", "holds_work", "only_reads", "only_sets"]
 
 _READING = re.compile(r"\s*(?:SELECT|SHOW|VALUES|TABLE|PRAGMA\s+\w+\s*(?:;|\(|$)|EXPLAIN(?!\s+ANALY))\b", re.IGNORECASE)
 _WITH = re.compile(r"\s*WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b)", re.IGNORECASE | re.DOTALL)
@@ -36,43 +34,6 @@ def only_reads(clause: Any) -> bool:
 def only_sets(clause: Any) -> bool:
     """Return whether `clause` only sets something for its transaction or connection, such as a role."""
     return isinstance(clause, TextClause) and _SETTING.match(clause.text) is not None
-
-
-def may_call_a_writer(clause: Any) -> bool:
-    """Return whether `clause`, which reads, may call a function of the application's, which may write.
-
-    To tell that takes a walk through the whole clause.
-    """
-    return any(not _HARMLESS.fullmatch(name) for element in visitors.iterate(clause) for name in _calls_in(element))
-
-
-def _calls_in(element: Any) -> Sequence[str]:
-    """Return the names of the functions that one element of a statement calls, and the words before parentheses."""
-    if isinstance(element, FunctionElement):
-        return [getattr(element, "name", "")]
-    if isinstance(element, TextClause):
-        return _CALL.findall(element.text)
-    if isinstance(element, ColumnClause) and element.is_literal:
-        return _CALL.findall(element.name)
-    return ()
-
-
-_CALL = re.compile(r"([\w.]+)\"?\s*\(")
-
-# Functions of databases that write nothing, and words that a parenthesis may follow.
-_HARMLESS = re.compile(
-    r"""
-    abs|all|and|any|array|array_agg|as|avg|by|case|cast|ceil|char_length|coalesce|concat|concat_ws|count|cube|
-    current_date|current_timestamp|date_part|date_trunc|decode|dense_rank|distinct|else|encode|every|except|exists|
-    extract|filter|first_value|floor|from|generate_series|greatest|grouping|group_concat|having|ifnull|in|intersect|
-    interval|join|json_agg|json_build_object|jsonb_agg|jsonb_build_object|lag|last_value|lateral|lead|least|left|
-    length|like|limit|lower|ltrim|materialized|max|md5|min|not|now|ntile|nullif|numeric|on|or|over|partition|
-    percentile_cont|pg_sleep|position|random|rank|replace|returning|right|rollup|round|row|row_number|row_to_json|
-    rtrim|select|sets|similarity|some|split_part|string_agg|substr|substring|sum|then|to_char|to_date|to_json|
-    to_jsonb|to_timestamp|to_tsquery|to_tsvector|trim|union|unnest|upper|using|values|varchar|when|where|with|within
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
 
 
 UNANSWERED = (DBAPIError, PendingRollbackError)

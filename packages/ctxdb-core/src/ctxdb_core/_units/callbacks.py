@@ -72,7 +72,8 @@ class Callbacks:
         """Whether the unit of work is ending transactions: it starts the callbacks behind all of them."""
 
     def __bool__(self) -> bool:
-        return bool(self._due) or any(self._waiting.values())
+        """Whether a callback waits, is due, or runs."""
+        return bool(self._due) or any(self._waiting.values()) or not (self._running is None or self._running.done())
 
     def add(self, db: DBConnect, session: AsyncSession | None, outcome: Outcome, callback: Callback) -> None:
         """Let `callback` wait for the `outcome` of the work that is open on `db`, or that comes next.

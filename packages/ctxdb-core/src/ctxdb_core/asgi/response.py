@@ -99,17 +99,21 @@ class Response:
 def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Raise an error if a server would refuse to send `headers`: behind a commit, that would be too late.
 
+    What are no headers as ASGI has them is left to the server, which may take them all the same.
+
     Raises:
         ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
     """
-    # Anything else than a list may be there to be read once.
-    if type(headers) is list:
-        for name, value in headers:
-            if _find_control_character(value):
-                raise ArgumentValueError(
-                    f"The value of the response header {name!r} has a control character, such as a line break: no "
-                    "server sends it. What the request has written is rolled back. Encode the value."
-                )
+    if not isinstance(headers, (list, tuple)):
+        # The headers may be there to be read once.
+        return
+    for header in headers:
+        name, value = header
+        if isinstance(value, bytes) and _find_control_character(value):
+            raise ArgumentValueError(
+                f"The value of the response header {name!r} has a control character, such as a line break, which HTTP "
+                "does not allow. What the request has written is rolled back. Encode the value."
+            )
 
 
 _find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search

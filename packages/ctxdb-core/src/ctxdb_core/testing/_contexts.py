@@ -41,7 +41,7 @@ async def rollback_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         if is_autocommit(engine):
             session = maker(bind=connection)
         else:
-            await connection.begin()
+            await _begin(connection)
             session = maker(bind=connection, join_transaction_mode="create_savepoint")
         raw = await connection.get_raw_connection()
         backend_pid = backend_pid_of(engine.sync_engine, raw.dbapi_connection)
@@ -55,6 +55,15 @@ async def rollback_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
         finally:
             own_backends.discard(backend_pid)
         await run_to_completion(_end(session, connection, None))
+
+
+async def _begin(connection: AsyncConnection) -> None:
+    await connection.begin()
+    if connection.dialect.name == "sqlite":
+        # With ``isolation_level=None``, the driver begins no transaction: what the session commits would be stored.
+        raw = await connection.get_raw_connection()
+        if not getattr(raw.driver_connection, "in_transaction", False):
+            await connection.exec_driver_sql("BEGIN")
 
 
 async def _end(session: AsyncSession, connection: AsyncConnection, error: BaseException | None) -> None:
