@@ -172,6 +172,17 @@ async def test_isolation_level_can_be_chosen_while_objects_are_only_added(
     assert await database.names() == ["added"]
 
 
+@KINDS
+async def test_a_read_only_savepoint_as_the_first_work_of_a_unit_leaves_the_rest_writable(
+    db: DBConnect, database: Database
+) -> None:
+    async with db, new_db_ctx():
+        async with atomic_db_session(db, "savepoint", read_only=True) as session:
+            await session.execute(text("SELECT 1"))
+        await insert(db, "written")
+    assert await database.names() == ["written"]
+
+
 async def test_an_open_transaction_is_still_an_error_if_asked(db: DBConnect) -> None:
     async with db, new_db_ctx():
         await insert(db, "open")

@@ -1518,11 +1518,20 @@ async def test_a_savepoint_that_is_no_block_can_be_committed_with_its_transactio
 
 
 @KINDS
-async def test_a_savepoint_without_an_open_transaction_is_a_transaction(db: DBConnect, database: Database) -> None:
-    async with new_db_ctx():
-        async with atomic_db_session(db, "savepoint"):
-            await insert(db, "one")
-        assert await database.names() == ["one"]
+@pytest.mark.parametrize("has_read", [True, False])
+async def test_a_savepoint_is_committed_or_undone_with_the_unit_also_as_the_first_work_of_it(
+    db: DBConnect, database: Database, has_read: bool
+) -> None:
+    for name, is_undone in (("undone", True), ("kept", False)):
+        async with new_db_ctx():
+            if has_read:
+                await (await db_session(db)).execute(text("SELECT 1"))
+            async with atomic_db_session(db, "savepoint"):
+                await insert(db, name)
+            assert await database.names() == []
+            if is_undone:
+                set_rollback_only()
+    assert await database.names() == ["kept"]
 
 
 @KINDS
@@ -1555,13 +1564,14 @@ async def test_a_savepoint_is_undone_with_the_block_around_it_also_before_its_fi
 
 
 @KINDS
-async def test_a_savepoint_in_the_block_of_another_database_is_a_transaction(
+async def test_a_savepoint_in_the_block_of_another_database_is_committed_with_the_unit(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:
-    async with new_db_ctx(), atomic_db_session(second_db):
-        async with atomic_db_session(db, "savepoint"):
+    async with new_db_ctx():
+        async with atomic_db_session(second_db), atomic_db_session(db, "savepoint"):
             await insert(db, "one")
-        assert await database.names() == ["one"]
+        assert await database.names() == []
+    assert await database.names() == ["one"]
 
 
 @KINDS

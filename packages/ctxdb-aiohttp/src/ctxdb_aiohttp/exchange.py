@@ -237,6 +237,9 @@ class Exchange:
             return
         is_left_over = self.has_committed and calls is not None and calls.have_left_all_work(self.unit)
         try:
+            if last and not commit:
+                # The calls of other tasks may end before the roll-back; the end of the unit stops them.
+                await finalize(self.unit, commit=False, last=False)
             await finalize(self.unit, commit=commit, last=last)
         except Exception as exc:
             if not self.has_committed:

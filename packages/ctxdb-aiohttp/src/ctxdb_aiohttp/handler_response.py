@@ -38,7 +38,7 @@ class HandlerResponse(Delivery):
         if exchange.unit.calls is not None:
             exchange.unit.calls.note_running_response()
         try:
-            check_head(status_line, headers.items())
+            check_head(status_line, headers)
             await exchange.settle_start(self.request, self.response, status_in(status_line))
         except BaseException as exc:
             await exchange.roll_back(exc)

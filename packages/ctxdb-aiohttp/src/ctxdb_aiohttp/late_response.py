@@ -63,7 +63,7 @@ class LateResponse(Delivery):
         assert task is not None
         task.add_done_callback(self._clean_up)
         try:
-            check_head(status_line, headers.items())
+            check_head(status_line, headers)
             await exchange.settle_start(self.request, self.response, status_in(status_line))
         except BaseException as exc:
             await exchange.roll_back(exc)

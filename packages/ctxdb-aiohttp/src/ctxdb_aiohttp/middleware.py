@@ -142,6 +142,7 @@ async def _end_at_once(
             check_response(response)
         writer.ctxdb_exchange = None
         if not commit:
+            # The calls of other tasks may end before the roll-back; the end of the unit stops them.
             await finalize(unit, commit=False, last=False)
         await finalize(unit, commit=commit)
     except BaseException as exc:

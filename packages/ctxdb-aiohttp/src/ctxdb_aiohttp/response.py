@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import suppress
 from types import NoneType
 from typing import Any, NoReturn
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from ctxdb_core import ArgumentValueError
 
@@ -24,30 +24,33 @@ def check_response(response: object) -> None:
         ArgumentValueError: as `check_head`.
     """
     if isinstance(response, web.StreamResponse):
-        headers = response.headers
-        # Nearly all heads need no further look.
-        if not (response.reason + "".join(headers.values())).isprintable():
-            check_head(response.reason, headers.items())
+        check_head(response.reason, response.headers)
         # There is a public name, which makes a jar for cookies where there are none.
         if cookies := response._cookies:  # noqa: SLF001 - see above
-            check_head("", [(hdrs.SET_COOKIE, cookie.output(header="")) for cookie in cookies.values()])
+            check_head("", {name: cookie.output(header="") for name, cookie in cookies.items()})
 
 
-def check_head(status_line: str, headers: Collection[tuple[str, str]]) -> None:
+def check_head(status_line: str, headers: Mapping[str, str]) -> None:
     """Raise an error if aiohttp would refuse to write a status line and headers.
 
     Raises:
         ArgumentValueError: one of them has a control character (RFC 9110, "Field Values").
     """
-    for name, value in (("status line", status_line), *headers):
-        if _CONTROL_CHARACTER.search(value):
+    # Most values are printable, which takes no regular expression to find out.
+    if not status_line.isprintable():
+        _refuse_control_characters({"status line": status_line})
+    for value in headers.values():
+        if not value.isprintable():
+            _refuse_control_characters(headers)
+
+
+def _refuse_control_characters(parts: Mapping[str, str]) -> None:
+    for name, value in parts.items():
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
             raise ArgumentValueError(
                 f"The {name} of a response has a control character, such as a line break: aiohttp does not send it. "
                 "What the request has written is rolled back. Encode the value."
             )
-
-
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def is_complete(response: object) -> bool:

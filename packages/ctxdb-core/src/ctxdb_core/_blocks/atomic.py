@@ -45,8 +45,8 @@ async def atomic_db_session(
             - ``"append"``: go on in it, and commit all of it at the end of the block;
             - ``"raise"`` an error;
             - ``"savepoint"``: go on in it behind a savepoint, to which an error rolls back; it stays open after the
-              block. Without an open transaction, the block gets one of its own; but inside of a block that is a
-              transaction, it is a savepoint in that, also if no statement has been made yet.
+              block. If none is open, one is begun before the savepoint: the block is committed, or undone, with the
+              unit. But with one of the options below, the block gets a transaction of its own then.
         isolation_level: of the block's transaction alone, which takes its connection when the block begins. To go on in
             a transaction that is open, it must have this level already.
         read_only: have the database refuse writes, in the block's transaction alone; to go on in a transaction that is
@@ -71,6 +71,8 @@ async def atomic_db_session(
     options = TransactionOptions(isolation_level, read_only) if isolation_level or read_only else NO_OPTIONS
     check_database(db)
     block, place = Block(current_transaction), find(db)
+    if options and block is Block.ATOMIC_SAVEPOINT:
+        block = Block.ATOMIC_OPTIONS
     answer = decide(place, block)
     if isinstance(answer, Refuse):
         raise answer.error

@@ -106,6 +106,7 @@ class Block(Enum):
     ATOMIC_APPEND = "append"
     ATOMIC_RAISE = "raise"
     ATOMIC_SAVEPOINT = "savepoint"
+    ATOMIC_OPTIONS = "savepoint in a transaction with options"
     SESSION = "session()"
     TRANSACTION = "transaction()"
     NOT_NESTED = "transaction(allow_nested_transactions=False)"
@@ -128,7 +129,7 @@ def _begin(place: Place) -> Answer:
 
 
 def _begin_or_nest(place: Place) -> Answer:
-    """Begin a transaction; but nest in that of a block around, which begins with the next statement.
+    """Begin a transaction, as its options are of this block alone; but nest in that of a block around.
 
     Otherwise this block would end the transaction of the one around it, in which no statement has been made.
     """
@@ -232,7 +233,8 @@ _TABLE: dict[Block, tuple[_Cell, ...]] = {
     Block.ATOMIC_ROLLBACK:  (_undo_begin,   _begin,   _undo_begin,   _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.ATOMIC_APPEND:    (_begin,        _begin,   _begin,        _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.ATOMIC_RAISE:     (_begun,        _begin,   _begun,        _begin,        _autocommit,     *_NEEDS_UNIT),
-    Block.ATOMIC_SAVEPOINT: (_nest,  _begin_or_nest,  _nest,         _begin,        _autocommit,     *_NEEDS_UNIT),
+    Block.ATOMIC_SAVEPOINT: (_nest,         _nest,    _nest,         _begin,        _autocommit,     *_NEEDS_UNIT),
+    Block.ATOMIC_OPTIONS:   (_nest,  _begin_or_nest,  _nest,         _begin,        _autocommit,     *_NEEDS_UNIT),
     Block.SESSION:          (_join,         _join,    _join,         _join,         _join,           *_OR_OWN),
     Block.TRANSACTION:      (_nest,         _nest,    _begin,        _begin,        _autocommit,     *_OR_OWN),
     Block.NOT_NESTED:       (_no_nesting,   _nest,    _no_nesting,   _begin,        _autocommit,     *_OR_OWN),

@@ -97,7 +97,11 @@ class GuardedSession(TracedSession):
                 # The statement has not come through the door: lazy loading of `AsyncAttrs`, for instance.
                 await_only(self.begin_with_hook(self.on_begin))
             if reads:
-                self.note_read(clause)
+                # The common case, without a call.
+                if self.reads is None:
+                    self.reads = [clause]
+                else:
+                    self.note_another_read(clause)
         elif self.notes_writes and (args or kwargs) and not only_reads(kwargs.get("clause")):
             self.note_write()
         bind = super().get_bind(*args, **kwargs)
@@ -113,7 +117,10 @@ class GuardedSession(TracedSession):
             self.door.refuse_if_ended()
             if not self.in_transaction():
                 self.interrupted = None
-                self.forget_earlier_reads()
+                self.has_left_work = False
+                if self.reads is not None and len(self.reads) > 1:
+                    # The latest one is about to begin the transaction.
+                    del self.reads[:-1]
                 self.look_back()
                 if self.rereading is not None:
                     self.rereading.is_ahead = False

@@ -87,12 +87,6 @@ class BlockedSession(Session):
             refuse_in_block_of_other_task(self)
         super().delete(instance)
 
-    def commit(self) -> None:
-        if self.task_blocks:
-            # The commit would release the savepoint, whose block could not be undone any more.
-            refuse_in_block_of_other_task(self)
-        super().commit()
-
 
 _around: ContextVar[tuple[TaskBlock, ...]] = ContextVar("ctxdb_task_blocks", default=())
 """The blocks that the running code is in, on any session. Tasks inherit it; some of the blocks may have ended."""

@@ -22,7 +22,7 @@ from ctxdb_core._sqlalchemy.private import (
     has_to_flush,
     innermost_block,
 )
-from ctxdb_core._sqlalchemy.task_blocks import BlockedSession
+from ctxdb_core._sqlalchemy.task_blocks import BlockedSession, TaskBlock, refuse_in_block_of_other_task
 from ctxdb_core._sqlalchemy.written import may_leave_work, only_sets
 from ctxdb_core.errors import CommitOutcomeUnknownError
 
@@ -66,9 +66,13 @@ class CommitSession(Session):
     It comes behind the user's session classes, whose ``commit`` may roll back, or close the session, for an error.
     """
 
+    task_blocks: tuple[TaskBlock, ...]
     has_ended_by_commit: bool
 
     def commit(self) -> None:
+        if self.task_blocks:
+            # The commit would release the savepoint, whose block could not be undone any more.
+            refuse_in_block_of_other_task(self)
         transaction = self.get_transaction()
         try:
             super().commit()
@@ -104,9 +108,9 @@ class TracedSession(BlockedSession):
     """The transaction in which something was written last."""
     _only_sets = False
     """Whether what was noted as written in that transaction has only set something for it, such as a role."""
-    _reads: list[Any] | None = None
+    reads: list[Any] | None = None
     """The latest statements of the open transaction that read, no more than `MOST_READS` of them."""
-    _has_left_work = False
+    has_left_work = False
     """Whether one of the earlier such statements may have called a function that writes, or has locked rows."""
     _set_up: ref[SessionTransaction] | None = None
     """The transaction in which an `on_begin` has written, or set something, last."""
@@ -142,35 +146,30 @@ class TracedSession(BlockedSession):
         elif self._only_sets:
             self._only_sets = only_sets(clause)
 
-    def note_read(self, clause: Any) -> None:
-        """Note a statement that reads, as far as can be told without a walk through it."""
-        if self._reads is None:
-            self._reads = [clause]
-        else:
-            if len(self._reads) == MOST_READS:
-                self._look_through_reads()
-            self._reads.append(clause)
+    def commit(self) -> None:
+        # The user's class may roll back for the error that `CommitSession` raises.
+        refuse_in_block_of_other_task(self)
+        super().commit()
 
-    def _look_through_reads(self) -> None:
-        reads, self._reads = self._reads or [], []
-        if not self._has_left_work and not self._has_noted_write():
-            self._has_left_work = self._may_leave_work(reads)
+    def note_another_read(self, clause: Any) -> None:
+        """Note a statement that reads, as far as can be told without a walk through it, and is not the first one."""
+        reads = self.reads or []
+        if len(reads) == MOST_READS:
+            if not self.has_left_work and not self._has_noted_write():
+                self.has_left_work = self._may_leave_work(reads)
+            reads = []
+        reads.append(clause)
+        self.reads = reads
 
     def _may_leave_work(self, reads: Iterable[Any]) -> bool:
         transaction = self.get_transaction()
         dialects = [] if transaction is None else [each.dialect for each in connections_of(transaction)]
         return any(may_leave_work(clause, dialect) for dialect in dialects for clause in reads)
 
-    def forget_earlier_reads(self) -> None:
-        """Forget all statements that read but the latest one, which is about to begin a transaction."""
-        self._has_left_work = False
-        if self._reads is not None:
-            del self._reads[:-1]
-
     def forget_reads(self) -> None:
         """Forget the statements that read: they are of an earlier transaction, or have been looked at."""
-        self._reads = None
-        self._has_left_work = False
+        self.reads = None
+        self.has_left_work = False
 
     def note_set_up(self) -> None:
         """Note that what was written so far in the open transaction is what `on_begin` has done."""
@@ -213,11 +212,11 @@ class TracedSession(BlockedSession):
         )
 
     def _may_have_left_work(self, interrupted: FailedStatement) -> bool:
-        if self._has_left_work:
+        if self.has_left_work:
             return True
         # The caller of the interrupted statement was told. It is the latest statement, unless it is one whose result is
         # read bit by bit.
-        reads = list(reversed(self._reads or ()))
+        reads = list(reversed(self.reads or ()))
         index = next((index for index, clause in enumerate(reads) if clause is interrupted.clause), 0)
         return self._may_leave_work(reads[:index] + reads[index + 1 :])
 

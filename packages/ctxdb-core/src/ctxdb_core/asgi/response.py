@@ -107,19 +107,20 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     if not isinstance(headers, _REREADABLE):
         # The headers may be there to be read once.
         return
+    wrong = None
     try:
-        values = b"".join([value for _, value in headers])
+        for name, value in headers:
+            if _find_control_character(value):
+                wrong = name
     except (TypeError, ValueError):
         return
-    if _CONTROL_CHARACTER.search(values):
-        names = ", ".join(repr(name) for name, value in headers if _CONTROL_CHARACTER.search(value))
+    if wrong is not None:
         raise ArgumentValueError(
-            f"The value of the response header {names} has a control character, such as a line break, which HTTP does "
+            f"The value of the response header {wrong!r} has a control character, such as a line break, which HTTP does "
             "not allow. What the request has written is rolled back. Encode the value."
         )
 
 
 _REREADABLE = (list, tuple)
 
-
-_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
