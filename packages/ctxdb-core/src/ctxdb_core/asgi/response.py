@@ -116,8 +116,8 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
         return
     if wrong is not None:
         raise ArgumentValueError(
-            f"The value of the response header {wrong!r} has a control character, such as a line break, which HTTP does "
-            "not allow. What the request has written is rolled back. Encode the value."
+            f"The value of the response header {wrong!r} has a control character, such as a line break, which HTTP "
+            "does not allow. What the request has written is rolled back. Encode the value."
         )
 
 
