@@ -32,9 +32,6 @@ _derived: WeakKeyDictionary[type, ref[Any]] = WeakKeyDictionary()
 class PlainSession(GuardedSession, CommitSession):
     """The class that stands for SQLAlchemy's own synchronous session."""
 
-    # No class of the user's comes in between: this spares a call.
-    commit = CommitSession.commit
-
 
 # As a class that is derived from the user's has the names of that: polars takes an object for one of SQLAlchemy's by
 # the module of its class.
