@@ -112,7 +112,7 @@ class LoopEngine:
                 "session_maker_creator returned a sessionmaker, whose sessions are synchronous: return an "
                 "`async_sessionmaker(engine, ...)`."
             )
-        self.session_maker = cast("async_sessionmaker[Any]", maker)
+        self.session_maker: async_sessionmaker[Any] = cast("async_sessionmaker[Any]", maker)
         self.new_session: SessionFactory = SessionFactory(self.session_maker, note_reader if resolve_commits else None)
         if engine.sync_engine in _drains:
             # The creator returns an engine that was retired before: it keeps its connections again.

@@ -68,7 +68,7 @@ class Callbacks:
         self._due: list[WaitingCallback] = []
         """The callbacks whose outcome has come, and which have not been started."""
         self._running: asyncio.Task[None] | None = None
-        self.is_held = False
+        self.is_held: bool = False
         """Whether the unit of work is ending transactions: it starts the callbacks behind all of them."""
 
     def __bool__(self) -> bool:
