@@ -31,6 +31,14 @@ REFUSALS = (DBAPIError, OSError, asyncpg.PostgresConnectionError)
 """What is raised where a connection is refused. asyncpg 0.32 raises an error of its own for it."""
 
 
+@pytest.fixture
+def short_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls not wait for long until a server that does not answer has stopped their query."""
+    module = "ctxdb_core._sqlalchemy.cancelled_queries"
+    monkeypatch.setattr(f"{module}.STOP_QUERY_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(f"{module}.LATE_STOP_TIMEOUT_SECONDS", 0.2)
+
+
 def now() -> float:
     return asyncio.get_running_loop().time()
 
@@ -53,6 +61,7 @@ async def test_a_task_waits_for_a_connection_of_the_pool_until_its_deadline(db: 
     await asyncio.gather(*holding)
 
 
+@pytest.mark.usefixtures("short_stops")
 @pytest.mark.parametrize("limit", ["deadline", "statement_timeout"])
 @pytest.mark.parametrize("point", [Point.STARTUP, Point.BEGIN, Point.STATEMENT, Point.ANSWER])
 async def test_a_network_that_goes_dark_ends_the_call_in_time(
@@ -67,6 +76,7 @@ async def test_a_network_that_goes_dark_ends_the_call_in_time(
     assert await database.names() == []
 
 
+@pytest.mark.usefixtures("short_stops")
 async def test_a_streamed_result_is_given_up_in_time_if_the_network_goes_dark(
     far: DBConnect, network: FaultyNetwork
 ) -> None:
@@ -78,6 +88,7 @@ async def test_a_streamed_result_is_given_up_in_time_if_the_network_goes_dark(
             await numbers.all()
 
 
+@pytest.mark.usefixtures("short_stops")
 @pytest.mark.parametrize("point", [Point.COMMIT, Point.COMMITTED])
 async def test_a_commit_is_unknown_if_the_network_goes_dark_with_it(
     far: DBConnect, network: FaultyNetwork, database: Database, point: Point
@@ -107,6 +118,7 @@ async def test_a_query_that_its_cancel_request_overtakes_is_stopped(
     await eventually(lambda: not database.backends("state = 'active'"), "the query runs on")
 
 
+@pytest.mark.usefixtures("short_stops")
 async def test_the_event_loop_goes_on_while_a_query_is_cancelled_over_a_dark_network(
     far: DBConnect, network: FaultyNetwork, database_kind: str
 ) -> None:
@@ -124,7 +136,7 @@ async def test_the_event_loop_goes_on_while_a_query_is_cancelled_over_a_dark_net
         assert turns > 1
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        # ctxdb tries for five seconds to have the server stop the query, in which asyncpg asks twice.
+        # ctxdb tries for some time to have the server stop the query, in which asyncpg asks twice.
         assert network.cancel_requests == {"asyncpg": 2, "psycopg": 1}[database_kind]
         await session.invalidate()
 
