@@ -104,7 +104,9 @@ def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
 
     def decide_by_status(status: int, request: Any) -> bool:
         decision = of_status(status)
-        return decision if isinstance(decision, bool) else _checked(decision, policy)
+        if decision is True or decision is False:
+            return decision
+        return _checked(decision, policy)
 
     return decide_by_status
 

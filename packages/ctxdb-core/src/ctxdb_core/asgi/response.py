@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Iterable
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import NamedTuple
 
 from ctxdb_core.asgi.body import Body
@@ -107,13 +108,18 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     if not isinstance(headers, (list, tuple)):
         # The headers may be there to be read once.
         return
-    for header in headers:
-        name, value = header
-        if isinstance(value, bytes) and _find_control_character(value):
-            raise ArgumentValueError(
-                f"The value of the response header {name!r} has a control character, such as a line break, which HTTP "
-                "does not allow. What the request has written is rolled back. Encode the value."
-            )
+    try:
+        values = b"".join(map(_value_of, headers))
+    except (TypeError, IndexError):
+        # They are not as ASGI has them, which some servers let pass.
+        return
+    if _find_control_character(values):
+        names = ", ".join(repr(name) for name, value in headers if _find_control_character(value))
+        raise ArgumentValueError(
+            f"The value of the response header {names} has a control character, such as a line break, which HTTP does "
+            "not allow. What the request has written is rolled back. Encode the value."
+        )
 
 
+_value_of = itemgetter(1)
 _find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
