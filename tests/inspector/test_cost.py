@@ -30,7 +30,7 @@ MOST = 0.06
 """The largest share of bytecode instructions that the inspector may add.
 
 A request with one SELECT executes 11 000 of them. Those of the inspector are cheaper than the mean: 5.8 % more of them
-are about 2.5 % more instructions of the processor.
+are about 3 % more instructions of the processor.
 """
 
 
