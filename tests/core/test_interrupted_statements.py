@@ -372,12 +372,15 @@ async def test_a_function_that_writes_is_lost_work_behind_the_result_that_took_t
 
 @pytest.mark.usefixtures("writing_function")
 @pytest.mark.parametrize("begins", [True, False], ids=["begin", "autobegin"])
+@pytest.mark.parametrize("reads", [0, MOST_READS], ids=["kept", "looked_through"])
 async def test_a_function_that_has_written_in_an_earlier_transaction_is_no_lost_work(
-    db: DBConnect, database: Database, begins: bool
+    db: DBConnect, database: Database, reads: int, begins: bool
 ) -> None:
     async with new_db_ctx():
         session = await db_session(db)
         await session.execute(select(func.write("stays")))
+        for _ in range(reads):
+            await session.execute(text("SELECT 1"))
         await session.commit()
         if begins:
             await session.begin()

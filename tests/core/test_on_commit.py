@@ -292,6 +292,19 @@ async def test_callbacks_of_a_roll_back_of_the_session_run_while_the_unit_goes_o
         await asyncio.wait_for(told.wait(), 20)
 
 
+async def test_callbacks_run_when_the_commits_of_all_databases_have_ended(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    order: list[str] = []
+    async with new_db_ctx():
+        await insert(db, "one")
+        on_commit(db, lambda: order.append("callback"))
+        session = await insert(second_db, "two")
+        event.listen(session.sync_session, "after_commit", lambda session: order.append("second commit"))
+    assert order == ["second commit", "callback"]
+    assert await database.names() == ["one", "two"]
+
+
 async def test_callbacks_of_several_commits_run_in_their_order_and_before_the_unit_has_ended(db: DBConnect) -> None:
     order: list[int] = []
     goes_on = asyncio.Event()

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from ctxdb_aiohttp.exchange import UNSTARTED, Exchange
-from ctxdb_aiohttp.response import check_head, take_back
+from ctxdb_aiohttp.response import take_back
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter, start_over, status_in
 from ctxdb_core.adapters import FINISHING, Phase, finalize
 
@@ -38,7 +38,6 @@ class HandlerResponse(Delivery):
         if exchange.unit.calls is not None:
             exchange.unit.calls.note_running_response()
         try:
-            check_head(status_line, headers)
             await exchange.settle_start(self.request, self.response, status_in(status_line))
         except BaseException as exc:
             await exchange.roll_back(exc)

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from ctxdb_aiohttp.exchange import Exchange
-from ctxdb_aiohttp.response import check_head, take_back
+from ctxdb_aiohttp.response import take_back
 from ctxdb_aiohttp.writer import Delivery, WatchedWriter, start_over, status_in, write_server_error
 from ctxdb_core.adapters import FINISHING, Phase, finalize, is_inside
 
@@ -63,7 +63,6 @@ class LateResponse(Delivery):
         assert task is not None
         task.add_done_callback(self._clean_up)
         try:
-            check_head(status_line, headers)
             await exchange.settle_start(self.request, self.response, status_in(status_line))
         except BaseException as exc:
             await exchange.roll_back(exc)

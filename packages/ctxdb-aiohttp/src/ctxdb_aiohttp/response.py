@@ -12,36 +12,30 @@ from aiohttp import web
 
 from ctxdb_core import ArgumentValueError
 
-__all__ = ["check_head", "check_response", "is_complete", "status_of", "take_back"]
+__all__ = ["check_response", "is_complete", "status_of", "take_back"]
 
 _WHOLE_BODIES = (bytes, bytearray, NoneType)
 
 
 def check_response(response: object) -> None:
-    """Raise the error by which aiohttp would refuse to send the head of `response`: behind a commit, it is too late.
+    """Raise an error if aiohttp would refuse to send the head of `response`: behind a commit, that would be too late.
 
     Raises:
-        ArgumentValueError: as `check_head`.
+        ArgumentValueError: the reason, a header or a cookie has a control character (RFC 9110, "Field Values").
     """
     if isinstance(response, web.StreamResponse):
-        check_head(response.reason, response.headers)
+        _check_values({"status line": response.reason})
+        _check_values(response.headers)
         # There is a public name, which makes a jar for cookies where there are none.
         if cookies := response._cookies:  # noqa: SLF001 - see above
-            check_head("", {name: cookie.output(header="") for name, cookie in cookies.items()})
+            _check_values({name: cookie.output(header="") for name, cookie in cookies.items()})
 
 
-def check_head(status_line: str, headers: Mapping[str, str]) -> None:
-    """Raise an error if aiohttp would refuse to write a status line and headers.
-
-    Raises:
-        ArgumentValueError: one of them has a control character (RFC 9110, "Field Values").
-    """
-    # Most values are printable, which takes no regular expression to find out.
-    if not status_line.isprintable():
-        _refuse_control_characters({"status line": status_line})
-    for value in headers.values():
+def _check_values(parts: Mapping[str, str]) -> None:
+    for value in parts.values():
+        # Most values are printable, which takes no regular expression to find out.
         if not value.isprintable():
-            _refuse_control_characters(headers)
+            _refuse_control_characters(parts)
 
 
 def _refuse_control_characters(parts: Mapping[str, str]) -> None:

@@ -97,16 +97,14 @@ def with_request(policy: CommitPolicy | RequestPolicy) -> RequestPolicy:
 
         def decide_by_request(status: int, request: Any) -> bool:
             decision = of_request(status, request)
-            return decision if isinstance(decision, bool) else _checked(decision, policy)
+            return decision if decision is True or decision is False else _checked(decision, policy)
 
         return decide_by_request
     of_status = cast("Callable[[int], object]", policy)
 
     def decide_by_status(status: int, request: Any) -> bool:
         decision = of_status(status)
-        if decision is True or decision is False:
-            return decision
-        return _checked(decision, policy)
+        return decision if decision is True or decision is False else _checked(decision, policy)
 
     return decide_by_status
 

@@ -117,7 +117,7 @@ class GuardedSession(TracedSession):
             self.door.refuse_if_ended()
             if not self.in_transaction():
                 self.interrupted = None
-                if self.has_left_work or (self.reads is not None and len(self.reads) > 1):
+                if self.reads is not None and len(self.reads) > 1:
                     self.forget_earlier_reads()
                 self.look_back()
                 if self.rereading is not None:
