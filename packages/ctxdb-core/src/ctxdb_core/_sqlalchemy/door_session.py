@@ -71,19 +71,8 @@ def _call_of_transaction(fn: Any, *args: Any, **kwargs: Any) -> Awaitable[Any]:
             return end_undone_block(session, error, fn, args)
     door: Door | None = session.door
     if args and door is not None and door.is_busy:
-        call = end_block_in_turn(door, fn, args)
-    else:
-        call = pass_door(door, fn, args, kwargs)
-    if owner is not session and owner.nested and isinstance(session, GuardedSession):
-        return _call_of_savepoint(session, owner, call)
-    return call
-
-
-async def _call_of_savepoint(session: GuardedSession, savepoint: SessionTransaction, call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    finally:
-        session.restore_behind(savepoint)
+        return end_block_in_turn(door, fn, args)
+    return pass_door(door, fn, args, kwargs)
 
 
 def _drop_requirement(kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from weakref import ref
 
 from greenlet import getcurrent
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_session
 from sqlalchemy.orm import InstanceState, SessionTransaction
@@ -58,9 +58,7 @@ class GuardedSession(TracedSession):
     _begun_with_hook: ref[SessionTransaction] | None = None
     """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
     _lost: LoadedValues | None = None
-    """What the objects had loaded when a flush failed, or a savepoint was rolled back, until they have it back."""
-    _failed_to_flush: ref[SessionTransaction] | None = None
-    """The transaction that a flush has rolled back by its error last."""
+    """What the objects had loaded before the roll-back that is under way."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
     deadline: Callable[[], float | None] | None = None
@@ -148,12 +146,11 @@ class GuardedSession(TracedSession):
             # What a task adds or changes while another task's COMMIT is under way begins no transaction. Without one,
             # SQLAlchemy rolls nothing back, and the next flush would write it.
             begin_without_statement(self)
-        failed = None if self._failed_to_flush is None else self._failed_to_flush()
-        has_kept_values = failed is not None and failed is self.get_transaction()
-        super().rollback()
-        if has_kept_values:
-            # The error of the flush would have expired the objects, and SQLAlchemy does it once.
-            self.expire_all()
+        try:
+            super().rollback()
+        finally:
+            # SQLAlchemy does not call `_give_back_lost` where the driver has failed to roll back.
+            self.give_back_lost()
 
     def look_back(self) -> None:
         """Note whether there are objects that were loaded before the transaction that is about to begin."""
@@ -181,32 +178,19 @@ class GuardedSession(TracedSession):
         if self.door is None or not has_to_flush(self):
             super().flush(objects)
             return
-        self._lost = None
-        try:
-            self._flush_and_note_changes(objects)
-        except BaseException:
-            if (lost := self._take_lost()) is not None:
-                lost.restore()
-                if not lost.are_of_savepoint and (transaction := self.get_transaction()) is not None:
-                    self._failed_to_flush = ref(transaction)
-            raise
+        self._flush_and_note_changes(objects)
 
     def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
         if to_transient and self.door is not None:
-            # A roll-back, which expires objects next: the log of a 409 could not name the user any more. A roll-back of
-            # the whole transaction that the code asks for does what SQLAlchemy does.
-            savepoint = self.get_nested_transaction()
-            self._lost = LoadedValues(self, savepoint) if savepoint is not None or is_flushing(self) else None
+            # SQLAlchemy calls this in each roll-back, before it expires the objects.
+            self._lost = LoadedValues(self, self.get_nested_transaction())
         super()._expunge_states(states, to_transient)
 
-    def restore_behind(self, savepoint: SessionTransaction) -> None:
-        """Give objects back what they had loaded when `savepoint` was set, if it was rolled back just now."""
-        if self._lost is not None and self._lost.are_of(savepoint) and (lost := self._take_lost()) is not None:
-            lost.restore()
-
-    def _take_lost(self) -> LoadedValues | None:
+    def give_back_lost(self) -> None:
+        """Give the objects back what they have lost by the roll-back that was made just now."""
         lost, self._lost = self._lost, None
-        return lost
+        if lost is not None:
+            lost.restore()
 
     def _flush_and_note_changes(self, objects: Any) -> None:
         # Only new objects have no originals: those of the children of a deleted object are noted as well.
@@ -330,6 +314,11 @@ class GuardedSession(TracedSession):
     def _tell_end(self) -> None:
         if self.on_end is not None and not self.in_transaction():
             self.on_end()
+
+
+@event.listens_for(GuardedSession, "after_soft_rollback")
+def _give_back_lost(session: GuardedSession, transaction: SessionTransaction) -> None:
+    session.give_back_lost()
 
 
 def guard_of(session: AsyncSession) -> GuardedSession:

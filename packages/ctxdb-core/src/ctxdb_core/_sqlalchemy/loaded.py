@@ -189,14 +189,14 @@ class LoadedValues:
     """What the objects that are in `session` now have loaded.
 
     Args:
-        session: the session, in a transaction that is about to be rolled back, or that was just now.
+        session: the session, in a transaction that is about to be rolled back.
         savepoint: the innermost savepoint, if only that is rolled back.
     """
 
-    __slots__ = ("_objects", "_savepoint")
+    __slots__ = ("_are_of_savepoint", "_objects")
 
     def __init__(self, session: Session, savepoint: SessionTransaction | None = None) -> None:
-        self._savepoint = None if savepoint is None else ref(savepoint)
+        self._are_of_savepoint = savepoint is not None
         levels = _open_levels(session)
         ending = _open_transactions(session) if savepoint is None else [savepoint]
         # A roll-back brings back what was deleted.
@@ -222,14 +222,14 @@ class LoadedValues:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
         never_loaded = _never_loaded(state.mapper)
         values = {name: value for name, value in state.dict.items() if name not in never_loaded}
-        if self.are_of_savepoint:
+        if self._are_of_savepoint:
             # The next flush would write a change of a container as a part of a later one.
             for name, original in _committed(state).items():
                 if isinstance(original, LoaderCallableStatus):
                     values.pop(name, None)
         if state not in changed:
             return values
-        if self.are_of_savepoint:
+        if self._are_of_savepoint:
             # A column that has been loaded since the first flush may have a value of that flush.
             for each in state.mapper.column_attrs:
                 values.pop(each.key, None)
@@ -238,15 +238,6 @@ class LoadedValues:
             for key in _changed_by_flushes(state.mapper):
                 values.pop(key, None)
         return values
-
-    @property
-    def are_of_savepoint(self) -> bool:
-        """Whether only a savepoint is rolled back."""
-        return self._savepoint is not None
-
-    def are_of(self, savepoint: SessionTransaction) -> bool:
-        """Return whether they are what there was when `savepoint` was set."""
-        return self._savepoint is not None and self._savepoint() is savepoint
 
     def restore(self) -> None:
         """Give the objects back what they have lost by the roll-back."""

@@ -17,7 +17,6 @@ from ctxdb_core._sqlalchemy.door_session import DoorSession
 from ctxdb_core._sqlalchemy.doors import interrupt_call
 from ctxdb_core._sqlalchemy.greenlets import call_in_greenlet
 from ctxdb_core._sqlalchemy.guarded_session import door_of, guard_of
-from ctxdb_core._sqlalchemy.loaded import LoadedValues
 from ctxdb_core._sqlalchemy.private import has_committed, is_at_rest
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
 from ctxdb_core._sqlalchemy.traced_session import Ending
@@ -82,14 +81,12 @@ async def roll_back(session: AsyncSession, error: BaseException | None, name: ob
             return
         note_error(session, error)
         release_blocks(session.sync_session)
-        loaded = LoadedValues(session.sync_session)
         try:
             async with asyncio.timeout(ROLL_BACK_SECONDS):
                 if has_committed(session.sync_session):
                     await _end_committed(session, error, name)
                 else:
                     await session.rollback()
-                    loaded.restore()
         except BaseException as exc:  # noqa: BLE001 - the connection is discarded, and the failure reported
             report(exc, error, f"the roll-back on {name} failed, and its connection was thrown away")
             await _discard(session)

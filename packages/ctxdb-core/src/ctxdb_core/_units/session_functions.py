@@ -84,7 +84,7 @@ async def rollback_db_session(db: DBConnect) -> None:
     Inside of a savepoint's block, this is true of the transaction around it, too. The session is usable again when the
     block has been left: SQLAlchemy refuses further statements in it (``InvalidRequestError``).
 
-    The objects of the session expire, as by ``session.rollback()``: what is read after it is what the database has.
+    The objects of the session keep what they had loaded; a query and ``session.get()`` read them anew.
 
     Raises:
         SessionAlreadyActiveError: another task of the unit of work is inside of the block of a savepoint, or of another
@@ -98,10 +98,7 @@ async def rollback_db_session(db: DBConnect) -> None:
         return
     async with session_end.turn(session):
         refuse_in_block_of_other_task(session.sync_session)
-        has_begun = session_end.in_transaction(session)
         await unit.roll_back(None, [db])
-        if has_begun:
-            session.expire_all()
 
 
 async def close_db_session(db: DBConnect) -> None:
