@@ -10,6 +10,7 @@ import logging
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from tests.support.server import serve
@@ -518,17 +519,27 @@ async def test_a_password_in_the_address_is_sent_and_never_logged(
     assert "hunt" not in caplog.text
 
 
-@pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ftp://n1", "http://", "http://user:hunter2@n1:port"])
-def test_an_invalid_address_is_refused(base_url: str) -> None:
+@pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ftp://n1", "http://", "http://user:hunter2@n1:port", 3])
+def test_an_invalid_address_is_refused(base_url: Any) -> None:
     with pytest.raises(OptionError, match="`base_url`") as info:
         PgStatusClient(base_url)
     assert "hunter2" not in str(info.value)
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_age": -1}, {"grace": -1}, {"timeout": 0}, {"max_stale": 0.5}, {"max_age": float("nan")}]
+    "options",
+    [
+        {"max_age": -1},
+        {"grace": -1},
+        {"timeout": 0},
+        {"max_stale": 0.5},
+        {"max_stale": "long"},
+        {"max_age": float("nan")},
+        {"timeout": "3"},
+    ],
+    ids=str,
 )
-def test_invalid_options_of_the_client_are_refused(options: dict[str, float]) -> None:
+def test_invalid_options_of_the_client_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"`{next(iter(options))}`"):
         PgStatusClient("http://127.0.0.1:8000", **options)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from ctxdb_core.testing import shared_transaction
 from ctxdb_pgstatus import (
     CommitUnconfirmedError,
     ConnectionLostError,
+    HostMonitor,
     HostUnreachableError,
     NoMasterError,
     NoReplicaError,
@@ -578,11 +579,20 @@ async def test_a_shared_transaction_follows_no_host_and_confirms_no_commit(
 
 
 @pytest.mark.parametrize(
-    "options", [{"confirm_timeout": 0}, {"connect_timeout": -1}, {"connect_timeout": float("inf")}], ids=str
+    "options",
+    [{"confirm_timeout": 0}, {"connect_timeout": -1}, {"connect_timeout": float("inf")}, {"connect_timeout": "5"}],
+    ids=str,
 )
-def test_follow_master_refuses_seconds_that_are_not_positive(options: dict[str, float], source: FakeSource) -> None:
-    with pytest.raises(OptionError, match=next(iter(options))):
-        follow_master(source, **options)  # type: ignore[arg-type]  # of floats
+def test_follow_master_refuses_seconds_that_are_not_positive(options: dict[str, Any], source: FakeSource) -> None:
+    with pytest.raises(OptionError, match=f"`{next(iter(options))}` is "):
+        follow_master(source, **options)
+
+
+@pytest.mark.parametrize("follow", [follow_master, follow_replica])
+@pytest.mark.parametrize("wrong", [3, "n1", None, HostMonitor], ids=["number", "name", "None", "class"])
+def test_a_source_that_knows_no_hosts_is_refused_at_once(follow: Callable[[Any], object], wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"`source` is .*HostMonitor"):
+        follow(wrong)
 
 
 # --- replicas ---------------------------------------------------------------------------------------------------------
@@ -642,9 +652,17 @@ async def test_readers_leave_a_frozen_replica_and_return_to_it(
     assert {await host_of(replica) for _ in range(4)} == {"n2", "n3"}
 
 
-@pytest.mark.parametrize(("sync", "options"), [("often", {}), (None, {"wait": -1.0}), (None, {"connect_timeout": 0})])
-def test_follow_replica_refuses_invalid_options(
-    sync: str | None, options: dict[str, float], source: FakeSource
-) -> None:
+@pytest.mark.parametrize(
+    ("sync", "options"),
+    [
+        ("often", {}),
+        (None, {"wait": -1.0}),
+        (None, {"wait": "1"}),
+        (None, {"connect_timeout": 0}),
+        (None, {"max_lag_ms": "1"}),
+        (None, {"near": 3}),
+    ],
+)
+def test_follow_replica_refuses_invalid_options(sync: str | None, options: dict[str, Any], source: FakeSource) -> None:
     with pytest.raises(OptionError):
         follow_replica(source, sync, **options)  # type: ignore[arg-type]  # the mistake

@@ -746,6 +746,7 @@ async def test_a_missing_database_is_named_in_the_error_of_each_host(cluster: Po
         {"sync_max_lag_ms": -1},
         {"sync_max_lag_bytes": -1},
         {"user": ""},
+        {"user": None},
         {"database": ""},
     ],
     ids=str,
@@ -755,9 +756,10 @@ def test_a_wrong_option_is_named(options: dict[str, Any]) -> None:
         HostMonitor(["n1"], **{"user": "u", **options})
 
 
-def test_wrong_hosts_are_refused() -> None:
+@pytest.mark.parametrize("hosts", [["n1", "n1:5432"], [3], 3, None], ids=str)
+def test_wrong_hosts_are_refused(hosts: Any) -> None:
     with pytest.raises(HostListError):
-        HostMonitor(["n1", "n1:5432"], user="u")
+        HostMonitor(hosts, user="u")
 
 
 # --- news -------------------------------------------------------------------------------------------------------------

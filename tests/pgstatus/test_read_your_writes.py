@@ -788,13 +788,17 @@ def test_an_enclosing_plugin_before_ctxdbplugin_is_refused() -> None:
     ("options", "message"),
     [
         ({"secret": "short"}, "16"),
+        ({"secret": 3}, "`secret` is of type int"),
         ({"max_age": 0}, "max_age"),
         ({"wait": -1}, "wait"),
+        ({"wait": None}, "wait"),
         ({"cookie": "a b"}, "cookie"),
         ({"header": "a:b"}, "header"),
+        ({"cookie": None}, "cookie"),
+        ({"source": "n1"}, "`source`"),
     ],
     ids=str,
 )
 def test_invalid_options_of_read_your_writes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        ReadYourWrites(FakeSource(), **{"secret": SECRET, **options})
+        ReadYourWrites(**{"source": FakeSource(), "secret": SECRET, **options})

@@ -173,5 +173,5 @@ async def test_a_reader_without_fallback_that_has_written_waits_for_a_replica(
 def test_a_rule_that_the_source_cannot_follow_is_refused_at_once() -> None:
     with pytest.raises(OptionError, match="find_reader"):
         follow_replica(FakeSource(), fallback=False)
-    with pytest.raises(OptionError, match="max_lag_ms=-1"):
+    with pytest.raises(OptionError, match="`max_lag_ms` is -1"):
         follow_replica(FakeSource(), max_lag_ms=-1)

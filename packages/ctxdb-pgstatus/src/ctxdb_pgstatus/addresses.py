@@ -46,6 +46,8 @@ class HostAddress:
         Raises:
             HostListError: `text` is none of these, or a port is not between 1 and 65535.
         """
+        if not isinstance(text, str):
+            raise errors.HostListError(f"{text!r} is no host: write 'name', 'name:port', '192.0.2.1' or '[::1]:5433'.")
         name = text.strip()
         match = _HOST_AND_PORT.fullmatch(name)
         in_directory = _SOCKET_AND_PORT.fullmatch(name)
@@ -79,6 +81,8 @@ def parse_hosts(hosts: Iterable[str | HostAddress], default_port: int = 5432) ->
     """
     if isinstance(hosts, str):
         raise errors.HostListError(f"`hosts` is the string {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
+    if not isinstance(hosts, Iterable):
+        raise errors.HostListError(f"`hosts` is {hosts!r}: give a list of hosts, as in ['n1', 'n2:5433'].")
     addresses = tuple(
         host if isinstance(host, HostAddress) else HostAddress.parse(host, default_port) for host in hosts
     )

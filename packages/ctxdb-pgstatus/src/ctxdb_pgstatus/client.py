@@ -36,6 +36,7 @@ from ctxdb_pgstatus._client.requests import (
     read_body,
     wait_for_shared,
 )
+from ctxdb_pgstatus._options import check_seconds, is_number
 from ctxdb_pgstatus.errors import MasterUncertainError, OptionError, SidecarError
 from ctxdb_pgstatus.lsn import format_lsn
 from ctxdb_pgstatus.reading import ReadRule
@@ -89,14 +90,11 @@ class PgStatusClient:
     ) -> None:
         self._url = _base_url(base_url)
         self._shown_url = str(self._url.copy_with(username=None, password=None, query=None)).rstrip("/")
-        if not 0 <= max_age < math.inf:
-            raise OptionError(f"`max_age` is {max_age!r}: give seconds, 0 or more.")
-        if not 0 < timeout < math.inf:
-            raise OptionError(f"`timeout` is {timeout!r}: give seconds, above 0.")
-        if max_stale is not None and not max_stale >= max_age:
+        check_seconds("max_age", max_age, or_zero=True)
+        check_seconds("timeout", timeout)
+        if max_stale is not None and not (is_number(max_stale) and max_stale >= max_age):
             raise OptionError(f"`max_stale` is {max_stale!r}: give seconds, at least those of `max_age`, or None.")
-        if not 0 <= grace < math.inf:
-            raise OptionError(f"`grace` is {grace!r}: give seconds, 0 or more.")
+        check_seconds("grace", grace, or_zero=True)
         self._max_age = max_age
         self._grace = grace
         self._timeout = timeout

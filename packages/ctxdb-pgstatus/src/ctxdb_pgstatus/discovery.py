@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from ctxdb_pgstatus._lazy import errors
+from ctxdb_pgstatus._options import check_seconds
 from ctxdb_pgstatus.addresses import HostAddress
 
 __all__ = ["DiscoveredHost", "FileDiscovery", "HostDiscovery", "PatroniDiscovery", "SRVDiscovery"]
@@ -66,14 +67,18 @@ class PatroniDiscovery:
         timeout: how many seconds each member may take to answer.
 
     Raises:
-        OptionError: `urls` is empty, or holds something else than an address of a REST API.
+        OptionError: `urls` is empty, or holds something else than an address of a REST API; or `timeout` is not
+            positive.
     """
 
     def __init__(self, urls: Iterable[str], *, timeout: float = 1.0) -> None:
         given = [urls] if isinstance(urls, str) else list(urls)
+        check_seconds("timeout", timeout)
         if not given:
             raise errors.OptionError("`urls` is empty: give the REST API of a member, as in ['http://n1:8008'].")
         for url in given:
+            if not isinstance(url, str):
+                raise errors.OptionError(f"{url!r} is no URL of a REST API: give one such as http://n1:8008.")
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise errors.OptionError(
                     f"{urlsplit(url).hostname or url!r} is no URL of a REST API: give one such as http://n1:8008."

@@ -23,6 +23,7 @@ from ctxdb_pgstatus._following.positions import (
     positions_wanted,
     want_positions,
 )
+from ctxdb_pgstatus._options import check_seconds, check_source, is_number
 from ctxdb_pgstatus.errors import NoMasterError, NoReplicaError, OptionError, PgStatusError
 from ctxdb_pgstatus.reading import ReadRule
 from ctxdb_pgstatus.source import HostSource, KnowsPromotions, KnowsServers, ReadsByRule
@@ -60,10 +61,11 @@ def follow_master(
         connect_timeout: how many seconds it may take to open a connection.
 
     Raises:
-        OptionError: a number of seconds is not positive.
+        OptionError: `source` knows no hosts, or a number of seconds is not positive.
     """
-    _check_seconds("confirm_timeout", confirm_timeout)
-    _check_seconds("connect_timeout", connect_timeout)
+    check_source(source)
+    check_seconds("confirm_timeout", confirm_timeout)
+    check_seconds("connect_timeout", connect_timeout)
     guard = CommitGuard(source, confirm=confirm_commits, timeout=confirm_timeout)
     return _MasterFollower(source, guard, connect_timeout)
 
@@ -103,17 +105,20 @@ def follow_replica(
             of replicas that fail or lag.
 
     Raises:
-        OptionError: `sync` is no such condition, a number is out of its range, or the source can find replicas by
-            `sync` alone while a rule asks for more.
+        OptionError: `source` knows no hosts, `sync` is no such condition, a number is out of its range, or the source
+            can find replicas by `sync` alone while a rule asks for more.
     """
+    check_source(source)
     if sync not in SYNC_CONDITIONS:
-        raise OptionError(f"sync={sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
-    if not wait >= 0:
-        raise OptionError(f"wait={wait}: give seconds, 0 or more.")
-    _check_seconds("connect_timeout", connect_timeout)
+        raise OptionError(f"`sync` is {sync!r}: give 'time', 'bytes', 'time_or_bytes', 'time_and_bytes' or None.")
+    if not is_number(wait) or not wait >= 0:
+        raise OptionError(f"`wait` is {wait!r}: give seconds, 0 or more.")
+    check_seconds("connect_timeout", connect_timeout)
     for name, limit in (("max_lag_ms", max_lag_ms), ("max_lag_bytes", max_lag_bytes)):
-        if limit is not None and not limit >= 0:
-            raise OptionError(f"{name}={limit}: give a number, 0 or more.")
+        if limit is not None and not (is_number(limit) and limit >= 0):
+            raise OptionError(f"`{name}` is {limit!r}: give a number, 0 or more, or None.")
+    if near is not None and not callable(near):
+        raise OptionError(f"`near` is {near!r}: give a function that is given a host, and returns how far it is.")
     rule = ReadRule(sync, max_lag_ms, max_lag_bytes, near, fallback)
     if not rule.is_plain and not isinstance(source, ReadsByRule):
         raise OptionError(
@@ -122,11 +127,6 @@ def follow_replica(
         )
     want_positions(source)
     return _ReplicaFollower(source, rule, wait, connect_timeout)
-
-
-def _check_seconds(name: str, seconds: float) -> None:
-    if not 0 < seconds < float("inf"):
-        raise OptionError(f"{name}={seconds}: give seconds, more than 0.")
 
 
 class _Follower:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from os import PathLike
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ctxdb_pgstatus._lazy import errors
+from ctxdb_pgstatus._options import check_name, check_number
 from ctxdb_pgstatus._probing.account import Account, Password
 from ctxdb_pgstatus._probing.changes import ChangeCallback, Changes
 from ctxdb_pgstatus._probing.cluster import Cluster
@@ -140,18 +140,17 @@ class HostMonitor:
         noloadbalance: Iterable[str] = (),
         subscribers: Iterable[str] = (),
     ) -> None:
-        _check_number("port", port, 1, _HIGHEST_PORT, whole=True)
-        _check_number("poll_interval", poll_interval, 0.01)
-        _check_number("connect_timeout", connect_timeout, 0.01)
+        check_number("port", port, 1, _HIGHEST_PORT, whole=True)
+        check_number("poll_interval", poll_interval, 0.01)
+        check_number("connect_timeout", connect_timeout, 0.01)
         if query_timeout is not None:
-            _check_number("query_timeout", query_timeout, 0.01)
-        _check_number("conn_max_age", conn_max_age, 0)
-        _check_number("max_fails", max_fails, 1, whole=True)
-        _check_number("sync_max_lag_ms", sync_max_lag_ms, 0, whole=True)
-        _check_number("sync_max_lag_bytes", sync_max_lag_bytes, 0, whole=True)
-        for name, text in (("user", user), ("database", database)):
-            if not text:
-                raise errors.OptionError(f"`{name}` is {text!r}: give the name of a {name}.")
+            check_number("query_timeout", query_timeout, 0.01)
+        check_number("conn_max_age", conn_max_age, 0)
+        check_number("max_fails", max_fails, 1, whole=True)
+        check_number("sync_max_lag_ms", sync_max_lag_ms, 0, whole=True)
+        check_number("sync_max_lag_bytes", sync_max_lag_bytes, 0, whole=True)
+        check_name("user", user)
+        check_name("database", database)
         self._discovery: HostDiscovery | None = None
         self._addresses: tuple[HostAddress, ...] = ()
         # `HostDiscovery` is told by its method `find`, which strings have as well.
@@ -669,11 +668,3 @@ class HostMonitor:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _check_number(name: str, value: float, least: float, most: float = math.inf, *, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == math.inf:
-        kind = "a whole number" if whole else "a number"
-        bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-        raise errors.OptionError(f"`{name}` is {value!r}: give {kind} {bounds}.")

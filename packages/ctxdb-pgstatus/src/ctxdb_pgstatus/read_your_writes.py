@@ -10,6 +10,7 @@ from weakref import WeakMethod
 
 from ctxdb_core.asgi import ASGIApp, Message, Receive, Scope, Send, has_unit_of_work
 from ctxdb_pgstatus._following.positions import DEFAULT_MAX_AGE, Positions, current_positions, want_positions
+from ctxdb_pgstatus._options import check_seconds, check_source
 from ctxdb_pgstatus._token import TokenSigner, WalPosition
 from ctxdb_pgstatus.errors import MiddlewareOrderError, OptionError
 from ctxdb_pgstatus.source import HostSource
@@ -72,18 +73,19 @@ class ReadYourWrites:
         wait: float = 0.1,
         secure: bool | None = None,
     ) -> None:
+        check_source(source)
+        if not isinstance(secret, str | bytes):
+            raise OptionError(f"`secret` is of type {type(secret).__name__}: give a string, or bytes.")
         key = secret.encode() if isinstance(secret, str) else secret
         if len(key) < _SHORTEST_SECRET:
             raise OptionError(
                 f"`secret` has {len(key)} bytes: give at least {_SHORTEST_SECRET}, from `secrets.token_bytes(32)` for "
                 "instance."
             )
-        if not 0 < max_age < float("inf"):
-            raise OptionError(f"max_age={max_age}: give seconds, more than 0.")
-        if not 0 <= wait < float("inf"):
-            raise OptionError(f"wait={wait}: give seconds, 0 or more.")
-        name = cookie if header is None else header
-        if _NAME.fullmatch(name) is None:
+        check_seconds("max_age", max_age)
+        check_seconds("wait", wait, or_zero=True)
+        name: Any = cookie if header is None else header
+        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise OptionError(
                 f"{name!r} cannot be the name of a {'cookie' if header is None else 'header field'}: give a name of "
                 "letters, digits, dashes and underscores."

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class HostSource(Protocol):
     """Knows the hosts of a cluster. The methods may be called on any event loop."""
 
