@@ -257,7 +257,7 @@ def test_a_seeded_session_misses_no_frequent_event(session: Session) -> None:
     "settings", [{}, {"expire_on_commit": False, "autoflush": False}, {"join_transaction_mode": "create_savepoint"}]
 )
 async def test_sessions_of_a_pattern_are_like_constructed_sessions(settings: dict[str, Any]) -> None:
-    maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), **settings)
+    maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), sync_session_class=Session, **settings)
     pattern = private.SessionPattern.of(maker)
     assert pattern is not None
     copied, constructed = pattern(), maker()
@@ -278,7 +278,8 @@ async def test_sessions_are_constructed_where_sqlalchemy_lacks_an_event(monkeypa
 
 
 async def test_sessions_of_a_pattern_have_all_that_changes_for_themselves() -> None:
-    pattern = private.SessionPattern.of(async_sessionmaker(create_async_engine("sqlite+aiosqlite://")))
+    maker = async_sessionmaker(create_async_engine("sqlite+aiosqlite://"), sync_session_class=Session)
+    pattern = private.SessionPattern.of(maker)
     assert pattern is not None
     first, second = pattern(), pattern()
     thing = Thing(id=1)

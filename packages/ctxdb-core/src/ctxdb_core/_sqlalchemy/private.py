@@ -36,6 +36,7 @@ __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
     "FirstStatement",
+    "InPlaceDispatch",
     "PoolNumbers",
     "SessionPattern",
     "asyncpg_adapter_that_begins",
@@ -82,6 +83,7 @@ __all__ = [
     "raise_translated",
     "replace_commit",
     "replace_connect",
+    "replace_connection_class",
     "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
@@ -254,7 +256,7 @@ def _seed(dispatch: Any, listeners: Sequence[Any]) -> None:
 
 
 class SessionPattern:
-    """Makes sessions like a constructor does, by copying the values that are the same in all of them.
+    """Makes sessions like a constructor does, of the values that are the same in all of them.
 
     The two constructors of a session check and store some 25 values, of which all but a few are the same for each
     session of a session maker.
@@ -263,16 +265,7 @@ class SessionPattern:
         construct: makes a session by the constructors.
     """
 
-    __slots__ = (
-        "_async_class",
-        "_async_dicts",
-        "_async_values",
-        "_identity_map",
-        "_listeners",
-        "_sync_class",
-        "_sync_dicts",
-        "_sync_values",
-    )
+    __slots__ = ("_async_class", "_async_values", "_identity_map", "_listeners", "_sync_class", "_sync_values")
 
     def __init__(self, construct: Callable[[], AsyncSession]) -> None:
         session, other = construct(), construct()
@@ -280,8 +273,10 @@ class SessionPattern:
         self._async_class: type[AsyncSession] = type(session)
         self._sync_class: type[Session] = type(sync_session)
         self._identity_map: type[Any] = type(sync_session.identity_map)
-        self._async_values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
-        self._sync_values, self._sync_dicts = _in_common(sync_session, other.sync_session, {"hash_key", "identity_map"})
+        self._async_values = _in_common(session, other, _ASYNC_NAMES, {"_async_binds", "_proxied", "sync_session"})
+        self._sync_values = _in_common(
+            sync_session, other.sync_session, _SYNC_NAMES, {"_deleted", "_new", "hash_key", "identity_map"}
+        )
         # A session has its dispatch from when it is first asked for.
         self._listeners = _listeners_of(sync_session.dispatch)
 
@@ -296,40 +291,116 @@ class SessionPattern:
     def __call__(self) -> AsyncSession:
         """Return a new session."""
         sync_session: Any = _new(self._sync_class)
-        sync_session.__dict__ = values = self._sync_values.copy()
-        for name in self._sync_dicts:
-            values[name] = {}
-        values["identity_map"] = self._identity_map()
-        values["hash_key"] = key = _new_sessionid()
+        # By their names, in the order of `_SYNC_NAMES`: a loop with `setattr` takes as long as the constructor, and
+        # the attributes of an object whose ``__dict__`` is replaced are slow (see `InPlaceDispatch`).
+        (
+            sync_session.bind,
+            sync_session.binds,
+            sync_session._flushing,  # noqa: SLF001 - see the module
+            sync_session._warn_on_events,  # noqa: SLF001
+            sync_session._transaction,  # noqa: SLF001
+            sync_session._nested_transaction,  # noqa: SLF001
+            sync_session.autobegin,
+            sync_session.autoflush,
+            sync_session.expire_on_commit,
+            sync_session.enable_baked_queries,
+            sync_session._close_state,  # noqa: SLF001
+            sync_session.join_transaction_mode,
+            sync_session.twophase,
+            sync_session._query_cls,  # noqa: SLF001
+        ) = self._sync_values
+        sync_session._new = {}  # noqa: SLF001
+        sync_session._deleted = {}  # noqa: SLF001
+        sync_session.identity_map = self._identity_map()
+        sync_session.hash_key = key = _new_sessionid()
         _sessions[key] = sync_session
         _seed(sync_session.dispatch, self._listeners)
         session: Any = _new(self._async_class)
-        session.__dict__ = values = self._async_values.copy()
-        for name in self._async_dicts:
-            values[name] = {}
+        session._async_bind, session.sync_session_class = self._async_values  # noqa: SLF001
+        session._async_binds = {}  # noqa: SLF001
         # SQLAlchemy finds the asynchronous session by the synchronous one.
-        values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
+        session.sync_session = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001
         return session  # type: ignore[no-any-return]  # of `_async_class`
+
+
+_SYNC_NAMES = (
+    "bind",
+    "binds",
+    "_flushing",
+    "_warn_on_events",
+    "_transaction",
+    "_nested_transaction",
+    "autobegin",
+    "autoflush",
+    "expire_on_commit",
+    "enable_baked_queries",
+    "_close_state",
+    "join_transaction_mode",
+    "twophase",
+    "_query_cls",
+)
+"""The attributes that the synchronous sessions of a session maker share."""
+
+_ASYNC_NAMES = ("_async_bind", "sync_session_class")
+"""The attributes that its asynchronous sessions share."""
 
 
 class _CannotBeCopiedError(Exception):
     """A session has a value of its own, or lacks one, other than this module knows it."""
 
 
-def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the values that two new sessions share, and the names under which each has an empty dict of its own.
+def _in_common(one: object, other: object, names: Sequence[str], own_names: set[str]) -> Sequence[Any]:
+    """Return the values that two new sessions share, in the order of their `names`.
 
     Args:
         one: a session.
         other: another one.
-        known: the names of the other values that each session has for itself.
+        names: the attributes that they share.
+        own_names: those that each session has for itself.
+
+    Raises:
+        _CannotBeCopiedError: they have other attributes, or share others.
     """
     values, others = vars(one), vars(other)
-    own = [name for name, value in values.items() if others.get(name) is not value]
-    dicts = tuple(name for name in own if type(values[name]) is dict and not values[name])
-    if values.keys() != others.keys() or set(own) - set(dicts) != known:
+    if not values.keys() == others.keys() == {*names, *own_names}:
         raise _CannotBeCopiedError
-    return {name: value for name, value in values.items() if name not in own}, dicts
+    if any(values[name] is not others[name] for name in names):
+        raise _CannotBeCopiedError
+    return tuple(values[name] for name in names)
+
+
+class InPlaceDispatch:
+    """Gives each object its dispatch of events like SQLAlchemy's descriptor, but as a plain attribute.
+
+    SQLAlchemy's descriptor stores the dispatch by way of ``__dict__``. CPython keeps the attributes of an object in
+    the object itself until its ``__dict__`` is asked for. From then on it keeps them in a dictionary, and takes two to
+    four times as long for each of them, up to Python 3.12. An object that serves a single request has its dispatch
+    asked for at once, and its attributes some hundred times after that.
+
+    Args:
+        cls: the class of SQLAlchemy's that has the events.
+    """
+
+    def __init__(self, cls: Any) -> None:
+        self._dispatch = cls.dispatch
+
+    def __get__(self, instance: Any, owner: object) -> Any:
+        if instance is None:
+            return self._dispatch
+        instance.dispatch = dispatch = self._dispatch._for_instance(instance)  # noqa: SLF001 - see the module
+        return dispatch
+
+
+class InPlaceConnection(Connection):
+    """A connection that keeps its attributes in itself."""
+
+    dispatch = InPlaceDispatch(Connection)
+
+
+def replace_connection_class(engine: Engine) -> None:
+    """Have an engine hand out connections of the class `InPlaceConnection`, unless it has another class already."""
+    if engine._connection_cls is Connection:  # noqa: SLF001 - see the module
+        engine._connection_cls = InPlaceConnection  # noqa: SLF001
 
 
 def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
