@@ -61,6 +61,7 @@ __all__ = [
     "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
+    "give_own_dictionaries",
     "has_committed",
     "has_to_flush",
     "innermost_block",
@@ -265,7 +266,17 @@ class SessionPattern:
         construct: makes a session by the constructors.
     """
 
-    __slots__ = ("_async_class", "_async_values", "_identity_map", "_listeners", "_sync_class", "_sync_values")
+    __slots__ = (
+        "_async_class",
+        "_async_dicts",
+        "_async_values",
+        "_identity_map",
+        "_listeners",
+        "_sync_class",
+        "_sync_dicts",
+        "_sync_others",
+        "_sync_values",
+    )
 
     def __init__(self, construct: Callable[[], AsyncSession]) -> None:
         session, other = construct(), construct()
@@ -273,10 +284,15 @@ class SessionPattern:
         self._async_class: type[AsyncSession] = type(session)
         self._sync_class: type[Session] = type(sync_session)
         self._identity_map: type[Any] = type(sync_session.identity_map)
-        self._async_values = _in_common(session, other, _ASYNC_NAMES, {"_async_binds", "_proxied", "sync_session"})
-        self._sync_values = _in_common(
-            sync_session, other.sync_session, _SYNC_NAMES, {"_deleted", "_new", "hash_key", "identity_map"}
-        )
+        values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
+        self._async_values = tuple(values.items())
+        known = {"_deleted", "_new", "hash_key", "identity_map"}
+        values, self._sync_dicts = _in_common(sync_session, other.sync_session, known)
+        try:
+            self._sync_values = tuple(values.pop(name) for name in _SHARED)
+        except KeyError:
+            raise _CannotBeCopiedError from None
+        self._sync_others = tuple(values.items())
         # A session has its dispatch from when it is first asked for.
         self._listeners = _listeners_of(sync_session.dispatch)
 
@@ -291,11 +307,10 @@ class SessionPattern:
     def __call__(self) -> AsyncSession:
         """Return a new session."""
         sync_session: Any = _new(self._sync_class)
-        # By their names, in the order of `_SYNC_NAMES`: a loop with `setattr` takes as long as the constructor, and
-        # the attributes of an object whose ``__dict__`` is replaced are slow (see `InPlaceDispatch`).
+        # By their names, in the order of `_SHARED`: a loop takes as long as the constructor. And not by the session's
+        # ``__dict__``: see `InPlaceDispatch`.
         (
             sync_session.bind,
-            sync_session.binds,
             sync_session._flushing,  # noqa: SLF001 - see the module
             sync_session._warn_on_events,  # noqa: SLF001
             sync_session._transaction,  # noqa: SLF001
@@ -309,23 +324,27 @@ class SessionPattern:
             sync_session.twophase,
             sync_session._query_cls,  # noqa: SLF001
         ) = self._sync_values
-        sync_session._new = {}  # noqa: SLF001
-        sync_session._deleted = {}  # noqa: SLF001
+        for name, value in self._sync_others:
+            setattr(sync_session, name, value)
+        for name in self._sync_dicts:
+            setattr(sync_session, name, {})
+        sync_session._new, sync_session._deleted = {}, {}  # noqa: SLF001
         sync_session.identity_map = self._identity_map()
         sync_session.hash_key = key = _new_sessionid()
         _sessions[key] = sync_session
         _seed(sync_session.dispatch, self._listeners)
         session: Any = _new(self._async_class)
-        session._async_bind, session.sync_session_class = self._async_values  # noqa: SLF001
-        session._async_binds = {}  # noqa: SLF001
+        for name, value in self._async_values:
+            setattr(session, name, value)
+        for name in self._async_dicts:
+            setattr(session, name, {})
         # SQLAlchemy finds the asynchronous session by the synchronous one.
         session.sync_session = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001
         return session  # type: ignore[no-any-return]  # of `_async_class`
 
 
-_SYNC_NAMES = (
+_SHARED = (
     "bind",
-    "binds",
     "_flushing",
     "_warn_on_events",
     "_transaction",
@@ -339,34 +358,27 @@ _SYNC_NAMES = (
     "twophase",
     "_query_cls",
 )
-"""The attributes that the synchronous sessions of a session maker share."""
-
-_ASYNC_NAMES = ("_async_bind", "sync_session_class")
-"""The attributes that its asynchronous sessions share."""
+"""Attributes that the synchronous sessions of a session maker share, in each version of SQLAlchemy."""
 
 
 class _CannotBeCopiedError(Exception):
     """A session has a value of its own, or lacks one, other than this module knows it."""
 
 
-def _in_common(one: object, other: object, names: Sequence[str], own_names: set[str]) -> Sequence[Any]:
-    """Return the values that two new sessions share, in the order of their `names`.
+def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the values that two new sessions share, and the names under which each has an empty dict of its own.
 
     Args:
         one: a session.
         other: another one.
-        names: the attributes that they share.
-        own_names: those that each session has for itself.
-
-    Raises:
-        _CannotBeCopiedError: they have other attributes, or share others.
+        known: the names of what else each session has for itself.
     """
     values, others = vars(one), vars(other)
-    if not values.keys() == others.keys() == {*names, *own_names}:
+    own = [name for name, value in values.items() if others.get(name) is not value]
+    dicts = tuple(name for name in own if name not in known and type(values[name]) is dict and not values[name])
+    if values.keys() != others.keys() or set(own) - set(dicts) != known:
         raise _CannotBeCopiedError
-    if any(values[name] is not others[name] for name in names):
-        raise _CannotBeCopiedError
-    return tuple(values[name] for name in names)
+    return {name: value for name, value in values.items() if name not in own}, dicts
 
 
 class InPlaceDispatch:
@@ -401,6 +413,17 @@ def replace_connection_class(engine: Engine) -> None:
     """Have an engine hand out connections of the class `InPlaceConnection`, unless it has another class already."""
     if engine._connection_cls is Connection:  # noqa: SLF001 - see the module
         engine._connection_cls = InPlaceConnection  # noqa: SLF001
+
+
+def give_own_dictionaries(engine: Engine) -> None:
+    """Have a new engine and its pool keep their attributes each in a dictionary of its own.
+
+    They have been asked for their ``__dict__`` (see `InPlaceDispatch`). CPython has these dictionaries share their keys
+    with those of other objects of the class, and takes twice as long for an attribute in such a dictionary. Nobody else
+    may use the engine yet, who could change an attribute meanwhile.
+    """
+    for each in (engine, engine.pool):
+        each.__dict__ = {**vars(each)}
 
 
 def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
