@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
 from sqlalchemy.orm.attributes import flag_modified, instance_state
-from sqlalchemy.pool import Pool, QueuePool, StaticPool
+from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
 
@@ -291,6 +291,64 @@ async def test_sessions_of_a_pattern_have_all_that_changes_for_themselves() -> N
     assert second.info == {}
     assert first.identity_map is not second.identity_map
     first.expunge(thing)
+
+
+async def test_a_listener_of_one_connection_is_not_called_for_another() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://", poolclass=NullPool)
+    private.replace_connection_class(engine.sync_engine)
+    seen: list[str] = []
+    async with engine.connect() as first, engine.connect() as second:
+        event.listen(first.sync_connection, "before_cursor_execute", lambda *args: seen.append("first"))
+        event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: seen.append("engine"))
+        await second.execute(text("SELECT 1"))
+        assert seen == ["engine"]
+        await first.execute(text("SELECT 1"))
+    assert sorted(seen) == ["engine", "engine", "first"]
+    await engine.dispose()
+
+
+async def test_a_listener_of_all_connections_is_called_for_connections_of_a_taught_engine_as_for_others() -> None:
+    plain, taught = create_async_engine("sqlite+aiosqlite://"), create_async_engine("sqlite+aiosqlite://")
+    private.replace_connection_class(taught.sync_engine)
+    seen: list[str] = []
+
+    def note(connection: Connection, *args: object) -> None:
+        seen.append(str(args[1]))
+
+    event.listen(Connection, "before_cursor_execute", note)
+    try:
+        for engine in (plain, taught):
+            # SQLAlchemy 2.0 calls the listeners of the class where the engine has some.
+            event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: None)
+            async with engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+            await engine.dispose()
+    finally:
+        event.remove(Connection, "before_cursor_execute", note)
+    assert seen == ["SELECT 1"] * 2
+
+
+async def test_an_engine_keeps_a_connection_class_of_its_own() -> None:
+    class OwnConnection(Connection):
+        pass
+
+    engine = create_async_engine("sqlite+aiosqlite://")
+    engine.sync_engine._connection_cls = OwnConnection
+    private.replace_connection_class(engine.sync_engine)
+    async with engine.connect() as connection:
+        assert type(connection.sync_connection) is OwnConnection
+    await engine.dispose()
+
+
+async def test_an_engine_with_dictionaries_of_its_own_is_as_it_was() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://", logging_name="own")
+    before, pool_before = dict(vars(engine.sync_engine)), dict(vars(engine.pool))
+    private.give_own_dictionaries(engine.sync_engine)
+    assert (vars(engine.sync_engine), vars(engine.pool)) == (before, pool_before)
+    assert engine.sync_engine.logging_name == "own"
+    async with engine.connect() as connection:
+        assert await connection.scalar(text("SELECT 1")) == 1
+    await engine.dispose()
 
 
 class Marked(AsyncSession):

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
 from ctxdb_core._sqlalchemy.poolers import make_read_only
+from ctxdb_core._sqlalchemy.private import give_own_dictionaries
 from ctxdb_core.errors import ArgumentValueError
 
 __all__ = ["create_engine"]
@@ -29,7 +30,9 @@ def create_engine(url: URL, host: str, options: dict[str, Any], *, read_only: bo
             )
         url = url.set(host=host)
     _limit_connect(url, options)
-    return _create_read_only(url, options) if read_only else create_async_engine(url, **options)
+    engine = _create_read_only(url, options) if read_only else create_async_engine(url, **options)
+    give_own_dictionaries(engine.sync_engine)
+    return engine
 
 
 CONNECT_SECONDS = 10

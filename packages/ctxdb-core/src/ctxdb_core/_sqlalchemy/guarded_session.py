@@ -15,7 +15,7 @@ from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_session
-from sqlalchemy.orm import InstanceState, SessionTransaction
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -30,6 +30,7 @@ from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals, note_originals_of
 from ctxdb_core._sqlalchemy.private import (
+    InPlaceDispatch,
     begin_without_statement,
     has_to_flush,
     innermost_block,
@@ -53,6 +54,7 @@ BeforeClose: TypeAlias = Callable[[AsyncSession, BaseException | None], bool]
 class GuardedSession(TracedSession):
     """A synchronous session that may have a door."""
 
+    dispatch = InPlaceDispatch(Session)
     on_begin: OnBegin | None = None
     """Awaited at the beginning of each transaction, before the first statement of the user's code in it."""
     _begun_with_hook: ref[SessionTransaction] | None = None

@@ -13,6 +13,7 @@ from ctxdb_core._sqlalchemy.cursors import follow_cursors
 from ctxdb_core._sqlalchemy.failed_transactions import detect_silent_rollback
 from ctxdb_core._sqlalchemy.lost_commits import call_lost_commits_unknown
 from ctxdb_core._sqlalchemy.poolers import tell_wrong_settings
+from ctxdb_core._sqlalchemy.private import replace_connection_class
 from ctxdb_core._sqlalchemy.savepoints import begin_before_savepoints
 from ctxdb_core._sqlalchemy.stale_connections import replace_closed_connections
 
@@ -34,6 +35,7 @@ def teach(bind: Engine | Connection) -> None:
     if not sync_engine.dialect.is_async:
         # SQLAlchemy refuses a synchronous engine to an asynchronous session.
         return
+    replace_connection_class(sync_engine)
     engine = AsyncEngine(sync_engine)
     connect_without_hidden_variables(engine)
     replace_closed_connections(engine)

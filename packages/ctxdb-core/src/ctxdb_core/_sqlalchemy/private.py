@@ -36,6 +36,7 @@ __all__ = [
     "BufferedRowCursorFetchStrategy",
     "ConnectionFairy",
     "FirstStatement",
+    "InPlaceDispatch",
     "PoolNumbers",
     "SessionPattern",
     "asyncpg_adapter_that_begins",
@@ -60,6 +61,7 @@ __all__ = [
     "follow_raw_connection",
     "forget_block",
     "forget_prepared_statements",
+    "give_own_dictionaries",
     "has_committed",
     "has_to_flush",
     "innermost_block",
@@ -82,6 +84,7 @@ __all__ = [
     "raise_translated",
     "replace_commit",
     "replace_connect",
+    "replace_connection_class",
     "replace_isolation_level",
     "replace_raw_connection",
     "replace_terminate",
@@ -254,7 +257,7 @@ def _seed(dispatch: Any, listeners: Sequence[Any]) -> None:
 
 
 class SessionPattern:
-    """Makes sessions like a constructor does, by copying the values that are the same in all of them.
+    """Makes sessions like a constructor does, of the values that are the same in all of them.
 
     The two constructors of a session check and store some 25 values, of which all but a few are the same for each
     session of a session maker.
@@ -271,6 +274,7 @@ class SessionPattern:
         "_listeners",
         "_sync_class",
         "_sync_dicts",
+        "_sync_others",
         "_sync_values",
     )
 
@@ -280,8 +284,15 @@ class SessionPattern:
         self._async_class: type[AsyncSession] = type(session)
         self._sync_class: type[Session] = type(sync_session)
         self._identity_map: type[Any] = type(sync_session.identity_map)
-        self._async_values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
-        self._sync_values, self._sync_dicts = _in_common(sync_session, other.sync_session, {"hash_key", "identity_map"})
+        values, self._async_dicts = _in_common(session, other, {"_proxied", "sync_session"})
+        self._async_values = tuple(values.items())
+        known = {"_deleted", "_new", "hash_key", "identity_map"}
+        values, self._sync_dicts = _in_common(sync_session, other.sync_session, known)
+        try:
+            self._sync_values = tuple(values.pop(name) for name in _SHARED)
+        except KeyError:
+            raise _CannotBeCopiedError from None
+        self._sync_others = tuple(values.items())
         # A session has its dispatch from when it is first asked for.
         self._listeners = _listeners_of(sync_session.dispatch)
 
@@ -296,20 +307,58 @@ class SessionPattern:
     def __call__(self) -> AsyncSession:
         """Return a new session."""
         sync_session: Any = _new(self._sync_class)
-        sync_session.__dict__ = values = self._sync_values.copy()
+        # By their names, in the order of `_SHARED`: a loop takes as long as the constructor. And not by the session's
+        # ``__dict__``: see `InPlaceDispatch`.
+        (
+            sync_session.bind,
+            sync_session._flushing,  # noqa: SLF001 - see the module
+            sync_session._warn_on_events,  # noqa: SLF001
+            sync_session._transaction,  # noqa: SLF001
+            sync_session._nested_transaction,  # noqa: SLF001
+            sync_session.autobegin,
+            sync_session.autoflush,
+            sync_session.expire_on_commit,
+            sync_session.enable_baked_queries,
+            sync_session._close_state,  # noqa: SLF001
+            sync_session.join_transaction_mode,
+            sync_session.twophase,
+            sync_session._query_cls,  # noqa: SLF001
+        ) = self._sync_values
+        for name, value in self._sync_others:
+            setattr(sync_session, name, value)
         for name in self._sync_dicts:
-            values[name] = {}
-        values["identity_map"] = self._identity_map()
-        values["hash_key"] = key = _new_sessionid()
+            setattr(sync_session, name, {})
+        sync_session._new, sync_session._deleted = {}, {}  # noqa: SLF001
+        sync_session.identity_map = self._identity_map()
+        sync_session.hash_key = key = _new_sessionid()
         _sessions[key] = sync_session
         _seed(sync_session.dispatch, self._listeners)
         session: Any = _new(self._async_class)
-        session.__dict__ = values = self._async_values.copy()
+        for name, value in self._async_values:
+            setattr(session, name, value)
         for name in self._async_dicts:
-            values[name] = {}
+            setattr(session, name, {})
         # SQLAlchemy finds the asynchronous session by the synchronous one.
-        values["sync_session"] = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001 - see the module
+        session.sync_session = session._proxied = session._assign_proxied(sync_session)  # noqa: SLF001
         return session  # type: ignore[no-any-return]  # of `_async_class`
+
+
+_SHARED = (
+    "bind",
+    "_flushing",
+    "_warn_on_events",
+    "_transaction",
+    "_nested_transaction",
+    "autobegin",
+    "autoflush",
+    "expire_on_commit",
+    "enable_baked_queries",
+    "_close_state",
+    "join_transaction_mode",
+    "twophase",
+    "_query_cls",
+)
+"""Attributes that the synchronous sessions of a session maker share, in each version of SQLAlchemy."""
 
 
 class _CannotBeCopiedError(Exception):
@@ -322,14 +371,59 @@ def _in_common(one: object, other: object, known: set[str]) -> tuple[dict[str, A
     Args:
         one: a session.
         other: another one.
-        known: the names of the other values that each session has for itself.
+        known: the names of what else each session has for itself.
     """
     values, others = vars(one), vars(other)
     own = [name for name, value in values.items() if others.get(name) is not value]
-    dicts = tuple(name for name in own if type(values[name]) is dict and not values[name])
+    dicts = tuple(name for name in own if name not in known and type(values[name]) is dict and not values[name])
     if values.keys() != others.keys() or set(own) - set(dicts) != known:
         raise _CannotBeCopiedError
     return {name: value for name, value in values.items() if name not in own}, dicts
+
+
+class InPlaceDispatch:
+    """Gives each object its dispatch of events like SQLAlchemy's descriptor, but as a plain attribute.
+
+    SQLAlchemy's descriptor stores the dispatch by way of ``__dict__``. CPython keeps the attributes of an object in
+    the object itself until its ``__dict__`` is asked for. From then on it keeps them in a dictionary, and takes two to
+    four times as long for each of them, up to Python 3.12. An object that serves a single request has its dispatch
+    asked for at once, and its attributes some hundred times after that.
+
+    Args:
+        cls: the class of SQLAlchemy's that has the events.
+    """
+
+    def __init__(self, cls: Any) -> None:
+        self._dispatch = cls.dispatch
+
+    def __get__(self, instance: Any, owner: object) -> Any:
+        if instance is None:
+            return self._dispatch
+        instance.dispatch = dispatch = self._dispatch._for_instance(instance)  # noqa: SLF001 - see the module
+        return dispatch
+
+
+class InPlaceConnection(Connection):
+    """A connection that keeps its attributes in itself."""
+
+    dispatch = InPlaceDispatch(Connection)
+
+
+def replace_connection_class(engine: Engine) -> None:
+    """Have an engine hand out connections of the class `InPlaceConnection`, unless it has another class already."""
+    if engine._connection_cls is Connection:  # noqa: SLF001 - see the module
+        engine._connection_cls = InPlaceConnection  # noqa: SLF001
+
+
+def give_own_dictionaries(engine: Engine) -> None:
+    """Have a new engine and its pool keep their attributes each in a dictionary of its own.
+
+    They have been asked for their ``__dict__`` (see `InPlaceDispatch`). CPython has these dictionaries share their keys
+    with those of other objects of the class, and takes twice as long for an attribute in such a dictionary. Nobody else
+    may use the engine yet, who could change an attribute meanwhile.
+    """
+    for each in (engine, engine.pool):
+        each.__dict__ = {**vars(each)}
 
 
 def listen_once(target: Any, name: str, listener: Callable[..., object]) -> None:
