@@ -589,6 +589,14 @@ class HostMonitor:
             await asyncio.gather(*(member.watch.ask(patient=False) for member in unconfirmed))
 
     async def _confirm_master(self, host: str) -> bool:
+        cluster = self._cluster
+        is_master = await self._ask_for_master(host)
+        if not is_master and (self._loop is None or self._cluster is not cluster):
+            # The end of the monitor has cut the questions off, and has forgotten who the master is.
+            raise errors.PgStatusError(f"The HostMonitor was closed while {host!r} was asked whether it is the master.")
+        return is_master
+
+    async def _ask_for_master(self, host: str) -> bool:
         asked = self._cluster.members.get(host)
         if asked is None:
             return False
