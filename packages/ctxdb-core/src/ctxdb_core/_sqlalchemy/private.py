@@ -12,7 +12,7 @@ import copy
 import sys
 from asyncio import Future
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -80,6 +80,7 @@ __all__ = [
     "psycopg_adapter_that_executes",
     "psycopg_connection_that_stops",
     "raise_translated",
+    "read_psycopg_answer",
     "replace_commit",
     "replace_connect",
     "replace_isolation_level",
@@ -825,14 +826,41 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection becomes one of the derived class by an assignment to its ``__class__``. After `stop`, psycopg waits for
-    the end of the query, unless `stop` has raised the cancellation.
+    A connection becomes one of the derived class by an assignment to its ``__class__``. If `stop` has read the answer
+    to its end, psycopg takes the call for stopped. Else it goes on with the call, unless `stop` has raised the
+    cancellation.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
         await stop(self)
+        pgconn = self.pgconn
+        if pgconn.transaction_status in _PSYCOPG_ANSWERED and not pgconn.pipeline_status:
+            # A call that went on would send its statement now if it was cancelled while its transaction began.
+            from psycopg.errors import QueryCanceled  # noqa: PLC0415 - this package does not depend on psycopg
+
+            raise QueryCanceled
 
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
+
+
+# Idle, in a transaction, and in a failed one (libpq, "PQtransactionStatus").
+_PSYCOPG_ANSWERED = (0, 2, 3)
+
+
+async def read_psycopg_answer(connection: Any) -> None:
+    """Send the rest of the command that is under way on a connection of psycopg, and read its answer to the end.
+
+    Nothing else is sent. In a pipeline, and while a COPY runs, this returns as soon as the server sends something.
+    """
+    from psycopg import generators, waiting  # noqa: PLC0415 - this package does not depend on psycopg
+
+    def until_readable() -> Generator[Any, Any, None]:
+        while not (yield waiting.WAIT_R):
+            pass
+
+    pgconn = connection.pgconn
+    reading = until_readable() if pgconn.pipeline_status else generators.execute(pgconn)
+    await waiting.wait_async(reading, pgconn.socket, interval=1.0)
 
 
 def close_psycopg_cursor(adapted: Any) -> None:
