@@ -708,9 +708,8 @@ async def test_a_connection_of_psycopg_stops_a_cancelled_query_as_it_is_told(
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
-@pytest.mark.parametrize("in_pipeline", [False, True])
 async def test_a_connection_of_psycopg_can_be_used_once_the_answer_to_its_cancelled_query_was_read(
-    connection: AsyncConnection, database: Database, *, in_pipeline: bool
+    connection: AsyncConnection, database: Database
 ) -> None:
     async def stop(connection: Any) -> None:
         await connection.cancel_safe()
@@ -718,13 +717,7 @@ async def test_a_connection_of_psycopg_can_be_used_once_the_answer_to_its_cancel
 
     own: Any = (await connection.get_raw_connection()).driver_connection
     own.__class__ = private.psycopg_connection_that_stops(type(own), stop)
-    # psycopg executes many by a pipeline.
-    call = (
-        own.cursor().executemany("SELECT pg_sleep(%s)", [[60]] * 2)
-        if in_pipeline
-        else own.execute("SELECT pg_sleep(60)")
-    )
-    waiting = asyncio.create_task(call)
+    waiting = asyncio.create_task(own.execute("SELECT pg_sleep(60)"))
     await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

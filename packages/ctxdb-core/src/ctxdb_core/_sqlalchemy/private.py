@@ -827,18 +827,18 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
     A connection becomes one of the derived class by an assignment to its ``__class__``. If `stop` has read the answer
-    to its end, psycopg takes the call for stopped. Else it goes on with the call, unless `stop` has raised the
-    cancellation.
+    to its end, the call ends there. Else psycopg goes on with it, unless `stop` has raised the cancellation.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
+        # The call that was cancelled: a generator, which psycopg's `wait` goes on with after this. What else calls this
+        # function has none.
+        call = sys._getframe(1).f_locals.get("gen")  # noqa: SLF001 - see the module
         await stop(self)
         pgconn = self.pgconn
-        if pgconn.transaction_status in _PSYCOPG_ANSWERED and not pgconn.pipeline_status:
-            # A call that went on would send its statement now if it was cancelled while its transaction began.
-            from psycopg.errors import QueryCanceled  # noqa: PLC0415 - this package does not depend on psycopg
-
-            raise QueryCanceled
+        if call is not None and pgconn.transaction_status in _PSYCOPG_ANSWERED and not pgconn.pipeline_status:
+            # If the call was cancelled while its transaction began, it would send its statement now.
+            call.close()
 
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
 
