@@ -826,8 +826,8 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection becomes one of the derived class by an assignment to its ``__class__``. If `stop` has read the answer
-    to its end, the call ends there. Else psycopg goes on with it, unless `stop` has raised the cancellation.
+    A connection becomes one of the derived class by an assignment to its ``__class__``. After `stop`, which has to read
+    the answer or to close the connection, the cancelled call ends. In a pipeline, psycopg goes on with it.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
@@ -835,22 +835,17 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
         # function has none.
         call = sys._getframe(1).f_locals.get("gen")  # noqa: SLF001 - see the module
         await stop(self)
-        pgconn = self.pgconn
-        if call is not None and pgconn.transaction_status in _PSYCOPG_ANSWERED and not pgconn.pipeline_status:
+        if call is not None and not self.pgconn.pipeline_status:
             # If the call was cancelled while its transaction began, it would send its statement now.
             call.close()
 
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
 
 
-# Idle, in a transaction, and in a failed one (libpq, "PQtransactionStatus").
-_PSYCOPG_ANSWERED = (0, 2, 3)
-
-
 async def read_psycopg_answer(connection: Any) -> None:
     """Send the rest of the command that is under way on a connection of psycopg, and read its answer to the end.
 
-    Nothing else is sent. In a pipeline, and while a COPY runs, this returns as soon as the server sends something.
+    Nothing else is sent. In a pipeline, this returns as soon as the server sends something; with COPY, before the data.
     """
     from psycopg import generators, waiting  # noqa: PLC0415 - this package does not depend on psycopg
 
