@@ -766,6 +766,25 @@ async def test_a_connection_of_psycopg_stops_a_cancelled_query_as_it_is_told(
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_connection_of_psycopg_can_be_used_once_the_answer_to_its_cancelled_query_was_read(
+    connection: AsyncConnection, database: Database
+) -> None:
+    async def stop(connection: Any) -> None:
+        await connection.cancel_safe()
+        await private.read_psycopg_answer(connection)
+
+    own: Any = (await connection.get_raw_connection()).driver_connection
+    own.__class__ = private.psycopg_connection_that_stops(type(own), stop)
+    waiting = asyncio.create_task(own.execute("SELECT pg_sleep(60)"))
+    await eventually(lambda: bool(database.backends("wait_event = 'PgSleep'")), "no query")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await own.rollback()
+    assert await (await own.execute("SELECT 1")).fetchone() == (1,)
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
 async def test_a_cursor_of_psycopg_is_closed_without_its_server(connection: AsyncConnection) -> None:
     result: Any = await connection.stream(text("SELECT 1"))
     cursor = result._real_result.cursor

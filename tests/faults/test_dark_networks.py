@@ -118,6 +118,25 @@ async def test_a_query_that_its_cancel_request_overtakes_is_stopped(
     await eventually(lambda: not database.backends("state = 'active'"), "the query runs on")
 
 
+async def test_a_statement_that_is_cancelled_while_its_transaction_begins_is_not_sent(
+    far: DBConnect, network: FaultyNetwork
+) -> None:
+    async with new_non_ctx_session(far) as session:
+        await session.connection()
+        await session.rollback()
+        sent: list[str] = []
+        network.on_statement = sent.append
+        network.lets_execute.clear()
+        running = asyncio.create_task(session.execute(text("SELECT pg_sleep(600)")))
+        await network.holds_back.wait()
+        running.cancel()
+        await eventually(lambda: network.answered_cancel_requests == 1, "no cancel request")
+        network.lets_execute.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert [statement for statement in sent if "pg_sleep" in statement] == []
+
+
 @pytest.mark.usefixtures("short_stops")
 async def test_the_event_loop_goes_on_while_a_query_is_cancelled_over_a_dark_network(
     far: DBConnect, network: FaultyNetwork, database_kind: str

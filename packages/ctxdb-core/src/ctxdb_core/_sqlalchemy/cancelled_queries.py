@@ -24,6 +24,7 @@ from ctxdb_core._sqlalchemy.cursors import take_left_cursors
 from ctxdb_core._sqlalchemy.door import Door
 from ctxdb_core._sqlalchemy.private import (
     psycopg_connection_that_stops,
+    read_psycopg_answer,
     replace_raw_connection,
     replace_terminate,
     request_asyncpg_cancellation,
@@ -36,7 +37,7 @@ __all__ = ["keep_cancellation_at_pool", "stop_cancelled_queries", "stop_seconds"
 STOP_QUERY_TIMEOUT_SECONDS = 5.0
 """How long a call may wait for the server to stop its query."""
 REPEAT_SECONDS = 0.5
-"""After how long a server that sends nothing is asked once more to stop a query."""
+"""After how long a server that has not answered is asked once more to stop a query."""
 LATE_STOP_TIMEOUT_SECONDS = 1.0
 """The same for a call whose own time limit is up: see `stop_seconds`."""
 
@@ -148,7 +149,7 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
-        await _tracked(asyncio.wait_for(_request_until_heard(connection), STOP_QUERY_TIMEOUT_SECONDS))
+        await _tracked(asyncio.wait_for(_request_until_answered(connection), STOP_QUERY_TIMEOUT_SECONDS))
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
         # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
@@ -162,20 +163,14 @@ async def _stop_query_of_psycopg(connection: Any) -> None:
         raise cancellation
 
 
-async def _request_until_heard(connection: Any) -> None:
-    """Have the server asked to stop the query; once more if it sends nothing, as a request may overtake its query."""
-    loop = asyncio.get_running_loop()
-    for _ in range(2):
-        await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
-        heard = loop.create_future()
-        # psycopg listens again when this is done.
-        loop.add_reader(connection.pgconn.socket, _set_ready, heard)
-        try:
-            await asyncio.wait([heard], timeout=REPEAT_SECONDS)
-        finally:
-            loop.remove_reader(connection.pgconn.socket)
-        if heard.done():
-            return
+async def _request_until_answered(connection: Any) -> None:
+    """Have the server asked to stop the query until it has answered that: a request may overtake its query."""
+    # The group has the reading end before psycopg, or another connection, uses the socket's number again.
+    async with asyncio.TaskGroup() as group:
+        reading = group.create_task(read_psycopg_answer(connection))
+        while not reading.done():
+            await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
+            await asyncio.wait([reading], timeout=REPEAT_SECONDS)
 
 
 def _cancel_key_of(connection: Any) -> Any:

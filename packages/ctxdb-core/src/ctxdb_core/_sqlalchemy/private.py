@@ -12,7 +12,7 @@ import copy
 import sys
 from asyncio import Future
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -82,6 +82,7 @@ __all__ = [
     "psycopg_adapter_that_executes",
     "psycopg_connection_that_stops",
     "raise_translated",
+    "read_psycopg_answer",
     "replace_commit",
     "replace_connect",
     "replace_connection_class",
@@ -919,14 +920,36 @@ class FirstStatement:
 def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[None]]) -> type:
     """Return a class, derived from a class of psycopg's connections, that has `stop` awaited to stop a cancelled query.
 
-    A connection becomes one of the derived class by an assignment to its ``__class__``. After `stop`, psycopg waits for
-    the end of the query, unless `stop` has raised the cancellation.
+    A connection becomes one of the derived class by an assignment to its ``__class__``. After `stop`, which has to read
+    the answer or to close the connection, the cancelled call ends. In a pipeline, psycopg goes on with it.
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
+        # The call that was cancelled: a generator, which psycopg's `wait` goes on with after this. What else calls this
+        # function has none.
+        call = sys._getframe(1).f_locals.get("gen")  # noqa: SLF001 - see the module
         await stop(self)
+        if call is not None and not self.pgconn.pipeline_status:
+            # If the call was cancelled while its transaction began, it would send its statement now.
+            call.close()
 
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
+
+
+async def read_psycopg_answer(connection: Any) -> None:
+    """Send the rest of the command that is under way on a connection of psycopg, and read its answer to the end.
+
+    Nothing else is sent. In a pipeline, this returns as soon as the server sends something; with COPY, before the data.
+    """
+    from psycopg import generators, waiting  # noqa: PLC0415 - this package does not depend on psycopg
+
+    def until_readable() -> Generator[Any, Any, None]:
+        while not (yield waiting.WAIT_R):
+            pass
+
+    pgconn = connection.pgconn
+    reading = until_readable() if pgconn.pipeline_status else generators.execute(pgconn)
+    await waiting.wait_async(reading, pgconn.socket, interval=1.0)
 
 
 def close_psycopg_cursor(adapted: Any) -> None:
