@@ -13,6 +13,7 @@ import asyncpg
 import psycopg
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert
@@ -218,6 +219,23 @@ async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: 
             # SQLAlchemy's own statements, of which one was prepared before, go on.
             assert (await (await db_session(db)).execute(text("SELECT name FROM item"))).all() == [("innocent",)]
     assert await database.names() == ["innocent"]
+
+
+async def test_a_commit_in_the_middle_of_a_statement_of_the_drivers_connection_gives_the_pool_no_open_transaction(
+    database: Database,
+) -> None:
+    async with database.connect(pool_size=1) as db:
+        async with new_db_ctx():
+            driver = await driver_connection_of(await insert(db, "lost"))
+            statement = asyncio.create_task(driver.execute("SELECT pg_sleep(60)"))
+            await asyncio.sleep(0)
+            with pytest.raises(DBAPIError, match="another operation is in progress"):
+                await commit_db_session(db)
+            await asyncio.gather(statement, return_exceptions=True)
+        await database.assert_quiet()
+        async with new_db_ctx():
+            await insert(db, "next")
+    assert await database.names() == ["next"]
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
