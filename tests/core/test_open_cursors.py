@@ -13,7 +13,7 @@ import asyncpg
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert
@@ -236,6 +236,23 @@ async def test_a_commit_in_the_middle_of_a_statement_of_the_drivers_connection_g
         async with new_db_ctx():
             await insert(db, "next")
     assert await database.names() == ["next"]
+
+
+async def test_a_savepoint_that_the_driver_is_too_busy_to_roll_back_is_not_committed(
+    db: DBConnect, database: Database
+) -> None:
+    statements: list[asyncio.Task[object]] = []
+    with pytest.raises((DBAPIError, PendingRollbackError)):
+        async with new_db_ctx():
+            session = await insert(db, "outer")
+            with suppress(LookupError, DBAPIError):
+                async with session.begin_nested():
+                    driver = await driver_connection_of(await insert(db, "undone"))
+                    statements.append(asyncio.create_task(driver.execute("SELECT pg_sleep(0)")))
+                    await asyncio.sleep(0)
+                    raise LookupError
+            await asyncio.gather(*statements, return_exceptions=True)
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)

@@ -52,9 +52,10 @@ def _handle_error(context: ExceptionContext) -> None:
             )
     elif sqlstate is not None:
         note_failure(connection, context)
-    if context.statement is None and sqlstate is None:
+    if sqlstate is None and (context.statement is None or context.statement.startswith("ROLLBACK TO SAVEPOINT ")):
         # The server has not refused COMMIT or ROLLBACK: the driver has not sent it, as another task is in the middle of
-        # a query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
+        # a query on this connection, for instance. SQLAlchemy takes the transaction, or the savepoint, for ended; the
+        # server does not.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     elif connection.in_transaction():
