@@ -25,6 +25,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     new_db_ctx,
+    new_non_ctx_atomic_session,
     new_non_ctx_session,
     on_commit,
     rollback_db_session,
@@ -151,6 +152,15 @@ async def test_copy_before_the_first_statement_is_rolled_back(db: DBConnect, dat
     with pytest.raises(LookupError):
         async with new_db_ctx():
             driver = await driver_connection_of(await db_session(db))
+            await driver.copy_records_to_table("item", records=[("copied",)])
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_copy_in_a_session_outside_of_units_is_rolled_back(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_non_ctx_atomic_session(db) as session:
+            driver = await driver_connection_of(session)
             await driver.copy_records_to_table("item", records=[("copied",)])
             raise LookupError
     assert await database.names() == []
