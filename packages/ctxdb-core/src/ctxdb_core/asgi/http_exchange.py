@@ -357,7 +357,7 @@ class HTTPExchange(Exchange):
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         body = self._body
         if body is not None and body.parked is not None:
-            await body.recover(self)
+            await body.roll_back_parked(self)
         await super().roll_back(error, dbs)
 
     async def fail(self, exc: BaseException) -> bool:
