@@ -310,6 +310,43 @@ async def test_a_body_is_rolled_back_in_whose_place_a_middleware_answers_an_erro
     assert await database.names() == ["response"]
 
 
+class PassOn:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("stack", [[DBSessionMiddleware], [PassOn, DBSessionMiddleware]])
+async def test_the_background_task_of_a_stream_whose_client_has_left_before_its_start_is_committed(
+    db: DBConnect, database: Database, framework: type[Starlette], stack: list[Any]
+) -> None:
+    begun, done = asyncio.Event(), asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "x"
+
+    async def work() -> None:
+        await insert(db, "background")
+        done.set()
+
+    async def stream(request: Request) -> Response:
+        await (await db_session(db)).execute(text("SELECT 1"))
+        begun.set()
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.001)
+        return StreamingResponse(chunks(), background=BackgroundTask(work))
+
+    async with serve(application(framework, {"/": stream}, *stack)) as url:
+        async with RawClient.connect(url) as client:
+            await client.send("/")
+            await begun.wait()
+            client.abort()
+        await done.wait()
+    assert await database.names() == ["background"]
+
+
 @pytest.mark.parametrize("end", [rollback_db_session, commit_db_session])
 async def test_a_task_that_ends_the_transaction_of_a_body_whose_client_leaves_meanwhile_does_not_wait_for_ever(
     db: DBConnect, database: Database, end: Callable[[DBConnect], Awaitable[None]]
