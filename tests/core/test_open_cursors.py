@@ -140,6 +140,22 @@ async def test_results_and_statements_of_several_tasks_take_turns(db: DBConnect)
         assert await asyncio.gather(*counts) == [2000, 2000, 40, 2000, 40]
 
 
+@KINDS
+async def test_a_statement_that_fails_as_it_is_streamed_inside_of_a_savepoint_raises_its_own_error(
+    db: DBConnect,
+) -> None:
+    async def stream(session: AsyncSession) -> None:
+        async with session.begin_nested():
+            await session.stream(text("SELECT * FROM nowhere"))
+
+    with pytest.raises(DBAPIError, match="nowhere"):
+        async with new_db_ctx():
+            await stream(await db_session(db))
+    with pytest.raises(DBAPIError, match="nowhere"):
+        async with new_non_ctx_session(db) as session:
+            await stream(session)
+
+
 # --- the driver's connection ------------------------------------------------------------------------------------------
 
 
