@@ -305,6 +305,34 @@ async def test_a_handler_that_fails_in_a_stream_undoes_only_what_is_open(
     assert await database.names() == ["response"]
 
 
+@pytest.mark.parametrize("options", [{}, {"position": 0}], ids=["behind the handler", "behind the middlewares"])
+async def test_a_handler_that_fails_in_a_stream_undoes_what_is_open_although_a_middleware_answers_its_error(
+    db: DBConnect, database: Database, serve: Serve, options: dict[str, Any]
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"body")
+        await insert(db, "stream")
+        raise LookupError
+
+    @web.middleware
+    async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except LookupError:
+            return web.Response(status=409)
+
+    app = web.Application(middlewares=[answer_errors])
+    app.router.add_get("/", handler)
+    setup(app, **options)
+    async with Wire.connect(await serve(app)) as wire:
+        await wire.send("/")
+        assert (await wire.read_head())[0] == 200
+        await eventually(lambda: not database.checked_out, "a connection is not back")
+    assert await database.names() == []
+
+
 @either_way
 async def test_a_client_that_leaves_during_a_stream_undoes_only_what_is_open(
     db: DBConnect, database: Database, serve: Serve

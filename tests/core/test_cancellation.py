@@ -30,6 +30,7 @@ from ctxdb_core import (
     db_session,
     new_db_ctx,
     new_non_ctx_atomic_session,
+    new_non_ctx_session,
     transactional,
 )
 from ctxdb_core._sqlalchemy import block_end
@@ -397,3 +398,23 @@ async def test_a_cancel_scope_ends_its_code_when_the_pool_gives_that_a_connectio
             event.listen((await db.engine()).sync_engine, "checkin", cancel_soon, once=True)
         await reading
     assert database.checked_out == 0
+
+
+async def test_two_tasks_on_one_connection_that_are_cancelled_at_once_wait_for_no_time_limit(
+    db: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxdb_core._sqlalchemy.cancelled_queries.STOP_QUERY_TIMEOUT_SECONDS", 3600)
+    async with asyncio.timeout(60), new_non_ctx_session(db) as session:
+        connection = await session.connection()
+        tasks = [
+            asyncio.create_task(connection.execute(text("SELECT pg_sleep(3600)"))),
+            # SQLAlchemy lets it wait for the first statement.
+            asyncio.create_task(connection.execute(text("SELECT 1"))),
+        ]
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        for task in tasks:
+            task.cancel()
+        assert all(
+            isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True)
+        )
+        await session.invalidate()

@@ -13,6 +13,7 @@ import asyncpg
 import psycopg
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, insert
@@ -24,6 +25,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     new_db_ctx,
+    new_non_ctx_atomic_session,
     new_non_ctx_session,
     on_commit,
     rollback_db_session,
@@ -138,6 +140,22 @@ async def test_results_and_statements_of_several_tasks_take_turns(db: DBConnect)
         assert await asyncio.gather(*counts) == [2000, 2000, 40, 2000, 40]
 
 
+@KINDS
+async def test_a_statement_that_fails_as_it_is_streamed_inside_of_a_savepoint_raises_its_own_error(
+    db: DBConnect,
+) -> None:
+    async def stream(session: AsyncSession) -> None:
+        async with session.begin_nested():
+            await session.stream(text("SELECT * FROM nowhere"))
+
+    with pytest.raises(DBAPIError, match="nowhere"):
+        async with new_db_ctx():
+            await stream(await db_session(db))
+    with pytest.raises(DBAPIError, match="nowhere"):
+        async with new_non_ctx_session(db) as session:
+            await stream(session)
+
+
 # --- the driver's connection ------------------------------------------------------------------------------------------
 
 
@@ -150,6 +168,15 @@ async def test_copy_before_the_first_statement_is_rolled_back(db: DBConnect, dat
     with pytest.raises(LookupError):
         async with new_db_ctx():
             driver = await driver_connection_of(await db_session(db))
+            await driver.copy_records_to_table("item", records=[("copied",)])
+            raise LookupError
+    assert await database.names() == []
+
+
+async def test_copy_in_a_session_outside_of_units_is_rolled_back(db: DBConnect, database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with new_non_ctx_atomic_session(db) as session:
+            driver = await driver_connection_of(session)
             await driver.copy_records_to_table("item", records=[("copied",)])
             raise LookupError
     assert await database.names() == []
@@ -218,6 +245,40 @@ async def test_a_drivers_connection_is_refused_once_it_was_given_back(database: 
             # SQLAlchemy's own statements, of which one was prepared before, go on.
             assert (await (await db_session(db)).execute(text("SELECT name FROM item"))).all() == [("innocent",)]
     assert await database.names() == ["innocent"]
+
+
+async def test_a_commit_in_the_middle_of_a_statement_of_the_drivers_connection_gives_the_pool_no_open_transaction(
+    database: Database,
+) -> None:
+    async with database.connect(pool_size=1) as db:
+        async with new_db_ctx():
+            driver = await driver_connection_of(await insert(db, "lost"))
+            statement = asyncio.create_task(driver.execute("SELECT pg_sleep(60)"))
+            await asyncio.sleep(0)
+            with pytest.raises(DBAPIError, match="another operation is in progress"):
+                await commit_db_session(db)
+            await asyncio.gather(statement, return_exceptions=True)
+        await database.assert_quiet()
+        async with new_db_ctx():
+            await insert(db, "next")
+    assert await database.names() == ["next"]
+
+
+async def test_a_savepoint_that_the_driver_is_too_busy_to_roll_back_is_not_committed(
+    db: DBConnect, database: Database
+) -> None:
+    statements: list[asyncio.Task[object]] = []
+    with pytest.raises((DBAPIError, PendingRollbackError)):
+        async with new_db_ctx():
+            session = await insert(db, "outer")
+            with suppress(LookupError, DBAPIError):
+                async with session.begin_nested():
+                    driver = await driver_connection_of(await insert(db, "undone"))
+                    statements.append(asyncio.create_task(driver.execute("SELECT pg_sleep(0)")))
+                    await asyncio.sleep(0)
+                    raise LookupError
+            await asyncio.gather(*statements, return_exceptions=True)
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)

@@ -41,6 +41,7 @@ from ctxdb_core import (
     SessionAlreadyActiveError,
     SessionClosedError,
     SessionOwnedError,
+    StatementInterruptedError,
     TransactionAbortedError,
     TransactionAlreadyActiveError,
     TransactionContext,
@@ -1105,6 +1106,42 @@ async def test_a_failing_flush_of_one_session_keeps_all_sessions_from_being_comm
             await insert(db, "first")
             (await db_session(second_db)).add(Item(name="there"))
     assert await database.names() == ["there"]
+
+
+@pytest.mark.parametrize("failure", ["flush", "statement", "interruption"])
+async def test_a_swallowed_failure_of_one_session_keeps_all_sessions_from_being_committed(
+    db: DBConnect, second_db: DBConnect, database: Database, failure: str
+) -> None:
+    async def fail() -> None:
+        session = await insert(second_db, "second")
+        with suppress(IntegrityError, TimeoutError):
+            if failure == "flush":
+                session.add(Item(name="second"))
+                await session.flush()
+            elif failure == "statement":
+                await insert(second_db, "second")
+            else:
+                async with asyncio.timeout(0):
+                    await session.execute(text("SELECT pg_sleep(60)"))
+
+    with pytest.raises((PendingRollbackError, TransactionAbortedError, StatementInterruptedError)) as caught:
+        async with new_db_ctx():
+            await insert(db, "first")
+            await fail()
+    assert not hasattr(caught.value, "__notes__")
+    assert await database.names() == []
+
+
+async def test_a_failure_that_a_savepoint_has_contained_keeps_no_session_from_being_committed(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        await insert(db, "first")
+        session = await insert(second_db, "second")
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                await insert(second_db, "second")
+    assert await database.names() == ["first", "second"]
 
 
 # --- on_commit and before_commit --------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ctxdb_core import (
     commit_db_session,
     db_session,
     new_db_ctx,
+    new_non_ctx_session,
     on_begin,
     rollback_db_session,
     set_rollback_only,
@@ -226,6 +227,28 @@ async def test_the_end_of_a_unit_of_work_sees_a_commit_of_a_sibling_through(
             working.cancel()
             await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError if error is None else LookupError):
+        await working
+    await beside[0]
+    assert await database.names() == ["sibling"]
+
+
+async def test_a_commit_of_a_sibling_that_flushes_when_the_unit_of_work_fails_succeeds_and_is_no_error(
+    db: DBConnect, database: Database
+) -> None:
+    beside: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        async with new_db_ctx():
+            (await db_session(db)).add(Item(name="sibling"))
+            beside.append(asyncio.create_task(commit_db_session(db)))
+            await eventually(lambda: bool(database.backends("wait_event_type = 'Lock'")), "the flush waits for no lock")
+            raise LookupError
+
+    async with new_non_ctx_session(db) as rival:
+        await rival.execute(text("INSERT INTO item VALUES ('sibling')"))
+        working = asyncio.create_task(work())
+        await eventually(lambda: bool(beside) and beside[0].cancelling() > 0, "the unit stops no call")
+    with pytest.raises(LookupError):
         await working
     await beside[0]
     assert await database.names() == ["sibling"]

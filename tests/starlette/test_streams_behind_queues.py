@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.support.database import Database, eventually, insert, insert_row_that
 from tests.support.server import RawClient, http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
-from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, rollback_db_session
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -306,4 +307,79 @@ async def test_a_body_is_rolled_back_in_whose_place_a_middleware_answers_an_erro
     response = await client.get("/")
     assert (response.status_code, response.text) == (503, "refused")
     await eventually(lambda: not database.checked_out, "a connection is not back")
+    assert await database.names() == ["response"]
+
+
+class PassOn:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("stack", [[DBSessionMiddleware], [PassOn, DBSessionMiddleware]])
+async def test_the_background_task_of_a_stream_whose_client_has_left_before_its_start_is_committed(
+    db: DBConnect, database: Database, framework: type[Starlette], stack: list[Any]
+) -> None:
+    begun, done = asyncio.Event(), asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "x"
+
+    async def work() -> None:
+        await insert(db, "background")
+        done.set()
+
+    async def stream(request: Request) -> Response:
+        await (await db_session(db)).execute(text("SELECT 1"))
+        begun.set()
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.001)
+        return StreamingResponse(chunks(), background=BackgroundTask(work))
+
+    async with serve(application(framework, {"/": stream}, *stack)) as url:
+        async with RawClient.connect(url) as client:
+            await client.send("/")
+            await begun.wait()
+            client.abort()
+        await done.wait()
+    assert await database.names() == ["background"]
+
+
+@pytest.mark.parametrize("end", [rollback_db_session, commit_db_session])
+async def test_a_task_that_ends_the_transaction_of_a_body_whose_client_leaves_meanwhile_does_not_wait_for_ever(
+    db: DBConnect, database: Database, end: Callable[[DBConnect], Awaitable[None]]
+) -> None:
+    ending: list[asyncio.Task[None]] = []
+
+    async def sleep_in_the_database() -> None:
+        await (await db_session(db)).execute(text("SELECT pg_sleep(60)"))
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        yield "x"
+        await insert(db, "body")
+        # When this is cancelled, it does not wait for the end of the statement.
+        await asyncio.gather(sleep_in_the_database(), asyncio.sleep(60))
+
+    async def stream(request: Request) -> Response:
+        await insert(db, "response")
+        ending.append(asyncio.create_task(end_while_the_statement_runs()))
+        return StreamingResponse(chunks())
+
+    async def end_while_the_statement_runs() -> None:
+        await eventually(lambda: bool(database.backends("query ~ 'pg_sleep' AND state = 'active'")), "no statement")
+        asyncio.get_running_loop().call_soon(leave.set)
+        await end(db)
+
+    leave = asyncio.Event()
+    async with serve(application(Starlette, {"/": stream}, DBSessionMiddleware)) as url:
+        async with RawClient.connect(url) as client:
+            await client.send("/")
+            assert await client.read_head() == 200
+            await leave.wait()
+            client.abort()
+        with suppress(ContextClosedError):
+            await asyncio.wait_for(ending[0], 30)
+        await database.assert_quiet()
     assert await database.names() == ["response"]

@@ -77,8 +77,12 @@ class HandlerResponse(Delivery):
         """Let the response break off, as what was done for it behind its head cannot be committed."""
         self.exchange.break_off(self.response, error)
 
-    async def finish(self) -> None:
+    async def finish(self, returned: object) -> None:
         """End the unit of work when the middlewares have returned.
+
+        Args:
+            returned: what they have returned. If that is another response, the handler has failed in the middle of the
+                body, and a middleware has answered its error: what the body has done is not whole.
 
         Raises:
             BaseException: the error of a commit, also of one that failed before: aiohttp would end the body else.
@@ -86,7 +90,7 @@ class HandlerResponse(Delivery):
         exchange = self.exchange
         before = exchange.phase
         try:
-            await exchange.end(commit=before in FINISHING)
+            await exchange.end(commit=before in FINISHING and (before is not Phase.BODY or returned is self.response))
         except Exception as exc:
             if before is not Phase.BROKEN:
                 await self.break_off(exc)

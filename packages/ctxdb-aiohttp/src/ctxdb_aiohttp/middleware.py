@@ -167,7 +167,7 @@ async def _end(exchange: Exchange, request: web.Request, response: object, route
             if not is_last:
                 exchange.watch(LateResponse(exchange, request))
         elif exchange.watched is not None and isinstance(exchange.watched.delivery, HandlerResponse):
-            await exchange.watched.delivery.finish()
+            await exchange.watched.delivery.finish(response)
         else:
             await exchange.end(commit=exchange.phase in FINISHING)
     except BaseException as exc:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import sqlalchemy
 from greenlet import getcurrent  # what SQLAlchemy's asyncio extra is made of
@@ -84,7 +84,16 @@ def _see_termination_through(engine: AsyncEngine, close: Callable[[Any, float], 
     replace_terminate(engine.dialect, terminate_to_completion)
 
 
+_closing: WeakSet[Any] = WeakSet()
+"""The connections of asyncpg that are being closed."""
+
+
 async def _close_asyncpg(connection: Any, seconds: float) -> None:
+    if connection in _closing:
+        # Two tasks that use one connection were cancelled at once. A second `close` of asyncpg drops the cancel request
+        # that the first one waits for.
+        return
+    _closing.add(connection)
     # `close` of asyncpg stops a running query, and waits for a cancel request that is under way. The server ignores one
     # that overtakes its statement. The timer's context is empty, as a timer keeps its context until it is due.
     loop = asyncio.get_running_loop()
@@ -96,6 +105,7 @@ async def _close_asyncpg(connection: Any, seconds: float) -> None:
         connection.terminate()
     finally:
         again.cancel()
+        _closing.discard(connection)
 
 
 async def _close_aiosqlite(connection: Any, seconds: float) -> None:

@@ -111,8 +111,14 @@ class ServerCursor(BufferedRowCursorFetchStrategy):
     @property
     def is_open(self) -> bool:
         """Whether there may be rows that have not been fetched."""
-        # A statement that returns no rows, or has failed, has no cursor on the server.
-        return not self._is_closed and self._cursor.description is not None
+        if self._is_closed:
+            return False
+        try:
+            # A statement that returns no rows, or has failed, has no cursor on the server.
+            return self._cursor.description is not None
+        except AttributeError:
+            # SQLAlchemy has closed its adapter of a driver's cursor, as the statement has failed: there is none in it.
+            return False
 
     def end(self) -> None:
         """Close the cursor, as its transaction is about to end; the result refuses to be read from then on."""

@@ -26,7 +26,7 @@ from greenlet import getcurrent, greenlet  # what SQLAlchemy's asyncio extra is 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from ctxdb_core._shield import LentTask, run_to_completion
+from ctxdb_core._shield import LentTask, SeenThrough, run_to_completion
 from ctxdb_core._sqlalchemy.call_limit import CallLimit
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_at_end_of_greenlet
 from ctxdb_core._sqlalchemy.task_blocks import running_task
@@ -61,10 +61,11 @@ class _Turn:
     block: the connection serves one call at a time. Its later calls wait for their turns as those of any other task.
     """
 
-    __slots__ = ("_depth", "_token", "door", "is_over")
+    __slots__ = ("_depth", "_is_one_step", "_token", "door", "is_over")
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, *, is_one_step: bool) -> None:
         self.door = door
+        self._is_one_step = is_one_step
         self.is_over = False
 
     async def __aenter__(self) -> None:
@@ -79,12 +80,15 @@ class _Turn:
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool:
         door = self.door
         try:
             if exc is not None:
                 if door.depth > self._depth:
                     door.cancel_guests()
+                if self._is_one_step and _tells_of_success(exc) and door.take_back_interruption():
+                    # A commit was seen through all the same: an error would say that nothing is stored.
+                    return True
                 door.answer_interruption()
         finally:
             _turns.reset(self._token)
@@ -94,6 +98,7 @@ class _Turn:
                     await run_to_completion(door.wait_for_guests(self._depth))
             finally:
                 door.leave()
+        return False
 
 
 _turns: ContextVar[tuple[_Turn, ...]] = ContextVar("ctxdb_turns", default=())
@@ -288,12 +293,16 @@ class Door:
             if not future.done():
                 future.set_result(None)
 
-    def turn(self) -> _Turn:
+    def turn(self, *, is_one_step: bool = False) -> _Turn:
         """Take the turn for several calls, which may also be made by tasks that these start and wait for.
 
         A session class of the user's may commit or close in a task of its own, for instance.
+
+        Args:
+            is_one_step: whether the block does nothing behind what is run to completion in it. An interruption that
+                comes meanwhile has no effect then.
         """
-        return _Turn(self)
+        return _Turn(self, is_one_step=is_one_step)
 
     @property
     def depth(self) -> int:
@@ -432,10 +441,15 @@ class Door:
 
     def answer_interruption(self) -> None:
         """Raise the error of a call that was interrupted, in the place of its cancellation; else do nothing."""
+        refuse = self._interrupted
+        if self.take_back_interruption() and refuse is not None:
+            refuse()
+
+    def take_back_interruption(self) -> bool:
+        """Take the interruption of the running call back; return whether that is what it was cancelled by."""
         refuse, self._interrupted = self._interrupted, None
         task = current_task()
-        if refuse is not None and task is not None and not task.uncancel():
-            refuse()
+        return refuse is not None and task is not None and not task.uncancel()
 
     def end(self, refuse: Refuse) -> None:
         """Have each call from now on raise the error of `refuse`; calls that wait for their turn raise it at once."""
@@ -464,7 +478,7 @@ class Door:
         else:
             self._waiting = deque()
             await self._wait_in(self._waiting, task)
-        turn = _Turn(self)
+        turn = _Turn(self, is_one_step=False)
         turn.begin()
         try:
             yield
@@ -493,6 +507,14 @@ class _GreenletTurn(NamedTuple):
     """The turn of a greenlet that has not come through the door; it ends with the greenlet."""
 
     task: Any
+
+
+def _tells_of_success(error: BaseException) -> bool:
+    """Return whether `error` is a cancellation that came late, as its task had something to be seen through.
+
+    Its context is an error where that was the roll-back because of the error.
+    """
+    return isinstance(error.__cause__, SeenThrough) and error.__context__ is None
 
 
 def _error_of(refuse: Refuse) -> BaseException:

@@ -10,13 +10,19 @@ from ctxdb_core._sqlalchemy.door import Door, Refuse, StatementObserver
 from ctxdb_core._sqlalchemy.guarded_session import door_of
 from ctxdb_core._sqlalchemy.private import is_committing
 
-__all__ = ["interrupt_call", "is_busy", "observe_statements", "prepare_next_call", "wait_for_calls"]
+__all__ = ["interrupt_call", "is_busy", "is_held", "observe_statements", "prepare_next_call", "wait_for_calls"]
 
 
 def is_busy(session: AsyncSession) -> bool:
     """Return whether a call of `session` is under way."""
     door = door_of(session)
     return door is not None and door.is_busy
+
+
+def is_held(session: AsyncSession) -> bool:
+    """Return whether the running code has taken the turn of `session`."""
+    door = door_of(session)
+    return door is not None and door.is_held()
 
 
 def interrupt_call(session: AsyncSession, refuse: Refuse) -> None:

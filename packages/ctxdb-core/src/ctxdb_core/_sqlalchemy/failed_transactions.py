@@ -5,15 +5,17 @@ from __future__ import annotations
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 
+from ctxdb_core._sqlalchemy.binds import begun_connections
 from ctxdb_core._sqlalchemy.failures import failure_of, note_failure
 from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.mysql_rollbacks import detect_rollback_by_server
 from ctxdb_core._sqlalchemy.private import listen_once
 from ctxdb_core.errors import TransactionAbortedError
 
-__all__ = ["check_transaction", "detect_silent_rollback"]
+__all__ = ["check_transaction", "detect_silent_rollback", "refuse_if_failed"]
 
 
 def detect_silent_rollback(engine: AsyncEngine) -> None:
@@ -50,9 +52,10 @@ def _handle_error(context: ExceptionContext) -> None:
             )
     elif sqlstate is not None:
         note_failure(connection, context)
-    if context.statement is None and sqlstate is None:
+    if sqlstate is None and (context.statement is None or context.statement.startswith("ROLLBACK TO SAVEPOINT ")):
         # The server has not refused COMMIT or ROLLBACK: the driver has not sent it, as another task is in the middle of
-        # a query on this connection, for instance. SQLAlchemy takes the transaction for ended; the server does not.
+        # a query on this connection, for instance. SQLAlchemy takes the transaction, or the savepoint, for ended; the
+        # server does not.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     elif connection.in_transaction():
@@ -67,7 +70,7 @@ def check_transaction(connection: Connection) -> None:
 
     Raises:
         TransactionAbortedError: the transaction is aborted; it was rolled back.
-        DBAPIError: the connection was lost, and the transaction with it.
+        DBAPIError: the connection was lost, or is thrown away as the driver is busy; and the transaction with it.
     """
     # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
     # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
@@ -75,6 +78,11 @@ def check_transaction(connection: Connection) -> None:
         connection.exec_driver_sql("SELECT 1")
     except DBAPIError as exc:
         if exc.connection_invalidated:
+            raise
+        if getattr(exc.orig, "sqlstate", None) is None:
+            # The server was not asked, as a task is in the middle of a statement on the driver's own connection: it
+            # would get no ROLLBACK either, and the pool a connection with an open transaction.
+            connection.invalidate(exc)
             raise
         # SQLAlchemy takes a transaction for ended whose commit was refused by a listener: closing the session would
         # give the connection back as it is.
@@ -86,3 +94,25 @@ def check_transaction(connection: Connection) -> None:
             "cannot be committed. Let the error propagate, or run a statement that may fail inside "
             "`async with session.begin_nested():`."
         ) from exc
+
+
+async def refuse_if_failed(session: AsyncSession) -> None:
+    """Raise the error of a commit that can only fail, as a flush or a statement has failed before it.
+
+    A unit of work with several databases asks before its first commit: one that is refused later comes too late.
+
+    Raises:
+        TransactionAbortedError: a statement has failed, and its error was not propagated.
+        StatementInterruptedError: a statement was interrupted, and the connection was lost with it.
+        PendingRollbackError: a flush has failed.
+    """
+    failed = [each for each in begun_connections(session) if failure_of(each) is not None]
+    if not session.is_active or any(each.invalidated for each in failed):
+        await session.connection()
+    for connection in failed:
+        if connection.dialect.name == "postgresql":
+            await session.run_sync(_check, connection)
+
+
+def _check(session: Session, connection: Connection) -> None:
+    check_transaction(connection)

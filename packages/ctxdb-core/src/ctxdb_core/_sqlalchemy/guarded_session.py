@@ -229,8 +229,8 @@ class GuardedSession(TracedSession):
         connection = super().connection(*args, **kwargs)
         if self.door is not None:
             set_door_of_connection(connection, self.door)
-            if in_greenlet():
-                lend_driver_connection(connection)
+        if in_greenlet():
+            lend_driver_connection(connection)
         return connection
 
     async def begin_with_hook(self, on_begin: OnBegin, *, has_connection: bool = False) -> None:

@@ -18,6 +18,7 @@ from ctxdb_core._databases.arguments import awaitable_of
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._databases.url import pool_name
 from ctxdb_core._sqlalchemy.doors import wait_for_calls
+from ctxdb_core._sqlalchemy.failed_transactions import refuse_if_failed
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
 from ctxdb_core._sqlalchemy.private import has_committed
 from ctxdb_core._sqlalchemy.task_blocks import release_blocks
@@ -86,6 +87,7 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
                 # A commit that is going to be refused is refused before the first commit of any session.
                 refuse_if_rollback_only(session.sync_session)
                 await session.flush()
+                await refuse_if_failed(session)
 
 
 async def commit_in_order(sessions: Sessions, dbs: Collection[DBConnect] | None) -> None:

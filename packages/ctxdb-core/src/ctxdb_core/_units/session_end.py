@@ -251,10 +251,10 @@ def because_of(error: BaseException | None, refuse: Refuse) -> Refuse:
     return refuse_because_of_error
 
 
-def turn(session: AsyncSession) -> AbstractAsyncContextManager[None]:
-    """Take the turn of `session`, if it has turns, for several calls."""
+def turn(session: AsyncSession, *, is_one_step: bool = False) -> AbstractAsyncContextManager[None]:
+    """Take the turn of `session`, if it has turns, for several calls: see `Door.turn`."""
     door = door_of(session)
-    return nullcontext() if door is None else door.turn()
+    return nullcontext() if door is None else door.turn(is_one_step=is_one_step)
 
 
 async def _discard(session: AsyncSession) -> None:

@@ -67,13 +67,14 @@ async def commit_db_session(db: DBConnect) -> None:
         BaseException: the error of the commit; the transaction has been rolled back then.
     """
     unit = _usable_unit(db)
-    unit.check_may_commit(db)
     session = unit.sessions.get(db)
     if session is None:
+        unit.check_may_commit(db)
         await unit.commit([db])
         return
     # In one turn: no other task enters a block between the look and the commit.
-    async with session_end.turn(session):
+    async with session_end.turn(session, is_one_step=True):
+        unit.check_may_commit(db)
         check_no_block(session, db, savepoints_only=True)
         await unit.commit([db])
 
@@ -96,7 +97,7 @@ async def rollback_db_session(db: DBConnect) -> None:
     if session is None:
         await unit.roll_back(None, [db])
         return
-    async with session_end.turn(session):
+    async with session_end.turn(session, is_one_step=True):
         refuse_in_block_of_other_task(session.sync_session)
         await unit.roll_back(None, [db])
 

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ctxdb_core._databases.connect import DBConnect
 from ctxdb_core._shield import run_to_completion
-from ctxdb_core._sqlalchemy.doors import prepare_next_call
+from ctxdb_core._sqlalchemy.doors import is_held, prepare_next_call
 from ctxdb_core._units import session_end
 from ctxdb_core._units.callbacks import WaitingCallback
 from ctxdb_core._units.unit import UnitOfWork
@@ -145,6 +145,15 @@ class Body:
             parked.recovering = asyncio.ensure_future(run_to_completion(self._roll_back(parked, unit)))
         await asyncio.shield(parked.recovering)
 
+    async def roll_back_parked(self, unit: UnitOfWork) -> None:
+        """Roll back what is parked, as `recover` does, for code that may have the turn of such a session.
+
+        Another task that recovers them may be waiting for that very turn: it puts the session back later.
+        """
+        parked = self.parked
+        if parked is None or parked.recovering is None or not await parked.roll_back_where_held():
+            await self.recover(unit)
+
     async def _roll_back(self, parked: ParkedSessions, unit: UnitOfWork) -> None:
         try:
             await parked.roll_back(unit)
@@ -191,7 +200,7 @@ class StreamedBody(Body):
 class ParkedSessions:
     """Sessions in the middle of a transaction that no code may go on with, taken out of their unit of work."""
 
-    __slots__ = ("callbacks", "recovering", "sessions")
+    __slots__ = ("_rolled_back", "callbacks", "recovering", "sessions")
 
     def __init__(self) -> None:
         self.sessions: dict[DBConnect, AsyncSession] = {}
@@ -199,6 +208,8 @@ class ParkedSessions:
         """The callbacks that wait for the commits of these transactions."""
         self.recovering: asyncio.Future[None] | None = None
         """The roll-back of these transactions, once it has begun."""
+        self._rolled_back: set[DBConnect] = set()
+        """Where the transactions are rolled back already: later ones are those of other code."""
 
     def take(self, dbs: list[DBConnect], unit: UnitOfWork) -> None:
         """Take the sessions on `dbs` out of `unit`, and all callbacks: some may wait for a first statement."""
@@ -213,14 +224,28 @@ class ParkedSessions:
         if unit.callbacks is not None:
             unit.callbacks.take_back(self.callbacks)
 
+    async def roll_back_where_held(self) -> bool:
+        """Roll back the transactions of the sessions whose turn the running code has; return whether there are any."""
+        held = [db for db, session in self.sessions.items() if is_held(session)]
+        for db in held:
+            await self._roll_back(db)
+        return bool(held)
+
+    async def _roll_back(self, db: DBConnect) -> None:
+        session = self.sessions[db]
+        async with session_end.turn(session):
+            if db not in self._rolled_back:
+                self._rolled_back.add(db)
+                await session_end.roll_back(session, None, db)
+
     async def roll_back(self, unit: UnitOfWork) -> None:
         """Roll the transactions back, and let `unit` use the sessions again."""
         prepare_next_call(self.sessions.values(), None)
         # What the code behind the body has asked for is about transactions that are still to come.
         of_others = {} if unit.callbacks is None else unit.callbacks.set_aside()
         try:
-            for db, session in self.sessions.items():
-                await session_end.roll_back(session, None, db)
+            for db in self.sessions:
+                await self._roll_back(db)
         finally:
             unit.sessions.update(self.sessions)
             if unit.callbacks is not None:

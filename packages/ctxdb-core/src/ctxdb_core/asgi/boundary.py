@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from ctxdb_core._units.abandonment import current_call
@@ -64,6 +65,9 @@ class ASGIStreamBoundary:
                 start.enter()
                 body = await exchange.begin_stream(message, call)
                 await pass_up(message)
+            except asyncio.CancelledError:
+                exchange.give_up_start()
+                raise
             finally:
                 start.end()
 

@@ -160,11 +160,18 @@ class HTTPExchange(Exchange):
         try:
             await self.settle(message)
         except asyncio.CancelledError:
-            # The client may have gone: the framework swallows that then, and goes on with background work, which is
-            # committed like that of any response. Or a middleware limits the time, and is going to answer.
-            self._begin_body(response, Body()).lacks_start = True
+            self.give_up_start()
             raise
         self._begin_body(response, Body(running_task()))
+
+    def give_up_start(self) -> None:
+        """Go over to the body of a response whose start was not let through, as the task that sends it was cancelled.
+
+        The client may have gone: the framework swallows that then, and goes on with background work, which is committed
+        like that of any response. Or a middleware limits the time, and is going to answer.
+        """
+        if self.phase in _NOT_STARTED:
+            self._begin_body(self.follow_response(), Body()).lacks_start = True
 
     def _begin_body(self, response: Response, body: Body) -> Body:
         """Go over to the body of the response, and return it: `body`, unless it has begun before."""
@@ -357,7 +364,7 @@ class HTTPExchange(Exchange):
     async def roll_back(self, error: BaseException | None = None, dbs: Collection[DBConnect] | None = None) -> None:
         body = self._body
         if body is not None and body.parked is not None:
-            await body.recover(self)
+            await body.roll_back_parked(self)
         await super().roll_back(error, dbs)
 
     async def fail(self, exc: BaseException) -> bool:
