@@ -147,12 +147,12 @@ async def test_an_object_that_is_pickled_after_a_roll_back_is_readable(shop: DBC
 async def test_objects_are_readable_after_one_roll_back_upon_another(shop: DBConnect) -> None:
     async with new_db_ctx():
         session, ware = await _rolled_back_ware(shop)
-        ware.name = "lost"
+        ware.name, ware.tags = "lost", {"lost": "yes"}
         session.add(Ware(id=2, shop_id=1))
         with pytest.raises(IntegrityError):
             await session.flush()
         await session.rollback()
-        assert (ware.name, ware.stock, ware.shop.id) == ("tea", 10, 1)
+        assert (ware.name, ware.stock, ware.tags, ware.shop.id) == ("tea", 10, {"colour": "green"}, 1)
 
 
 async def test_objects_are_readable_where_one_is_changed_between_a_failed_flush_and_its_roll_back(

@@ -208,15 +208,15 @@ class GuardedSession(TracedSession, SessionWithShownValues):
                 # `run_sync` may begin the next transaction by a query, which is too late to add a listener of queries.
                 self.look_back()
 
-    def show_kept(self) -> None:
+    def show_kept(self, *, before_close: bool = False) -> None:
         """Give the objects what is kept of them since a roll-back, as for code that reads their ``__dict__``."""
         if self._keeps_values:
             self._keeps_values = False
-            show_kept(self)
+            show_kept(self, before_close=before_close)
 
     def expunge_all(self) -> None:
         self.give_back_lost()
-        self.show_kept()
+        self.show_kept(before_close=True)
         super().expunge_all()
 
     def _flush_and_note_changes(self, objects: Any) -> None:

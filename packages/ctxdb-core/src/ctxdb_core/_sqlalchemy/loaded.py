@@ -37,7 +37,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
-from ctxdb_core._sqlalchemy.kept import CONTAINERS, LOST, KeptValue, expire_kept, keep, kept_values
+from ctxdb_core._sqlalchemy.kept import CONTAINERS, LOST, Kept, expire_kept, keep, names_of, still_kept
 from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
@@ -196,7 +196,7 @@ class _Loaded(NamedTuple):
     values: dict[str, Any]
     originals: dict[str, Any]
     """What changed attributes had loaded."""
-    kept: dict[str, KeptValue]
+    kept: Kept | None
     """What is kept of it since an earlier roll-back."""
 
 
@@ -232,7 +232,7 @@ class LoadedValues:
                 state,
                 self._values_of(state, originals, changed),
                 {**_committed(state), **originals.get(state, {})},
-                kept_values(state),
+                still_kept(state),
             )
             for state in states
         ]
@@ -268,7 +268,7 @@ class LoadedValues:
         for each in self._objects:
             if each.state.obj() is not None and not each.state.transient:
                 # An object that was inserted and rolled back has what it has.
-                keep(each.state, dict(_values_to_keep(each)))
+                keep(each.state, _to_keep(each))
 
     def _restore(self) -> None:
         collections: list[tuple[object, str, list[Any]]] = []
@@ -290,19 +290,27 @@ class LoadedValues:
                     session.expire(instance, [name])
 
 
-def _values_to_keep(loaded: _Loaded) -> Iterator[tuple[str, KeptValue]]:
-    """Return what an object shows after the roll-back of its transaction, by the names of its attributes."""
-    state, values, originals, kept = loaded
-    collections = {each.key for each in state.mapper.relationships if each.uselist}
-    for name in {*state.mapper.column_attrs.keys(), *state.mapper.relationships.keys()}:
-        original = originals.get(name, values.get(name, LoaderCallableStatus.NO_VALUE))
+def _to_keep(loaded: _Loaded) -> Kept:
+    """Return what an object shows after the roll-back of its transaction."""
+    names, values = names_of(loaded.state.mapper), loaded.values
+    for name in values.keys() - names.all:
+        del values[name]
+    for name in names.collections & values.keys():
+        values[name] = [*collection_adapter(values[name])]
+    changed: set[str] = set()
+    for name, original in loaded.originals.items():
+        value = values.pop(name, None)
         if not isinstance(original, LoaderCallableStatus):
-            is_collection = name in collections and name not in originals
-            yield name, KeptValue(list(collection_adapter(original)) if is_collection else original, was_changed=False)
-        elif name in kept:
-            yield name, kept[name]
-        elif name not in collections and isinstance(values.get(name), CONTAINERS):
-            yield name, KeptValue(values[name], was_changed=True)
+            values[name] = original
+        elif name not in names.collections and isinstance(value, CONTAINERS):
+            values[name] = value
+            changed.add(name)
+    if loaded.kept is not None:
+        # A container that the code has set without loading it hides what is kept.
+        known = values.keys() - (changed & loaded.kept.values.keys())
+        changed = (changed & known).union(loaded.kept.changed - known)
+        values |= {name: value for name, value in loaded.kept.values.items() if name not in known}
+    return Kept(values, changed)
 
 
 def _restore(
