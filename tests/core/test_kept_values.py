@@ -12,11 +12,11 @@ from sqlalchemy.exc import IntegrityError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
-from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from sqlalchemy.util import await_only
 from tests.support.database import Database
 
-from ctxdb_core import DBConnect, atomic_db_session, db_session, new_db_ctx, rollback_db_session
+from ctxdb_core import DBConnect, atomic_db_session, db_session, new_db_ctx, rollback_db_session, transactional
 from ctxdb_core.adapters import begin, finalize
 
 
@@ -128,6 +128,22 @@ async def test_an_object_whose_row_is_gone_after_a_roll_back_is_not_found(shop: 
         await database.query("DELETE FROM ware")
         assert await session.run_sync(lambda session: session.get(Ware, 1)) is None
         assert await session.get(Ware, 1) is None
+
+
+async def test_an_object_that_was_written_without_a_transaction_does_not_show_what_it_was_before(
+    shop: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        with pytest.raises(LookupError):
+            async with transactional(shop, "not_supported"):
+                written, other = [await (await db_session(shop)).get_one(Ware, number) for number in (1, 2)]
+                written.name = "coffee"
+                await (await db_session(shop)).flush()
+                other.name = "lost"
+                raise LookupError
+    assert other.name == "tea"
+    with pytest.raises(DetachedInstanceError):
+        written.name  # noqa: B018 - a look
 
 
 async def test_an_object_that_the_code_expires_after_a_roll_back_shows_nothing(shop: DBConnect) -> None:

@@ -10,7 +10,8 @@ compares the row with what was shown.
 
 Where the code has changed an attribute since it was loaded, the attribute shows again what had been loaded: what the
 code has set is not in the database. An attribute that was set without having been loaded stays expired. A container
-that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept.
+that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept. In
+autocommit, what a flush has written stands, and its objects stay expired.
 
 The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
 time put back: the transaction goes on with them. A container that was changed in place stays expired here.
@@ -37,8 +38,15 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
+from ctxdb_core._sqlalchemy.binds import is_autocommit
 from ctxdb_core._sqlalchemy.kept import CONTAINERS, LOST, Kept, expire_kept, keep, names_of, still_kept
-from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    changed_in,
+    commit_values,
+    connections_of,
+    deleted_in,
+)
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
 
@@ -220,6 +228,10 @@ class LoadedValues:
         if savepoint is None:
             originals = _oldest(levels)
             changed = {state for each in ending for state in changed_in(each)}
+            if any(is_autocommit(connection) for each in ending for connection in connections_of(each)):
+                # What was written stands.
+                written = originals.keys() | changed | {state for each in ending for state in deleted_in(each)}
+                states = [each for each in states if each not in written]
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
             # All that these objects had loaded is known. Of an object that only a flush has changed, beside the objects
