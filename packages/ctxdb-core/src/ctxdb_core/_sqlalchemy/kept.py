@@ -65,6 +65,9 @@ class Shown(NamedTuple):
     """The containers as they were when they were shown: code may change one in place."""
 
 
+_NOTHING = Kept({}, frozenset())
+
+
 class SessionWithShownValues(Session):
     """A synchronous session that knows which values of before a roll-back the code has seen."""
 
@@ -188,6 +191,7 @@ def show_kept(session: SessionWithShownValues, *, before_close: bool = False) ->
     for state in session.identity_map.all_states():
         if state.callables:
             _show(state, _kept_in(state), None if before_close else session)
+            state.info.pop(_KEPT, None)
 
 
 def _show(state: InstanceState[Any], keys: Iterable[str], session: Session | None) -> None:
@@ -195,7 +199,7 @@ def _show(state: InstanceState[Any], keys: Iterable[str], session: Session | Non
     instance = state.obj()
     if instance is None:
         return
-    names, kept, values = names_of(state.mapper), state.info[_KEPT], {}
+    names, kept, values = names_of(state.mapper), state.info.get(_KEPT, _NOTHING), {}
     for key in keys:
         if type(state.callables.get(key)) is _Keeper:
             del state.callables[key]
