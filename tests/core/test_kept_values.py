@@ -102,6 +102,18 @@ async def test_an_object_is_read_anew_after_a_roll_back_wherever_sqlalchemy_can_
         assert await read(session, ware) == 99
 
 
+async def test_a_collection_that_is_loaded_with_its_object_is_read_anew_with_it_after_a_roll_back(
+    shop: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shop)
+        one = await session.get_one(Shop, 1)
+        await session.rollback()
+        await database.query("INSERT INTO ware VALUES (3, 'coffee', 1, '{}', 1)")
+        assert await one.awaitable_attrs.id == 1
+        assert len(one.wares) == 3
+
+
 async def test_a_query_behind_a_roll_back_in_run_sync_reads_objects_anew(shop: DBConnect, database: Database) -> None:
     def sell(session: Session) -> None:
         assert session.scalars(select(Ware).where(Ware.id == 1)).one().stock == 10

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_session
 from sqlalchemy.orm import InstanceState, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
+from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -29,7 +30,7 @@ from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.kept import (
     SessionWithShownValues,
-    expire_kept,
+    load_kept,
     refuse_stale_changes,
     show_kept,
 )
@@ -179,10 +180,13 @@ class GuardedSession(TracedSession, SessionWithShownValues):
             with keeping_changes(self):
                 found = super().get(entity, ident, **{**options, "populate_existing": True})
             earlier.discard(state)
-        elif state.callables and expire_kept(state):
-            # SQLAlchemy loads what has expired of an object that has expired as a whole.
-            state.expired = True
-            found = super().get(entity, ident, **options)
+        elif state.callables:
+            try:
+                load_kept(state)
+            except ObjectDeletedError:
+                # SQLAlchemy finds no object that has expired and is gone.
+                self.expire(found)
+                return super().get(entity, ident, **options)
         return found
 
     def flush(self, objects: Any = None) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "SessionWithShownValues",
     "expire_kept",
     "keep",
+    "load_kept",
     "names_of",
     "refuse_stale_changes",
     "show_kept",
@@ -112,16 +113,12 @@ class _Keeper:
             if self.key in state.dict:
                 return LoaderCallableStatus.ATTR_WAS_SET
         impl: Any = state.manager[self.key].impl
-        if not impl.accepts_scalar_loader:
-            return impl.callable_(state, passive) if impl.callable_ else LoaderCallableStatus.ATTR_EMPTY
-        if not may_ask:
-            return LoaderCallableStatus.PASSIVE_NO_RESULT
-        columns = expire_kept(state)
-        try:
-            return impl.get(state, state.dict, passive)
-        except BaseException:
-            _give_keepers(state, columns)
-            raise
+        if impl.accepts_scalar_loader and impl.load_on_unexpire:
+            if not may_ask:
+                return LoaderCallableStatus.PASSIVE_NO_RESULT
+            load_kept(state, passive)
+            return LoaderCallableStatus.ATTR_WAS_SET
+        return impl.callable_(state, passive) if impl.callable_ else LoaderCallableStatus.ATTR_EMPTY
 
 
 class _Keepers(dict[str, _Keeper]):
@@ -165,14 +162,26 @@ def _give_keepers(state: InstanceState[Any], keys: Iterable[str]) -> None:
     state.expired_attributes.difference_update(keepers)
 
 
-def expire_kept(state: InstanceState[Any]) -> list[str]:
-    """Have SQLAlchemy load the columns that are kept of an object, as after a roll-back; return their names."""
+def expire_kept(state: InstanceState[Any]) -> None:
+    """Have the columns expire that are kept of an object, as after a roll-back without ctxdb."""
     names = names_of(state.mapper).columns
     columns = [key for key in _kept_in(state) if key in names and _has_to_be_loaded(state, key)]
     for key in columns:
         del state.callables[key]
     state.expired_attributes.update(columns)
-    return columns
+
+
+def load_kept(state: InstanceState[Any], passive: PassiveFlag = PassiveFlag.PASSIVE_OFF) -> None:
+    """Load what is kept of an object, as SQLAlchemy loads what has expired of it: together with eager relationships.
+
+    Raises:
+        ObjectDeletedError: its row is gone.
+        BaseException: the error of the query.
+    """
+    manager: Any = state.manager
+    keys = {key for key in _kept_in(state) if manager[key].impl.load_on_unexpire and _has_to_be_loaded(state, key)}
+    if keys:
+        manager.expired_attribute_loader(state, keys, passive)
 
 
 def _has_to_be_loaded(state: InstanceState[Any], key: str) -> bool:
