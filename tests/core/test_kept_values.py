@@ -306,6 +306,28 @@ async def _stored(db: DBConnect) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in await (await db_session(db)).execute(columns)]
 
 
+async def test_what_is_written_behind_a_savepoint_that_was_rolled_back_heeds_other_transactions(
+    shop: DBConnect, database: Database
+) -> None:
+    unit = begin()
+    assert unit is not None
+    session = await db_session(shop)
+    wares = [await session.get_one(Ware, number) for number in (1, 2)]
+    with pytest.raises(LookupError):
+        async with session.begin_nested():
+            for ware in wares:
+                ware.stock = 5
+            await session.flush()
+            raise LookupError
+    await database.query("UPDATE ware SET stock = 99")
+    assert await wares[0].awaitable_attrs.stock == 99
+    assert wares[1].stock == 10
+    wares[1].stock = 9
+    with pytest.raises(StaleDataError):
+        await finalize(unit, commit=True)
+    assert await database.query("SELECT stock FROM ware") == [(99,), (99,)]
+
+
 async def test_a_change_in_place_that_was_rolled_back_is_not_written_with_a_later_one(shop: DBConnect) -> None:
     with pytest.raises(StaleDataError, match=r"Ware\.tags"):
         async with new_db_ctx():

@@ -207,7 +207,7 @@ class GuardedSession(TracedSession, SessionWithShownValues):
         lost, self._lost = self._lost, None
         if lost is not None:
             self._keeps_values = True
-            lost.give_back()
+            lost.keep()
             if not lost.are_of_savepoint:
                 # `run_sync` may begin the next transaction by a query, which is too late to add a listener of queries.
                 self.look_back()

@@ -26,7 +26,6 @@ from ctxdb_core._sqlalchemy.private import changed_states, commit_values
 
 __all__ = [
     "CONTAINERS",
-    "LOST",
     "Kept",
     "SessionWithShownValues",
     "expire_kept",
@@ -40,7 +39,7 @@ __all__ = [
 
 logger = logging.getLogger("ctxdb")
 
-LOST = "What %s had loaded before a roll-back could not be kept"
+_LOST = "What %s had loaded before a roll-back could not be kept"
 
 # What SQLAlchemy lets code change in place, without a copy of what was loaded.
 CONTAINERS = (MutableBase, dict, list, set)
@@ -224,7 +223,7 @@ def _show(state: InstanceState[Any], keys: Iterable[str], session: Session | Non
         except Exception as exc:
             # The key or the position of a member cannot be read, for instance, as its column stays expired.
             if not isinstance(exc, SQLAlchemyError):
-                logger.warning(LOST, state.class_, exc_info=True)
+                logger.warning(_LOST, state.class_, exc_info=True)
             if state.session is not None:
                 state.session.expire(instance, [key])
     if isinstance(session, SessionWithShownValues):

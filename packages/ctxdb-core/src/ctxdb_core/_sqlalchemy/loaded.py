@@ -13,8 +13,8 @@ code has set is not in the database. An attribute that was set without having be
 that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept. In
 autocommit, what a flush has written stands, and its objects stay expired.
 
-The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
-time put back: the transaction goes on with them. A container that was changed in place stays expired here.
+The roll-back of a savepoint expires the objects that were changed since it was set. What is kept of these are their
+values of that time. A container that was changed in place stays expired here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, inspect
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import (
     InstanceState,
     LoaderCallableStatus,
@@ -33,17 +32,14 @@ from sqlalchemy.orm import (
     RelationshipDirection,
     Session,
     SessionTransaction,
-    object_session,
 )
-from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.binds import is_autocommit
-from ctxdb_core._sqlalchemy.kept import CONTAINERS, LOST, Kept, expire_kept, keep, names_of, still_kept
+from ctxdb_core._sqlalchemy.kept import CONTAINERS, Kept, expire_kept, keep, names_of, still_kept
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     changed_in,
-    commit_values,
     connections_of,
     deleted_in,
 )
@@ -272,34 +268,19 @@ class LoadedValues:
                 values.pop(key, None)
         return values
 
-    def give_back(self) -> None:
-        """Give the objects back what they have lost by the roll-back, or keep it for them."""
-        if self.are_of_savepoint:
-            self._restore()
-            return
+    def keep(self) -> None:
+        """Keep for the objects what they have lost by the roll-back."""
         for each in self._objects:
-            if each.state.obj() is not None and not each.state.transient:
+            state, instance = each.state, each.state.obj()
+            if instance is None or state.transient:
                 # An object that was inserted and rolled back has what it has.
-                keep(each.state, _to_keep(each))
-
-    def _restore(self) -> None:
-        collections: list[tuple[object, str, list[Any]]] = []
-        for state, values, originals, _ in self._objects:
-            try:
-                collections += _restore(state, values, originals)
-            except Exception:
-                # Its attributes stay expired. The error that the roll-back was made for is the one that matters.
-                logger.warning(LOST, state.class_, exc_info=True)
-        # A collection that is a dictionary reads the keys of its members, so these have their columns back before it.
-        for instance, name, members in collections:
-            try:
-                set_committed_value(instance, name, members)
-            except Exception as exc:
-                # The key or the position of a member cannot be read, for instance, as its column stays expired.
-                if not isinstance(exc, SQLAlchemyError):
-                    logger.warning(LOST, type(instance), exc_info=True)
-                if (session := object_session(instance)) is not None:
-                    session.expire(instance, [name])
+                continue
+            if self.are_of_savepoint and state.session is not None:
+                # SQLAlchemy does not know what an ORM-enabled UPDATE has changed behind the savepoint.
+                changed = [name for name in each.originals if name in state.dict and name not in state.committed_state]
+                if changed:
+                    state.session.expire(instance, changed)
+            keep(state, _to_keep(each))
 
 
 def _to_keep(loaded: _Loaded) -> Kept:
@@ -323,36 +304,6 @@ def _to_keep(loaded: _Loaded) -> Kept:
         changed = (changed & known).union(loaded.kept.changed - known)
         values |= {name: value for name, value in loaded.kept.values.items() if name not in known}
     return Kept(values, changed)
-
-
-def _restore(
-    state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]
-) -> Iterable[tuple[object, str, list[Any]]]:
-    """Give an object back what it has lost, but for its collections: return these, with their members."""
-    instance = state.obj()
-    if instance is None or state.transient:
-        # An object that was inserted and rolled back keeps what it has.
-        return ()
-    names = {each.key for each in state.mapper.relationships if each.uselist}
-    kept = {name: value for name, value in values.items() if name not in originals}
-    commit_values(state, kept)
-    for name in names & kept.keys():
-        # SQLAlchemy has given the collection up.
-        collection_adapter(kept[name]).invalidated = False
-    collections: list[tuple[object, str, list[Any]]] = []
-    for name, value in originals.items():
-        if not isinstance(value, LoaderCallableStatus):
-            if name in names:
-                collections.append((instance, name, value))
-            else:
-                set_committed_value(instance, name, value)
-        elif name not in names and isinstance(values.get(name), CONTAINERS):
-            set_committed_value(instance, name, values[name])
-    for composite in state.mapper.composites:
-        if any(each.key in originals for each in composite.props):
-            # It is made of the columns when it is read next.
-            state.dict.pop(composite.key, None)
-    return collections
 
 
 def _changed_by_flushes(mapper: Mapper[Any]) -> Iterator[str]:
