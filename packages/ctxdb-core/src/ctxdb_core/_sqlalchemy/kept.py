@@ -178,7 +178,9 @@ def load_kept(state: InstanceState[Any], passive: PassiveFlag = PassiveFlag.PASS
         BaseException: the error of the query.
     """
     manager: Any = state.manager
-    keys = {key for key in _kept_in(state) if manager[key].impl.load_on_unexpire and _has_to_be_loaded(state, key)}
+    # What the code has done to a collection that is not loaded is not to be applied to what its flush has made of it.
+    changed = state.dict.keys() | state.committed_state.keys()
+    keys = {key for key in _kept_in(state) if key not in changed and manager[key].impl.load_on_unexpire}
     if keys:
         manager.expired_attribute_loader(state, keys, passive)
 
