@@ -11,7 +11,7 @@ from sqlalchemy import JSON, ForeignKey, select, update
 from sqlalchemy.exc import IntegrityError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.ext.mutable import MutableDict
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, lazyload, mapped_column, relationship
 from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from sqlalchemy.util import await_only
 from tests.support.database import Database
@@ -132,6 +132,14 @@ async def test_a_value_that_the_code_itself_has_overwritten_is_not_shown_after_a
         await session.execute(update(Ware).values(stock=5))
         with pytest.raises(MissingGreenlet):
             ware.stock  # noqa: B018 - a look
+
+
+async def test_an_object_is_found_when_an_update_by_the_orm_has_expired_what_was_kept_of_it(shop: DBConnect) -> None:
+    async with new_db_ctx():
+        session, _ = await _rolled_back_ware(shop)
+        await session.execute(update(Ware).values(stock=5))
+        ware = await session.run_sync(lambda session: session.get_one(Ware, 1))
+        assert (ware.stock, ware.shop.id) == (5, 1)
 
 
 async def test_an_object_whose_row_is_gone_after_a_roll_back_is_not_found(shop: DBConnect, database: Database) -> None:
@@ -365,6 +373,18 @@ async def test_a_deletion_after_a_roll_back_takes_children_along_that_others_hav
         await database.query("INSERT INTO ware VALUES (3, 'coffee', 1, '{}', 1)")
         await session.delete(one)
     assert await database.query("SELECT id FROM ware") == []
+
+
+async def test_a_child_that_leaves_its_parent_after_a_roll_back_is_no_orphan_as_its_parent_is_not_loaded(
+    shop: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(shop)
+        await session.get_one(Shop, 1)
+        await session.rollback()
+        ware = (await session.scalars(select(Ware).where(Ware.id == 1).options(lazyload("*")))).one()
+        ware.shop = await session.get_one(Shop, 2)
+    assert await database.query("SELECT shop_id FROM ware WHERE id = 1") == [(2,)]
 
 
 async def test_a_child_that_is_added_after_a_roll_back_is_seen_with_those_that_had_been_loaded(

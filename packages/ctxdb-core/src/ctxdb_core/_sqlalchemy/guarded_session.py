@@ -15,7 +15,7 @@ from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_session
-from sqlalchemy.orm import InstanceState, SessionTransaction
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, PassiveFlag, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.util import await_only
@@ -30,6 +30,7 @@ from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
 from ctxdb_core._sqlalchemy.kept import (
     SessionWithShownValues,
+    kept_columns,
     load_kept,
     refuse_stale_changes,
     show_kept,
@@ -55,6 +56,9 @@ OnBegin: TypeAlias = Callable[[AsyncSession], Awaitable[object]]
 
 BeforeClose: TypeAlias = Callable[[AsyncSession, BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
+
+
+_NO_OBJECT = (type(None), LoaderCallableStatus)
 
 
 class GuardedSession(TracedSession, SessionWithShownValues):
@@ -187,6 +191,26 @@ class GuardedSession(TracedSession, SessionWithShownValues):
                 # SQLAlchemy finds no object that has expired and is gone.
                 self.expire(found)
                 return super().get(entity, ident, **options)
+        return found
+
+    def _identity_lookup(self, *args: Any, **options: Any) -> Any:
+        found = super()._identity_lookup(*args, **options)
+        if not self._keeps_values or options.get("lazy_loaded_from") is None or isinstance(found, _NO_OBJECT):
+            return found
+        # A relationship to a single object is about to be loaded, or set. When it is set, an object that has expired
+        # counts as unknown, and SQLAlchemy does nothing on its side.
+        state: InstanceState[Any] = object_state(found)
+        passive = options["passive"]
+        if not kept_columns(state) or not passive & PassiveFlag.RELATED_OBJECT_OK:
+            return found
+        if not passive & PassiveFlag.SQL_OK:
+            return LoaderCallableStatus.PASSIVE_NO_RESULT
+        if in_greenlet():
+            try:
+                load_kept(state)
+            except ObjectDeletedError:
+                self.expire(found)
+                return super()._identity_lookup(*args, **options)
         return found
 
     def flush(self, objects: Any = None) -> None:

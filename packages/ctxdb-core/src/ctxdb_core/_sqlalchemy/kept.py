@@ -30,6 +30,7 @@ __all__ = [
     "SessionWithShownValues",
     "expire_kept",
     "keep",
+    "kept_columns",
     "load_kept",
     "names_of",
     "refuse_stale_changes",
@@ -144,7 +145,8 @@ def still_kept(state: InstanceState[Any]) -> Kept | None:
     if not state.callables or _KEPT not in state.info:
         return None
     kept: Kept = state.info[_KEPT]
-    return Kept({key: kept.values[key] for key in _kept_in(state)}, kept.changed)
+    values = {key: kept.values[key] for key in _kept_in(state)}
+    return Kept(values, kept.changed) if values else None
 
 
 def _kept_in(state: InstanceState[Any]) -> list[str]:
@@ -161,13 +163,19 @@ def _give_keepers(state: InstanceState[Any], keys: Iterable[str]) -> None:
     state.expired_attributes.difference_update(keepers)
 
 
+def kept_columns(state: InstanceState[Any]) -> list[str]:
+    """Return the columns that are kept of an object; where there are any, it is as good as expired."""
+    names = names_of(state.mapper).columns
+    return [key for key in _kept_in(state) if key in names and _has_to_be_loaded(state, key)]
+
+
 def expire_kept(state: InstanceState[Any]) -> None:
     """Have the columns expire that are kept of an object, as after a roll-back without ctxdb."""
-    names = names_of(state.mapper).columns
-    columns = [key for key in _kept_in(state) if key in names and _has_to_be_loaded(state, key)]
-    for key in columns:
-        del state.callables[key]
-    state.expired_attributes.update(columns)
+    if columns := kept_columns(state):
+        for key in columns:
+            del state.callables[key]
+        state.expired_attributes.update(columns)
+        state.expired = True
 
 
 def load_kept(state: InstanceState[Any], passive: PassiveFlag = PassiveFlag.PASSIVE_OFF) -> None:
@@ -177,12 +185,13 @@ def load_kept(state: InstanceState[Any], passive: PassiveFlag = PassiveFlag.PASS
         ObjectDeletedError: its row is gone.
         BaseException: the error of the query.
     """
+    if not kept_columns(state):
+        return
     manager: Any = state.manager
     # What the code has done to a collection that is not loaded is not to be applied to what its flush has made of it.
     changed = state.dict.keys() | state.committed_state.keys()
     keys = {key for key in _kept_in(state) if key not in changed and manager[key].impl.load_on_unexpire}
-    if keys:
-        manager.expired_attribute_loader(state, keys, passive)
+    manager.expired_attribute_loader(state, keys, passive)
 
 
 def _has_to_be_loaded(state: InstanceState[Any], key: str) -> bool:
