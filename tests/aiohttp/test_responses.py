@@ -242,6 +242,10 @@ def with_line_break_in_header() -> web.Response:
     return web.Response(headers={"X-Name": "a\r\nb"})
 
 
+def with_line_break_in_name() -> web.Response:
+    return web.Response(headers={"X-Na\nme": "a"})
+
+
 def with_line_break_in_cookie() -> web.Response:
     response = web.Response()
     response.set_cookie("name", "value", path="/\r\n")
@@ -261,6 +265,7 @@ def redirecting_with_control_character() -> web.Response:
     "make",
     [
         with_line_break_in_header,
+        with_line_break_in_name,
         with_line_break_in_cookie,
         with_control_character_in_reason,
         redirecting_with_control_character,

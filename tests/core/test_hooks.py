@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from tests.support.database import Database, Item, insert
 
@@ -38,6 +38,7 @@ from ctxdb_core import (
     unit_of_work,
 )
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core.adapters import begin, finalize
 
 KINDS = pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
 
@@ -86,6 +87,37 @@ async def test_before_commit_may_mark_one_database_of_several(
     async with new_db_ctx(before_commit=rehearse):
         await insert(db, "kept")
         await insert(second_db, "undone")
+    assert await database.names() == ["kept"]
+
+
+async def test_before_commit_may_mark_one_database_where_the_code_has_marked_another(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def rehearse(session: AsyncSession) -> None:
+        set_rollback_only(db)
+
+    async with new_db_ctx(before_commit=rehearse):
+        await insert(db, "undone")
+        await insert(second_db, "undone, too")
+        set_rollback_only(second_db)
+    assert await database.names() == []
+
+
+async def test_objects_of_a_session_that_expires_are_readable_where_another_database_is_rolled_back(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    def make(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return async_sessionmaker(engine, expire_on_commit=True)
+
+    async with DBConnect(lambda host: database.watch_new(), make, host="127.0.0.1") as expiring:
+        unit = begin()
+        assert unit is not None
+        (await db_session(expiring)).add(item := Item(name="kept"))
+        await insert(second_db, "undone")
+        set_rollback_only(second_db)
+        await finalize(unit, commit=True, last=False)
+        assert item.name == "kept"
+        await finalize(unit, commit=True)
     assert await database.names() == ["kept"]
 
 

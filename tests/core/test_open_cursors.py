@@ -29,6 +29,7 @@ from ctxdb_core import (
     new_non_ctx_session,
     on_commit,
     rollback_db_session,
+    set_rollback_only,
 )
 from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware, Receive, Scope, Send
 
@@ -58,7 +59,7 @@ async def test_a_result_is_not_read_on_after_the_roll_back_of_its_transaction(db
 
 
 @pytest.mark.parametrize("writes", [False, True])
-@pytest.mark.parametrize("beside", ["before_commit", "a callback", "a second database"])
+@pytest.mark.parametrize("beside", ["before_commit", "a callback", "a second database", "a marked database"])
 async def test_the_body_reads_a_result_on_in_a_transaction_that_has_only_read(
     db: DBConnect, second_db: DBConnect, writes: bool, beside: str
 ) -> None:
@@ -69,8 +70,10 @@ async def test_the_body_reads_a_result_on_in_a_transaction_that_has_only_read(
             await insert(db, "written")
         if beside == "a callback":
             on_commit(db, lambda: None)
-        elif beside == "a second database":
+        elif beside != "before_commit":
             await insert(second_db, "second")
+        if beside == "a marked database":
+            set_rollback_only(second_db)
         rows = await (await db_session(db)).stream(ROWS)
         await rows.fetchmany(10)
         await send(START)

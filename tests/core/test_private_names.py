@@ -87,6 +87,19 @@ def test_a_session_says_that_it_is_flushing(session: Session) -> None:
     assert not private.is_flushing(session)
 
 
+def test_a_query_tells_whether_a_flush_comes_before_it(session: Session) -> None:
+    seen: list[bool] = []
+    event.listen(session, "do_orm_execute", lambda query: seen.append(private.flushes_before(query)))
+    session.scalars(select(Thing))
+    session.scalars(select(Thing), execution_options={"autoflush": False})
+    with session.no_autoflush:
+        session.scalars(select(Thing))
+    event.listen(session, "after_flush", lambda session, context: session.scalars(select(Thing)))
+    session.add(Thing(id=1))
+    session.flush()
+    assert seen == [True, False, False, False]
+
+
 def test_a_savepoint_says_which_objects_were_changed_behind_it(session: Session) -> None:
     thing = Thing(id=1)
     session.add(thing)

@@ -74,6 +74,20 @@ class Film(Medium):
     __mapper_args__ = {"polymorphic_identity": "film"}  # noqa: RUF012 - as SQLAlchemy has it
 
 
+class Shelf(Base):
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    volumes: Mapped[list[Volume]] = relationship(back_populates="shelf")
+
+
+class Volume(Base):
+    __tablename__ = "volume"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelf.id"))
+    shelf: Mapped[Shelf | None] = relationship(back_populates="volumes")
+
+
 pytestmark = pytest.mark.parametrize("database_kind", ["asyncpg", "sqlite"], indirect=True)
 
 
@@ -125,6 +139,21 @@ async def test_what_is_loaded_on_demand_stays_readable_when_a_relationship_leads
         await commit_db_session(library)
         await session.get_one(Copy, 1)
         assert book.author.name == "Ada"
+
+
+async def test_what_a_flush_reads_does_not_overwrite_what_it_is_about_to_write(
+    library: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        (await db_session(library)).add_all([Shelf(id=1), Volume(id=1, title="Notes", shelf_id=1)])
+    async with new_db_ctx():
+        session = await db_session(library)
+        shelf, volume = await session.get_one(Shelf, 1), await session.get_one(Volume, 1)
+        await commit_db_session(library)
+        volume.title = "Letters"
+        # The flush looks which volumes have to leave the shelf.
+        await session.delete(shelf)
+    assert await database.query("SELECT title, shelf_id FROM volume") == [("Letters", None)]
 
 
 async def test_a_collection_that_is_a_dictionary_stays_readable_behind_the_next_queries(library: DBConnect) -> None:

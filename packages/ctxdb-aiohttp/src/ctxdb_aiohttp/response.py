@@ -32,15 +32,15 @@ def check_response(response: object) -> None:
 
 
 def _check_values(parts: Mapping[str, str]) -> None:
-    for value in parts.values():
-        # Most values are printable, which takes no regular expression to find out.
-        if not value.isprintable():
+    for name, value in parts.items():
+        # Most are printable, which takes no regular expression to find out.
+        if not (value.isprintable() and name.isprintable()):
             _refuse_control_characters(parts)
 
 
 def _refuse_control_characters(parts: Mapping[str, str]) -> None:
     for name, value in parts.items():
-        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", name + value):
             raise ArgumentValueError(
                 f"The {name} of a response has a control character, such as a line break: aiohttp does not send it. "
                 "What the request has written is rolled back. Encode the value."

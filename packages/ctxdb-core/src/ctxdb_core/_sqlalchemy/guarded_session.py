@@ -15,8 +15,9 @@ from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncSession, async_session
-from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, PassiveFlag, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state as object_state
+from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -27,6 +28,13 @@ from ctxdb_core._sqlalchemy.flushes import ConcurrentChanges
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet, call_in_greenlet
 from ctxdb_core._sqlalchemy.guards import teach
 from ctxdb_core._sqlalchemy.hooked_transactions import begin_transaction
+from ctxdb_core._sqlalchemy.kept import (
+    SessionWithShownValues,
+    kept_columns,
+    load_kept,
+    refuse_stale_changes,
+    show_kept,
+)
 from ctxdb_core._sqlalchemy.lending import lend_driver_connection
 from ctxdb_core._sqlalchemy.loaded import LoadedValues, note_originals, note_originals_of
 from ctxdb_core._sqlalchemy.private import (
@@ -51,7 +59,10 @@ BeforeClose: TypeAlias = Callable[[AsyncSession, BaseException | None], bool]
 """Given the session, and the exception that leaves its ``async with`` block, returns whether it is to be closed."""
 
 
-class GuardedSession(TracedSession):
+_NO_OBJECT = (type(None), LoaderCallableStatus)
+
+
+class GuardedSession(TracedSession, SessionWithShownValues):
     """A synchronous session that may have a door."""
 
     dispatch = InPlaceDispatch(Session)
@@ -61,6 +72,8 @@ class GuardedSession(TracedSession):
     """The transaction that `on_begin` was awaited for last. It may have made no statement there."""
     _lost: LoadedValues | None = None
     """What the objects had loaded before the roll-back that is under way."""
+    _keeps_values = False
+    """Whether values of before a roll-back may be kept for the objects."""
     before_close: BeforeClose | None = None
     """Asked before code of the user's closes the session."""
     deadline: Callable[[], float | None] | None = None
@@ -164,16 +177,42 @@ class GuardedSession(TracedSession):
         rereading = self.rereading
         earlier = None if rereading is None else rereading.objects(self)
         found = super().get(entity, ident, **options)
-        if found is None or earlier is None or rereading is None:
-            return found
+        if found is None:
+            return None
         state: InstanceState[Any] = object_state(found)
-        if state not in earlier or state.modified:
+        if earlier is not None and rereading is not None and state in earlier and not state.modified:
+            # The object is read anew once in each transaction, however often it is asked for.
+            rereading.keep_loaded_for(state, self)
+            with keeping_changes(self):
+                found = super().get(entity, ident, **{**options, "populate_existing": True})
+            earlier.discard(state)
+        elif state.callables:
+            try:
+                load_kept(state)
+            except ObjectDeletedError:
+                # SQLAlchemy finds no object that has expired and is gone.
+                self.expire(found)
+                return super().get(entity, ident, **options)
+        return found
+
+    def _identity_lookup(self, *args: Any, **options: Any) -> Any:
+        found = super()._identity_lookup(*args, **options)
+        if not self._keeps_values or options.get("lazy_loaded_from") is None or isinstance(found, _NO_OBJECT):
             return found
-        # The object is read anew once in each transaction, however often it is asked for.
-        rereading.keep_loaded_for(state, self)
-        with keeping_changes(self):
-            found = super().get(entity, ident, **{**options, "populate_existing": True})
-        earlier.discard(state)
+        # A relationship to a single object is about to be loaded, or set. When it is set, an object that has expired
+        # counts as unknown, and SQLAlchemy does nothing on its side.
+        state: InstanceState[Any] = object_state(found)
+        passive = options["passive"]
+        if not kept_columns(state) or not passive & PassiveFlag.RELATED_OBJECT_OK:
+            return found
+        if not passive & PassiveFlag.SQL_OK:
+            return LoaderCallableStatus.PASSIVE_NO_RESULT
+        if in_greenlet():
+            try:
+                load_kept(state)
+            except ObjectDeletedError:
+                self.expire(found)
+                return super()._identity_lookup(*args, **options)
         return found
 
     def flush(self, objects: Any = None) -> None:
@@ -184,7 +223,8 @@ class GuardedSession(TracedSession):
 
     def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
         if to_transient and self.door is not None:
-            # SQLAlchemy calls this in each roll-back, before it expires the objects.
+            # SQLAlchemy calls this in each roll-back, before it expires the objects; twice, if a listener changes some.
+            self.give_back_lost()
             self._lost = LoadedValues(self, self.get_nested_transaction())
         super()._expunge_states(states, to_transient)
 
@@ -192,7 +232,22 @@ class GuardedSession(TracedSession):
         """Give the objects back what they have lost by the roll-back that was made just now."""
         lost, self._lost = self._lost, None
         if lost is not None:
-            lost.restore()
+            self._keeps_values = True
+            lost.keep()
+            if not lost.are_of_savepoint:
+                # `run_sync` may begin the next transaction by a query, which is too late to add a listener of queries.
+                self.look_back()
+
+    def show_kept(self, *, before_close: bool = False) -> None:
+        """Give the objects what is kept of them since a roll-back, as for code that reads their ``__dict__``."""
+        if self._keeps_values:
+            self._keeps_values = False
+            show_kept(self, before_close=before_close)
+
+    def expunge_all(self) -> None:
+        self.give_back_lost()
+        self.show_kept(before_close=True)
+        super().expunge_all()
 
     def _flush_and_note_changes(self, objects: Any) -> None:
         # Only new objects have no originals: those of the children of a deleted object are noted as well.
@@ -206,6 +261,8 @@ class GuardedSession(TracedSession):
             else:
                 super().flush(objects)
             return
+        if self.shown_values:
+            refuse_stale_changes(self)
         changes, outer = ConcurrentChanges(self), worker.waiting
         worker.waiting = changes
         try:

@@ -2,13 +2,19 @@
 
 SQLAlchemy expires the objects of a session when its transaction is rolled back, as by an error of a flush, and asyncio
 code cannot load an expired attribute by reading it: an access log that reads the user's name behind a 404 would fail.
-So the values that had been loaded are put back. Where the code has changed an attribute since, the attribute shows
-again what had been loaded: what the code has set is not in the database. An attribute that was set without having been
-loaded stays expired. A container that was changed in place (``MutableDict``, `flag_modified`) shows the change: its
-former value was not kept.
+So the values that had been loaded are kept beside the object, and are shown where the code looks and SQLAlchemy could
+not load them. Until then the object is as good as expired, since other transactions may have changed its row: queries,
+``run_sync``, ``awaitable_attrs``, ``session.merge()`` and flushes read the row as they do without ctxdb, and what the
+code sets is written whatever the value was before. Where a value was shown and the code changes it, the next flush
+compares the row with what was shown.
 
-The roll-back of a savepoint expires the objects that were changed since it was set. These have their values of that
-time put back: the transaction goes on with them. A container that was changed in place stays expired here.
+Where the code has changed an attribute since it was loaded, the attribute shows again what had been loaded: what the
+code has set is not in the database. An attribute that was set without having been loaded stays expired. A container
+that was changed in place (``MutableDict``, `flag_modified`) shows the change: its former value was not kept. In
+autocommit, what a flush has written stands, and its objects stay expired.
+
+The roll-back of a savepoint expires the objects that were changed since it was set. What is kept of these are their
+values of that time. A container that was changed in place stays expired here.
 """
 
 from __future__ import annotations
@@ -19,8 +25,6 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, inspect
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.mutable import MutableBase
 from sqlalchemy.orm import (
     InstanceState,
     LoaderCallableStatus,
@@ -28,23 +32,23 @@ from sqlalchemy.orm import (
     RelationshipDirection,
     Session,
     SessionTransaction,
-    object_session,
 )
-from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
-from ctxdb_core._sqlalchemy.private import begin_without_statement, changed_in, commit_values, deleted_in
+from ctxdb_core._sqlalchemy.binds import is_autocommit
+from ctxdb_core._sqlalchemy.kept import CONTAINERS, Kept, expire_kept, keep, names_of, still_kept
+from ctxdb_core._sqlalchemy.private import (
+    begin_without_statement,
+    changed_in,
+    connections_of,
+    deleted_in,
+)
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
 
 logger = logging.getLogger("ctxdb")
 
-_LOST = "What %s had loaded before a roll-back could not be kept"
-
 _LEVELS = "ctxdb.originals"
-
-# What SQLAlchemy lets code change in place, without a copy of what was loaded.
-_CONTAINERS = (MutableBase, dict, list, set)
 
 _Originals: TypeAlias = dict[InstanceState[Any], dict[str, Any]]
 
@@ -95,7 +99,11 @@ def _persistent(members: Iterable[Any]) -> Iterator[InstanceState[Any]]:
 
 def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
     """Remember what the objects of a class have loaded, before an ORM-enabled UPDATE changes them with their rows."""
-    _note(session, [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)])
+    states = [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)]
+    for each in states:
+        # What the statement writes would not be seen.
+        expire_kept(each)
+    _note(session, states)
 
 
 def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
@@ -185,6 +193,17 @@ def _add_older(older: _Originals, newer: _Originals) -> None:
         older[state] = {**values, **older.get(state, {})}
 
 
+class _Loaded(NamedTuple):
+    """What an object has loaded."""
+
+    state: InstanceState[Any]
+    values: dict[str, Any]
+    originals: dict[str, Any]
+    """What changed attributes had loaded."""
+    kept: Kept | None
+    """What is kept of it since an earlier roll-back."""
+
+
 class LoadedValues:
     """What the objects that are in `session` now have loaded.
 
@@ -193,10 +212,11 @@ class LoadedValues:
         savepoint: the innermost savepoint, if only that is rolled back.
     """
 
-    __slots__ = ("_are_of_savepoint", "_objects")
+    __slots__ = ("_objects", "are_of_savepoint")
 
     def __init__(self, session: Session, savepoint: SessionTransaction | None = None) -> None:
-        self._are_of_savepoint = savepoint is not None
+        self.are_of_savepoint = savepoint is not None
+        """Whether only a savepoint is rolled back."""
         levels = _open_levels(session)
         ending = _open_transactions(session) if savepoint is None else [savepoint]
         # A roll-back brings back what was deleted.
@@ -204,6 +224,10 @@ class LoadedValues:
         if savepoint is None:
             originals = _oldest(levels)
             changed = {state for each in ending for state in changed_in(each)}
+            if any(is_autocommit(connection) for each in ending for connection in connections_of(each)):
+                # What was written stands.
+                written = originals.keys() | changed | {state for each in ending for state in deleted_in(each)}
+                states = [each for each in states if each not in written]
         else:
             originals = _oldest(each for each in levels if each.transaction() is savepoint)
             # All that these objects had loaded is known. Of an object that only a flush has changed, beside the objects
@@ -212,7 +236,12 @@ class LoadedValues:
             flushed = changed_in(savepoint)
             states = [each for each in states if each in originals or (each not in flushed and each.modified)]
         self._objects = [
-            (state, self._values_of(state, originals, changed), {**_committed(state), **originals.get(state, {})})
+            _Loaded(
+                state,
+                self._values_of(state, originals, changed),
+                {**_committed(state), **originals.get(state, {})},
+                still_kept(state),
+            )
             for state in states
         ]
 
@@ -222,14 +251,14 @@ class LoadedValues:
         # SQLAlchemy notes a change of a relationship that is never loaded among the values.
         never_loaded = _never_loaded(state.mapper)
         values = {name: value for name, value in state.dict.items() if name not in never_loaded}
-        if self._are_of_savepoint:
+        if self.are_of_savepoint:
             # The next flush would write a change of a container as a part of a later one.
             for name, original in _committed(state).items():
                 if isinstance(original, LoaderCallableStatus):
                     values.pop(name, None)
         if state not in changed:
             return values
-        if self._are_of_savepoint:
+        if self.are_of_savepoint:
             # A column that has been loaded since the first flush may have a value of that flush.
             for each in state.mapper.column_attrs:
                 values.pop(each.key, None)
@@ -239,55 +268,42 @@ class LoadedValues:
                 values.pop(key, None)
         return values
 
-    def restore(self) -> None:
-        """Give the objects back what they have lost by the roll-back."""
-        collections: list[tuple[object, str, list[Any]]] = []
-        for state, values, originals in self._objects:
-            try:
-                collections += _restore(state, values, originals)
-            except Exception:
-                # Its attributes stay expired. The error that the roll-back was made for is the one that matters.
-                logger.warning(_LOST, state.class_, exc_info=True)
-        # A collection that is a dictionary reads the keys of its members, so these have their columns back before it.
-        for instance, name, members in collections:
-            try:
-                set_committed_value(instance, name, members)
-            except Exception as exc:
-                # The key or the position of a member cannot be read, for instance, as its column stays expired.
-                if not isinstance(exc, SQLAlchemyError):
-                    logger.warning(_LOST, type(instance), exc_info=True)
-                if (session := object_session(instance)) is not None:
-                    session.expire(instance, [name])
+    def keep(self) -> None:
+        """Keep for the objects what they have lost by the roll-back."""
+        for each in self._objects:
+            state, instance = each.state, each.state.obj()
+            if instance is None or state.transient:
+                # An object that was inserted and rolled back has what it has.
+                continue
+            if self.are_of_savepoint and state.session is not None:
+                # SQLAlchemy does not know what an ORM-enabled UPDATE has changed behind the savepoint.
+                changed = [name for name in each.originals if name in state.dict and name not in state.committed_state]
+                if changed:
+                    state.session.expire(instance, changed)
+            keep(state, _to_keep(each))
 
 
-def _restore(
-    state: InstanceState[Any], values: Mapping[str, Any], originals: Mapping[str, Any]
-) -> Iterable[tuple[object, str, list[Any]]]:
-    """Give an object back what it has lost, but for its collections: return these, with their members."""
-    instance = state.obj()
-    if instance is None or state.transient:
-        # An object that was inserted and rolled back keeps what it has.
-        return ()
-    names = {each.key for each in state.mapper.relationships if each.uselist}
-    kept = {name: value for name, value in values.items() if name not in originals}
-    commit_values(state, kept)
-    for name in names & kept.keys():
-        # SQLAlchemy has given the collection up.
-        collection_adapter(kept[name]).invalidated = False
-    collections: list[tuple[object, str, list[Any]]] = []
-    for name, value in originals.items():
-        if not isinstance(value, LoaderCallableStatus):
-            if name in names:
-                collections.append((instance, name, value))
-            else:
-                set_committed_value(instance, name, value)
-        elif name not in names and isinstance(values.get(name), _CONTAINERS):
-            set_committed_value(instance, name, values[name])
-    for composite in state.mapper.composites:
-        if any(each.key in originals for each in composite.props):
-            # It is made of the columns when it is read next.
-            state.dict.pop(composite.key, None)
-    return collections
+def _to_keep(loaded: _Loaded) -> Kept:
+    """Return what an object shows after the roll-back of its transaction."""
+    names, values = names_of(loaded.state.mapper), loaded.values
+    for name in values.keys() - names.all:
+        del values[name]
+    for name in names.collections & values.keys():
+        values[name] = [*collection_adapter(values[name])]
+    changed: set[str] = set()
+    for name, original in loaded.originals.items():
+        value = values.pop(name, None)
+        if not isinstance(original, LoaderCallableStatus):
+            values[name] = original
+        elif name not in names.collections and isinstance(value, CONTAINERS):
+            values[name] = value
+            changed.add(name)
+    if loaded.kept is not None:
+        # A container that the code has set without loading it hides what is kept.
+        known = values.keys() - (changed & loaded.kept.values.keys())
+        changed = (changed & known).union(loaded.kept.changed - known)
+        values |= {name: value for name, value in loaded.kept.values.items() if name not in known}
+    return Kept(values, changed)
 
 
 def _changed_by_flushes(mapper: Mapper[Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState, _new_sessionid, _sessions
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import _ConnectionFairy as ConnectionFairy
@@ -55,6 +55,7 @@ __all__ = [
     "end_without_restoring",
     "error_that_has_undone",
     "fetch_asyncpg_row",
+    "flushes_before",
     "follow_dialect",
     "follow_handing_out",
     "follow_parts",
@@ -127,6 +128,12 @@ def forget_block(session: Session) -> None:
 def is_flushing(session: Session) -> bool:
     """Return whether the session is in the middle of a flush."""
     return session._flushing  # noqa: SLF001 - see the module
+
+
+def flushes_before(query: ORMExecuteState) -> bool:
+    """Return whether a query is executed after a flush of what was changed: in the middle of a flush, it is not."""
+    session, options = query.session, query.load_options
+    return session.autoflush and not session._flushing and options._autoflush  # noqa: SLF001 - see the module
 
 
 def has_to_flush(session: Session) -> bool:

@@ -26,7 +26,7 @@ from sqlalchemy.orm.attributes import flag_dirty, set_attribute
 from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.greenlets import CallGreenlet
-from ctxdb_core._sqlalchemy.private import changed_states, commit_values, follow_parts, listen_once
+from ctxdb_core._sqlalchemy.private import changed_states, commit_values, flushes_before, follow_parts, listen_once
 
 __all__ = ["Rereading", "keeping_changes", "note_changes"]
 
@@ -110,8 +110,7 @@ def _read_anew(execution: ORMExecuteState) -> Result[Any] | None:
     if rereading is None or not execution.is_select or execution.is_column_load:
         return None
     options = execution.execution_options
-    flushes = session.autoflush and options.get("autoflush", True)
-    if not flushes and session.identity_map.check_modified():
+    if not flushes_before(execution) and session.identity_map.check_modified():
         # What the code has set, and not flushed, is not to be overwritten.
         return None
     if not rereading.objects(session) or "populate_existing" in options:

@@ -115,6 +115,9 @@ async def roll_back(sessions: Sessions, dbs: Collection[DBConnect] | None, error
     """Roll back what is open because of `error`, if there is one: a failure is attached to that, or else logged."""
     for db, session in affected(sessions, dbs):
         await session_end.roll_back(session, error, db)
+        if dbs is None:
+            # The unit itself has rolled back, for a response: the code that is left is that which logs.
+            guard_of(session).show_kept()
 
 
 def affected(sessions: Sessions, dbs: Collection[DBConnect] | None) -> list[tuple[DBConnect, AsyncSession]]:

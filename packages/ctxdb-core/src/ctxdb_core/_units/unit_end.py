@@ -86,14 +86,17 @@ class UnitEnd(UnitSessions):
 
     async def _commit_with_hooks(self, dbs: Collection[DBConnect] | None, *, ends_body: bool) -> None:
         """Commit as `commit` does, on several databases, or with what the code has asked of the end of transactions."""
+        remaining = dbs
         try:
             if self.hooks is not None and self.hooks.rollback_only:
-                dbs = await self._roll_back_marked(self.hooks, dbs)
-            await prepare(self.sessions, dbs, self._hook())
+                remaining = await self._roll_back_marked(self.hooks, dbs)
+            await prepare(self.sessions, remaining, self._hook())
             if dbs is None and self.hooks is not None and self.hooks.rollback_only:
                 # `before_commit`, or a listener of a flush, has called `set_rollback_only`.
-                dbs = await self._roll_back_marked(self.hooks, None)
+                remaining = await self._roll_back_marked(self.hooks, None)
             sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
+            if remaining is not None:
+                sessions = {db: sessions[db] for db in remaining if db in sessions}
         except BaseException as exc:
             await self.roll_back(exc, dbs)
             raise
@@ -116,9 +119,7 @@ class UnitEnd(UnitSessions):
         else:
             await self.roll_back(error, dbs)
 
-    async def _roll_back_marked(
-        self, hooks: UnitHooks, dbs: Collection[DBConnect] | None
-    ) -> Collection[DBConnect] | None:
+    async def _roll_back_marked(self, hooks: UnitHooks, dbs: Collection[DBConnect] | None) -> Collection[DBConnect]:
         """Roll back what `set_rollback_only` has named out of `dbs`; return where there may be something to commit."""
         if dbs is None and None in hooks.rollback_only:
             await self.roll_back(None, None)

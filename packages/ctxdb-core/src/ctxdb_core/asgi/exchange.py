@@ -212,7 +212,7 @@ class Exchange(RequestUnit):
         """
         try:
             if self.settings.middleware.commits(start["status"], self.origin):
-                check_headers(start.get("headers", ()))
+                check_headers(start)
                 await self.commit()
             else:
                 await self.roll_back()

@@ -1,14 +1,13 @@
 """`Response`: what is known of the response to a request that has used a session, or asked for anything else.
 
 `ResponseStart` keeps the messages of other tasks back while the start waits for its transactions to end;
-`check_headers` tells before that whether a server would send the start.
+`check_headers` sees to it before that that a server sends the start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
 from contextvars import ContextVar
 from operator import itemgetter
 from typing import NamedTuple
@@ -97,29 +96,42 @@ class Response:
             self.start = None
 
 
-def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raise an error if a server would refuse to send `headers`: behind a commit, that would be too late.
+def check_headers(start: Message) -> None:
+    """Have the headers of a response be such that a server sends them: behind a commit, that would be too late.
 
-    What are no headers as ASGI has them is left to the server, which may take them all the same.
+    Whitespace around a value, which is no part of it (RFC 9110, "Field Values"), is dropped: h11 refuses it. What are
+    no headers as ASGI has them is left to the server, which may take them all the same.
 
     Raises:
-        ArgumentValueError: a value has a control character (RFC 9110, "Field Values").
+        ArgumentValueError: a value has a control character, or a name has a character that separates (RFC 9110,
+            "Tokens").
     """
+    headers = start.get("headers", ())
     if not isinstance(headers, (list, tuple)):
         # The headers may be there to be read once.
         return
     try:
-        values = b"".join(map(_value_of, headers))
+        values = [*map(_value_of, headers)]
+        joined, names, stripped = b"".join(values), b"".join(map(_name_of, headers)), b"".join(map(bytes.strip, values))
     except (TypeError, IndexError):
         # They are not as ASGI has them, which some servers let pass.
         return
-    if _find_control_character(values):
-        names = ", ".join(repr(name) for name, value in headers if _find_control_character(value))
+    if _find_control_character(joined):
+        wrong = ", ".join(repr(name) for name, value in headers if _find_control_character(value))
         raise ArgumentValueError(
-            f"The value of the response header {names} has a control character, such as a line break, which HTTP does "
+            f"The value of the response header {wrong} has a control character, such as a line break, which HTTP does "
             "not allow. What the request has written is rolled back. Encode the value."
         )
+    if _find_separator(names):
+        wrong = ", ".join(repr(name) for name, _ in headers if _find_separator(name))
+        raise ArgumentValueError(
+            f"The name of the response header {wrong} has a space, or another character that HTTP does not allow in "
+            "it. What the request has written is rolled back. Encode the name."
+        )
+    if len(stripped) < len(joined):
+        start["headers"] = [(name, value.strip()) for name, value in headers]
 
 
-_value_of = itemgetter(1)
+_name_of, _value_of = itemgetter(0), itemgetter(1)
 _find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
+_find_separator = re.compile(rb'[\x00-\x20\x7f()<>@,;:\\"/\[\]?={}]').search
