@@ -255,7 +255,10 @@ async def writing_function(database: Database) -> AsyncIterator[None]:
     await database.query(
         "CREATE FUNCTION write(name text) RETURNS int LANGUAGE sql AS 'INSERT INTO item VALUES ($1) RETURNING 1'"
     )
+    await database.query("CREATE SCHEMA app")
+    await database.query("CREATE FUNCTION app.log(name text) RETURNS int LANGUAGE sql AS 'SELECT public.write(name)'")
     yield
+    await database.query("DROP SCHEMA app CASCADE")
     await database.query("DROP FUNCTION write")
 
 
@@ -267,8 +270,11 @@ async def writing_function(database: Database) -> AsyncIterator[None]:
         select(func.write("a")),
         select(literal_column("write('a')")),
         select(literal(1)).where(func.write("a") > 0),
+        select(func.app.log("a")),
+        text("SELECT app.log('a')"),
+        text("""SELECT item.name FROM item RIGHT JOIN "app" . log('a') ON true"""),
     ],
-    ids=range(5),
+    ids=range(8),
 )
 @pytest.mark.usefixtures("writing_function")
 async def test_a_function_that_writes_is_lost_work(db: DBConnect, database: Database, call: Executable) -> None:
@@ -303,9 +309,10 @@ def compile_utcnow(element: Utcnow, compiler: Any, **options: Any) -> str:
         text("WITH RECURSIVE tree(id) AS (SELECT 1) SELECT id FROM tree"),
         text("SELECT a FROM (VALUES (1, 2)) AS pair(a, b), unnest(ARRAY[1]) AS u(c)"),
         text('SELECT 1 AS "write (now)", pg_catalog.version()'),
+        select(func.pg_catalog.version()),
         text("SELECT substring('text' FOR (1 + 1)), 'locked FOR UPDATE'"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 async def test_functions_that_are_known_to_write_nothing_are_reading(db: DBConnect, statement: Executable) -> None:
     async with new_db_ctx():

@@ -28,7 +28,8 @@ def may_leave_work(clause: Any, dialect: Dialect) -> bool:
 def _calls_in(element: Any, dialect: Dialect) -> Iterator[str]:
     """Yield the names of the functions that one element of a statement calls, and the words before parentheses.
 
-    Locks of rows count as calls of the name `_LOCK`.
+    A function in a schema of the application's is named with its schema. Locks of rows count as calls of the name
+    `_LOCK`.
     """
     if isinstance(element, ForUpdateArg):
         yield _LOCK
@@ -40,7 +41,7 @@ def _calls_in(element: Any, dialect: Dialect) -> Iterator[str]:
     elif not isinstance(element, FunctionElement):
         return
     elif isinstance(name := getattr(element, "name", None), str):
-        yield name
+        yield _named(name, ".".join(getattr(element, "packagenames", ())))
         return
     else:
         # A construct of the application's (SQLAlchemy, "Custom SQL Constructs and Compilation Extension").
@@ -53,8 +54,15 @@ def _calls_in(element: Any, dialect: Dialect) -> Iterator[str]:
         if call["lock"] is not None:
             yield _LOCK
         elif (name := call["name"]) is not None:
-            yield name.strip('"')
+            yield _named(name.strip('"'), (call["schema"] or "").strip('"'))
 
+
+def _named(name: str, schema: str) -> str:
+    return name if schema.lower() in _SHARED_SCHEMAS else f"{schema}.{name}"
+
+
+# Where the functions of databases and of extensions are.
+_SHARED_SCHEMAS = frozenset({"", "extensions", "pg_catalog", "public"})
 
 _LOCK = "FOR UPDATE"
 
@@ -64,7 +72,7 @@ _CALL = re.compile(
     '[^']*' | --[^\n]* | /\*.*?\*/  # a literal, or a comment
     | (?: \b(?:AS|WITH(?:\s+RECURSIVE)?)\s+ | ::\s* ) (?: "[^"]*+" | [\w$]++ )  # a name with columns, or a type
     | \b (?P<lock> FOR\s+(?: UPDATE | NO\s+KEY | (?:KEY\s+)?SHARE ) | LOCK\s+IN\s+SHARE ) \b
-    | (?P<name> "[^"]*+" | [\w$]++ ) \s* \(  # a call; its schema is not looked at
+    | (?: (?P<schema> "[^"]*+" | [\w$]++ ) \s*+ \. \s*+ )?+ (?P<name> "[^"]*+" | [\w$]++ ) \s*+ \(  # a call
     | "[^"]*+" | [\w$]++
     """,
     re.DOTALL | re.IGNORECASE | re.VERBOSE,
