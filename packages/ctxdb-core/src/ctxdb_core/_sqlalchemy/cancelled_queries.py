@@ -159,7 +159,12 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
-        await _tracked(asyncio.wait_for(_request_until_answered(connection), STOP_QUERY_TIMEOUT_SECONDS))
+        # Whatever else is cancelled: psycopg would close the socket beneath a task that is waiting for it still.
+        stopping = asyncio.wait_for(_request_until_answered(connection), STOP_QUERY_TIMEOUT_SECONDS)
+        await run_to_completion(_tracked(stopping))
+    except asyncio.CancelledError:
+        # It was cancelled once more. psycopg raises the cancellation that has led here again.
+        cancellation = None
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
         # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
