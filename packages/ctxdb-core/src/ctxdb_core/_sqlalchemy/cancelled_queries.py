@@ -159,11 +159,9 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
-        # Whatever else is cancelled: psycopg would close the socket beneath a task that is waiting for it still.
-        stopping = asyncio.wait_for(_request_until_answered(connection), STOP_QUERY_TIMEOUT_SECONDS)
-        await run_to_completion(_tracked(stopping))
+        await run_to_completion(_tracked(_request_until_answered(connection)))
     except asyncio.CancelledError:
-        # It was cancelled once more. psycopg raises the cancellation that has led here again.
+        # The task was cancelled once more. psycopg raises the cancellation that has led here again.
         cancellation = None
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
@@ -180,8 +178,9 @@ async def _stop_query_of_psycopg(connection: Any) -> None:
 
 async def _request_until_answered(connection: Any) -> None:
     """Have the server asked to stop the query until it has answered that: a request may overtake its query."""
-    # The group has the reading end before psycopg, or another connection, uses the socket's number again.
-    async with asyncio.TaskGroup() as group:
+    # The group waits for its task, however often it is cancelled: the reading ends before psycopg closes the socket.
+    # `asyncio.wait_for` of Python 3.11 would not wait, and uvloop stands still when a socket that it watches is closed.
+    async with asyncio.timeout(STOP_QUERY_TIMEOUT_SECONDS), asyncio.TaskGroup() as group:
         reading = group.create_task(read_psycopg_answer(connection))
         while not reading.done():
             await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
