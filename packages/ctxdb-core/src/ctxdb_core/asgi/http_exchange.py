@@ -303,6 +303,8 @@ class HTTPExchange(Exchange):
             response.body = Body()
             # What uses the first session behind the whole body is background work, and cannot be cut off with it.
             response.body.is_complete = self.phase is Phase.AFTER
+            if self.phase is _BODY:
+                response.body.note_use(self)
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
