@@ -380,6 +380,36 @@ async def test_a_block_whose_work_a_caught_error_of_a_flush_has_undone_ends_by_a
     assert await database.names() == ["there"]
 
 
+@KINDS
+async def test_a_block_whose_other_changes_a_caught_error_of_their_flush_has_undone_ends_by_an_error(
+    db: DBConnect, database: Database
+) -> None:
+    await database.query("INSERT INTO item VALUES ('there') RETURNING 1")
+    with pytest.raises(TransactionAbortedError):
+        async with new_db_ctx(), (await db_session(db)).begin_nested():
+            session = await db_session(db)
+            session.add(Item(name="lost"))
+            await try_to_add(session, "there")
+    assert await database.names() == ["there"]
+
+
+@KINDS
+@pytest.mark.parametrize("by_statement", [False, True])
+async def test_a_block_outside_of_units_whose_work_a_caught_error_of_a_flush_has_undone_ends_by_an_error(
+    db: DBConnect, database: Database, by_statement: bool
+) -> None:
+    await database.query("INSERT INTO item VALUES ('there') RETURNING 1")
+    with pytest.raises(TransactionAbortedError):
+        async with new_non_ctx_atomic_session(db) as session, session.begin_nested():
+            if by_statement:
+                await session.execute(text("INSERT INTO item VALUES ('lost')"))
+            else:
+                session.add(Item(name="lost"))
+                await session.flush()
+            await try_to_add(session, "there")
+    assert await database.names() == ["there"]
+
+
 @pytest.mark.parametrize("block", ["begin_nested", "nested"])
 async def test_a_block_that_has_only_tried_to_write_does_not_hinder_the_commit(
     db: DBConnect, database: Database, block: str

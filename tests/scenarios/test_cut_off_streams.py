@@ -78,6 +78,32 @@ async def test_a_session_that_a_cut_off_stream_has_opened_is_rolled_back(world: 
     assert await world.names() == []
 
 
+@pytest.mark.parametrize("handler_writes", [False, True])
+async def test_objects_that_a_cut_off_stream_has_only_added_are_not_stored(world: World, handler_writes: bool) -> None:
+    ended = asyncio.Event()
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        try:
+            yield "x"
+            (await db_session(world.db)).add(Item(name="half"))
+            while True:
+                await asyncio.sleep(0)
+                yield "x" * 65536
+        finally:
+            ended.set()
+
+    async def handler() -> Stream:
+        if handler_writes:
+            await insert(world.db, "response")
+        return Stream(chunks())
+
+    await world.start(("/", handler))
+    await read_a_byte_and_leave(world)
+    await eventually(ended.is_set, "the stream goes on")
+    await eventually(lambda: not world.db.status().units, "the request goes on")
+    assert await world.names() == (["response"] if handler_writes else [])
+
+
 @pytest.mark.background
 async def test_the_background_task_behind_a_cut_off_stream_is_committed(world: World) -> None:
     done = asyncio.Event()

@@ -115,8 +115,11 @@ class GuardedSession(TracedSession, SessionWithShownValues):
                     self.reads = [clause]
                 else:
                     self.note_another_read(clause)
-        elif self.notes_writes and (args or kwargs) and not only_reads(kwargs.get("clause")):
-            self.note_write()
+        elif (args or kwargs) and not only_reads(kwargs.get("clause")):
+            if self.notes_writes:
+                self.note_write()
+            if innermost_block(self) is not None and not is_flushing(self):
+                self.note_work_in_block()
         bind = super().get_bind(*args, **kwargs)
         if bind is not self.bind:
             # The user's class, or `binds`, has chosen an engine of its own.
@@ -216,10 +219,23 @@ class GuardedSession(TracedSession, SessionWithShownValues):
         return found
 
     def flush(self, objects: Any = None) -> None:
-        if self.door is None or not has_to_flush(self):
+        if not has_to_flush(self):
             super().flush(objects)
             return
-        self._flush_and_note_changes(objects)
+        is_in_block = innermost_block(self) is not None
+        # If the flush of several objects fails, more is undone than what has failed.
+        is_much = is_in_block and len(self.new) + len(self.dirty) + len(self.deleted) > 1
+        try:
+            if self.door is None:
+                super().flush(objects)
+            else:
+                self._flush_and_note_changes(objects)
+        except BaseException:
+            if is_much:
+                self.note_work_in_block()
+            raise
+        if is_in_block:
+            self.note_work_in_block()
 
     def _expunge_states(self, states: Any, to_transient: bool = False) -> None:  # noqa: FBT001, FBT002 - SQLAlchemy's
         if to_transient and self.door is not None:
@@ -272,8 +288,6 @@ class GuardedSession(TracedSession, SessionWithShownValues):
             raise
         else:
             changes.mark()
-            if innermost_block(self) is not None:
-                self.note_work_in_block()
         finally:
             worker.waiting = outer
 

@@ -67,6 +67,8 @@ class Body:
     # that is to be closed.
     users: frozenset[ref[Any]] = frozenset()
     """The tasks that have used a session while the body was not complete, and go on."""
+    _followed: frozenset[ref[Any]] = frozenset()
+    """The tasks that send the body, and whose end matters."""
     has_cancelled_user: bool = False
     """Whether a task that has used a session was cancelled."""
     has_ended_user: bool = False
@@ -86,8 +88,9 @@ class Body:
             sender = running_task()
             if sender not in self.senders:
                 self.senders = {*self.senders, sender}
-                if self.has_used_a_session:
-                    self._await_end(sender, unit)
+            # An object that is only added makes no statement by which the use of a session would be noted.
+            if sender not in self._followed and (self.has_used_a_session or unit.sessions):
+                self._await_end(sender, unit)
         elif message["type"] in LAST_MESSAGES:
             self.is_complete = True
 
@@ -105,7 +108,8 @@ class Body:
             self.has_used_a_session = True
             # If no sender is known, as no session was open when the response started, the running task may be one.
             for sender in self.senders or (task,):
-                self._await_end(sender, unit)
+                if sender not in self._followed:
+                    self._await_end(sender, unit)
 
     @property
     def has_users_beside_sender(self) -> bool:
@@ -113,6 +117,7 @@ class Body:
         return self.has_ended_user or bool(self.users - {running_task()})
 
     def _await_end(self, sender: ref[Any], unit: UnitOfWork) -> None:
+        self._followed |= {sender}
         self._follow_end(sender, partial(_note_end, ref(self), ref(unit)))
 
     def _follow_end(self, task_ref: ref[Any], callback: Callable[[asyncio.Task[Any]], None]) -> None:

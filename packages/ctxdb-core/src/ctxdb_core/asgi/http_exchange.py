@@ -134,8 +134,10 @@ class HTTPExchange(Exchange):
         return self._settle_as_handler(response, message, calls)
 
     async def _settle_as_handler(self, response: Response, message: Message, calls: HandlerCalls) -> None:
+        # Where a streamed body has begun, what its handler has done is committed, whatever becomes of the rest.
+        is_left_over = self.phase is Phase.AHEAD and calls.have_left_all_work(self)
         with calls.variables_of_handler():
-            await self._settle_and_start(response, message)
+            await self._settle_and_start(response, message, is_left_over=is_left_over)
 
     def _goes_on(self, body: StreamedBody, status: int) -> bool:
         """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
@@ -155,10 +157,10 @@ class HTTPExchange(Exchange):
         self.move_to(Phase.BODY)
         await self.end_reading()
 
-    async def _settle_and_start(self, response: Response, message: Message) -> None:
-        """End the transactions for the start of a response, and begin its body."""
+    async def _settle_and_start(self, response: Response, message: Message, *, is_left_over: bool = False) -> None:
+        """End the transactions for the start of a response, and begin its body: see `settle`."""
         try:
-            await self.settle(message)
+            await self.settle(message, is_left_over=is_left_over)
         except asyncio.CancelledError:
             self.give_up_start()
             raise
@@ -303,6 +305,8 @@ class HTTPExchange(Exchange):
             response.body = Body()
             # What uses the first session behind the whole body is background work, and cannot be cut off with it.
             response.body.is_complete = self.phase is Phase.AFTER
+            if self.phase is _BODY:
+                response.body.note_use(self)
         super().prepare_session(db, session)
 
     def watch(self, watcher: UnitWatcher, owner: object = None) -> None:
