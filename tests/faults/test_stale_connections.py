@@ -207,17 +207,15 @@ async def test_a_connection_that_is_lost_before_its_first_result_is_streamed_is_
 async def test_a_connection_that_is_lost_while_it_is_held_without_a_transaction_is_replaced(
     db: DBConnect, database: Database
 ) -> None:
-    async with new_non_ctx_session(db) as session:
-        await session.connection()
+    async with (await db.engine()).connect() as connection:
         database.terminate_backends()
-        await session.execute(text("INSERT INTO item VALUES ('a')"))
-        await session.commit()
+        await connection.execute(text("INSERT INTO item VALUES ('a')"))
+        await connection.commit()
     assert await database.names() == ["a"]
 
 
 async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_replaced(database: Database) -> None:
-    async with database.connect(isolation_level="AUTOCOMMIT") as db, new_non_ctx_session(db) as session:
-        connection = await session.connection()
+    async with database.connect(isolation_level="AUTOCOMMIT") as db, (await db.engine()).connect() as connection:
         # The driver's connection is taken out of SQLAlchemy's adapter. A connection whose `driver_connection` was read
         # is not replaced, as that code may have set something on it.
         driver_connection: Any = (await connection.get_raw_connection()).dbapi_connection._connection  # type: ignore[union-attr]
@@ -225,7 +223,7 @@ async def test_a_connection_in_autocommit_that_is_lost_while_it_is_held_is_repla
         await _end_backend(database, dead)
         if hasattr(driver_connection, "is_closed"):
             await eventually(driver_connection.is_closed, "the driver does not notice that it is closed")
-        assert await session.scalar(PID) != dead
+        assert await connection.scalar(PID) != dead
 
 
 @pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
