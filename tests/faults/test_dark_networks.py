@@ -24,6 +24,8 @@ from ctxdb_core import (
     new_db_ctx,
     new_non_ctx_session,
 )
+from ctxdb_core._sqlalchemy.cancelled_queries import _stop_query_of_psycopg
+from ctxdb_core._sqlalchemy.private import psycopg_connection_that_stops
 
 SECRET = "postgresql://me:s3cret@127.0.0.1/db"
 
@@ -158,6 +160,37 @@ async def test_the_event_loop_goes_on_while_a_query_is_cancelled_over_a_dark_net
         # ctxdb tries for some time to have the server stop the query, in which asyncpg asks twice.
         assert network.cancel_requests == {"asyncpg": 2, "psycopg": 1}[database_kind]
         await session.invalidate()
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_the_socket_of_a_query_is_not_read_any_more_when_its_stop_is_interrupted(
+    far: DBConnect, network: FaultyNetwork, database: Database
+) -> None:
+    loop = asyncio.get_running_loop()
+    read_on: list[bool] = []
+
+    async def stop(connection: Any) -> None:
+        try:
+            await _stop_query_of_psycopg(connection)
+        finally:
+            # Psycopg closes the socket now.
+            read_on.append(loop.remove_reader(connection.pgconn.socket))
+
+    async with new_non_ctx_session(far) as session:
+        own: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        own.__class__ = psycopg_connection_that_stops(type(own), stop)
+        running = asyncio.create_task(own.execute("SELECT pg_sleep(600)"))
+        await eventually(lambda: own.info.transaction_status.name == "ACTIVE", "no query")
+        network.go_dark()
+        running.cancel()
+        await eventually(lambda: network.cancel_requests == 1, "no cancel request")
+        while not running.done():
+            # As a cancel scope of anyio does.
+            running.cancel()
+            await asyncio.sleep(0)
+        assert read_on == [False]
+        await session.invalidate()
+    database.terminate_backends("state = 'active'")
 
 
 async def test_tasks_that_wait_for_a_pool_fail_when_the_database_refuses_connections(
