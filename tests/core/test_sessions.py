@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 from sqlalchemy import JSON, ForeignKey, event, inspect, select, text, update
 from sqlalchemy import insert as insert_into
-from sqlalchemy.exc import IntegrityError, PendingRollbackError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.ext.orderinglist import ordering_list
@@ -333,6 +333,24 @@ async def test_a_session_whose_commit_was_refused_gives_its_connection_back_clea
             await session.commit()
     async with new_non_ctx_session(db) as session:
         assert await session.scalar(text("SELECT 1")) == 1
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_session_whose_savepoint_could_not_be_released_gives_its_connection_back_clean(
+    database: Database,
+) -> None:
+    async with database.connect(pool_size=1) as db:
+        with pytest.raises(TransactionAbortedError):
+            async with new_non_ctx_atomic_session(db) as session:
+                await session.execute(text("INSERT INTO item VALUES ('lost')"))
+                with pytest.raises(DBAPIError):
+                    async with session.begin_nested():
+                        with suppress(ProgrammingError):
+                            await session.execute(text("SELECT nothing"))
+                        await session.commit()
+        async with new_non_ctx_session(db) as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+    assert await database.names() == []
 
 
 @KINDS

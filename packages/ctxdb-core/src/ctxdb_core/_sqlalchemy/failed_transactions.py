@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -76,10 +76,11 @@ def check_transaction(connection: Connection) -> None:
     # before the server saw it), so the server is asked: any statement fails in an aborted transaction.
     try:
         connection.exec_driver_sql("SELECT 1")
-    except DBAPIError as exc:
-        if exc.connection_invalidated:
+    except (DBAPIError, InvalidRequestError) as exc:
+        # SQLAlchemy refuses the statement by an error of its own where the release of a savepoint has failed.
+        if connection.invalidated or getattr(exc, "connection_invalidated", False):
             raise
-        if getattr(exc.orig, "sqlstate", None) is None:
+        if isinstance(exc, DBAPIError) and getattr(exc.orig, "sqlstate", None) is None:
             # The server was not asked, as a task is in the middle of a statement on the driver's own connection: it
             # would get no ROLLBACK either, and the pool a connection with an open transaction.
             connection.invalidate(exc)
