@@ -159,17 +159,15 @@ def _prepare_psycopg(dbapi_connection: object, record: ConnectionPoolEntry) -> N
 async def _stop_query_of_psycopg(connection: Any) -> None:
     cancellation = sys.exc_info()[1]
     try:
-        await run_to_completion(_tracked(_request_until_answered(connection)))
+        await _tracked(_request_until_answered(connection))
     except Exception:
         logger.debug("A cancelled query could not be stopped", exc_info=True)
         # psycopg would wait for the answer of a server that does not answer: five seconds more, in 3.2 for ever.
         connection.pgconn.finish()
-    except asyncio.CancelledError:
-        # The task was cancelled once more. psycopg raises the cancellation that has led here again.
-        cancellation = None
     else:
         cancellation = None
-    # The request has been made, so `_cancel_psycopg` need not make another.
+    # The request has been made, so `_cancel_psycopg` need not make another. If this function is interrupted before, the
+    # key stays, and `_cancel_psycopg` makes the request.
     _cancel_keys.pop(connection, None)
     if cancellation is not None and not isinstance(cancellation, Exception):
         raise cancellation
