@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -178,12 +179,14 @@ async def _request_until_heard(connection: Any) -> None:
     for _ in range(2):
         await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
         heard = loop.create_future()
-        # psycopg listens again when this is done.
-        loop.add_reader(connection.pgconn.socket, _set_ready, heard)
-        try:
-            await asyncio.wait([heard], timeout=REPEAT_SECONDS)
-        finally:
-            loop.remove_reader(connection.pgconn.socket)
+        # A descriptor of its own for the same socket: another task may close the connection meanwhile, and the loop
+        # would go on listening to its number, which the next connection gets.
+        with socket.fromfd(connection.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as own:
+            loop.add_reader(own, _set_ready, heard)
+            try:
+                await asyncio.wait([heard], timeout=REPEAT_SECONDS)
+            finally:
+                loop.remove_reader(own)
         if heard.done():
             return
 
@@ -233,12 +236,12 @@ async def _send_cancel_request(key: Any) -> None:
         if status not in (_READING, _WRITING):
             raise ConnectionError(key.get_error_message())
         ready = loop.create_future()
-        socket = key.socket
-        (loop.add_reader if status == _READING else loop.add_writer)(socket, _set_ready, ready)
+        number = key.socket
+        (loop.add_reader if status == _READING else loop.add_writer)(number, _set_ready, ready)
         try:
             await ready
         finally:
-            (loop.remove_reader if status == _READING else loop.remove_writer)(socket)
+            (loop.remove_reader if status == _READING else loop.remove_writer)(number)
 
 
 def _set_ready(ready: asyncio.Future[None]) -> None:
