@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 
 import anyio
+import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.util import await_only
@@ -34,6 +35,7 @@ from ctxdb_core import (
     transactional,
 )
 from ctxdb_core._sqlalchemy import block_end
+from ctxdb_core._sqlalchemy.cancelled_queries import _request_until_heard
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
@@ -417,4 +419,23 @@ async def test_two_tasks_on_one_connection_that_are_cancelled_at_once_wait_for_n
         assert all(
             isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True)
         )
+        await session.invalidate()
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_connection_that_is_closed_while_its_query_is_being_stopped_is_not_listened_to_any_more(
+    db: DBConnect,
+) -> None:
+    async with new_non_ctx_session(db) as session:
+        raw = await (await session.connection()).get_raw_connection()
+        assert raw.driver_connection is not None
+        connection = raw.driver_connection
+        number = connection.fileno()
+        # The server has nothing to stop, and does not answer.
+        asking = asyncio.create_task(_request_until_heard(connection))
+        await asyncio.wait([asking], timeout=0.1)
+        await connection.close()
+        with suppress(psycopg.OperationalError):
+            await asking
+        assert not asyncio.get_running_loop().remove_reader(number)
         await session.invalidate()

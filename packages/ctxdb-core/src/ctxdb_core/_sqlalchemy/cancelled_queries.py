@@ -229,12 +229,12 @@ async def _send_cancel_request(key: Any) -> None:
         if status not in (_READING, _WRITING):
             raise ConnectionError(key.get_error_message())
         ready = loop.create_future()
-        socket = key.socket
-        (loop.add_reader if status == _READING else loop.add_writer)(socket, _set_ready, ready)
+        number = key.socket
+        (loop.add_reader if status == _READING else loop.add_writer)(number, _set_ready, ready)
         try:
             await ready
         finally:
-            (loop.remove_reader if status == _READING else loop.remove_writer)(socket)
+            (loop.remove_reader if status == _READING else loop.remove_writer)(number)
 
 
 def _set_ready(ready: asyncio.Future[None]) -> None:

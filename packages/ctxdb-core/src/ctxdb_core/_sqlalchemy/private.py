@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import sys
 from asyncio import Future
 from collections import deque
@@ -957,7 +958,13 @@ async def read_psycopg_answer(connection: Any) -> None:
 
     pgconn = connection.pgconn
     reading = until_readable() if pgconn.pipeline_status else generators.execute(pgconn)
-    await waiting.wait_async(reading, pgconn.socket, interval=1.0)
+    # A descriptor of its own for the same socket: another task may close the connection meanwhile, and the event loop
+    # would go on listening to a number that the next connection gets.
+    descriptor = os.dup(pgconn.socket)
+    try:
+        await waiting.wait_async(reading, descriptor, interval=1.0)
+    finally:
+        os.close(descriptor)
 
 
 def close_psycopg_cursor(adapted: Any) -> None:
