@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -22,7 +21,7 @@ from tests.support.database import Database, eventually, insert, insert_row_that
 from tests.support.server import RawClient, http_client, serve
 from tests.support.stacks import Ask, DoNothing, Endpoint, application, on_integrity_error
 
-from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, on_commit, rollback_db_session
+from ctxdb_core import ContextClosedError, DBConnect, commit_db_session, db_session, rollback_db_session
 from ctxdb_core.asgi import ASGIApp, Receive, Scope, Send
 from ctxdb_starlette import DBSessionMiddleware
 
@@ -176,36 +175,6 @@ async def test_writes_of_a_base_middleware_behind_a_stream_are_committed_before_
     assert (await (await ask(look)).get("/")).text == "body"
     assert seen[-1] == ["audit", "response"]
     assert next(names for names in seen if names) == ["audit", "response"]
-
-
-@AHEAD
-async def test_what_a_task_fails_to_commit_right_behind_the_handler_makes_no_error_of_the_response(
-    db: DBConnect, database: Database, framework: type[Starlette], ask: Ask, stack: list[Any]
-) -> None:
-    committed = asyncio.Event()
-    late: list[asyncio.Task[None]] = []
-
-    async def fail() -> None:
-        await committed.wait()
-        with suppress(DBAPIError):
-            await (await db_session(db)).execute(text("SELECT 1/0"))
-
-    async def let_fail() -> None:
-        committed.set()
-        await late[0]
-
-    async def chunks() -> AsyncGenerator[str, None]:
-        yield "body"
-
-    async def stream(request: Request) -> Response:
-        await insert(db, "response")
-        late.append(asyncio.create_task(fail()))
-        on_commit(db, let_fail)
-        return StreamingResponse(chunks())
-
-    response = await (await ask(application(framework, {"/": stream}, *stack))).get("/")
-    assert (response.status_code, response.text) == (200, "body")
-    assert await database.names() == ["response"]
 
 
 async def test_a_base_middleware_can_collect_a_body_that_uses_the_database(

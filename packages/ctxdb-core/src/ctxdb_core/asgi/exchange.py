@@ -204,13 +204,8 @@ class Exchange(RequestUnit):
         refusal = self.refusal
         return None if refusal is None else refusal.error
 
-    async def settle(self, start: Message, *, is_left_over: bool = False) -> None:
+    async def settle(self, start: Message) -> None:
         """End the transactions as a response with this `start` demands it.
-
-        Args:
-            start: the ``http.response.start``.
-            is_left_over: whether what is open is the work of tasks that a handler has left behind, whose own work has
-                been committed. If it cannot be, it is rolled back, and the error is logged.
 
         Raises:
             Exception: why they could not be ended. Everything was rolled back then, and the response is refused.
@@ -222,10 +217,6 @@ class Exchange(RequestUnit):
             else:
                 await self.roll_back()
         except Exception as exc:
-            if is_left_over:
-                await self.roll_back(exc)
-                report(exc, None, "what its other tasks had done since its commit was not committed")
-                return
             # Two responses at once, of a middleware and of the handler beneath it, may have been about to start. If
             # the other one has started meanwhile, it is not touched by this error.
             if self.phase in (Phase.HANDLING, Phase.AHEAD):

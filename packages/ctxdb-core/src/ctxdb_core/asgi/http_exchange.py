@@ -134,10 +134,8 @@ class HTTPExchange(Exchange):
         return self._settle_as_handler(response, message, calls)
 
     async def _settle_as_handler(self, response: Response, message: Message, calls: HandlerCalls) -> None:
-        # Where a streamed body has begun, what its handler has done is committed, whatever becomes of the rest.
-        is_left_over = self.phase is Phase.AHEAD and calls.have_left_all_work(self)
         with calls.variables_of_handler():
-            await self._settle_and_start(response, message, is_left_over=is_left_over)
+            await self._settle_and_start(response, message)
 
     def _goes_on(self, body: StreamedBody, status: int) -> bool:
         """Return whether `body` works in the open transactions, and goes on there behind a start with `status`."""
@@ -157,10 +155,10 @@ class HTTPExchange(Exchange):
         self.move_to(Phase.BODY)
         await self.end_reading()
 
-    async def _settle_and_start(self, response: Response, message: Message, *, is_left_over: bool = False) -> None:
-        """End the transactions for the start of a response, and begin its body: see `settle`."""
+    async def _settle_and_start(self, response: Response, message: Message) -> None:
+        """End the transactions for the start of a response, and begin its body."""
         try:
-            await self.settle(message, is_left_over=is_left_over)
+            await self.settle(message)
         except asyncio.CancelledError:
             self.give_up_start()
             raise
