@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 
 import anyio
-import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.util import await_only
@@ -35,7 +34,7 @@ from ctxdb_core import (
     transactional,
 )
 from ctxdb_core._sqlalchemy import block_end
-from ctxdb_core._sqlalchemy.cancelled_queries import _request_until_heard
+from ctxdb_core._sqlalchemy.cancelled_queries import _request_until_answered
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
@@ -431,11 +430,14 @@ async def test_a_connection_that_is_closed_while_its_query_is_being_stopped_is_n
         assert raw.driver_connection is not None
         connection = raw.driver_connection
         number = connection.fileno()
-        # The server has nothing to stop, and does not answer.
-        asking = asyncio.create_task(_request_until_heard(connection))
-        await asyncio.wait([asking], timeout=0.1)
+        connection.pgconn.send_query(b"SELECT pg_sleep(600)")
+        stopping = asyncio.create_task(_request_until_answered(connection))
+        for _ in range(3):
+            # The answer is waited for by then.
+            await asyncio.sleep(0)
         await connection.close()
-        with suppress(psycopg.OperationalError):
-            await asking
+        # The next connection may get the number now.
         assert not asyncio.get_running_loop().remove_reader(number)
+        with suppress(ExceptionGroup):
+            await stopping
         await session.invalidate()

@@ -180,6 +180,10 @@ async def _request_until_answered(connection: Any) -> None:
     async with asyncio.timeout(STOP_QUERY_TIMEOUT_SECONDS), asyncio.TaskGroup() as group:
         reading = group.create_task(read_psycopg_answer(connection))
         while not reading.done():
+            if connection.closed:
+                # Another task has closed it: there is nothing to read any more.
+                reading.cancel()
+                break
             await connection.cancel_safe(timeout=STOP_QUERY_TIMEOUT_SECONDS)
             await asyncio.wait([reading], timeout=REPEAT_SECONDS)
 
