@@ -103,6 +103,24 @@ async def test_before_commit_may_mark_one_database_where_the_code_has_marked_ano
     assert await database.names() == []
 
 
+async def test_before_commit_may_open_a_session_beside_a_database_that_is_rolled_back(
+    db: DBConnect, second_db: DBConnect, database: Database
+) -> None:
+    async def record(session: AsyncSession) -> None:
+        if session is await db_session(db):
+            await insert(recording, "record")
+
+    async with DBConnect(lambda host: database.watch_new(), host="127.0.0.1") as recording:
+        unit = begin(before_commit=record)
+        assert unit is not None
+        await insert(db, "kept")
+        await insert(second_db, "undone")
+        set_rollback_only(second_db)
+        await finalize(unit, commit=True, last=False)
+        assert sorted(await database.names()) == ["kept", "record"]
+        await finalize(unit, commit=True)
+
+
 async def test_objects_of_a_session_that_expires_are_readable_where_another_database_is_rolled_back(
     db: DBConnect, second_db: DBConnect, database: Database
 ) -> None:

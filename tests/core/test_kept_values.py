@@ -11,7 +11,16 @@ from sqlalchemy import JSON, ForeignKey, select, update
 from sqlalchemy.exc import IntegrityError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.ext.mutable import MutableDict
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, lazyload, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    lazyload,
+    make_transient,
+    mapped_column,
+    object_session,
+    relationship,
+)
 from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from sqlalchemy.util import await_only
 from tests.support.database import Database
@@ -178,6 +187,31 @@ async def test_an_object_that_is_pickled_after_a_roll_back_is_readable(shop: DBC
     async with new_db_ctx():
         _, ware = await _rolled_back_ware(shop)
         assert pickle.loads(pickle.dumps(ware)).name == "tea"
+
+
+async def test_an_object_that_was_read_anew_after_a_roll_back_is_pickled_without_its_earlier_values(
+    shop: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session, ware = await _rolled_back_ware(shop)
+        await session.refresh(ware)
+    assert b"ctxdb" not in pickle.dumps(ware)
+
+
+def _expunge(ware: Ware) -> None:
+    session = object_session(ware)
+    assert session is not None
+    session.expunge(ware)
+
+
+@pytest.mark.parametrize("take_out", [make_transient, _expunge])
+async def test_an_object_that_is_taken_out_of_its_session_after_a_roll_back_has_its_values(
+    shop: DBConnect, take_out: Callable[[Ware], None]
+) -> None:
+    async with new_db_ctx():
+        _, ware = await _rolled_back_ware(shop)
+        take_out(ware)
+        assert (ware.__dict__["name"], ware.__dict__["stock"]) == ("tea", 10)
 
 
 async def test_objects_are_readable_after_one_roll_back_upon_another(shop: DBConnect) -> None:

@@ -595,6 +595,21 @@ def test_a_source_that_knows_no_hosts_is_refused_at_once(follow: Callable[[Any],
         follow(wrong)
 
 
+class PassingOn:
+    """Passes on what is asked of it, as objects do that are made at their first use."""
+
+    def __init__(self, source: object) -> None:
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+@pytest.mark.parametrize("follow", [follow_master, follow_replica])
+def test_a_source_may_pass_the_calls_on_to_another_one(follow: Callable[[Any], object], source: FakeSource) -> None:
+    follow(PassingOn(source))
+
+
 # --- replicas ---------------------------------------------------------------------------------------------------------
 
 

@@ -54,9 +54,13 @@ def check_source(source: object) -> None:
     Raises:
         OptionError: always then.
     """
-    if isinstance(source, type) or not isinstance(source, HostSource):
+    # `isinstance` with a protocol does not see methods that ``__getattr__`` passes on, from Python 3.12 on.
+    if isinstance(source, type) or not all(callable(getattr(source, name, None)) for name in _METHODS):
         shown = f"the class {source.__name__}" if isinstance(source, type) else f"of type {type(source).__name__}"
         raise errors.OptionError(
             f"`source` is {shown}, which does not know the hosts of a cluster: give a `HostMonitor`, a "
             "`PgStatusClient`, or an object with the methods of `HostSource`."
         )
+
+
+_METHODS = [name for name in vars(HostSource) if not name.startswith("_")]

@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 
-@runtime_checkable
 class HostSource(Protocol):
     """Knows the hosts of a cluster. The methods may be called on any event loop."""
 

@@ -242,6 +242,9 @@ class GuardedSession(TracedSession, SessionWithShownValues):
             # SQLAlchemy calls this in each roll-back, before it expires the objects; twice, if a listener changes some.
             self.give_back_lost()
             self._lost = LoadedValues(self, self.get_nested_transaction())
+        elif self._keeps_values:
+            # `make_transient`, which comes this way as well, forgets what is not shown.
+            show_kept(self, states, before_close=True)
         super()._expunge_states(states, to_transient)
 
     def give_back_lost(self) -> None:

@@ -200,16 +200,22 @@ def _has_to_be_loaded(state: InstanceState[Any], key: str) -> bool:
     return key not in state.dict and state.committed_state.get(key, unknown) is unknown
 
 
-def show_kept(session: SessionWithShownValues, *, before_close: bool = False) -> None:
+def show_kept(
+    session: SessionWithShownValues, states: Iterable[InstanceState[Any]] | None = None, *, before_close: bool = False
+) -> None:
     """Give the objects of a session all that is kept of them.
 
     Args:
         session: the session.
+        states: the objects; ``None`` for all that the session has.
         before_close: whether the objects leave it next, so that it will not write what code makes of the values.
     """
-    for state in session.identity_map.all_states():
+    for state in session.identity_map.all_states() if states is None else states:
         if state.callables:
             _show(state, _kept_in(state), None if before_close else session)
+        # SQLAlchemy makes a dictionary of each state whose ``info`` is asked for.
+        if "info" in vars(state):
+            # Also where a query has loaded all that was kept: it would be pickled with the object.
             state.info.pop(_KEPT, None)
 
 

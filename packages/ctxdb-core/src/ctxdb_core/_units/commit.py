@@ -51,13 +51,19 @@ def is_in_before_commit(sessions: Sessions | None = None) -> bool:
     return preparing is not None and (sessions is None or preparing is sessions)
 
 
-async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_commit: BeforeCommit | None) -> None:
+async def prepare(
+    sessions: Sessions,
+    dbs: Collection[DBConnect] | None,
+    before_commit: BeforeCommit | None,
+    undone: Collection[DBConnect] = (),
+) -> None:
     """Do all that may take its time, fail or be cancelled while nothing has been committed yet.
 
     Args:
         sessions: those of the unit of work; `before_commit` may open more of them.
         dbs: where a commit is to come; everywhere by default.
         before_commit: the user's hook; ``None`` if there is none, or nothing to be asked about.
+        undone: where no commit is to come after all, as what was open there has been rolled back.
 
     Raises:
         BaseException: why nothing can be committed.
@@ -68,7 +74,7 @@ async def prepare(sessions: Sessions, dbs: Collection[DBConnect] | None, before_
     if dbs is None:
         for session in sessions.values():
             release_blocks(session.sync_session)
-    prepared: set[DBConnect] = set()
+    prepared = set(undone)
     # The hook may open sessions of its own, or write on others.
     while pending := [db for db, session in affected(sessions, dbs) if db not in prepared and in_transaction(session)]:
         for db in pending:

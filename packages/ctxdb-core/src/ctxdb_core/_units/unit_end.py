@@ -86,17 +86,17 @@ class UnitEnd(UnitSessions):
 
     async def _commit_with_hooks(self, dbs: Collection[DBConnect] | None, *, ends_body: bool) -> None:
         """Commit as `commit` does, on several databases, or with what the code has asked of the end of transactions."""
-        remaining = dbs
+        undone: list[DBConnect] = []
         try:
             if self.hooks is not None and self.hooks.rollback_only:
-                remaining = await self._roll_back_marked(self.hooks, dbs)
-            await prepare(self.sessions, remaining, self._hook())
+                undone += await self._roll_back_marked(self.hooks, dbs)
+            await prepare(self.sessions, dbs, self._hook(), undone)
             if dbs is None and self.hooks is not None and self.hooks.rollback_only:
                 # `before_commit`, or a listener of a flush, has called `set_rollback_only`.
-                remaining = await self._roll_back_marked(self.hooks, None)
+                undone += await self._roll_back_marked(self.hooks, None)
             sessions = self.sessions if dbs is not None else await self._without_kept(ends_body=ends_body)
-            if remaining is not None:
-                sessions = {db: sessions[db] for db in remaining if db in sessions}
+            if undone:
+                sessions = {db: session for db, session in sessions.items() if db not in undone}
         except BaseException as exc:
             await self.roll_back(exc, dbs)
             raise
@@ -119,15 +119,16 @@ class UnitEnd(UnitSessions):
         else:
             await self.roll_back(error, dbs)
 
-    async def _roll_back_marked(self, hooks: UnitHooks, dbs: Collection[DBConnect] | None) -> Collection[DBConnect]:
-        """Roll back what `set_rollback_only` has named out of `dbs`; return where there may be something to commit."""
+    async def _roll_back_marked(self, hooks: UnitHooks, dbs: Collection[DBConnect] | None) -> list[DBConnect]:
+        """Roll back what `set_rollback_only` has named out of `dbs`; return where that was done."""
         if dbs is None and None in hooks.rollback_only:
+            marked = list(self.sessions)
             await self.roll_back(None, None)
-            return []
-        named = hooks.marked(dbs)
-        await self.roll_back(None, named)
-        hooks.forget_marks(None if dbs is None else named)
-        return [db for db in (self.sessions if dbs is None else dbs) if db not in named]
+            return marked
+        marked = hooks.marked(dbs)
+        await self.roll_back(None, marked)
+        hooks.forget_marks(None if dbs is None else marked)
+        return marked
 
     async def _without_kept(self, *, ends_body: bool) -> Sessions:
         """Return the sessions whose transactions are not kept for a result that is still read."""
