@@ -299,8 +299,8 @@ class Door:
         A session class of the user's may commit or close in a task of its own, for instance.
 
         Args:
-            is_one_step: whether the block does nothing behind what is run to completion in it. An interruption that
-                comes meanwhile has no effect then.
+            is_one_step: whether all of the block is one call that is run to completion, such as a commit. If the call
+                is interrupted meanwhile and succeeds, the block ends without an error.
         """
         return _Turn(self, is_one_step=is_one_step)
 

@@ -70,7 +70,8 @@ def check_transaction(connection: Connection) -> None:
 
     Raises:
         TransactionAbortedError: the transaction is aborted; it was rolled back.
-        DBAPIError: the connection was lost, or is thrown away as the driver is busy; and the transaction with it.
+        DBAPIError: the connection was lost with its transaction; or the driver is busy with another statement, and the
+            connection is thrown away.
     """
     # Not every error aborts the transaction (a savepoint may have contained it, the driver may have refused a parameter
     # before the server saw it), so the server is asked: any statement fails in an aborted transaction.

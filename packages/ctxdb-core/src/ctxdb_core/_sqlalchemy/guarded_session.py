@@ -193,7 +193,7 @@ class GuardedSession(TracedSession, SessionWithShownValues):
             try:
                 load_kept(state)
             except ObjectDeletedError:
-                # SQLAlchemy finds no object that has expired and is gone.
+                # The row is gone. For an expired object, `get` of SQLAlchemy asks for the row, and returns ``None``.
                 self.expire(found)
                 return super().get(entity, ident, **options)
         return found

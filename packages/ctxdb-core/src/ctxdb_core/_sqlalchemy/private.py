@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
+import socket
 import sys
 from asyncio import Future
 from collections import deque
@@ -933,8 +933,8 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
     """
 
     async def try_cancel(self: Any, *, timeout: float = 5.0) -> None:
-        # The call that was cancelled: a generator, which psycopg's `wait` goes on with after this. What else calls this
-        # function has none.
+        # The call that was cancelled is a generator in the frame of psycopg's `wait`, which goes on with it after this
+        # function. Other callers of this function have no such generator.
         call = sys._getframe(1).f_locals.get("gen")  # noqa: SLF001 - see the module
         await stop(self)
         if call is not None and not self.pgconn.pipeline_status:
@@ -960,11 +960,8 @@ async def read_psycopg_answer(connection: Any) -> None:
     reading = until_readable() if pgconn.pipeline_status else generators.execute(pgconn)
     # A descriptor of its own for the same socket: another task may close the connection meanwhile, and the event loop
     # would go on listening to a number that the next connection gets.
-    descriptor = os.dup(pgconn.socket)
-    try:
-        await waiting.wait_async(reading, descriptor, interval=1.0)
-    finally:
-        os.close(descriptor)
+    with socket.fromfd(pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as own:
+        await waiting.wait_async(reading, own.fileno(), interval=1.0)
 
 
 def close_psycopg_cursor(adapted: Any) -> None:

@@ -122,7 +122,7 @@ async def roll_back(sessions: Sessions, dbs: Collection[DBConnect] | None, error
     for db, session in affected(sessions, dbs):
         await session_end.roll_back(session, error, db)
         if dbs is None:
-            # The unit itself has rolled back, for a response: the code that is left is that which logs.
+            # The unit itself has rolled back, for a response. From now on the objects are read to be logged, say.
             guard_of(session).show_kept()
 
 

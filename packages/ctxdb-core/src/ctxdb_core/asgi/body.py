@@ -151,9 +151,9 @@ class Body:
         await asyncio.shield(parked.recovering)
 
     async def roll_back_parked(self, unit: UnitOfWork) -> None:
-        """Roll back what is parked, as `recover` does, for code that may have the turn of such a session.
+        """Roll back the parked sessions as `recover` does; the running code may have the turn of one of them.
 
-        Another task that recovers them may be waiting for that very turn: it puts the session back later.
+        Another task that recovers these sessions may be waiting for that very turn. It puts the session back later.
         """
         parked = self.parked
         if parked is None or parked.recovering is None or not await parked.roll_back_where_held():

@@ -103,8 +103,7 @@ def check_headers(start: Message) -> None:
     no headers as ASGI has them is left to the server, which may take them all the same.
 
     Raises:
-        ArgumentValueError: a value has a control character, or a name has a character that separates (RFC 9110,
-            "Tokens").
+        ArgumentValueError: a value has a control character, or a name is no token (RFC 9110, "Tokens").
     """
     headers = start.get("headers", ())
     if not isinstance(headers, (list, tuple)):
@@ -116,7 +115,7 @@ def check_headers(start: Message) -> None:
             # The common case, at one look.
             return
         wrong_values = [repr(name) for name, value in headers if _find_control_character(value)]
-        wrong_names = [repr(name) for name, _ in headers if _find_separator(name)]
+        wrong_names = [repr(name) for name, _ in headers if not _is_token(name)]
         stripped = [(name, value.strip()) for name, value in headers]
     except (TypeError, ValueError, AttributeError):
         # They are not as ASGI has them, which some servers let pass.
@@ -128,14 +127,14 @@ def check_headers(start: Message) -> None:
         )
     if wrong_names:
         raise ArgumentValueError(
-            f"The name of the response header {', '.join(wrong_names)} has a space, or another character that HTTP "
+            f"The name of the response header {', '.join(wrong_names)} is empty, or has a character that HTTP "
             "does not allow in it. What the request has written is rolled back. Encode the name."
         )
     start["headers"] = stripped
 
 
 _find_control_character = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
-_find_separator = re.compile(rb'[\x00-\x20\x7f()<>@,;:\\"/\[\]?={}]').search
+_is_token = re.compile(rb"[\w!#$%&'*+\-.^`|~]+").fullmatch
 # Names and values in turn, one a line: without separators, control characters, and whitespace around. A value with a
 # line break makes more lines.
 _are_plain = re.compile(
