@@ -19,7 +19,6 @@ values of that time. A container that was changed in place stays expired here.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -45,8 +44,6 @@ from ctxdb_core._sqlalchemy.private import (
 )
 
 __all__ = ["LoadedValues", "note_originals", "note_originals_of"]
-
-logger = logging.getLogger("ctxdb")
 
 _LEVELS = "ctxdb.originals"
 
