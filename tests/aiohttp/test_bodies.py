@@ -309,6 +309,8 @@ async def test_a_handler_that_fails_in_a_stream_undoes_only_what_is_open(
 async def test_a_handler_that_fails_in_a_stream_undoes_what_is_open_although_a_middleware_answers_its_error(
     db: DBConnect, database: Database, serve: Serve, options: dict[str, Any]
 ) -> None:
+    has_failed = asyncio.Event()
+
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -321,6 +323,7 @@ async def test_a_handler_that_fails_in_a_stream_undoes_what_is_open_although_a_m
         try:
             return await handler(request)
         except LookupError:
+            has_failed.set()
             return web.Response(status=409)
 
     app = web.Application(middlewares=[answer_errors])
@@ -329,7 +332,8 @@ async def test_a_handler_that_fails_in_a_stream_undoes_what_is_open_although_a_m
     async with Wire.connect(await serve(app)) as wire:
         await wire.send("/")
         assert (await wire.read_head())[0] == 200
-        await eventually(lambda: not database.checked_out, "a connection is not back")
+        await has_failed.wait()
+        await eventually(lambda: not db.status().units, "the unit of work goes on")
     assert await database.names() == []
 
 
