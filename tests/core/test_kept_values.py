@@ -409,16 +409,20 @@ async def test_a_deletion_after_a_roll_back_takes_children_along_that_others_hav
     assert await database.query("SELECT id FROM ware") == []
 
 
-async def test_a_child_that_leaves_its_parent_after_a_roll_back_is_no_orphan_as_its_parent_is_not_loaded(
+async def test_a_child_that_is_taken_from_its_parent_after_a_roll_back_is_no_orphan_as_its_parent_is_not_loaded(
     shop: DBConnect, database: Database
 ) -> None:
     async with new_db_ctx():
         session = await db_session(shop)
-        await session.get_one(Shop, 1)
+        one = await session.get_one(Shop, 1)
         await session.rollback()
         ware = (await session.scalars(select(Ware).where(Ware.id == 1).options(lazyload("*")))).one()
-        ware.shop = await session.get_one(Shop, 2)
-    assert await database.query("SELECT shop_id FROM ware WHERE id = 1") == [(2,)]
+        assert one in session
+        ware.shop = None  # type: ignore[assignment]  # what the database is to refuse
+        with pytest.raises(IntegrityError):
+            await session.flush()
+        await session.rollback()
+    assert await database.query("SELECT shop_id FROM ware WHERE id = 1") == [(1,)]
 
 
 async def test_a_child_that_is_added_after_a_roll_back_is_seen_with_those_that_had_been_loaded(

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from sqlalchemy import Connection, create_engine, event, select, text
+from sqlalchemy import Connection, ForeignKey, create_engine, event, select, text
 from sqlalchemy.engine import ChunkedIteratorResult
 from sqlalchemy.exc import IntegrityError, SAWarning
 from sqlalchemy.ext.asyncio import (
@@ -26,7 +26,17 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransactionOrigin, mapped_column, object_session
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    PassiveFlag,
+    Session,
+    SessionTransaction,
+    SessionTransactionOrigin,
+    mapped_column,
+    object_session,
+    relationship,
+)
 from sqlalchemy.orm.attributes import flag_modified, instance_state
 from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
@@ -49,6 +59,15 @@ class Thing(Base):
     __tablename__ = "things"
 
     id: Mapped[int] = mapped_column(primary_key=True)
+    parts: Mapped[list[Part]] = relationship(back_populates="thing")
+
+
+class Part(Base):
+    __tablename__ = "parts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    thing_id: Mapped[int | None] = mapped_column(ForeignKey("things.id"))
+    thing: Mapped[Thing | None] = relationship(back_populates="parts")
 
 
 @pytest.fixture
@@ -232,6 +251,24 @@ def test_a_session_warns_of_objects_that_are_added_while_it_flushes(session: Ses
     session.add(Thing(id=3))
 
 
+def test_each_way_to_begin_a_transaction_calls_one_method_of_the_session(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[SessionTransaction] = []
+
+    class Begun(Session):
+        def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
+            begun.append(super()._autobegin_t(begin))
+            return begun[-1]
+
+    monkeypatch.setattr(session, "__class__", Begun)
+    for begin in (session.connection, session.begin, session.begin_nested, lambda: session.add(Thing(id=1))):
+        begun.clear()
+        begin()
+        assert begun, f"{begin} has not called it"
+        session.rollback()
+
+
 def test_a_transaction_begun_without_a_statement_is_like_a_transaction_begun_by_a_statement(session: Session) -> None:
     private.begin_without_statement(session)
     transaction = session.get_transaction()
@@ -240,6 +277,27 @@ def test_a_transaction_begun_without_a_statement_is_like_a_transaction_begun_by_
     assert private.connections_of(transaction) == set()
     assert private.connections_of(transaction) != {session.connection()}
     assert private.connections_of(transaction) == {session.connection()}
+
+
+def test_a_relationship_asks_its_session_for_the_object_before_it_is_loaded_or_set(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.add(Part(id=1, thing=Thing(id=1)))
+    session.commit()
+    thing, part = session.get_one(Thing, 1), session.get_one(Part, 1)
+    asked: list[bool] = []
+
+    class Asked(Session):
+        def _identity_lookup(self, *args: Any, **options: Any) -> Any:
+            assert options["lazy_loaded_from"] is instance_state(part)
+            asked.append(bool(options["passive"] & PassiveFlag.SQL_OK))
+            return super()._identity_lookup(*args, **options)
+
+    monkeypatch.setattr(session, "__class__", Asked)
+    assert part.thing is thing
+    session.expire(part, ["thing"])
+    part.thing = None
+    assert asked == [True, False]
 
 
 def test_a_seeded_session_has_its_listeners_and_later_listeners(session: Session) -> None:

@@ -1,4 +1,6 @@
-"""The private names of SQLAlchemy and of drivers that ctxdb uses; no other module in the workspace uses one.
+"""The private names of SQLAlchemy and of drivers that ctxdb uses; no other module in the workspace calls one.
+
+Three more are methods that `GuardedSession` overrides: ``_autobegin_t``, ``_expunge_states`` and ``_identity_lookup``.
 
 Checked on SQLAlchemy 2.0.55 and 2.1.9, on asyncpg 0.32, on psycopg 3.3, on asyncmy 0.2.18 and on aiomysql 0.3.2.
 `tests/core/test_private_names.py` fails where another version has changed one of them; it is run on the lowest version
