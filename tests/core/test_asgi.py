@@ -24,6 +24,7 @@ from ctxdb_core import (
     AbandonedWorkError,
     ArgumentValueError,
     ContextClosedError,
+    ContextNotInitiatedError,
     DBConnect,
     commit_db_session,
     db_session,
@@ -647,6 +648,25 @@ async def test_a_body_that_goes_on_behind_an_error_in_its_place_is_refused(
     assert await database.names() == (["response"] if writes_before else [])
 
 
+async def test_a_request_whose_sessions_are_first_asked_for_on_another_thread_keeps_them_for_its_own_event_loop(
+    db: DBConnect, database: Database
+) -> None:
+    def on_a_loop_of_its_own() -> None:
+        with pytest.raises(ContextNotInitiatedError, match="another event loop"):
+            asyncio.run(insert(db, "thread"))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.to_thread(on_a_loop_of_its_own)
+        await insert(db, "request")
+        await asyncio.to_thread(on_a_loop_of_its_own)
+        await send(START)
+        await send(BODY)
+
+    connection = await Connection().run(ASGIHTTPDBSessionMiddleware(app))
+    assert connection.sent == [START, BODY]
+    assert await database.names() == ["request"]
+
+
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -> None:
     """An exchange is made without a call of ``__init__``, which would cost requests that use no database."""
@@ -655,6 +675,7 @@ async def test_an_exchange_has_all_that_a_unit_of_work_is_made_with(kind: str) -
         units.append(scope["ctxdb.unit_of_work"])
         kept = {"calls", "origin", "phase", "response", "server"} | ({"source"} if kind == "http" else set())
         assert vars(units[0]).keys() == vars(UnitOfWork()).keys() | kept
+        assert units[0].is_on_its_loop()
         assert units[0].loop is UnitOfWork().loop
 
     units: list[UnitOfWork] = []

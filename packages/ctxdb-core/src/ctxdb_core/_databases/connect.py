@@ -286,16 +286,19 @@ class DBConnect(Database, Generic[SessionT_co]):
             await awaitable_of(handler(self), handler, "`before_create_session_handler`")
         return self._new_session()
 
-    def create_session_at_once(self) -> SessionT_co | None:
+    def create_session_at_once(self, loop: asyncio.AbstractEventLoop | None = None) -> SessionT_co | None:
         """Return a new session that the caller closes; ``None`` if `before_create_session_handler` is to be awaited.
+
+        Args:
+            loop: the running event loop, where the caller knows it.
 
         Raises:
             HostNotSetError: no host is known yet.
         """
-        return self._new_session() if self._engines.target.before_create_session is None else None
+        return self._new_session(loop) if self._engines.target.before_create_session is None else None
 
-    def _new_session(self) -> SessionT_co:
-        engine = self._engines.of_running_loop()
+    def _new_session(self, loop: asyncio.AbstractEventLoop | None = None) -> SessionT_co:
+        engine = self._engines.of_running_loop() if loop is None else self._engines.of(loop)
         session = engine.new_session()
         self._follow(session, engine.host)
         return cast("SessionT_co", session)

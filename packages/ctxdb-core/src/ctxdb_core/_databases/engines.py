@@ -55,6 +55,14 @@ class Engines:
                 "No event loop of asyncio is running here, and asynchronous database drivers need one. Under trio, let "
                 'the server or `anyio.run` use asyncio (`backend="asyncio"`; `--worker-class asyncio` for Hypercorn).'
             )
+        return self.of(loop)
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> LoopEngine:
+        """Return the engine of the current host for `loop`, which is running, made now if need be.
+
+        Raises:
+            HostNotSetError: no host is known yet.
+        """
         engine = self.target.engines.get(loop)
         return self._open(loop) if engine is None else engine
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -123,7 +124,12 @@ _all_waiting: set[_Waiting] = set()
 
 
 class Door:
-    """The door of one session. It is made on the event loop that the session belongs to."""
+    """The door of one session. It is made on the event loop that the session belongs to.
+
+    Args:
+        observer: told of each statement.
+        loop: that event loop, where the caller knows it.
+    """
 
     __slots__ = (
         "_guests",
@@ -134,6 +140,7 @@ class Door:
         "_nested",
         "_prepare",
         "_refuse",
+        "_thread",
         "_waiting",
         "check",
         "commit_is_unknown",
@@ -143,7 +150,9 @@ class Door:
         "observer",
     )
 
-    def __init__(self, observer: StatementObserver | None = None) -> None:
+    def __init__(
+        self, observer: StatementObserver | None = None, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         self.observer = observer
         """Told of each statement before a connection is taken for it, in the task that makes it."""
         self.check: Callable[[], None] | None = None
@@ -156,8 +165,10 @@ class Door:
         """Whether the outcome of the session's last commit is unknown, as its answer was lost."""
         self.is_suspect = False
         """Whether a call has failed, so that the transaction may have been lost with its connection."""
-        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop() if loop is None else loop
         """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
+        self._thread: int | None = get_ident()
+        """The id of the thread that the session's own loop runs on; ``None`` once the session has ended."""
         self._refuse: Refuse | None = None
         self._holder: Any = None
         """The task that has the turn, or a `_GreenletTurn`; ``None`` while the turn is free."""
@@ -186,6 +197,16 @@ class Door:
             ContextNotInitiatedError: the session belongs to another event loop.
             ContextClosedError: the session has ended.
         """
+        # The common case asks for no running loop: before Python 3.12, that has the system asked for the id of the
+        # process. A loop that runs a task on this thread is the running one.
+        if (
+            self._holder is None
+            and self._prepare is None
+            and self._thread == get_ident()
+            and (task := current_task(self._loop)) is not None
+        ):
+            self._holder = task
+            return True
         loop = _get_running_loop()
         if loop is self._loop and self._holder is None and self._prepare is None:
             self._holder = current_task(loop)
@@ -454,7 +475,7 @@ class Door:
     def end(self, refuse: Refuse) -> None:
         """Have each call from now on raise the error of `refuse`; calls that wait for their turn raise it at once."""
         self._refuse = refuse
-        self._loop = None
+        self._loop = self._thread = None
         waiting, self._waiting = self._waiting, None
         for handed_over, _ in waiting or ():
             if not handed_over.done():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable
 from contextvars import Token
 from dataclasses import replace
+from threading import get_ident
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -53,8 +53,12 @@ class UnitSessions:
 
     sessions: dict[DBConnect, AsyncSession]
     """The sessions that are open, in the order in which they were opened."""
-    loop: asyncio.AbstractEventLoop | None
-    """The event loop that the unit belongs to, as its connections serve that one alone."""
+    loop: Any
+    """The event loop that the unit belongs to, as its connections serve that one alone; ``None`` if none was running.
+
+    A request's unit has the id of its thread here until its sessions are first asked for. Before Python 3.12, asyncio
+    asks the system for the id of the process each time that it is asked for the running loop.
+    """
 
     # Each attribute is set when a unit is made: what is found in the class alone is read six times as slowly.
     settings: UnitSettings
@@ -109,7 +113,7 @@ class UnitSessions:
         source = db if self.settings.reads_from is None else self.source_of(db)
         if source is not db:
             create = None
-        session = source.create_session_at_once() if create is None else None
+        session = source.create_session_at_once(self.loop) if create is None else None
         if session is None:
             session = await (create or source.create_session)()
             if self.sessions is NO_SESSIONS_ANY_MORE or db in self.sessions:
@@ -138,7 +142,7 @@ class UnitSessions:
             create: makes the session; not asked where the unit reads `db` from another database (see `source_of`).
         """
         source = self.source_of(db)
-        return create() if source is db else source.create_session_at_once()
+        return create() if source is db else source.create_session_at_once(self.loop)
 
     def adopt_session(self, db: DBConnect, session: AsyncSession) -> AsyncSession:
         """Use a new `session` on `db`, unless the unit has one there already; return the session that it uses.
@@ -192,7 +196,7 @@ class UnitSessions:
     def prepare_session(self, db: DBConnect, session: AsyncSession) -> None:
         """Make a new session one of this unit."""
         guard = guard_of(guarded(session))
-        guard.door = Door(self.statement_observer())
+        guard.door = Door(self.statement_observer(), self.loop)
         guard.before_close = session_end.may_be_closed
         if self.hooks is not None:
             self.hooks.prepare(db, session)
@@ -226,7 +230,10 @@ class UnitSessions:
 
     def is_on_its_loop(self) -> bool:
         """Return whether the running code is on the event loop, and so on the thread, that the unit belongs to."""
-        return self.loop is _get_running_loop()
+        running = _get_running_loop()
+        if type(self.loop) is int and self.loop == get_ident() and running is not None:
+            self.loop = running
+        return self.loop is running
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""
