@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import TypeAlias
 
 Block: TypeAlias = Callable[[], Awaitable[int]]
 """Does some work, and returns how many pieces of it."""
+
+Measure: TypeAlias = Callable[[], Awaitable[float]]
+"""Has some work done, and returns the CPU seconds of one piece of it."""
 
 Samples: TypeAlias = Mapping[str, Sequence[float]]
 """For each block: the CPU seconds of one piece, round by round."""
@@ -39,31 +43,43 @@ class Figure:
         return Figure(self.median * factor, self.low * factor, self.high * factor)
 
 
-async def take_turns(blocks: Mapping[str, Block], rounds: int, label: str) -> Samples:
-    """Measure each of `blocks` once in every one of `rounds`, after one round that only warms up.
+async def measure(block: Block) -> float:
+    """Return the CPU seconds that this process takes for one piece of a block."""
+    # Nobody pays for another's garbage; everybody pays for his own.
+    gc.collect()
+    start = time.process_time()
+    pieces = await block()
+    return (time.process_time() - start) / pieces
 
-    The order is another one in each round, and the same ones in each run: who comes after whom makes a difference.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in blocks}
-    names = list(blocks)
-    dice = random.Random(0)
+
+async def take_turns(blocks: Mapping[str, Block], rounds: int, label: str) -> Samples:
+    """Measure each of `blocks` in this process, as `measure_in_turns` does."""
     # What is alive by now stays so: the collections that the blocks cause shall not look at it again and again.
     gc.collect()
     gc.freeze()
+    try:
+        return await measure_in_turns({name: partial(measure, block) for name, block in blocks.items()}, rounds, label)
+    finally:
+        gc.unfreeze()
+
+
+async def measure_in_turns(measures: Mapping[str, Measure], rounds: int, label: str) -> Samples:
+    """Call each of `measures` once in every one of `rounds`, after one round that only warms up.
+
+    The order is another one in each round, and the same ones in each run: who comes after whom makes a difference.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in measures}
+    names = list(measures)
+    dice = random.Random(0)
     try:
         for index in range(-1, rounds):
             show_progress(label, index + 1, rounds)
             dice.shuffle(names)
             for name in names:
-                # Nobody pays for another's garbage; everybody pays for his own.
-                gc.collect()
-                start = time.process_time()
-                pieces = await blocks[name]()
-                seconds = time.process_time() - start
+                seconds = await measures[name]()
                 if index >= 0:
-                    samples[name].append(seconds / pieces)
+                    samples[name].append(seconds)
     finally:
-        gc.unfreeze()
         end_progress()
     return samples
 

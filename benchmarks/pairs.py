@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from functools import partial
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from benchmarks.database import create_engine, pool_of, read, write
+from benchmarks.database import Work, create_engine, pool_of, read, write
 from benchmarks.frameworks import FRAMEWORKS, Framework
-from benchmarks.frameworks._framework import Caller, Handle, by_ctxdb, by_hand, do_nothing
+from benchmarks.frameworks._framework import Handle, by_ctxdb, by_hand, do_nothing
 from benchmarks.measure import Block
 from ctxdb_core import DBConnect, db_session, new_db_ctx
 
@@ -25,6 +25,10 @@ _IDLE_REQUESTS = 100
 _IN_SEQUENCE = 20
 _IN_A_CROWD = 40
 _LOOKUPS = 20_000
+_STATEMENTS: Mapping[str, Work] = {"SELECT": read, "INSERT": write}
+
+WORKS = tuple(f"one {statement}, {how}" for statement in _STATEMENTS for how in ("in sequence", f"{_AT_ONCE} at once"))
+"""What is done with the database in each framework."""
 
 
 @dataclass(frozen=True)
@@ -58,62 +62,52 @@ async def open_pairs(url: str) -> AsyncIterator[list[Pair]]:
 
     Pairs of the same work follow each other.
     """
-    options = pool_of(_AT_ONCE)
     async with AsyncExitStack() as stack:
-        db = DBConnect.from_url(url, **options)
-        stack.push_async_callback(db.close)
-        engine = create_engine(url, options)
-        stack.push_async_callback(engine.dispose)
-        session_maker = async_sessionmaker(engine, expire_on_commit=False)
-        pairs = [await stack.enter_async_context(_lookup(url))]
+        enter = stack.enter_async_context
+        pairs = [await enter(_lookup(url))]
+        sides: list[tuple[str, Mapping[str, Block], Mapping[str, Block]]] = []
         for framework in FRAMEWORKS:
-            without, by_adapter = await _run(stack, framework, do_nothing, do_nothing)
-            pairs.append(
-                Pair(
-                    framework.name,
-                    NO_DATABASE,
-                    partial(without.sequence, _IDLE_REQUESTS),
-                    partial(by_adapter.sequence, _IDLE_REQUESTS),
-                    is_share=False,
-                )
-            )
-        for statement, work in (("SELECT", read), ("INSERT", write)):
-            handles = (by_hand(session_maker, work), by_ctxdb(db, work))
-            callers = [(framework.name, await _run(stack, framework, *handles)) for framework in FRAMEWORKS]
-            for name, (without, by_adapter) in callers:
-                for caller in (without, by_adapter):
-                    # Every connection of the pool is open, and has the statement prepared.
-                    for _ in range(3):
-                        await caller.crowd(_IN_A_CROWD, _AT_ONCE)
-                pairs.append(
-                    Pair(
-                        name,
-                        f"one {statement}, in sequence",
-                        partial(without.sequence, _IN_SEQUENCE),
-                        partial(by_adapter.sequence, _IN_SEQUENCE),
-                        is_share=True,
-                    )
-                )
-            for name, (without, by_adapter) in callers:
-                pairs.append(
-                    Pair(
-                        name,
-                        f"one {statement}, {_AT_ONCE} at once",
-                        partial(without.crowd, _IN_A_CROWD, _AT_ONCE),
-                        partial(by_adapter.crowd, _IN_A_CROWD, _AT_ONCE),
-                        is_share=True,
-                    )
-                )
+            name = framework.name
+            bare, idle = [await enter(open_idle(framework, adapter=adapter)) for adapter in (False, True)]
+            pairs.append(Pair(name, NO_DATABASE, bare, idle, is_share=False))
+            without, by_adapter = [await enter(open_side(url, name, adapter=adapter)) for adapter in (False, True)]
+            sides.append((name, without, by_adapter))
+        for work in WORKS:
+            pairs += [Pair(name, work, without[work], by_it[work], is_share=True) for name, without, by_it in sides]
         yield pairs
 
 
-async def _run(
-    stack: AsyncExitStack, framework: Framework, without: Handle, by_adapter: Handle
-) -> tuple[Caller, Caller]:
-    return (
-        await stack.enter_async_context(framework.run(without, adapter=False)),
-        await stack.enter_async_context(framework.run(by_adapter, adapter=True)),
-    )
+@asynccontextmanager
+async def open_idle(framework: Framework, *, adapter: bool) -> AsyncIterator[Block]:
+    """Provide requests without database use in one framework, with ctxdb's adapter or without."""
+    async with framework.run(do_nothing, adapter=adapter) as caller:
+        yield partial(caller.sequence, _IDLE_REQUESTS)
+
+
+@asynccontextmanager
+async def open_side(url: str, framework: str, *, adapter: bool) -> AsyncIterator[Mapping[str, Block]]:
+    """Provide a block for each of `WORKS` in one framework, with ctxdb's adapter, or written by hand without it."""
+    [found] = [each for each in FRAMEWORKS if each.name == framework]
+    options = pool_of(_AT_ONCE)
+    async with AsyncExitStack() as stack:
+        blocks: dict[str, Block] = {}
+        handle_of: Callable[[Work], Handle]
+        if adapter:
+            db = DBConnect.from_url(url, **options)
+            stack.push_async_callback(db.close)
+            handle_of = partial(by_ctxdb, db)
+        else:
+            engine = create_engine(url, options)
+            stack.push_async_callback(engine.dispose)
+            handle_of = partial(by_hand, async_sessionmaker(engine, expire_on_commit=False))
+        for statement, work in _STATEMENTS.items():
+            caller = await stack.enter_async_context(found.run(handle_of(work), adapter=adapter))
+            # Every connection of the pool is open, and has the statement prepared.
+            for _ in range(3):
+                await caller.crowd(_IN_A_CROWD, _AT_ONCE)
+            blocks[f"one {statement}, in sequence"] = partial(caller.sequence, _IN_SEQUENCE)
+            blocks[f"one {statement}, {_AT_ONCE} at once"] = partial(caller.crowd, _IN_A_CROWD, _AT_ONCE)
+        yield blocks
 
 
 @asynccontextmanager

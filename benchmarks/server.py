@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import multiprocessing
-import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +16,7 @@ from starlette.responses import Response, StreamingResponse
 
 from benchmarks.contenders import Route, load
 from benchmarks.database import pool_of, read
+from benchmarks.processes import run_processes
 
 POOL_SIZE = 5
 POOL_TIMEOUT_SECONDS = 1.0
@@ -28,7 +27,6 @@ _CHUNK = b"." * 65536
 # More than the sockets' buffers hold, and than a slow reader takes in the time that it is given.
 _CHUNKS = 512
 _START_TIMEOUT_SECONDS = 30.0
-_STOP_TIMEOUT_SECONDS = 5.0
 
 
 @asynccontextmanager
@@ -38,26 +36,8 @@ async def serve(names: Sequence[str], url: str) -> AsyncIterator[dict[str, int]]
     Raises:
         RuntimeError: one of them does not start.
     """
-    # One process imports everything, and is forked for each server.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.contenders.everyone", __name__])
-    started = []
-    try:
-        for name in names:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_run, args=(name, url, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            started.append((process, ours))
-        yield {name: await _port(name, ours) for name, (_, ours) in zip(names, started, strict=True)}
-    finally:
-        for _, ours in started:
-            ours.close()
-        for process, _ in started:
-            process.join(_STOP_TIMEOUT_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+    with run_processes(_run, {name: (name, url) for name in names}) as connections:
+        yield {name: await _port(name, connection) for name, connection in connections.items()}
 
 
 async def _port(name: str, connection: Connection[None, int]) -> int:
@@ -70,8 +50,6 @@ async def _port(name: str, connection: Connection[None, int]) -> int:
 
 
 def _run(name: str, url: str, connection: Connection[int, None]) -> None:
-    # Ctrl-C is for the parent: it ends this process by closing the connection.
-    os.setsid()
     # Some contenders are expected to exhaust their pool: the tracebacks tell nothing new, and cost time.
     logging.disable(logging.CRITICAL)
     asyncio.run(_serve(name, url, connection))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import ClassVar
 
 from starlette.responses import Response
 
+from benchmarks.apart import Apart, run_apart
 from benchmarks.asgi import PATH, Caller
-from benchmarks.contenders import BASELINE, Contender, Route
-from benchmarks.database import Work, pool_of, read, write
-from benchmarks.measure import Block, Figure, ratios, take_turns
+from benchmarks.contenders import BASELINE, Contender, Route, load
+from benchmarks.database import pool_of, read, write
+from benchmarks.measure import Block, Figure, measure_in_turns, ratios
 from benchmarks.questions._question import Question, load_all
 from benchmarks.report import Aim, Row, Table
 
 _AT_ONCE = 20
 _IN_SEQUENCE = 20
 _IN_A_CROWD = 40
+_SEQUENCE = "in sequence"
+_CROWD = f"{_AT_ONCE} at once"
 _AIM = Aim(0.90)
 _READ_ONLY_AIM = Aim(0.75)
 _READ_ONLY = "ctxdb, read_only"
@@ -44,42 +49,39 @@ class Requests(Question):
                 "sqlalchemy-tx-context",
             )
         )
-        options = pool_of(_AT_ONCE)
-        opened = [contender(self.settings.url, options) for contender in contenders.values()]
-        tables = []
-        try:
-            for statement, work in (("SELECT", read), ("INSERT", write)):
-                taking_part = [one for one in opened if statement == "SELECT" or one.name != _READ_ONLY]
-                callers = {one.name: _caller(one, work) for one in taking_part}
-                for caller in callers.values():
-                    # Every connection of the pool is open, and has the statement prepared.
-                    for _ in range(3):
-                        await caller.crowd(_IN_A_CROWD, _AT_ONCE)
-                sequence: dict[str, Block] = {
-                    name: partial(caller.sequence, _IN_SEQUENCE) for name, caller in callers.items()
-                }
-                tables.append(await self._compare(statement, "in sequence", sequence, 120, missing))
-                crowd: dict[str, Block] = {
-                    name: partial(caller.crowd, _IN_A_CROWD, _AT_ONCE) for name, caller in callers.items()
-                }
-                tables.append(await self._compare(statement, f"{_AT_ONCE} at once", crowd, 60, missing))
-        finally:
-            for contender in opened:
-                await contender.close()
-        return tables
+        openers = {name: partial(_open_blocks, name, self.settings.url) for name in contenders}
+        with run_apart(openers) as processes:
+            return [
+                await self._compare(statement, how, rounds, contenders, processes, missing)
+                for statement in ("SELECT", "INSERT")
+                for how, rounds in ((_SEQUENCE, 120), (_CROWD, 60))
+            ]
 
     async def _compare(
-        self, statement: str, how: str, blocks: dict[str, Block], rounds: int, missing: list[str]
+        self,
+        statement: str,
+        how: str,
+        rounds: int,
+        contenders: Mapping[str, type[Contender]],
+        processes: Mapping[str, Apart],
+        missing: list[str],
     ) -> Table:
-        samples = await take_turns(blocks, self.settings.rounds_of(rounds, rounds // 8), f"{statement} requests {how}")
+        measures = {
+            name: partial(process.measure, f"{statement} {how}")
+            for name, process in processes.items()
+            if name != _READ_ONLY or statement == "SELECT"
+        }
+        label = f"{statement} requests {how}"
+        samples = await measure_in_turns(measures, self.settings.rounds_of(rounds, rounds // 8), label)
         rows = []
-        for name in blocks:
+        for name in measures:
             microseconds = Figure.of(samples[name]).median * 1e6
             if name == BASELINE:
                 rows.append(Row(name, microseconds, remark="async with session_maker.begin()"))
                 continue
             aim = {"ctxdb": _AIM, _READ_ONLY: _READ_ONLY_AIM}.get(name)
-            rows.append(Row(name, microseconds, ratios(samples, name, BASELINE), aim, _remark(name)))
+            remark = contenders[name].remark
+            rows.append(Row(name, microseconds, ratios(samples, name, BASELINE), aim, remark))
         return Table(
             f"A request with one {statement}, {how}: CPU as a share of the hand-written handler's",
             "µs of CPU",
@@ -89,9 +91,21 @@ class Requests(Question):
         )
 
 
-def _caller(contender: Contender, work: Work) -> Caller:
-    return Caller(contender.app([Route(PATH, partial(Response, b"ok"), work)]))
-
-
-def _remark(name: str) -> str:
-    return load_all((name,))[0][name].remark
+@asynccontextmanager
+async def _open_blocks(name: str, url: str) -> AsyncIterator[Mapping[str, Block]]:
+    """Open a contender, with every connection of its pool, and provide a block for each kind of request."""
+    contender = load(name)(url, pool_of(_AT_ONCE))
+    blocks: dict[str, Block] = {}
+    try:
+        for statement, work in (("SELECT", read), ("INSERT", write)):
+            if name == _READ_ONLY and statement == "INSERT":
+                continue
+            caller = Caller(contender.app([Route(PATH, partial(Response, b"ok"), work)]))
+            # Every connection of the pool is open, and has the statement prepared.
+            for _ in range(3):
+                await caller.crowd(_IN_A_CROWD, _AT_ONCE)
+            blocks[f"{statement} {_SEQUENCE}"] = partial(caller.sequence, _IN_SEQUENCE)
+            blocks[f"{statement} {_CROWD}"] = partial(caller.crowd, _IN_A_CROWD, _AT_ONCE)
+        yield blocks
+    finally:
+        await contender.close()
