@@ -665,6 +665,20 @@ async def test_a_commit_of_the_unit_commits_the_statements_of_a_joining_session(
     assert sorted(await database.names()) == ["later", "sent"]
 
 
+@KINDS
+@pytest.mark.parametrize("has_begun", [False, True])
+@pytest.mark.parametrize("end", [commit_db_session, rollback_db_session])
+async def test_a_statement_of_a_joining_session_whose_transaction_the_unit_has_ended_is_refused(
+    db: DBConnect, end: Callable[[DBConnect], Awaitable[None]], *, has_begun: bool
+) -> None:
+    async with new_db_ctx(), joining_session(db) as session:
+        if has_begun:
+            await session.scalars(select(Item))
+        await end(db)
+        with pytest.raises(TransactionRequiredError, match="open another"):
+            await session.scalars(select(Item))
+
+
 async def test_a_joining_session_that_adds_after_a_commit_of_the_unit_gets_an_error(
     db: DBConnect, database: Database
 ) -> None:

@@ -151,6 +151,18 @@ async def test_an_object_is_found_when_an_update_by_the_orm_has_expired_what_was
         assert (ware.stock, ware.shop.id) == (5, 1)
 
 
+async def test_what_an_update_by_the_orm_has_written_is_not_shown_after_its_roll_back_behind_another(
+    shop: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session, ware = await _rolled_back_ware(shop)
+        await session.execute(update(Ware).values(stock=5))
+        await session.refresh(ware)
+        assert ware.stock == 5
+        await rollback_db_session(shop)
+        assert ware.stock == 10
+
+
 async def test_an_object_whose_row_is_gone_after_a_roll_back_is_not_found(shop: DBConnect, database: Database) -> None:
     async with new_db_ctx():
         session, _ = await _rolled_back_ware(shop)
@@ -340,6 +352,17 @@ async def test_a_change_of_what_was_seen_after_a_roll_back_is_written_if_the_row
         await change(session, ware)
         seen = (ware.stock, dict(ware.tags), ware.shop.id)
     assert await _stored(shop) == [seen]
+
+
+async def test_a_change_of_what_was_seen_after_a_roll_back_is_written_once_if_a_query_comes_before_the_commit(
+    shop: DBConnect,
+) -> None:
+    async with new_db_ctx():
+        session, ware = await _rolled_back_ware(shop)
+        ware.stock -= 1
+        await session.scalars(select(Shop))
+        assert not session.dirty
+    assert [stock for stock, _, _ in await _stored(shop)] == [9]
 
 
 async def _stored(db: DBConnect) -> list[tuple[Any, ...]]:

@@ -229,6 +229,18 @@ async def test_get_asks_the_database_once_in_a_later_transaction(library: DBConn
         assert (author.name, len(statements)) == ("Grace", 1)
 
 
+async def test_get_returns_an_object_of_an_earlier_transaction_that_is_to_be_deleted(
+    library: DBConnect, database: Database
+) -> None:
+    async with new_db_ctx():
+        session = await db_session(library)
+        book = await session.get_one(Book, 1)
+        await commit_db_session(library)
+        await session.delete(book)
+        assert await session.get(Book, 1) is book
+    assert await database.query("SELECT id FROM book") == []
+
+
 async def test_within_a_transaction_objects_are_left_alone(library: DBConnect) -> None:
     async with new_db_ctx():
         session = await db_session(library)

@@ -40,7 +40,8 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
     Raises:
         SessionAlreadyActiveError: another task of the unit of work is inside of a block that shares its session.
         TransactionRequiredError: this is inside of a block without transactions (see `transactional`); or the unit has
-            ended the transaction, and something was changed in the session since then.
+            ended the transaction, and something was changed in the session since then. A statement of the session
+            raises it then, too.
         ContextNotInitiatedError, ContextClosedError: as `db_session`.
         BaseException: what the block raised.
     """
@@ -71,11 +72,7 @@ async def joining_session(db: DBConnect[SessionT]) -> AsyncIterator[SessionT]:
                 # A commit that is interrupted would cost the unit of work its connection.
                 await run_to_completion(joined.commit())
             elif joined.new or joined.dirty or joined.deleted:
-                raise TransactionRequiredError(
-                    "The unit of work has ended the transaction that this joining session was in, and what was changed "
-                    "in it since then cannot be stored. Flush it before `commit_db_session(db)`, or open another "
-                    "`joining_session(db)` for it."
-                )
+                raise _ended()
         finally:
             await run_to_completion(session_end.close(joined, None, db))
 
@@ -97,6 +94,9 @@ def _joined_bind(session: AsyncSession, connection: AsyncConnection, bind: Engin
     take a connection of its own from that engine: its commits would stand, whatever becomes of the unit.
     """
     first = connection.sync_connection
+    if first is not None and first.closed:
+        # SQLAlchemy fails by an assertion where it begins on a connection that was given back.
+        raise _ended()
     if first is None or isinstance(bind, Connection) or not in_greenlet():
         return bind
     if bind is first.engine or not first.in_transaction():
@@ -104,3 +104,10 @@ def _joined_bind(session: AsyncSession, connection: AsyncConnection, bind: Engin
     guard = guard_of(session)
     translated = bind if guard.translate_bind is None else guard.translate_bind(bind)
     return guard.connection({"bind": translated})
+
+
+def _ended() -> TransactionRequiredError:
+    return TransactionRequiredError(
+        "The unit of work has ended the transaction that this joining session was in, and what is done in it since "
+        "then cannot be stored. Flush it before `commit_db_session(db)`, or open another `joining_session(db)` for it."
+    )

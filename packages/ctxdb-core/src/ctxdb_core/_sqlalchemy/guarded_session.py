@@ -183,7 +183,13 @@ class GuardedSession(TracedSession, SessionWithShownValues):
         if found is None:
             return None
         state: InstanceState[Any] = object_state(found)
-        if earlier is not None and rereading is not None and state in earlier and not state.modified:
+        if (
+            earlier is not None
+            and rereading is not None
+            and state in earlier
+            # The query would flush these changes first. An object that is to be deleted would be gone.
+            and not (state.modified or found in self.deleted)
+        ):
             # The object is read anew once in each transaction, however often it is asked for.
             rereading.keep_loaded_for(state, self)
             with keeping_changes(self):
@@ -280,11 +286,14 @@ class GuardedSession(TracedSession, SessionWithShownValues):
             else:
                 super().flush(objects)
             return
-        if self.shown_values:
-            refuse_stale_changes(self)
         changes, outer = ConcurrentChanges(self), worker.waiting
-        worker.waiting = changes
         try:
+            if self.shown_values:
+                # What other tasks change meanwhile is written by this flush. A query that flushes first must not take
+                # what is about to be written for changes made while it waits for its rows.
+                worker.waiting = None
+                refuse_stale_changes(self)
+            worker.waiting = changes
             super().flush(objects)
         except BaseException:
             changes.leave()

@@ -35,7 +35,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.binds import is_autocommit
-from ctxdb_core._sqlalchemy.kept import CONTAINERS, Kept, expire_kept, keep, names_of, still_kept
+from ctxdb_core._sqlalchemy.kept import CONTAINERS, Kept, expire_kept, keep, kept_columns, names_of, still_kept
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     changed_in,
@@ -97,10 +97,13 @@ def _persistent(members: Iterable[Any]) -> Iterator[InstanceState[Any]]:
 def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
     """Remember what the objects of a class have loaded, before an ORM-enabled UPDATE changes them with their rows."""
     states = [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)]
+    kept = {each: values for each in states if (values := _kept_columns_of(each))}
     for each in states:
         # What the statement writes would not be seen.
         expire_kept(each)
     _note(session, states)
+    # What is loaded from now on may be what the statement writes: until then, these were the last committed values.
+    _add_older(_innermost_level(session).originals, kept)
 
 
 def _note(session: Session, states: Iterable[InstanceState[Any]]) -> None:
@@ -136,6 +139,12 @@ _never_loaded_of: WeakKeyDictionary[Mapper[Any], frozenset[str]] = WeakKeyDictio
 def _columns_of(state: InstanceState[Any]) -> dict[str, Any]:
     values = state.dict
     return {each.key: values[each.key] for each in state.mapper.column_attrs if each.key in values}
+
+
+def _kept_columns_of(state: InstanceState[Any]) -> dict[str, Any]:
+    kept = still_kept(state)
+    # `Kept.changed` names containers that show a change.
+    return {} if kept is None else {key: kept.values[key] for key in kept_columns(state) if key not in kept.changed}
 
 
 def _innermost_level(session: Session) -> _Level:
