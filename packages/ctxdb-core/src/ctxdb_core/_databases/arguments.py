@@ -12,20 +12,21 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from ctxdb_core._signatures import signature_of
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
-    "article",
     "awaitable_of",
     "check_async_engine",
     "check_asyncio_driver",
     "check_engine_options",
     "check_function",
+    "check_held_after",
+    "check_session_handler",
     "check_session_maker_creator",
     "check_url",
     "explain_missing_call",
     "parameters_of",
-    "type_of",
     "why_no_engine_creator",
 ]
 
@@ -39,18 +40,6 @@ _SESSION_OPTIONS = (
     | inspect.signature(async_sessionmaker).parameters.keys()
 ) - {"execution_options", "future"}
 """The options of sessions and of session makers, without the two that an engine has as well."""
-
-
-def article(name: str) -> str:
-    """Return `name` with the indefinite article that it is read with."""
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-def type_of(value: object) -> str:
-    """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
-    if value is None:
-        return "None"
-    return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
 
 
 def check_function(function: object, name: str) -> None:
@@ -133,14 +122,40 @@ def check_session_maker_creator(creator: object) -> None:
         hint = "an async function is given, and it is called without `await`: make it a plain one"
     elif not callable(creator):
         hint = f"{type_of(creator)} is given"
-    elif parameters_of(creator) == 0:
+    elif (count := parameters_of(creator)) == 0:
         hint = "a function is given that takes no engine"
+    elif count is not None and count > 1:
+        hint = f"a function is given that needs {count} arguments, and it gets the engine alone"
     else:
         return
     raise ArgumentTypeError(
         f"session_maker_creator takes a function of the engine that returns its session maker; {hint}. For instance: "
         f"`{_MAKER_EXAMPLE}`."
     )
+
+
+def check_session_handler(handler: Callable[..., Any]) -> None:
+    """Raise the error that says what to pass if `handler` cannot be called with a `DBConnect` before its sessions."""
+    check_function(handler, "`before_create_session_handler`")
+    count = parameters_of(handler)
+    if count is not None and count != 1:
+        raise ArgumentTypeError(
+            f"`before_create_session_handler` is called with the `DBConnect` alone, and a function is given that "
+            f"{f'needs {count} arguments' if count else 'takes no argument'}: write `async def handler(db): ...`."
+        )
+
+
+def check_held_after(seconds: object) -> None:
+    """Raise the error that says what to give if `seconds`, a ``warn_connection_held_after``, is no time."""
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float):
+        raise ArgumentTypeError(
+            f"{type_of(seconds)} is given as `warn_connection_held_after`: give a number of seconds, or None for no "
+            "warning."
+        )
+    if not seconds >= 0:
+        raise ArgumentValueError(f"warn_connection_held_after is {seconds}: give seconds, 0 or more.")
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:

@@ -15,16 +15,15 @@ from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
-    article,
     awaitable_of,
     check_async_engine,
     check_asyncio_driver,
     check_engine_options,
-    check_function,
+    check_held_after,
+    check_session_handler,
     check_session_maker_creator,
     check_url,
     explain_missing_call,
-    type_of,
 )
 from ctxdb_core._databases.attempt_all import attempt_all
 from ctxdb_core._databases.borrowed import BorrowedEngine
@@ -46,7 +45,8 @@ from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
+from ctxdb_core._wording import article, type_of
+from ctxdb_core.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
     # This `TypeVar` has defaults before Python 3.13. SQLAlchemy brings the package; no code here needs it at run time.
@@ -106,8 +106,9 @@ class DBConnect(Database, Generic[SessionT_co]):
             `CommitOutcomeUnknownError`. It costs one round trip before each COMMIT of a transaction that has written.
 
     Raises:
-        ArgumentTypeError: `engine_creator` or `session_maker_creator` is no function that could be called so; the
-            error says what to write, for an engine or a URL for instance (a ``TypeError``, too).
+        ArgumentTypeError: `engine_creator`, `session_maker_creator` or `before_create_session_handler` is no function
+            that could be called so; the error says what to write, for an engine or a URL for instance. Or
+            `warn_connection_held_after` is no number (a ``TypeError``, too).
         HostNotSetError: `host` is empty (a ``ValueError``, too).
         ValueError: `warn_connection_held_after` is negative.
     """
@@ -127,11 +128,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         if host is not None:
             check_host(host)
         if before_create_session_handler is not None:
-            check_function(before_create_session_handler, "`before_create_session_handler`")
-        if warn_connection_held_after is not None and warn_connection_held_after < 0:
-            raise ArgumentValueError(
-                f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
-            )
+            check_session_handler(before_create_session_handler)
+        check_held_after(warn_connection_held_after)
         target = Target(taking_host(engine_creator), session_maker_creator, host, before_create_session_handler)
         self._engines = Engines(target, resolve_commits=resolve_commits)
         self._observer = (
