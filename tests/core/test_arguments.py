@@ -344,6 +344,36 @@ def test_a_url_without_an_asyncio_driver_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgres://ada:secret@db.invalid/shop", r"'postgres' URL is not known.*write 'postgresql\+asyncpg'"),
+        ("postgresql+asyncpgg://ada:secret@db.invalid/shop", r"asyncpgg' URL is not known.*'postgresql\+asyncpg'"),
+        ("shop://ada:secret@db.invalid/shop", "'shop' URL is not known.*name a driver that is"),
+    ],
+)
+def test_a_url_of_a_driver_that_nobody_knows_is_told_what_to_write(url: str, told: str) -> None:
+    with pytest.raises(ArgumentValueError, match=told) as caught:
+        DBConnect.from_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_that_an_at_sign_in_its_password_cuts_is_told_without_the_password() -> None:
+    with pytest.raises(ArgumentValueError, match="%40") as caught:
+        DBConnect.from_url("postgresql+asyncpg://ada:b@d:secret@db.invalid/shop")
+    with pytest.raises(ArgumentValueError, match="%40"):
+        DBConnect.from_url(URL).overridden("postgresql+asyncpg://ada:b@d:secret@db.invalid/shop")
+    assert "secret" not in str(caught.value)
+    # The error of Python, which shows it, would be printed with this one.
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("wrong", [None, DBConnect.from_url(URL)])
+def test_an_asgi_application_that_is_none_is_told_at_once(wrong: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="given as `app`, the ASGI application"):
+        ASGIHTTPDBSessionMiddleware(wrong)
+
+
+@pytest.mark.parametrize(
     ("mistake", "told"),
     [
         (lambda db: db.engine.begin(), r"`engine = await db\.engine\(\)`, then `engine\.begin\(\.\.\.\)`"),

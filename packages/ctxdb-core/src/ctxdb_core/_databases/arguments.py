@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -18,7 +18,6 @@ from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 __all__ = [
     "awaitable_of",
     "check_async_engine",
-    "check_asyncio_driver",
     "check_engine_options",
     "check_function",
     "check_held_after",
@@ -182,22 +181,37 @@ def check_url(url: object) -> URL:
     if not isinstance(url, str | URL):
         hint = ": `DBConnect(engine_creator)` takes a function" if callable(url) else ""
         raise ArgumentTypeError(f"from_url() takes a string or a `sqlalchemy.URL`, and {type_of(url)} is given{hint}.")
-    parsed = make_url(url)
-    check_asyncio_driver(parsed)
+    try:
+        parsed = make_url(url)
+    except ValueError:
+        # What is taken for the port may be a part of the password: neither the message nor the cause may show it.
+        raise ArgumentValueError(
+            "The port in the URL of a database is no number. An `@` in a password ends it there: write it as `%40`, or "
+            "make the URL by `sqlalchemy.URL.create`."
+        ) from None
+    _check_asyncio_driver(parsed)
     return parsed
 
 
-def check_asyncio_driver(url: URL) -> None:
-    """Raise the error that says what to write if the driver in `url` is not for asyncio."""
-    dialect = url.get_dialect()
+def _check_asyncio_driver(url: URL) -> None:
+    """Raise the error that says what to write if the driver in `url` is not for asyncio, or SQLAlchemy has none."""
+    driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())
+    hint = "name a driver that is" if driver is None else f"write {driver!r}, for instance"
+    try:
+        dialect = url.get_dialect()
+    except NoSuchModuleError as exc:
+        raise ArgumentValueError(
+            f"The driver of a {url.drivername!r} URL is not known to SQLAlchemy, nor to a package that is installed: "
+            f"{hint}."
+        ) from exc
     if not dialect.get_async_dialect_cls(url).is_async:
-        driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())
-        hint = "name a driver that is" if driver is None else f"write {driver!r}, for instance"
         raise ArgumentValueError(f"The driver of a {url.drivername!r} URL is not for asyncio: {hint}.")
 
 
 _ASYNCIO_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
+    # Many providers of databases give their addresses so; SQLAlchemy took it until 1.4.
+    "postgres": "postgresql+asyncpg",
     "sqlite": "sqlite+aiosqlite",
     "mysql": "mysql+asyncmy",
     "mariadb": "mariadb+asyncmy",

@@ -11,13 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, cast
 from weakref import WeakValueDictionary
 
-from sqlalchemy import URL, Connection, Engine, make_url
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
     awaitable_of,
     check_async_engine,
-    check_asyncio_driver,
     check_engine_options,
     check_held_after,
     check_session_handler,
@@ -168,8 +167,8 @@ class DBConnect(Database, Generic[SessionT_co]):
 
         Raises:
             ArgumentTypeError: `url` is no URL, or an option is not one of engines (a ``TypeError``, too).
-            ArgumentValueError: the URL has no asyncio driver; the database cannot be made read-only, as `read_only`
-                asks; or `warn_connection_held_after` is negative (a ``ValueError``, too).
+            ArgumentValueError: the URL has no asyncio driver, or a port that is no number; the database cannot be made
+                read-only, as `read_only` asks; or `warn_connection_held_after` is negative (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
         """
         parsed = check_url(url)
@@ -427,12 +426,11 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             ArgumentTypeError: `url_or_creator` is neither a URL nor a function, or there are options beside a function
                 (a ``TypeError``, too).
-            ArgumentValueError: the URL has no asyncio driver (a ``ValueError``, too).
+            ArgumentValueError: the URL has no asyncio driver, or a port that is no number (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
         """
         if isinstance(url_or_creator, str | URL):
-            url = make_url(url_or_creator)
-            check_asyncio_driver(url)
+            url = check_url(url_or_creator)
             host, read_only = host_of(url), self._read_only
 
             def create(host: str) -> AsyncEngine:
