@@ -14,7 +14,7 @@ from tests.support.frameworks.aiohttp import serve_aiohttp
 from tests.support.wire import Wire, ask
 
 from ctxdb_aiohttp import DATABASES, ApplicationFrozenError, setup
-from ctxdb_core import CtxDBError, DBConnect, new_db_ctx, on_commit, on_rollback
+from ctxdb_core import ArgumentTypeError, CtxDBError, DBConnect, new_db_ctx, on_commit, on_rollback
 
 
 async def write(db: DBConnect, name: str) -> None:
@@ -28,10 +28,11 @@ class FailingToClose(DBConnect):
         raise OSError
 
 
-@pytest.mark.parametrize("wrong", ["postgresql+asyncpg://app@127.0.0.1/app", None, DBConnect, object()])
-def test_value_that_is_no_database_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="DBConnect"):
+@pytest.mark.parametrize("wrong", ["postgresql+asyncpg://app:secret@127.0.0.1/app", None, DBConnect, object()])
+def test_value_that_is_no_database_is_refused_without_its_secrets(wrong: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="DBConnect") as caught:
         setup(web.Application(), wrong)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [None, web.Application, DBConnect.from_url("sqlite+aiosqlite://")])

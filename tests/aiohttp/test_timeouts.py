@@ -13,7 +13,7 @@ from tests.support.database import Database, insert
 from tests.support.wire import ask
 
 from ctxdb_aiohttp import setup
-from ctxdb_core import DBConnect, DeadlineExceededError, db_session
+from ctxdb_core import ArgumentTypeError, ArgumentValueError, DBConnect, DeadlineExceededError, db_session
 
 
 def in_seconds(seconds: float) -> float:
@@ -74,5 +74,10 @@ async def test_a_timeout_and_a_deadline_hold_together(db: DBConnect, serve: Serv
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf")])
 def test_a_nonsensical_limit_is_refused_at_once(seconds: float) -> None:
-    with pytest.raises(ValueError, match="statement_timeout"):
+    with pytest.raises(ArgumentValueError, match="statement_timeout"):
         setup(web.Application(), statement_timeout=seconds)
+
+
+def test_a_limit_that_is_no_number_is_refused_at_once() -> None:
+    with pytest.raises(ArgumentTypeError, match="a str is given as `statement_timeout`"):
+        setup(web.Application(), statement_timeout="5")  # type: ignore[arg-type]  # the mistake

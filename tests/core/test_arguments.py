@@ -149,7 +149,7 @@ async def test_close_all_closes_each_database_beside_an_argument_that_is_none(
 
 async def test_a_call_in_the_place_of_a_function_is_told() -> None:
     wrong: Any = 1
-    with pytest.raises(ArgumentTypeError, match="async callable"):
+    with pytest.raises(ArgumentTypeError, match="an int is no async function"):
         await run_in_new_ctx(wrong)
 
 
@@ -176,6 +176,7 @@ async def _create(host: str) -> AsyncEngine:
         (lambda connect: connect(lambda host: None, async_sessionmaker(), host="h"), "a session maker is given"),
         (lambda connect: connect(lambda host: None, "h"), "a str is given"),
         (lambda connect: connect(lambda host: None, lambda: None), "takes no engine"),
+        (lambda connect: connect(lambda host: None, lambda engine, host: None), "needs 2 arguments"),
         (lambda connect: connect.from_url(create_async_engine(URL)), r"DBConnect\.from_engine\(engine\)"),
         (lambda connect: connect.from_url(lambda host: None), r"DBConnect\(engine_creator\)"),
         (lambda connect: connect.from_url(5), "an int is given"),
@@ -198,6 +199,16 @@ async def _create(host: str) -> AsyncEngine:
             lambda connect: connect(lambda host: None, host="h", before_create_session_handler="h"),
             "a str is given as `before_create_session_handler`",
         ),
+        (
+            lambda connect: connect(lambda host: None, host="h", before_create_session_handler=lambda: None),
+            r"takes no argument: write `async def handler\(db\)",
+        ),
+        (
+            lambda connect: connect(lambda host: None, host="h", before_create_session_handler=lambda db, host: None),
+            r"needs 2 arguments: write `async def handler\(db\)",
+        ),
+        (lambda connect: connect(lambda host: None, warn_connection_held_after="5"), "a str is given as `warn_"),
+        (lambda connect: connect.from_url(URL, warn_connection_held_after="5"), "give a number of seconds"),
     ],
 )
 def test_a_database_that_is_made_in_a_wrong_way_says_how_to_make_it(
@@ -217,6 +228,48 @@ async def test_options_of_engines_and_sessions_alike_are_the_engines(database: D
 async def test_a_host_that_is_no_string_is_told() -> None:
     with pytest.raises(ArgumentTypeError, match="an int is given as the host"):
         await DBConnect(lambda host: create_async_engine(URL)).connect(5)  # type: ignore[arg-type]  # which is the mistake
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "two", lambda: ["two"]])
+async def test_hosts_to_keep_that_are_no_collection_are_told_and_nothing_changes(wrong: Any) -> None:
+    async with DBConnect(lambda host: create_async_engine(URL), host="one") as db:
+        with pytest.raises(ArgumentTypeError, match="give a collection of hosts"):
+            await db.change_host("two", keep=wrong)
+        assert db.host == "one"
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_a_time_to_hold_a_connection_that_means_nothing_is_told(seconds: float) -> None:
+    with pytest.raises(ArgumentValueError, match="warn_connection_held_after is"):
+        DBConnect.from_url(URL, warn_connection_held_after=seconds)
+
+
+@pytest.mark.parametrize("wrong", [5, 0, "", lambda: None, AsyncSession, async_sessionmaker])
+async def test_a_session_maker_of_a_transaction_context_that_is_none_is_told(db: DBConnect, wrong: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="as `default_session_maker`, which takes an `async_sessionmaker`"):
+        TransactionContext(db, default_session_maker=wrong)
+    context = TransactionContext(db)
+    for block in (context.session, context.transaction, context.new_session, context.new_transaction):
+        with pytest.raises(ArgumentTypeError, match="as `session_maker`, which takes an `async_sessionmaker`"):
+            async with block(session_maker=wrong):
+                pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        run_in_new_ctx,
+        gather_in_new_ctx,
+        lambda url: gather_in_new_ctx(max_concurrent=url),
+        lambda url: new_db_ctx(statement_timeout=url).__aenter__(),
+        lambda url: new_db_ctx(deadline=url).__aenter__(),
+        lambda url: ASGIHTTPDBSessionMiddleware(_application, commit_policy=url),
+    ],
+)
+async def test_a_url_in_a_wrong_place_is_told_without_its_password(give: Callable[[Any], Any]) -> None:
+    with pytest.raises(ArgumentTypeError, match="a str is") as caught:
+        await give(URL)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("ask", [on_begin, on_commit, on_rollback])
@@ -288,6 +341,36 @@ def test_a_url_of_a_database_without_a_known_asyncio_driver_asks_for_one() -> No
 def test_a_url_without_an_asyncio_driver_is_told_at_once() -> None:
     with pytest.raises(ArgumentValueError, match=r"postgresql\+asyncpg"):
         DBConnect.from_url("postgresql+psycopg2://db.invalid/shop")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgres://ada:secret@db.invalid/shop", r"'postgres' URL is not known.*write 'postgresql\+asyncpg'"),
+        ("postgresql+asyncpgg://ada:secret@db.invalid/shop", r"asyncpgg' URL is not known.*'postgresql\+asyncpg'"),
+        ("shop://ada:secret@db.invalid/shop", "'shop' URL is not known.*name a driver that is"),
+    ],
+)
+def test_a_url_of_a_driver_that_nobody_knows_is_told_what_to_write(url: str, told: str) -> None:
+    with pytest.raises(ArgumentValueError, match=told) as caught:
+        DBConnect.from_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_that_an_at_sign_in_its_password_cuts_is_told_without_the_password() -> None:
+    with pytest.raises(ArgumentValueError, match="%40") as caught:
+        DBConnect.from_url("postgresql+asyncpg://ada:b@d:secret@db.invalid/shop")
+    with pytest.raises(ArgumentValueError, match="%40"):
+        DBConnect.from_url(URL).overridden("postgresql+asyncpg://ada:b@d:secret@db.invalid/shop")
+    assert "secret" not in str(caught.value)
+    # The error of Python, which shows it, would be printed with this one.
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("wrong", [None, DBConnect.from_url(URL)])
+def test_an_asgi_application_that_is_none_is_told_at_once(wrong: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="given as `app`, the ASGI application"):
+        ASGIHTTPDBSessionMiddleware(wrong)
 
 
 @pytest.mark.parametrize(

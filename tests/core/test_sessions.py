@@ -1887,7 +1887,7 @@ async def test_a_limit_below_one_is_refused(max_concurrent: int) -> None:
 
 
 async def test_a_limit_that_is_no_number_is_refused() -> None:
-    with pytest.raises(CtxDBError, match="max_concurrent='2'"):
+    with pytest.raises(CtxDBError, match="a str is given as `max_concurrent`"):
         await gather_in_new_ctx(max_concurrent="2")  # type: ignore[arg-type]  # the mistake
 
 
@@ -2078,7 +2078,7 @@ async def test_nothing_is_begun_if_one_of_the_gathered_is_no_function() -> None:
         begun.append(True)
 
     begun: list[bool] = []
-    with pytest.raises(TypeError, match="is not an async callable"):
+    with pytest.raises(TypeError, match="an object is no async function"):
         await gather_in_new_ctx(begin_work, object())  # type: ignore[arg-type]  # that is the mistake
     assert not begun
 

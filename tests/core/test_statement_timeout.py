@@ -203,7 +203,7 @@ async def test_a_timeout_that_is_not_positive_is_refused(seconds: float) -> None
 
 
 async def test_a_deadline_that_is_no_number_is_refused() -> None:
-    with pytest.raises(CtxDBError, match="deadline='2 s'"):
+    with pytest.raises(CtxDBError, match="a str is given as `deadline`"):
         async with new_db_ctx(deadline="2 s"):  # type: ignore[arg-type]  # the mistake
             pytest.fail("the block was entered")
 

@@ -18,7 +18,9 @@ from ctxdb_core.adapters import (
     RequestPolicy,
     check_function,
     check_reads_from,
+    check_statement_timeout,
     close_all,
+    type_of,
     with_request,
 )
 
@@ -71,15 +73,16 @@ def setup(
     Raises:
         ApplicationFrozenError: `app` has been started, or added to another one.
         TypeError: `app` is no application, one of `dbs` is no `DBConnect`, `reads_from` is no mapping of them,
-            `commit_policy` is no policy, `before_commit` or `deadline` no function, or `position` no number.
+            `commit_policy` is no policy, `before_commit` or `deadline` no function, or `position` or
+            `statement_timeout` no number.
         ValueError: `position` is negative, or `statement_timeout` not positive.
     """
     if not isinstance(app, web.Application):
-        raise ArgumentTypeError(f"setup() takes a web.Application first, not {app!r}: `setup(app, db)`.")
+        raise ArgumentTypeError(f"setup() takes a web.Application first, not {type_of(app)}: `setup(app, db)`.")
     for db in dbs:
         if not isinstance(db, DBConnect):
             raise ArgumentTypeError(
-                f"setup() takes the application's `DBConnect`s, not {db!r}: make one of a URL by "
+                f"setup() takes the application's `DBConnect`s, not {type_of(db)}: make one of a URL by "
                 "`DBConnect.from_url(url)`, or of an engine's creator by `DBConnect(engine_creator, host=...)`."
             )
     if position is not None and not isinstance(position, int):
@@ -91,10 +94,7 @@ def setup(
     for name, function in (("`before_commit`", before_commit), ("`deadline`", deadline)):
         if function is not None:
             check_function(function, name)
-    if statement_timeout is not None and not 0 < statement_timeout < float("inf"):
-        raise ArgumentValueError(
-            f"statement_timeout={statement_timeout!r}: give seconds, more than 0, or None for no limit."
-        )
+    check_statement_timeout(statement_timeout)
     if app.on_startup.frozen:
         raise ApplicationFrozenError
     outer = unit_of_work(

@@ -22,6 +22,7 @@ from ctxdb_core._sqlalchemy.private import (
     wrap_in_dialect,
 )
 from ctxdb_core._transactions.isolation import IsolationLevel
+from ctxdb_core._transactions.statement_timeout import check_statement_timeout
 from ctxdb_core._units.abandonment import Call, HandlerCalls
 from ctxdb_core._units.callbacks import OnCommit
 from ctxdb_core._units.commit import BeforeCommit
@@ -32,6 +33,7 @@ from ctxdb_core._units.reading import SAFE_METHODS, ReadsFrom, check_reads_from
 from ctxdb_core._units.request_unit import RequestUnit, follow_calls
 from ctxdb_core._units.unit import UnitOfWork, running_unit
 from ctxdb_core._units.watcher import Headers, UnitWatcher
+from ctxdb_core._wording import type_of
 from ctxdb_core.phases import FINISHING, TRANSITIONS, IllegalTransitionError, Phase, check_transition
 from ctxdb_core.policy import CommitPolicy, RequestPolicy, with_request
 
@@ -72,6 +74,7 @@ __all__ = [
     "calls_on_return",
     "check_function",
     "check_reads_from",
+    "check_statement_timeout",
     "check_transition",
     "close_all",
     "connection_of_context",
@@ -89,6 +92,7 @@ __all__ = [
     "new_unit_id",
     "running_unit",
     "swap_connection",
+    "type_of",
     "with_request",
     "without_secrets",
     "wrap_in_dialect",

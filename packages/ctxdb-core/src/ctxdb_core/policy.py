@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias, cast, overload
 
 from ctxdb_core._signatures import signature_of
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["CommitPolicy", "RequestPolicy", "commit_2xx", "commit_below_400", "commit_policy", "with_request"]
@@ -160,6 +161,11 @@ def _statuses(name: str, statuses: Collection[int]) -> frozenset[int]:
 
 def _refused(policy: object) -> ArgumentTypeError:
     return ArgumentTypeError(
-        f"{policy!r} is no commit policy: pass a plain function of the response's status, `policy(status) -> bool`, or "
-        "of the status and the request, `policy(status, request) -> bool`. It is not awaited."
+        f"{_name_of(policy)} is no commit policy: pass a plain function of the response's status, `policy(status) -> "
+        "bool`, or of the status and the request, `policy(status, request) -> bool`. It is not awaited."
     )
+
+
+def _name_of(policy: object) -> str:
+    # What is no function at all may show a password in its repr: a URL.
+    return repr(policy) if callable(policy) else type_of(policy)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from ctxdb_core import ArgumentTypeError
+from ctxdb_core.adapters import type_of
 
 __all__ = ["Authorise", "check_authorise", "is_allowed", "is_local"]
 
@@ -26,8 +27,8 @@ def check_authorise(authorise: Authorise | None) -> None:
     """Raise the error that says what to pass if `authorise` cannot be called."""
     if authorise is not None and not callable(authorise):
         raise ArgumentTypeError(
-            f"authorise is {authorise!r}: give a function of the request that returns whether its client may look, or "
-            "leave it out to let only clients on this machine do so."
+            f"{type_of(authorise)} is given as `authorise`: give a function of the request that returns whether "
+            "its client may look, or leave it out to let only clients on this machine do so."
         )
 
 

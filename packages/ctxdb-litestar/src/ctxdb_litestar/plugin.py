@@ -17,6 +17,7 @@ from ctxdb_core.adapters import (
     RequestPolicy,
     check_function,
     check_reads_from,
+    check_statement_timeout,
     close_all,
     with_request,
 )
@@ -55,8 +56,8 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
 
     Raises:
         TypeError: a database is not a `DBConnect`, `reads_from` is no mapping of them, `deadline` or `before_commit` is
-            no function, or `commit_policy` none of a status, or of a status and a scope.
-        ValueError: `statement_timeout` is not positive; raised when the application is made.
+            no function, `statement_timeout` no number, or `commit_policy` none of a status, or of a status and a scope.
+        ValueError: `statement_timeout` is not positive.
         PluginConfigurationError: Litestar reserves one of the names for itself.
     """
 
@@ -86,6 +87,7 @@ class CtxDBPlugin(InitPlugin, ReceiveRoutePlugin):
                 f"CtxDBPlugin(deadline=<{type(deadline).__name__}>): this is no function. Pass one that is given the "
                 "ASGI scope; a database to be injected needs another name."
             )
+        check_statement_timeout(statement_timeout)
         self._statement_timeout = statement_timeout
         self._deadline = deadline
         self._reads_from = check_reads_from(reads_from)

@@ -18,10 +18,10 @@ from ctxdb_core._blocks.entry import Begin, BeginBeside, Block, Join, Refuse, de
 from ctxdb_core._blocks.place import Found, Place, find
 from ctxdb_core._blocks.shared_session import SharedSessionBlock
 from ctxdb_core._blocks.task_unit import TaskUnitBlock, open_task_unit
-from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._databases.connect import DBConnect, SessionT_co, borrow
 from ctxdb_core._units.unit import UnitOfWork
 from ctxdb_core._units.unit_sessions import CreateSession
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ContextClosedError, NoSessionError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class TransactionContext(Generic[SessionT_co]):
         auto_context_force_transaction: whether that session is committed even after a SELECT.
 
     Raises:
-        TypeError: `engine_or_db` is neither an engine nor a `DBConnect`.
+        TypeError: `engine_or_db` is neither an engine nor a `DBConnect`, or `default_session_maker` no session maker.
     """
 
     @overload
@@ -104,9 +104,8 @@ class TransactionContext(Generic[SessionT_co]):
         if isinstance(engine_or_db, AsyncEngine):
             engine_or_db = borrow(engine_or_db)
         elif not isinstance(engine_or_db, DBConnect):
-            raise ArgumentTypeError(f"{type(engine_or_db).__name__} is given: an AsyncEngine or a DBConnect is needed.")
-        if default_session_maker is not None:
-            check_function(default_session_maker, "`default_session_maker`")
+            raise ArgumentTypeError(f"{type_of(engine_or_db)} is given: an AsyncEngine or a DBConnect is needed.")
+        _check_session_maker(default_session_maker, "`default_session_maker`")
         self._db: DBConnect = engine_or_db
         self._default_session_maker = default_session_maker
         self._auto_context_on_execute = auto_context_on_execute
@@ -369,6 +368,7 @@ class TransactionContext(Generic[SessionT_co]):
         return cast("SessionT_co", await unit.open_session(self._db, self._creator(session_maker)))
 
     def _creator(self, session_maker: SessionMaker | None) -> CreateSession | None:
+        _check_session_maker(session_maker, "`session_maker`")
         maker = session_maker or self._default_session_maker
         return None if maker is None else partial(self._create, maker)
 
@@ -407,6 +407,14 @@ def _why_no_session(place: Place) -> Exception:
                 "serves the task that opened it. Wrap what this task does in `async with context.transaction():` or "
                 "`async with context.session():`."
             )
+
+
+def _check_session_maker(maker: object, name: str) -> None:
+    if maker is not None and not isinstance(maker, async_sessionmaker):
+        raise ArgumentTypeError(
+            f"{type_of(maker)} is given as {name}, which takes an `async_sessionmaker`: for instance "
+            "`async_sessionmaker(class_=YourSession, expire_on_commit=False)`."
+        )
 
 
 def _is_bound(maker: SessionMaker) -> bool:

@@ -7,25 +7,25 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from ctxdb_core._signatures import signature_of
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
-    "article",
     "awaitable_of",
     "check_async_engine",
-    "check_asyncio_driver",
     "check_engine_options",
     "check_function",
+    "check_held_after",
+    "check_session_handler",
     "check_session_maker_creator",
     "check_url",
     "explain_missing_call",
     "parameters_of",
-    "type_of",
     "why_no_engine_creator",
 ]
 
@@ -39,18 +39,6 @@ _SESSION_OPTIONS = (
     | inspect.signature(async_sessionmaker).parameters.keys()
 ) - {"execution_options", "future"}
 """The options of sessions and of session makers, without the two that an engine has as well."""
-
-
-def article(name: str) -> str:
-    """Return `name` with the indefinite article that it is read with."""
-    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-def type_of(value: object) -> str:
-    """Return how an error calls what was passed: by its type alone, as its repr may show a password."""
-    if value is None:
-        return "None"
-    return f"the class {value.__name__}" if isinstance(value, type) else article(type(value).__name__)
 
 
 def check_function(function: object, name: str) -> None:
@@ -133,14 +121,40 @@ def check_session_maker_creator(creator: object) -> None:
         hint = "an async function is given, and it is called without `await`: make it a plain one"
     elif not callable(creator):
         hint = f"{type_of(creator)} is given"
-    elif parameters_of(creator) == 0:
+    elif (count := parameters_of(creator)) == 0:
         hint = "a function is given that takes no engine"
+    elif count is not None and count > 1:
+        hint = f"a function is given that needs {count} arguments, and it gets the engine alone"
     else:
         return
     raise ArgumentTypeError(
         f"session_maker_creator takes a function of the engine that returns its session maker; {hint}. For instance: "
         f"`{_MAKER_EXAMPLE}`."
     )
+
+
+def check_session_handler(handler: Callable[..., Any]) -> None:
+    """Raise the error that says what to pass if `handler` cannot be called with a `DBConnect` before its sessions."""
+    check_function(handler, "`before_create_session_handler`")
+    count = parameters_of(handler)
+    if count is not None and count != 1:
+        raise ArgumentTypeError(
+            f"`before_create_session_handler` is called with the `DBConnect` alone, and a function is given that "
+            f"{f'needs {count} arguments' if count else 'takes no argument'}: write `async def handler(db): ...`."
+        )
+
+
+def check_held_after(seconds: object) -> None:
+    """Raise the error that says what to give if `seconds`, a ``warn_connection_held_after``, is no time."""
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float):
+        raise ArgumentTypeError(
+            f"{type_of(seconds)} is given as `warn_connection_held_after`: give a number of seconds, or None for no "
+            "warning."
+        )
+    if not seconds >= 0:
+        raise ArgumentValueError(f"warn_connection_held_after is {seconds}: give seconds, 0 or more.")
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
@@ -167,22 +181,37 @@ def check_url(url: object) -> URL:
     if not isinstance(url, str | URL):
         hint = ": `DBConnect(engine_creator)` takes a function" if callable(url) else ""
         raise ArgumentTypeError(f"from_url() takes a string or a `sqlalchemy.URL`, and {type_of(url)} is given{hint}.")
-    parsed = make_url(url)
-    check_asyncio_driver(parsed)
+    try:
+        parsed = make_url(url)
+    except ValueError:
+        # What is taken for the port may be a part of the password: neither the message nor the cause may show it.
+        raise ArgumentValueError(
+            "The port in the URL of a database is no number. An `@` in a password ends it there: write it as `%40`, or "
+            "make the URL by `sqlalchemy.URL.create`."
+        ) from None
+    _check_asyncio_driver(parsed)
     return parsed
 
 
-def check_asyncio_driver(url: URL) -> None:
-    """Raise the error that says what to write if the driver in `url` is not for asyncio."""
-    dialect = url.get_dialect()
+def _check_asyncio_driver(url: URL) -> None:
+    """Raise the error that says what to write if the driver in `url` is not for asyncio, or SQLAlchemy has none."""
+    driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())
+    hint = "name a driver that is" if driver is None else f"write {driver!r}, for instance"
+    try:
+        dialect = url.get_dialect()
+    except NoSuchModuleError as exc:
+        raise ArgumentValueError(
+            f"The driver of a {url.drivername!r} URL is not known to SQLAlchemy, nor to a package that is installed: "
+            f"{hint}."
+        ) from exc
     if not dialect.get_async_dialect_cls(url).is_async:
-        driver = _ASYNCIO_DRIVERS.get(url.get_backend_name())
-        hint = "name a driver that is" if driver is None else f"write {driver!r}, for instance"
         raise ArgumentValueError(f"The driver of a {url.drivername!r} URL is not for asyncio: {hint}.")
 
 
 _ASYNCIO_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
+    # Many providers of databases give their addresses so; SQLAlchemy took it until 1.4.
+    "postgres": "postgresql+asyncpg",
     "sqlite": "sqlite+aiosqlite",
     "mysql": "mysql+asyncmy",
     "mariadb": "mariadb+asyncmy",

@@ -11,20 +11,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, cast
 from weakref import WeakValueDictionary
 
-from sqlalchemy import URL, Connection, Engine, make_url
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ctxdb_core._databases.arguments import (
-    article,
     awaitable_of,
     check_async_engine,
-    check_asyncio_driver,
     check_engine_options,
-    check_function,
+    check_held_after,
+    check_session_handler,
     check_session_maker_creator,
     check_url,
     explain_missing_call,
-    type_of,
 )
 from ctxdb_core._databases.attempt_all import attempt_all
 from ctxdb_core._databases.borrowed import BorrowedEngine
@@ -46,7 +44,8 @@ from ctxdb_core._databases.status import DBStatus, status_of
 from ctxdb_core._databases.target import EngineListener, Target
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.lost_commits import check_can_resolve
-from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
+from ctxdb_core._wording import article, type_of
+from ctxdb_core.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
     # This `TypeVar` has defaults before Python 3.13. SQLAlchemy brings the package; no code here needs it at run time.
@@ -106,8 +105,9 @@ class DBConnect(Database, Generic[SessionT_co]):
             `CommitOutcomeUnknownError`. It costs one round trip before each COMMIT of a transaction that has written.
 
     Raises:
-        ArgumentTypeError: `engine_creator` or `session_maker_creator` is no function that could be called so; the
-            error says what to write, for an engine or a URL for instance (a ``TypeError``, too).
+        ArgumentTypeError: `engine_creator`, `session_maker_creator` or `before_create_session_handler` is no function
+            that could be called so; the error says what to write, for an engine or a URL for instance. Or
+            `warn_connection_held_after` is no number (a ``TypeError``, too).
         HostNotSetError: `host` is empty (a ``ValueError``, too).
         ValueError: `warn_connection_held_after` is negative.
     """
@@ -127,11 +127,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         if host is not None:
             check_host(host)
         if before_create_session_handler is not None:
-            check_function(before_create_session_handler, "`before_create_session_handler`")
-        if warn_connection_held_after is not None and warn_connection_held_after < 0:
-            raise ArgumentValueError(
-                f"warn_connection_held_after is {warn_connection_held_after}: give seconds, 0 or more."
-            )
+            check_session_handler(before_create_session_handler)
+        check_held_after(warn_connection_held_after)
         target = Target(taking_host(engine_creator), session_maker_creator, host, before_create_session_handler)
         self._engines = Engines(target, resolve_commits=resolve_commits)
         self._observer = (
@@ -170,8 +167,8 @@ class DBConnect(Database, Generic[SessionT_co]):
 
         Raises:
             ArgumentTypeError: `url` is no URL, or an option is not one of engines (a ``TypeError``, too).
-            ArgumentValueError: the URL has no asyncio driver; the database cannot be made read-only, as `read_only`
-                asks; or `warn_connection_held_after` is negative (a ``ValueError``, too).
+            ArgumentValueError: the URL has no asyncio driver, or a port that is no number; the database cannot be made
+                read-only, as `read_only` asks; or `warn_connection_held_after` is negative (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: `url` cannot be parsed.
         """
         parsed = check_url(url)
@@ -432,12 +429,11 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             ArgumentTypeError: `url_or_creator` is neither a URL nor a function, or there are options beside a function
                 (a ``TypeError``, too).
-            ArgumentValueError: the URL has no asyncio driver (a ``ValueError``, too).
+            ArgumentValueError: the URL has no asyncio driver, or a port that is no number (a ``ValueError``, too).
             sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
         """
         if isinstance(url_or_creator, str | URL):
-            url = make_url(url_or_creator)
-            check_asyncio_driver(url)
+            url = check_url(url_or_creator)
             host, read_only = host_of(url), self._read_only
 
             def create(host: str) -> AsyncEngine:

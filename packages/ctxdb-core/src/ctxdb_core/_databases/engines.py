@@ -8,12 +8,12 @@ from asyncio import _get_running_loop  # for implementers of event loops, and wh
 from collections.abc import Collection
 from typing import Any
 
-from ctxdb_core._databases.arguments import type_of
 from ctxdb_core._databases.attempt_all import attempt_all
 from ctxdb_core._databases.engine_creators import HostlessCreator
 from ctxdb_core._databases.loop_engine import Lifetime, LoopEngine
 from ctxdb_core._databases.target import NO_ENGINES, EngineListener, LoopEngines, Target
 from ctxdb_core._databases.url import without_secrets
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, ContextNotInitiatedError, HostNotSetError
 
 __all__ = ["Engines", "Replacement", "check_host"]
@@ -123,6 +123,7 @@ class Engines:
     async def change_host(self, host: str, keep: Collection[str]) -> None:
         """Make engines for `host` from now on, and retire those of hosts that are left: see `DBConnect.change_host`."""
         check_host(host)
+        _check_hosts(keep)
         target = self.target
         if target.keeps_host:
             return
@@ -138,11 +139,6 @@ class Engines:
 
     def _switch(self, host: str, keep: Collection[str]) -> list[LoopEngine]:
         """Change the host, and return the engines that have to retire for it."""
-        if isinstance(keep, str):
-            raise ArgumentTypeError(
-                f"keep={without_secrets(keep)!r} is one string: give a collection of hosts, as in "
-                f"`keep=[{without_secrets(keep)!r}]`."
-            )
         with self._lock:
             target = self.target
             engines, kept = target.engines, dict(target.kept)
@@ -220,6 +216,19 @@ def check_host(host: object) -> None:
         raise ArgumentTypeError(f"{type_of(host)} is given as the host: give its name as a string.")
     if not host:
         raise HostNotSetError("The host is empty: name the host that the database runs on.")
+
+
+def _check_hosts(keep: object) -> None:
+    """Raise an error if `keep` is no collection of hosts.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    if isinstance(keep, str):
+        name = repr(without_secrets(keep))
+        raise ArgumentTypeError(f"keep={name} is one string: give a collection of hosts, as in `keep=[{name}]`.")
+    if not isinstance(keep, Collection):
+        raise ArgumentTypeError(f"{type_of(keep)} is given as `keep`: give a collection of hosts, a list for instance.")
 
 
 def _without_ended(engines: LoopEngines) -> LoopEngines:

@@ -21,9 +21,27 @@ from ctxdb_core._sqlalchemy.mysql_errors import is_mysql
 from ctxdb_core._sqlalchemy.poolers import is_behind_pooler
 from ctxdb_core._transactions.rollback_only import set_rollback_only
 from ctxdb_core._transactions.undo import undo_on_return
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError, DeadlineExceededError, TransactionOptionsError
 
-__all__ = ["StatementTimeout", "limit_open_transaction", "limit_statements"]
+__all__ = ["StatementTimeout", "check_statement_timeout", "limit_open_transaction", "limit_statements"]
+
+
+def check_statement_timeout(seconds: object) -> None:
+    """Raise the error that says what to give if `seconds`, a ``statement_timeout``, is no time; ``None`` is no limit.
+
+    Raises:
+        ArgumentTypeError: it is no number.
+        ArgumentValueError: it is not positive, or not finite.
+    """
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float):
+        raise ArgumentTypeError(
+            f"{type_of(seconds)} is given as `statement_timeout`: give a number of seconds, or None for no limit."
+        )
+    if not 0 < seconds < float("inf"):
+        raise ArgumentValueError(f"statement_timeout={seconds!r}: give seconds, more than 0, or None for no limit.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +61,11 @@ class StatementTimeout:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds is not None and not isinstance(self.seconds, int | float):
-            raise ArgumentTypeError(f"statement_timeout={self.seconds!r}: give a number of seconds, or None.")
-        if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ArgumentValueError(
-                f"statement_timeout={self.seconds!r}: give seconds, more than 0, or None for no limit."
-            )
+        check_statement_timeout(self.seconds)
         if self.deadline is not None and not isinstance(self.deadline, int | float):
             raise ArgumentTypeError(
-                f"deadline={self.deadline!r}: give a time on the event loop's clock, `loop.time() + 2.5` for instance."
+                f"{type_of(self.deadline)} is given as `deadline`: give a time on the event loop's clock, "
+                "`loop.time() + 2.5` for instance."
             )
 
     def __bool__(self) -> bool:

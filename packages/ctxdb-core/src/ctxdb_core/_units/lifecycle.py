@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from threading import get_ident
 from typing import Any, ParamSpec, TypeVar
 
-from ctxdb_core._databases.arguments import check_function, type_of
+from ctxdb_core._databases.arguments import check_function
 from ctxdb_core._shield import run_to_completion
 from ctxdb_core._transactions.statement_timeout import StatementTimeout
 from ctxdb_core._units.commit import BeforeCommit
@@ -20,6 +20,7 @@ from ctxdb_core._units.session_end import report
 from ctxdb_core._units.settings import NO_SETTINGS, UnitSettings
 from ctxdb_core._units.unit import UnitOfWork, current_unit, inherited_before_commit, opened
 from ctxdb_core._units.unit_sessions import NO_SESSIONS_YET
+from ctxdb_core._wording import type_of
 from ctxdb_core.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -258,7 +259,9 @@ async def gather_in_new_ctx(*callables: Callable[[], Awaitable[T]], max_concurre
             coroutine.close()
         raise
     if max_concurrent is not None and not isinstance(max_concurrent, int):
-        raise ArgumentTypeError(f"max_concurrent={max_concurrent!r}: give a number, or leave it out for no limit.")
+        raise ArgumentTypeError(
+            f"{type_of(max_concurrent)} is given as `max_concurrent`: give a number, or leave it out for no limit."
+        )
     if max_concurrent is not None and max_concurrent < 1:
         raise ArgumentValueError(f"max_concurrent is {max_concurrent}: give 1 or more, or leave it out for no limit.")
     slots = asyncio.Semaphore(len(callables) if max_concurrent is None else max_concurrent)
@@ -294,4 +297,4 @@ def _check_callable(fn: object) -> None:
             "the function and its arguments, `run_in_new_ctx(fn, 1)` or `gather_in_new_ctx(partial(fn, 1))`."
         )
     if not callable(fn):
-        raise ArgumentTypeError(f"{fn!r} is not an async callable.")
+        raise ArgumentTypeError(f"{type_of(fn)} is no async function: pass one that returns what is to be awaited.")

@@ -73,6 +73,7 @@ class ASGIHTTPDBSessionMiddleware:
         deadline: Deadline | None = None,
         reads_from: ReadsFrom | None = None,
     ) -> None:
+        check_function(app, "`app`, the ASGI application")
         self.app: ASGIApp = app
         reads_from = check_reads_from(reads_from)
         if statement_timeout is not None or deadline is not None or reads_from is not None:
