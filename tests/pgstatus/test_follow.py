@@ -339,6 +339,26 @@ async def test_a_connection_that_breaks_before_its_version_is_known_is_an_unreac
 
 
 @both_drivers
+async def test_connections_that_break_right_after_they_were_opened_are_a_retryable_error(
+    database: Database, source: FakeSource
+) -> None:
+    hosts = Hosts(database)
+    async with DBConnect(hosts, before_create_session_handler=follow_master(source)) as db:
+        await host_of(db)
+
+        def break_off(*args: object) -> None:
+            database.terminate_backends("application_name = 'n1'")
+
+        break_off()
+        event.listen((await db.engine()).sync_engine, "connect", break_off)
+        with pytest.raises((HostUnreachableError, ConnectionLostError)) as raised:
+            await host_of(db)
+    assert raised.value.__cause__ is not None
+    assert raised.value.retryable
+    assert "n1" in source.failures
+
+
+@both_drivers
 async def test_a_connection_that_breaks_is_a_retryable_error_and_is_reported_to_the_source(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:

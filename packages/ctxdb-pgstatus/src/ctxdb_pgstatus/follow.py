@@ -222,6 +222,8 @@ class _MasterFollower(_Follower):
             if host is None:
                 # Sessions that wait for a connection to the old master are told by this that they wait in vain.
                 await self.review()
+                # Code that tries again without a pause waits for nothing else: the monitor has to get its turn.
+                await asyncio.sleep(0)
                 raise NoMasterError(
                     "The cluster has no master at the moment. Answer 503 and let the client try again: the next "
                     "session after an election goes to the new master."
@@ -275,6 +277,8 @@ class _ReplicaFollower(_Follower):
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
                 await self.review()
+                # See `_MasterFollower.choose`.
+                await asyncio.sleep(0)
                 missing = "answers" if position is None else "that answers has what this code has written"
                 if not self._rule.fallback:
                     missing = "is a replica that will do"

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.sql.elements import ReleaseSavepointClause, RollbackToSavepointClause
@@ -263,9 +264,10 @@ class FollowedEngine:
             if wait.interrupted:
                 wait.end()
                 raise _HostLeftError(self.host) from exc
-            if self._is_of_driver(exc):
+            if self._is_of_driver(exc) or isinstance(exc, InvalidRequestError):
                 # A new connection is set up and asked for its server before the pool hands it out. SQLAlchemy raises
-                # errors of that time without a `handle_error` event.
+                # errors of that time without a `handle_error` event. If the new connection is found closed as well as
+                # the idle one that it replaces, the pool gives up by an error of SQLAlchemy's own.
                 self._follower.report_failure(self.host)
                 raise _unreachable(self.host, exc) from exc
             raise
