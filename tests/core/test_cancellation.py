@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 
 import anyio
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 from tests.support.blocks import savepoint, transaction
+from tests.support.connection import BODY, START, Connection
 from tests.support.database import Database, eventually, insert
 from tests.support.interruption import (
     CANCELLERS,
@@ -35,6 +38,7 @@ from ctxdb_core import (
 )
 from ctxdb_core._sqlalchemy import block_end
 from ctxdb_core._sqlalchemy.cancelled_queries import _request_until_answered
+from ctxdb_core.asgi import ASGIHTTPDBSessionMiddleware, Receive, Scope, Send
 
 
 def after_turns(turns: int) -> Callable[[Callable[[], object]], None]:
@@ -93,6 +97,44 @@ async def test_cancelled_at_any_step_a_session_outside_of_the_context_is_closed(
     async for step in at_each_step(run_cancelled, work):  # noqa: B007 - used behind the loop
         assert database.checked_out == 0
     assert (await database.names())[-1] == f"{step:03}"
+
+
+async def read_before_commit(db: DBConnect, session: AsyncSession) -> None:
+    await session.execute(text("SELECT 1"))
+
+
+async def commit_elsewhere_before_commit(db: DBConnect, session: AsyncSession) -> None:
+    async with transactional(db, "requires_new") as other:
+        await other.execute(text("SELECT 1"))
+
+
+@CANCELLERS
+@pytest.mark.parametrize("before_commit", [read_before_commit, commit_elsewhere_before_commit])
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+async def test_cancelled_at_any_step_a_request_tells_success_only_of_what_is_stored(
+    database: Database,
+    db: DBConnect,
+    run_cancelled: Callable[..., Awaitable[None]],
+    before_commit: Callable[[DBConnect, AsyncSession], Awaitable[None]],
+) -> None:
+    told: list[str] = []
+
+    async def work(step: int) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await insert(db, f"{step:03}")
+            await send(START)
+            await send(BODY)
+
+        request = Connection()
+        try:
+            await request.run(ASGIHTTPDBSessionMiddleware(app, before_commit=partial(before_commit, db)))
+        finally:
+            if request.sent:
+                told.append(f"{step:03}")
+
+    async for _ in at_each_step(run_cancelled, work):
+        assert database.checked_out == 0
+    assert set(told) <= set(await database.names())
 
 
 @CANCELLERS

@@ -99,6 +99,9 @@ class UnitEnd(UnitSessions):
                 sessions = {db: session for db, session in sessions.items() if db not in undone}
         except BaseException as exc:
             await self.roll_back(exc, dbs)
+            if isinstance(exc.__cause__, SeenThrough):
+                # What was seen through is a commit that `before_commit` has made elsewhere.
+                raise asyncio.CancelledError(*exc.args) from exc
             raise
         try:
             await run_to_completion(self._commit(sessions, dbs))
@@ -165,7 +168,19 @@ class UnitEnd(UnitSessions):
         Args:
             error: what made it necessary; if rolling back fails, too, that is attached to it, and else logged.
             dbs: where to roll back; everywhere by default.
+
+        Raises:
+            asyncio.CancelledError: the task was cancelled meanwhile; its cause is `error`, if there is one.
         """
+        try:
+            await self._roll_back_open(error, dbs)
+        except asyncio.CancelledError as exc:
+            if error is not None and isinstance(exc.__cause__, SeenThrough):
+                # Only the roll-back was seen through. A response must not take that for its commit.
+                raise exc from error
+            raise
+
+    async def _roll_back_open(self, error: BaseException | None, dbs: Collection[DBConnect] | None) -> None:
         if dbs is not None or not any(map(is_busy, self.sessions.values())):
             await run_to_completion(self._roll_back(self.sessions, error, dbs))
         elif isinstance(error, asyncio.CancelledError):
