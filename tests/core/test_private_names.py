@@ -38,7 +38,7 @@ from sqlalchemy.orm import (
     relationship,
 )
 from sqlalchemy.orm.attributes import flag_modified, instance_state
-from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 from tests.support.database import Database, eventually
 
@@ -397,6 +397,30 @@ async def test_a_listener_of_all_connections_is_called_for_connections_of_a_taug
     finally:
         event.remove(Connection, "before_cursor_execute", note)
     assert seen == ["SELECT 1"] * 2
+
+
+async def test_a_connection_whose_listener_fails_goes_back_to_the_pool() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://", poolclass=AsyncAdaptedQueuePool)
+    failure = ValueError("of the listener")
+
+    def fail(connection: Connection) -> None:
+        raise failure
+
+    event.listen(engine.sync_engine, "engine_connect", fail)
+    private.replace_connection_class(engine.sync_engine)
+    with pytest.raises(ValueError, match="of the listener") as caught:
+        await engine.connect()
+    # The traceback of the error keeps what the listener was given.
+    assert caught.value is failure
+    pool: Any = engine.pool
+    assert pool.checkedout() == 0
+    await engine.dispose()
+
+
+def test_an_engine_with_an_isolation_level_has_a_listener_that_sets_it() -> None:
+    engine = create_engine("sqlite://").execution_options(isolation_level="AUTOCOMMIT")
+    private.replace_connection_class(engine)
+    assert engine._connection_cls is private.ListenedConnection
 
 
 async def test_an_engine_keeps_a_connection_class_of_its_own() -> None:
@@ -853,6 +877,35 @@ async def test_a_connection_of_psycopg_can_be_used_once_the_answer_to_its_cancel
         await waiting
     await own.rollback()
     assert await (await own.execute("SELECT 1")).fetchone() == (1,)
+
+
+@pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)
+async def test_a_pipeline_of_psycopg_that_is_interrupted_while_it_begins_raises_the_interruption(
+    connection: AsyncConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(psycopg.waiting, "MAX_BUSY_TIME"):
+        pytest.skip("this psycopg begins a pipeline without waiting")
+    # Each operation of psycopg waits for the event loop.
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", 0.0)
+
+    async def stop(connection: Any) -> None:
+        raise AssertionError
+
+    own: Any = (await connection.get_raw_connection()).driver_connection
+    own.__class__ = private.psycopg_connection_that_stops(type(own), stop)
+
+    async def begin() -> None:
+        async with own._pipeline_nolock():
+            raise AssertionError
+
+    task = asyncio.create_task(begin())
+    # The task begins, and waits for the first time.
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # psycopg does not end this pipeline any more.
+    await own.close()
 
 
 @pytest.mark.parametrize("database_kind", ["psycopg"], indirect=True)

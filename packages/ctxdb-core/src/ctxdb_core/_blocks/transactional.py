@@ -21,6 +21,7 @@ from ctxdb_core._blocks.shared_session import JoinedBlock, SharedSessionBlock
 from ctxdb_core._databases.connect import DBConnect, check_database
 from ctxdb_core._sqlalchemy.binds import is_autocommit
 from ctxdb_core._sqlalchemy.guarded_session import guard_of
+from ctxdb_core._sqlalchemy.private import replace_connection_class
 from ctxdb_core._transactions.isolation import IsolationLevel, TransactionOptions
 from ctxdb_core._transactions.rollback_only import innermost, set_rollback_only
 from ctxdb_core._units.generator_blocks import seat
@@ -255,6 +256,7 @@ class _AutocommitUnit(UnitOfWork):
                 return bind
             if bind not in engines:
                 engines[bind] = bind.execution_options(isolation_level="AUTOCOMMIT")
+                replace_connection_class(engines[bind])
             return engines[bind]
 
         guard_of(session).translate_bind = in_autocommit

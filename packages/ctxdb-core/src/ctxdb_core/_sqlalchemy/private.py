@@ -15,8 +15,8 @@ import socket
 import sys
 from asyncio import Future
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -420,10 +420,28 @@ class InPlaceConnection(Connection):
     dispatch = InPlaceDispatch(Connection)
 
 
+class ListenedConnection(InPlaceConnection):
+    """A connection for engines with listeners of `engine_connect`: if one fails, it holds no place in the pool."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException as exc:
+            # A listener of `engine_connect` has failed, such as the one by which SQLAlchemy sets the isolation level of
+            # an engine's options. Nobody gets this object, so nobody would give the connection back. What state the
+            # listener has left it in is not known.
+            taken = getattr(self, "_dbapi_connection", None)
+            if taken is not None:
+                taken.invalidate(exc)
+            raise
+
+
 def replace_connection_class(engine: Engine) -> None:
-    """Have an engine hand out connections of the class `InPlaceConnection`, unless it has another class already."""
+    """Have an engine hand out connections of a class of this module, unless it has another class already."""
     if engine._connection_cls is Connection:  # noqa: SLF001 - see the module
-        engine._connection_cls = InPlaceConnection  # noqa: SLF001
+        # An engine whose options name an isolation level has a listener that sets it.
+        listened = bool(engine.dispatch.engine_connect)
+        engine._connection_cls = ListenedConnection if listened else InPlaceConnection  # noqa: SLF001
 
 
 def give_own_dictionaries(engine: Engine) -> None:
@@ -943,7 +961,23 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
             # If the call was cancelled while its transaction began, it would send its statement now.
             call.close()
 
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_try_cancel": try_cancel})
+    @asynccontextmanager
+    async def pipeline_nolock(self: Any) -> AsyncIterator[Any]:
+        # The pipeline of `executemany`. Where it is interrupted while it begins, psycopg leaves it open and raises an
+        # `AssertionError`: SQLAlchemy would not know of the interruption, and would keep the connection.
+        try:
+            async with pipeline_of(self) as pipeline:
+                yield pipeline
+        except AssertionError as exc:
+            if exc.__context__ is None or isinstance(exc.__context__, Exception):
+                raise
+            raise exc.__context__ from None
+
+    attributes: dict[str, Any] = {"__module__": cls.__module__, "_try_cancel": try_cancel}
+    pipeline_of: Any = getattr(cls, "_pipeline_nolock", None)
+    if pipeline_of is not None:
+        attributes["_pipeline_nolock"] = pipeline_nolock
+    return type(cls.__name__, (cls,), attributes)
 
 
 async def read_psycopg_answer(connection: Any) -> None:
