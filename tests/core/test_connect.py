@@ -256,6 +256,18 @@ def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
         async with new_non_ctx_session(db):
             pass
 
+    async def ask_in_request() -> None:
+        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            await db_session(db)
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        await ASGIHTTPDBSessionMiddleware(endpoint)({"type": "http"}, receive, send)
+
     async def ask_nothing() -> None:
         async with new_db_ctx():
             pass
@@ -274,7 +286,7 @@ def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
 
         await ASGIHTTPDBSessionMiddleware(application)({"type": "lifespan"}, receive, send)
 
-    for work in (ask, ask_beside):
+    for work in (ask, ask_beside, ask_in_request):
         with pytest.raises(ContextNotInitiatedError, match="No event loop of asyncio"):
             run(work())
     run(ask_nothing())
