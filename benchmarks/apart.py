@@ -41,15 +41,18 @@ class Apart:
         Raises:
             RuntimeError: the process has ended.
         """
-        self._connection.send(block)
-        seconds = self._receive()
+        # asyncio turns a first Ctrl-C into a cancellation, which comes when the event loop has its turn.
+        await asyncio.sleep(0)
+        seconds = self._receive(asked=block)
         assert seconds is not None
         return seconds
 
-    def _receive(self) -> float | None:
+    def _receive(self, asked: str | None = None) -> float | None:
         try:
+            if asked is not None:
+                self._connection.send(asked)
             return self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RuntimeError(f"The process of {self._name} has ended: see above.") from None
 
 

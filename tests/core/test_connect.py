@@ -11,7 +11,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -256,6 +256,18 @@ def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
         async with new_non_ctx_session(db):
             pass
 
+    async def ask_in_request() -> None:
+        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            await db_session(db)
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        await ASGIHTTPDBSessionMiddleware(endpoint)({"type": "http"}, receive, send)
+
     async def ask_nothing() -> None:
         async with new_db_ctx():
             pass
@@ -274,7 +286,7 @@ def test_without_asyncio_a_session_is_refused_and_all_else_works() -> None:
 
         await ASGIHTTPDBSessionMiddleware(application)({"type": "lifespan"}, receive, send)
 
-    for work in (ask, ask_beside):
+    for work in (ask, ask_beside, ask_in_request):
         with pytest.raises(ContextNotInitiatedError, match="No event loop of asyncio"):
             run(work())
     run(ask_nothing())
@@ -485,6 +497,18 @@ async def test_blocks_are_nested_on_a_read_only_connection(
             assert await session.scalar(text("SELECT 2")) == 2
 
 
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_nested_block_on_a_read_only_connection_may_read_bit_by_bit(database: Database) -> None:
+    async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():
+        session = await db_session(db)
+        for statement in ("SELECT 1", "SELECT * FROM nowhere"):
+            with pytest.raises(DBAPIError, match="nowhere") if "nowhere" in statement else nullcontext():
+                async with session.begin_nested():
+                    assert len(await (await session.stream(text("SELECT 1"))).all()) == 1
+                    await session.execute(text(statement))
+            assert await session.scalar(text("SELECT 2")) == 2
+
+
 async def test_a_savepoint_is_set_on_a_read_only_connection_that_has_transactions(database: Database) -> None:
     async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():
         on_begin(db, lambda session: session.execute(text("SELECT set_config('app.user', 'ann', true)")))
@@ -509,6 +533,42 @@ async def test_a_read_only_query_is_one_round_trip(database: Database, postgres_
             driver.add_query_logger(lambda record: queries.append(record.query))
             await session.scalar(text("SELECT 2"))
         assert [query for query in queries if "SELECT 2" not in query] == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("reads_before", [False, True])
+async def test_a_result_is_read_bit_by_bit_from_a_read_only_connection(database: Database, reads_before: bool) -> None:
+    numbers = text("SELECT * FROM generate_series(1, 5)").execution_options(yield_per=2)
+    started = text("SELECT pg_catalog.now()")
+    async with DBConnect.from_url(database.url, read_only=True, pool_size=1, max_overflow=0) as db:
+        for _ in range(2):
+            async with new_db_ctx():
+                session = await db_session(db)
+                if reads_before:
+                    await session.execute(text("SELECT 1"))
+                result = await session.stream_scalars(numbers)
+                assert [number async for number in result] == [1, 2, 3, 4, 5]
+            with pytest.raises(DBAPIError, match="read-only transaction"):
+                async with new_db_ctx():
+                    session = await db_session(db)
+                    await (await session.stream_scalars(numbers)).all()
+                    await session.execute(text("INSERT INTO item VALUES ('written')"))
+            # The next user of the connection has autocommit again.
+            async with new_db_ctx():
+                session = await db_session(db)
+                assert await session.scalar(started) != await session.scalar(started)
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_result_is_read_from_a_read_only_connection_that_replaces_a_lost_one(database: Database) -> None:
+    async with DBConnect.from_url(database.url, read_only=True, pool_size=1, max_overflow=0) as db:
+        async with new_db_ctx():
+            pid = await (await db_session(db)).scalar(text("SELECT pg_backend_pid()"))
+        assert database.terminate_backends(f"pid = {pid}") == 1
+        async with new_db_ctx():
+            result = await (await db_session(db)).stream_scalars(text("SELECT pg_backend_pid()"))
+            assert [number async for number in result] != [pid]
 
 
 async def test_read_only_keeps_the_users_server_settings(database: Database) -> None:

@@ -458,3 +458,19 @@ async def test_a_child_that_is_added_after_a_roll_back_is_seen_with_those_that_h
         session.add(Ware(id=3, shop=one))
         assert [ware.id for ware in one.wares] == [1, 2, 3]
     assert await database.query("SELECT shop_id FROM ware WHERE id = 3") == [(1,)]
+
+
+@pytest.mark.parametrize("synchronize", ["auto", False])
+async def test_a_value_that_was_seen_after_a_roll_back_gives_way_to_what_an_update_by_the_orm_writes(
+    shop: DBConnect, *, synchronize: str | bool
+) -> None:
+    async with new_db_ctx():
+        session, ware = await _rolled_back_ware(shop)
+        # The other columns are still kept beside the object.
+        assert ware.stock == 10
+        await session.execute(update(Ware).values(stock=5).execution_options(synchronize_session=synchronize))
+        found = await session.get_one(Ware, 1)
+        assert found is ware
+        assert ware.stock == 5
+        await rollback_db_session(shop)
+        assert ware.stock == 10

@@ -1053,6 +1053,18 @@ async def test_the_return_of_a_connection_to_its_pool_is_told_once(database: Dat
     assert len(returned) == 1
 
 
+async def test_a_connection_in_use_tells_of_its_return(database: Database) -> None:
+    engine = database.watch_new()
+    returned: list[object] = []
+    async with engine.connect() as connection:
+        sync_connection = connection.sync_connection
+        assert sync_connection is not None
+        private.call_on_return(sync_connection, returned.append)
+        taken = sync_connection.connection.dbapi_connection
+        assert returned == []
+    assert returned == [taken]
+
+
 def test_the_listeners_of_a_pool_are_known_also_where_the_pool_has_taken_them_over_from_another_pool() -> None:
     engine = create_engine("sqlite://", poolclass=QueuePool)
 

@@ -9,8 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ctxdb_core._databases.url import host_of, without_secrets
 from ctxdb_core._sqlalchemy.binds import READ_ONLY_OPTION
-from ctxdb_core._sqlalchemy.poolers import make_read_only
 from ctxdb_core._sqlalchemy.private import give_own_dictionaries
+from ctxdb_core._sqlalchemy.read_only import make_read_only
 from ctxdb_core.errors import ArgumentValueError
 
 __all__ = ["create_engine"]

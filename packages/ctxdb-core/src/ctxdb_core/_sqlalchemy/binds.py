@@ -6,8 +6,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ctxdb_core._sqlalchemy.poolers import is_known_to_be_pooled
 from ctxdb_core._sqlalchemy.private import connections_of, isolation_level_on_connect
+from ctxdb_core._sqlalchemy.read_only import has_transactions
 
 __all__ = [
     "READ_ONLY_OPTION",
@@ -35,8 +35,7 @@ def is_autocommit(bind: Engine | Connection) -> bool:
     """Return whether each statement on `bind` is committed by itself."""
     if isolation_level_of(bind) != "AUTOCOMMIT":
         return False
-    # A read-only connection behind a pooler has transactions all the same.
-    return not (isinstance(bind, Connection) and is_read_only(bind) and is_known_to_be_pooled(bind))
+    return not (isinstance(bind, Connection) and is_read_only(bind) and has_transactions(bind))
 
 
 def isolation_level_of(bind: Engine | Connection) -> str | None:

@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -140,7 +139,6 @@ class Door:
         "_nested",
         "_prepare",
         "_refuse",
-        "_thread",
         "_waiting",
         "check",
         "commit_is_unknown",
@@ -167,8 +165,6 @@ class Door:
         """Whether a call has failed, so that the transaction may have been lost with its connection."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop() if loop is None else loop
         """The session's own loop; ``None`` once the session has ended, as no loop is its own then."""
-        self._thread: int | None = get_ident()
-        """The id of the thread that the session's own loop runs on; ``None`` once the session has ended."""
         self._refuse: Refuse | None = None
         self._holder: Any = None
         """The task that has the turn, or a `_GreenletTurn`; ``None`` while the turn is free."""
@@ -197,16 +193,8 @@ class Door:
             ContextNotInitiatedError: the session belongs to another event loop.
             ContextClosedError: the session has ended.
         """
-        # The common case asks for no running loop: before Python 3.12, that has the system asked for the id of the
-        # process. A loop that runs a task on this thread is the running one.
-        if (
-            self._holder is None
-            and self._prepare is None
-            and self._thread == get_ident()
-            and (task := current_task(self._loop)) is not None
-        ):
-            self._holder = task
-            return True
+        # Neither the thread nor a task of the session's loop tells as much: both are the same in a forked process, and
+        # in a loop that is run inside of another one.
         loop = _get_running_loop()
         if loop is self._loop and self._holder is None and self._prepare is None:
             self._holder = current_task(loop)
@@ -475,7 +463,7 @@ class Door:
     def end(self, refuse: Refuse) -> None:
         """Have each call from now on raise the error of `refuse`; calls that wait for their turn raise it at once."""
         self._refuse = refuse
-        self._loop = self._thread = None
+        self._loop = None
         waiting, self._waiting = self._waiting, None
         for handed_over, _ in waiting or ():
             if not handed_over.done():

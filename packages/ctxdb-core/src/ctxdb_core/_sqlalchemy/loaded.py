@@ -35,7 +35,17 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.collections import collection_adapter
 
 from ctxdb_core._sqlalchemy.binds import is_autocommit
-from ctxdb_core._sqlalchemy.kept import CONTAINERS, Kept, expire_kept, keep, kept_columns, names_of, still_kept
+from ctxdb_core._sqlalchemy.kept import (
+    CONTAINERS,
+    Kept,
+    SessionWithShownValues,
+    expire_kept,
+    keep,
+    kept_columns,
+    names_of,
+    show_kept,
+    still_kept,
+)
 from ctxdb_core._sqlalchemy.private import (
     begin_without_statement,
     changed_in,
@@ -94,13 +104,17 @@ def _persistent(members: Iterable[Any]) -> Iterator[InstanceState[Any]]:
             yield state
 
 
-def note_originals_of(session: Session, mapper: Mapper[Any]) -> None:
+def note_originals_of(session: SessionWithShownValues, mapper: Mapper[Any]) -> None:
     """Remember what the objects of a class have loaded, before an ORM-enabled UPDATE changes them with their rows."""
     states = [each for each in session.identity_map.all_states() if each.mapper.isa(mapper)]
     kept = {each: values for each in states if (values := _kept_columns_of(each))}
     for each in states:
         # What the statement writes would not be seen.
-        expire_kept(each)
+        if session.shown_values and each in session.shown_values:
+            # SQLAlchemy would load only what is left of an object that is expired, and not write to what was shown.
+            show_kept(session, [each])
+        else:
+            expire_kept(each)
     _note(session, states)
     # What is loaded from now on may be what the statement writes: until then, these were the last committed values.
     _add_older(_innermost_level(session).originals, kept)

@@ -45,6 +45,7 @@ __all__ = [
     "asyncpg_adapter_that_begins",
     "begin_asyncpg_transaction",
     "begin_without_statement",
+    "call_on_return",
     "calls_on_return",
     "changed_in",
     "changed_states",
@@ -618,6 +619,12 @@ calls_on_return: Callable[[Any], deque[Callable[[Any], object]]] = attrgetter("f
 The event ``checkin`` costs five times as much. Like it, this is told of no connection that was invalidated or detached:
 there are events for these.
 """
+
+
+def call_on_return(connection: Connection, callback: Callable[[Any], object]) -> None:
+    """Have `callback` called with the connection of the driver when the pool has it back, after its reset, once."""
+    record: Any = connection.connection._connection_record  # noqa: SLF001 - see the module
+    calls_on_return(record).append(callback)
 
 
 def listeners_of(target: Any, name: str) -> list[Callable[..., Any]]:

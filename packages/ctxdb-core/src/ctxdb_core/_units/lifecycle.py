@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from threading import get_ident
 from typing import Any, ParamSpec, TypeVar
 
 from ctxdb_core._databases.arguments import check_function
@@ -74,7 +74,7 @@ def begin(
     if (request is not None or current_unit.get(None) is not None) and outer_unit(request) is not None:
         return None
     unit: RequestUnit = RequestUnit()
-    unit.sessions, unit.loop = NO_SESSIONS_YET, get_ident()
+    unit.sessions, unit.loop = NO_SESSIONS_YET, _get_running_loop()
     unit.hooks = unit.registration = unit.calls = None
     if before_commit is None and statement_timeout is None and deadline is None and reads_from is None:
         unit.settings = NO_SETTINGS

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from collections.abc import Awaitable, Callable
 from contextvars import Token
 from dataclasses import replace
-from threading import get_ident
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -53,12 +53,8 @@ class UnitSessions:
 
     sessions: dict[DBConnect, AsyncSession]
     """The sessions that are open, in the order in which they were opened."""
-    loop: Any
-    """The event loop that the unit belongs to, as its connections serve that one alone; ``None`` if none was running.
-
-    A request's unit has the id of its thread here until its sessions are first asked for. Before Python 3.12, asyncio
-    asks the system for the id of the process each time that it is asked for the running loop.
-    """
+    loop: asyncio.AbstractEventLoop | None
+    """The event loop that the unit belongs to, as its connections serve that one alone; ``None`` if none ran."""
 
     # Each attribute is set when a unit is made: what is found in the class alone is read six times as slowly.
     settings: UnitSettings
@@ -230,10 +226,7 @@ class UnitSessions:
 
     def is_on_its_loop(self) -> bool:
         """Return whether the running code is on the event loop, and so on the thread, that the unit belongs to."""
-        running = _get_running_loop()
-        if type(self.loop) is int and self.loop == get_ident() and running is not None:
-            self.loop = running
-        return self.loop is running
+        return self.loop is _get_running_loop()
 
     def check_usable(self) -> None:
         """Raise the error that says why the running code cannot use this unit, if it cannot."""

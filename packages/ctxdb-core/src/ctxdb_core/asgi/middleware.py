@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from asyncio import _get_running_loop  # for implementers of event loops, and what costs the least
 from contextlib import nullcontext
 from contextvars import copy_context
-from threading import get_ident
 from typing import Any
 
 from ctxdb_core._databases.arguments import check_function
@@ -104,7 +104,7 @@ class ASGIHTTPDBSessionMiddleware:
         # An exchange has no `__init__`: a request without database use would feel the call. `begin` sets the same
         # attributes, and so does the answer in a unit of its own below.
         exchange.sessions = NO_SESSIONS_YET
-        exchange.loop = get_ident()
+        exchange.loop = _get_running_loop()
         exchange.settings = self._settings
         exchange.hooks = exchange.registration = exchange.token = exchange.calls = None
         if self.has_boundary:

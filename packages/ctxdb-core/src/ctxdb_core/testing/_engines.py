@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from ctxdb_core._sqlalchemy.binds import is_read_only
-from ctxdb_core._sqlalchemy.poolers import skip_savepoints_in_autocommit
 from ctxdb_core._sqlalchemy.private import isolation_level_on_connect
+from ctxdb_core._sqlalchemy.read_only import skip_savepoints_in_autocommit
 from ctxdb_core.testing._connection import Connection
 from ctxdb_core.testing._shared_connection import SharedConnection
 

@@ -264,7 +264,7 @@ class FollowedEngine:
             if wait.interrupted:
                 wait.end()
                 raise _HostLeftError(self.host) from exc
-            if self._is_of_driver(exc) or isinstance(exc, InvalidRequestError):
+            if self._is_of_driver(exc) or type(exc) is InvalidRequestError:
                 # A new connection is set up and asked for its server before the pool hands it out. SQLAlchemy raises
                 # errors of that time without a `handle_error` event. If the new connection is found closed as well as
                 # the idle one that it replaces, the pool gives up by an error of SQLAlchemy's own.
