@@ -87,6 +87,23 @@ async def test_without_a_master_sessions_fail_at_once(master: DBConnect, source:
     assert await host_of(master) == "n1"
 
 
+@pytest.mark.parametrize("kind", ["master", "replica"])
+async def test_code_that_tries_again_without_a_pause_lets_others_find_a_host(
+    kind: str, master: DBConnect, replica: DBConnect, source: FakeSource
+) -> None:
+    def find() -> None:
+        source.master, source.replicas = "n1", ("n1",)
+
+    source.master, source.replicas = None, ()
+    asyncio.get_running_loop().call_soon(find)
+    async with asyncio.timeout(5):
+        for _ in range(1000):
+            with suppress(NoMasterError, NoReplicaError):
+                assert await host_of(master if kind == "master" else replica) == "n1"
+                return
+    raise AssertionError("the event loop had no turn")
+
+
 async def test_requests_that_wait_in_the_pool_fail_when_the_master_has_gone(
     master: DBConnect, source: FakeSource, hosts: Hosts
 ) -> None:

@@ -497,11 +497,18 @@ async def test_a_host_that_does_not_answer_is_not_confirmed(cluster: PostgresClu
     async with Proxy(cluster.primary) as proxy, monitor_of(cluster, hosts=[proxy.host]) as monitor:
         assert not await monitor.confirm_master("unknown")
         assert await monitor.confirm_master(proxy.host)
-        proxy.refusals = 1
+        proxy.refusals = 100
         proxy.drop()
-        # A single failure does not make the host a dead one: it is still the master.
         assert monitor.master() == proxy.host
         assert not await monitor.confirm_master(proxy.host)
+        assert monitor.master() is None
+
+
+async def test_a_host_that_answers_again_before_it_counts_as_dead_is_confirmed(cluster: PostgresCluster) -> None:
+    async with Proxy(cluster.primary) as proxy, monitor_of(cluster, hosts=[proxy.host]) as monitor:
+        proxy.refusals = 1
+        proxy.drop()
+        assert await monitor.confirm_master(proxy.host)
 
 
 # --- lag --------------------------------------------------------------------------------------------------------------

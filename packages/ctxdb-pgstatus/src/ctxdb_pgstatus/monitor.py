@@ -310,11 +310,12 @@ class HostMonitor:
     async def confirm_master(self, host: str) -> bool:
         """Ask the hosts anew, and return whether `host` is the master after all that happened before the call.
 
-        ``False`` also if `host` does not answer, and so cannot be shown to be the master. Of the other hosts, the
-        answers of those that may be the master are waited for: not those of the `nofailover` hosts, of hosts of another
-        cluster, of hosts that have just failed, or of hosts whose answer is late (by a share of the poll interval, or
-        by three times their usual time). While `host` lacks a standby that it had, late hosts, and those that have
-        refused the monitor, are waited for as well: one of these may be the standby that was promoted.
+        ``False`` also if `host` does not answer until it counts as dead, and so cannot be shown to be the master. Of
+        the other hosts, the answers of those that may be the master are waited for: not those of the `nofailover`
+        hosts, of hosts of another cluster, of hosts that have just failed, or of hosts whose answer is late (by a share
+        of the poll interval, or by three times their usual time). While `host` lacks a standby that it had, late hosts,
+        and those that have refused the monitor, are waited for as well: one of these may be the standby that was
+        promoted.
 
         Raises:
             MasterUncertainError: the name may lead to another server by now, and no new connection could be opened that
@@ -591,10 +592,17 @@ class HostMonitor:
     async def _confirm_master(self, host: str) -> bool:
         cluster = self._cluster
         is_master = await self._ask_for_master(host)
+        while not is_master and self.status.master == host and self._has_failed_for_now(host):
+            # A kept connection may break while its host is well: that says nothing of who the master is.
+            is_master = await self._ask_for_master(host)
         if not is_master and (self._loop is None or self._cluster is not cluster):
             # The end of the monitor has cut the questions off, and has forgotten who the master is.
             raise errors.PgStatusError(f"The HostMonitor was closed while {host!r} was asked whether it is the master.")
         return is_master
+
+    def _has_failed_for_now(self, host: str) -> bool:
+        member = self._cluster.members.get(host)
+        return member is not None and member.watch.has_failed_for_now
 
     async def _ask_for_master(self, host: str) -> bool:
         asked = self._cluster.members.get(host)

@@ -149,6 +149,11 @@ class Watch:
         """Have the host asked now, or right after the attempt that is under way."""
         self._due.set()
 
+    @property
+    def has_failed_for_now(self) -> bool:
+        """Whether the last attempt has failed, and the host is asked again before it counts as dead."""
+        return not self._is_over and 0 < self.failures < self._pace.max_fails
+
     def ask(self, *, patient: bool = True, insist: bool = False) -> asyncio.Future[bool]:
         """Have the host asked now, or right after the attempt that is under way.
 
