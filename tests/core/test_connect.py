@@ -99,6 +99,33 @@ async def test_a_session_of_a_database_without_a_host_is_refused(hosts: Hosts, h
         await DBConnect(hosts, host=host).create_session()
 
 
+async def test_the_handler_sets_the_host_for_an_engine_before_the_first_session(hosts: Hosts) -> None:
+    asked: list[str | None] = []
+
+    async def follow(db: DBConnect) -> None:
+        asked.append(db.host)
+        await db.change_host("a")
+        await db.engine()
+
+    async with DBConnect(hosts, before_create_session_handler=follow) as db:
+        async with (await db.engine()).connect() as connection:
+            assert await connection.scalar(text("SELECT current_setting('application_name')")) == "a"
+        await db.engine()
+    assert asked == [None]
+
+
+async def test_the_error_for_a_handler_that_sets_no_host_names_the_handler(hosts: Hosts) -> None:
+    async def forget(db: DBConnect) -> None:
+        pass
+
+    db = DBConnect(hosts, before_create_session_handler=forget)
+    for use in (db.engine, db.create_session, db.session_maker):
+        with pytest.raises(HostNotSetError, match="before_create_session_handler"):
+            await use()
+    with pytest.raises(HostNotSetError, match=r"await db\.engine\(\)"):
+        db.lazy_session_maker()
+
+
 async def test_an_empty_host_is_refused_and_loses_nothing(switching: DBConnect) -> None:
     for method in (switching.connect, switching.change_host):
         with pytest.raises(ValueError, match="host is empty"):

@@ -79,6 +79,20 @@ async def test_sessions_go_to_the_master(master: DBConnect, source: FakeSource, 
     await eventually(lambda: not hosts.pids("n1"), "connections are left on the old master")
 
 
+async def test_an_engine_before_the_first_session_is_that_of_the_master(master: DBConnect) -> None:
+    assert master.host is None
+    async with (await master.engine()).connect() as connection:
+        assert await connection.scalar(HOST) == "n1"
+
+
+async def test_without_a_master_there_is_no_engine_before_the_first_session(
+    master: DBConnect, source: FakeSource
+) -> None:
+    source.master = None
+    with pytest.raises(NoMasterError, match="no master"):
+        await master.engine()
+
+
 async def test_without_a_master_sessions_fail_at_once(master: DBConnect, source: FakeSource) -> None:
     source.master = None
     with pytest.raises(NoMasterError, match="503"):

@@ -361,5 +361,7 @@ class ArgumentValueError(CtxDBError, ValueError):
 class HostNotSetError(CtxDBError, ValueError):
     """A ``DBConnect`` without a host was used, or it was given an empty one.
 
-    The way out: pass ``host=...``, or call ``await db.connect(host)`` before the first use.
+    The way out: pass ``host=...``, or call ``await db.connect(host)`` before the first use. If a
+    ``before_create_session_handler`` sets the host: ``await db.engine()`` before the first use of
+    ``lazy_session_maker``.
     """

@@ -333,9 +333,16 @@ class DBConnect(Database, Generic[SessionT_co]):
     async def engine(self) -> AsyncEngine:
         """Return the engine of the current host and event loop.
 
+        As long as no host is known, `before_create_session_handler` is awaited first, as for a session: tables may be
+        made when the application starts, before there was any session. The handler itself must set the host before it
+        asks for the engine.
+
         Raises:
             HostNotSetError: no host is known yet.
         """
+        target = self._engines.target
+        if not target.knows_host and (handler := target.before_create_session) is not None:
+            await awaitable_of(handler(self), handler, "`before_create_session_handler`")
         return self._engines.of_running_loop().engine
 
     def on_event(self, listener: EventListener) -> Callable[[], None]:

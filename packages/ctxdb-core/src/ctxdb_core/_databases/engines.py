@@ -73,6 +73,12 @@ class Engines:
             HostNotSetError: no host is known.
         """
         if not self.target.knows_host:
+            if self.target.before_create_session is not None:
+                raise HostNotSetError(
+                    "This DBConnect has no host yet, as its `before_create_session_handler` has set none so far: have "
+                    "it call `change_host`. `lazy_session_maker` does not await it: `await db.engine()` once before "
+                    "its first use."
+                )
             raise HostNotSetError(
                 "This DBConnect has no host yet: pass `host=...`, or `await db.connect(host)` before its first use."
             )

@@ -184,9 +184,6 @@ _GUARDS = {"begin": _refuse_original, "commit": _refuse_original}
 
 async def _original_engine(db: DBConnect) -> AsyncEngine:
     """Return an engine of `db` that can be used on the thread's loop."""
-    if db.host is None:
-        # Its `before_create_session_handler` may set the host.
-        await db.session_maker()
     engine = await db.engine()
     if engine.dialect.name == "sqlite" and sqlite_file(engine.url) is None:
         # A database in memory is in the connection of the loop that has filled it. This driver's connections serve
