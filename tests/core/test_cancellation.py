@@ -110,7 +110,8 @@ async def commit_elsewhere_before_commit(db: DBConnect, session: AsyncSession) -
 
 @CANCELLERS
 @pytest.mark.parametrize("before_commit", [read_before_commit, commit_elsewhere_before_commit])
-@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg", "sqlite"], indirect=True)
+# Not on SQLite: before aiosqlite 0.22, nothing ends a connection whose roll-back was cancelled, and its lock stays.
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
 async def test_cancelled_at_any_step_a_request_tells_success_only_of_what_is_stored(
     database: Database,
     db: DBConnect,
