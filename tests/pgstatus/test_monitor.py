@@ -511,6 +511,32 @@ async def test_a_host_that_answers_again_before_it_counts_as_dead_is_confirmed(c
         assert await monitor.confirm_master(proxy.host)
 
 
+async def test_a_host_that_answers_again_before_the_others_do_is_confirmed(
+    cluster: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, standby = cluster.primary, cluster.standbys[0]
+    ask = Probe.ask
+    attempts: list[bool] = []
+    answered_again = asyncio.Event()
+
+    async def ask_standby_last(probe: Probe) -> Answer:
+        if probe._address.host == standby.host:
+            await answered_again.wait()
+            return await ask(probe)
+        attempts.append(True)
+        if len(attempts) == 1:
+            raise ConnectionResetError("broken")
+        answer = await ask(probe)
+        asyncio.get_running_loop().call_soon(answered_again.set)
+        return answer
+
+    async with monitor_of(cluster, hosts=[primary.host, standby.host]) as monitor:
+        monkeypatch.setattr(Probe, "ask", ask_standby_last)
+        async with asyncio.timeout(PATIENCE):
+            assert await monitor.confirm_master(primary.host)
+        assert len(attempts) == 3
+
+
 # --- lag --------------------------------------------------------------------------------------------------------------
 
 

@@ -592,17 +592,18 @@ class HostMonitor:
     async def _confirm_master(self, host: str) -> bool:
         cluster = self._cluster
         is_master = await self._ask_for_master(host)
-        while not is_master and self.status.master == host and self._has_failed_for_now(host):
-            # A kept connection may break while its host is well: that says nothing of who the master is.
+        while not is_master and self.status.master == host and self._is_watched(host):
+            # The attempt has failed, and the host is not dead: a kept connection may break while its host is well. The
+            # host may have answered a later attempt already, while other hosts were waited for.
             is_master = await self._ask_for_master(host)
         if not is_master and (self._loop is None or self._cluster is not cluster):
             # The end of the monitor has cut the questions off, and has forgotten who the master is.
             raise errors.PgStatusError(f"The HostMonitor was closed while {host!r} was asked whether it is the master.")
         return is_master
 
-    def _has_failed_for_now(self, host: str) -> bool:
+    def _is_watched(self, host: str) -> bool:
         member = self._cluster.members.get(host)
-        return member is not None and member.watch.has_failed_for_now
+        return member is not None and not member.watch.is_over
 
     async def _ask_for_master(self, host: str) -> bool:
         asked = self._cluster.members.get(host)

@@ -126,6 +126,11 @@ class Watch:
         self._longest_loss = limits.age
 
     @property
+    def is_over(self) -> bool:
+        """Whether the host is asked no more, so that `ask` tells nothing of it."""
+        return self._is_over
+
+    @property
     def has_same_server(self) -> bool:
         """Whether the next question goes to the server that gave the last answer, and was not restarted since."""
         return self._probe.is_connected and not self.has_several_servers
@@ -148,11 +153,6 @@ class Watch:
     def hurry(self) -> None:
         """Have the host asked now, or right after the attempt that is under way."""
         self._due.set()
-
-    @property
-    def has_failed_for_now(self) -> bool:
-        """Whether the last attempt has failed, and the host is asked again before it counts as dead."""
-        return not self._is_over and 0 < self.failures < self._pace.max_fails
 
     def ask(self, *, patient: bool = True, insist: bool = False) -> asyncio.Future[bool]:
         """Have the host asked now, or right after the attempt that is under way.
