@@ -172,6 +172,13 @@ class _Follower:
             else:
                 engine.leave(abort=engine.host not in alive)
 
+    async def _note_no_host(self) -> None:
+        """Do what is to be done before a session is told that there is no host for it."""
+        # Sessions that wait for a connection to an old host are told by this that they wait in vain.
+        await self.review()
+        # Code that tries again without a pause waits for nothing else: the monitor has to get its turn.
+        await asyncio.sleep(0)
+
     def report_failure(self, host: str) -> None:
         """Have the source ask a host now, as something has failed on it."""
         self.source.report_failure(host)
@@ -220,10 +227,7 @@ class _MasterFollower(_Follower):
         while True:
             host = await self.source.find_master()
             if host is None:
-                # Sessions that wait for a connection to the old master are told by this that they wait in vain.
-                await self.review()
-                # Code that tries again without a pause waits for nothing else: the monitor has to get its turn.
-                await asyncio.sleep(0)
+                await self._note_no_host()
                 raise NoMasterError(
                     "The cluster has no master at the moment. Answer 503 and let the client try again: the next "
                     "session after an election goes to the new master."
@@ -276,9 +280,7 @@ class _ReplicaFollower(_Follower):
                 await self._learn_timeline(timeline)
             host = await self._find(position, self._wait if wait is None else wait)
             if host is None:
-                await self.review()
-                # See `_MasterFollower.choose`.
-                await asyncio.sleep(0)
+                await self._note_no_host()
                 missing = "answers" if position is None else "that answers has what this code has written"
                 if not self._rule.fallback:
                     missing = "is a replica that will do"

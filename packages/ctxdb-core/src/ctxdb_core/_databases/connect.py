@@ -259,7 +259,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             HostNotSetError: `host` is empty (a ``ValueError``, too).
             ArgumentValueError: the `engine_creator` takes no host (a ``ValueError``, too).
-            ArgumentTypeError: `keep` is a string, not a collection of them (a ``TypeError``, too).
+            ArgumentTypeError: `keep` is no collection of hosts, or is a string (a ``TypeError``, too).
         """
         await self._engines.change_host(host, keep)
 
@@ -269,8 +269,7 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        if (handler := self._engines.target.before_create_session) is not None:
-            await awaitable_of(handler(self), handler, "`before_create_session_handler`")
+        await self._call_handler()
         return self._engines.of_running_loop().session_maker
 
     async def create_session(self) -> SessionT_co:
@@ -279,9 +278,12 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
+        await self._call_handler()
+        return self._new_session()
+
+    async def _call_handler(self) -> None:
         if (handler := self._engines.target.before_create_session) is not None:
             await awaitable_of(handler(self), handler, "`before_create_session_handler`")
-        return self._new_session()
 
     def create_session_at_once(self, loop: asyncio.AbstractEventLoop | None = None) -> SessionT_co | None:
         """Return a new session that the caller closes; ``None`` if `before_create_session_handler` is to be awaited.
@@ -340,9 +342,8 @@ class DBConnect(Database, Generic[SessionT_co]):
         Raises:
             HostNotSetError: no host is known yet.
         """
-        target = self._engines.target
-        if not target.knows_host and (handler := target.before_create_session) is not None:
-            await awaitable_of(handler(self), handler, "`before_create_session_handler`")
+        if not self._engines.target.knows_host:
+            await self._call_handler()
         return self._engines.of_running_loop().engine
 
     def on_event(self, listener: EventListener) -> Callable[[], None]:

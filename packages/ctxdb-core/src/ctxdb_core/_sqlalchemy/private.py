@@ -968,6 +968,8 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
             # If the call was cancelled while its transaction began, it would send its statement now.
             call.close()
 
+    pipeline_of: Any = getattr(cls, "_pipeline_nolock", None)
+
     @asynccontextmanager
     async def pipeline_nolock(self: Any) -> AsyncIterator[Any]:
         # The pipeline of `executemany`. Where it is interrupted while it begins, psycopg leaves it open and raises an
@@ -981,7 +983,6 @@ def psycopg_connection_that_stops(cls: type, stop: Callable[[Any], Awaitable[Non
             raise exc.__context__ from None
 
     attributes: dict[str, Any] = {"__module__": cls.__module__, "_try_cancel": try_cancel}
-    pipeline_of: Any = getattr(cls, "_pipeline_nolock", None)
     if pipeline_of is not None:
         attributes["_pipeline_nolock"] = pipeline_nolock
     return type(cls.__name__, (cls,), attributes)
