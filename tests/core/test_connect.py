@@ -525,15 +525,35 @@ async def test_blocks_are_nested_on_a_read_only_connection(
 
 
 @pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
-async def test_a_nested_block_on_a_read_only_connection_may_read_bit_by_bit(database: Database) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_nested_block_on_a_read_only_connection_may_read_bit_by_bit(database: Database, fails: bool) -> None:
     async with DBConnect.from_url(database.url, read_only=True) as db, new_db_ctx():
         session = await db_session(db)
-        for statement in ("SELECT 1", "SELECT * FROM nowhere"):
-            with pytest.raises(DBAPIError, match="nowhere") if "nowhere" in statement else nullcontext():
+        with pytest.raises(DBAPIError, match="nowhere") if fails else nullcontext():
+            async with session.begin_nested():
+                assert len(await (await session.stream(text("SELECT 1"))).all()) == 1
+                if fails:
+                    await session.execute(text("SELECT * FROM nowhere"))
+        assert await session.scalar(text("SELECT 2")) == 2
+
+
+@pytest.mark.parametrize("database_kind", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_nested_block_that_fails_leaves_a_result_around_it_readable(database: Database) -> None:
+    numbers = text("SELECT * FROM generate_series(1, 3)").execution_options(yield_per=1)
+    async with DBConnect.from_url(database.url, read_only=True, pool_size=1, max_overflow=0) as db:
+        # The block of an earlier user of the connection is behind no savepoint.
+        async with new_db_ctx():
+            session = await db_session(db)
+            async with session.begin_nested():
+                await session.execute(text("SELECT 1"))
+        async with new_db_ctx():
+            session = await db_session(db)
+            result = await session.stream_scalars(numbers)
+            assert await anext(result) == 1
+            with pytest.raises(DBAPIError, match="nowhere"):
                 async with session.begin_nested():
-                    assert len(await (await session.stream(text("SELECT 1"))).all()) == 1
-                    await session.execute(text(statement))
-            assert await session.scalar(text("SELECT 2")) == 2
+                    await session.execute(text("SELECT * FROM nowhere"))
+            assert await result.all() == [2, 3]
 
 
 async def test_a_savepoint_is_set_on_a_read_only_connection_that_has_transactions(database: Database) -> None:

@@ -24,18 +24,18 @@ from ctxdb_core._sqlalchemy.private import call_on_return, replace_isolation_lev
 
 __all__ = ["has_transactions", "make_read_only", "skip_savepoints_in_autocommit"]
 
-_HAS_CURSOR = "ctxdb.has_cursor"
-"""Where the ``info`` of a connection says that it has left autocommit for a cursor."""
 _SKIPPED_SAVEPOINTS = "ctxdb.skipped_savepoints"
-"""Where it has the names of savepoints that were not set. The names begin anew with each use of the connection."""
+"""Where the ``info`` of a connection has the names of savepoints that were not set.
+
+The names begin anew with each use of the connection.
+"""
 
 
 def has_transactions(connection: Connection) -> bool:
-    """Return whether a read-only connection has transactions instead of autocommit, as far as that is known."""
-    if connection.closed or connection.invalidated:
+    """Return whether a read-only connection has transactions instead of autocommit."""
+    if connection.dialect.name != "postgresql" or connection.closed or connection.invalidated:
         return False
-    info = connection.info
-    return bool(info.get(BEHIND_POOLER) or info.get(_HAS_CURSOR))
+    return not connection.dialect.detect_autocommit_setting(_dbapi_connection(connection))
 
 
 def make_read_only(engine: AsyncEngine) -> None:
@@ -144,12 +144,5 @@ def _leave_autocommit(connection: Connection) -> None:
     dialect, dbapi_connection = connection.dialect, _dbapi_connection(connection)
     if not dialect.detect_autocommit_setting(dbapi_connection):
         return
-    info = connection.info
-
-    def return_to_autocommit(dbapi_connection: Any) -> None:
-        info.pop(_HAS_CURSOR, None)
-        dialect.reset_isolation_level(dbapi_connection)
-
-    info[_HAS_CURSOR] = True
-    call_on_return(connection, return_to_autocommit)
+    call_on_return(connection, dialect.reset_isolation_level)
     dialect.set_isolation_level(dbapi_connection, "READ COMMITTED")
