@@ -221,12 +221,17 @@ class _Link:
         try:
             await asyncio.wait(self._relays, return_when=asyncio.FIRST_COMPLETED)
             if self.is_broken() and not self._gives_notice:
-                # The fault goes on until the test ends the network, or the client leaves.
+                # The fault goes on until the test ends the network, or the client leaves. The relay of the client may
+                # wait for its next message: only one task can read a stream.
+                await self._end_relays()
                 await self.client_reader.read(-1)
         finally:
-            for relay in self._relays:
-                relay.cancel()
-            await asyncio.gather(*self._relays, return_exceptions=True)
+            await self._end_relays()
+
+    async def _end_relays(self) -> None:
+        for relay in self._relays:
+            relay.cancel()
+        await asyncio.gather(*self._relays, return_exceptions=True)
 
     def is_broken(self) -> bool:
         """Return whether the network has stopped to pass anything on."""
